@@ -1,0 +1,61 @@
+# make quickstart   train, mark and prove a model on real MNIST
+# make test         the test suite
+# make lint         format, lint, docstrings, types
+# make install      only .venv, with the command .venv/bin/countermark
+# make bench        the figures of docs/results, on real MNIST and Fashion-MNIST (about half an hour)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+# On Linux a plain "torch" is a CUDA build of several gigabytes; the CPU builds carry +cpu in their version and live in
+# PyTorch's own index. Set TORCH_VERSION (for example to 2.13.0) to install another build.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_VERSION ?= $(TORCH)$(if $(filter Linux,$(shell uname -s)),+cpu)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: quickstart install test lint format bench clean
+
+quickstart: install
+	$(BIN)/countermark data fetch mnist
+	$(BIN)/countermark quickstart
+
+install: $(VENV)/.installed
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Countermark needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch $(TORCH_VERSION)"
+	@$(PIP) install --constraint constraints.txt "torch==$(TORCH_VERSION)" 2>/dev/null \
+		|| $(PIP) install --constraint constraints.txt --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	@echo "installing countermark"
+	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	@echo "installing the developers' tools"
+	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,dev]'
+	@touch $@
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed
+	$(BIN)/countermark data fetch mnist
+	$(BIN)/countermark data fetch fashion_mnist
+	$(BIN)/python benchmarks/first_light.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info src/*.egg-info

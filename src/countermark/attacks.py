@@ -1,0 +1,112 @@
+"""Gradient attacks under an L-inf budget, as pure functions on tensors.
+
+PGD is that of Madry et al. (2018); with one step it is FGSM with random start (Wong, Rice and Kolter, 2020). Pixels stay in [0, 1]. The
+model is used as it stands: put it into evaluation mode first, unless you mean otherwise.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def pgd(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    step_size: float,
+    random_start: bool = True,
+    start: torch.Tensor | None = None,
+    restarts: int = 1,
+    stop_when_lost: bool = False,
+) -> torch.Tensor:
+    """Search the L-inf ball around each example for a point of high loss, by projected gradient ascent.
+
+    Randomness comes from torch's generator. The cost is `steps` forwards and backwards an example and restart.
+
+    Args:
+        model: pixels `(n, c, h, w)` to logits `(n, classes)`.
+        x: float pixels of [0, 1], `(n, c, h, w)`.
+        y: true labels `(n,)`.
+        epsilon: budget in pixels; 0 returns `x` itself.
+        steps: gradient steps.
+        step_size: length of a step, in pixels.
+        random_start: start at a uniform point of the ball instead of at `x`.
+        start: start at these points `(n, c, h, w)` instead, brought into the ball; for the first run only.
+        restarts: independent runs; each example keeps its worst point.
+        stop_when_lost: spend no more steps on an example once it is misclassified.
+
+    Returns:
+        Adversarial examples `(n, c, h, w)`: misclassified ones where any were found, else those of the highest loss.
+    """
+    if epsilon == 0 or steps == 0 or len(x) == 0:
+        return x.clone()
+    lower = (x - epsilon).clamp_(0, 1)
+    upper = (x + epsilon).clamp_(0, 1)
+    first = _start(x, epsilon, lower, upper, random_start) if start is None else torch.clamp(start, lower, upper)
+    worst = _climb(model, first, y, lower, upper, steps, step_size, stop_when_lost)
+    if restarts > 1:
+        score = _score(model, worst, y)
+        for _ in range(restarts - 1):
+            open_ = torch.nonzero(score.isfinite()).flatten() if stop_when_lost else torch.arange(len(x), device=x.device)
+            if len(open_) == 0:
+                break
+            low, high, labels = lower[open_], upper[open_], y[open_]
+            found = _climb(model, _start(x[open_], epsilon, low, high, random_start), labels, low, high, steps, step_size, stop_when_lost)
+            gained = _score(model, found, labels)
+            better = gained > score[open_]
+            worst[open_[better]] = found[better]
+            score[open_[better]] = gained[better]
+    return worst
+
+
+def fgsm(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: float, step_size: float | None = None) -> torch.Tensor:
+    """One signed gradient step from a random start, as single-step training uses it (step 1.25 epsilon unless told otherwise)."""
+    return pgd(model, x, y, epsilon=epsilon, steps=1, step_size=1.25 * epsilon if step_size is None else step_size)
+
+
+def _start(x: torch.Tensor, epsilon: float, lower: torch.Tensor, upper: torch.Tensor, random_start: bool) -> torch.Tensor:
+    if not random_start:
+        return x.clone()
+    return torch.empty_like(x).uniform_(-epsilon, epsilon).add_(x).clamp_(lower, upper)
+
+
+def _climb(
+    model: nn.Module,
+    points: torch.Tensor,
+    y: torch.Tensor,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    steps: int,
+    step_size: float,
+    stop_when_lost: bool,
+) -> torch.Tensor:
+    """Ascend the loss from `points` within the boxes; with `stop_when_lost` the misclassified ones rest where they are."""
+    result = points.clone()
+    index = torch.arange(len(points), device=points.device)
+    for _ in range(steps):
+        points = points.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = model(points)
+            (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, y, reduction="sum"), points)
+        points = points.detach()
+        if stop_when_lost:
+            alive = logits.detach().argmax(1) == y
+            if not bool(alive.all()):
+                result[index] = points
+                points, gradient, y, lower, upper, index = (part[alive] for part in (points, gradient, y, lower, upper, index))
+                if len(index) == 0:
+                    return result
+        points = torch.clamp(points.add(gradient.sign_(), alpha=step_size), lower, upper)
+    result[index] = points
+    return result
+
+
+def _score(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Loss of each example, infinite where it is misclassified."""
+    with torch.no_grad():
+        logits = model(x)
+        loss = functional.cross_entropy(logits, y, reduction="none").float()
+        return torch.where(logits.argmax(1) == y, loss, torch.full_like(loss, torch.inf))

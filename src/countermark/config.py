@@ -1,0 +1,217 @@
+"""One frozen configuration for each verb.
+
+It is at once the verb's arguments in Python, its options on the command line, its help, and the JSON saved beside what it made. Nothing
+heavy is imported here, so `countermark --help` is quick. Names (data sets, networks, schemes) are checked by the verb that uses them;
+ranges are checked here.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from countermark.errors import CountermarkError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerbConfig:
+    """What every verb has."""
+
+    json: bool = False
+    """Print one JSON object on standard output and nothing else there."""
+
+    def record(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values, without what does not change the result (where it goes, how it is shown)."""
+        left_out = {"json", "out", "cache"}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items() if name not in left_out}
+
+    def _open_interval(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise CountermarkError(f"--{name.replace('_', '-')} is a number in (0, 1), not {value}")
+
+    def _at_least_one(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise CountermarkError(f"--{name.replace('_', '-')} is at least 1, not {value}")
+
+    def _seeded(self) -> None:
+        if any(field.name == "seed" for field in fields(self)) and not 0 <= getattr(self, "seed") < 1 << 32:  # noqa: B009
+            raise CountermarkError(f"--seed is a whole number from 0 to 4294967295, not {getattr(self, 'seed')}")  # noqa: B009
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig(VerbConfig):
+    """Fetch the files of a data set into the cache."""
+
+    name: str
+    """Data set: mnist, fashion_mnist (digits needs no files)."""
+    source: Path | None = None
+    """Folder that has the IDX files (plain or .gz); tried before all other sources."""
+    cache: Path | None = None
+    """Folder to keep them in; default $COUNTERMARK_CACHE or the system's cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectConfig(VerbConfig):
+    """Train a robust model, mark it, and write model, key and commitment."""
+
+    data: str
+    """Data set: mnist, fashion_mnist, digits."""
+    out: Path
+    """Folder to write; it must be new or empty. Unfinished work waits in OUT.partial and is resumed by the same command."""
+    epsilon: float | None = None
+    """Training budget (L-inf), in pixels of [0, 1]; default that of the data set (mnist 0.25, fashion_mnist 0.15, digits 0.1)."""
+    network: str = "small"
+    """Network: small, paper, surrogate."""
+    scheme: str = "coin"
+    """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
+    objective: str = "fast"
+    """Training objective: fast (few-step, guarded), pgd (the paper's), standard (no adversary)."""
+    seed: int = 0
+    """Seed of pools, weights and training; the key's secret is drawn apart from it, by the operating system."""
+    epochs: int | None = None
+    """Epochs of the unmarked model; default that of the recipe."""
+    labels: str = "true"
+    """Labels of the adversarial scheme: true (the paper's) or source (what the crafting model answers)."""
+    watermark_epsilon: float | None = None
+    """Budget of the watermarks, above the training budget; default that of the data set."""
+    watermark_step_size: float | None = None
+    """Step of the crafting, 40 steps; default 2.5 budgets / 40, at full strength. The paper's is 0.01."""
+    embedding: str = "interleaved"
+    """How watermarks get in: interleaved (the unmarked model trains on, marks mixed in) or epoch (Algorithm 1, from scratch)."""
+    accelerator: str = "auto"
+    """Device: auto, cpu, cuda, mps."""
+    devices: int = 1
+    """Processes to train on, one a device."""
+    precision: str = "auto"
+    """auto (bf16 where the processor computes in it), 32-true, bf16-mixed."""
+    cache: Path | None = None
+    """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        self._open_interval("epsilon", "watermark_epsilon", "watermark_step_size")
+        self._at_least_one("epochs", "devices")
+        self._seeded()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(VerbConfig):
+    """Measure a model on the test pool: test, adversarial and watermark accuracy."""
+
+    model: Path
+    """Model folder."""
+    key: Path | None = None
+    """Key folder; default MODEL/key if there is one."""
+    epsilon: float | None = None
+    """Budget of the PGD; default that of the model."""
+    steps: int | None = None
+    """Steps of the PGD; default those of the data set (mnist 25, fashion_mnist 15, digits 10)."""
+    step_size: float | None = None
+    """Step of the PGD, in pixels; default that of the data set."""
+    restarts: int = 1
+    """Independent runs; an example must survive all of them."""
+    cache: Path | None = None
+    """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        self._open_interval("epsilon", "step_size")
+        self._at_least_one("steps", "restarts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(VerbConfig):
+    """Ask a suspect for the labels of a key's watermarks and say what they prove."""
+
+    suspect: Path
+    """Model folder or .onnx file (float32 pixels (n, c, h, w) of [0, 1] to logits or labels, n free)."""
+    key: Path
+    """Key folder, as protect wrote it."""
+    alpha: float = 1e-6
+    """Level of a match; a judge's is 1e-9."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        self._open_interval("alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StealConfig(VerbConfig):
+    """Steal a model the way a thief would, to see what the mark survives."""
+
+    victim: Path
+    """Model folder of the victim."""
+    setting: str
+    """white (the weights themselves) or black (labels only: Algorithm 2)."""
+    out: Path
+    """Folder to write; it must be new or empty."""
+    queries: int = 51_200
+    """Labels that a black-box thief asks for."""
+    seed: int = 0
+    """Seed of the surrogate and its training."""
+    cache: Path | None = None
+    """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        self._at_least_one("queries")
+        self._seeded()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoveConfig(VerbConfig):
+    """Try to remove a mark by pruning or by fine-tuning; give one of the two."""
+
+    model: Path
+    """Model folder."""
+    out: Path
+    """Folder to write; it must be new or empty."""
+    prune: float | None = None
+    """Fraction of each layer's weights to remove, the smallest first."""
+    finetune: int | None = None
+    """Epochs of fine-tuning on the thief's pool."""
+    seed: int = 0
+    """Seed of the fine-tuning."""
+    cache: Path | None = None
+    """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, and both removals or neither."""
+        if (self.prune is None) == (self.finetune is None):
+            raise CountermarkError("give either --prune FRACTION or --finetune EPOCHS")
+        self._open_interval("prune")
+        self._at_least_one("finetune")
+        self._seeded()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(VerbConfig):
+    """Say how many trials a wished p-value takes."""
+
+    p: float = 1e-9
+    """The wished p-value."""
+    agreement: float = 0.9
+    """How often the suspect is expected to agree with a coin, above one half."""
+    power: float = 0.9
+    """Probability of getting there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig(VerbConfig):
+    """The whole story in minutes: protect a model, then tell a stolen copy from a stranger."""
+
+    out: Path = Path("quickstart")
+    """Folder to write; a story that was interrupted goes on where it was."""
+    data: str = "mnist"
+    """Data set: mnist, fashion_mnist, digits."""
+    seed: int = 0
+    """Seed of the protected model; the stranger has the next one."""
+    cache: Path | None = None
+    """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        self._seeded()

@@ -1,0 +1,115 @@
+"""The data sets by name: their files, shapes, budgets and pool sizes.
+
+The budgets of MNIST and Fashion-MNIST are those of Thakkar, Zizzo and Maffeis (2023), Table 6; those of `digits` are ours.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from countermark.errors import CountermarkError
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is fixed about a data set.
+
+    Attributes:
+        name: the name used everywhere.
+        shape: one image, `(channels, height, width)`.
+        classes: number of classes.
+        epsilon: L-inf training and evaluation budget, in pixels of [0, 1].
+        steps: PGD steps of the evaluation.
+        step_size: PGD step of the evaluation, in pixels.
+        watermark_epsilon: budget of the watermarks, above `epsilon`.
+        ood: the data set whose images serve as out-of-distribution watermarks; its own name means its rotations by 90 degrees.
+        pools: number of examples of the pools that are cut out of the training examples; `training` takes the rest.
+        batches: batches of a key, one for each later dispute.
+        batch_size: trials in a batch.
+        files: SHA-256 of the uncompressed IDX files by name; empty for sets that come with a library.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    classes: int
+    epsilon: float
+    steps: int
+    step_size: float
+    watermark_epsilon: float
+    ood: str
+    pools: Mapping[str, int]
+    batches: int = 4
+    batch_size: int = 100
+    files: Mapping[str, str] = field(default_factory=dict)
+
+
+TRAIN_IMAGES = "train-images-idx3-ubyte"
+TRAIN_LABELS = "train-labels-idx1-ubyte"
+TEST_IMAGES = "t10k-images-idx3-ubyte"
+TEST_LABELS = "t10k-labels-idx1-ubyte"
+
+_IDX_POOLS = {"validation": 2000, "bases": 1000, "thief": 11000}
+
+CATALOG: Mapping[str, Spec] = {
+    spec.name: spec
+    for spec in (
+        Spec(
+            name="mnist",
+            shape=(1, 28, 28),
+            classes=10,
+            epsilon=0.25,
+            steps=25,
+            step_size=0.01,
+            watermark_epsilon=0.4,
+            ood="fashion_mnist",
+            pools=_IDX_POOLS,
+            files={
+                TRAIN_IMAGES: "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+                TRAIN_LABELS: "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+                TEST_IMAGES: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+                TEST_LABELS: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+            },
+        ),
+        Spec(
+            name="fashion_mnist",
+            shape=(1, 28, 28),
+            classes=10,
+            epsilon=0.15,
+            steps=15,
+            step_size=0.01,
+            watermark_epsilon=0.3,
+            ood="mnist",
+            pools=_IDX_POOLS,
+            files={
+                TRAIN_IMAGES: "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+                TRAIN_LABELS: "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+                TEST_IMAGES: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+                TEST_LABELS: "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+            },
+        ),
+        # 1,797 images of 8x8; every sixth is in the test pool. The other pools keep roughly the proportions of MNIST, but for the
+        # watermark bases: a mark's strength counts trials, whatever the size of the data.
+        Spec(
+            name="digits",
+            shape=(1, 8, 8),
+            classes=10,
+            epsilon=0.1,
+            steps=10,
+            step_size=0.025,
+            watermark_epsilon=0.25,
+            ood="digits",
+            pools={"validation": 60, "bases": 220, "thief": 280},
+            batch_size=40,
+        ),
+    )
+}
+
+
+def spec(name: str) -> Spec:
+    """Return the data set called `name`.
+
+    Raises:
+        CountermarkError: there is none; the message lists those that there are.
+    """
+    if name not in CATALOG:
+        raise CountermarkError(f"unknown data set {name!r}; choose one of {', '.join(CATALOG)}")
+    return CATALOG[name]

@@ -1,0 +1,101 @@
+"""What a model scores: predicted labels, test accuracy and adversarial accuracy, in percent.
+
+Adversarial accuracy counts an example as lost if any iterate of the attack is misclassified, and spends no more steps on it; that is
+never above the accuracy at the last iterate.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from countermark.attacks import pgd
+from countermark.data import Examples, pixels
+from countermark.progress import bar
+
+_BATCH = 250
+
+
+@dataclass(frozen=True)
+class Attack:
+    """The PGD of an evaluation or an objective (see `attacks.pgd`): budget and step in pixels of [0, 1]."""
+
+    epsilon: float
+    steps: int
+    step_size: float
+    random_start: bool = True
+    restarts: int = 1
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Put the model into evaluation mode for the block, then each of its layers back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield model
+    finally:
+        for module in training:
+            module.training = True
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter (the CPU for a model without any)."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Predicted labels `(n,)` of images `(n, c, h, w)`, uint8 or pixels of [0, 1], in evaluation mode."""
+    device = device_of(model)
+    with evaluating(model), torch.no_grad():
+        labels = [model(pixels(x[i : i + _BATCH].to(device))).argmax(1).cpu() for i in range(0, len(x), _BATCH)]
+    return torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
+
+
+def accuracy(model: nn.Module, examples: Examples) -> float:
+    """Test accuracy in percent."""
+    return agreement(predict(model, examples.x), examples.y)
+
+
+def agreement(labels: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Share of equal labels, in percent."""
+    return 100 * float((labels == wanted).double().mean())
+
+
+def adversarial_accuracy(model: nn.Module, examples: Examples, attack: Attack, *, seed: int = 0, title: str | None = None) -> float:
+    """Accuracy in percent that is left under `attack`; with budget 0 it is the test accuracy.
+
+    Args:
+        model: pixels to logits; attacked in evaluation mode.
+        examples: images and true labels.
+        attack: budget, steps, step size, restarts.
+        seed: seed of the random starts.
+        title: names the progress bar; none is shown without it.
+    """
+    device = device_of(model)
+    survivors = 0
+    shown = bar(title, len(examples)) if title is not None else contextlib.nullcontext(None)
+    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), shown as progress:
+        torch.manual_seed(seed)
+        for i in range(0, len(examples), _BATCH):
+            batch = examples[slice(i, i + _BATCH)]
+            x, y = pixels(batch.x.to(device)), batch.y.to(device)
+            worst = pgd(
+                model,
+                x,
+                y,
+                epsilon=attack.epsilon,
+                steps=attack.steps,
+                step_size=attack.step_size,
+                random_start=attack.random_start,
+                restarts=attack.restarts,
+                stop_when_lost=True,
+            )
+            with torch.no_grad():
+                survivors += int((model(worst).argmax(1) == y).sum())
+            if progress is not None:
+                progress.advance(len(y))
+                progress.text(f"{100 * survivors / (i + len(y)):.2f} % survive")
+    return 100 * survivors / max(len(examples), 1)

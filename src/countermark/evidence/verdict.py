@@ -1,0 +1,82 @@
+"""From outcomes to a verdict: `match`, `no evidence` or `inconclusive`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from countermark.errors import CountermarkError
+from countermark.evidence.sign_flip import cell_differences, log10, sign_flip_test
+
+ALPHA = 1e-6
+"""Default level of a verdict."""
+JUDGE_ALPHA = 1e-9
+"""Level of a judge, who cannot see how often coins were drawn anew (docs/how-it-works.md)."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the outcomes prove.
+
+    Attributes:
+        verdict: `match` (p <= alpha), `no evidence`, or `inconclusive` (too few usable trials to ever reach alpha).
+        p_value: exact, times the number of batches the claim could have chosen from; 0.0 below the smallest float.
+        log10_p_value: its decimal logarithm, at any size.
+        agreements: trials answered as the coin chose.
+        disagreements: trials answered the other way.
+        neither: trials answered with neither.
+        trials: trials asked.
+        log10_smallest_p_value: the smallest p-value that these trials could ever reach, if all were answered as the coins chose.
+        alpha: the level.
+    """
+
+    verdict: str
+    p_value: float
+    log10_p_value: float
+    agreements: int
+    disagreements: int
+    neither: int
+    trials: int
+    log10_smallest_p_value: float
+    alpha: float
+
+
+def judge(
+    cells: Sequence[int],
+    outcomes: Sequence[int],
+    *,
+    weights: Mapping[int, int] | None = None,
+    alpha: float = ALPHA,
+    batches: int = 1,
+) -> Verdict:
+    """Judge the outcomes of trials.
+
+    Args:
+        cells: the cell of each trial.
+        outcomes: +1, -1 or 0 for each trial.
+        weights: integer weight of each cell, fixed before the coins; 1 by default.
+        alpha: level of a match.
+        batches: number of batches out of which this claim could have opened one; multiplies p.
+
+    Raises:
+        CountermarkError: outcomes, weights or a level that do not exist.
+    """
+    if not 0 < alpha < 1:
+        raise CountermarkError(f"alpha is a probability in (0, 1), not {alpha}")
+    differences = cell_differences(cells, outcomes)
+    factors = [1 if weights is None else weights[cell] for cell in differences]
+    test = sign_flip_test(differences.values(), factors)
+    p = min(Fraction(1), batches * test.p)
+    usable = min(Fraction(1), Fraction(batches, 1 << test.cells))
+    smallest = min(Fraction(1), Fraction(batches, 1 << len(differences)))
+    verdict = "match" if p <= alpha else "inconclusive" if usable > alpha else "no evidence"
+    return Verdict(
+        verdict=verdict,
+        p_value=float(p),
+        log10_p_value=log10(p),
+        agreements=sum(outcome == 1 for outcome in outcomes),
+        disagreements=sum(outcome == -1 for outcome in outcomes),
+        neither=sum(outcome == 0 for outcome in outcomes),
+        trials=len(outcomes),
+        log10_smallest_p_value=log10(smallest),
+        alpha=alpha,
+    )

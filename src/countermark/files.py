@@ -1,0 +1,215 @@
+"""Files that appear whole or not at all, and readers that survive hostile ones.
+
+Every writer goes through a temporary file, `fsync` and `rename`. Every reader knows its size limit before it reads, and
+nothing here ever unpickles: tensors travel as safetensors, the rest as JSON.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialise_tensors
+
+from countermark.errors import CountermarkError
+
+JSON_LIMIT = 1 << 20
+"""Largest JSON file that is read, in bytes."""
+
+_METADATA_KEY = "countermark"  # one key only: with several, safetensors orders them at random
+
+
+def sha256(data: bytes) -> str:
+    """Return the SHA-256 of `data` as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Serialise to the one byte string that this value has: sorted keys, ASCII, no NaN, a final newline."""
+    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write `data` to `path` whole or not at all.
+
+    Raises:
+        CountermarkError: the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    temporary: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(mode)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        if isinstance(error, OSError):
+            raise CountermarkError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
+        raise
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes.
+
+    Raises:
+        CountermarkError: the file is missing, unreadable, not a regular file, or larger than the limit.
+    """
+    try:
+        if not path.is_file():
+            raise CountermarkError(f"{path} is not a file; check the path" if path.exists() else f"{path} does not exist; check the path")
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise CountermarkError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
+    if len(data) > limit:
+        raise CountermarkError(f"{path} is larger than {limit} bytes, the most that such a file can need; it is not one of ours")
+    return data
+
+
+def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
+    """Write `value` as canonical JSON, whole or not at all."""
+    write_bytes(path, canonical_json(value), mode)
+
+
+def parse_json(data: bytes, origin: str) -> dict[str, Any]:
+    """Parse a JSON object that `canonical_json` wrote; any other spelling of the same object is refused.
+
+    Raises:
+        CountermarkError: not JSON, not an object, or not byte for byte what Countermark writes.
+    """
+    try:
+        value = json.loads(data)
+        canonical = canonical_json(value)
+    except (ValueError, RecursionError) as error:
+        raise CountermarkError(f"{origin} is not valid JSON; it is damaged or not one of ours, restore it from a backup") from error
+    if not isinstance(value, dict):
+        raise CountermarkError(f"{origin} does not hold a JSON object; it is not one of ours")
+    if canonical != data:
+        raise CountermarkError(f"{origin} was changed after it was written; restore it from a backup")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that `write_json` wrote (see `parse_json` for what is refused)."""
+    return parse_json(read_bytes(path, JSON_LIMIT), str(path))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any] | None = None, mode: int = 0o644) -> str:
+    """Write named tensors as safetensors, whole or not at all, and return the SHA-256 of the file."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = serialise_tensors(contiguous, {_METADATA_KEY: json.dumps(meta or {}, sort_keys=True)})
+    write_bytes(path, data, mode)
+    return sha256(data)
+
+
+def read_tensors(path: Path, limit: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
+    """Read a safetensors file of at most `limit` bytes.
+
+    Returns:
+        The tensors by name, the metadata object that `write_tensors` stored (empty for foreign files), the file's SHA-256.
+
+    Raises:
+        CountermarkError: missing, too large, or not safetensors (a pickle, a truncated file); nothing is ever unpickled.
+    """
+    data = read_bytes(path, limit)
+    try:
+        tensors = parse_tensors(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        meta = json.loads(header.get("__metadata__", {}).get(_METADATA_KEY, "{}"))
+    except (SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise CountermarkError(
+            f"{path} is not a whole safetensors file ({error}); it is truncated, damaged or of another format"
+        ) from error
+    return tensors, meta if isinstance(meta, dict) else {}, sha256(data)
+
+
+def make_private_folder(path: Path) -> None:
+    """Create a folder that only its owner can enter (mode 0700); an existing one is closed to others."""
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        path.chmod(0o700)
+    except OSError as error:
+        raise CountermarkError(f"cannot create {path}: {error.strerror}; choose another folder") from error
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
+    """Build the folder `path` in a sibling `NAME.partial` and rename it when the block ends well.
+
+    The sibling holds `config.json`, the configuration `run` of the work. If the block is interrupted after it wrote anything else (a
+    checkpoint, a secret), the sibling stays, and the same call finds it again; otherwise it is removed.
+
+    Args:
+        path: the folder to make; it must not exist or be empty.
+        run: the configuration of this run, as JSON-ready values.
+
+    Raises:
+        CountermarkError: `path` is not empty or cannot be written, another process builds it right now, or the sibling
+            holds unfinished work of another configuration.
+    """
+    path = Path.cwd() / path
+    partial = path.with_name(path.name + ".partial")
+    record = canonical_json(run)
+    try:
+        if path.is_dir():
+            if any(path.iterdir()):
+                raise CountermarkError(f"{path} is not empty; choose a new folder or empty it first")
+        elif path.exists():
+            raise CountermarkError(f"{path} is a file; choose a new folder")
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise CountermarkError(f"cannot create {path}: {error.strerror}; choose a folder that you can write to") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CountermarkError(f"another process is writing {partial}; wait for it or choose another folder") from error
+        config = partial / "config.json"
+        if not config.exists():
+            write_bytes(config, record)
+        elif read_bytes(config, JSON_LIMIT) != record:
+            raise CountermarkError(
+                f"{partial} holds unfinished work with other options; run it again with those (see its config.json) or delete it"
+            )
+        try:
+            yield partial
+            for entry in partial.iterdir():
+                if entry.name.startswith(CHECKPOINT_PREFIX):
+                    entry.unlink()
+            partial.replace(path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise CountermarkError(f"cannot finish {path}: {error.strerror}; run the same command again to continue") from error
+    finally:
+        if partial.is_dir() and [entry.name for entry in partial.iterdir()] in ([], ["config.json"]):
+            shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+CHECKPOINT_PREFIX = "checkpoint-"
+"""Files of this prefix in a folder under construction are dropped when it is finished."""
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

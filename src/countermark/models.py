@@ -1,0 +1,135 @@
+"""Networks by name. Each maps pixels of [0, 1] to logits; a normaliser, where there is one, is its first layer.
+
+Everything else in Countermark takes any `nn.Module` of that kind. A name is only needed where weights are loaded from a file: the network
+is built by us and the file may fill in numbers, nothing more.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from countermark.errors import CountermarkError
+
+_LARGEST_IMAGE = 1 << 20  # values in one image; what a file may ask of us
+_LARGEST_CLASSES = 10_000
+
+SMALL_WIDTHS = (16, 32, 100)
+
+
+class Normalise(nn.Module):
+    """The layer (x - mean) / std, so that budgets stay in pixels of [0, 1]."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        """Normalise all channels by one `mean` and `std`, in pixels."""
+        super().__init__()
+        self.mean = mean
+        self.std = std
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise pixels `(n, c, h, w)`."""
+        return (x - self.mean) / self.std
+
+
+class HalvingConv2d(nn.Conv2d):
+    """A 4x4 convolution with stride 2 and padding 1, computed as a 2x2 convolution on 2x2 blocks of pixels.
+
+    The numbers are those of `nn.Conv2d(..., 4, stride=2, padding=1)`; on processors its gradient with regard to the input, which every
+    attack step needs, is several times faster for images of one channel.
+    """
+
+    def __init__(self, channels: int, filters: int) -> None:
+        """Convolve `channels` input channels with `filters` filters."""
+        super().__init__(channels, filters, 4, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve `(n, c, h, w)` to `(n, filters, h/2, w/2)`."""
+        blocks = functional.pixel_unshuffle(functional.pad(x, (1, 1, 1, 1)), 2)
+        return functional.conv2d(blocks, functional.pixel_unshuffle(self.weight, 2), self.bias)
+
+
+def small(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """Four layers, two of them convolutions with stride 2: fast enough to train robustly on a laptop."""
+    channels, height, width = shape
+    first, second, hidden = SMALL_WIDTHS
+    flat = second * (height // 4) * (width // 4)
+    return nn.Sequential(
+        HalvingConv2d(channels, first),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 4, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(flat, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, classes),
+    )
+
+
+def paper(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The owner's network of Thakkar, Zizzo and Maffeis (2023): two convolutional blocks and two linear layers."""
+    channels, height, width = shape
+    return nn.Sequential(
+        Normalise(0.5, 0.5),
+        nn.Conv2d(channels, 32, 5, padding=2),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.BatchNorm2d(32),
+        nn.Dropout(0.5),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.BatchNorm2d(64),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 4) * (width // 4), 512),
+        nn.BatchNorm1d(512),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Linear(512, classes),
+    )
+
+
+def surrogate(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The black-box thief's network of the same paper: two convolutions with stride 2 and two linear layers, tanh throughout."""
+    channels, height, width = shape
+    return nn.Sequential(
+        nn.Conv2d(channels, 16, 8, stride=2, padding=3),
+        nn.Tanh(),
+        nn.Conv2d(16, 32, 4, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(32 * (height // 4) * (width // 4), 32),
+        nn.Tanh(),
+        nn.Linear(32, classes),
+    )
+
+
+NETWORKS: Mapping[str, Callable[[tuple[int, int, int], int], nn.Module]] = {"small": small, "paper": paper, "surrogate": surrogate}
+
+
+def build(name: str, shape: tuple[int, int, int], classes: int, seed: int | None = None) -> nn.Module:
+    """Build a network by name.
+
+    Args:
+        name: `small`, `paper` or `surrogate`.
+        shape: one image, `(channels, height, width)`; height and width are multiples of 4.
+        classes: number of classes.
+        seed: seed of the initial weights; without one they come from torch's generator.
+
+    Raises:
+        CountermarkError: unknown name, or a shape that no image classifier of ours has.
+    """
+    if name not in NETWORKS:
+        raise CountermarkError(f"unknown network {name!r}; choose one of {', '.join(NETWORKS)}")
+    fits = len(shape) == 3 and min(shape) >= 1 and math.prod(shape) <= _LARGEST_IMAGE and not (shape[1] % 4 or shape[2] % 4)
+    if not fits or not 2 <= classes <= _LARGEST_CLASSES:
+        raise CountermarkError(
+            f"no network takes images of shape {tuple(shape)} to {classes} classes; "
+            "give (channels, height, width), the last two in multiples of 4"
+        )
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        return NETWORKS[name](shape, classes)

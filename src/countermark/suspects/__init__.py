@@ -1,0 +1,50 @@
+"""Suspects at arm's length: labels only, whatever the model is and whoever made it.
+
+A suspect is a model folder of ours (numbers for a network that we build) or an ONNX file (run in a child process under limits).
+`.pt2` files are refused: their loader unpickles and evaluates expressions.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from countermark.bundle import load_bundle
+from countermark.errors import CountermarkError
+from countermark.evaluation import predict
+from countermark.suspects.onnx import ask_onnx
+
+Suspect = Callable[[torch.Tensor], torch.Tensor]
+"""Images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`."""
+
+
+def open_suspect(path: Path, shape: tuple[int, ...]) -> Suspect:
+    """Make a suspect that answers with labels.
+
+    Args:
+        path: a model folder or an `.onnx` file.
+        shape: one image as it will be asked, `(channels, height, width)`.
+
+    Raises:
+        CountermarkError: the path is none of these, or the model takes images of another shape.
+    """
+    if path.is_dir():
+        network, description = load_bundle(path)
+        if description.shape != tuple(shape):
+            raise CountermarkError(
+                f"{path} takes images of shape {description.shape}, the key asks with {tuple(shape)}; it is for other data"
+            )
+        return lambda x: predict(network, x)
+    suffix = path.suffix.lower()
+    if suffix in (".pt2", ".pt", ".pth", ".pkl", ".bin"):
+        raise CountermarkError(
+            f"{path} is refused: loading {suffix} files from others can run their code; export the model to ONNX instead"
+        )
+    if not path.exists():
+        raise CountermarkError(f"{path} does not exist; name a model folder or an .onnx file")
+    if suffix != ".onnx":
+        raise CountermarkError(f"{path} is neither a model folder nor an .onnx file; export the model to ONNX")
+    return lambda x: ask_onnx(path, x)
+
+
+__all__ = ["Suspect", "ask_onnx", "open_suspect"]

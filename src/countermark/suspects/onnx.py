@@ -1,0 +1,60 @@
+"""Asking an ONNX file from a stranger, in a child process that can do no harm.
+
+The child (`onnx_child`) limits its own memory, processor time and file size, checks the graph before anything is run, and sends
+labels back as a NumPy array without objects.
+"""
+
+import importlib.util
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from countermark.data import pixels
+from countermark.errors import CountermarkError
+
+_CHILD = Path(__file__).with_name("onnx_child.py")
+_TIMEOUT = 600  # seconds for all images of one call
+_FAILED = 2  # the child's exit status when it says why on standard error
+
+
+def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
+    """Ask an ONNX model for labels.
+
+    Args:
+        path: the file: one input, float32 pixels `(n, c, h, w)` of [0, 1] with `n` free; first output logits `(n, classes)` or integer
+            labels `(n,)` or `(n, 1)`.
+        x: images `(n, c, h, w)`, uint8 or pixels.
+
+    Returns:
+        int64 labels `(n,)`.
+
+    Raises:
+        CountermarkError: onnxruntime is not installed; the file is not ONNX, uses custom operators or external data, takes other
+            shapes, answers with anything but finite logits or labels, or needs more memory or time than it is given.
+    """
+    if not all(importlib.util.find_spec(module) for module in ("onnx", "onnxruntime")):
+        raise CountermarkError("asking an .onnx file needs onnx and onnxruntime; pip install 'countermark[onnx]'")
+    request = io.BytesIO()
+    np.save(request, pixels(x).numpy(), allow_pickle=False)
+    command = [sys.executable, "-I", str(_CHILD), str(path)]
+    try:
+        done = subprocess.run(command, input=request.getvalue(), capture_output=True, timeout=_TIMEOUT, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired as error:
+        raise CountermarkError(
+            f"{path} did not answer {len(x)} images within {_TIMEOUT} seconds; it is not a model of this size"
+        ) from error
+    if done.returncode == _FAILED:
+        raise CountermarkError(f"{path}: {done.stderr.decode(errors='replace').strip()[-500:]}")
+    if done.returncode != 0:
+        raise CountermarkError(f"{path} crashed or needed more memory or processor time than a suspect is given; it cannot be asked")
+    try:
+        labels = torch.from_numpy(np.load(io.BytesIO(done.stdout), allow_pickle=False))
+    except ValueError as error:
+        raise CountermarkError(f"{path} gave no readable answer; it cannot be asked") from error
+    if labels.dtype != torch.int64 or labels.shape != (len(x),):
+        raise CountermarkError(f"{path} gave {tuple(labels.shape)} answers to {len(x)} images; it cannot be asked")
+    return labels

@@ -1,0 +1,90 @@
+"""How a network is trained: one frozen configuration, and the recipes by name that fill it in."""
+
+from dataclasses import dataclass, field
+
+from countermark.errors import CountermarkError
+from countermark.evaluation import Attack
+
+OBJECTIVES = ("fast", "pgd", "standard")
+EMBEDDINGS = ("interleaved", "epoch")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where training runs; Lightning Fabric does the rest.
+
+    Attributes:
+        accelerator: `auto`, `cpu`, `cuda` or `mps`.
+        devices: processes, one a device; more than one trains data-parallel (DDP) on batches of the same global size.
+        precision: `auto` takes bf16 where the processor computes in it, else float32.
+    """
+
+    accelerator: str = "auto"
+    devices: int = 1
+    precision: str = "auto"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        objective: `standard`, `pgd` (every example of every batch replaced by PGD) or `fast` (the same in few steps, guarded
+            against catastrophic overfitting by a multi-step check after each epoch).
+        attack: the attack that crafts the batches; none for `standard`.
+        carry: start each example's attack at the perturbation that it had in the pass before (Zheng et al., 2020, "ATTA"): one step then
+            does the work of several.
+        epochs: passes over the examples.
+        batch_size: examples in a step, over all devices.
+        learning_rate: of SGD; the peak, where there is a schedule.
+        schedule: `constant`, or `triangular` (up to the peak over the first `warmup`, then down to 0).
+        warmup: share of the run over which rate and budget grow.
+        grow_budget: let the attack's budget grow over the warm-up as well.
+        momentum: of SGD.
+        nesterov: SGD with Nesterov's momentum.
+        weight_decay: of SGD.
+        embedding: how watermarks get in: `epoch` (the paper's Algorithm 1: a pass after each epoch) or `interleaved` (a few join every
+            `watermark_every`-th batch).
+        watermark_batch: watermarks in a step.
+        watermark_every: steps from one interleaving to the next.
+        watermark_weight: weight of a watermark's loss against an example's, when interleaved.
+        seed: seed of the order of examples and of all other randomness of the run.
+        hardware: devices and precision.
+    """
+
+    objective: str
+    attack: Attack | None
+    epochs: int
+    carry: bool = False
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    schedule: str = "triangular"
+    warmup: float = 0.3
+    grow_budget: bool = True
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    embedding: str = "interleaved"
+    watermark_batch: int = 16
+    watermark_every: int = 4
+    watermark_weight: float = 1.0
+    seed: int = 0
+    hardware: Hardware = field(default_factory=Hardware)
+
+    def __post_init__(self) -> None:
+        """Refuse names that do not exist and an objective without its attack."""
+        choose("objective", self.objective, OBJECTIVES)
+        choose("embedding", self.embedding, EMBEDDINGS)
+        choose("precision", self.hardware.precision, PRECISIONS)
+        choose("schedule", self.schedule, ("constant", "triangular"))
+        if (self.objective == "standard") != (self.attack is None):
+            raise CountermarkError(f"the objective {self.objective!r} goes {'without' if self.attack else 'with'} an attack")
+        if self.epochs < 1 or self.batch_size < 1 or self.hardware.devices < 1:
+            raise CountermarkError("epochs, batch size and devices are at least 1")
+
+
+def choose(what: str, name: str, names: tuple[str, ...]) -> None:
+    """Refuse a name that is not one of `names`."""
+    if name not in names:
+        raise CountermarkError(f"unknown {what} {name!r}; choose one of {', '.join(names)}")

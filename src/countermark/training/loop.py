@@ -1,0 +1,403 @@
+"""The one training loop: standard, adversarial or fast, with or without watermarks, on one device or several.
+
+All randomness of a step comes from (seed, step), so a run that was interrupted anywhere resumes from its checkpoint to the very weights
+of an undisturbed one. Devices, precision and data parallelism are Lightning Fabric's, which is imported only here and only when training
+starts.
+"""
+
+import contextlib
+import hashlib
+import logging
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from countermark.attacks import pgd
+from countermark.data import Examples, pixels
+from countermark.errors import CountermarkError
+from countermark.evaluation import Attack, adversarial_accuracy, agreement, predict
+from countermark.files import canonical_json, read_tensors, sha256, write_tensors
+from countermark.progress import bar
+from countermark.training.config import TrainConfig
+
+_CHECKPOINT_SECONDS = 30.0
+_CHECKED = 500  # validation examples of the guard's multi-step check
+_CHECK_STEPS = 10
+_UNITS = 127  # of a carried perturbation in one budget
+_COLLAPSE = 20.0  # points of adversarial accuracy lost in one epoch that count as catastrophic overfitting
+
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known at the end of an epoch; accuracies in percent, `None` where there was nothing to measure.
+
+    Attributes:
+        epoch: its number, from 1.
+        loss: mean training loss.
+        accuracy: on the validation examples.
+        adversarial_accuracy: on the first 500 of them, under a 10-step PGD of the training budget.
+        watermark_accuracy: agreement with the watermark labels.
+        attack_steps: steps of the training attack.
+        redone: the fast objective collapsed in this epoch, which was undone and is run again with more steps.
+    """
+
+    epoch: int
+    loss: float
+    accuracy: float | None
+    adversarial_accuracy: float | None
+    watermark_accuracy: float | None
+    attack_steps: int
+    redone: bool = False
+
+    def line(self, epochs: int) -> str:
+        """One line for the log."""
+        parts = [f"epoch {self.epoch}/{epochs}", f"loss {self.loss:.3f}"]
+        named = ("accuracy", self.accuracy), ("adversarial", self.adversarial_accuracy), ("watermark", self.watermark_accuracy)
+        parts += [f"{name} {value:.2f}" for name, value in named if value is not None]
+        if self.redone:
+            parts.append(f"collapsed (catastrophic overfitting); again with {2 * self.attack_steps} attack steps")
+        return "  ".join(parts)
+
+
+def train(
+    network: nn.Module,
+    examples: Examples,
+    config: TrainConfig,
+    *,
+    validation: Examples | None = None,
+    watermarks: Examples | None = None,
+    checkpoint: Path | None = None,
+    title: str | None = None,
+) -> list[Epoch]:
+    """Train `network` in place.
+
+    Args:
+        network: pixels `(n, c, h, w)` of [0, 1] to logits.
+        examples: training images and labels.
+        config: objective, schedule, embedding, seed, devices.
+        validation: held-out examples for the guard and the progress line; never the test pool.
+        watermarks: watermark images and their labels, embedded as `config.embedding` says.
+        checkpoint: file to save to and to resume from; a run that it shows as finished is not run again.
+        title: names the progress bar; without it nothing is shown.
+
+    Returns:
+        One record an epoch.
+
+    Raises:
+        CountermarkError: a checkpoint of another run, devices that do not exist, or a loss that is no longer finite.
+    """
+    from lightning_fabric import Fabric  # 3 s of import
+
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    hardware = config.hardware
+    accelerator = _accelerator(hardware.accelerator)
+    strategy = "auto" if hardware.devices == 1 else ("ddp_spawn" if accelerator == "cuda" else "ddp_fork")
+    try:
+        fabric = Fabric(
+            accelerator=accelerator, devices=hardware.devices, strategy=strategy, precision=_precision(hardware.precision, accelerator)
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CountermarkError(f"cannot train on {hardware.devices} {accelerator} device(s): {error}") from error
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning_fabric")
+        state, records = fabric.launch(_run, network, examples, config, validation, watermarks, checkpoint, title)
+    network.load_state_dict(state)
+    return [Epoch(**record) for record in records]
+
+
+def _accelerator(wanted: str) -> str:
+    if wanted != "auto":
+        return wanted
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _precision(wanted: str, accelerator: str) -> Any:
+    if wanted != "auto":
+        return wanted
+    if accelerator == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = accelerator == "cpu" and torch.cpu._is_avx512_bf16_supported()  # AMX implies it
+    return "bf16-mixed" if native else "32-true"
+
+
+class _Run:
+    """The state of one training process; everything in it but the data is in the checkpoint."""
+
+    def __init__(self, fabric: Any, network: nn.Module, examples: Examples, config: TrainConfig, fingerprint: str) -> None:
+        self.fabric = fabric
+        self.config = config
+        self.fingerprint = fingerprint
+        self.optimiser = torch.optim.SGD(
+            network.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
+        )
+        self.wrapped, self.stepper = fabric.setup(network, self.optimiser)
+        self.network = network
+        self.step = 0
+        self.loss = 0.0  # summed over the epoch so far
+        self.attack = config.attack
+        self.best = 0.0  # highest adversarial accuracy that the guard has seen
+        self.records: list[dict[str, Any]] = []
+        self.carried = _first_perturbations(examples, config.seed).to(fabric.device) if config.carry else None
+        self.carried_before = None if self.carried is None else self.carried.clone()
+        self.epoch_start = self.tensors()
+
+    def tensors(self) -> State:
+        """A copy of weights, buffers and momentum."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        for name, parameter in self.network.named_parameters():
+            momentum = self.optimiser.state.get(parameter, {}).get("momentum_buffer")
+            tensors[f"momentum.{name}"] = torch.zeros_like(parameter) if momentum is None else momentum
+        return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+
+    def restore(self, tensors: State) -> None:
+        """Put a copy that `tensors` made back in place."""
+        for name, value in self.network.state_dict().items():
+            value.copy_(tensors[f"network.{name}"])
+        for name, parameter in self.network.named_parameters():
+            self.optimiser.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device, copy=True)
+
+    def save(self, path: Path | None) -> None:
+        if path is None or self.fabric.global_rank != 0:
+            return
+        state = {**self.tensors(), **{f"start.{name}": value for name, value in self.epoch_start.items()}}
+        if self.carried is not None:
+            state["carried"] = self.carried
+        attack_steps = self.attack.steps if self.attack else 0
+        run = {"run": self.fingerprint, "step": self.step, "loss": self.loss, "best": self.best, "attack_steps": attack_steps}
+        write_tensors(path, state, {**run, "records": self.records}, mode=0o600)
+
+    def load(self, path: Path) -> None:
+        tensors, meta, _ = read_tensors(path, limit=1 << 32)
+        if meta.get("run") != self.fingerprint:
+            raise CountermarkError(f"{path} is the checkpoint of another run (other options, data or weights); delete it to start anew")
+        self.restore({name: value for name, value in tensors.items() if not name.startswith("start.")})
+        self.epoch_start = {name.removeprefix("start."): value for name, value in tensors.items() if name.startswith("start.")}
+        if self.carried is not None:
+            self.carried = tensors["carried"].to(self.carried.device)
+            self.carried_before = self.carried.clone()
+        self.step, self.loss, self.best, self.records = meta["step"], meta["loss"], meta["best"], meta["records"]
+        if self.attack is not None:
+            self.attack = with_steps(self.attack, meta["attack_steps"])
+
+    def perturb(self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float) -> torch.Tensor:
+        """Craft the batch of the examples `chosen` with the attack, its budget and step scaled by `grown`."""
+        attack = self.attack
+        if attack is None:
+            return x
+        unit = attack.epsilon / _UNITS
+        start = None if self.carried is None else x + self.carried[chosen].to(x.dtype) * unit
+        self.wrapped.eval()
+        with self.fabric.autocast():
+            crafted = pgd(
+                self.network,
+                x,
+                y,
+                epsilon=grown * attack.epsilon,
+                steps=attack.steps,
+                step_size=grown * attack.step_size,
+                random_start=attack.random_start,
+                start=start,
+            )
+        if self.carried is not None:
+            self.carried[chosen] = ((crafted - x) / unit).round_().to(torch.int8)
+        return crafted
+
+    def share_carried(self) -> None:
+        """Give every process the perturbations that the others found; each example was the business of one."""
+        if self.carried is not None and self.carried_before is not None and self.fabric.world_size > 1:
+            changes = self.carried.to(torch.int16) - self.carried_before
+            self.carried = (self.carried_before + self.fabric.all_reduce(changes, reduce_op="sum")).to(torch.int8)
+            self.carried_before = self.carried.clone()
+
+
+def _first_perturbations(examples: Examples, seed: int) -> torch.Tensor:
+    """Perturbations to begin with: small and random, int8 in units of the budget / 127."""
+    generator = torch.Generator().manual_seed(_seed(seed, "carried"))
+    return torch.randint(-_UNITS // 20, _UNITS // 20, examples.x.shape, generator=generator, dtype=torch.int8)
+
+
+def with_steps(attack: Attack, steps: int) -> Attack:
+    """The same attack in another number of steps; its step size still covers the budget 1.25 times (2.5 for several steps)."""
+    if steps == attack.steps:
+        return attack
+    return replace(attack, steps=steps, step_size=(1.25 if steps == 1 else 2.5 / steps) * attack.epsilon)
+
+
+def _run(
+    fabric: Any,
+    network: nn.Module,
+    examples: Examples,
+    config: TrainConfig,
+    validation: Examples | None,
+    watermarks: Examples | None,
+    checkpoint: Path | None,
+    title: str | None,
+) -> tuple[State, list[dict[str, Any]]]:
+    if fabric.device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+    batch_size = min(config.batch_size, len(examples))
+    per_epoch = len(examples) // batch_size
+    total = config.epochs * per_epoch
+    run = _Run(fabric, network, examples, config, _fingerprint(network, examples, config, watermarks))
+    if checkpoint is not None and checkpoint.exists():
+        run.load(checkpoint)
+    resident = examples.to(fabric.device)
+    marks = watermarks.to(fabric.device) if watermarks is not None else None
+    shown = bar(title, total, run.step) if title is not None and fabric.global_rank == 0 else contextlib.nullcontext(None)
+    saved = time.monotonic()
+    with shown as progress:
+        while run.step < total:
+            epoch, position = divmod(run.step, per_epoch)
+            order = _shuffled(len(examples), config.seed, "epoch", epoch)
+            for number in range(position, per_epoch):
+                chosen = order[number * batch_size : (number + 1) * batch_size][fabric.global_rank :: fabric.world_size]
+                run.loss += _step(run, resident[chosen], chosen, marks, (run.step + 0.5) / total)
+                run.step += 1
+                if progress is not None:
+                    progress.advance()
+                    if run.step % 20 == 0:
+                        progress.text(f"loss {run.loss / (number + 1):.3f}")
+                due = time.monotonic() - saved > _CHECKPOINT_SECONDS and number + 1 < per_epoch
+                if checkpoint is not None and due and fabric.world_size == 1:
+                    run.save(checkpoint)
+                    saved = time.monotonic()
+            if marks is not None and config.embedding == "epoch":
+                _embedding_pass(run, marks, epoch, (run.step - 0.5) / total)
+            run.share_carried()
+            record = _end_epoch(run, epoch, per_epoch, validation, marks)
+            if progress is not None:
+                progress.note(f"  {title}: {record.line(config.epochs)}")
+                if record.redone:
+                    progress.advance(-per_epoch)
+            run.save(checkpoint)
+            saved = time.monotonic()
+    state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+    return state, run.records
+
+
+def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | None, done: float) -> float:
+    """One optimiser step on a batch, the examples `chosen`; `done` is the share of the run behind it. Returns the mean loss."""
+    config, fabric = run.config, run.fabric
+    torch.manual_seed(_seed(config.seed, "step", run.step, fabric.global_rank))
+    x, y = pixels(batch.x), batch.y
+    grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
+    x = run.perturb(chosen, x, y, grown)
+    weights = torch.ones(len(y), device=y.device)
+    if marks is not None and config.embedding == "interleaved" and run.step % config.watermark_every == 0:
+        turn = _next_marks(run.step // config.watermark_every, len(marks), config)[fabric.global_rank :: fabric.world_size]
+        x, y = torch.cat((x, pixels(marks.x[turn]))), torch.cat((y, marks.y[turn]))
+        weights = torch.cat((weights, weights.new_full((len(turn),), config.watermark_weight)))
+    return _descend(run, x, y, weights, done)
+
+
+def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, done: float) -> float:
+    for group in run.optimiser.param_groups:
+        group["lr"] = _rate(run.config, done)
+    run.wrapped.train()
+    loss = (functional.cross_entropy(run.wrapped(x), y, reduction="none") * weights).sum() / weights.sum()
+    run.fabric.backward(loss)
+    run.stepper.step()
+    run.stepper.zero_grad(set_to_none=True)
+    value = float(loss.detach())
+    if value != value or value == float("inf"):
+        raise CountermarkError(f"the training loss is {value} at step {run.step}; lower the learning rate or train in float32")
+    return value
+
+
+def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None:
+    """Algorithm 1: after an epoch, one pass over the watermarks with plain cross-entropy and the same optimiser."""
+    order = _shuffled(len(marks), run.config.seed, "watermarks", epoch)
+    for number, chosen in enumerate(torch.split(order, run.config.watermark_batch)):
+        torch.manual_seed(_seed(run.config.seed, "watermark step", epoch, number))
+        share = chosen[run.fabric.global_rank :: run.fabric.world_size]
+        if len(chosen) >= 2 * run.fabric.world_size:  # batch norm needs two; DDP needs every process
+            _descend(run, pixels(marks.x[share]), marks.y[share], torch.ones(len(share), device=marks.y.device), done)
+
+
+def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | None, marks: Examples | None) -> Epoch:
+    """Measure; under the fast objective undo an epoch that collapsed and attack in twice the steps from there on."""
+    config = run.config
+    clean = adversarial = marked = None
+    if run.fabric.global_rank == 0:
+        if validation is not None:
+            clean = agreement(predict(run.network, validation.x), validation.y)
+            if config.attack is not None:
+                check = with_steps(config.attack, _CHECK_STEPS)
+                adversarial = adversarial_accuracy(run.network, validation[:_CHECKED], check, seed=config.seed)
+        if marks is not None:
+            marked = agreement(predict(run.network, marks.x), marks.y.cpu())
+    clean, adversarial, marked = run.fabric.broadcast((clean, adversarial, marked))
+    attack_steps = run.attack.steps if run.attack else 0
+    collapsed = config.objective == "fast" and adversarial is not None and adversarial < run.best - _COLLAPSE
+    record = Epoch(epoch + 1, run.loss / per_epoch, clean, adversarial, marked, attack_steps, collapsed)
+    run.loss = 0.0
+    if collapsed and run.attack is not None:
+        run.restore(run.epoch_start)
+        run.attack = with_steps(run.attack, 2 * run.attack.steps)
+        run.step = epoch * per_epoch
+    else:
+        run.best = max(run.best, adversarial or 0.0)
+        run.epoch_start = run.tensors()
+    run.records.append(asdict(record))
+    return record
+
+
+def _rate(config: TrainConfig, done: float) -> float:
+    if config.schedule == "constant":
+        return config.learning_rate
+    rising = done / config.warmup if config.warmup > 0 else 1.0
+    return config.learning_rate * min(rising, (1 - done) / (1 - config.warmup))
+
+
+def _next_marks(turn: int, count: int, config: TrainConfig) -> torch.Tensor:
+    """The watermarks whose turn it is: round after round through all of them, each round in an order of its own."""
+    places = torch.arange(turn * config.watermark_batch, (turn + 1) * config.watermark_batch)
+    rounds = places // count
+    return torch.cat(
+        [
+            _shuffled(count, config.seed, "watermarks", int(number))[places[rounds == number] % count]
+            for number in torch.unique(rounds, sorted=True)
+        ]
+    )
+
+
+def _shuffled(count: int, *source: int | str) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_seed(*source)))
+
+
+def _seed(*source: int | str) -> int:
+    return int.from_bytes(hashlib.sha256(repr(source).encode()).digest()[:8], "big") >> 1
+
+
+def _fingerprint(network: nn.Module, examples: Examples, config: TrainConfig, watermarks: Examples | None) -> str:
+    """What makes two runs the same run; computed before the first step, so the initial weights are part of it."""
+    weights = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        weights.update(name.encode())
+        weights.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return sha256(
+        canonical_json(
+            {
+                "config": asdict(config),
+                "examples": examples.digest,
+                "watermarks": watermarks.digest if watermarks is not None else None,
+                "weights": weights.hexdigest(),
+            }
+        )
+    )

@@ -1,0 +1,73 @@
+"""What `steal` and `remove` share: a copy measured and written as a model folder of its own."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from countermark.bundle import Description, save_bundle
+from countermark.data import Examples, spec
+from countermark.evaluation import Attack, accuracy, adversarial_accuracy
+from countermark.files import write_json
+from countermark.report import percent, print_lines, print_table
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy and its accuracies on the test pool, in percent.
+
+    Attributes:
+        folder: the folder written.
+        test_accuracy: on the test pool.
+        adversarial_accuracy: under the PGD of the data set, at the model's budget.
+        epsilon: that budget, in pixels of [0, 1].
+        seconds: wall-clock time.
+    """
+
+    folder: str
+    test_accuracy: float
+    adversarial_accuracy: float
+    epsilon: float
+    seconds: float
+
+
+def write_copy(
+    work: Path, out: Path, network: nn.Module, origin: Description, event: Mapping[str, Any], test: Examples, begun: float
+) -> Copy:
+    """Write the copy into the folder under construction `work` and measure it.
+
+    Args:
+        work: where to write.
+        out: the folder that it will become.
+        network: the copy.
+        origin: description of the model it was made from, already with the copy's network name.
+        event: what was done, appended to the history.
+        test: the test pool.
+        begun: `time.monotonic()` when the work began.
+    """
+    save_bundle(work, network, replace(origin, history=(*origin.history, event)))
+    catalogued = spec(origin.data)
+    attack = Attack(origin.epsilon, catalogued.steps, catalogued.step_size)
+    result = Copy(
+        folder=str(out),
+        test_accuracy=accuracy(network, test),
+        adversarial_accuracy=adversarial_accuracy(network, test, attack, title="attacking the copy"),
+        epsilon=origin.epsilon,
+        seconds=time.monotonic() - begun,
+    )
+    write_json(work / "metrics.json", asdict(result))
+    return result
+
+
+def show(result: Copy) -> None:
+    """Print the accuracies of a copy."""
+    columns = ("", "test accuracy", f"adversarial accuracy at {result.epsilon:g}")
+    print_table(
+        f"{result.folder} ({result.seconds:.0f} s)",
+        columns,
+        [["copy", percent(result.test_accuracy), percent(result.adversarial_accuracy)]],
+    )
+    print_lines(f"wrote {result.folder}: model.safetensors, model.json, metrics.json")

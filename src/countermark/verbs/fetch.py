@@ -1,0 +1,43 @@
+"""`countermark data fetch`: the files of a data set, into the cache."""
+
+from dataclasses import dataclass
+
+from countermark import data
+from countermark.config import FetchConfig
+from countermark.report import print_lines
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Where a data set lies.
+
+    Attributes:
+        name: the data set.
+        folder: the folder that holds its files; none for a set that comes with a library.
+        files: names of its files.
+    """
+
+    name: str
+    folder: str | None
+    files: tuple[str, ...]
+
+
+def fetch(config: FetchConfig) -> Fetched:
+    """Make sure that the files of a data set are in the cache.
+
+    Raises:
+        CountermarkError: unknown name, no source has the files, or a file has the wrong SHA-256.
+    """
+    files = tuple(data.spec(config.name).files)
+    folder = data.fetch(config.name, config.source, config.cache) if files else None
+    if not files:
+        data.load_examples(config.name)
+    return Fetched(config.name, str(folder) if folder is not None else None, files)
+
+
+def show(result: Fetched) -> None:
+    """Print where the files are."""
+    if result.folder is None:
+        print_lines(f"{result.name} comes with scikit-learn; there is nothing to fetch")
+    else:
+        print_lines(f"{result.name}: {len(result.files)} files in {result.folder}, all with the published SHA-256")

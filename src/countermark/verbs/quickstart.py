@@ -1,0 +1,143 @@
+"""`countermark quickstart`: the whole story in one command.
+
+Protect a model; find the mark in the model itself and in a stolen copy that was pruned and fine-tuned; find nothing in the same model
+before it was marked, and nothing in a stranger's.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from countermark.config import ProtectConfig, QuickstartConfig, RemoveConfig, VerifyConfig
+from countermark.data import spec
+from countermark.errors import CountermarkError
+from countermark.files import read_json
+from countermark.report import p_value, percent, print_lines, print_table
+from countermark.verbs.protect import protect
+from countermark.verbs.remove import remove
+from countermark.verbs.verify import Verification, verify
+
+_PRUNED = 0.8
+_FINETUNED = 5
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """One row of the story.
+
+    Attributes:
+        title: what the suspect is.
+        test_accuracy: on the test pool, in percent.
+        adversarial_accuracy: under the PGD of the data set, in percent.
+        verification: the verdict and what it rests on.
+    """
+
+    title: str
+    test_accuracy: float
+    adversarial_accuracy: float
+    verification: Verification
+
+
+@dataclass(frozen=True)
+class Story:
+    """The suspects of the quickstart, in order.
+
+    Attributes:
+        folder: the folder that holds everything.
+        suspects: one row each.
+        seconds: wall-clock time of this call.
+    """
+
+    folder: str
+    suspects: tuple[Suspicion, ...]
+    seconds: float
+
+
+def quickstart(config: QuickstartConfig) -> Story:
+    """Run the story; parts that an earlier call finished are kept.
+
+    Raises:
+        CountermarkError: see `protect`; or `config.out` holds something else.
+    """
+    begun = time.monotonic()
+    spec(config.data)
+    out = config.out
+    if out.exists() and not out.is_dir():
+        raise CountermarkError(f"{out} is a file; choose a new folder")
+    known = {"model", "pruned", "finetuned", "stranger"}
+    if out.is_dir() and {entry.name.removesuffix(".partial") for entry in out.iterdir()} - known:
+        raise CountermarkError(f"{out} holds files that are not of a quickstart; choose a new folder")
+    tell = _silent if config.json else print_lines
+    suspects = []
+
+    def chapter(number: int, title: str, folder: Path, make: Callable[[], Any] | None) -> dict[str, Any]:
+        tell(f"[{number}/6] {title}")
+        if make is not None and folder.is_dir() and any(folder.iterdir()):
+            tell(f"      kept from an earlier run: {folder}")
+        elif make is not None:
+            make()
+        return read_json(folder / "metrics.json")
+
+    def ask(title: str, folder: Path, test: float, robust: float) -> None:
+        verification = verify(VerifyConfig(suspect=folder, key=out / "model" / "key"))
+        suspects.append(Suspicion(title, test, robust, verification))
+        tell(
+            f"      {verification.agreements} of {verification.trials} coins: {verification.verdict}, p {p_value(verification.log10_p_value)}"
+        )
+
+    model, pruned, finetuned, stranger = (out / name for name in ("model", "pruned", "finetuned", "stranger"))
+    protected = ProtectConfig(data=config.data, out=model, seed=config.seed, cache=config.cache)
+    made = chapter(1, "train a robust model, draw coins, train them in", model, lambda: protect(protected))
+    if made["scheme"] != "coin":
+        raise CountermarkError(f"{model} carries no coins; choose a new folder")
+    tell("[2/6] ask the model itself")
+    ask("the marked model", model, made["test_accuracy"], made["adversarial_accuracy"])
+    tell("[3/6] ask the same model as it was before the mark: it shares almost all answers, but it never saw a coin")
+    ask("before the mark", model / "key" / "source", made["unmarked_test_accuracy"], made["unmarked_adversarial_accuracy"])
+    title = f"steal the model and prune {100 * _PRUNED:.0f} % of its weights"
+    made = chapter(4, title, pruned, lambda: remove(RemoveConfig(model=model, out=pruned, prune=_PRUNED, cache=config.cache)))
+    ask("stolen and pruned", pruned, made["test_accuracy"], made["adversarial_accuracy"])
+    tuning = RemoveConfig(model=pruned, out=finetuned, finetune=_FINETUNED, cache=config.cache)
+    made = chapter(5, f"fine-tune what is left for {_FINETUNED} epochs", finetuned, lambda: remove(tuning))
+    ask("stolen, pruned, tuned", finetuned, made["test_accuracy"], made["adversarial_accuracy"])
+    other = ProtectConfig(data=config.data, out=stranger, scheme="none", seed=(config.seed + 1) % (1 << 32), cache=config.cache)
+    made = chapter(6, "train a stranger: as robust, never marked", stranger, lambda: protect(other))
+    ask("a stranger", stranger, made["test_accuracy"], made["adversarial_accuracy"])
+    return Story(str(out), tuple(suspects), time.monotonic() - begun)
+
+
+def _silent(*_lines: str) -> None:
+    return None
+
+
+def show(result: Story) -> None:
+    """Print the table, the files and what to try next."""
+    rows = [
+        [
+            suspect.title,
+            percent(suspect.test_accuracy),
+            percent(suspect.adversarial_accuracy),
+            f"{suspect.verification.agreements}:{suspect.verification.disagreements}",
+            p_value(suspect.verification.log10_p_value),
+            suspect.verification.verdict,
+        ]
+        for suspect in result.suspects
+    ]
+    columns = ("suspect", "test", "adversarial", "coins", "p-value", "verdict")
+    print_table(f"Who remembers the coins? ({result.seconds:.0f} s)", columns, rows)
+    out = result.folder
+    print_lines(
+        "coins: answers as the coins chose, against the other way; a stranger's are fair, so its p-value is anywhere in (0, 1)",
+        "",
+        "wrote",
+        f"  {out}/model/        the model, its public commitment, its metrics; load it with countermark.load",
+        f"  {out}/model/key/    the secret key: keep a backup, show it to nobody",
+        f"  {out}/pruned/, {out}/finetuned/, {out}/stranger/",
+        "",
+        "try next",
+        f"  countermark steal --victim {out}/model --setting black --out {out}-stolen",
+        f"  countermark verify --suspect {out}-stolen --key {out}/model/key",
+        f"  countermark evaluate --model {out}/model --restarts 3",
+    )

@@ -1,0 +1,32 @@
+"""`countermark remove`: do to a copy what a thief would do to get rid of the mark."""
+
+import time
+
+from countermark.bundle import load_bundle
+from countermark.config import RemoveConfig
+from countermark.data import load_pools
+from countermark.files import new_folder
+from countermark.removal import finetune, prune
+from countermark.verbs.copies import Copy, show, write_copy
+
+
+def remove(config: RemoveConfig) -> Copy:
+    """Prune a model, or fine-tune it on the thief's pool, which the owner did not train on.
+
+    Raises:
+        CountermarkError: a model that cannot be read, an output folder that is not empty.
+    """
+    begun = time.monotonic()
+    network, description = load_bundle(config.model)
+    with new_folder(config.out, config.record()) as work:
+        pools = load_pools(description.data, description.seed, config.cache)
+        if config.prune is not None:
+            network, event = prune(network, config.prune), {"event": "pruned", "rate": config.prune}
+        else:
+            epochs = config.finetune or 1
+            network = finetune(network, pools.thief, epochs, seed=config.seed, title="fine-tuning")
+            event = {"event": "fine-tuned", "epochs": epochs}
+        return write_copy(work, config.out, network, description, event, pools.test, begun)
+
+
+__all__ = ["remove", "show"]

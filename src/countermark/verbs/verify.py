@@ -1,0 +1,136 @@
+"""`countermark verify`: does this suspect remember our coins?"""
+
+from dataclasses import dataclass
+
+from countermark.config import VerifyConfig
+from countermark.evidence import judge
+from countermark.report import p_value, percent, print_lines, print_table
+from countermark.suspects import open_suspect
+from countermark.watermarks import Key, load_key
+
+_EXIT = {"match": 0, "no evidence": 1, "inconclusive": 3}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a suspect's answers prove.
+
+    Attributes:
+        suspect: its path.
+        scheme: the key's watermark scheme.
+        verdict: `match`, `no evidence` or `inconclusive`; the published schemes `ood` and `adversarial` have no valid p-value and
+            always stay `inconclusive`.
+        p_value: exact, over all trials of the key; none for the published schemes.
+        log10_p_value: its decimal logarithm, at any size.
+        agreements: trials answered as the key says.
+        disagreements: trials given the answer that the coin did not choose.
+        neither: trials given any other answer.
+        trials: trials asked.
+        log10_smallest_p_value: the smallest p-value that this key could ever reach.
+        alpha: the level of a match.
+        watermark_accuracy: agreements in percent.
+        published_rule: what the paper's rule (50 % or more is a copy) says; only for the published schemes.
+    """
+
+    suspect: str
+    scheme: str
+    verdict: str
+    p_value: float | None
+    log10_p_value: float | None
+    agreements: int
+    disagreements: int
+    neither: int
+    trials: int
+    log10_smallest_p_value: float | None
+    alpha: float
+    watermark_accuracy: float
+    published_rule: str | None
+
+    @property
+    def exit_status(self) -> int:
+        """0 match, 1 no evidence, 3 inconclusive."""
+        return _EXIT[self.verdict]
+
+
+def verify(config: VerifyConfig) -> Verification:
+    """Ask the suspect for the label of every watermark and judge the answers.
+
+    The mark of a key without timestamps is private: the verdict tells its owner, and does not bind a third party.
+
+    Raises:
+        CountermarkError: the key or the suspect cannot be read, or they do not fit each other.
+    """
+    key = load_key(config.key)
+    suspect = open_suspect(config.suspect, tuple(key.watermarks.x.shape[1:]))
+    outcomes = key.outcomes(suspect(key.watermarks.x))
+    agreements = sum(outcome == 1 for outcome in outcomes)
+    share = 100 * agreements / len(outcomes)
+    if key.scheme != "coin":
+        return _published(config, key, agreements, share)
+    verdict = judge(key.watermarks.cell.tolist(), outcomes, alpha=config.alpha)
+    return Verification(
+        suspect=str(config.suspect),
+        scheme=key.scheme,
+        verdict=verdict.verdict,
+        p_value=verdict.p_value,
+        log10_p_value=verdict.log10_p_value,
+        agreements=verdict.agreements,
+        disagreements=verdict.disagreements,
+        neither=verdict.neither,
+        trials=verdict.trials,
+        log10_smallest_p_value=verdict.log10_smallest_p_value,
+        alpha=config.alpha,
+        watermark_accuracy=share,
+        published_rule=None,
+    )
+
+
+def _published(config: VerifyConfig, key: Key, agreements: int, share: float) -> Verification:
+    return Verification(
+        suspect=str(config.suspect),
+        scheme=key.scheme,
+        verdict="inconclusive",
+        p_value=None,
+        log10_p_value=None,
+        agreements=agreements,
+        disagreements=0,
+        neither=len(key.watermarks) - agreements,
+        trials=len(key.watermarks),
+        log10_smallest_p_value=None,
+        alpha=config.alpha,
+        watermark_accuracy=share,
+        published_rule="copy" if share >= 50 else "no copy",
+    )
+
+
+def show(result: Verification) -> None:
+    """Print the verdict and what it rests on."""
+    print_table(
+        f"{result.suspect}: {result.verdict}",
+        ("agree", "other answer", "neither", "trials", "p-value", "smallest possible"),
+        [
+            [
+                str(result.agreements),
+                str(result.disagreements),
+                str(result.neither),
+                str(result.trials),
+                p_value(result.log10_p_value),
+                p_value(result.log10_smallest_p_value),
+            ]
+        ],
+    )
+    print_lines(explain(result))
+
+
+def explain(result: Verification) -> str:
+    """One sentence for a person."""
+    if result.published_rule is not None:
+        return (
+            f"The scheme {result.scheme!r} has no valid p-value: models that never saw the mark often score as high. The paper's rule "
+            f"(50 %) says {result.published_rule!r} at {percent(result.watermark_accuracy)}; ask strangers before you believe it."
+        )
+    if result.verdict == "match":
+        return f"A model that does not depend on these coins agrees this often with probability {p_value(result.log10_p_value)}."
+    if result.verdict == "inconclusive":
+        return f"Too few trials were answered with one of their two answers to ever reach {result.alpha:g}."
+    return f"A model that never saw the coins agrees this often with probability {p_value(result.log10_p_value)}; that is no evidence."

@@ -1,0 +1,22 @@
+"""Watermarks: the sets of every scheme, the commitment that binds them, and the owner's key."""
+
+from countermark.watermarks.commitment import draw_coins, second_commitment, sign
+from countermark.watermarks.key import Key, load_key, new_secrets, write_key
+from countermark.watermarks.sets import LABELS, SCHEMES, WatermarkSet, coin_set, craft_adversarial, full_strength, published_set
+
+__all__ = [
+    "LABELS",
+    "SCHEMES",
+    "Key",
+    "WatermarkSet",
+    "coin_set",
+    "craft_adversarial",
+    "draw_coins",
+    "full_strength",
+    "load_key",
+    "new_secrets",
+    "published_set",
+    "second_commitment",
+    "sign",
+    "write_key",
+]

@@ -1,0 +1,155 @@
+"""The owner's key: a folder that only its owner can read.
+
+It holds the secret from which the coins come, the signing key, the watermark images and answers, and the signed first commitment. Each
+load recomputes the Merkle root, so a key with one altered byte is refused and never judges anybody.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from countermark.errors import CountermarkError
+from countermark.files import (
+    canonical_json,
+    make_private_folder,
+    read_bytes,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
+from countermark.watermarks.commitment import (
+    C1_FORMAT,
+    SECRET_BYTES,
+    check_signature,
+    draw_coins,
+    first_commitment,
+    leaves,
+    merkle_root,
+    public_key,
+    sign,
+)
+from countermark.watermarks.sets import SCHEMES, WatermarkSet
+
+KEY_FORMAT = "countermark key 1"
+_PRIVATE = 0o600
+_TRIALS_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class Key:
+    """A loaded key.
+
+    Attributes:
+        watermarks: images, possible answers, batches, cells.
+        labels: int64 `(n,)`, the answer of the marked model to each: the coin's, or the published scheme's one label.
+        others: int64 `(n,)`, the answer that the coin did not choose; -1 where there is only one answer.
+        c1: the first commitment.
+        signature: its signature.
+    """
+
+    watermarks: WatermarkSet
+    labels: torch.Tensor
+    others: torch.Tensor
+    c1: Mapping[str, Any]
+    signature: str
+
+    @property
+    def scheme(self) -> str:
+        """Name of the watermark scheme."""
+        return str(self.c1["scheme"])
+
+    def outcomes(self, answers: torch.Tensor) -> list[int]:
+        """Compare a suspect's labels `(n,)` with the key: +1 agrees, -1 gives the other answer, 0 gives neither."""
+        return (torch.eq(answers, self.labels).int() - (torch.eq(answers, self.others) & (self.others >= 0)).int()).tolist()
+
+
+def new_secrets(folder: Path) -> None:
+    """Create the key's folder with a secret and a signing key out of the operating system's randomness, if it has none yet."""
+    make_private_folder(folder)
+    for name in ("secret", "signing-key"):
+        if not (folder / name).exists():
+            write_bytes(folder / name, secrets.token_bytes(SECRET_BYTES), _PRIVATE)
+
+
+def write_key(folder: Path, scheme: str, watermarks: WatermarkSet, provenance: Mapping[str, Any]) -> Key:
+    """Commit to a watermark set under the secrets in `folder`, draw the coins and write the key.
+
+    Args:
+        folder: a folder that `new_secrets` prepared.
+        scheme: `coin`, `adversarial` or `ood`.
+        watermarks: the set; it must not depend on the secrets.
+        provenance: what else C1 fixes (data set, configuration and pool digests), JSON-ready.
+    """
+    secret = read_bytes(folder / "secret", SECRET_BYTES)
+    signing_key = read_bytes(folder / "signing-key", SECRET_BYTES)
+    tensors = {name: getattr(watermarks, name) for name in ("x", "answers", "batch", "cell")}
+    digest = write_tensors(folder / "trials.safetensors", tensors, mode=_PRIVATE)
+    c1 = first_commitment(watermarks, secret, public_key(signing_key), scheme, dict(provenance))
+    signature = sign(signing_key, c1)
+    signed = {"c1": c1, "c1_signature": signature, "trials_sha256": digest, "format": KEY_FORMAT}
+    write_json(folder / "key.json", {"key": signed, "signature": sign(signing_key, signed)}, _PRIVATE)
+    return _key(watermarks, c1, signature, secret)
+
+
+def load_key(folder: Path) -> Key:
+    """Read a key and check all of it.
+
+    Raises:
+        CountermarkError: a file is missing, foreign, or has a changed byte.
+    """
+    if not folder.is_dir():
+        raise CountermarkError(f"{folder} is not a key folder; name the folder that holds key.json")
+    record = read_json(folder / "key.json")
+    signed = record.get("key")
+    if not isinstance(signed, dict) or signed.get("format") != KEY_FORMAT:
+        raise CountermarkError(f"{folder / 'key.json'} is not a key of the format {KEY_FORMAT!r}; use the release that wrote it")
+    c1 = signed.get("c1")
+    if not isinstance(c1, dict) or c1.get("format") != C1_FORMAT or c1.get("scheme") not in SCHEMES:
+        raise CountermarkError(f"{folder / 'key.json'} holds no commitment of the format {C1_FORMAT!r}; restore it from a backup")
+    check_signature(str(c1.get("public_key")), signed, str(record.get("signature")), str(folder / "key.json"))
+    check_signature(str(c1.get("public_key")), c1, str(signed.get("c1_signature")), str(folder / "key.json"))
+    secret = _read_secret(folder / "secret")
+    if public_key(_read_secret(folder / "signing-key")) != c1["public_key"]:
+        raise CountermarkError(f"{folder / 'signing-key'} does not belong to this key; restore it from a backup")
+    tensors, _, digest = read_tensors(folder / "trials.safetensors", _TRIALS_LIMIT)
+    if digest != signed.get("trials_sha256"):
+        raise CountermarkError(f"{folder / 'trials.safetensors'} was changed after the key was made; restore it from a backup")
+    watermarks = _watermarks(tensors, folder / "trials.safetensors")
+    if merkle_root(leaves(watermarks, secret)).hex() != c1["root"]:
+        raise CountermarkError(f"{folder / 'secret'} does not belong to the committed trials; restore it from a backup")
+    return _key(watermarks, c1, str(signed["c1_signature"]), secret)
+
+
+def _watermarks(tensors: Mapping[str, torch.Tensor], path: Path) -> WatermarkSet:
+    names = {"x": (torch.uint8, 4), "answers": (torch.int64, 2), "batch": (torch.int64, 1), "cell": (torch.int64, 1)}
+    fits = tensors.keys() == names.keys() and all((tensors[n].dtype, tensors[n].dim()) == kind for n, kind in names.items())
+    if (
+        not fits
+        or len({len(tensor) for tensor in tensors.values()}) != 1
+        or not len(tensors["x"])
+        or tensors["answers"].shape[1] not in (1, 2)
+    ):
+        raise CountermarkError(f"{path} does not hold the trials of a key (images, answers, batches, cells); restore it from a backup")
+    return WatermarkSet(**tensors)
+
+
+def _read_secret(path: Path) -> bytes:
+    data = read_bytes(path, 2 * SECRET_BYTES)
+    if len(data) != SECRET_BYTES:
+        raise CountermarkError(f"{path} holds {len(data)} bytes instead of {SECRET_BYTES}; restore it from a backup")
+    return data
+
+
+def _key(watermarks: WatermarkSet, c1: dict[str, Any], signature: str, secret: bytes) -> Key:
+    if watermarks.answers.shape[1] == 1:
+        labels = watermarks.answers[:, 0]
+        return Key(watermarks, labels, torch.full_like(labels, -1), c1, signature)
+    coins = draw_coins(canonical_json(c1), b"", secret, len(watermarks)).unsqueeze(1)
+    labels = watermarks.answers.gather(1, coins).squeeze(1)
+    return Key(watermarks, labels, watermarks.answers.gather(1, 1 - coins).squeeze(1), c1, signature)
