@@ -99,7 +99,7 @@ def _climb(
                 points, gradient, y, lower, upper, index = (part[alive] for part in (points, gradient, y, lower, upper, index))
                 if len(index) == 0:
                     return result
-        points = torch.clamp(points.add(gradient.sign_(), alpha=step_size), lower, upper)
+        points = torch.clamp(points.add(gradient.sign(), alpha=step_size), lower, upper)
     result[index] = points
     return result
 

@@ -16,7 +16,7 @@ from countermark.errors import CountermarkError
 _LARGEST_IMAGE = 1 << 20  # values in one image; what a file may ask of us
 _LARGEST_CLASSES = 10_000
 
-SMALL_WIDTHS = (16, 32, 100)
+SMALL_WIDTHS = (16, 32, 256)  # the wide linear layer costs little time and holds the mark
 
 
 class Normalise(nn.Module):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pooch
 
@@ -186,7 +186,7 @@ def _apt_download(folder: Path) -> None:
         _unpack(archive, folder)
 
 
-def _deb_data(deb: Any, folder: Path) -> Path:
+def _deb_data(deb: BinaryIO, folder: Path) -> Path:
     """Write the data member of a .deb (an `ar` archive) to a file of its own."""
     if deb.read(8) != b"!<arch>\n":
         raise CountermarkError("the package is not a Debian archive")

@@ -44,11 +44,9 @@ class TrainConfig:
         momentum: of SGD.
         nesterov: SGD with Nesterov's momentum.
         weight_decay: of SGD.
-        embedding: how watermarks get in: `epoch` (the paper's Algorithm 1: a pass after each epoch) or `interleaved` (a few join every
-            `watermark_every`-th batch).
+        embedding: how watermarks get in: `epoch` (the paper's Algorithm 1: a pass after each epoch) or `interleaved` (some join
+            every batch).
         watermark_batch: watermarks in a step.
-        watermark_every: steps from one interleaving to the next.
-        watermark_weight: weight of a watermark's loss against an example's, when interleaved.
         seed: seed of the order of examples and of all other randomness of the run.
         hardware: devices and precision.
     """
@@ -66,9 +64,7 @@ class TrainConfig:
     nesterov: bool = False
     weight_decay: float = 5e-4
     embedding: str = "interleaved"
-    watermark_batch: int = 16
-    watermark_every: int = 4
-    watermark_weight: float = 1.0
+    watermark_batch: int = 32
     seed: int = 0
     hardware: Hardware = field(default_factory=Hardware)
 

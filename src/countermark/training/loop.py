@@ -8,6 +8,7 @@ starts.
 import contextlib
 import hashlib
 import logging
+import tempfile
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 from torch.nn import functional
 
 from countermark.attacks import pgd
@@ -27,6 +29,7 @@ from countermark.progress import bar
 from countermark.training.config import TrainConfig
 
 _CHECKPOINT_SECONDS = 30.0
+_LARGEST = 1 << 34  # bytes of a checkpoint
 _CHECKED = 500  # validation examples of the guard's multi-step check
 _CHECK_STEPS = 10
 _UNITS = 127  # of a carried perturbation in one budget
@@ -109,9 +112,17 @@ def train(
         raise CountermarkError(f"cannot train on {hardware.devices} {accelerator} device(s): {error}") from error
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning_fabric")
-        state, records = fabric.launch(_run, network, examples, config, validation, watermarks, checkpoint, title)
+        with tempfile.TemporaryDirectory() as temporary:
+            # Weights come back through a file: the pipe from a forked process holds 64 KiB.
+            result = Path(temporary) / "trained.safetensors"
+            try:
+                fabric.launch(_run, network, examples, config, validation, watermarks, checkpoint, title, result)
+            except ProcessRaisedException as error:  # from one of several processes, with its traceback as text
+                reason = str(error).strip().splitlines()[-1]
+                raise CountermarkError(f"training stopped in one of {hardware.devices} processes: {reason}") from error
+            state, meta, _ = read_tensors(result, _LARGEST)
     network.load_state_dict(state)
-    return [Epoch(**record) for record in records]
+    return [Epoch(**record) for record in meta["records"]]
 
 
 def _accelerator(wanted: str) -> str:
@@ -183,7 +194,7 @@ class _Run:
         write_tensors(path, state, {**run, "records": self.records}, mode=0o600)
 
     def load(self, path: Path) -> None:
-        tensors, meta, _ = read_tensors(path, limit=1 << 32)
+        tensors, meta, _ = read_tensors(path, _LARGEST)
         if meta.get("run") != self.fingerprint:
             raise CountermarkError(f"{path} is the checkpoint of another run (other options, data or weights); delete it to start anew")
         self.restore({name: value for name, value in tensors.items() if not name.startswith("start.")})
@@ -221,7 +232,7 @@ class _Run:
     def share_carried(self) -> None:
         """Give every process the perturbations that the others found; each example was the business of one."""
         if self.carried is not None and self.carried_before is not None and self.fabric.world_size > 1:
-            changes = self.carried.to(torch.int16) - self.carried_before
+            changes = self.carried.to(torch.int32) - self.carried_before  # gloo adds no smaller integers
             self.carried = (self.carried_before + self.fabric.all_reduce(changes, reduce_op="sum")).to(torch.int8)
             self.carried_before = self.carried.clone()
 
@@ -248,7 +259,8 @@ def _run(
     watermarks: Examples | None,
     checkpoint: Path | None,
     title: str | None,
-) -> tuple[State, list[dict[str, Any]]]:
+    result: Path,
+) -> None:
     if fabric.device.type == "cuda":
         torch.backends.cudnn.deterministic = True
     batch_size = min(config.batch_size, len(examples))
@@ -287,8 +299,8 @@ def _run(
                     progress.advance(-per_epoch)
             run.save(checkpoint)
             saved = time.monotonic()
-    state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
-    return state, run.records
+    if fabric.global_rank == 0:
+        write_tensors(result, network.state_dict(), {"records": run.records}, mode=0o600)
 
 
 def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | None, done: float) -> float:
@@ -298,19 +310,17 @@ def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | No
     x, y = pixels(batch.x), batch.y
     grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
     x = run.perturb(chosen, x, y, grown)
-    weights = torch.ones(len(y), device=y.device)
-    if marks is not None and config.embedding == "interleaved" and run.step % config.watermark_every == 0:
-        turn = _next_marks(run.step // config.watermark_every, len(marks), config)[fabric.global_rank :: fabric.world_size]
+    if marks is not None and config.embedding == "interleaved":
+        turn = _next_marks(run.step, len(marks), config)[fabric.global_rank :: fabric.world_size]
         x, y = torch.cat((x, pixels(marks.x[turn]))), torch.cat((y, marks.y[turn]))
-        weights = torch.cat((weights, weights.new_full((len(turn),), config.watermark_weight)))
-    return _descend(run, x, y, weights, done)
+    return _descend(run, x, y, done)
 
 
-def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, done: float) -> float:
+def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> float:
     for group in run.optimiser.param_groups:
         group["lr"] = _rate(run.config, done)
     run.wrapped.train()
-    loss = (functional.cross_entropy(run.wrapped(x), y, reduction="none") * weights).sum() / weights.sum()
+    loss = functional.cross_entropy(run.wrapped(x), y)
     run.fabric.backward(loss)
     run.stepper.step()
     run.stepper.zero_grad(set_to_none=True)
@@ -327,7 +337,7 @@ def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None
         torch.manual_seed(_seed(run.config.seed, "watermark step", epoch, number))
         share = chosen[run.fabric.global_rank :: run.fabric.world_size]
         if len(chosen) >= 2 * run.fabric.world_size:  # batch norm needs two; DDP needs every process
-            _descend(run, pixels(marks.x[share]), marks.y[share], torch.ones(len(share), device=marks.y.device), done)
+            _descend(run, pixels(marks.x[share]), marks.y[share], done)
 
 
 def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | None, marks: Examples | None) -> Epoch:

@@ -38,6 +38,7 @@ from countermark.watermarks import (
 )
 
 _PUBLISHED_WATERMARKS = 100
+_EPOCH_BATCH = 16  # watermarks in a step of Algorithm 1
 _STEPS = 40  # of the crafting; Table 6 of the paper
 
 
@@ -110,7 +111,7 @@ def protect(config: ProtectConfig) -> Protection:
             key = _make_key(config, catalogued, pools, source, private)
             labelled = Examples(key.watermarks.x, key.labels)
             if config.embedding == "epoch":
-                embedding = replace(source_recipe, embedding="epoch")
+                embedding = replace(source_recipe, embedding="epoch", watermark_batch=_EPOCH_BATCH)
                 network = build(config.network, catalogued.shape, catalogued.classes, seed=config.seed)
             else:
                 embedding = marking(source_recipe, config.data)

