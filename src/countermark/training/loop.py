@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessRaisedException
 from torch.nn import functional
 
 from countermark.attacks import pgd

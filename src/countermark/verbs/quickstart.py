@@ -83,6 +83,7 @@ def quickstart(config: QuickstartConfig) -> Story:
     def ask(title: str, folder: Path, test: float, robust: float) -> None:
         verification = verify(VerifyConfig(suspect=folder, key=out / "model" / "key"))
         suspects.append(Suspicion(title, test, robust, verification))
+        found = verification.verdict
         tell(f"      {verification.agreements} of {verification.trials} coins: {found}, p {p_value(verification.log10_p_value)}")
 
     model, pruned, finetuned, stranger = (out / name for name in ("model", "pruned", "finetuned", "stranger"))
