@@ -177,10 +177,11 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
     except OSError as error:
         raise CountermarkError(f"cannot create {path}: {error.strerror}; choose a folder that you can write to") from error
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CountermarkError(f"another process is writing {partial}; wait for it or choose another folder") from error
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise CountermarkError(f"another process is writing {partial}; wait for it or choose another folder") from error
+    try:
         config = partial / "config.json"
         if not config.exists():
             write_bytes(config, record)

@@ -113,6 +113,8 @@ def check_signature(public: str, value: Any, signature: str, origin: str) -> Non
         CountermarkError: it is not that of `value` under this public key.
     """
     try:
+        if signature != signature.lower():
+            raise ValueError("a second spelling of the same signature")
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(bytes.fromhex(signature), canonical_json(value))
     except (InvalidSignature, ValueError, TypeError) as error:
         raise CountermarkError(f"{origin}: the signature does not fit the content, which was changed; restore it from a backup") from error

@@ -1,0 +1,388 @@
+"""The command line as a user meets it: JSON, exit statuses, one-line errors, nothing half-written."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from countermark import cli, config
+from countermark.bundle import load, load_bundle, save_bundle
+from countermark.data import CATALOG
+from countermark.models import NETWORKS
+from countermark.training import EMBEDDINGS, OBJECTIVES, loop
+from countermark.verbs.steal import SETTINGS
+from countermark.watermarks import LABELS, SCHEMES, load_key
+from countermark.watermarks import key as key_module
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def ask(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, object]]:
+    status, out, _ = run(capsys, *arguments, "--json")
+    assert out.count("\n") == 1
+    return status, json.loads(out)
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    line = err.rstrip("\n").split("\n")[-1]
+    assert line.startswith("countermark: ")
+    assert "Traceback" not in err
+    return line
+
+
+def test_protect_writes_what_it_promises(owner: Path) -> None:
+    assert {path.name for path in owner.iterdir()} == {
+        "model.safetensors",
+        "model.json",
+        "key",
+        "commitment.json",
+        "metrics.json",
+        "config.json",
+    }
+    assert stat.S_IMODE((owner / "key").stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (owner / "key").iterdir() if path.is_file()} == {0o600}
+    metrics = json.loads((owner / "metrics.json").read_text())
+    assert metrics["watermark_accuracy"] >= 98
+    assert metrics["test_accuracy"] > 95
+    assert metrics["adversarial_accuracy"] > 70
+    assert metrics["unmarked_watermark_accuracy"] < 70
+    assert not list(owner.parent.glob("*.partial"))
+
+
+def test_verdicts_and_exit_statuses(owner: Path, stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found = ask(capsys, "verify", "--suspect", owner, "--key", owner / "key")
+    assert (status, found["verdict"]) == (0, "match")
+    assert found["agreements"] + found["disagreements"] + found["neither"] == found["trials"] == 160  # type: ignore[operator]
+    assert found["log10_smallest_p_value"] == pytest.approx(-160 * np.log10(2))
+    assert found["log10_p_value"] == pytest.approx(np.log10(found["p_value"]))
+    for innocent in (stranger, owner / "key" / "source"):
+        status, found = ask(capsys, "verify", "--suspect", innocent, "--key", owner / "key")
+        assert (status, found["verdict"]) == (1, "no evidence")
+        assert 1e-6 < found["p_value"] < 1  # type: ignore[operator]
+
+
+def test_a_suspect_that_gives_neither_answer_is_inconclusive(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("ReduceMin", ["f"], ["m"], axes=[1], keepdims=0),
+        helper.make_node("Cast", ["m"], ["i"], to=TensorProto.INT64),
+        helper.make_node("Add", ["i", "c"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "nine",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1, 8, 8])],
+        [helper.make_tensor_value_info("y", TensorProto.INT64, None)],
+        [numpy_helper.from_array(np.array(77), "c")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(tmp_path / "nine.onnx"))
+    status, found = ask(capsys, "verify", "--suspect", tmp_path / "nine.onnx", "--key", owner / "key")
+    assert (status, found["verdict"], found["neither"], found["p_value"]) == (3, "inconclusive", 160, 1.0)
+
+
+def test_evaluate_measures_what_protect_measured(owner: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = json.loads((owner / "metrics.json").read_text())
+    status, found = ask(capsys, "evaluate", "--model", owner)
+    assert status == 0
+    for name in ("test_accuracy", "adversarial_accuracy", "watermark_accuracy"):
+        assert found[name] == metrics[name]
+    assert found["seconds"] > 0  # type: ignore[operator]
+    _, weak = ask(capsys, "evaluate", "--model", owner, "--epsilon", "0.02", "--steps", "3")
+    assert weak["adversarial_accuracy"] > found["adversarial_accuracy"]  # type: ignore[operator]
+
+
+def test_theft_and_removal(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, white = ask(capsys, "steal", "--victim", owner, "--setting", "white", "--out", tmp_path / "white")
+    assert white["folder"] == str(tmp_path / "white")
+    assert (tmp_path / "white" / "model.safetensors").read_bytes() == (owner / "model.safetensors").read_bytes()
+    assert not (tmp_path / "white" / "key").exists()
+    ask(capsys, "remove", "--model", tmp_path / "white", "--prune", 0.5, "--out", tmp_path / "pruned")
+    weight = load(tmp_path / "pruned")[0].weight
+    assert float((weight == 0).double().mean()) == 0.5
+    assert ask(capsys, "verify", "--suspect", tmp_path / "pruned", "--key", owner / "key")[0] == 0
+    _, tuned = ask(capsys, "remove", "--model", tmp_path / "pruned", "--finetune", 3, "--out", tmp_path / "tuned")
+    assert tuned["test_accuracy"] > 90  # type: ignore[operator]
+    assert ask(capsys, "verify", "--suspect", tmp_path / "tuned", "--key", owner / "key")[0] == 0
+    history = json.loads((tmp_path / "tuned" / "model.json").read_text())["history"]
+    assert [event["event"] for event in history] == ["trained", "marked", "stolen", "pruned", "fine-tuned"]
+
+
+def test_black_box_theft_sees_labels_only(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, stolen = ask(capsys, "steal", "--victim", owner, "--setting", "black", "--queries", 1000, "--out", tmp_path / "black")
+    assert status == 0
+    assert stolen["test_accuracy"] > 60  # type: ignore[operator]
+    description = json.loads((tmp_path / "black" / "model.json").read_text())
+    assert description["network"] == "surrogate"
+    assert description["history"][-1]["queries"] == 1000
+    assert ask(capsys, "verify", "--suspect", tmp_path / "black", "--key", owner / "key")[0] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--scheme", "ood"],
+        ["--scheme", "adversarial", "--watermark-step-size", "0.01", "--labels", "source"],
+        ["--scheme", "ood", "--embedding", "epoch", "--objective", "standard"],
+    ],
+)
+def test_published_schemes(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "published"
+    _, made = ask(capsys, "protect", "--data", "digits", "--epochs", 4, "--out", out, *options)
+    assert made["trials"] == 100
+    status, found = ask(capsys, "verify", "--suspect", out, "--key", out / "key")
+    assert (status, found["verdict"], found["p_value"]) == (3, "inconclusive", None)
+    assert found["watermark_accuracy"] == made["watermark_accuracy"]
+    assert found["published_rule"] == ("copy" if found["watermark_accuracy"] >= 50 else "no copy")  # type: ignore[operator]
+
+
+def test_tables_are_printed_without_json(owner: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "verify", "--suspect", owner, "--key", owner / "key")
+    assert status == 0
+    assert "match" in out
+    assert "smallest possible" in out
+    assert run(capsys, "plan", "--p", "1e-9")[1].startswith("69 trials")
+
+
+BAD = {
+    "unknown data": ["protect", "--data", "cifar", "--out", "{new}"],
+    "unknown network": ["protect", "--data", "digits", "--network", "resnet", "--out", "{new}"],
+    "unknown scheme": ["protect", "--data", "digits", "--scheme", "magic", "--out", "{new}"],
+    "unknown objective": ["protect", "--data", "digits", "--objective", "magic", "--out", "{new}"],
+    "unknown embedding": ["protect", "--data", "digits", "--embedding", "magic", "--out", "{new}"],
+    "unknown labels": ["protect", "--data", "digits", "--labels", "magic", "--out", "{new}"],
+    "unknown precision": ["protect", "--data", "digits", "--precision", "fp4", "--out", "{new}"],
+    "unknown device": ["protect", "--data", "digits", "--accelerator", "abacus", "--out", "{new}"],
+    "budget 0": ["protect", "--data", "digits", "--epsilon", "0", "--out", "{new}"],
+    "budget 1": ["protect", "--data", "digits", "--epsilon", "1", "--out", "{new}"],
+    "budget 8 of 255": ["protect", "--data", "digits", "--epsilon", "8", "--out", "{new}"],
+    "budget nan": ["protect", "--data", "digits", "--epsilon", "nan", "--out", "{new}"],
+    "watermark below training": ["protect", "--data", "digits", "--watermark-epsilon", "0.05", "--out", "{new}"],
+    "no epochs": ["protect", "--data", "digits", "--epochs", "0", "--out", "{new}"],
+    "negative seed": ["protect", "--data", "digits", "--seed", "-1", "--out", "{new}"],
+    "non-empty folder": ["protect", "--data", "digits", "--out", "{full}"],
+    "folder is a file": ["protect", "--data", "digits", "--out", "{file}"],
+    "folder cannot be made": ["protect", "--data", "digits", "--out", "{file}/below"],
+    "no model": ["evaluate", "--model", "{empty}"],
+    "model is a file": ["evaluate", "--model", "{file}"],
+    "no key": ["verify", "--suspect", "{owner}", "--key", "{empty}"],
+    "no suspect": ["verify", "--suspect", "{new}", "--key", "{owner}/key"],
+    "pt2 suspect": ["verify", "--suspect", "{pt2}", "--key", "{owner}/key"],
+    "alpha": ["verify", "--suspect", "{owner}", "--key", "{owner}/key", "--alpha", "2"],
+    "unknown setting": ["steal", "--victim", "{owner}", "--setting", "grey", "--out", "{new}"],
+    "no victim": ["steal", "--victim", "{empty}", "--setting", "white", "--out", "{new}"],
+    "no queries": ["steal", "--victim", "{owner}", "--setting", "black", "--queries", "0", "--out", "{new}"],
+    "both removals": ["remove", "--model", "{owner}", "--prune", "0.5", "--finetune", "2", "--out", "{new}"],
+    "neither removal": ["remove", "--model", "{owner}", "--out", "{new}"],
+    "prune all": ["remove", "--model", "{owner}", "--prune", "1", "--out", "{new}"],
+    "removal into a full folder": ["remove", "--model", "{owner}", "--prune", "0.5", "--out", "{full}"],
+    "fetch unknown": ["data", "fetch", "cifar"],
+    "fetch nothing": ["data", "fetch"],
+    "data what": ["data", "drop", "mnist"],
+    "fetch from an empty folder": ["data", "fetch", "mnist", "--source", "{empty}", "--cache", "{new}"],
+    "plan": ["plan", "--agreement", "0.5"],
+    "no verb": [],
+    "unknown verb": ["destroy"],
+    "unknown option": ["verify", "--suspekt", "x", "--key", "y"],
+    "missing option": ["verify", "--suspect", "x"],
+    "not a number": ["protect", "--data", "digits", "--epsilon", "much", "--out", "{new}"],
+    "quickstart in a folder of something else": ["quickstart", "--data", "digits", "--out", "{full}"],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(name: str, owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("keep")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "model.pt2").write_bytes(b"PK")
+    places = {place: tmp_path / place for place in ("full", "empty", "file", "new")} | {"owner": owner, "pt2": tmp_path / "model.pt2"}
+    before = sorted(tmp_path.rglob("*"))
+    line = fails(capsys, *(argument.format(**places) for argument in BAD[name]))
+    assert len(line) > 30
+    left = [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.name not in ("mnist", "new")]
+    assert left == []
+    assert (tmp_path / "full" / "precious").read_text() == "keep"
+
+
+def test_nan_weights_of_a_suspect(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, description = load_bundle(owner)
+    model[0].weight.data[0] = float("nan")
+    save_bundle(tmp_path, model, description)
+    assert "finite" in fails(capsys, "verify", "--suspect", tmp_path, "--key", owner / "key")
+
+
+def test_a_key_of_another_data_set(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from countermark.bundle import Description
+    from countermark.models import build
+
+    save_bundle(tmp_path, build("small", (1, 28, 28), 10, seed=0), Description("small", (1, 28, 28), 10, "mnist", 0.25, 0))
+    assert "shape" in fails(capsys, "verify", "--suspect", tmp_path, "--key", owner / "key")
+    assert "shape" in fails(capsys, "evaluate", "--model", tmp_path, "--key", owner / "key")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
+    assert "cannot create" in fails(capsys, "protect", "--data", "digits", "--out", tmp_path / "new")
+
+
+def test_a_full_disk_is_an_error_and_the_command_can_be_run_again(owner: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk: writing fails in the middle of the weights."""
+
+    def small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    command = [sys.executable, "-m", "countermark", "remove", "--model", str(owner), "--prune", "0.5", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_disk, env=ENVIRONMENT)
+    assert done.returncode == 2, done.stderr
+    assert "cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert subprocess.run(command, capture_output=True, env=ENVIRONMENT).returncode == 0
+
+
+def test_interruption_is_clean_and_resumes_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C at the end of several epochs, of the source model and of the marked one; one secret in, one result out."""
+    monkeypatch.setattr(key_module.secrets, "token_bytes", lambda count: b"k" * count)
+    arguments = ["protect", "--data", "digits", "--epochs", 3, "--json"]
+    assert run(capsys, *arguments, "--out", tmp_path / "undisturbed")[0] == 0
+    end_epoch, left = loop._end_epoch, [2]
+
+    def tiring(*a: object) -> object:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return end_epoch(*a)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "_end_epoch", tiring)
+    statuses = []
+    while not statuses or statuses[-1] != 0:
+        left[0] = 7
+        status, out, err = run(capsys, *arguments, "--out", tmp_path / "resumed")
+        statuses.append(status)
+        if status:
+            assert out == ""
+            assert "again to continue" in err
+            assert not (tmp_path / "resumed").exists()
+            assert (tmp_path / "resumed.partial").is_dir()
+    assert statuses == [130, 130, 130, 0]
+    first, second = tmp_path / "undisturbed", tmp_path / "resumed"
+    for path in sorted(first.rglob("*")):
+        if path.is_file() and path.name != "metrics.json":
+            assert path.read_bytes() == (second / path.relative_to(first)).read_bytes(), path.name
+    ours, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (first, second))
+    assert {**ours, "seconds": 0, "folder": ""} == {**theirs, "seconds": 0, "folder": ""}
+
+
+def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
+    """SIGKILL while it trains, several times; the finished folder is that of an undisturbed run."""
+    base = [sys.executable, "-m", "countermark", "protect", "--data", "digits", "--scheme", "none", "--epochs", "10", "--out"]
+    subprocess.run([*base, str(tmp_path / "whole")], check=True, capture_output=True, env=ENVIRONMENT)
+    command = [*base, str(tmp_path / "killed")]
+    for seconds in (4.0, 5.0, 6.5):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        time.sleep(seconds)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    if not (tmp_path / "killed").exists():
+        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+    for name in ("model.safetensors", "model.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_unfinished_work_of_other_options_is_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "config.json").write_text("{}\n")
+    (tmp_path / "new.partial" / "checkpoint-source.safetensors").write_text("work")
+    assert "other options" in fails(capsys, "protect", "--data", "digits", "--out", tmp_path / "new")
+    assert (tmp_path / "new.partial" / "checkpoint-source.safetensors").exists()
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from countermark.files import new_folder
+
+    with new_folder(tmp_path / "new", {}):
+        assert "another process" in fails(capsys, "protect", "--data", "digits", "--out", tmp_path / "new")
+
+
+def test_help_names_every_name_that_there_is() -> None:
+    text = {}
+    for verb in ("protect", "steal", "evaluate"):
+        done = subprocess.run([sys.executable, "-m", "countermark", verb, "--help"], capture_output=True, text=True, check=True)
+        text[verb] = done.stdout
+    for name in (*CATALOG, *NETWORKS, *SCHEMES, *OBJECTIVES, *EMBEDDINGS, *LABELS):
+        assert name in text["protect"]
+    assert all(setting in text["steal"] for setting in SETTINGS)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in vars(config).values() if isinstance(verb, type) and verb.__name__.endswith("Config")])
+def test_every_option_has_a_word_of_help(verb: type) -> None:
+    source = Path(config.__file__).read_text()
+    body = source.split(f"class {verb.__name__}(")[1].split("\n@dataclass")[0] if f"class {verb.__name__}(" in source else source
+    for field in fields(verb):
+        if field.name in verb.__annotations__:
+            assert f"    {field.name}:" in body
+            assert body.split(f"    {field.name}:")[1].split("\n")[1].strip().startswith('"""')
+
+
+def test_a_closed_pipe_is_no_traceback(owner: Path) -> None:
+    command = f"{sys.executable} -m countermark verify --suspect {owner} --key {owner}/key | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT)
+    assert "Traceback" not in done.stderr
+
+
+def test_quickstart_tells_the_story_and_keeps_what_it_did(
+    tmp_path: Path, owner: Path, stranger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "story"
+    shutil.copytree(owner, out / "model")
+    shutil.copytree(stranger, out / "stranger")
+    status, text, _ = run(capsys, "quickstart", "--data", "digits", "--out", out)
+    assert status == 0
+    assert text.count("kept from an earlier run") == 2
+    assert "try next" in text
+    status, story = ask(capsys, "quickstart", "--data", "digits", "--out", out)
+    verdicts = [suspect["verification"]["verdict"] for suspect in story["suspects"]]  # type: ignore[index, attr-defined]
+    assert verdicts == ["match", "no evidence", "match", "match", "no evidence"]
+    next_commands = [line.strip() for line in text.split("try next")[1].strip().splitlines()]
+    assert len(next_commands) == 3
+    assert all(command.startswith("countermark ") for command in next_commands)
+
+
+def test_the_library_says_what_the_command_line_says(owner: Path) -> None:
+    import countermark
+
+    found = countermark.verify(countermark.VerifyConfig(suspect=owner, key=owner / "key"))
+    assert found.verdict == "match"
+    model = countermark.load(str(owner))
+    key = load_key(owner / "key")
+    with torch.no_grad():
+        assert torch.equal(model(key.watermarks.x.float() / 255).argmax(1), key.labels) == (found.agreements == found.trials)

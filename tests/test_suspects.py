@@ -1,0 +1,264 @@
+"""Suspects at arm's length: our bundles, ONNX files, and hostile ones."""
+
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from countermark.bundle import Description, load, load_bundle, save_bundle
+from countermark.data import Pools, pixels
+from countermark.errors import CountermarkError
+from countermark.evaluation import predict
+from countermark.files import read_json, write_json
+from countermark.models import build
+from countermark.suspects import open_suspect
+
+SHAPE = (1, 8, 8)
+
+
+def make_onnx(path: Path, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], **changes: object) -> Path:
+    declared = helper.make_tensor_value_info("x", changes.get("type", TensorProto.FLOAT), changes.get("shape", ["n", 1, 8, 8]))
+    output = helper.make_tensor_value_info("y", changes.get("output", TensorProto.FLOAT), None)
+    opsets = [helper.make_opsetid("", 17), *changes.get("opsets", [])]  # type: ignore[misc]
+    model = helper.make_model(helper.make_graph(nodes, "g", [declared], [output], initializers), opset_imports=opsets, ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def linear_onnx(path: Path, scale: float = 1.0, **changes: object) -> Path:
+    weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32) * np.float32(scale)
+    nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
+    return make_onnx(path, nodes, [numpy_helper.from_array(weight, "w")], **changes)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_export_answers_like_the_model(owner: Path, digits: Pools, tmp_path: Path) -> None:
+    model, path = load(owner), tmp_path / "copy.onnx"
+    torch.onnx.export(model, (torch.zeros(2, *SHAPE),), str(path), dynamo=False, dynamic_axes={"x": {0: "n"}}, input_names=["x"])
+    expected = predict(model, digits.test.x)
+    assert torch.equal(open_suspect(path, SHAPE)(digits.test.x), expected)
+    assert torch.equal(open_suspect(owner, SHAPE)(pixels(digits.test.x)), expected)
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_onnx_that_answers_with_labels(tmp_path: Path, column: bool) -> None:
+    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32), "w")
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["l"]),
+        helper.make_node("ArgMax", ["l"], ["y"], axis=1, keepdims=int(column)),
+    ]
+    x = torch.rand(130, *SHAPE)
+    labels = open_suspect(make_onnx(tmp_path / "labels.onnx", nodes, [weight], output=TensorProto.INT64), SHAPE)(x)
+    assert torch.equal(labels, open_suspect(linear_onnx(tmp_path / "logits.onnx"), SHAPE)(x))
+    assert labels.dtype == torch.int64
+
+
+def external(path: Path) -> Path:
+    linear_onnx(path)
+    model = onnx.load(str(path))
+    onnx.save_model(model, str(path), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    return path
+
+
+def custom(path: Path) -> Path:
+    return make_onnx(path, [helper.make_node("Run", ["x"], ["y"], domain="evil")], [], opsets=[helper.make_opsetid("evil", 1)])
+
+
+def hidden_custom(path: Path) -> Path:
+    """A custom operator inside a branch, whose domain the model does not declare."""
+    branch = helper.make_graph(
+        [helper.make_node("Run", ["x"], ["b"], domain="evil")], "branch", [], [helper.make_tensor_value_info("b", 1, None)]
+    )
+    condition = numpy_helper.from_array(np.array(True), "c")
+    return make_onnx(path, [helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)], [condition])
+
+
+def declared_giant(path: Path) -> Path:
+    giant = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1 << 20, 1 << 20])
+    return make_onnx(path, [helper.make_node("MatMul", ["x", "w"], ["y"])], [giant])
+
+
+def computed_giant(path: Path) -> Path:
+    """A small file that asks for 64 GiB when it runs."""
+    nodes = [
+        helper.make_node("ConstantOfShape", ["s"], ["big"]),
+        helper.make_node("ReduceSum", ["big"], ["sum"], keepdims=0),
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("Add", ["f", "sum"], ["y"]),
+    ]
+    return make_onnx(path, nodes, [numpy_helper.from_array(np.array([1 << 17, 1 << 17], dtype=np.int64), "s")])
+
+
+def not_a_number(path: Path) -> Path:
+    return linear_onnx(path, scale=float("nan"))
+
+
+def truncated(path: Path) -> Path:
+    linear_onnx(path)
+    path.write_bytes(path.read_bytes()[:-50])
+    return path
+
+
+def pickled(path: Path) -> Path:
+    path.write_bytes(pickle.dumps({"state": list(range(100))}))
+    return path
+
+
+def empty(path: Path) -> Path:
+    path.write_bytes(b"")
+    return path
+
+
+def other_shape(path: Path) -> Path:
+    return make_onnx(path, [helper.make_node("Flatten", ["x"], ["y"])], [], shape=["n", 1, 28, 28])
+
+
+def fixed_batch(path: Path) -> Path:
+    return linear_onnx(path, shape=[1, 1, 8, 8])
+
+
+def double_input(path: Path) -> Path:
+    return make_onnx(path, [helper.make_node("Flatten", ["x"], ["y"])], [], type=TensorProto.DOUBLE, output=TensorProto.DOUBLE)
+
+
+def wrong_output(path: Path) -> Path:
+    return make_onnx(path, [helper.make_node("Relu", ["x"], ["y"])], [])
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (external, "external"),
+        (custom, "evil"),
+        (hidden_custom, "evil"),
+        (declared_giant, "tensor of the shape"),
+        (computed_giant, "memory|failed|allocat|crashed"),
+        (not_a_number, "finite"),
+        (truncated, "ONNX"),
+        (pickled, "ONNX"),
+        (empty, "ONNX"),
+        (other_shape, "shape"),
+        (fixed_batch, "n free"),
+        (double_input, "float32"),
+        (wrong_output, "logits"),
+    ],
+)
+def test_hostile_onnx_files_get_a_reason(tmp_path: Path, make: object, word: str) -> None:
+    path = make(tmp_path / "hostile.onnx")  # type: ignore[operator]
+    with pytest.raises(CountermarkError, match=word) as caught:
+        open_suspect(path, SHAPE)(torch.rand(3, *SHAPE))
+    assert "\n" not in str(caught.value)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("__import__('pathlib').Path('/tmp/countermark-was-unpickled').touch()",)
+
+
+@pytest.mark.parametrize("name", ["model.pt2", "model.pt", "model.pth", "model.pkl", "model.txt", "absent.onnx"])
+def test_files_that_are_not_asked(tmp_path: Path, name: str) -> None:
+    if not name.startswith("absent"):
+        (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CountermarkError):
+        open_suspect(tmp_path / name, SHAPE)
+    assert not Path("/tmp/countermark-was-unpickled").exists()
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    save_bundle(tmp_path, build("small", SHAPE, 10, seed=0), Description("small", SHAPE, 10, "digits", 0.1, 0))
+    return tmp_path
+
+
+def test_bundle_round_trip(bundle: Path) -> None:
+    model, description = load_bundle(bundle)
+    assert not model.training
+    assert description == Description("small", SHAPE, 10, "digits", 0.1, 0)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build("small", SHAPE, 10, seed=0).parameters(), strict=True))
+
+
+def test_same_weights_same_bytes(bundle: Path) -> None:
+    whole = (bundle / "model.safetensors").read_bytes()
+    save_bundle(bundle, *load_bundle(bundle))
+    assert (bundle / "model.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", ["pickle", "cut", "flip", "giant header", "foreign", "nan", "missing", "half", "extra"])
+def test_damaged_weights_are_refused_and_never_unpickled(bundle: Path, damage: str) -> None:
+    path = bundle / "model.safetensors"
+    whole = path.read_bytes()
+    description = load_bundle(bundle)[1]
+    if damage == "pickle":
+        path.write_bytes(pickle.dumps(Bomb()))
+    elif damage == "cut":
+        path.write_bytes(whole[:-9])
+    elif damage == "flip":
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    elif damage == "giant header":
+        path.write_bytes(struct.pack("<Q", 1 << 62) + whole[8:])
+    elif damage == "foreign":
+        save_bundle(bundle, build("paper", SHAPE, 10), description)
+    elif damage == "missing":
+        path.unlink()
+    else:
+        broken = build("small", SHAPE, 10, seed=0)
+        if damage == "nan":
+            broken[0].weight.data[0] = float("nan")
+        elif damage == "half":
+            broken.half()
+        else:
+            broken.register_buffer("more", torch.zeros(3))
+        save_bundle(bundle, broken, description)
+    with pytest.raises(CountermarkError, match=r"model\.safetensors"):
+        load_bundle(bundle)
+    assert not Path("/tmp/countermark-was-unpickled").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "other 9"},
+        {"network": "evil"},
+        {"shape": [1, 1 << 16, 1 << 16]},
+        {"shape": [1, 8]},
+        {"shape": "abc"},
+        {"classes": 10**9},
+        {"classes": True},
+        {"history": "none"},
+        {"epsilon": "0.1"},
+    ],
+)
+def test_hostile_descriptions_are_refused(bundle: Path, change: dict[str, object]) -> None:
+    write_json(bundle / "model.json", {**read_json(bundle / "model.json"), **change})
+    with pytest.raises(CountermarkError):
+        load_bundle(bundle)
+
+
+def test_json_bombs_and_foreign_files_are_refused(bundle: Path) -> None:
+    for data in (b"[" * 100_000, b"\xff\xfe", b"{}", b"[1]", b" " * (2 << 20), b'{"format": 1e999}', b"null"):
+        (bundle / "model.json").write_bytes(data)
+        with pytest.raises(CountermarkError):
+            load_bundle(bundle)
+
+
+def test_a_suspect_for_other_images_is_refused(bundle: Path) -> None:
+    with pytest.raises(CountermarkError, match="shape"):
+        open_suspect(bundle, (1, 28, 28))
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CountermarkError):
+        open_suspect(tmp_path, SHAPE)
+
+
+def test_any_attack_library_can_take_a_loaded_model(bundle: Path) -> None:
+    model = load(bundle)
+    x = torch.rand(4, *SHAPE, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None

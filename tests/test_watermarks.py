@@ -1,0 +1,205 @@
+"""Watermark sets, the commitment and the key; and the simulations that would catch an invalid mark."""
+
+import hashlib
+import hmac
+import random
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from countermark.bundle import load_bundle
+from countermark.config import ProtectConfig
+from countermark.data import Pools
+from countermark.errors import CountermarkError
+from countermark.evaluation import predict
+from countermark.evidence import sign_flip_test
+from countermark.files import canonical_json, read_json
+from countermark.verbs.protect import protect
+from countermark.watermarks import WatermarkSet, coin_set, craft_adversarial, draw_coins, full_strength, load_key, new_secrets, write_key
+from countermark.watermarks.commitment import check_signature, leaf_secret, leaves, merkle_root
+
+
+def some_set(count: int = 12, answers: int = 2) -> WatermarkSet:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
+    heads = torch.randint(0, 5, (count,), generator=generator)
+    both = torch.stack((heads, heads + 3), 1)[:, :answers]
+    return WatermarkSet(x, both, torch.arange(count) // 4, torch.arange(count))
+
+
+def test_crafted_watermarks_are_within_the_budget_and_fool_the_source(owner: Path, digits: Pools) -> None:
+    source, _ = load_bundle(owner / "key" / "source")
+    images, predicted = craft_adversarial(source, digits.bases, full_strength(0.25), seed=0)
+    assert images.dtype == torch.uint8
+    assert int((images.int() - digits.bases.x.int()).abs().max()) <= round(0.25 * 255)
+    assert torch.equal(predict(source, images), predicted)
+    assert float((predicted != digits.bases.y).double().mean()) > 0.7
+
+
+def test_each_trial_offers_the_true_label_and_the_sources(owner: Path, digits: Pools) -> None:
+    source, _ = load_bundle(owner / "key" / "source")
+    watermarks = coin_set(source, digits.bases, full_strength(0.25), 4, 40, seed=0)
+    answers = watermarks.answers
+    assert bool((answers[:, 0] < answers[:, 1]).all())
+    assert bool((answers == predict(source, watermarks.x).unsqueeze(1)).any(1).all())
+    assert torch.bincount(watermarks.batch).tolist() == [40] * 4
+    assert torch.equal(watermarks.cell, torch.arange(160))
+    again = coin_set(source, digits.bases, full_strength(0.25), 4, 40, seed=0)
+    assert torch.equal(again.x, watermarks.x)
+
+
+def test_too_few_bases_are_an_error(owner: Path, digits: Pools) -> None:
+    source, _ = load_bundle(owner / "key" / "source")
+    with pytest.raises(CountermarkError, match="bases became watermarks"):
+        coin_set(source, digits.bases, full_strength(0.001), 4, 40, seed=0)
+
+
+def test_leaves_follow_the_specification() -> None:
+    watermarks, secret = some_set(), b"s" * 32
+    i = 5
+    number = (5).to_bytes(8, "big"), (1).to_bytes(8, "big"), (5).to_bytes(8, "big")
+    labels = [int(answer).to_bytes(8, "big") for answer in watermarks.answers[i]]
+    s_i = hmac.new(secret, (5).to_bytes(8, "big"), hashlib.sha256).digest()
+    image = bytes(watermarks.x[i].flatten().tolist())
+    data = b"\0countermark leaf 1" + b"".join(number) + (64).to_bytes(8, "big") + image + (2).to_bytes(8, "big") + b"".join(labels) + s_i
+    assert leaves(watermarks, secret)[i] == hashlib.sha256(data).digest()
+    assert leaf_secret(secret, 5) == s_i
+
+
+def test_merkle_root_in_closed_form() -> None:
+    a, b, c = (bytes([n]) * 32 for n in range(3))
+    join = lambda left, right: hashlib.sha256(b"\1" + left + right).digest()  # noqa: E731
+    assert merkle_root([a]) == a
+    assert merkle_root([a, b, c]) == join(join(a, b), c)
+    assert merkle_root([a, b, c, a, b]) == join(join(join(a, b), join(c, a)), b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 11), st.sampled_from(["x", "answers", "batch", "cell", "secret"]))
+def test_every_part_of_every_leaf_is_bound(index: int, part: str) -> None:
+    watermarks, secret = some_set(), b"s" * 32
+    root = merkle_root(leaves(watermarks, secret))
+    tensors = {name: getattr(watermarks, name).clone() for name in ("x", "answers", "batch", "cell")}
+    if part == "secret":
+        secret = b"t" + secret[1:]
+    else:
+        tensors[part].view(len(watermarks), -1)[index, 0] ^= 1
+    assert merkle_root(leaves(WatermarkSet(**tensors), secret)) != root
+
+
+def test_coins_depend_on_commitment_token_and_secret_and_are_fair() -> None:
+    coins = draw_coins(b"c1", b"", b"s" * 32, 4000)
+    assert abs(int(coins.sum()) - 2000) < 160  # five standard deviations
+    for other in (
+        draw_coins(b"c2", b"", b"s" * 32, 4000),
+        draw_coins(b"c1", b"t", b"s" * 32, 4000),
+        draw_coins(b"c1", b"", b"t" * 32, 4000),
+    ):
+        assert abs(int((coins == other).sum()) - 2000) < 160
+    assert torch.equal(coins, draw_coins(b"c1", b"", b"s" * 32, 4000))
+
+
+def test_key_round_trip_and_modes(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    new_secrets(folder)
+    made = write_key(folder, "coin", some_set(), {"data": "digits"})
+    read = load_key(folder)
+    assert torch.equal(made.labels, read.labels)
+    assert torch.equal(made.others, read.others)
+    assert made.c1 == read.c1
+    assert set(map(tuple, torch.stack((read.labels, read.others), 1).sort(1).values.tolist())) <= set(
+        map(tuple, some_set().answers.tolist())
+    )
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
+    assert read.outcomes(read.labels) == [1] * 12
+    assert read.outcomes(read.others) == [-1] * 12
+    assert read.outcomes(torch.full((12,), 9)) == [0] * 12
+    assert read.outcomes(torch.full((12,), -1)) == [0] * 12
+
+
+def test_a_published_key_has_no_other_answer(tmp_path: Path) -> None:
+    new_secrets(tmp_path / "key")
+    key = write_key(tmp_path / "key", "ood", some_set(answers=1), {})
+    assert load_key(tmp_path / "key").outcomes(torch.full((12,), -1)) == [0] * 12
+    assert key.outcomes(key.labels) == [1] * 12
+
+
+def test_a_key_with_one_byte_changed_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "key"
+    new_secrets(folder)
+    write_key(folder, "coin", some_set(), {"data": "digits"})
+    generator = random.Random(0)
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        positions = range(len(whole)) if len(whole) < 64 else generator.sample(range(len(whole)), 150)
+        for position in positions:
+            for flip in (1, 0x20) if len(whole) > 64 else (1,):
+                path.write_bytes(whole[:position] + bytes([whole[position] ^ flip]) + whole[position + 1 :])
+                with pytest.raises(CountermarkError):
+                    load_key(folder)
+        for cut in (0, 1, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:cut])
+            with pytest.raises(CountermarkError):
+                load_key(folder)
+        path.unlink()
+        with pytest.raises(CountermarkError):
+            load_key(folder)
+        path.write_bytes(whole)
+    load_key(folder)
+
+
+def test_commitment_binds_key_and_model(owner: Path) -> None:
+    record = read_json(owner / "commitment.json")
+    key = load_key(owner / "key")
+    assert record["kind"] == "private"
+    assert record["t1"] is record["t2"] is None
+    assert record["c1"] == key.c1
+    assert record["c2"]["c1_sha256"] == hashlib.sha256(canonical_json(record["c1"])).hexdigest()
+    assert record["c2"]["model_sha256"] == hashlib.sha256((owner / "model.safetensors").read_bytes()).hexdigest()
+    for part in ("c1", "c2"):
+        check_signature(record["c1"]["public_key"], record[part], record[f"{part}_signature"], "commitment")
+    with pytest.raises(CountermarkError, match="signature"):
+        check_signature(record["c1"]["public_key"], {**record["c2"], "guard": 1}, record["c2_signature"], "commitment")
+
+
+def test_the_commitment_tells_no_secret(owner: Path) -> None:
+    public = (owner / "commitment.json").read_bytes() + (owner / "model.json").read_bytes() + (owner / "metrics.json").read_bytes()
+    for name in ("secret", "signing-key"):
+        assert (owner / "key" / name).read_bytes().hex().encode() not in public
+
+
+def test_two_runs_draw_different_secrets_but_the_same_trials(owner: Path, tmp_path: Path) -> None:
+    protect(ProtectConfig(data="digits", out=tmp_path / "again"))
+    first, second = load_key(owner / "key"), load_key(tmp_path / "again" / "key")
+    assert torch.equal(first.watermarks.x, second.watermarks.x)
+    assert torch.equal(first.watermarks.answers, second.watermarks.answers)
+    assert first.c1["root"] != second.c1["root"]
+    assert 0.25 < float((first.labels == second.labels).double().mean()) < 0.75
+
+
+@pytest.mark.parametrize("who", ["stranger", "source"])
+def test_two_thousand_random_keys_find_nothing_in_a_stranger(who: str, owner: Path, stranger: Path) -> None:
+    """Coins of 2,000 secrets against fixed answers, through the real derivation: randomised p-values are uniform.
+
+    The unmarked source model is the hardest stranger: it shares most of its answers with the marked one and made the trials itself.
+    """
+    model, _ = load_bundle(stranger if who == "stranger" else owner / "key" / "source")
+    key = load_key(owner / "key")
+    answers = predict(model, key.watermarks.x)
+    heads, tails = key.watermarks.answers.unbind(1)
+    signed = (answers == heads).int() - (answers == tails).int()
+    generator, values = random.Random(5), []
+    for _ in range(2000):
+        secret = generator.randbytes(32)
+        flips = 1 - 2 * draw_coins(canonical_json({**key.c1, "public_key": secret.hex()}), b"", secret, len(key.watermarks)).int()
+        values.append(sign_flip_test((signed * flips).tolist()).randomised_p_value(generator.random()))
+    values.sort()
+    distance = max(max((i + 1) / 2000 - value, value - i / 2000) for i, value in enumerate(values))
+    assert distance < 1.95 / 2000**0.5  # Kolmogorov-Smirnov at .001
+    for alpha, most in ((0.05, 135), (0.01, 37), (0.001, 9)):  # Binomial(2000, alpha) exceeds these with probability < .001
+        assert sum(value <= alpha for value in values) <= most
