@@ -12,7 +12,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # PyTorch's own index. Set TORCH_VERSION (for example to 2.13.0) to install another build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION ?= $(TORCH)$(if $(filter Linux,$(shell uname -s)),+cpu)
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
 .PHONY: quickstart install test lint format bench clean
 

@@ -75,6 +75,7 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
     """
     files = spec(name).files
     folder = (cache or cache_folder()) / name
+    pooch.get_logger().setLevel("WARNING")  # our bar says what is fetched
     with ExitStack() as stack:
         sources = list(_sources(name, source, stack))
         missing = [file for file, digest in files.items() if source is not None or not _cached(folder / file, digest)]

@@ -64,7 +64,7 @@ class TrainConfig:
     nesterov: bool = False
     weight_decay: float = 5e-4
     embedding: str = "interleaved"
-    watermark_batch: int = 32
+    watermark_batch: int = 16
     seed: int = 0
     hardware: Hardware = field(default_factory=Hardware)
 

@@ -164,7 +164,7 @@ class _Run:
         self.attack = config.attack
         self.best = 0.0  # highest adversarial accuracy that the guard has seen
         self.records: list[dict[str, Any]] = []
-        self.carried = _first_perturbations(examples, config.seed).to(fabric.device) if config.carry else None
+        self.carried = _first_perturbations(examples, config).to(fabric.device) if config.carry else None
         self.carried_before = None if self.carried is None else self.carried.clone()
         self.epoch_start = self.tensors()
 
@@ -237,10 +237,11 @@ class _Run:
             self.carried_before = self.carried.clone()
 
 
-def _first_perturbations(examples: Examples, seed: int) -> torch.Tensor:
-    """Perturbations to begin with: small and random, int8 in units of the budget / 127."""
-    generator = torch.Generator().manual_seed(_seed(seed, "carried"))
-    return torch.randint(-_UNITS // 20, _UNITS // 20, examples.x.shape, generator=generator, dtype=torch.int8)
+def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tensor:
+    """Random perturbations to begin with, int8 in units of the budget / 127: up to half a budget, or next to none if the budget grows."""
+    most = _UNITS // (20 if config.grow_budget else 2)
+    generator = torch.Generator().manual_seed(_seed(config.seed, "carried"))
+    return torch.randint(-most, most + 1, examples.x.shape, generator=generator, dtype=torch.int8)
 
 
 def with_steps(attack: Attack, steps: int) -> Attack:

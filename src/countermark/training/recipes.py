@@ -17,11 +17,12 @@ class _Dials:
     """What differs from data set to data set."""
 
     epochs: int = 7
-    marking_epochs: int = 4
+    marking_epochs: int = 5
+    watermark_batch: int = 16
     batch_size: int = 128
 
 
-_DIALS: Mapping[str, _Dials] = {"mnist": _Dials(), "fashion_mnist": _Dials(), "digits": _Dials(30, 20, 32)}
+_DIALS: Mapping[str, _Dials] = {"mnist": _Dials(), "fashion_mnist": _Dials(), "digits": _Dials(40, 40, 32, 64)}
 
 
 def recipe(
@@ -78,4 +79,4 @@ def marking(source: TrainConfig, data: str) -> TrainConfig:
     dials = _DIALS[data]
     if source.schedule == "constant":
         return replace(source, epochs=max(1, source.epochs // 2))
-    return replace(source, epochs=dials.marking_epochs, warmup=0.15, grow_budget=False)
+    return replace(source, epochs=dials.marking_epochs, warmup=0.15, grow_budget=False, watermark_batch=dials.watermark_batch)

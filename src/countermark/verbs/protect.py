@@ -38,7 +38,6 @@ from countermark.watermarks import (
 )
 
 _PUBLISHED_WATERMARKS = 100
-_EPOCH_BATCH = 16  # watermarks in a step of Algorithm 1
 _STEPS = 40  # of the crafting; Table 6 of the paper
 
 
@@ -111,7 +110,7 @@ def protect(config: ProtectConfig) -> Protection:
             key = _make_key(config, catalogued, pools, source, private)
             labelled = Examples(key.watermarks.x, key.labels)
             if config.embedding == "epoch":
-                embedding = replace(source_recipe, embedding="epoch", watermark_batch=_EPOCH_BATCH)
+                embedding = replace(source_recipe, embedding="epoch")
                 network = build(config.network, catalogued.shape, catalogued.classes, seed=config.seed)
             else:
                 embedding = marking(source_recipe, config.data)
