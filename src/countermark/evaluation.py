@@ -61,7 +61,7 @@ def accuracy(model: nn.Module, examples: Examples) -> float:
 
 def agreement(labels: torch.Tensor, wanted: torch.Tensor) -> float:
     """Share of equal labels, in percent."""
-    return 100 * float((labels == wanted).double().mean())
+    return 100 * int((labels == wanted).sum()) / max(len(wanted), 1)
 
 
 def adversarial_accuracy(model: nn.Module, examples: Examples, attack: Attack, *, seed: int = 0, title: str | None = None) -> float:

@@ -34,6 +34,7 @@ _CHECKED = 500  # validation examples of the guard's multi-step check
 _CHECK_STEPS = 10
 _UNITS = 127  # of a carried perturbation in one budget
 _COLLAPSE = 20.0  # points of adversarial accuracy lost in one epoch that count as catastrophic overfitting
+_MOST_STEPS = 16  # beyond this a fall is not for want of attack steps
 
 State = dict[str, torch.Tensor]
 
@@ -355,7 +356,8 @@ def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | Non
             marked = agreement(predict(run.network, marks.x), marks.y.cpu())
     clean, adversarial, marked = run.fabric.broadcast((clean, adversarial, marked))
     attack_steps = run.attack.steps if run.attack else 0
-    collapsed = config.objective == "fast" and adversarial is not None and adversarial < run.best - _COLLAPSE
+    fallen = adversarial is not None and adversarial < run.best - _COLLAPSE
+    collapsed = config.objective == "fast" and fallen and attack_steps < _MOST_STEPS
     record = Epoch(epoch + 1, run.loss / per_epoch, clean, adversarial, marked, attack_steps, collapsed)
     run.loss = 0.0
     if collapsed and run.attack is not None:

@@ -97,10 +97,10 @@ def quickstart(config: QuickstartConfig) -> Story:
     ask("before the mark", model / "key" / "source", made["unmarked_test_accuracy"], made["unmarked_adversarial_accuracy"])
     title = f"steal the model and prune {100 * _PRUNED:.0f} % of its weights"
     made = chapter(4, title, pruned, lambda: remove(RemoveConfig(model=model, out=pruned, prune=_PRUNED, cache=config.cache)))
-    ask("stolen and pruned", pruned, made["test_accuracy"], made["adversarial_accuracy"])
+    ask("pruned copy", pruned, made["test_accuracy"], made["adversarial_accuracy"])
     tuning = RemoveConfig(model=pruned, out=finetuned, finetune=_FINETUNED, cache=config.cache)
     made = chapter(5, f"fine-tune what is left for {_FINETUNED} epochs", finetuned, lambda: remove(tuning))
-    ask("stolen, pruned, tuned", finetuned, made["test_accuracy"], made["adversarial_accuracy"])
+    ask("pruned, fine-tuned", finetuned, made["test_accuracy"], made["adversarial_accuracy"])
     other = ProtectConfig(data=config.data, out=stranger, scheme="none", seed=(config.seed + 1) % (1 << 32), cache=config.cache)
     made = chapter(6, "train a stranger: as robust, never marked", stranger, lambda: protect(other))
     ask("a stranger", stranger, made["test_accuracy"], made["adversarial_accuracy"])
