@@ -42,9 +42,9 @@ class Description:
     history: tuple[Mapping[str, Any], ...] = field(default=())
 
 
-def save_bundle(folder: Path, network: nn.Module, description: Description) -> str:
-    """Write a model into an existing folder and return the SHA-256 of its weights file."""
-    digest = write_tensors(folder / "model.safetensors", network.state_dict())
+def save_bundle(folder: Path, network: nn.Module, description: Description, mode: int = 0o644) -> str:
+    """Write a model into an existing folder, its files with `mode`, and return the SHA-256 of its weights file."""
+    digest = write_tensors(folder / "model.safetensors", network.state_dict(), mode=mode)
     write_json(
         folder / "model.json",
         {
@@ -58,6 +58,7 @@ def save_bundle(folder: Path, network: nn.Module, description: Description) -> s
             "history": [dict(event) for event in description.history],
             "weights_sha256": digest,
         },
+        mode,
     )
     return digest
 

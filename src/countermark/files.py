@@ -74,7 +74,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
         if not path.is_file():
             raise CountermarkError(f"{path} is not a file; check the path" if path.exists() else f"{path} does not exist; check the path")
         with path.open("rb") as stream:
-            data = stream.read(limit + 1)
+            size = os.fstat(stream.fileno()).st_size
+            data = stream.read(min(size, limit) + 1)  # not limit + 1: that much memory would be taken at once
     except OSError as error:
         raise CountermarkError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
     if len(data) > limit:
@@ -132,7 +133,7 @@ def read_tensors(path: Path, limit: int) -> tuple[dict[str, torch.Tensor], dict[
         tensors = parse_tensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         meta = json.loads(header.get("__metadata__", {}).get(_METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError, KeyError, AttributeError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, OverflowError) as error:
         raise CountermarkError(
             f"{path} is not a whole safetensors file ({error}); it is truncated, damaged or of another format"
         ) from error

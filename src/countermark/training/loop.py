@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessException
 from torch.nn import functional
 
 from countermark.attacks import pgd
@@ -118,7 +118,7 @@ def train(
             result = Path(temporary) / "trained.safetensors"
             try:
                 fabric.launch(_run, network, examples, config, validation, watermarks, checkpoint, title, result)
-            except ProcessRaisedException as error:  # from one of several processes, with its traceback as text
+            except ProcessException as error:  # from one of several processes, with its traceback as text
                 reason = str(error).strip().splitlines()[-1]
                 raise CountermarkError(f"training stopped in one of {hardware.devices} processes: {reason}") from error
             state, meta, _ = read_tensors(result, _LARGEST)
@@ -188,8 +188,8 @@ class _Run:
         if path is None or self.fabric.global_rank != 0:
             return
         state = {**self.tensors(), **{f"start.{name}": value for name, value in self.epoch_start.items()}}
-        if self.carried is not None:
-            state["carried"] = self.carried
+        if self.carried is not None and self.carried_before is not None:
+            state |= {"carried": self.carried, "carried_before": self.carried_before}
         attack_steps = self.attack.steps if self.attack else 0
         run = {"run": self.fingerprint, "step": self.step, "loss": self.loss, "best": self.best, "attack_steps": attack_steps}
         write_tensors(path, state, {**run, "records": self.records}, mode=0o600)
@@ -202,7 +202,7 @@ class _Run:
         self.epoch_start = {name.removeprefix("start."): value for name, value in tensors.items() if name.startswith("start.")}
         if self.carried is not None:
             self.carried = tensors["carried"].to(self.carried.device)
-            self.carried_before = self.carried.clone()
+            self.carried_before = tensors["carried_before"].to(self.carried.device)
         self.step, self.loss, self.best, self.records = meta["step"], meta["loss"], meta["best"], meta["records"]
         if self.attack is not None:
             self.attack = with_steps(self.attack, meta["attack_steps"])
@@ -235,7 +235,6 @@ class _Run:
         if self.carried is not None and self.carried_before is not None and self.fabric.world_size > 1:
             changes = self.carried.to(torch.int32) - self.carried_before  # gloo adds no smaller integers
             self.carried = (self.carried_before + self.fabric.all_reduce(changes, reduce_op="sum")).to(torch.int8)
-            self.carried_before = self.carried.clone()
 
 
 def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tensor:
@@ -263,12 +262,14 @@ def _run(
     title: str | None,
     result: Path,
 ) -> None:
+    if fabric.world_size > 1 and fabric.device.type == "cpu":
+        torch.set_num_threads(1)  # a forked process that finds OpenMP's threads gone would wait for them for ever
     if fabric.device.type == "cuda":
         torch.backends.cudnn.deterministic = True
     batch_size = min(config.batch_size, len(examples))
     per_epoch = len(examples) // batch_size
     total = config.epochs * per_epoch
-    run = _Run(fabric, network, examples, config, _fingerprint(network, examples, config, watermarks))
+    run = _Run(fabric, network, examples, config, _fingerprint(network, examples, config, validation, watermarks))
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
     resident = examples.to(fabric.device)
@@ -362,11 +363,13 @@ def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | Non
     run.loss = 0.0
     if collapsed and run.attack is not None:
         run.restore(run.epoch_start)
+        run.carried = None if run.carried_before is None else run.carried_before.clone()
         run.attack = with_steps(run.attack, 2 * run.attack.steps)
         run.step = epoch * per_epoch
     else:
         run.best = max(run.best, adversarial or 0.0)
         run.epoch_start = run.tensors()
+        run.carried_before = None if run.carried is None else run.carried.clone()
     run.records.append(asdict(record))
     return record
 
@@ -398,7 +401,9 @@ def _seed(*source: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(source).encode()).digest()[:8], "big") >> 1
 
 
-def _fingerprint(network: nn.Module, examples: Examples, config: TrainConfig, watermarks: Examples | None) -> str:
+def _fingerprint(
+    network: nn.Module, examples: Examples, config: TrainConfig, validation: Examples | None, watermarks: Examples | None
+) -> str:
     """What makes two runs the same run; computed before the first step, so the initial weights are part of it."""
     weights = hashlib.sha256()
     for name, value in network.state_dict().items():
@@ -409,6 +414,7 @@ def _fingerprint(network: nn.Module, examples: Examples, config: TrainConfig, wa
             {
                 "config": asdict(config),
                 "examples": examples.digest,
+                "validation": validation.digest if validation is not None else None,
                 "watermarks": watermarks.digest if watermarks is not None else None,
                 "weights": weights.hexdigest(),
             }

@@ -4,20 +4,22 @@ The order is that of the protocol (docs/how-it-works.md): secret, unmarked sourc
 coins, marked model, second commitment. An interrupted run goes on from its last checkpoint to the same result.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from countermark.bundle import Description, load_bundle, save_bundle
+from countermark.bundle import Description, save_bundle
 from countermark.config import ProtectConfig
 from countermark.data import Examples, Pools, Spec, load_ood, load_pools, spec
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
-from countermark.files import CHECKPOINT_PREFIX, canonical_json, new_folder, read_bytes, sha256, write_json
+from countermark.files import CHECKPOINT_PREFIX, canonical_json, make_private_folder, new_folder, read_bytes, sha256, write_json
 from countermark.models import NETWORKS, build
 from countermark.report import percent, print_lines, print_table
 from countermark.training import EMBEDDINGS, OBJECTIVES, Hardware, choose, marking, recipe, train
@@ -33,6 +35,7 @@ from countermark.watermarks import (
     new_secrets,
     published_set,
     second_commitment,
+    secret_seed,
     sign,
     write_key,
 )
@@ -85,38 +88,38 @@ def protect(config: ProtectConfig) -> Protection:
     _check(config, catalogued)
     epsilon = config.epsilon or catalogued.epsilon
     hardware = Hardware(config.accelerator, config.devices, config.precision)
-    source_recipe = recipe(config.data, config.objective, epsilon, seed=config.seed, hardware=hardware, epochs=config.epochs)
-    description = Description(config.network, catalogued.shape, catalogued.classes, config.data, epsilon, config.seed)
-    trained = {"event": "trained", "config": asdict(source_recipe)}
+    public_recipe = recipe(config.data, config.objective, epsilon, seed=config.seed, hardware=hardware, epochs=config.epochs)
+    trained = {"event": "trained", "config": asdict(public_recipe)}
+    description = Description(config.network, catalogued.shape, catalogued.classes, config.data, epsilon, config.seed, history=(trained,))
     with new_folder(config.out, config.record()) as folder:
         pools = load_pools(config.data, config.seed, config.cache)
+        private = folder / "key"
+        # The trials come out of the source model: a marked model's is trained from a seed that only the owner knows.
+        secret = new_secrets(private) if config.scheme != "none" else None
+        seed = config.seed if secret is None else secret_seed(secret, "training")
+        source_recipe = replace(public_recipe, seed=seed)
 
         def fit(network: nn.Module, stage: str, **options: Any) -> None:
             checkpoint = folder / f"{CHECKPOINT_PREFIX}{stage}.safetensors"
             train(network, pools.training, validation=pools.validation, checkpoint=checkpoint, title=f"{stage} model", **options)
 
-        source = build(config.network, catalogued.shape, catalogued.classes, seed=config.seed)
+        source = build(config.network, catalogued.shape, catalogued.classes, seed=seed)
         fit(source, "source", config=source_recipe)
-        if config.scheme == "none":
-            digest = save_bundle(folder, source, replace(description, history=(trained,)))
+        if secret is None:
+            digest = save_bundle(folder, source, description)
             result = _measure(config, source, source, None, pools, digest, begun)
         else:
-            private = folder / "key"
-            new_secrets(private)
-            if not (private / "source").exists():
-                (private / "source").mkdir(mode=0o700)
-            save_bundle(private / "source", source, replace(description, history=(trained,)))
-            source, _ = load_bundle(private / "source")
-            key = _make_key(config, catalogued, pools, source, private)
+            make_private_folder(private / "source")
+            save_bundle(private / "source", source, description, mode=0o600)
+            key = _make_key(config, catalogued, pools, source, private, secret)
             labelled = Examples(key.watermarks.x, key.labels)
             if config.embedding == "epoch":
-                embedding = replace(source_recipe, embedding="epoch")
-                network = build(config.network, catalogued.shape, catalogued.classes, seed=config.seed)
+                network, embedding = build(config.network, catalogued.shape, catalogued.classes, seed=seed), source_recipe
+                embedding = replace(embedding, embedding="epoch")
             else:
-                embedding = marking(source_recipe, config.data)
-                network, _ = load_bundle(private / "source")
+                network, embedding = copy.deepcopy(source), marking(source_recipe, config.data)
             fit(network, "marked", config=embedding, watermarks=labelled)
-            marked = {"event": "marked", "scheme": config.scheme, "config": asdict(embedding)}
+            marked = {"event": "marked", "scheme": config.scheme, "config": asdict(replace(embedding, seed=config.seed))}
             digest = save_bundle(folder, network, replace(description, history=(trained, marked)))
             _commit(folder, key, digest)
             result = _measure(config, network, source, key, pools, digest, begun)
@@ -138,14 +141,14 @@ def _check(config: ProtectConfig, catalogued: Spec) -> None:
         )
 
 
-def _make_key(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.Module, private: Path) -> Key:
+def _make_key(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.Module, private: Path, secret: bytes) -> Key:
     """Craft the watermarks on the source model, commit to them, draw the coins; a key that is already there is read."""
     if (private / "key.json").exists():
         return load_key(private)
     attack = full_strength(config.watermark_epsilon or catalogued.watermark_epsilon, _STEPS)
     if config.watermark_step_size is not None:
         attack = replace(attack, step_size=config.watermark_step_size)
-    watermarks = _watermarks(config, catalogued, pools, source, attack)
+    watermarks = _watermarks(config, catalogued, pools, source, attack, secret_seed(secret, "crafting"))
     provenance = {
         "data": config.data,
         "pools": {name: digest for name, digest in pools.digests().items() if name != "test"},
@@ -155,15 +158,19 @@ def _make_key(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.
     return write_key(private, config.scheme, watermarks, provenance)
 
 
-def _watermarks(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.Module, attack: Attack) -> WatermarkSet:
+def _watermarks(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.Module, attack: Attack, seed: int) -> WatermarkSet:
     if config.scheme == "coin":
-        return coin_set(source, pools.bases, attack, catalogued.batches, catalogued.batch_size, config.seed)
+        return coin_set(source, pools.bases, attack, catalogued.batches, catalogued.batch_size, seed)
     if config.scheme == "ood":
-        outside = load_ood(config.data, config.seed, config.cache)[:_PUBLISHED_WATERMARKS]
+        outside = _some(load_ood(config.data, config.seed, config.cache), seed)
         return published_set(outside.x, outside.y)
-    bases = pools.bases[:_PUBLISHED_WATERMARKS]
-    images, predicted = craft_adversarial(source, bases, attack, config.seed)
+    bases = _some(pools.bases, seed)
+    images, predicted = craft_adversarial(source, bases, attack, seed)
     return published_set(images, bases.y if config.labels == "true" else predicted)
+
+
+def _some(bases: Examples, seed: int) -> Examples:
+    return bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))[:_PUBLISHED_WATERMARKS]]
 
 
 def _commit(folder: Path, key: Key, digest: str) -> None:
@@ -190,7 +197,7 @@ def _measure(
     attack = Attack(epsilon, catalogued.steps, catalogued.step_size)
 
     def adversarial(model: nn.Module, title: str) -> float:
-        return adversarial_accuracy(model, pools.test, attack, seed=config.seed, title=title)
+        return adversarial_accuracy(model, pools.test, attack, title=title)
 
     def marked(model: nn.Module) -> float | None:
         return None if key is None else agreement(predict(model, key.watermarks.x), key.labels)

@@ -1,6 +1,6 @@
 """Watermarks: the sets of every scheme, the commitment that binds them, and the owner's key."""
 
-from countermark.watermarks.commitment import draw_coins, second_commitment, sign
+from countermark.watermarks.commitment import draw_coins, second_commitment, secret_seed, sign
 from countermark.watermarks.key import Key, load_key, new_secrets, write_key
 from countermark.watermarks.sets import LABELS, SCHEMES, WatermarkSet, coin_set, craft_adversarial, full_strength, published_set
 
@@ -17,6 +17,7 @@ __all__ = [
     "new_secrets",
     "published_set",
     "second_commitment",
+    "secret_seed",
     "sign",
     "write_key",
 ]

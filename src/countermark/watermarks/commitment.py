@@ -31,6 +31,15 @@ def leaf_secret(secret: bytes, index: int) -> bytes:
     return hmac.digest(secret, index.to_bytes(8, "big"), "sha256")
 
 
+def secret_seed(secret: bytes, purpose: str) -> int:
+    """A seed that only the owner knows, for one purpose: HMAC-SHA-256(secret, purpose), cut to 32 bits.
+
+    What the trials are made from (the source model, the choice of bases, the crafting) is seeded with these, so that nobody can make them
+    again from public files. The purposes are no 8-byte numbers, so the coins' leaf secrets stay independent of them.
+    """
+    return int.from_bytes(hmac.digest(secret, f"countermark seed: {purpose}".encode(), "sha256")[:4], "big")
+
+
 def leaves(watermarks: WatermarkSet, secret: bytes) -> list[bytes]:
     """The leaf of every trial, 32 bytes each, in order."""
     return [

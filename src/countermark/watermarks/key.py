@@ -69,12 +69,17 @@ class Key:
         return (torch.eq(answers, self.labels).int() - (torch.eq(answers, self.others) & (self.others >= 0)).int()).tolist()
 
 
-def new_secrets(folder: Path) -> None:
-    """Create the key's folder with a secret and a signing key out of the operating system's randomness, if it has none yet."""
+def new_secrets(folder: Path) -> bytes:
+    """Create the key's folder with a secret and a signing key out of the operating system's randomness, if it has none yet.
+
+    Returns:
+        The secret.
+    """
     make_private_folder(folder)
     for name in ("secret", "signing-key"):
         if not (folder / name).exists():
             write_bytes(folder / name, secrets.token_bytes(SECRET_BYTES), _PRIVATE)
+    return _read_secret(folder / "secret")
 
 
 def write_key(folder: Path, scheme: str, watermarks: WatermarkSet, provenance: Mapping[str, Any]) -> Key:
@@ -86,8 +91,7 @@ def write_key(folder: Path, scheme: str, watermarks: WatermarkSet, provenance: M
         watermarks: the set; it must not depend on the secrets.
         provenance: what else C1 fixes (data set, configuration and pool digests), JSON-ready.
     """
-    secret = read_bytes(folder / "secret", SECRET_BYTES)
-    signing_key = read_bytes(folder / "signing-key", SECRET_BYTES)
+    secret, signing_key = _read_secret(folder / "secret"), _read_secret(folder / "signing-key")
     tensors = {name: getattr(watermarks, name) for name in ("x", "answers", "batch", "cell")}
     digest = write_tensors(folder / "trials.safetensors", tensors, mode=_PRIVATE)
     c1 = first_commitment(watermarks, secret, public_key(signing_key), scheme, dict(provenance))
@@ -110,7 +114,7 @@ def load_key(folder: Path) -> Key:
     if not isinstance(signed, dict) or signed.get("format") != KEY_FORMAT:
         raise CountermarkError(f"{folder / 'key.json'} is not a key of the format {KEY_FORMAT!r}; use the release that wrote it")
     c1 = signed.get("c1")
-    if not isinstance(c1, dict) or c1.get("format") != C1_FORMAT or c1.get("scheme") not in SCHEMES:
+    if not isinstance(c1, dict) or c1.get("format") != C1_FORMAT or c1.get("scheme") not in SCHEMES or c1["scheme"] == "none":
         raise CountermarkError(f"{folder / 'key.json'} holds no commitment of the format {C1_FORMAT!r}; restore it from a backup")
     check_signature(str(c1.get("public_key")), signed, str(record.get("signature")), str(folder / "key.json"))
     check_signature(str(c1.get("public_key")), c1, str(signed.get("c1_signature")), str(folder / "key.json"))
@@ -121,7 +125,8 @@ def load_key(folder: Path) -> Key:
     if digest != signed.get("trials_sha256"):
         raise CountermarkError(f"{folder / 'trials.safetensors'} was changed after the key was made; restore it from a backup")
     watermarks = _watermarks(tensors, folder / "trials.safetensors")
-    if merkle_root(leaves(watermarks, secret)).hex() != c1["root"]:
+    _check_fit(watermarks, c1, folder / "key.json")
+    if merkle_root(leaves(watermarks, secret)).hex() != c1.get("root"):
         raise CountermarkError(f"{folder / 'secret'} does not belong to the committed trials; restore it from a backup")
     return _key(watermarks, c1, str(signed["c1_signature"]), secret)
 
@@ -137,6 +142,22 @@ def _watermarks(tensors: Mapping[str, torch.Tensor], path: Path) -> WatermarkSet
     ):
         raise CountermarkError(f"{path} does not hold the trials of a key (images, answers, batches, cells); restore it from a backup")
     return WatermarkSet(**tensors)
+
+
+def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> None:
+    """Refuse trials that the statistic is not valid for, or that are not those that C1 counts.
+
+    A "coin" with one answer would score a stranger who happens to give it; two trials of one coin in different cells would count it twice.
+    """
+    answers, batch, cell = watermarks.answers, watermarks.batch, watermarks.cell
+    in_order = bool((answers >= 0).all()) and bool((batch >= 0).all()) and bool((cell >= 0).all())
+    if c1["scheme"] == "coin":
+        in_order = in_order and answers.shape[1] == 2 and bool((answers[:, 0] < answers[:, 1]).all()) and len(set(cell.tolist())) == len(cell)
+    else:
+        in_order = in_order and answers.shape[1] == 1
+    counted = (c1.get("leaves"), c1.get("batches"), c1.get("shape"))
+    if not in_order or counted != (len(watermarks), int(batch.max()) + 1, list(watermarks.x.shape[1:])):
+        raise CountermarkError(f"{path} commits to other trials than its scheme allows or than the key holds; it is not a valid key")
 
 
 def _read_secret(path: Path) -> bytes:

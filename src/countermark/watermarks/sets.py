@@ -74,12 +74,13 @@ def craft_adversarial(source: nn.Module, bases: Examples, attack: Attack, seed: 
 def coin_set(source: nn.Module, bases: Examples, attack: Attack, batches: int, batch_size: int, seed: int) -> WatermarkSet:
     """Make the trials of a model mark: each may be answered with the true label or with the source model's.
 
-    The first `batches * batch_size` bases on which those two differ are taken. The source model never sees a coin, so the choice
-    depends on none (condition 2).
+    The bases are taken in an order of the seed, the first `batches * batch_size` on which those two differ. The source model never sees
+    a coin, so the choice depends on none (condition 2).
 
     Raises:
         CountermarkError: too few bases are misclassified.
     """
+    bases = bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))]
     images, predicted = craft_adversarial(source, bases, attack, seed)
     count = batches * batch_size
     usable = torch.nonzero(predicted != bases.y).flatten()[:count]
