@@ -91,11 +91,11 @@ def test_fetch_from_a_named_folder(tiny: dict[str, bytes], tmp_path: Path, packe
     assert 0 <= float(pixels(test.x).min()) <= float(pixels(test.x).max()) <= 1
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "bomb", "torn gzip", "missing"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "bomb", "torn gzip", "flipped gzip", "missing"])
 def test_a_damaged_file_is_an_error_and_leaves_no_half_file(
     tiny: dict[str, bytes], tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine = write(tmp_path / "mine", tiny, packed=damage in ("bomb", "torn gzip"))
+    mine = write(tmp_path / "mine", tiny, packed=damage in ("bomb", "torn gzip", "flipped gzip"))
     name = catalog.TEST_IMAGES
     if damage == "flipped":
         (mine / name).write_bytes(tiny[name][:-1] + bytes([tiny[name][-1] ^ 1]))
@@ -104,6 +104,10 @@ def test_a_damaged_file_is_an_error_and_leaves_no_half_file(
     elif damage == "bomb":
         monkeypatch.setattr(sources, "_LIMIT", 50_000)
         (mine / f"{name}.gz").write_bytes(gzip.compress(bytes(60_000)))
+    elif damage == "flipped gzip":
+        packed = bytearray(gzip.compress(tiny[name]))
+        packed[20:200] = bytes(180)
+        (mine / f"{name}.gz").write_bytes(packed)
     elif damage == "torn gzip":
         (mine / f"{name}.gz").write_bytes(gzip.compress(tiny[name])[:-20])
     else:
@@ -147,6 +151,14 @@ def test_a_cached_file_that_was_damaged_is_fetched_again(tiny: dict[str, bytes],
     monkeypatch.setitem(sources._SYSTEM, "tiny", tmp_path / "mine")
     fetch("tiny", cache=tmp_path / "cache")
     assert (folder / catalog.TRAIN_LABELS).read_bytes() == tiny[catalog.TRAIN_LABELS]
+
+
+def test_a_useless_folder_does_not_cost_the_cached_files(tiny: dict[str, bytes], tmp_path: Path) -> None:
+    folder = fetch("tiny", write(tmp_path / "mine", tiny), tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    with contextlib.suppress(CountermarkError):
+        fetch("tiny", tmp_path / "empty", tmp_path / "cache")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == tiny
 
 
 def script(folder: Path, name: str, body: str) -> None:

@@ -66,6 +66,17 @@ def external(path: Path) -> Path:
     return path
 
 
+def sparse_external(path: Path) -> Path:
+    """A constant whose values lie in a file beside the reader."""
+    (path.parent / "ext.bin").write_bytes(bytes(40))
+    values = TensorProto(name="v", data_type=TensorProto.FLOAT, dims=[10], data_location=TensorProto.EXTERNAL)
+    values.external_data.add(key="location", value="ext.bin")
+    indices = numpy_helper.from_array(np.arange(10, dtype=np.int64), "i")
+    sparse = onnx.SparseTensorProto(values=values, indices=indices, dims=[10])
+    nodes = [helper.make_node("Constant", [], ["c"], sparse_value=sparse), helper.make_node("Add", ["x", "c"], ["y"])]
+    return make_onnx(path, nodes, [])
+
+
 def custom(path: Path) -> Path:
     return make_onnx(path, [helper.make_node("Run", ["x"], ["y"], domain="evil")], [], opsets=[helper.make_opsetid("evil", 1)])
 
@@ -135,6 +146,7 @@ def wrong_output(path: Path) -> Path:
     ("make", "word"),
     [
         (external, "external"),
+        (sparse_external, "external"),
         (custom, "evil"),
         (hidden_custom, "evil"),
         (declared_giant, "tensor of the shape"),
@@ -232,6 +244,10 @@ def test_damaged_weights_are_refused_and_never_unpickled(bundle: Path, damage: s
         {"classes": True},
         {"history": "none"},
         {"epsilon": "0.1"},
+        {"epsilon": 1e300},
+        {"epsilon": -0.1},
+        {"seed": 10**30},
+        {"network": "paper", "shape": [1, 1024, 1024]},
     ],
 )
 def test_hostile_descriptions_are_refused(bundle: Path, change: dict[str, object]) -> None:

@@ -69,7 +69,7 @@ def test_interrupted_training_resumes_to_the_very_same_weights(
     digits: Pools, watermarks: Examples, quick: TrainConfig, embedding: str, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped in the middle of epochs, again and again; the paper's network adds dropout and batch norm."""
-    config = replace(quick, embedding=embedding, epochs=3)
+    config = replace(quick, embedding=embedding, epochs=3, batch_size=32)
     data = digits.training[:320]
     undisturbed = build(network, (1, 8, 8), 10, seed=0)
     expected = train(undisturbed, data, config, validation=digits.validation, watermarks=watermarks)
@@ -161,7 +161,6 @@ from countermark.data import load_ood, load_pools
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
 from countermark.models import build
 from countermark.training import Hardware, recipe, train
-torch.set_num_threads(1)
 pools = load_pools("digits", 0)
 marks = load_ood("digits", 0)[:40]
 config = replace(recipe("digits", "fast", 0.1, epochs=20), hardware=Hardware("cpu", int(sys.argv[1])))
@@ -180,7 +179,7 @@ print(accuracy(model, pools.test), adversarial_accuracy(model, pools.test, attac
             [sys.executable, "-c", code, devices, str(tmp_path / f"point-{devices}")],
             capture_output=True,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "2"},  # a forked process must not wait for its parent's threads
             timeout=240,
         )
         assert done.returncode == 0, done.stderr
@@ -206,12 +205,13 @@ def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(digits: Pools, qu
     """The multi-step check is made to fall once; the epoch must be undone exactly and run again in two steps."""
     measured = iter([50.0, 60.0, 10.0, 62.0, 64.0])
     monkeypatch.setattr(loop, "adversarial_accuracy", lambda *_arguments, **_options: next(measured))
-    begun_at, attack_steps = [], []
+    begun_at, carried, attack_steps = [], [], []
     step = loop._step
 
     def watching(run: loop._Run, *arguments: object) -> float:
-        if run.step % 29 == 0:
+        if run.step % (len(digits.training) // 64) == 0:
             begun_at.append(weights(run.network).clone())
+            carried.append(run.carried.clone())
             attack_steps.append(run.attack.steps if run.attack else 0)
         return step(run, *arguments)  # type: ignore[arg-type]
 
@@ -220,6 +220,7 @@ def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(digits: Pools, qu
     assert [record.redone for record in records] == [False, False, True, False, False]
     assert attack_steps == [1, 1, 1, 2, 2]
     assert torch.equal(begun_at[2], begun_at[3])
+    assert torch.equal(carried[2], carried[3])
     assert "collapsed" in records[2].line(4)
     assert loop.with_steps(quick.attack, 2).step_size == pytest.approx(0.125)  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from countermark.evidence import sign_flip_test
 from countermark.files import canonical_json, read_json
 from countermark.verbs.protect import protect
 from countermark.watermarks import WatermarkSet, coin_set, craft_adversarial, draw_coins, full_strength, load_key, new_secrets, write_key
-from countermark.watermarks.commitment import check_signature, leaf_secret, leaves, merkle_root
+from countermark.watermarks.commitment import check_signature, leaf_secret, leaves, merkle_root, secret_seed
 
 
 def some_set(count: int = 12, answers: int = 2) -> WatermarkSet:
@@ -173,13 +173,29 @@ def test_the_commitment_tells_no_secret(owner: Path) -> None:
         assert (owner / "key" / name).read_bytes().hex().encode() not in public
 
 
-def test_two_runs_draw_different_secrets_but_the_same_trials(owner: Path, tmp_path: Path) -> None:
-    protect(ProtectConfig(data="digits", out=tmp_path / "again"))
+def test_the_trials_cannot_be_made_again_without_the_secret(owner: Path, tmp_path: Path) -> None:
+    """Same seed, same public options, another secret: another source model, other bases, other trials."""
+    protect(ProtectConfig(data="digits", out=tmp_path / "again", epochs=10))
     first, second = load_key(owner / "key"), load_key(tmp_path / "again" / "key")
-    assert torch.equal(first.watermarks.x, second.watermarks.x)
-    assert torch.equal(first.watermarks.answers, second.watermarks.answers)
-    assert first.c1["root"] != second.c1["root"]
-    assert 0.25 < float((first.labels == second.labels).double().mean()) < 0.75
+    ours, theirs = (set(map(bytes, key.watermarks.x.flatten(1).numpy())) for key in (first, second))
+    assert not ours & theirs
+    public = read_json(tmp_path / "again" / "model.json")
+    assert [event["config"]["seed"] for event in public["history"]] == [0, 0]
+    assert secret_seed(b"a" * 32, "x") != secret_seed(b"b" * 32, "x") != secret_seed(b"b" * 32, "y")
+
+
+def test_a_coin_needs_two_answers_and_a_cell_of_its_own(tmp_path: Path) -> None:
+    """A set of answers that everybody gives, called coins, would convict everybody: such a key is refused."""
+    whole = some_set()
+    reversed_ = WatermarkSet(whole.x, whole.answers.flip(1), whole.batch, whole.cell)
+    shared = WatermarkSet(whole.x, whole.answers, whole.batch, whole.cell // 2)
+    for number, (scheme, bad) in enumerate(
+        [("coin", some_set(answers=1)), ("coin", reversed_), ("coin", shared), ("ood", whole), ("none", whole)]
+    ):
+        new_secrets(tmp_path / str(number))
+        write_key(tmp_path / str(number), scheme, bad, {})
+        with pytest.raises(CountermarkError, match=r"scheme|commitment"):
+            load_key(tmp_path / str(number))
 
 
 @pytest.mark.parametrize("who", ["stranger", "source"])

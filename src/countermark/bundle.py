@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from countermark.data import Spec, spec
 from countermark.errors import CountermarkError
 from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.models import build
@@ -78,7 +79,8 @@ def load_bundle(folder: Path) -> tuple[nn.Module, Description]:
     if record.get("format") != MODEL_FORMAT:
         raise CountermarkError(f"{folder / 'model.json'} is not a model of the format {MODEL_FORMAT!r}; use the release that wrote it")
     description = _description(record, folder / "model.json")
-    network = build(description.network, description.shape, description.classes)
+    with torch.device("meta"):  # no memory yet: the sizes come from a file that may be hostile
+        network = build(description.network, description.shape, description.classes)
     expected = network.state_dict()
     size = sum(value.numel() * value.element_size() for value in expected.values())
     path = folder / "model.safetensors"
@@ -92,8 +94,24 @@ def load_bundle(folder: Path) -> tuple[nn.Module, Description]:
         raise CountermarkError(f"{path} is not the file that model.json describes (SHA-256 differs); restore it from a backup")
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise CountermarkError(f"{path} holds weights that are not finite (NaN or infinity); such a model cannot be asked, restore it")
-    network.load_state_dict(tensors)
+    network.load_state_dict(tensors, assign=True)
     return network.eval(), description
+
+
+def load_with_data(folder: Path) -> tuple[nn.Module, Description, Spec]:
+    """Read a model folder together with the data set that it was trained for.
+
+    Raises:
+        CountermarkError: see `load_bundle`; or the model does not take that data set's images or classes.
+    """
+    network, description = load_bundle(folder)
+    catalogued = spec(description.data)
+    if (description.shape, description.classes) != (catalogued.shape, catalogued.classes):
+        raise CountermarkError(
+            f"{folder} takes images of shape {description.shape} to {description.classes} classes, "
+            f"{description.data} has {catalogued.shape} and {catalogued.classes}; it is for other data"
+        )
+    return network, description, catalogued
 
 
 def _description(record: Mapping[str, Any], path: Path) -> Description:
@@ -107,6 +125,10 @@ def _description(record: Mapping[str, Any], path: Path) -> Description:
         for name, kind in (("network", str), ("classes", int), ("data", str), ("epsilon", float), ("seed", int)):
             if type(record[name]) is not kind:
                 raise ValueError(name)
+        if not 0 < record["epsilon"] < 1:
+            raise ValueError("epsilon")
+        if not 0 <= record["seed"] < 1 << 32:
+            raise ValueError("seed")
     except (KeyError, ValueError) as error:
         raise CountermarkError(f"{path} lacks a usable field {error.args[0]!r}; it is damaged or not one of ours") from error
     return Description(

@@ -90,5 +90,8 @@ def _parse(arguments: list[str]) -> Any:
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"countermark: {' '.join(message.split())}\n")
+    line = " ".join(message.split())
+    sys.stderr.write(
+        f"countermark: {''.join(c if c.isprintable() else '?' for c in line)}\n"
+    )  # a suspect's words must not steer a terminal
     return 2

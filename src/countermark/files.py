@@ -25,6 +25,7 @@ from countermark.errors import CountermarkError
 JSON_LIMIT = 1 << 20
 """Largest JSON file that is read, in bytes."""
 
+_TEMPORARY_PREFIX = ".torn-"
 _METADATA_KEY = "countermark"  # one key only: with several, safetensors orders them at random
 
 
@@ -46,7 +47,7 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
     """
     temporary: Path | None = None
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_TEMPORARY_PREFIX}{path.name}.")
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(data)
@@ -164,15 +165,14 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
         CountermarkError: `path` is not empty or cannot be written, another process builds it right now, or the sibling
             holds unfinished work of another configuration.
     """
-    path = Path.cwd() / path
-    partial = path.with_name(path.name + ".partial")
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise CountermarkError(f"{path} leads nowhere ({error}); choose another folder") from error
+    partial = path.with_name(path.name + ".partial") if path.name else path
     record = canonical_json(run)
     try:
-        if path.is_dir():
-            if any(path.iterdir()):
-                raise CountermarkError(f"{path} is not empty; choose a new folder or empty it first")
-        elif path.exists():
-            raise CountermarkError(f"{path} is a file; choose a new folder")
+        _check_free(path)
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
@@ -183,6 +183,9 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
         os.close(lock)
         raise CountermarkError(f"another process is writing {partial}; wait for it or choose another folder") from error
     try:
+        _check_free(path)  # another process may have finished it since
+        for torn in partial.rglob(f"{_TEMPORARY_PREFIX}*"):
+            torn.unlink(missing_ok=True)
         config = partial / "config.json"
         if not config.exists():
             write_bytes(config, record)
@@ -190,19 +193,29 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
             raise CountermarkError(
                 f"{partial} holds unfinished work with other options; run it again with those (see its config.json) or delete it"
             )
+        yield partial
         try:
-            yield partial
-            for entry in partial.iterdir():
-                if entry.name.startswith(CHECKPOINT_PREFIX):
-                    entry.unlink()
             partial.replace(path)
+            for entry in path.glob(f"{CHECKPOINT_PREFIX}*"):
+                entry.unlink()
             _sync_folder(path.parent)
         except OSError as error:
-            raise CountermarkError(f"cannot finish {path}: {error.strerror}; run the same command again to continue") from error
+            raise CountermarkError(f"cannot finish {path}: {error.strerror}; the work waits in {partial}") from error
     finally:
         if partial.is_dir() and [entry.name for entry in partial.iterdir()] in ([], ["config.json"]):
             shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
+
+
+def _check_free(path: Path) -> None:
+    """Refuse a place that a finished folder could not be renamed to."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise CountermarkError(f"{path} is not empty; choose a new folder or empty it first")
+        if path.is_mount() or not path.name:
+            raise CountermarkError(f"{path} is a mount point, which cannot be replaced; choose a folder below it")
+    elif path.exists():
+        raise CountermarkError(f"{path} is a file; choose a new folder")
 
 
 CHECKPOINT_PREFIX = "checkpoint-"

@@ -5,7 +5,6 @@ Pruning and fine-tuning as in Thakkar, Zizzo and Maffeis (2023), Algorithm 3.
 
 import copy
 
-import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -61,9 +60,3 @@ def finetune(
     )
     train(tuned, examples, config, title=title)
     return tuned
-
-
-def sparsity(network: nn.Module) -> float:
-    """Fraction of the weights of convolutions and linear layers that are zero."""
-    weights = [layer.weight for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    return float(torch.cat([weight.flatten() for weight in weights]).eq(0).double().mean())

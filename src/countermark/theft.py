@@ -4,6 +4,7 @@ White-box is the model itself. Black-box is Algorithm 2 of Thakkar, Zizzo and Ma
 labels only, trains a surrogate on his seeds, and asks next where the surrogate's answers change fastest.
 """
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,7 @@ def steal_black_box(
     x = pixels(natural.x[: min(options.seeds, options.queries)])
     y = victim(x)
     rounds = max(1, 1 + (max(options.queries // max(len(x), 1), 1) - 1).bit_length())
-    with bar(title or "", rounds) as progress:
+    with bar(title, rounds) if title is not None else contextlib.nullcontext() as progress:
         for number in range(rounds):
             config = TrainConfig(
                 objective="standard",
@@ -79,7 +80,7 @@ def steal_black_box(
                 hardware=hardware or Hardware(),
             )
             train(surrogate, Examples(x, y), config)
-            if title is not None:
+            if progress is not None:
                 progress.advance()
                 progress.text(f"{len(x)} queries")
             room = options.queries - len(x)

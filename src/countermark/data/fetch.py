@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -99,9 +100,8 @@ def _fetch_file(folder: Path, file: str, digest: str, sources: list[Source], pro
             source.copy(file, Path(output))
 
         try:
-            (folder / file).unlink(missing_ok=True)
             pooch.retrieve(f"countermark:{file}", f"sha256:{digest}", fname=file, path=folder, downloader=download)
-        except (OSError, EOFError, lzma.LZMAError, tarfile.TarError, subprocess.SubprocessError, CountermarkError) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, subprocess.SubprocessError, CountermarkError) as error:
             failures.append(f"{source.title}: {_reason(error)}")
         except ValueError:  # pooch's word for a wrong hash
             failures.append(f"{source.title}: the SHA-256 is not the published one (damaged or altered file)")
@@ -192,7 +192,10 @@ def _deb_data(deb: BinaryIO, folder: Path) -> Path:
     if deb.read(8) != b"!<arch>\n":
         raise CountermarkError("the package is not a Debian archive")
     while header := deb.read(60):
-        name, size = header[:16].decode("ascii", "replace").strip().rstrip("/"), int(header[48:58])
+        name, digits = header[:16].decode("ascii", "replace").strip().rstrip("/"), header[48:58].strip()
+        if not digits.isdigit():
+            raise CountermarkError("the package is not a whole Debian archive")
+        size = int(digits)
         if name.startswith("data.tar"):
             path = folder / name
             path.write_bytes(deb.read(size))

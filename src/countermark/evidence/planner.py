@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from countermark.errors import CountermarkError
 
-_MOST_DISAGREEMENTS = 5_000
+_MOST_DISAGREEMENTS = 3_000
 
 
 def trials_needed(p: float, agreement: float, power: float = 0.9) -> int:
@@ -20,7 +20,7 @@ def trials_needed(p: float, agreement: float, power: float = 0.9) -> int:
         power: probability of getting there, in [0.5, 1).
 
     Raises:
-        CountermarkError: numbers out of range, or an agreement so near to one half that more than ten thousand trials would be needed.
+        CountermarkError: numbers out of range, or an agreement so near to one half that some six thousand trials would not do.
     """
     if not (0 < p < 1 and 0.5 < agreement <= 1 and 0.5 <= power < 1):
         raise CountermarkError("the planner takes 0 < p < 1, 0.5 < agreement <= 1 and 0.5 <= power < 1")

@@ -62,7 +62,11 @@ def judge(
     """
     if not 0 < alpha < 1:
         raise CountermarkError(f"alpha is a probability in (0, 1), not {alpha}")
+    if batches < 1:
+        raise CountermarkError(f"a key has at least one batch, not {batches}")
     differences = cell_differences(cells, outcomes)
+    if weights is not None and not differences.keys() <= weights.keys():
+        raise CountermarkError("a cell has no weight; fix an integer weight for every cell beforehand")
     factors = [1 if weights is None else weights[cell] for cell in differences]
     test = sign_flip_test(differences.values(), factors)
     p = min(Fraction(1), batches * test.p)

@@ -1,4 +1,4 @@
-"""Asking an ONNX file from a stranger, in a child process that can do no harm.
+"""Asking an ONNX file from a stranger, in a child process under limits.
 
 The child (`onnx_child`) limits its own memory, processor time and file size, checks the graph before anything is run, and sends
 labels back as a NumPy array without objects.
@@ -8,6 +8,7 @@ import importlib.util
 import io
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,10 @@ def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
         raise CountermarkError("asking an .onnx file needs onnx and onnxruntime; pip install 'countermark[onnx]'")
     request = io.BytesIO()
     np.save(request, pixels(x).numpy(), allow_pickle=False)
-    command = [sys.executable, "-I", str(_CHILD), str(path)]
+    command = [sys.executable, "-I", str(_CHILD), str(path.absolute())]
     try:
-        done = subprocess.run(command, input=request.getvalue(), capture_output=True, timeout=_TIMEOUT, check=False)  # noqa: S603
+        with tempfile.TemporaryDirectory() as empty:  # where relative paths inside the file lead nowhere
+            done = subprocess.run(command, input=request.getvalue(), capture_output=True, timeout=_TIMEOUT, check=False, cwd=empty)  # noqa: S603
     except subprocess.TimeoutExpired as error:
         raise CountermarkError(
             f"{path} did not answer {len(x)} images within {_TIMEOUT} seconds; it is not a model of this size"

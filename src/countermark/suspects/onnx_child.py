@@ -32,7 +32,9 @@ def main() -> int:
     os.dup2(2, 1)  # whatever a library prints must not reach the parent as an answer
     try:
         x = np.load(io.BytesIO(sys.stdin.buffer.read()), allow_pickle=False)
-        if not path.is_file() or path.stat().st_size > _FILE_LIMIT:
+        if not path.is_file():
+            raise RefusedError("it is not a regular file; name an .onnx file")
+        if path.stat().st_size > _FILE_LIMIT:
             raise RefusedError(f"the file is larger than {_FILE_LIMIT >> 20} MiB; larger models are not asked")
         data = path.read_bytes()
         _limit()
@@ -52,7 +54,8 @@ def main() -> int:
 
 
 def _limit() -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    statm = Path("/proc/self/statm")  # Linux; elsewhere the interpreter's own share is not counted
+    used = int(statm.read_text().split()[0]) * resource.getpagesize() if statm.exists() else 0
     for limit, value in (
         (resource.RLIMIT_AS, used + _MEMORY_LIMIT),
         (resource.RLIMIT_CPU, _SECONDS_LIMIT),
@@ -76,17 +79,15 @@ def _check(data: bytes) -> None:
         if opset.domain not in _DOMAINS:
             raise RefusedError(f"it uses operators of the domain {opset.domain[:80]!r}; only standard ONNX operators are run")
     _check_graph(model.graph)
-    for function in model.functions:
-        _check_nodes(function.node)
+    if model.functions:
+        raise RefusedError("it defines functions of its own; export the model with standard ONNX operators only")
 
 
 def _check_graph(graph: Any) -> None:
     for tensor in graph.initializer:
         _check_tensor(tensor)
     for sparse in graph.sparse_initializer:
-        _check_tensor(sparse.values)
-        _check_tensor(sparse.indices)
-        _check_extent(sparse.dims)
+        _check_sparse(sparse)
     _check_nodes(graph.node)
 
 
@@ -98,7 +99,7 @@ def _check_nodes(nodes: Any) -> None:
             for tensor in [attribute.t, *attribute.tensors]:
                 _check_tensor(tensor)
             for sparse in [attribute.sparse_tensor, *attribute.sparse_tensors]:
-                _check_extent(sparse.dims)
+                _check_sparse(sparse)
             for graph in [attribute.g, *attribute.graphs]:
                 _check_graph(graph)
 
@@ -107,6 +108,12 @@ def _check_tensor(tensor: Any) -> None:
     if tensor.data_location == tensor.EXTERNAL or tensor.external_data:
         raise RefusedError(f"its tensor {tensor.name[:80]!r} lies in another file (external data); export the model as one file")
     _check_extent(tensor.dims)
+
+
+def _check_sparse(sparse: Any) -> None:
+    _check_tensor(sparse.values)
+    _check_tensor(sparse.indices)
+    _check_extent(sparse.dims)
 
 
 def _check_extent(dims: Any) -> None:

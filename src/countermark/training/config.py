@@ -7,6 +7,7 @@ from countermark.evaluation import Attack
 
 OBJECTIVES = ("fast", "pgd", "standard")
 EMBEDDINGS = ("interleaved", "epoch")
+ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 
@@ -72,6 +73,7 @@ class TrainConfig:
         """Refuse names that do not exist and an objective without its attack."""
         choose("objective", self.objective, OBJECTIVES)
         choose("embedding", self.embedding, EMBEDDINGS)
+        choose("accelerator", self.hardware.accelerator, ACCELERATORS)
         choose("precision", self.hardware.precision, PRECISIONS)
         choose("schedule", self.schedule, ("constant", "triangular"))
         if (self.objective == "standard") != (self.attack is None):

@@ -3,9 +3,9 @@
 import time
 from dataclasses import dataclass
 
-from countermark.bundle import load_bundle
+from countermark.bundle import load_with_data
 from countermark.config import EvaluateConfig
-from countermark.data import load_pools, spec
+from countermark.data import load_pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
 from countermark.report import percent, print_table
@@ -46,10 +46,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         CountermarkError: the folder, its data set or the key cannot be read, or the key asks with images of another shape.
     """
     begun = time.monotonic()
-    network, description = load_bundle(config.model)
-    catalogued = spec(description.data)
-    if catalogued.shape != description.shape:
-        raise CountermarkError(f"{config.model} takes images of shape {description.shape}, {description.data} has {catalogued.shape}")
+    network, description, catalogued = load_with_data(config.model)
     folder = config.key or (config.model / "key" if (config.model / "key").is_dir() else None)
     watermark_accuracy = None
     if folder is not None:

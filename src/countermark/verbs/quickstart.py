@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from countermark.bundle import load_bundle
 from countermark.config import ProtectConfig, QuickstartConfig, RemoveConfig, VerifyConfig
 from countermark.data import spec
 from countermark.errors import CountermarkError
-from countermark.files import read_json
+from countermark.files import JSON_LIMIT, canonical_json, read_bytes, read_json
 from countermark.report import p_value, percent, print_lines, print_table
 from countermark.verbs.protect import protect
 from countermark.verbs.remove import remove
@@ -72,13 +73,29 @@ def quickstart(config: QuickstartConfig) -> Story:
     tell = _silent if config.json else print_lines
     suspects = []
 
-    def chapter(number: int, title: str, folder: Path, make: Callable[[], Any] | None) -> dict[str, Any]:
+    def chapter(number: int, title: str, folder: Path, make: Callable[[], Any], wanted: Callable[[], bool]) -> dict[str, Any]:
         tell(f"[{number}/6] {title}")
-        if make is not None and folder.is_dir() and any(folder.iterdir()):
-            tell(f"      kept from an earlier run: {folder}")
-        elif make is not None:
+        if not (folder.is_dir() and any(folder.iterdir())):
             make()
+        elif wanted():
+            tell(f"      kept from an earlier run: {folder}")
+        else:
+            raise CountermarkError(f"{folder} was made with other options or from another model; delete it or choose a new folder")
         return read_json(folder / "metrics.json")
+
+    def protected(number: int, title: str, options: ProtectConfig) -> dict[str, Any]:
+        kept = canonical_json(options.record())
+        return chapter(
+            number, title, options.out, lambda: protect(options), lambda: read_bytes(options.out / "config.json", JSON_LIMIT) == kept
+        )
+
+    def removed(number: int, title: str, options: RemoveConfig) -> dict[str, Any]:
+        def fits() -> bool:
+            origin, event = read_json(options.model / "model.json"), load_bundle(options.out)[1].history[-1]
+            done = {"rate": options.prune} if options.prune is not None else {"epochs": options.finetune}
+            return {**event, **done, "origin_sha256": origin["weights_sha256"]} == dict(event)
+
+        return chapter(number, title, options.out, lambda: remove(options), fits)
 
     def ask(title: str, folder: Path, test: float, robust: float) -> None:
         verification = verify(VerifyConfig(suspect=folder, key=out / "model" / "key"))
@@ -87,22 +104,20 @@ def quickstart(config: QuickstartConfig) -> Story:
         tell(f"      {verification.agreements} of {verification.trials} coins: {found}, p {p_value(verification.log10_p_value)}")
 
     model, pruned, finetuned, stranger = (out / name for name in ("model", "pruned", "finetuned", "stranger"))
-    protected = ProtectConfig(data=config.data, out=model, seed=config.seed, cache=config.cache)
-    made = chapter(1, "train a robust model, draw coins, train them in", model, lambda: protect(protected))
-    if made["scheme"] != "coin":
-        raise CountermarkError(f"{model} carries no coins; choose a new folder")
+    options = ProtectConfig(data=config.data, out=model, seed=config.seed, cache=config.cache)
+    made = protected(1, "train a robust model, draw coins, train them in", options)
     tell("[2/6] ask the model itself")
     ask("the marked model", model, made["test_accuracy"], made["adversarial_accuracy"])
     tell("[3/6] ask the same model as it was before the mark: it shares almost all answers, but it never saw a coin")
     ask("before the mark", model / "key" / "source", made["unmarked_test_accuracy"], made["unmarked_adversarial_accuracy"])
-    title = f"steal the model and prune {100 * _PRUNED:.0f} % of its weights"
-    made = chapter(4, title, pruned, lambda: remove(RemoveConfig(model=model, out=pruned, prune=_PRUNED, cache=config.cache)))
+    pruning = RemoveConfig(model=model, out=pruned, prune=_PRUNED, cache=config.cache)
+    made = removed(4, f"steal the model and prune {100 * _PRUNED:.0f} % of its weights", pruning)
     ask("pruned copy", pruned, made["test_accuracy"], made["adversarial_accuracy"])
     tuning = RemoveConfig(model=pruned, out=finetuned, finetune=_FINETUNED, cache=config.cache)
-    made = chapter(5, f"fine-tune what is left for {_FINETUNED} epochs", finetuned, lambda: remove(tuning))
+    made = removed(5, f"fine-tune what is left for {_FINETUNED} epochs", tuning)
     ask("pruned, fine-tuned", finetuned, made["test_accuracy"], made["adversarial_accuracy"])
     other = ProtectConfig(data=config.data, out=stranger, scheme="none", seed=(config.seed + 1) % (1 << 32), cache=config.cache)
-    made = chapter(6, "train a stranger: as robust, never marked", stranger, lambda: protect(other))
+    made = protected(6, "train a stranger: as robust, never marked", other)
     ask("a stranger", stranger, made["test_accuracy"], made["adversarial_accuracy"])
     return Story(str(out), tuple(suspects), time.monotonic() - begun)
 

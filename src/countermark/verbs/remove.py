@@ -1,11 +1,12 @@
 """`countermark remove`: do to a copy what a thief would do to get rid of the mark."""
 
 import time
+from typing import Any
 
-from countermark.bundle import load_bundle
+from countermark.bundle import load_with_data
 from countermark.config import RemoveConfig
 from countermark.data import load_pools
-from countermark.files import new_folder
+from countermark.files import new_folder, read_json
 from countermark.removal import finetune, prune
 from countermark.verbs.copies import Copy, show, write_copy
 
@@ -17,15 +18,17 @@ def remove(config: RemoveConfig) -> Copy:
         CountermarkError: a model that cannot be read, an output folder that is not empty.
     """
     begun = time.monotonic()
-    network, description = load_bundle(config.model)
+    network, description, _ = load_with_data(config.model)
     with new_folder(config.out, config.record()) as work:
         pools = load_pools(description.data, description.seed, config.cache)
+        origin = read_json(config.model / "model.json")["weights_sha256"]
+        event: dict[str, Any]
         if config.prune is not None:
-            network, event = prune(network, config.prune), {"event": "pruned", "rate": config.prune}
+            network, event = prune(network, config.prune), {"event": "pruned", "rate": config.prune, "origin_sha256": origin}
         else:
             epochs = config.finetune or 1
             network = finetune(network, pools.thief, epochs, seed=config.seed, title="fine-tuning")
-            event = {"event": "fine-tuned", "epochs": epochs}
+            event = {"event": "fine-tuned", "epochs": epochs, "origin_sha256": origin}
         return write_copy(work, config.out, network, description, event, pools.test, begun)
 
 

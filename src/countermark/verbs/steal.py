@@ -3,7 +3,7 @@
 import time
 from dataclasses import asdict, replace
 
-from countermark.bundle import load_bundle
+from countermark.bundle import load_with_data
 from countermark.config import StealConfig
 from countermark.data import load_pools
 from countermark.evaluation import predict
@@ -24,7 +24,7 @@ def steal(config: StealConfig) -> Copy:
     """
     begun = time.monotonic()
     choose("setting", config.setting, SETTINGS)
-    victim, description = load_bundle(config.victim)
+    victim, description, _ = load_with_data(config.victim)
     with new_folder(config.out, config.record()) as work:
         pools = load_pools(description.data, description.seed, config.cache)
         if config.setting == "white":

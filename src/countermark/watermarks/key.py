@@ -152,7 +152,9 @@ def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> N
     answers, batch, cell = watermarks.answers, watermarks.batch, watermarks.cell
     in_order = bool((answers >= 0).all()) and bool((batch >= 0).all()) and bool((cell >= 0).all())
     if c1["scheme"] == "coin":
-        in_order = in_order and answers.shape[1] == 2 and bool((answers[:, 0] < answers[:, 1]).all()) and len(set(cell.tolist())) == len(cell)
+        in_order = (
+            in_order and answers.shape[1] == 2 and bool((answers[:, 0] < answers[:, 1]).all()) and len(set(cell.tolist())) == len(cell)
+        )
     else:
         in_order = in_order and answers.shape[1] == 1
     counted = (c1.get("leaves"), c1.get("batches"), c1.get("shape"))
