@@ -12,6 +12,7 @@ import torch
 from countermark.data import Examples, Pools, load_ood
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
+from countermark.files import read_tensors
 from countermark.models import build
 from countermark.training import Hardware, TrainConfig, loop, marking, recipe, train
 
@@ -203,7 +204,7 @@ def test_bf16_gives_the_same_results_within_noise(digits: Pools) -> None:
 
 def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The multi-step check is made to fall once; the epoch must be undone exactly and run again in two steps."""
-    measured = iter([50.0, 60.0, 10.0, 62.0, 64.0])
+    measured = iter([10.0, 50.0, 60.0, 10.0, 62.0, 64.0])
     monkeypatch.setattr(loop, "adversarial_accuracy", lambda *_arguments, **_options: next(measured))
     begun_at, carried, attack_steps = [], [], []
     step = loop._step
@@ -223,6 +224,34 @@ def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(digits: Pools, qu
     assert torch.equal(carried[2], carried[3])
     assert "collapsed" in records[2].line(4)
     assert loop.with_steps(quick.attack, 2).step_size == pytest.approx(0.125)  # type: ignore[arg-type]
+
+
+def test_the_guard_sees_a_real_collapse(digits: Pools) -> None:
+    """A robust model trained on at a high rate and with single steps from the example itself loses its robustness in one epoch."""
+    network = small()
+    robust = recipe("digits", "fast", 0.2, epochs=15)
+    before = train(network, digits.training, robust, validation=digits.validation)[-1].adversarial_accuracy
+    weak = replace(robust, epochs=8, attack=Attack(0.2, 1, 0.1), carry=False, grow_budget=False, learning_rate=0.3, warmup=0.1)
+    records = train(network, digits.training, weak, validation=digits.validation)
+    assert before is not None
+    assert [(record.redone, record.attack_steps) for record in records][:2] == [(True, 1), (False, 2)]
+    fallen, after = (record.adversarial_accuracy or 0.0 for record in records[:2])
+    assert fallen < before / 3
+    assert after > 2 * fallen
+
+
+def test_the_guard_knows_what_the_first_epoch_started_from(
+    digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An intended dip passes; a fall to a tenth of the start does not, and a checkpoint remembers the start."""
+    measured = iter([90.0, 40.0, 9.0, 60.0, 61.0])
+    monkeypatch.setattr(loop, "adversarial_accuracy", lambda *_arguments, **_options: next(measured))
+    records = train(small(), digits.training, replace(quick, epochs=3), validation=digits.validation, checkpoint=tmp_path / "c")
+    assert [record.redone for record in records] == [False, True, False, False]
+    measured = iter([90.0, 9.0, 50.0, 60.0, 61.0])
+    records = train(small(), digits.training, replace(quick, epochs=3), validation=digits.validation)
+    assert [record.redone for record in records] == [True, False, False, False]
+    assert read_tensors(tmp_path / "c", 1 << 30)[1]["initial"] == 90.0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(digits: Pools) -> None:

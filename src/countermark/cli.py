@@ -28,6 +28,9 @@ _VERBS: dict[type[configs.VerbConfig], str] = {
 }
 
 
+_NO_MEMORY = "not enough memory; close other programs or take a smaller network"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
     try:
@@ -52,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; free space or choose another folder")
     except MemoryError:
-        return _fail("not enough memory; close other programs or take a smaller network")
+        return _fail(_NO_MEMORY)
+    except RuntimeError as error:
+        if "memory" not in str(error):  # torch says so in a RuntimeError, on processors and devices alike
+            raise
+        return _fail(_NO_MEMORY)
     return getattr(result, "exit_status", 0)
 
 

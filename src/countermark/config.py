@@ -36,6 +36,11 @@ class VerbConfig:
             if value is not None and value < 1:
                 raise CountermarkError(f"--{name.replace('_', '-')} is at least 1, not {value}")
 
+    def _only_for(self, applies: bool, what: str, *names: str) -> None:
+        for name in names:
+            if not applies and getattr(self, name) is not None:
+                raise CountermarkError(f"--{name.replace('_', '-')} goes with {what} only; leave it out")
+
     def _seeded(self) -> None:
         if any(field.name == "seed" for field in fields(self)) and not 0 <= getattr(self, "seed") < 1 << 32:  # noqa: B009
             raise CountermarkError(f"--seed is a whole number from 0 to 4294967295, not {getattr(self, 'seed')}")  # noqa: B009
@@ -73,14 +78,14 @@ class ProtectConfig(VerbConfig):
     """Seed of pools, weights and training; the key's secret is drawn apart from it, by the operating system."""
     epochs: int | None = None
     """Epochs of the unmarked model; default that of the recipe."""
-    labels: str = "true"
-    """Labels of the adversarial scheme: true (the paper's) or source (what the crafting model answers)."""
+    labels: str | None = None
+    """Labels of the scheme adversarial: true (the paper's, default) or source (what the crafting model answers)."""
     watermark_epsilon: float | None = None
     """Budget of the watermarks, above the training budget; default that of the data set."""
     watermark_step_size: float | None = None
     """Step of the crafting, 40 steps; default 2.5 budgets / 40, at full strength. The paper's is 0.01."""
-    embedding: str = "interleaved"
-    """How watermarks get in: interleaved (the unmarked model trains on, marks mixed in) or epoch (Algorithm 1, from scratch)."""
+    embedding: str | None = None
+    """How watermarks get in: interleaved (default: the unmarked model trains on, marks mixed in) or epoch (Algorithm 1, from scratch)."""
     accelerator: str = "auto"
     """Device: auto, cpu, cuda, mps."""
     devices: int = 1
@@ -91,10 +96,13 @@ class ProtectConfig(VerbConfig):
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
+        """Refuse numbers out of range, and options that the scheme has no use for."""
         self._open_interval("epsilon", "watermark_epsilon", "watermark_step_size")
         self._at_least_one("epochs", "devices")
         self._seeded()
+        self._only_for(self.scheme == "adversarial", "--scheme adversarial", "labels")
+        self._only_for(self.scheme not in ("ood", "none"), "--scheme coin or adversarial", "watermark_epsilon", "watermark_step_size")
+        self._only_for(self.scheme != "none", "a scheme that has watermarks", "embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,8 +156,8 @@ class StealConfig(VerbConfig):
     """white (the weights themselves) or black (labels only: Algorithm 2)."""
     out: Path
     """Folder to write; it must be new or empty."""
-    queries: int = 51_200
-    """Labels that a black-box thief asks for."""
+    queries: int | None = None
+    """Labels that a black-box thief asks for; default the paper's 51,200."""
     seed: int = 0
     """Seed of the surrogate and its training."""
     cache: Path | None = None
@@ -158,6 +166,7 @@ class StealConfig(VerbConfig):
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         self._at_least_one("queries")
+        self._only_for(self.setting != "white", "--setting black", "queries")
         self._seeded()
 
 

@@ -26,7 +26,6 @@ class Attack:
     steps: int
     step_size: float
     random_start: bool = True
-    restarts: int = 1
 
 
 @contextlib.contextmanager
@@ -64,13 +63,16 @@ def agreement(labels: torch.Tensor, wanted: torch.Tensor) -> float:
     return 100 * int((labels == wanted).sum()) / max(len(wanted), 1)
 
 
-def adversarial_accuracy(model: nn.Module, examples: Examples, attack: Attack, *, seed: int = 0, title: str | None = None) -> float:
+def adversarial_accuracy(
+    model: nn.Module, examples: Examples, attack: Attack, *, restarts: int = 1, seed: int = 0, title: str | None = None
+) -> float:
     """Accuracy in percent that is left under `attack`; with budget 0 it is the test accuracy.
 
     Args:
         model: pixels to logits; attacked in evaluation mode.
         examples: images and true labels.
-        attack: budget, steps, step size, restarts.
+        attack: budget, steps, step size.
+        restarts: independent runs; an example must survive all of them.
         seed: seed of the random starts.
         title: names the progress bar; none is shown without it.
     """
@@ -90,7 +92,7 @@ def adversarial_accuracy(model: nn.Module, examples: Examples, attack: Attack, *
                 steps=attack.steps,
                 step_size=attack.step_size,
                 random_start=attack.random_start,
-                restarts=attack.restarts,
+                restarts=restarts,
                 stop_when_lost=True,
             )
             with torch.no_grad():

@@ -34,6 +34,7 @@ _CHECKED = 500  # validation examples of the guard's multi-step check
 _CHECK_STEPS = 10
 _UNITS = 127  # of a carried perturbation in one budget
 _COLLAPSE = 20.0  # points of adversarial accuracy lost in one epoch that count as catastrophic overfitting
+_START_SHARE = 0.25  # below this share of what the run started with, an epoch has collapsed, whatever later epochs may win back
 _MOST_STEPS = 16  # beyond this a fall is not for want of attack steps
 
 State = dict[str, torch.Tensor]
@@ -163,7 +164,8 @@ class _Run:
         self.step = 0
         self.loss = 0.0  # summed over the epoch so far
         self.attack = config.attack
-        self.best = 0.0  # highest adversarial accuracy that the guard has seen
+        self.best = 0.0  # highest adversarial accuracy that the guard has seen after an epoch
+        self.initial = 0.0  # that of the weights the run started with
         self.records: list[dict[str, Any]] = []
         self.carried = _first_perturbations(examples, config).to(fabric.device) if config.carry else None
         self.carried_before = None if self.carried is None else self.carried.clone()
@@ -191,7 +193,8 @@ class _Run:
         if self.carried is not None and self.carried_before is not None:
             state |= {"carried": self.carried, "carried_before": self.carried_before}
         attack_steps = self.attack.steps if self.attack else 0
-        run = {"run": self.fingerprint, "step": self.step, "loss": self.loss, "best": self.best, "attack_steps": attack_steps}
+        run = {"run": self.fingerprint, "step": self.step, "loss": self.loss, "best": self.best, "initial": self.initial}
+        run["attack_steps"] = attack_steps
         write_tensors(path, state, {**run, "records": self.records}, mode=0o600)
 
     def load(self, path: Path) -> None:
@@ -203,7 +206,8 @@ class _Run:
         if self.carried is not None:
             self.carried = tensors["carried"].to(self.carried.device)
             self.carried_before = tensors["carried_before"].to(self.carried.device)
-        self.step, self.loss, self.best, self.records = meta["step"], meta["loss"], meta["best"], meta["records"]
+        self.step, self.loss, self.records = meta["step"], meta["loss"], meta["records"]
+        self.best, self.initial = meta["best"], meta["initial"]
         if self.attack is not None:
             self.attack = with_steps(self.attack, meta["attack_steps"])
 
@@ -272,6 +276,8 @@ def _run(
     run = _Run(fabric, network, examples, config, _fingerprint(network, examples, config, validation, watermarks))
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
+    elif config.objective == "fast" and validation is not None:
+        run.initial = _guarded(run, validation)
     resident = examples.to(fabric.device)
     marks = watermarks.to(fabric.device) if watermarks is not None else None
     shown = bar(title, total, run.step) if title is not None and fabric.global_rank == 0 else contextlib.nullcontext(None)
@@ -351,13 +357,12 @@ def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | Non
         if validation is not None:
             clean = agreement(predict(run.network, validation.x), validation.y)
             if config.attack is not None:
-                check = with_steps(config.attack, _CHECK_STEPS)
-                adversarial = adversarial_accuracy(run.network, validation[:_CHECKED], check, seed=config.seed)
+                adversarial = _guarded(run, validation)
         if marks is not None:
             marked = agreement(predict(run.network, marks.x), marks.y.cpu())
     clean, adversarial, marked = run.fabric.broadcast((clean, adversarial, marked))
     attack_steps = run.attack.steps if run.attack else 0
-    fallen = adversarial is not None and adversarial < run.best - _COLLAPSE
+    fallen = adversarial is not None and adversarial < max(run.best - _COLLAPSE, run.initial * _START_SHARE)
     collapsed = config.objective == "fast" and fallen and attack_steps < _MOST_STEPS
     record = Epoch(epoch + 1, run.loss / per_epoch, clean, adversarial, marked, attack_steps, collapsed)
     run.loss = 0.0
@@ -372,6 +377,13 @@ def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | Non
         run.carried_before = None if run.carried is None else run.carried.clone()
     run.records.append(asdict(record))
     return record
+
+
+def _guarded(run: _Run, validation: Examples) -> float:
+    """Adversarial accuracy on a few validation examples, under enough steps to see through a collapse."""
+    assert run.config.attack is not None
+    check = with_steps(run.config.attack, _CHECK_STEPS)
+    return adversarial_accuracy(run.network, validation[:_CHECKED], check, seed=run.config.seed)
 
 
 def _rate(config: TrainConfig, done: float) -> float:

@@ -59,17 +59,16 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         epsilon=config.epsilon or description.epsilon,
         steps=config.steps or catalogued.steps,
         step_size=config.step_size or catalogued.step_size,
-        restarts=config.restarts,
     )
     return Evaluation(
         model=str(config.model),
         test_accuracy=accuracy(network, test),
-        adversarial_accuracy=adversarial_accuracy(network, test, attack, title="attacking the model"),
+        adversarial_accuracy=adversarial_accuracy(network, test, attack, restarts=config.restarts, title="attacking the model"),
         watermark_accuracy=watermark_accuracy,
         epsilon=attack.epsilon,
         steps=attack.steps,
         step_size=attack.step_size,
-        restarts=attack.restarts,
+        restarts=config.restarts,
         seconds=time.monotonic() - begun,
     )
 

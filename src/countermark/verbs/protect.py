@@ -131,8 +131,8 @@ def _check(config: ProtectConfig, catalogued: Spec) -> None:
     choose("network", config.network, tuple(NETWORKS))
     choose("scheme", config.scheme, SCHEMES)
     choose("objective", config.objective, OBJECTIVES)
-    choose("embedding", config.embedding, EMBEDDINGS)
-    choose("labels", config.labels, LABELS)
+    choose("embedding", config.embedding or "interleaved", EMBEDDINGS)
+    choose("labels", config.labels or "true", LABELS)
     epsilon = config.epsilon or catalogued.epsilon
     above = config.watermark_epsilon or catalogued.watermark_epsilon
     if config.scheme in ("coin", "adversarial") and above <= epsilon:
@@ -166,7 +166,7 @@ def _watermarks(config: ProtectConfig, catalogued: Spec, pools: Pools, source: n
         return published_set(outside.x, outside.y)
     bases = _some(pools.bases, seed)
     images, predicted = craft_adversarial(source, bases, attack, seed)
-    return published_set(images, bases.y if config.labels == "true" else predicted)
+    return published_set(images, bases.y if config.labels != "source" else predicted)
 
 
 def _some(bases: Examples, seed: int) -> Examples:

@@ -29,7 +29,7 @@ def steal(config: StealConfig) -> Copy:
         pools = load_pools(description.data, description.seed, config.cache)
         if config.setting == "white":
             return write_copy(work, config.out, victim, description, {"event": "stolen", "setting": "white"}, pools.test, begun)
-        options = JacobianTheft(queries=config.queries, seed=config.seed)
+        options = JacobianTheft(queries=config.queries or JacobianTheft.queries, seed=config.seed)
         surrogate = build("surrogate", description.shape, description.classes, seed=config.seed)
         asked = steal_black_box(lambda x: predict(victim, x), surrogate, pools.thief, options, title="stealing")
         event = {"event": "stolen", "setting": "black", "queries": asked, "options": asdict(options)}
