@@ -32,12 +32,12 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@echo "installing countermark"
-	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx]'
+	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,study]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing the developers' tools"
-	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,study,dev]'
 	@touch $@
 
 test: $(VENV)/.dev

@@ -28,10 +28,11 @@ def test_the_normaliser_is_a_layer() -> None:
     assert torch.equal(network[0](torch.tensor([0.0, 0.5, 1.0])), torch.tensor([-1.0, 0.0, 1.0]))
 
 
-def test_halving_convolution_is_the_ordinary_one() -> None:
+@pytest.mark.parametrize(("kernel", "padding"), [(4, 1), (8, 3)])
+def test_halving_convolution_is_the_ordinary_one(kernel: int, padding: int) -> None:
     torch.manual_seed(0)
-    layer, x = HalvingConv2d(3, 5), torch.rand(2, 3, 8, 12, requires_grad=True)
-    ordinary = functional.conv2d(x, layer.weight, layer.bias, stride=2, padding=1)
+    layer, x = HalvingConv2d(3, 5, kernel), torch.rand(2, 3, 8, 12, requires_grad=True)
+    ordinary = functional.conv2d(x, layer.weight, layer.bias, stride=2, padding=padding)
     torch.testing.assert_close(layer(x), ordinary)
     (ours,) = torch.autograd.grad(layer(x).square().sum(), x)
     (theirs,) = torch.autograd.grad(ordinary.square().sum(), x)

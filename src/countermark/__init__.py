@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ProtectConfig,
         QuickstartConfig,
         RemoveConfig,
+        ReproduceConfig,
         StealConfig,
         VerifyConfig,
     )
@@ -33,19 +34,18 @@ if TYPE_CHECKING:
     from countermark.verbs.protect import protect
     from countermark.verbs.quickstart import quickstart
     from countermark.verbs.remove import remove
+    from countermark.verbs.reproduce import reproduce
     from countermark.verbs.steal import steal
     from countermark.verbs.verify import verify
 
 __version__ = "0.1.0"
 
+_VERBS = ("evaluate", "fetch", "plan", "protect", "quickstart", "remove", "reproduce", "steal", "verify")
 _HOMES = {
     "CountermarkError": "errors",
     "load": "bundle",
-    **{
-        f"{verb.capitalize()}Config": "config"
-        for verb in ("evaluate", "fetch", "plan", "protect", "quickstart", "remove", "steal", "verify")
-    },
-    **{verb: f"verbs.{verb}" for verb in ("evaluate", "fetch", "plan", "protect", "quickstart", "remove", "steal", "verify")},
+    **{f"{verb.capitalize()}Config": "config" for verb in _VERBS},
+    **{verb: f"verbs.{verb}" for verb in _VERBS},
 }
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "ProtectConfig",
     "QuickstartConfig",
     "RemoveConfig",
+    "ReproduceConfig",
     "StealConfig",
     "VerifyConfig",
     "evaluate",
@@ -65,6 +66,7 @@ __all__ = [
     "protect",
     "quickstart",
     "remove",
+    "reproduce",
     "steal",
     "verify",
 ]

@@ -25,6 +25,7 @@ _VERBS: dict[type[configs.VerbConfig], str] = {
     configs.RemoveConfig: "remove",
     configs.PlanConfig: "plan",
     configs.QuickstartConfig: "quickstart",
+    configs.ReproduceConfig: "reproduce",
 }
 
 
@@ -76,6 +77,7 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[configs.RemoveConfig, subcommand("remove")]
         | Annotated[configs.PlanConfig, subcommand("plan")]
         | Annotated[configs.QuickstartConfig, subcommand("quickstart")]
+        | Annotated[configs.ReproduceConfig, subcommand("reproduce")]
     )
     target, prog = verbs, "countermark"
     description = "Train image classifiers that resist attack, mark them with keyed coins, and prove a stolen copy."

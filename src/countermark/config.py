@@ -209,6 +209,41 @@ class PlanConfig(VerbConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReproduceConfig(VerbConfig):
+    """Run the paper's study, with the strangers that it lacks, and write a report beside its numbers."""
+
+    out: Path = Path("study")
+    """Folder of the study: report.html, results.json, tables as CSV, and the finished units; the same command goes on where it was."""
+    data: tuple[str, ...] = ("mnist", "fashion_mnist")
+    """Data sets: mnist, fashion_mnist, digits."""
+    profile: str = "quick"
+    """quick (under an hour on a laptop), standard (the paper's network, three seeds), paper (its Table 6, 100 epochs; for a GPU)."""
+    protocol: tuple[str, ...] = ("clean",)
+    """clean (disjoint pools), as-published (the published runs' habits), or both."""
+    seeds: int | None = None
+    """Owners to train; default those of the profile."""
+    plan: bool = False
+    """Only list the work, what of it is finished, and an estimate of the time."""
+    workers: int | None = None
+    """Local processes, one core each; default one for each core; 0 runs everything in this process."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler (tcp://...) to use instead; its workers must see OUT and the data cache under the same paths."""
+    cache: Path | None = None
+    """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, and two engines at once."""
+        self._at_least_one("seeds")
+        if self.workers is not None and not 0 <= self.workers <= 1024:
+            raise CountermarkError(f"--workers is a number of processes from 0 to 1024, not {self.workers}")
+        self._only_for(self.scheduler is None, "local processes (leave --scheduler out)", "workers")
+        if not self.data or len(set(self.data)) != len(self.data):
+            raise CountermarkError("--data names one or more data sets, each once")
+        if not self.protocol or len(set(self.protocol)) != len(self.protocol):
+            raise CountermarkError("--protocol names clean, as-published, or both, each once")
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuickstartConfig(VerbConfig):
     """The whole story in minutes: protect a model, then tell a stolen copy from a stranger."""
 

@@ -22,6 +22,11 @@ from safetensors.torch import save as serialise_tensors
 
 from countermark.errors import CountermarkError
 
+
+class FolderBusyError(CountermarkError):
+    """Another process builds the same folder right now."""
+
+
 JSON_LIMIT = 1 << 20
 """Largest JSON file that is read, in bytes."""
 
@@ -181,7 +186,7 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
-        raise CountermarkError(f"another process is writing {partial}; wait for it or choose another folder") from error
+        raise FolderBusyError(f"another process is writing {partial}; wait for it or choose another folder") from error
     try:
         _check_free(path)  # another process may have finished it since
         for torn in partial.rglob(f"{_TEMPORARY_PREFIX}*"):

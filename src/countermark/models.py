@@ -34,19 +34,19 @@ class Normalise(nn.Module):
 
 
 class HalvingConv2d(nn.Conv2d):
-    """A 4x4 convolution with stride 2 and padding 1, computed as a 2x2 convolution on 2x2 blocks of pixels.
+    """A convolution with stride 2 that halves height and width, computed with stride 1 on 2x2 blocks of pixels.
 
-    The numbers are those of `nn.Conv2d(..., 4, stride=2, padding=1)`; on processors its gradient with regard to the input, which every
-    attack step needs, is several times faster for images of one channel.
+    The numbers are those of `nn.Conv2d(..., kernel, stride=2, padding=kernel // 2 - 1)`; on processors its gradient with regard to the
+    input, which every attack step needs, is several times faster for images of one channel.
     """
 
-    def __init__(self, channels: int, filters: int) -> None:
-        """Convolve `channels` input channels with `filters` filters."""
-        super().__init__(channels, filters, 4, stride=2, padding=1)
+    def __init__(self, channels: int, filters: int, kernel: int = 4) -> None:
+        """Convolve `channels` input channels with `filters` filters of `kernel` x `kernel`, an even number."""
+        super().__init__(channels, filters, kernel, stride=2, padding=kernel // 2 - 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve `(n, c, h, w)` to `(n, filters, h/2, w/2)`."""
-        blocks = functional.pixel_unshuffle(functional.pad(x, (1, 1, 1, 1)), 2)
+        blocks = functional.pixel_unshuffle(functional.pad(x, (int(self.padding[0]),) * 4), 2)
         return functional.conv2d(blocks, functional.pixel_unshuffle(self.weight, 2), self.bias)
 
 
@@ -95,7 +95,7 @@ def surrogate(shape: tuple[int, int, int], classes: int) -> nn.Module:
     """The black-box thief's network of the same paper: two convolutions with stride 2 and two linear layers, tanh throughout."""
     channels, height, width = shape
     return nn.Sequential(
-        nn.Conv2d(channels, 16, 8, stride=2, padding=3),
+        HalvingConv2d(channels, 16, 8),
         nn.Tanh(),
         nn.Conv2d(16, 32, 4, stride=2, padding=1),
         nn.Tanh(),

@@ -36,6 +36,13 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} %"
 
 
+def duration(seconds: float) -> str:
+    """Format a length of time for a person: seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def p_value(log10: float | None) -> str:
     """Format a p-value of any size from its decimal logarithm."""
     if log10 is None:

@@ -1,7 +1,8 @@
 """Theft: how a copy comes about.
 
 White-box is the model itself. Black-box is Algorithm 2 of Thakkar, Zizzo and Maffeis (2023), after Papernot et al. (2017): the thief sees
-labels only, trains a surrogate on his seeds, and asks next where the surrogate's answers change fastest.
+labels only, trains a surrogate on his seeds, and asks next where the surrogate's answers change fastest. Grey-box is the same with the
+owner's network and adversarial training. Distillation (Hinton et al., 2015) needs the victim's probabilities.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from countermark.data import Examples, pixels
-from countermark.evaluation import device_of, evaluating
+from countermark.evaluation import Attack, device_of, evaluating
 from countermark.progress import bar
 from countermark.suspects import Suspect
 from countermark.training import Hardware, TrainConfig, train
@@ -25,12 +26,15 @@ class JacobianTheft:
     """Algorithm 2.
 
     Attributes:
-        seeds: natural images that the thief starts with.
+        seeds: natural images that the thief starts with; as many as `queries` make it a theft by natural queries alone (as "Knockoff
+            Nets", Orekondy et al., 2019, without its choice of queries).
         queries: labels that the thief asks for in all; the data doubles each round until they are spent (the paper: 200 seeds, 51,200).
         step: length of an augmentation step, in pixels.
         epochs: passes over all data in each round.
         batch_size: of the surrogate's training.
         learning_rate: of SGD, constant.
+        attack: the thief trains adversarially, with this attack (the paper's grey-box thief); none trains him plainly.
+        clamp: keep the queries within [0, 1]; the published code did not.
         seed: seed of the training and of the choice among the last round's queries.
     """
 
@@ -40,6 +44,8 @@ class JacobianTheft:
     epochs: int = 10
     batch_size: int = 32
     learning_rate: float = 0.005
+    attack: Attack | None = None
+    clamp: bool = True
     seed: int = 0
 
 
@@ -70,12 +76,13 @@ def steal_black_box(
     with bar(title, rounds) if title is not None else contextlib.nullcontext() as progress:
         for number in range(rounds):
             config = TrainConfig(
-                objective="standard",
-                attack=None,
+                objective="standard" if options.attack is None else "pgd",
+                attack=options.attack,
                 epochs=options.epochs,
                 batch_size=options.batch_size,
                 learning_rate=options.learning_rate,
                 schedule="constant",
+                grow_budget=False,
                 seed=options.seed * 1000 + number,
                 hardware=hardware or Hardware(),
             )
@@ -87,13 +94,13 @@ def steal_black_box(
             if room <= 0:
                 break
             order = torch.randperm(len(x), generator=torch.Generator().manual_seed(options.seed))[:room]
-            queries = _augment(surrogate, x[order], y[order], options.step)
+            queries = _augment(surrogate, x[order], y[order], options)
             x, y = torch.cat((x, queries)), torch.cat((y, victim(queries)))
     return len(x)
 
 
-def _augment(surrogate: nn.Module, x: torch.Tensor, y: torch.Tensor, step: float) -> torch.Tensor:
-    """Jacobian augmentation, x + step sign(dF_y/dx), kept within [0, 1]."""
+def _augment(surrogate: nn.Module, x: torch.Tensor, y: torch.Tensor, options: JacobianTheft) -> torch.Tensor:
+    """Jacobian augmentation, x + step sign(dF_y/dx)."""
     device = device_of(surrogate)
     parts = []
     with evaluating(surrogate):
@@ -102,5 +109,24 @@ def _augment(surrogate: nn.Module, x: torch.Tensor, y: torch.Tensor, step: float
             probabilities = functional.softmax(surrogate(points), dim=1)
             chosen = probabilities.gather(1, y[i : i + _CHUNK].to(device).unsqueeze(1)).sum()
             (gradient,) = torch.autograd.grad(chosen, points)
-            parts.append((points.detach() + step * gradient.sign()).clamp_(0, 1).cpu())
+            moved = points.detach() + options.step * gradient.sign()
+            parts.append((moved.clamp_(0, 1) if options.clamp else moved).cpu())
     return torch.cat(parts)
+
+
+def distil(teacher: nn.Module, student: nn.Module, natural: Examples, epochs: int, seed: int = 0, hardware: Hardware | None = None) -> None:
+    """Train `student` in place on the probabilities that `teacher` gives to unlabelled images.
+
+    Args:
+        teacher: the victim, pixels to logits.
+        student: the thief's network.
+        natural: the thief's pool; its labels are never used.
+        epochs: passes over it.
+        seed: seed of the training.
+        hardware: devices and precision.
+    """
+    device = device_of(teacher)
+    with evaluating(teacher), torch.no_grad():
+        chunks = [teacher(pixels(natural.x[i : i + _CHUNK]).to(device)).softmax(1).cpu() for i in range(0, len(natural), _CHUNK)]
+    config = TrainConfig(objective="standard", attack=None, epochs=epochs, learning_rate=0.05, seed=seed, hardware=hardware or Hardware())
+    train(student, Examples(natural.x, torch.cat(chunks)), config)

@@ -36,6 +36,7 @@ class TrainConfig:
         attack: the attack that crafts the batches; none for `standard`.
         carry: start each example's attack at the perturbation that it had in the pass before (Zheng et al., 2020, "ATTA"): one step then
             does the work of several.
+        craft_in_training_mode: craft with dropout and batch statistics live, as the published code did, instead of in evaluation mode.
         epochs: passes over the examples.
         batch_size: examples in a step, over all devices.
         learning_rate: of SGD; the peak, where there is a schedule.
@@ -56,6 +57,7 @@ class TrainConfig:
     attack: Attack | None
     epochs: int
     carry: bool = False
+    craft_in_training_mode: bool = False
     batch_size: int = 128
     learning_rate: float = 0.1
     schedule: str = "triangular"

@@ -11,6 +11,7 @@ import logging
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ def train(
     validation: Examples | None = None,
     watermarks: Examples | None = None,
     checkpoint: Path | None = None,
+    after_epoch: Callable[[int, nn.Module], None] | None = None,
     title: str | None = None,
 ) -> list[Epoch]:
     """Train `network` in place.
@@ -91,6 +93,8 @@ def train(
         validation: held-out examples for the guard and the progress line; never the test pool.
         watermarks: watermark images and their labels, embedded as `config.embedding` says.
         checkpoint: file to save to and to resume from; a run that it shows as finished is not run again.
+        after_epoch: called in the first process with an epoch's number, from 1, and the network, before the epoch is in the checkpoint:
+            what it does may happen once more after an interruption.
         title: names the progress bar; without it nothing is shown.
 
     Returns:
@@ -118,7 +122,7 @@ def train(
             # Weights come back through a file: the pipe from a forked process holds 64 KiB.
             result = Path(temporary) / "trained.safetensors"
             try:
-                fabric.launch(_run, network, examples, config, validation, watermarks, checkpoint, title, result)
+                fabric.launch(_run, network, examples, config, validation, watermarks, checkpoint, after_epoch, title, result)
             except ProcessException as error:  # from one of several processes, with its traceback as text
                 reason = str(error).strip().splitlines()[-1]
                 raise CountermarkError(f"training stopped in one of {hardware.devices} processes: {reason}") from error
@@ -158,6 +162,7 @@ class _Run:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             nesterov=config.nesterov,
+            fused=fabric.device.type in ("cpu", "cuda"),
         )
         self.wrapped, self.stepper = fabric.setup(network, self.optimiser)
         self.network = network
@@ -218,7 +223,7 @@ class _Run:
             return x
         unit = attack.epsilon / _UNITS
         start = None if self.carried is None else x + self.carried[chosen].to(x.dtype) * unit
-        self.wrapped.eval()
+        self.wrapped.train(self.config.craft_in_training_mode)
         with self.fabric.autocast():
             crafted = pgd(
                 self.network,
@@ -263,6 +268,7 @@ def _run(
     validation: Examples | None,
     watermarks: Examples | None,
     checkpoint: Path | None,
+    after_epoch: Callable[[int, nn.Module], None] | None,
     title: str | None,
     result: Path,
 ) -> None:
@@ -306,6 +312,8 @@ def _run(
                 progress.note(f"  {title}: {record.line(config.epochs)}")
                 if record.redone:
                     progress.advance(-per_epoch)
+            if after_epoch is not None and fabric.global_rank == 0 and not record.redone:
+                after_epoch(record.epoch, network)
             run.save(checkpoint)
             saved = time.monotonic()
     if fabric.global_rank == 0:
@@ -315,7 +323,7 @@ def _run(
 def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | None, done: float) -> float:
     """One optimiser step on a batch, the examples `chosen`; `done` is the share of the run behind it. Returns the mean loss."""
     config, fabric = run.config, run.fabric
-    torch.manual_seed(_seed(config.seed, "step", run.step, fabric.global_rank))
+    _set_seed(fabric.device, _seed(config.seed, "step", run.step, fabric.global_rank))
     x, y = pixels(batch.x), batch.y
     grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
     x = run.perturb(chosen, x, y, grown)
@@ -343,7 +351,7 @@ def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None
     """Algorithm 1: after an epoch, one pass over the watermarks with plain cross-entropy and the same optimiser."""
     order = _shuffled(len(marks), run.config.seed, "watermarks", epoch)
     for number, chosen in enumerate(torch.split(order, run.config.watermark_batch)):
-        torch.manual_seed(_seed(run.config.seed, "watermark step", epoch, number))
+        _set_seed(run.fabric.device, _seed(run.config.seed, "watermark step", epoch, number))
         share = chosen[run.fabric.global_rank :: run.fabric.world_size]
         if len(chosen) >= 2 * run.fabric.world_size:  # batch norm needs two; DDP needs every process
             _descend(run, pixels(marks.x[share]), marks.y[share], done)
@@ -407,6 +415,15 @@ def _next_marks(turn: int, count: int, config: TrainConfig) -> torch.Tensor:
 
 def _shuffled(count: int, *source: int | str) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(_seed(*source)))
+
+
+def _set_seed(device: torch.device, seed: int) -> None:
+    """Seed what a step draws from; `torch.manual_seed` also visits devices that are not there, which takes it a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def _seed(*source: int | str) -> int:

@@ -1,0 +1,202 @@
+"""What the paper claims, held against the numbers: sentences made from measurements, for each protocol."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from countermark.data import spec
+from countermark.study.results import Row, auc, estimate, where
+from countermark.study.tables import RULE, TITLES, paper_value
+
+_STEP = 0.01  # alpha of the paper's claim beta > epsilon + alpha: the step of its training attack
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one protocol's numbers say about one claim.
+
+    Attributes:
+        holds: whether it holds on every data set; none if it was not measured.
+        told: the numbers, in words.
+    """
+
+    holds: bool | None
+    told: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper or of ours, and what each protocol says of it.
+
+    Attributes:
+        text: the claim.
+        findings: by protocol.
+        leading: whether the report begins with it.
+    """
+
+    text: str
+    findings: Mapping[str, Finding]
+    leading: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether it holds under any protocol that was run."""
+        return any(finding.holds for finding in self.findings.values())
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: holds under both protocols, one, or neither."""
+        known = {protocol: finding.holds for protocol, finding in self.findings.items() if finding.holds is not None}
+        holding = [protocol for protocol, holds in known.items() if holds]
+        if not known:
+            return "not measured"
+        if len(known) == 1:
+            (protocol,) = known
+            return f"{'holds' if holding else 'does not hold'} under the protocol {protocol}; the other was not run"
+        return f"holds under {' and '.join(holding)}" if holding else "holds under neither protocol"
+
+
+Judge = Callable[[Sequence[Row], str], tuple[bool, str] | None]
+
+
+def claims(measured: Mapping[str, Sequence[Row]]) -> list[Claim]:
+    """Every claim, judged by the measurements of each protocol."""
+    return [
+        Claim(text, {protocol: _over_data(judge, rows) for protocol, rows in measured.items()}, text in _LEADING) for text, judge in _CLAIMS
+    ]
+
+
+def _over_data(judge: Judge, rows: Sequence[Row]) -> Finding:
+    found = {data: judge(rows, data) for data in dict.fromkeys(row["data"] for row in rows)}
+    known = {data: result for data, result in found.items() if result is not None}
+    if not known:
+        return Finding(None, "not measured")
+    told = "; ".join(f"{TITLES[data]}: {words}" for data, (_, words) in known.items())
+    return Finding(all(holds for holds, _ in known.values()), told)
+
+
+def _value(rows: Sequence[Row], data: str, defence: str, metric: str, setting: str = "white-box") -> float | None:
+    found = estimate(where(rows, section="model", data=data, defence=defence, setting=setting, removal="none"), metric)
+    return None if found is None else found.mean
+
+
+def _robust(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+    paper, ours = paper_value("table1_single_defence", "advtr.adv", data), _value(rows, data, "ADVTR", "adversarial")
+    return None if ours is None or paper is None else (ours >= paper, f"{ours:.2f} (paper {paper:.2f})")
+
+
+def _cheap(scheme: str, most: float) -> Judge:
+    def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+        plain, marked = _value(rows, data, "ADVTR", "adversarial"), _value(rows, data, f"ADVTR+{scheme}", "adversarial")
+        if plain is None or marked is None:
+            return None
+        return plain - marked <= most, f"{plain:.2f} without, {marked:.2f} with"
+
+    return judged
+
+
+def _cheaper_than_ood(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+    ood, adversarial = _value(rows, data, "ADVTR+ood", "adversarial"), _value(rows, data, "ADVTR+adversarial", "adversarial")
+    return None if ood is None or adversarial is None else (adversarial > ood, f"OOD {ood:.2f}, adversarial {adversarial:.2f}")
+
+
+def _verified_after(setting: str) -> Judge:
+    def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+        ours = _value(rows, data, "ADVTR+adversarial", "watermark", setting)
+        return None if ours is None else (ours >= RULE, f"{ours:.0f} % of the watermarks")
+
+    return judged
+
+
+def _above_strangers(setting: str) -> Judge:
+    """The control: a figure over 50 % is evidence only if models that never saw the mark stay below it."""
+
+    def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+        place = {"section": "model", "data": data, "defence": "ADVTR+adversarial", "setting": setting, "removal": "none"}
+        thieves = [row["watermark"] for row in where(rows, **place)]
+        strangers = [row["watermark"] for row in where(rows, section="strangers", data=data, scheme="adversarial")]
+        area = auc(thieves, strangers)
+        if area is None:
+            return None
+        spread = f"strangers {min(strangers):.0f} to {max(strangers):.0f} %"
+        return min(thieves) > max(strangers), f"thief {min(thieves):.0f} %, {spread}, AUC {area:.2f}"
+
+    return judged
+
+
+def _pruned(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+    place = {"section": "removal", "data": data, "defence": "ADVTR+adversarial", "setting": "white-box", "removal": "pruned"}
+    found = estimate([row for row in where(rows, **place) if row["amount"] == 0.7], "watermark")
+    return None if found is None else (found.mean >= RULE, f"{found.mean:.0f} % at 70 % pruned")
+
+
+def _budget(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+    """The claim beta > epsilon + alpha: watermarks below that budget conflict with training, those above do not."""
+    training, plain = spec(data).epsilon, _value(rows, data, "ADVTR", "adversarial")
+    by_budget: dict[float, float] = {}
+    for budget in {row["budget"] for row in where(rows, section="sweep", data=data)}:
+        found = estimate(where(rows, section="sweep", data=data, budget=budget), "adversarial")
+        if found is not None:
+            by_budget[budget] = found.mean
+    default = _value(rows, data, "ADVTR+adversarial", "adversarial")
+    if plain is None or default is None or not by_budget:
+        return None
+    by_budget[spec(data).watermark_epsilon] = default
+    below = [value for budget, value in by_budget.items() if budget <= training + _STEP]
+    above = [value for budget, value in by_budget.items() if budget > training + _STEP]
+    if not below or not above:
+        return None
+    told = ", ".join(f"{value:.1f} at {budget:g}" for budget, value in sorted(by_budget.items()))
+    return max(below) < min(above), f"adversarial accuracy {told} ({plain:.1f} unmarked)"
+
+
+def _coins_convict(removal: str, most: float) -> Judge:
+    def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+        place = {"section": "removal", "data": data, "defence": "ADVTR+coin", "setting": "white-box", "removal": removal}
+        found = [row for row in where(rows, **place) if row["amount"] <= most]
+        if not found:
+            return None
+        worst = max(row["log10_p"] for row in found)
+        return worst <= -9, f"p <= 10^{worst:.1f}"
+
+    return judged
+
+
+def _coins_spare(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+    found = [row["log10_p"] for row in where(rows, section="strangers", data=data, scheme="coin")]
+    return None if not found else (min(found) > -6, f"smallest p of {len(found)} strangers 10^{min(found):.1f}")
+
+
+def _coins_unstolen(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+    place = {"section": "model", "data": data, "defence": "ADVTR+coin", "removal": "none"}
+    found = [row for setting in ("black-box", "grey-box") for row in where(rows, **place, setting=setting)]
+    if not found:
+        return None
+    told = ", ".join(f"{row['setting']} {row['agree']}:{row['disagree']}" for row in found)
+    return any(row["log10_p"] <= -6 for row in found), told
+
+
+_CONTROL = "So the owner of a model that was stolen through its API is told from strangers"
+_CONVICTED = "Ours: coins convict every white-box copy with p <= 1e-9"
+_CLAIMS: tuple[tuple[str, Judge], ...] = (
+    ("Adversarial training reaches the paper's adversarial accuracy.", _robust),
+    ("Adversarial watermarks cost less adversarial accuracy than OOD watermarks.", _cheaper_than_ood),
+    ("Adversarial watermarks cost at most about five points of adversarial accuracy.", _cheap("adversarial", 5.5)),
+    ("After black-box theft the copy gives half of the adversarial watermarks or more.", _verified_after("black-box")),
+    (f"{_CONTROL} (black-box).", _above_strangers("black-box")),
+    ("After grey-box theft the copy gives half of the adversarial watermarks or more.", _verified_after("grey-box")),
+    (f"{_CONTROL} (grey-box).", _above_strangers("grey-box")),
+    ("The model itself is told from strangers (white-box).", _above_strangers("white-box")),
+    ("White-box copies keep the adversarial watermarks when 70 % of the weights are pruned.", _pruned),
+    ("Watermark budgets above epsilon + alpha do not conflict with adversarial training, lower ones do.", _budget),
+    ("Ours: coins cost at most one point of adversarial accuracy.", _cheap("coin", 1.0)),
+    (f"{_CONVICTED} up to 80 % pruned.", _coins_convict("pruned", 0.8)),
+    (f"{_CONVICTED} after 40 epochs of fine-tuning.", _coins_convict("fine-tuned", 40)),
+    ("Ours: coins accuse no stranger at 1e-6.", _coins_spare),
+    ("Coins in the weights convict a thief through the API.", _coins_unstolen),
+)
+_LEADING = {
+    f"{_CONTROL} (black-box).",
+    f"{_CONTROL} (grey-box).",
+    f"{_CONVICTED} up to 80 % pruned.",
+    "Ours: coins accuse no stranger at 1e-6.",
+}

@@ -1,0 +1,299 @@
+"""The grid of the paper and beyond it: which units a study needs, and where in its tables each belongs.
+
+A cell is a unit and its place: data set, seed, defence, how the model was stolen, what was removed. The results of all cells are one flat
+list of measurements; every table, figure and sentence is made from that list.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from countermark.data import Spec, spec
+from countermark.errors import CountermarkError
+from countermark.study.graph import Unit
+
+PROTOCOLS = ("clean", "as-published")
+PRUNED = tuple(k / 10 for k in range(1, 10))
+FINETUNED = (1, 2, 5, 10, 20, 30, 40)
+DEFENCES = ("none", "ADVTR", "WM ood", "WM adversarial", "WM coin", "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin")
+SCHEMES = ("ood", "adversarial", "coin")
+BUDGETS = ((0.15, 15), (0.25, 25), (0.3, 40), (0.4, 40), (0.5, 40))
+"""Of Table 5: (budget, steps), steps of .01."""
+
+_STRANGERS = 1000  # seeds of strangers begin here, far from those of owners
+_CRAFTING_STEPS = 40
+_PUBLISHED_STEP = 0.01
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of everything.
+
+    Attributes:
+        network: the owner's network.
+        objective: of robust training.
+        seeds: owners.
+        strangers: independent models of each kind.
+        queries: of Algorithm 2.
+        thief_objective: of the grey-box thief and the adversarial fine-tuner: `fast` is one step.
+        thief: epochs, batch size and learning rate of a thief's training in each round; the paper's are 10, 32 and .005, and four times
+            the batch, ten times the rate and half the epochs copy as well in a quarter of the time (docs/log.md).
+        finetune_examples: images that the thief fine-tunes on; none for his whole pool.
+        attack_removals: measure adversarial accuracy after removals as well.
+        budget_examples: test images of Table 5 and of the plane.
+        sweep: budgets of the watermarks beside the default one, for the claim beta > epsilon + alpha.
+        epochs: of training; none for the recipe's.
+        beyond_epochs: of the removals beyond the paper.
+    """
+
+    network: str
+    objective: str
+    seeds: int
+    strangers: int
+    queries: int
+    thief_objective: str
+    thief: tuple[int, int, float]
+    finetune_examples: int | None
+    attack_removals: bool
+    budget_examples: int
+    sweep: Mapping[str, tuple[float, ...]]
+    epochs: int | None = None
+    beyond_epochs: int = 5
+
+
+_FEW = {"mnist": (0.25, 0.5), "fashion_mnist": (0.15, 0.4), "digits": (0.1,)}
+_MANY = {"mnist": (0.15, 0.25, 0.3, 0.35, 0.5), "fashion_mnist": (0.1, 0.15, 0.2, 0.25, 0.4), "digits": (0.1, 0.15, 0.4)}
+
+_PAPERS_THIEF = (10, 32, 0.005)
+
+PROFILES: Mapping[str, Profile] = {
+    "quick": Profile("small", "fast", 1, 2, 12_800, "fast", (5, 128, 0.05), 5000, False, 2000, _FEW),
+    "standard": Profile("paper", "fast", 3, 3, 51_200, "fast", _PAPERS_THIEF, None, True, 10_000, _MANY, beyond_epochs=10),
+    "paper": Profile("paper", "pgd", 3, 3, 51_200, "pgd", _PAPERS_THIEF, None, True, 10_000, _MANY, epochs=100, beyond_epochs=40),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A unit and its place in the tables.
+
+    Attributes:
+        unit: the unit.
+        place: what the measurement is of: section, data, seed, defence, theft, removal; only strings and numbers.
+    """
+
+    unit: Unit
+    place: Mapping[str, Any] = field(default_factory=dict)
+
+
+def grid(data_sets: tuple[str, ...], profile: Profile, protocol: str, seeds: int | None = None) -> list[Cell]:
+    """All cells of a study.
+
+    Raises:
+        CountermarkError: unknown data set or protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise CountermarkError(f"unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}")
+    cells = []
+    for data in data_sets:
+        bank = _Bank(data, profile, protocol)
+        for seed in range(seeds or profile.seeds):
+            cells += _Owner(data, profile, protocol, seed, bank).cells()
+        cells += bank.cells()
+    return cells
+
+
+class _Maker:
+    """What every unit of one data set and one pool seed has in common."""
+
+    def __init__(self, data: str, profile: Profile, protocol: str, pool_seed: int) -> None:
+        self.data, self.profile, self.protocol, self.pool_seed = data, profile, protocol, pool_seed
+        self.spec: Spec = spec(data)
+
+    def unit(self, kind: str, title: str, inputs: Mapping[str, Unit | None], **options: Any) -> Unit:
+        common = {"data": self.data, "pool_seed": self.pool_seed, "protocol": self.protocol}
+        given = {role: unit for role, unit in inputs.items() if unit is not None}
+        return Unit(kind, {**common, **options}, given, f"{self.data} {self.pool_seed}: {title}")
+
+    def model(self, title: str, objective: str, seed: int, network: str | None = None, **inputs: Unit | None) -> Unit:
+        options = {"objective": objective, "seed": seed, "epochs": self.profile.epochs, "network": network or self.profile.network}
+        return self.unit("model", title, inputs, **options)
+
+    def theft(self, title: str, victim: Unit, setting: str, watermarks: Unit | None, seed: int) -> Unit:
+        profile = self.profile
+        # The published grey-box thief took MNIST's budget for Fashion-MNIST too.
+        budget = spec("mnist").epsilon if self.protocol == "as-published" and self.data == "fashion_mnist" else self.spec.epsilon
+        options = {
+            "setting": setting,
+            "network": profile.network if setting in ("grey-box", "distilled") else "surrogate",
+            "queries": profile.queries,
+            "epochs": 4 * profile.thief[0] if setting in ("distilled", "natural") else profile.thief[0],
+            "batch_size": profile.thief[1],
+            "learning_rate": profile.thief[2],
+            "objective": profile.thief_objective,
+            "epsilon": budget if setting == "grey-box" else None,
+            "seed": seed,
+        }
+        return self.unit("theft", f"{title}, {setting}", {"victim": victim, "watermarks": watermarks}, **options)
+
+
+class _Bank(_Maker):
+    """The strangers: models made with no knowledge of any owner's coins."""
+
+    def __init__(self, data: str, profile: Profile, protocol: str) -> None:
+        super().__init__(data, profile, protocol, _STRANGERS)
+        self.models: dict[str, Unit] = {}
+        for number in range(profile.strangers):
+            maker, seed = _Maker(data, profile, protocol, _STRANGERS + number), _STRANGERS + number
+            standard = maker.model("standard stranger", "standard", seed)
+            robust = maker.model("robust stranger", profile.objective, seed)
+            other = "surrogate" if profile.network != "surrogate" else "small"
+            self.models |= {
+                f"standard {number}": standard,
+                f"robust {number}": robust,
+                f"another architecture {number}": maker.model("stranger of another architecture", "standard", seed, other),
+                f"black-box theft of standard {number}": maker.theft("standard stranger", standard, "black-box", None, seed),
+                f"black-box theft of robust {number}": maker.theft("robust stranger", robust, "black-box", None, seed),
+                f"grey-box theft of robust {number}": maker.theft("robust stranger", robust, "grey-box", None, seed),
+            }
+
+    def cells(self) -> list[Cell]:
+        return [Cell(unit, {"section": "bank", "data": self.data, "stranger": name}) for name, unit in self.models.items()]
+
+
+class _Owner(_Maker):
+    """One owner: one data set, one seed, all defences, thefts and removals."""
+
+    def __init__(self, data: str, profile: Profile, protocol: str, seed: int, bank: _Bank) -> None:
+        super().__init__(data, profile, protocol, seed)
+        self.seed, self.bank = seed, bank
+        self.plain = self.model("none", "standard", seed)
+        self.robust = self.model("ADVTR", profile.objective, seed)
+        self.sets = {scheme: self.watermarks(scheme) for scheme in SCHEMES}
+
+    def watermarks(self, scheme: str, epsilon: float | None = None) -> Unit:
+        """A watermark set; the published scheme crafts in steps of .01, the coins at full strength."""
+        budget = epsilon or self.spec.watermark_epsilon
+        step = 2.5 * budget / _CRAFTING_STEPS if scheme == "coin" else _PUBLISHED_STEP
+        options = {"scheme": scheme, "epsilon": budget, "steps": _CRAFTING_STEPS, "step_size": step, "seed": self.seed}
+        title = f"{scheme} watermarks" + (f" at {epsilon:g}" if epsilon is not None else "")
+        return self.unit("watermarks", title, {"source": None if scheme == "ood" else self.robust}, **options)
+
+    def victims(self) -> dict[str, tuple[Unit, str | None]]:
+        """Every defence's model and the scheme of its watermarks."""
+        found: dict[str, tuple[Unit, str | None]] = {"none": (self.plain, None), "ADVTR": (self.robust, None)}
+        for prefix, unmarked in (("WM ", self.plain), ("ADVTR+", self.robust)):
+            objective = str(unmarked.options["objective"])
+            for scheme, watermarks in self.sets.items():
+                start = unmarked if scheme == "coin" else None
+                title = f"{prefix}{scheme}"
+                found[title] = (self.model(title, objective, self.seed, start=start, watermarks=watermarks), scheme)
+        return {defence: found[defence] for defence in DEFENCES}
+
+    def cells(self) -> list[Cell]:
+        cells = []
+        unmarked_thefts: dict[str, Unit] = {}
+        for defence, (victim, scheme) in self.victims().items():
+            watermarks = self.sets[scheme] if scheme is not None else None
+            stolen = {"white-box": victim}
+            for setting in ("black-box", "grey-box"):
+                stolen[setting] = self.theft(defence, victim, setting, watermarks, self.seed)
+                if scheme is None:
+                    unmarked_thefts[f"{setting} theft of this owner's {defence}"] = stolen[setting]
+            for setting, copy in stolen.items():
+                cells += self.removals(defence, setting, copy, watermarks, scheme)
+            if scheme is not None and defence.startswith("ADVTR"):
+                cells += self.beyond(defence, victim, watermarks, scheme)
+        cells += self.strangers(unmarked_thefts)
+        cells += self.sweep()
+        return cells + self.figures()
+
+    def place(self, section: str, **more: Any) -> dict[str, Any]:
+        return {"section": section, "data": self.data, "seed": self.seed, **more}
+
+    def removals(self, defence: str, setting: str, copy: Unit, watermarks: Unit | None, scheme: str | None) -> list[Cell]:
+        """A stolen model, and the two removals of the paper."""
+        place = {"defence": defence, "setting": setting, "scheme": scheme}
+        inputs, profile = {"model": copy, "watermarks": watermarks}, self.profile
+        title = f"{defence}, {setting}"
+        common: dict[str, Any] = {"attacked": profile.attack_removals}
+        pruned = self.unit("pruning", f"{title}, pruned", inputs, rates=list(PRUNED), **common)
+        tuned = self.unit(
+            "fine-tuning",
+            f"{title}, fine-tuned",
+            inputs,
+            epochs=list(FINETUNED),
+            examples=profile.finetune_examples,
+            seed=self.seed,
+            **common,
+        )
+        return [
+            Cell(copy, self.place("model", removal="none", **place)),
+            Cell(pruned, self.place("removal", removal="pruned", **place)),
+            Cell(tuned, self.place("removal", removal="fine-tuned", **place)),
+        ]
+
+    def beyond(self, defence: str, victim: Unit, watermarks: Unit | None, scheme: str) -> list[Cell]:
+        """Thieves and removals that the paper does not try."""
+        profile, cells = self.profile, []
+        for setting in ("natural", "distilled"):
+            unit = self.theft(defence, victim, setting, watermarks, self.seed)
+            cells.append(Cell(unit, self.place("beyond", defence=defence, setting=setting, scheme=scheme, removal="none")))
+        common = {"examples": profile.finetune_examples, "attacked": True, "seed": self.seed, "epochs": profile.beyond_epochs}
+        amounts = {"noise": 0.3, "pruned, then fine-tuned": 0.8}
+        for way in ("int8", "noise", "adversarially fine-tuned", "overwritten", "pruned, then fine-tuned"):
+            objective = profile.objective if way == "overwritten" else profile.thief_objective
+            options = {**common, "way": way, "amount": amounts.get(way), "objective": objective}
+            unit = self.unit("removal", f"{defence}, {way}", {"model": victim, "watermarks": watermarks}, **options)
+            cells.append(Cell(unit, self.place("beyond", defence=defence, setting="white-box", scheme=scheme, removal=way)))
+        return cells
+
+    def strangers(self, unmarked_thefts: Mapping[str, Unit]) -> list[Cell]:
+        asked = {
+            **self.bank.models,
+            **unmarked_thefts,
+            "this owner's unmarked ADVTR": self.robust,
+            "this owner's unmarked none": self.plain,
+        }
+        return [
+            Cell(
+                self.unit("strangers", f"strangers asked for {scheme} watermarks", {"watermarks": watermarks, **asked}),
+                self.place("strangers", scheme=scheme),
+            )
+            for scheme, watermarks in self.sets.items()
+        ]
+
+    def sweep(self) -> list[Cell]:
+        """Adversarial watermarks at other budgets: what they cost the model, and what strangers answer."""
+        cells = []
+        for budget in self.profile.sweep[self.data]:
+            watermarks = self.watermarks("adversarial", budget)
+            marked = self.model(f"ADVTR+adversarial at {budget:g}", self.profile.objective, self.seed, watermarks=watermarks)
+            asked = self.unit("strangers", f"strangers asked at {budget:g}", {"watermarks": watermarks, **self.bank.models})
+            cells.append(Cell(marked, self.place("sweep", defence="ADVTR+adversarial", scheme="adversarial", budget=budget)))
+            cells.append(Cell(asked, self.place("sweep strangers", scheme="adversarial", budget=budget)))
+        return cells
+
+    def figures(self) -> list[Cell]:
+        profile, catalogued = self.profile, self.spec
+        budgets = self.unit(
+            "budgets",
+            "ADVTR at other budgets",
+            {"model": self.robust},
+            examples=profile.budget_examples,
+            budgets=[list(b) for b in BUDGETS],
+        )
+        cells = [Cell(budgets, self.place("budgets", defence="ADVTR"))]
+        if self.seed == 0:
+            above = catalogued.watermark_epsilon
+            crafted = [
+                [f"adversarial example at {catalogued.epsilon:g}", catalogued.epsilon, catalogued.steps],
+                [f"watermark at {above:g}", above, _CRAFTING_STEPS],
+                [f"watermark at {above + 0.1:g}", above + 0.1, _CRAFTING_STEPS],
+            ]
+            pictures = self.unit("pictures", "Figure 6", {"model": self.robust}, crafted=crafted, seed=self.seed)
+            plane = self.unit(
+                "plane", "Figures 1 and 5", {"model": self.robust, **self.sets}, examples=profile.budget_examples, seed=self.seed
+            )
+            cells += [Cell(pictures, self.place("pictures")), Cell(plane, self.place("plane"))]
+        return cells

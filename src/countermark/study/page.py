@@ -1,0 +1,132 @@
+"""The report: one HTML file that asks nothing of the network and opens from disk, light and dark, on a desk and on a phone."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from countermark.study.claims import Claim
+from countermark.study.tables import Table
+
+_STYLE = """
+:root {
+  color-scheme: light dark;
+  --ink: #1f2937; --paper: #ffffff; --soft: #6b7280; --line: #e5e7eb; --good: #15803d; --bad: #b91c1c;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e5e7eb; --paper: #111827; --soft: #9ca3af; --line: #374151; --good: #4ade80; --bad: #f87171; }
+  figure img { filter: invert(1) hue-rotate(180deg); }
+  figure.plain img { filter: none; background: #fff; }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0 auto; max-width: 68rem; padding: 1rem;
+  font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+}
+h1 { font-size: 1.6rem; line-height: 1.2; }
+h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
+.note, figcaption, footer { color: var(--soft); font-size: .9rem; }
+.wide { overflow-x: auto; } figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { position: sticky; top: 0; background: var(--paper); font-weight: 600; }
+td.word, th.word { text-align: left; } td.unit { font-family: ui-monospace, monospace; color: var(--soft); font-size: .75rem; }
+li { margin: .5rem 0; } .holds { color: var(--good); font-weight: 600; } .fails { color: var(--bad); font-weight: 600; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; overflow-wrap: anywhere; }
+"""
+
+_CAPTIONS = {
+    "figure2": "Figure 2. Black-box copies: watermark accuracy after pruning and fine-tuning. The dashed line is the paper's 50 % rule.",
+    "figure3": "Figure 3. Grey-box copies, the same.",
+    "figure4": "Figure 4. White-box copies, the same.",
+    "strangers": "Every thief and every stranger asked for the same watermarks: a threshold is evidence where no grey dot lies above it.",
+    "p_values": "Exact p-values of the coins in white-box copies; the dashed line is a judge's 1e-9, the grey band holds all strangers.",
+    "sweep": "Adversarial watermarks crafted at other budgets.",
+    "figure1_5": "Figures 1 and 5. Training images, their adversarial examples and watermarks, in the plane of the images' two first "
+    "principal components (the paper does not say how it projects).",
+    "figure6": "Figure 6. A training image, its adversarial example and its watermarks, with the adversarially trained model's answers.",
+}
+
+
+def page(
+    verdicts: Sequence[str],
+    claims: Sequence[Claim],
+    tables: Mapping[str, Sequence[Table]],
+    figures: Mapping[str, Mapping[str, str]],
+    about: Mapping[str, Any],
+) -> str:
+    """Write the report.
+
+    Args:
+        verdicts: what was found, the most important sentence first.
+        claims: claims and what each protocol says of them.
+        tables: by protocol.
+        figures: SVG texts by protocol and name.
+        about: environment, options and seeds, as they shall be shown.
+    """
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>",
+        f"<title>Countermark: the study</title><style>{_STYLE}</style></head><body>",
+        "<h1>Adversarial training and watermarks: the paper, ours, and strangers</h1>",
+        "<p class='note'>A reproduction of Thakkar, Zizzo and Maffeis (2023), with independent models asked for every watermark.</p>",
+        *(f"<p><strong>{escape(verdict)}</strong></p>" for verdict in verdicts),
+        "<h2>What holds</h2><ul>",
+        *(_claim(claim) for claim in claims),
+        "</ul>",
+    ]
+    for protocol, drawn in figures.items():
+        parts.append(f"<h2>Figures, protocol {escape(protocol)}</h2>")
+        parts += [_figure(name, svg) for name, svg in drawn.items()]
+    for protocol, made in tables.items():
+        parts += [_table(table, protocol) for table in made]
+    parts.append("<h2>How it was made</h2><dl>")
+    parts += [f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in about.items()]
+    parts.append(
+        "</dl><footer>Each number names the unit of work it came from by the first 12 digits of its SHA-256.</footer></body></html>\n"
+    )
+    return "\n".join(parts)
+
+
+def _claim(claim: Claim) -> str:
+    kind = "holds" if claim.holds else "fails" if claim.verdict != "not measured" else "note"
+    told = "<br>".join(f"<span class='note'>{escape(protocol)}: {escape(f.told)}</span>" for protocol, f in claim.findings.items())
+    return f"<li>{escape(claim.text)} <span class='{kind}'>{escape(claim.verdict)}.</span><br>{told}</li>"
+
+
+def _figure(name: str, svg: str) -> str:
+    caption = next((text for start, text in _CAPTIONS.items() if name == start or name.startswith(f"{start}_")), name)
+    plain = " class='plain'" if name.startswith("figure6") else ""
+    encoded = base64.b64encode(svg.encode()).decode()
+    image = f"<img alt='{escape(caption, quote=True)}' src='data:image/svg+xml;base64,{encoded}'>"
+    return f"<figure id='{escape(name)}'{plain}>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _table(table: Table, protocol: str) -> str:
+    words = [all(isinstance(row[i], str | None) for row in table.rows) for i in range(len(table.columns))]
+    head = "".join(f"<th{_word(w)}>{escape(column)}</th>" for column, w in zip(table.columns, words, strict=True))
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{_word(w)}>{escape(_shown(value))}</td>" for value, w in zip(row, words, strict=True))
+        + f"<td class='unit' title='{' '.join(units)}'>{escape(_units(units))}</td></tr>"
+        for row, units in zip(table.rows, table.units, strict=True)
+    )
+    return (
+        f"<h2 id='{escape(protocol)}-{escape(table.name)}'>{escape(table.title)}, protocol {escape(protocol)}</h2>"
+        f"<p class='note'>{escape(table.note)}</p><div class='wide'><table><thead><tr>{head}<th class='word'>unit</th></tr></thead>"
+        f"<tbody>{body}</tbody></table></div>"
+    )
+
+
+def _word(is_word: bool) -> str:
+    return " class='word'" if is_word else ""
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _units(units: Sequence[str]) -> str:
+    return (units[0][:12] + (f" and {len(units) - 1} more" if len(units) > 1 else "")) if units else ""

@@ -1,0 +1,102 @@
+"""What a study will take: an estimate for each unit, from a short calibration on this machine.
+
+The measure of work is one image once through the network and back. The estimate is for one core a worker and ignores what several cores
+take from each other; the progress corrects it as units finish.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from countermark.data import spec
+from countermark.models import build
+from countermark.study.graph import Unit
+from countermark.training import marking, recipe
+
+_OVERHEAD = 1.0  # seconds of every unit: reading data, writing files
+_TEST = {"digits": 300}
+_TRAINING = {"digits": 937}
+_STANDARD_STEPS = 4  # steps that a model without robustness survives, and its robust share, as passes
+_FORWARD = 0.35  # of a pass
+_CRAFTING = 40  # steps of a watermark
+
+
+def seconds(unit: Unit, speed: Mapping[str, float]) -> float:
+    """Estimated seconds of a unit on one core; `speed` is seconds for one image's pass, by network."""
+    return _OVERHEAD + _passes(unit) * speed[_network(unit)]
+
+
+def calibrate(networks: set[str], shape: tuple[int, int, int] = (1, 28, 28)) -> dict[str, float]:
+    """Measure the seconds of one image's pass, forwards and backwards, for each network, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {name: _measure(name, shape) for name in sorted(networks)}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def networks(units: list[Unit]) -> set[str]:
+    """The networks that some units need."""
+    return {_network(unit) for unit in units}
+
+
+def _measure(name: str, shape: tuple[int, int, int]) -> float:
+    network = build(name, shape, 10, seed=0)
+    x, y = torch.rand(128, *shape), torch.arange(128) % 10
+    times = []
+    for _ in range(6):
+        begun = time.perf_counter()
+        functional.cross_entropy(network(x), y).backward()  # type: ignore[no-untyped-call]
+        times.append(time.perf_counter() - begun)
+    return min(times[1:]) / len(x)
+
+
+def _network(unit: Unit) -> str:
+    if "network" in unit.options:
+        return str(unit.options["network"])
+    role = next((role for role in ("model", "victim", "source") if role in unit.inputs), None)
+    return _network(unit.inputs[role]) if role is not None else "small"
+
+
+def _attack_passes(unit: Unit) -> float:
+    """Passes for one image's adversarial accuracy on the model that a unit makes or takes."""
+    while unit.kind != "model" and (unit.inputs.get("model") or unit.inputs.get("victim")):
+        unit = unit.inputs.get("model") or unit.inputs["victim"]
+    robust = unit.options.get("objective") != "standard"
+    return 0.95 * spec(str(unit.options["data"])).steps if robust else _STANDARD_STEPS
+
+
+def _passes(unit: Unit) -> float:
+    options: dict[str, Any] = dict(unit.options)
+    catalogued = spec(str(options["data"]))
+    test, thief = _TEST.get(catalogued.name, 10_000), catalogued.pools["thief"]
+    tuned = int(options.get("examples") or thief)
+    attack = _attack_passes(unit)
+    if unit.kind == "model":
+        config = recipe(catalogued.name, options["objective"], catalogued.epsilon, epochs=options["epochs"])
+        epochs = marking(config, catalogued.name).epochs if "start" in unit.inputs else config.epochs
+        training = _TRAINING.get(catalogued.name, 60_000 - sum(catalogued.pools.values()))
+        return epochs * training * (1 + (config.attack.steps if config.attack else 0)) + test * attack
+    if unit.kind == "theft":
+        robust = options["epsilon"] is not None
+        steps = 0 if not robust else 1 if options["objective"] == "fast" else catalogued.steps
+        asked = thief if options["setting"] in ("natural", "distilled") else 2 * int(options["queries"])
+        return int(options["epochs"]) * asked * (1.2 + steps) + test * (catalogued.steps / 2 if robust else _STANDARD_STEPS)
+    measured = test * (_FORWARD + (attack if options.get("attacked") else 0))
+    if unit.kind == "pruning":
+        return len(options["rates"]) * measured
+    if unit.kind == "fine-tuning":
+        return int(max(options["epochs"])) * tuned + len(options["epochs"]) * measured
+    if unit.kind == "removal":
+        steps = 1 if options["way"] in ("adversarially fine-tuned", "overwritten") else 0
+        epochs = 0 if options["way"] in ("int8", "noise") else int(options["epochs"])
+        return epochs * tuned * (1 + steps) + measured
+    if unit.kind == "budgets":
+        return tuned * sum(min(int(steps), 15) for _, steps in options["budgets"])
+    if unit.kind == "watermarks":
+        return _CRAFTING * (1000 if options["scheme"] == "coin" else 100)
+    return 1000.0

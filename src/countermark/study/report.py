@@ -1,0 +1,121 @@
+"""What a finished study writes: results.json, tables as CSV, figures as SVG, and the page that holds them all."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from countermark.data import spec
+from countermark.files import write_bytes, write_json
+from countermark.study.claims import Claim, claims
+from countermark.study.figures import figures
+from countermark.study.grid import Cell
+from countermark.study.page import page
+from countermark.study.results import Row, measurements, write_csv
+from countermark.study.store import Store
+from countermark.study.tables import Table, hyperparameters, tables
+from countermark.training import recipe
+
+RESULTS_FORMAT = "countermark study 1"
+
+
+def write_report(out: Path, cells: Mapping[str, Sequence[Cell]], store: Store, about: Mapping[str, str]) -> tuple[str, ...]:
+    """Write everything into `out`; the same units give the same bytes.
+
+    Returns:
+        What was found, in sentences.
+    """
+    measured: dict[str, list[Row]] = {protocol: measurements(part, store, protocol) for protocol, part in cells.items()}
+    judged = claims(measured)
+    made: dict[str, list[Table]] = {protocol: tables(rows) for protocol, rows in measured.items()}
+    for protocol, part in cells.items():
+        made[protocol].append(hyperparameters(_settings(part)))
+    drawn = {protocol: _figures(measured[protocol], part, store) for protocol, part in cells.items()}
+    for folder in (out / "tables", out / "figures"):
+        folder.mkdir(exist_ok=True)
+    for protocol, rows in measured.items():
+        write_csv(out / "tables" / f"measurements-{protocol}.csv", rows)
+        for table in made[protocol]:
+            write_bytes(out / "tables" / f"{table.name}-{protocol}.csv", _csv(table))
+        for name, svg in drawn[protocol].items():
+            write_bytes(out / "figures" / f"{name}-{protocol}.svg", svg.encode())
+    found = verdicts(judged)
+    write_json(
+        out / "results.json",
+        {
+            "format": RESULTS_FORMAT,
+            "about": dict(about),
+            "claims": [{"claim": claim.text, "verdict": claim.verdict, **_findings(claim)} for claim in judged],
+            "measurements": measured,
+            "tables": {protocol: [asdict(table) for table in part] for protocol, part in made.items()},
+        },
+    )
+    write_bytes(out / "report.html", page(found, judged, made, drawn, about).encode())
+    return found
+
+
+def verdicts(judged: Sequence[Claim]) -> tuple[str, ...]:
+    """The sentences to begin with: how many claims hold, and the leading ones with their numbers."""
+    known = [claim for claim in judged if claim.verdict != "not measured"]
+    lines = [f"{sum(claim.holds for claim in known)} of {len(known)} claims hold."]
+    for claim in known:
+        if claim.leading:
+            told = "; ".join(f"{protocol}, {finding.told}" for protocol, finding in claim.findings.items())
+            lines.append(f"{'Holds' if claim.holds else 'Does not hold'}: {claim.text} {told[0].upper()}{told[1:]}.")
+    return tuple(lines)
+
+
+def _findings(claim: Claim) -> dict[str, Any]:
+    return {"findings": {protocol: asdict(finding) for protocol, finding in claim.findings.items()}}
+
+
+def _figures(rows: Sequence[Row], cells: Sequence[Cell], store: Store) -> dict[str, str]:
+    folders: dict[str, dict[str, Path]] = {}
+    answers = {}
+    for cell in cells:
+        if cell.place["section"] in ("pictures", "plane"):
+            folders.setdefault(cell.place["data"], {})[cell.place["section"]] = store.path(cell.unit)
+            if cell.place["section"] == "pictures":
+                answers[cell.place["data"]] = store.result(cell.unit)
+    return figures(rows, folders, answers)
+
+
+def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Our settings in the words of Table 6, by data set, as the units of the robust model have them."""
+    settings = {}
+    for cell in cells:
+        place = cell.place
+        if (
+            place["section"] == "model"
+            and place["defence"] == "ADVTR"
+            and place["setting"] == "white-box"
+            and place["data"] not in settings
+        ):
+            catalogued, options = spec(place["data"]), cell.unit.options
+            config = recipe(catalogued.name, options["objective"], catalogued.epsilon, epochs=options["epochs"])
+            assert config.attack is not None
+            settings[catalogued.name] = {
+                "advtr.epsilon": catalogued.epsilon,
+                "advtr.steps": f"{config.attack.steps} (training), {catalogued.steps} (evaluation)",
+                "advtr.step_size": f"{config.attack.step_size:g} (training), {catalogued.step_size:g} (evaluation)",
+                "advwm.epsilon": catalogued.watermark_epsilon,
+                "advwm.steps": 40,
+                "advwm.step_size": "0.01; coins at full strength",
+                "watermarks": f"100; {catalogued.batches * catalogued.batch_size} coins",
+                "ood_dataset": catalogued.ood,
+                "epochs": config.epochs,
+                "learning_rate": f"{config.learning_rate:g} ({config.schedule})",
+                "weight_decay": f"{config.weight_decay:g}",
+                "optimizer": f"SGD, momentum {config.momentum:g}; network {options['network']}",
+            }
+    return settings
+
+
+def _csv(table: Table) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow((*table.columns, "units"))
+    writer.writerows((*row, " ".join(units)) for row, units in zip(table.rows, table.units, strict=True))
+    return text.getvalue().encode()

@@ -1,0 +1,115 @@
+"""From finished units to one flat list of measurements, and the statistics that tables, figures and sentences take from it."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from countermark.files import write_bytes
+from countermark.study.grid import Cell
+from countermark.study.store import Store
+
+FIELDS = (
+    "protocol",
+    "section",
+    "data",
+    "seed",
+    "defence",
+    "setting",
+    "removal",
+    "amount",
+    "scheme",
+    "budget",
+    "stranger",
+    "test",
+    "adversarial",
+    "watermark",
+    "agree",
+    "disagree",
+    "neither",
+    "log10_p",
+    "own_mark",
+    "unit",
+)
+"""Columns of a measurement; accuracies in percent, `amount` the rate, epochs or budget of a removal or attack."""
+
+Row = dict[str, Any]
+
+
+def measurements(cells: Iterable[Cell], store: Store, protocol: str) -> list[Row]:
+    """One row for each point that the units of `cells` measured, all with the same fields."""
+    rows = []
+    for cell in cells:
+        for point in store.result(cell.unit)["points"]:
+            row: Row = {**dict.fromkeys(FIELDS), "protocol": protocol, **cell.place, "unit": cell.unit.digest}
+            row |= {name: value for name, value in point.items() if name != "watermark"}
+            if point.get("watermark") is not None:
+                tally = dict(point["watermark"])
+                row["watermark"] = tally.pop("accuracy")
+                row |= tally
+            rows.append(row)
+    return rows
+
+
+def where(rows: Iterable[Row], **wanted: Any) -> list[Row]:
+    """The rows that have all of these values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: of the values.
+        half: half the width of its 95 % t-interval; none for a single seed.
+        count: number of values.
+        units: the units they came from.
+    """
+
+    mean: float
+    half: float | None
+    count: int
+    units: tuple[str, ...]
+
+
+def estimate(rows: Sequence[Row], metric: str) -> Estimate | None:
+    """The mean of a metric over rows that differ in their seed; none where nothing was measured."""
+    found = [row for row in rows if row[metric] is not None]
+    if not found:
+        return None
+    values = [float(row[metric]) for row in found]
+    half = None
+    if len(values) > 1:
+        from scipy.stats import t
+
+        half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return Estimate(statistics.fmean(values), half, len(values), tuple(row["unit"] for row in found))
+
+
+def rate_interval(hits: int, trials: int) -> tuple[float, float]:
+    """Exact 95 % interval of a rate (Clopper and Pearson, 1934), in percent."""
+    from scipy.stats import beta
+
+    low = 0.0 if hits == 0 else float(beta.ppf(0.025, hits, trials - hits + 1))
+    high = 1.0 if hits == trials else float(beta.ppf(0.975, hits + 1, trials - hits))
+    return 100 * low, 100 * high
+
+
+def auc(thieves: Sequence[float], strangers: Sequence[float]) -> float | None:
+    """Area under the ROC curve: how often a thief scores above a stranger, ties counted half."""
+    if not thieves or not strangers:
+        return None
+    return statistics.fmean((a > b) + 0.5 * (a == b) for a in thieves for b in strangers)
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write measurements as CSV, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, FIELDS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())

@@ -1,0 +1,263 @@
+"""Running the units of a study by Dask: in this process, on local processes, or on a cluster that is already there.
+
+Every unit is a task with declared inputs; a finished one is never run again, whichever engine made it. A unit computes on one thread, so
+its numbers do not depend on the engine.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from countermark.errors import CountermarkError
+from countermark.files import FolderBusyError
+from countermark.progress import told_to
+from countermark.report import duration
+from countermark.study.graph import Unit, code_version
+from countermark.study.store import Store
+from countermark.study.work import KINDS, use_cache
+
+_POLL = 0.5  # seconds between looks at what runs
+_CONNECT = 20  # seconds for a scheduler to answer
+
+
+def do(unit: Unit, store_folder: str, cache: str | None, *_inputs: str) -> str:
+    """Do one unit, wherever this is called; returns its digest.
+
+    Raises:
+        CountermarkError: the unit was planned with other code than this process has, or its work failed.
+    """
+    if unit.record["code"] != code_version():
+        raise CountermarkError("a worker runs another version of Countermark than this command; install the same one everywhere")
+    store = Store(Path(store_folder))
+    use_cache(Path(cache) if cache is not None else None)
+    inputs = {role: store.path(other) for role, other in unit.inputs.items()}
+    work = functools.partial(KINDS[unit.kind], unit.options, inputs)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        while not store.has(unit):
+            try:
+                with told_to(lambda status: store.tell(unit, {"title": unit.title, **status})):
+                    store.make(unit, work)
+            except FolderBusyError:  # another worker does it, or a dying one still holds it
+                time.sleep(_POLL)
+    finally:
+        store.tell(unit, None)
+        torch.set_num_threads(threads)
+    return unit.digest
+
+
+def run(
+    units: list[Unit], store: Store, *, workers: int, scheduler: str | None, cache: Path | None, log: Path, estimates: Mapping[str, float]
+) -> None:
+    """Run what is not finished of `units`, which are in order.
+
+    Args:
+        units: inputs before what starts from them.
+        store: where finished units are, and will be; workers on other machines must see it under the same path.
+        workers: local processes; 0 runs everything in this process.
+        scheduler: address of a Dask scheduler to use instead.
+        cache: the data cache, as workers see it.
+        log: file that gets a line for each unit.
+        estimates: seconds of each unit, by digest.
+
+    Raises:
+        CountermarkError: a unit failed, or the scheduler cannot be reached; what is finished is kept.
+    """
+    todo = [unit for unit in units if not store.has(unit)]
+    watch = Watch(store, len(units) - len(todo), todo, estimates, max(workers, 1), log)
+    if not todo:
+        return
+    tasks = _graph(todo, store, cache)
+    with watch:
+        try:
+            if scheduler is None and workers == 0:
+                _here(tasks, todo, watch)
+            else:
+                _elsewhere(tasks, todo, watch, workers, scheduler)
+        except KeyboardInterrupt:
+            watch.note(f"interrupted: {watch.done} of {len(units)} units are finished and kept; the same command goes on from there")
+            raise
+
+
+def _graph(todo: list[Unit], store: Store, cache: Path | None) -> dict[str, Any]:
+    import dask
+
+    tasks: dict[str, Any] = {}
+    task = dask.delayed(do, pure=False)
+    for unit in todo:
+        waited = [tasks[other.digest] for other in unit.inputs.values() if other.digest in tasks]
+        folder = str(store.folder.absolute())
+        tasks[unit.digest] = task(unit, folder, str(cache) if cache is not None else None, *waited, dask_key_name=unit.digest)
+    return tasks
+
+
+def _here(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch") -> None:
+    import dask
+    from dask.callbacks import Callback
+
+    by_digest = {unit.digest: unit for unit in todo}
+
+    def finished(key: Any, *_rest: Any) -> None:
+        if key in by_digest:
+            watch.finished(by_digest[key])
+
+    with Callback(posttask=finished), watch.polling():
+        dask.compute(list(tasks.values()), scheduler="synchronous")
+
+
+def _elsewhere(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch", workers: int, scheduler: str | None) -> None:
+    from distributed import Client, LocalCluster
+
+    for name in ("distributed", "distributed.nanny", "distributed.worker", "distributed.scheduler", "tornado", "bokeh"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    with contextlib.ExitStack() as stack:
+        if scheduler is None:
+            with _undisturbed():  # workers inherit this: a Ctrl-C is for the one who waits
+                cluster = stack.enter_context(
+                    LocalCluster(
+                        n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.CRITICAL
+                    )
+                )
+                client = stack.enter_context(Client(cluster))
+        else:
+            try:
+                client = stack.enter_context(Client(scheduler, timeout=_CONNECT))
+            except (OSError, TimeoutError, ValueError) as error:
+                raise CountermarkError(f"no Dask scheduler answers at {scheduler} ({error}); start one or leave --scheduler out") from error
+        by_digest = {unit.digest: unit for unit in todo}
+        futures = dict(zip(tasks, client.compute(list(tasks.values())), strict=True))
+        try:
+            while futures:
+                time.sleep(_POLL)
+                watch.show()
+                for digest in [digest for digest, future in futures.items() if future.done()]:
+                    future = futures.pop(digest)
+                    if future.status != "finished":
+                        raise _failure(by_digest[digest], future)
+                    watch.finished(by_digest[digest])
+        finally:
+            client.cancel(list(futures.values()), force=True)
+
+
+def _failure(unit: Unit, future: Any) -> CountermarkError:
+    try:
+        error = future.exception(timeout=5)
+    except Exception as unknown:  # a cancelled or lost future has no exception to give
+        error = unknown
+    if isinstance(error, CountermarkError):
+        return CountermarkError(f"{unit.title}: {error}")
+    return CountermarkError(f"{unit.title} failed with {type(error).__name__}: {error}; what is finished is kept")
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:  # not the main thread: no signal comes here anyway
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Watch:
+    """Progress over the whole graph: on a terminal a live picture, else a line for each unit; always a log file."""
+
+    def __init__(self, store: Store, kept: int, todo: Iterable[Unit], estimates: Mapping[str, float], workers: int, log: Path) -> None:
+        """Watch the units `todo`; `kept` more were finished before."""
+        self.store, self.estimates, self.workers, self.log = store, estimates, workers, log
+        self.left = {unit.digest: unit for unit in todo}
+        self.done, self.total = kept, kept + len(self.left)
+        self.begun = self.last = time.monotonic()
+        self.spent = 0.0  # estimated seconds of the units finished by now
+        self.console = Console(stderr=True)
+        self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+
+    def __enter__(self) -> "Watch":
+        for word in self.store.told():
+            if word not in self.left:
+                continue
+            (self.store.folder / "progress" / f"{word}.json").unlink(missing_ok=True)  # of a run that was killed
+        self._write(f"{self.done} of {self.total} units are finished; {duration(self.seconds_left())} to go, by estimate")
+        if self.live is not None:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def seconds_left(self) -> float:
+        """Estimated wall-clock seconds, corrected by how the finished units compared with their estimates."""
+        rest = sum(self.estimates.get(digest, 1.0) for digest in self.left) / self.workers
+        elapsed = time.monotonic() - self.begun
+        return rest * (elapsed * self.workers / self.spent) if self.spent > 20 else rest
+
+    def finished(self, unit: Unit) -> None:
+        """Count a unit."""
+        self.left.pop(unit.digest, None)
+        self.done += 1
+        self.spent += self.estimates.get(unit.digest, 1.0)
+        self._write(f"[{self.done}/{self.total}] {unit.title} ({unit.digest[:12]}); {duration(self.seconds_left())} left")
+
+    def note(self, line: str) -> None:
+        """Say something that stays."""
+        self._write(line)
+        if self.live is not None:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self) -> None:
+        """Draw what runs now."""
+        if self.live is None:
+            return
+        lines = [f"{self.done} of {self.total} units, about {duration(self.seconds_left())} left"]
+        for status in self.store.told().values():
+            share = f"{100 * status['done'] / status['total']:3.0f} %" if status.get("total") else ""
+            lines.append(f"  {status['title']}  {status.get('what', '')} {share} {status.get('text', '')}")
+        self.live.update(Text("\n".join(lines)))
+
+    @contextlib.contextmanager
+    def polling(self) -> Iterator[None]:
+        """Draw every now and then while this process is busy with units itself."""
+        import threading
+
+        stop = threading.Event()
+
+        def draw() -> None:
+            while not stop.wait(_POLL):
+                self.show()
+
+        thread = threading.Thread(target=draw, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _write(self, line: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with self.log.open("a") as stream:
+            stream.write(f"{stamp} {line}\n")
+        if self.live is None:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def default_workers() -> int:
+    """One process for each core that this process may use, or none where there is only one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if cores > 1 else 0

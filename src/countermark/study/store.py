@@ -1,0 +1,98 @@
+"""Finished units, each in a folder of its own name.
+
+A unit's folder appears whole or not at all (built as `DIGEST.partial`, renamed), with the digest of every file in it; what is damaged
+later is noticed before it is used and made again. `kill -9` at any moment leaves finished folders, and at most checkpoints of the others.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from countermark.errors import CountermarkError
+from countermark.files import JSON_LIMIT, new_folder, read_bytes, read_json, sha256, write_bytes, write_json
+from countermark.study.graph import Unit
+
+STORE_FORMAT = "countermark store 1"
+RESULT = "result.json"
+_MANIFEST = "manifest.json"
+_PROGRESS = "progress"
+_FILE_LIMIT = 1 << 34
+
+
+class Store:
+    """A folder of finished units.
+
+    Args:
+        folder: where; created if it does not exist.
+
+    Raises:
+        CountermarkError: the folder belongs to something else, or to another release's store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open or create the store."""
+        self.folder = folder
+        mark = folder / "store.json"
+        if mark.exists():
+            if read_json(mark).get("format") != STORE_FORMAT:
+                raise CountermarkError(
+                    f"{folder} is a store of another release ({STORE_FORMAT!r} is read); choose a new folder for this study"
+                )
+        elif folder.is_dir() and any(folder.iterdir()):
+            raise CountermarkError(f"{folder} holds other files and no store; choose a new folder")
+        else:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CountermarkError(f"cannot create {folder}: {error.strerror}; choose a folder that you can write to") from error
+            write_json(mark, {"format": STORE_FORMAT})
+
+    def path(self, unit: Unit) -> Path:
+        """The folder of a unit."""
+        return self.folder / unit.digest
+
+    def has(self, unit: Unit) -> bool:
+        """Whether a unit is finished; the folder of a damaged one is removed, so that it is made again."""
+        folder = self.path(unit)
+        if not folder.exists():
+            return False
+        try:
+            manifest = read_json(folder / _MANIFEST)
+            whole = bool(manifest) and all(sha256(read_bytes(folder / name, _FILE_LIMIT)) == digest for name, digest in manifest.items())
+        except CountermarkError:
+            whole = False
+        if not whole:
+            shutil.rmtree(folder, ignore_errors=True)
+        return whole
+
+    def result(self, unit: Unit) -> dict[str, Any]:
+        """The result of a finished unit."""
+        return read_json(self.path(unit) / RESULT)
+
+    def make(self, unit: Unit, work: Callable[[Path], Mapping[str, Any]]) -> None:
+        """Do the `work` of a unit, which writes its files into the folder that it is given and returns its result."""
+        with new_folder(self.path(unit), unit.record) as folder:
+            write_json(folder / RESULT, dict(work(folder)))
+            kept = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("checkpoint-"))
+            write_json(folder / _MANIFEST, {str(path.relative_to(folder)): sha256(path.read_bytes()) for path in kept})
+
+    def tell(self, unit: Unit, status: Mapping[str, Any] | None) -> None:
+        """Leave word of how far a running unit is, for whoever watches; none when it has stopped."""
+        path = self.folder / _PROGRESS / f"{unit.digest}.json"
+        if status is None:
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(exist_ok=True)
+        write_bytes(path, json.dumps(status).encode())
+
+    def told(self) -> dict[str, dict[str, Any]]:
+        """What running units left word of, by digest."""
+        found = {}
+        for path in sorted((self.folder / _PROGRESS).glob("*.json")):
+            try:
+                found[path.stem] = json.loads(read_bytes(path, JSON_LIMIT))
+            except (CountermarkError, ValueError):  # it stopped meanwhile
+                continue
+        return found

@@ -1,0 +1,254 @@
+"""The tables: the paper's beside ours, then those that it lacks."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from countermark.files import read_bytes
+from countermark.study.grid import BUDGETS, SCHEMES
+from countermark.study.results import Estimate, Row, auc, estimate, rate_interval, where
+
+TITLES = {"mnist": "MNIST", "fashion_mnist": "FMNIST", "digits": "digits"}
+METRICS = {"test": "test accuracy", "adversarial": "adversarial accuracy", "watermark": "watermark accuracy"}
+SETTINGS = ("white-box", "black-box", "grey-box")
+RULE = 50.0
+"""The paper calls ownership verified from this watermark accuracy, in percent."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of strings and numbers.
+
+    Attributes:
+        name: short name, also of its CSV file.
+        title: what a reader sees above it.
+        note: what he must know to read it.
+        columns: their headings.
+        rows: a row is a value for each column; numbers are in the unit that the heading says.
+        units: for each row the units that its numbers came from.
+    """
+
+    name: str
+    title: str
+    note: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+    units: tuple[tuple[str, ...], ...]
+
+
+@cache
+def published() -> dict[str, Any]:
+    """The paper's numbers."""
+    loaded: dict[str, Any] = json.loads(read_bytes(Path(__file__).with_name("published.json"), 1 << 20))
+    return loaded
+
+
+_DEFENCES = {
+    "no_defence": "none",
+    "advtr": "ADVTR",
+    "wm_ood": "WM ood",
+    "wm_adversarial": "WM adversarial",
+    "ood": "ADVTR+ood",
+    "adversarial": "ADVTR+adversarial",
+}
+_PAPER_METRICS = {"test": "test", "adv": "adversarial", "watermark": "watermark"}
+_SIDE_BY_SIDE = (
+    ("table1_single_defence", "Table 1", "One defence at a time", "white-box"),
+    ("table2_advtr_plus_watermark", "Table 2", "Adversarial training and a watermark together", "white-box"),
+    ("table3_black_box_theft", "Table 3", "Black-box theft (Algorithm 2, labels only, another network)", "black-box"),
+    ("table4_grey_box_theft", "Table 4", "Grey-box theft (the same, the owner's network, trained adversarially)", "grey-box"),
+)
+
+
+def paper_value(table: str, column: str, data: str) -> float | None:
+    """A published number, in percent; none for data sets that the paper does not have."""
+    content = published()[table]
+    values = content.get(data)
+    return float(values[content["columns"].index(column)]) if values is not None else None
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """All tables of one protocol's measurements."""
+    data_sets = list(dict.fromkeys(row["data"] for row in rows))
+    made = [_side_by_side(rows, data_sets, *entry) for entry in _SIDE_BY_SIDE]
+    made += [
+        _budgets(rows, data_sets),
+        _marks(rows, data_sets),
+        _removal(rows, data_sets, "pruned"),
+        _removal(rows, data_sets, "fine-tuned"),
+    ]
+    made += [_strangers(rows, data_sets), _separation(rows, data_sets), _beyond(rows, data_sets), _sweep(rows, data_sets)]
+    return [table for table in made if table.rows]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
+
+
+def _compared(paper: float | None, ours: Estimate) -> tuple[Any, ...]:
+    difference = None if paper is None else ours.mean - paper
+    return _rounded(paper), _rounded(ours.mean), _rounded(ours.half), ours.count, _rounded(difference)
+
+
+_COMPARED = ("paper", "ours", "± (95 %)", "seeds", "difference")
+
+
+def _table(name: str, title: str, note: str, columns: tuple[str, ...], lines: Iterable[tuple[tuple[Any, ...], Iterable[str]]]) -> Table:
+    kept = list(lines)
+    return Table(name, title, note, columns, tuple(row for row, _ in kept), tuple(tuple(dict.fromkeys(units)) for _, units in kept))
+
+
+def _side_by_side(rows: Sequence[Row], data_sets: Sequence[str], key: str, number: str, title: str, setting: str) -> Table:
+    lines = []
+    for data in data_sets:
+        for column in published()[key]["columns"]:
+            defence, metric = column.split(".")
+            found = where(rows, section="model", data=data, defence=_DEFENCES[defence], setting=setting, removal="none")
+            ours = estimate(found, _PAPER_METRICS[metric])
+            if ours is not None:
+                what = (TITLES[data], _DEFENCES[defence], METRICS[_PAPER_METRICS[metric]])
+                lines.append(((*what, *_compared(paper_value(key, column, data), ours)), ours.units))
+    note = "Percent. Watermark accuracy is agreement with the watermark labels."
+    return _table(number.lower().replace(" ", ""), f"{number}. {title}", note, ("data", "defence", "measure", *_COMPARED), lines)
+
+
+def _budgets(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
+    lines = []
+    for data in data_sets:
+        for epsilon, steps in BUDGETS:
+            found = [row for row in where(rows, section="budgets", data=data) if row["amount"] == [epsilon, steps]]
+            ours = estimate(found, "adversarial")
+            if ours is not None:
+                paper = paper_value("table5_advtr_at_larger_budgets", f"({epsilon:g},{steps})", data)
+                lines.append(((TITLES[data], f"budget {epsilon:g}, {steps} steps of .01", *_compared(paper, ours)), ours.units))
+    title = "Table 5. Adversarially trained model under other budgets"
+    return _table("table5", title, "Adversarial accuracy in percent.", ("data", "attack", *_COMPARED), lines)
+
+
+def _marks(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
+    """Our scheme beside the published ones, in the models themselves."""
+    lines = []
+    for data in data_sets:
+        for defence in ("ADVTR", "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin", "WM coin"):
+            for setting in SETTINGS:
+                found = where(rows, section="model", data=data, defence=defence, setting=setting, removal="none")
+                values = {metric: estimate(found, metric) for metric in METRICS}
+                if values["test"] is None:
+                    continue
+                coins = " ".join(f"{row['agree']}:{row['disagree']}" for row in found if row["log10_p"] is not None)
+                worst = max((row["log10_p"] for row in found if row["log10_p"] is not None), default=None)
+                numbers = tuple(_rounded(value.mean) if value is not None else None for value in values.values())
+                lines.append(((TITLES[data], defence, setting, *numbers, coins, _rounded(worst)), values["test"].units))
+    columns = ("data", "defence", "stolen by", "test", "adversarial", "watermark", "coins", "log10 p")
+    note = "Percent; coins are answers as the coins chose against the other way, seed by seed; p is exact, the largest over seeds."
+    return _table("marks", "The coins beside the published schemes", note, columns, lines)
+
+
+def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Table:
+    lines = []
+    for data in data_sets:
+        for setting in SETTINGS:
+            for amount in sorted({row["amount"] for row in where(rows, section="removal", removal=removal)}):
+                found = where(rows, section="removal", data=data, setting=setting, removal=removal, amount=amount)
+                by_defence = {f"ADVTR+{scheme}": where(found, defence=f"ADVTR+{scheme}") for scheme in SCHEMES}
+                means = {defence: estimate(part, "watermark") for defence, part in by_defence.items()}
+                test = estimate(by_defence["ADVTR+coin"], "test")
+                worst = max((row["log10_p"] for row in by_defence["ADVTR+coin"]), default=None)
+                shown = tuple(_rounded(value.mean) if value is not None else None for value in means.values())
+                units = [unit for value in means.values() if value is not None for unit in value.units]
+                what = f"{amount:.0%}" if removal == "pruned" else f"{amount} epochs"
+                lines.append(((TITLES[data], setting, what, *shown, _rounded(worst), _rounded(test.mean if test else None)), units))
+    columns = ("data", "stolen by", removal, "ood", "adversarial", "coin", "coin: log10 p", "coin: test accuracy")
+    figure = "Figures 2 to 4 (a)" if removal == "pruned" else "Figures 2 to 4 (b)"
+    note = "Watermark accuracy in percent of the ADVTR models; the largest p over seeds."
+    return _table(removal, f"{figure}. Stolen models, {removal}", note, columns, lines)
+
+
+def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
+    lines = []
+    for data in data_sets:
+        for scheme in SCHEMES:
+            found = where(rows, section="strangers", data=data, scheme=scheme)
+            if not found:
+                continue
+            scores = sorted(row["watermark"] for row in found)
+            accused = sum(score >= RULE for score in scores)
+            low, high = rate_interval(accused, len(scores))
+            smallest = min((row["log10_p"] for row in found if row["log10_p"] is not None), default=None)
+            spread = (_rounded(scores[0]), _rounded(scores[len(scores) // 2]), _rounded(scores[-1]))
+            rate = f"{accused} of {len(scores)} ({low:.0f} to {high:.0f} %)"
+            lines.append(((TITLES[data], scheme, *spread, rate, _rounded(smallest)), [row["unit"] for row in found]))
+    columns = ("data", "scheme", "lowest", "median", "highest", "accused by the 50 % rule", "smallest log10 p")
+    note = (
+        "Watermark accuracy, in percent, of models that never saw the mark: standard, robust, of another architecture, thefts of unmarked "
+        "models, and the owner's own unmarked models. An exact p-value needs no bank; strangers' p-values are anywhere in (0, 1)."
+    )
+    return _table("strangers", "The control: strangers asked for the same watermarks", note, columns, lines)
+
+
+def _separation(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
+    lines = []
+    for data in data_sets:
+        for scheme in SCHEMES:
+            strangers = where(rows, section="strangers", data=data, scheme=scheme)
+            for setting in SETTINGS:
+                thieves = where(rows, section="model", data=data, scheme=scheme, setting=setting, removal="none")
+                area = auc([row["watermark"] for row in thieves], [row["watermark"] for row in strangers])
+                if area is None:
+                    continue
+                lowest = min(row["watermark"] for row in thieves)
+                convicted = sum(row["log10_p"] is not None and row["log10_p"] <= -6 for row in thieves)
+                told = f"{convicted} of {len(thieves)}" if scheme == "coin" else None
+                units = [row["unit"] for row in (*thieves, *strangers)]
+                lines.append(((TITLES[data], scheme, setting, _rounded(lowest), _rounded(area), told), units))
+    columns = ("data", "scheme", "stolen by", "lowest thief", "ROC AUC", "convicted at 1e-6")
+    note = "How well watermark accuracy tells thieves from strangers: 1 always, 0.5 not at all. Both defences of a scheme are counted."
+    return _table("separation", "Thieves against strangers", note, columns, lines)
+
+
+def _beyond(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
+    lines = []
+    for data in data_sets:
+        for row in where(rows, section="beyond", data=data):
+            what = {"natural": "natural queries", "distilled": "distilled"}.get(row["setting"], row["removal"])
+            numbers = tuple(_rounded(row[metric]) for metric in METRICS)
+            coins = f"{row['agree']}:{row['disagree']}" if row["log10_p"] is not None else ""
+            lines.append(((TITLES[data], row["defence"], what, *numbers, coins, _rounded(row["log10_p"])), [row["unit"]]))
+    columns = ("data", "defence", "theft or removal", "test", "adversarial", "watermark", "coins", "log10 p")
+    note = "Thefts and removals that the paper does not try, on the adversarially trained models; percent, one row a seed."
+    return _table("beyond", "Beyond the paper", note, columns, lines)
+
+
+def _sweep(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
+    lines = []
+    for data in data_sets:
+        for budget in sorted({row["budget"] for row in where(rows, section="sweep", data=data)}):
+            found = where(rows, section="sweep", data=data, budget=budget)
+            strangers = where(rows, section="sweep strangers", data=data, budget=budget)
+            means = [estimate(found, metric) for metric in METRICS]
+            answered = estimate(strangers, "watermark")
+            shown = tuple(_rounded(value.mean) if value is not None else None for value in (*means, answered))
+            lines.append(((TITLES[data], budget, *shown), [row["unit"] for row in (*found, *strangers)]))
+    columns = ("data", "watermark budget", "test", "adversarial", "watermark", "strangers' watermark")
+    note = "ADVTR+adversarial with watermarks crafted at other budgets, in percent; the default budget is in Table 2."
+    return _table("sweep", "The watermark budget", note, columns, lines)
+
+
+def hyperparameters(settings: Mapping[str, Any]) -> Table:
+    """Table 6: the paper's settings beside ours, which `settings` gives by data set."""
+    content = published()["table6_hyperparameters"]
+    lines = [
+        ((TITLES[data], column, str(content[data][i]), str(ours[column])), ())
+        for data, ours in settings.items()
+        if data in content
+        for i, column in enumerate(content["columns"])
+    ]
+    training = content["training"]
+    first = next(iter(settings.values()))
+    lines += [
+        (("all", name, str(training[name]), str(first[name])), ()) for name in ("epochs", "learning_rate", "weight_decay", "optimizer")
+    ]
+    return _table("table6", "Table 6. Settings", "", ("data", "setting", "paper", "ours"), lines)

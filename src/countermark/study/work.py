@@ -1,0 +1,341 @@
+"""What units do: train, mark, steal, remove, ask. One function for each kind of unit.
+
+A function takes its options, the folders of the units it starts from and the folder to write into, and returns a result: a list of points,
+each with what was measured there. Nothing else goes in: the same options and inputs give the same bytes.
+"""
+
+import copy
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from countermark.attacks import pgd
+from countermark.bundle import Description, load, load_bundle, save_bundle
+from countermark.data import Examples, Pools, load_ood, load_pools, pixels, spec
+from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
+from countermark.evidence import judge
+from countermark.files import make_private_folder, read_tensors, write_bytes, write_tensors
+from countermark.models import build
+from countermark.removal import add_noise, finetune, prune, quantise
+from countermark.theft import JacobianTheft, distil, steal_black_box
+from countermark.training import marking, recipe, train
+from countermark.watermarks import Key, coin_set, craft_adversarial, full_strength, load_key, published_set, write_key
+
+Options = Mapping[str, Any]
+Inputs = Mapping[str, Path]
+Result = dict[str, Any]
+
+PUBLISHED_WATERMARKS = 100
+_SELECTION = 1000  # test examples under PGD when the published protocol picks its epoch
+_LIMIT = 1 << 34
+
+
+def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """Train a model, from the weights of `start` if there is one, with `watermarks` in it if there are any."""
+    data, pools = options["data"], pools_of(options)
+    catalogued = spec(data)
+    epsilon = catalogued.epsilon
+    config = recipe(data, options["objective"], epsilon, seed=options["seed"], epochs=options["epochs"])
+    key = load_key(inputs["watermarks"]) if "watermarks" in inputs else None
+    if "start" in inputs:
+        network, config = load(inputs["start"]), marking(config, data)
+    else:
+        network = build(options["network"], catalogued.shape, catalogued.classes, seed=options["seed"])
+        config = replace(config, embedding="epoch")
+    published = options["protocol"] == "as-published"
+    best = _Best(folder, pools.test, _attack(data), key) if published else None
+    train(
+        network,
+        pools.training,
+        replace(config, craft_in_training_mode=published and config.attack is not None),
+        validation=pools.validation,
+        watermarks=Examples(key.watermarks.x, key.labels) if key is not None else None,
+        checkpoint=folder / "checkpoint-train.safetensors",
+        after_epoch=best,
+        title="train",
+    )
+    if best is not None:
+        best.restore(network)
+    trained = {"event": "trained", "objective": options["objective"], "watermarks": key.scheme if key is not None else None}
+    described = Description(options["network"], catalogued.shape, catalogued.classes, data, epsilon, options["pool_seed"], (trained,))
+    save_bundle(folder, network, described)
+    return {"points": [_measured(network, pools.test, data, key)]}
+
+
+class _Best:
+    """The published protocol's choice of the epoch: the highest sum of test, adversarial and watermark accuracy on the TEST set."""
+
+    def __init__(self, folder: Path, test: Examples, attack: Attack, key: Key | None) -> None:
+        self.path = folder / "checkpoint-best.safetensors"
+        self.test, self.attack, self.key = test, attack, key
+
+    def __call__(self, epoch: int, network: nn.Module) -> None:
+        score = accuracy(network, self.test) + adversarial_accuracy(network, self.test[:_SELECTION], self.attack)
+        score += _tally(network, self.key)["accuracy"] if self.key is not None else 0.0
+        if not self.path.exists() or score > read_tensors(self.path, _LIMIT)[1]["score"]:
+            write_tensors(self.path, network.state_dict(), {"score": score, "epoch": epoch})
+
+    def restore(self, network: nn.Module) -> None:
+        network.load_state_dict(read_tensors(self.path, _LIMIT)[0])
+
+
+def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """Craft a watermark set on the model `source`, commit to it and draw its coins, as `protect` does.
+
+    The secrets come out of the seed, so that a study can be repeated: such a key is an experiment and proves nothing to anybody.
+    """
+    data, pools = options["data"], pools_of(options)
+    catalogued = spec(data)
+    seed, scheme = options["seed"], options["scheme"]
+    make_private_folder(folder)
+    for name in ("secret", "signing-key"):
+        write_bytes(folder / name, hashlib.sha256(f"countermark study {name} {sorted(options.items())}".encode()).digest(), 0o600)
+    attack = Attack(options["epsilon"], options["steps"], options["step_size"]) if scheme != "ood" else None
+    if scheme == "ood" or attack is None:
+        outside = _some(load_ood(data, options["pool_seed"], _cache()), seed)
+        watermarks = published_set(outside.x, outside.y)
+    elif scheme == "adversarial":
+        bases = _some(pools.bases, seed)
+        watermarks = published_set(craft_adversarial(load(inputs["source"]), bases, attack, seed)[0], bases.y)
+    else:
+        watermarks = coin_set(load(inputs["source"]), pools.bases, attack, catalogued.batches, catalogued.batch_size, seed)
+    key = write_key(folder, scheme, watermarks, {"data": data, "crafting": asdict(attack) if attack is not None else None})
+    source = _tally(load(inputs["source"]), key) if "source" in inputs else None
+    return {"points": [{"watermark": source}] if source is not None else []}
+
+
+def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """Steal the model `victim` without its weights; the copy is asked for the victim's `watermarks`, if it has any."""
+    data, pools = options["data"], pools_of(options)
+    victim, described = load_bundle(inputs["victim"])
+    network = options["network"]
+    copied = build(network, described.shape, described.classes, seed=options["seed"])
+    if options["setting"] == "distilled":
+        distil(victim, copied, pools.thief, options["epochs"], seed=options["seed"])
+        queries = len(pools.thief)
+    else:
+        epsilon = options["epsilon"]
+        attack = _training_attack(options["objective"], data, epsilon) if epsilon is not None else None
+        wanted = min(options["queries"], len(pools.thief)) if options["setting"] == "natural" else options["queries"]
+        theft = JacobianTheft(
+            seeds=wanted if options["setting"] == "natural" else JacobianTheft.seeds,
+            queries=wanted,
+            epochs=options["epochs"],
+            batch_size=options["batch_size"],
+            learning_rate=options["learning_rate"],
+            attack=attack,
+            clamp=options["protocol"] == "clean",
+            seed=options["seed"],
+        )
+        queries = steal_black_box(lambda x: predict(victim, x), copied, pools.thief, theft, title="steal")
+    event = {"event": "stolen", "setting": options["setting"], "queries": queries}
+    save_bundle(folder, copied, replace(described, network=network, history=(*described.history, event)))
+    return {"points": [_measured(copied, pools.test, data, _key(inputs))]}
+
+
+def prune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """Prune `model` at several rates; test and watermark accuracy at each, and the adversarial one where the profile asks for it."""
+    network, key, test = load(inputs["model"]), _key(inputs), pools_of(options).test
+    points = []
+    for rate in options["rates"]:
+        pruned = prune(network, rate)
+        points.append({"amount": rate, **_measured(pruned, test, options["data"], key, options["attacked"])})
+    return {"points": points}
+
+
+def finetune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """Fine-tune `model` on the thief's pool; the same measurements after each of several numbers of epochs."""
+    pools, key = pools_of(options), _key(inputs)
+    points = []
+
+    def measure(epoch: int, network: nn.Module) -> None:
+        if epoch in options["epochs"]:
+            points.append({"amount": epoch, **_measured(network, pools.test, options["data"], key, options["attacked"])})
+
+    thief = pools.thief[: options["examples"]]
+    finetune(load(inputs["model"]), thief, max(options["epochs"]), seed=options["seed"], after_epoch=measure, title="fine-tune")
+    return {"points": points}
+
+
+def remove_mark(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """One of the removals beyond the paper, on `model`."""
+    data, pools, key = options["data"], pools_of(options), _key(inputs)
+    network, seed = load(inputs["model"]), options["seed"]
+    thief = pools.thief[: options["examples"]]
+    extra, attacked = {}, options["attacked"]
+    if options["way"] == "int8":
+        network, attacked = quantise(network), False  # integers have no gradient for the attack to follow
+    elif options["way"] == "noise":
+        network = add_noise(network, options["amount"], seed)
+    elif options["way"] == "pruned, then fine-tuned":
+        network = finetune(prune(network, options["amount"]), thief, options["epochs"], seed=seed, title="fine-tune")
+    elif options["way"] == "adversarially fine-tuned":
+        attack = _training_attack(options["objective"], data, spec(data).epsilon)
+        network = finetune(network, thief, options["epochs"], attack=attack, seed=seed, title="fine-tune")
+    else:
+        network, extra["own_mark"] = _overwrite(network, thief, options)
+    return {"points": [{**_measured(network, pools.test, data, key, attacked), **extra}]}
+
+
+def _overwrite(network: nn.Module, thief: Examples, options: Options) -> tuple[nn.Module, float]:
+    """The thief puts coins of his own over ours: crafted on the stolen model, trained in with the owner's recipe on the thief's data."""
+    data, seed = options["data"], options["seed"]
+    catalogued = spec(data)
+    attack = full_strength(catalogued.watermark_epsilon, 40)
+    count = min(len(thief) // 3, 2 * catalogued.batches * catalogued.batch_size)
+    images, predicted = craft_adversarial(network, thief[:count], attack, seed)
+    coins = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed)).bool()
+    marks = Examples(images, torch.where(coins, thief.y[:count], predicted))
+    marked = copy.deepcopy(network)
+    train(
+        marked, thief, marking(recipe(data, options["objective"], catalogued.epsilon, seed=seed), data), watermarks=marks, title="overwrite"
+    )
+    return marked, agreement(predict(marked, marks.x), marks.y)
+
+
+def ask_strangers(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """Ask models that never saw the `watermarks` for them: the control that the paper lacks."""
+    key = load_key(inputs["watermarks"])
+    strangers = sorted(role for role in inputs if role != "watermarks")
+    return {"points": [{"stranger": role, "watermark": _tally(load(inputs[role]), key)} for role in strangers]}
+
+
+def attack_budgets(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """Adversarial accuracy of `model` at several budgets and steps of .01 (Table 5)."""
+    network, test = load(inputs["model"]), pools_of(options).test[: options["examples"]]
+    return {
+        "points": [
+            {"amount": [epsilon, steps], "adversarial": adversarial_accuracy(network, test, Attack(epsilon, steps, 0.01), title="attack")}
+            for epsilon, steps in options["budgets"]
+        ]
+    }
+
+
+def draw_pictures(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """Figure 6: one training image, its adversarial example, its watermarks at two budgets, crafted on `model`; kept as uint8 images."""
+    data, pools, network = options["data"], pools_of(options), load(inputs["model"])
+    x, y = pixels(pools.bases.x[:1]), pools.bases.y[:1]
+    images = {"training image": x}
+    for title, epsilon, steps in options["crafted"]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options["seed"])
+            images[title] = pgd(network, x, y, epsilon=epsilon, steps=steps, step_size=0.01)
+    write_tensors(folder / "images.safetensors", {title: image[0].mul(255).round().to(torch.uint8) for title, image in images.items()})
+    answers = {title: int(predict(network, image)[0]) for title, image in images.items()}
+    return {"points": [], "answers": answers, "label": int(y[0]), "data": data}
+
+
+def project(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """Figures 1 and 5: training images, their adversarial examples and the watermark sets in the plane of two principal components.
+
+    The paper does not say how it projects; here everything is projected on the first two principal components of the training images.
+    """
+    pools, network, count = pools_of(options), load(inputs["model"]), options["examples"]
+    training = pools.training[:count]
+    flat = pixels(training.x).flatten(1).double()
+    mean = flat.mean(0)
+    _, vectors = torch.linalg.eigh((flat - mean).T @ (flat - mean))
+    plane = vectors[:, -2:].flip(1)
+    plane = plane * plane.sum(0).sign()
+    attack = _attack(options["data"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options["seed"])
+        attacked = pgd(network, pixels(training.x), training.y, epsilon=attack.epsilon, steps=attack.steps, step_size=attack.step_size)
+    sets = {"training": pixels(training.x), "adversarial training": attacked}
+    sets |= {f"{role} watermarks": pixels(load_key(inputs[role]).watermarks.x[:count]) for role in sorted(inputs) if role != "model"}
+    places = {title: ((x.flatten(1).double() - mean) @ plane).float() for title, x in sets.items()}
+    write_tensors(folder / "plane.safetensors", places)
+    return {"points": [], "distances": _distances(places)}
+
+
+def _distances(places: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """How far each cloud's centre is from that of the adversarial training examples, in standard deviations of the latter."""
+    centre = places["adversarial training"].mean(0)
+    spread = float((places["adversarial training"] - centre).norm(dim=1).pow(2).mean().sqrt())
+    return {title: round(float((place.mean(0) - centre).norm()) / spread, 4) for title, place in places.items()}
+
+
+KINDS: Mapping[str, Callable[[Options, Inputs, Path], Result]] = {
+    "model": train_model,
+    "watermarks": make_watermarks,
+    "theft": steal_model,
+    "pruning": prune_curve,
+    "fine-tuning": finetune_curve,
+    "removal": remove_mark,
+    "strangers": ask_strangers,
+    "budgets": attack_budgets,
+    "pictures": draw_pictures,
+    "plane": project,
+}
+"""The kinds of units."""
+
+
+def pools_of(options: Options) -> Pools:
+    """The pools of a unit: disjoint ones, or those of the published runs, whose bases and thief's seeds are TEST images."""
+    pools = _pools(options["data"], options["pool_seed"])
+    if options["protocol"] == "clean":
+        return pools
+    order = torch.randperm(len(pools.test), generator=torch.Generator().manual_seed(options["pool_seed"]))
+    bases, seeds = order[: len(pools.bases)], order[len(pools.bases) : len(pools.bases) + JacobianTheft.seeds]
+    thief = Examples(torch.cat((pools.test.x[seeds], pools.thief.x)), torch.cat((pools.test.y[seeds], pools.thief.y)))
+    return replace(pools, bases=pools.test[bases], thief=thief)
+
+
+@functools.lru_cache(maxsize=2)
+def _pools(data: str, seed: int) -> Pools:
+    return load_pools(data, seed, _cache())
+
+
+_CACHE: list[Path | None] = [None]
+
+
+def use_cache(folder: Path | None) -> None:
+    """Where this process finds the files of the data sets."""
+    _CACHE[0] = folder
+
+
+def _cache() -> Path | None:
+    return _CACHE[0]
+
+
+def _some(bases: Examples, seed: int) -> Examples:
+    return bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))[:PUBLISHED_WATERMARKS]]
+
+
+def _attack(data: str) -> Attack:
+    catalogued = spec(data)
+    return Attack(catalogued.epsilon, catalogued.steps, catalogued.step_size)
+
+
+def _training_attack(objective: str, data: str, epsilon: float) -> Attack:
+    """The thief's or remover's own adversarial training: the paper's PGD, or single steps from a random start."""
+    return Attack(epsilon, spec(data).steps, spec(data).step_size) if objective == "pgd" else Attack(epsilon, 1, 1.25 * epsilon)
+
+
+def _key(inputs: Inputs) -> Key | None:
+    return load_key(inputs["watermarks"]) if "watermarks" in inputs else None
+
+
+def _measured(network: nn.Module, test: Examples, data: str, key: Key | None, attacked: bool = True) -> Result:
+    point: Result = {"test": accuracy(network, test)}
+    if attacked:
+        point["adversarial"] = adversarial_accuracy(network, test, _attack(data), title="attack")
+    if key is not None:
+        point["watermark"] = _tally(network, key)
+    return point
+
+
+def _tally(network: nn.Module, key: Key) -> Result:
+    """Agreements and, for coins, the exact p-value."""
+    outcomes = key.outcomes(predict(network, key.watermarks.x))
+    counts = {name: sum(outcome == value for outcome in outcomes) for name, value in (("agree", 1), ("disagree", -1), ("neither", 0))}
+    tally: Result = {**counts, "accuracy": 100 * counts["agree"] / len(outcomes), "log10_p": None}
+    if key.scheme == "coin":
+        tally["log10_p"] = judge(key.watermarks.cell.tolist(), outcomes).log10_p_value
+    return tally

@@ -1,0 +1,126 @@
+"""`countermark reproduce`: the paper's study, side by side with its numbers, with the control that it lacks."""
+
+import importlib.util
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from countermark import __version__
+from countermark.config import ReproduceConfig
+from countermark.data import spec
+from countermark.errors import CountermarkError
+from countermark.report import duration, print_lines, print_table
+from countermark.study.graph import Unit, code_version, environment, in_order
+from countermark.study.grid import PROFILES, PROTOCOLS, Cell, grid
+from countermark.study.plan import calibrate, networks, seconds
+from countermark.study.report import write_report
+from countermark.study.run import default_workers, run
+from countermark.study.store import Store
+from countermark.training import choose
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A finished study, or its plan.
+
+    Attributes:
+        folder: the folder of the study.
+        units: number of units of work.
+        finished: units that were finished before this call.
+        seconds_estimated: wall-clock time that the others were expected to take.
+        report: the HTML file; none for a plan.
+        kinds: units still to do, by kind.
+        verdicts: what the study found, in sentences.
+        seconds: wall-clock time of this call.
+    """
+
+    folder: str
+    units: int
+    finished: int
+    seconds_estimated: float
+    report: str | None
+    kinds: dict[str, int]
+    verdicts: tuple[str, ...]
+    seconds: float
+
+
+def reproduce(config: ReproduceConfig) -> Reproduction:
+    """Run the study (or only plan it), then write report.html, results.json and tables to `config.out`.
+
+    Raises:
+        CountermarkError: unknown names, a folder that is not a study's, a unit that failed, a scheduler that does not answer; whatever is
+            finished is kept.
+    """
+    begun = time.monotonic()
+    choose("profile", config.profile, tuple(PROFILES))
+    for protocol in config.protocol:
+        choose("protocol", protocol, PROTOCOLS)
+    for name in config.data:
+        spec(name)
+    profile = PROFILES[config.profile]
+    cells: dict[str, list[Cell]] = {protocol: grid(config.data, profile, protocol, config.seeds) for protocol in config.protocol}
+    units = in_order(cell.unit for part in cells.values() for cell in part)
+    store = Store(config.out / "units")
+    todo = [unit for unit in units if not store.has(unit)]
+    workers = 0 if config.scheduler is not None else default_workers() if config.workers is None else config.workers
+    estimates = _estimates(todo)
+    expected = sum(estimates.values()) / max(workers, 1)
+    finished = len(units) - len(todo)
+    kinds = dict(Counter(unit.kind for unit in todo))
+    if config.plan:
+        return Reproduction(str(config.out), len(units), finished, expected, None, kinds, (), time.monotonic() - begun)
+    _needs_extras()
+    run(
+        units,
+        store,
+        workers=workers,
+        scheduler=config.scheduler,
+        cache=config.cache.absolute() if config.cache is not None else None,
+        log=config.out / "study.log",
+        estimates=estimates,
+    )
+    verdicts = write_report(config.out, cells, store, _about(config, len(units)))
+    report = str(config.out / "report.html")
+    return Reproduction(str(config.out), len(units), finished, expected, report, {}, verdicts, time.monotonic() - begun)
+
+
+def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
+    profile = PROFILES[config.profile]
+    return {
+        "profile": config.profile,
+        "data": ", ".join(config.data),
+        "protocol": ", ".join(config.protocol),
+        "owners' seeds": ", ".join(map(str, range(config.seeds or profile.seeds))),
+        "strangers of each kind": str(profile.strangers),
+        "owner's network": profile.network,
+        "queries of Algorithm 2": str(profile.queries),
+        "images that thieves fine-tune on": str(profile.finetune_examples or "all of the thief's pool"),
+        "units of work": str(units),
+        "code": code_version(),
+        **environment(),
+        "version": __version__,
+    }
+
+
+def _estimates(todo: list[Unit]) -> dict[str, float]:
+    speed = calibrate(networks(todo))
+    return {unit.digest: seconds(unit, speed) for unit in todo}
+
+
+def _needs_extras() -> None:
+    missing = [name for name in ("dask", "distributed", "matplotlib", "torchao") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CountermarkError(f"a study needs {', '.join(missing)}; pip install 'countermark[study]'")
+
+
+def show(result: Reproduction) -> None:
+    """Print what was found, or what there is to do."""
+    if result.report is None:
+        rows = [[kind, str(count)] for kind, count in sorted(result.kinds.items())]
+        print_table(f"{result.folder}: {result.units} units, {result.finished} finished", ("kind of unit", "to do"), rows)
+        print_lines(f"about {duration(result.seconds_estimated)}, by a calibration on this machine")
+        return
+    print_lines(*result.verdicts, "", f"wrote {result.report} (and results.json, tables/*.csv, figures/*.svg; {duration(result.seconds)})")
+
+
+__all__ = ["Reproduction", "reproduce", "show"]

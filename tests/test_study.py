@@ -1,0 +1,431 @@
+"""The study: units that survive anything, engines that agree, numbers that match hand-made ones, a page that stands alone."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from countermark.errors import CountermarkError
+from countermark.files import read_json
+from countermark.study import graph, work
+from countermark.study.claims import claims
+from countermark.study.graph import Unit, in_order
+from countermark.study.grid import DEFENCES, FINETUNED, PROFILES, PRUNED, Cell, Profile, grid
+from countermark.study.report import write_report
+from countermark.study.results import auc, estimate, measurements, rate_interval, where
+from countermark.study.run import do, run
+from countermark.study.store import Store
+from countermark.study.tables import paper_value, tables
+
+pytest.importorskip("distributed")
+
+TINY = replace(PROFILES["quick"], epochs=2, queries=400, strangers=1, finetune_examples=64, budget_examples=64, beyond_epochs=1)
+
+
+def squares(options: work.Options, inputs: work.Inputs, folder: Path) -> work.Result:
+    """A kind of unit for tests: the sum of its inputs' values and its own, written into a file."""
+    if options.get("sleep"):
+        time.sleep(options["sleep"])
+    if options.get("fails"):
+        raise CountermarkError("this unit fails")
+    value = options["value"] + sum(read_json(path / "result.json")["value"] for path in inputs.values())
+    (folder / "note.txt").write_text(str(value))
+    return {"points": [], "value": value}
+
+
+@pytest.fixture
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(work.KINDS, "squares", squares)  # type: ignore[misc]
+
+
+def unit(value: int, *inputs: Unit, **options: object) -> Unit:
+    return Unit("squares", {"value": value, **options}, {str(i): other for i, other in enumerate(inputs)}, f"unit {value}")
+
+
+def pyramid() -> list[Unit]:
+    leaves = [unit(k) for k in range(4)]
+    return [*leaves, unit(10, *leaves[:2]), unit(20, *leaves[2:]), unit(30, unit(10, *leaves[:2]), unit(20, *leaves[2:]))]
+
+
+def running(units: list[Unit], folder: Path, **options: object) -> Store:
+    store = Store(folder / "units")
+    defaults: dict[str, object] = {"workers": 0, "scheduler": None, "cache": None, "log": folder / "log", "estimates": {}}
+    run(units, store, **{**defaults, **options})  # type: ignore[arg-type]
+    return store
+
+
+# --- units and their store ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_unit_is_named_by_all_that_its_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = unit(1)
+    assert one.digest == unit(1).digest == Unit("squares", {"value": 1}, {}, "another title").digest
+    names = {one.digest, unit(2).digest, unit(1, one).digest, unit(1, unit(2)).digest, Unit("cubes", {"value": 1}, {}, "").digest}
+    monkeypatch.setattr(graph, "code_version", lambda: "other code")
+    names.add(unit(1).digest)
+    assert len(names) == 6
+
+
+def test_comments_and_docstrings_are_not_code() -> None:
+    one = 'def f(x):\n    """Say."""\n    return x + 1\n'
+    same = 'def f(x):  # twice\n    """Say more."""\n\n    return (x + 1)\n'
+    assert graph._meaning(one) == graph._meaning(same)
+    assert graph._meaning(one) != graph._meaning(one.replace("1", "2"))
+
+
+def test_inputs_come_before_what_starts_from_them_and_each_once() -> None:
+    order = in_order(pyramid())
+    assert len(order) == 7
+    place = {each.digest: i for i, each in enumerate(order)}
+    assert all(place[other.digest] < place[each.digest] for each in order for other in each.inputs.values())
+
+
+def test_finished_units_are_never_run_again(tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = running(pyramid(), tmp_path)
+    assert store.result(pyramid()[-1])["value"] == 66
+    monkeypatch.setitem(work.KINDS, "squares", lambda *_: pytest.fail("ran again"))  # type: ignore[misc]
+    running(pyramid(), tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_a_damaged_unit_is_made_again(tmp_path: Path, arithmetic: None, damage: str) -> None:
+    units = pyramid()
+    store = running(units, tmp_path)
+    folder = store.path(units[4])
+    if damage == "truncate":
+        (folder / "note.txt").write_text("")
+    elif damage == "flip":
+        (folder / "result.json").write_bytes((folder / "result.json").read_bytes().replace(b"1", b"7"))
+    elif damage == "remove":
+        (folder / "result.json").unlink()
+    else:
+        (folder / "manifest.json").write_text("{}")
+    assert not store.has(units[4])
+    assert running(units, tmp_path).result(units[4])["value"] == 11
+
+
+def test_a_unit_that_fails_stops_the_run_and_keeps_what_is_finished(tmp_path: Path, arithmetic: None) -> None:
+    good, bad = unit(1), unit(2, fails=True)
+    with pytest.raises(CountermarkError, match="this unit fails"):
+        running([good, bad, unit(3, bad)], tmp_path)
+    assert Store(tmp_path / "units").has(good)
+
+
+def test_a_store_of_another_release_or_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("mine")
+    with pytest.raises(CountermarkError, match="no store"):
+        Store(tmp_path / "a")
+    Store(tmp_path / "b")
+    (tmp_path / "b" / "store.json").write_text('{\n "format": "countermark store 9"\n}\n')
+    with pytest.raises(CountermarkError, match="another release"):
+        Store(tmp_path / "b")
+
+
+def test_a_worker_with_other_code_refuses(tmp_path: Path, arithmetic: None) -> None:
+    planned = unit(1)
+    planned.record["code"] = "another version"
+    with pytest.raises(CountermarkError, match="another version"):
+        do(planned, str(tmp_path / "units"), None)
+
+
+# --- engines ------------------------------------------------------------------------------------------------------------------------
+
+WORKER = """
+import sys, os
+sys.path.insert(0, {tests!r})
+from countermark.study import work
+import test_study
+work.KINDS["squares"] = test_study.squares
+"""
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """A real scheduler and two workers on loopback, as on a cluster."""
+    preload = tmp_path / "preload.py"
+    preload.write_text(WORKER.format(tests=str(Path(__file__).parent)))
+    address = tmp_path / "scheduler.json"
+    common = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    processes = [subprocess.Popen([*command, "--scheduler-file", str(address)], **common)]  # type: ignore[call-overload]
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        while not address.exists():
+            time.sleep(0.1)
+        for _ in range(2):
+            worker = [
+                sys.executable,
+                "-m",
+                "distributed.cli.dask_worker",
+                "--scheduler-file",
+                str(address),
+                "--nthreads",
+                "1",
+                "--no-nanny",
+            ]
+            workers.append(subprocess.Popen([*worker, "--no-dashboard", "--preload", str(preload)], **common))  # type: ignore[call-overload]
+        yield json.loads(address.read_text())["address"], workers
+    finally:
+        for process in (*workers, *processes):
+            process.kill()
+            process.wait()
+
+
+def test_a_cluster_that_loses_a_worker_finishes_with_the_same_numbers(
+    tmp_path: Path, arithmetic: None, scheduler: tuple[str, list[subprocess.Popen[bytes]]]
+) -> None:
+    """One of two workers gets SIGKILL while it works; the other does what is left."""
+    address, workers = scheduler
+    leaves = [unit(k, sleep=0.7) for k in range(6)]
+    units = [*leaves, unit(100, *leaves)]
+    killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(4); os.kill({workers[0].pid}, {signal.SIGKILL:d})"])
+    store = running(units, tmp_path, scheduler=address)
+    killer.wait()
+    assert workers[0].wait() == -signal.SIGKILL
+    assert store.result(units[-1])["value"] == 115
+    there = {path.name: (path / "result.json").read_bytes() for path in (tmp_path / "units").iterdir() if (path / "result.json").exists()}
+    here = running(units, tmp_path / "again").folder
+    assert there == {path.name: (path / "result.json").read_bytes() for path in here.iterdir() if (path / "result.json").exists()}
+
+
+def test_a_scheduler_that_does_not_answer_is_an_error(tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("countermark.study.run._CONNECT", 1)
+    with pytest.raises(CountermarkError, match="no Dask scheduler"):
+        running([unit(1)], tmp_path, scheduler="tcp://127.0.0.1:9")
+
+
+# --- the grid -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_grid_has_every_cell(profile: str) -> None:
+    cells = grid(("mnist", "fashion_mnist"), PROFILES[profile], "clean")
+    seeds = range(PROFILES[profile].seeds)
+    for data in ("mnist", "fashion_mnist"):
+        places = [cell.place for cell in cells if cell.place["data"] == data]
+        wanted = {
+            (s, d, t, r) for s in seeds for d in DEFENCES for t in ("white-box", "black-box", "grey-box") for r in ("pruned", "fine-tuned")
+        }
+        removed = [place for place in places if place["section"] == "removal"]
+        assert {(p["seed"], p["defence"], p["setting"], p["removal"]) for p in removed} == wanted
+        beyond = {place["removal"] if place["removal"] != "none" else place["setting"] for place in places if place["section"] == "beyond"}
+        assert beyond == {
+            "natural", "distilled", "int8", "noise", "adversarially fine-tuned", "overwritten", "pruned, then fine-tuned",
+        }  # fmt: skip
+    assert pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]) == PRUNED
+    assert max(FINETUNED) == 40
+
+
+def test_every_watermark_set_is_asked_of_strangers() -> None:
+    """Each set that a model was marked with is also asked of models that never saw it, and no stranger was made with its coins."""
+    cells = grid(("mnist",), PROFILES["standard"], "clean")
+    marked = {cell.unit.inputs["watermarks"].digest for cell in cells if "watermarks" in cell.unit.inputs and cell.unit.kind == "model"}
+    asked = {cell.unit.inputs["watermarks"].digest: cell.unit for cell in cells if cell.unit.kind == "strangers"}
+    assert marked <= asked.keys()
+    for strangers in asked.values():
+        for role, stranger in strangers.inputs.items():
+            if role != "watermarks":
+                assert not [each for each in in_order([stranger]) if each.kind == "watermarks"]
+
+
+def test_protocols_differ_where_the_published_runs_did(digits: object) -> None:
+    options = {"data": "digits", "pool_seed": 0, "protocol": "clean"}
+    clean, published = work.pools_of(options), work.pools_of({**options, "protocol": "as-published"})
+    test = {bytes(x.numpy().tobytes()) for x in clean.test.x}
+    assert not test & {bytes(x.numpy().tobytes()) for x in clean.bases.x}
+    assert {bytes(x.numpy().tobytes()) for x in published.bases.x} <= test
+    assert {bytes(x.numpy().tobytes()) for x in published.thief.x[:80]} <= test
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------------------------
+
+
+def test_statistics_against_known_values() -> None:
+    assert auc([3.0, 4.0], [1.0, 2.0]) == 1.0
+    assert auc([1.0, 2.0], [1.0, 2.0]) == 0.5
+    assert auc([], [1.0]) is None
+    low, high = rate_interval(0, 10)
+    assert (low, round(high, 2)) == (0.0, 30.85)  # 1 - .025 ** (1 / 10)
+    rows = [{"test": value, "unit": str(value)} for value in (1.0, 2.0, 3.0)]
+    found = estimate(rows, "test")
+    assert found is not None
+    assert (found.mean, round(found.half or 0, 3)) == (2.0, 2.484)  # 4.3027 / sqrt(3)
+    assert estimate(rows[:1], "test").half is None  # type: ignore[union-attr]
+
+
+def test_published_numbers() -> None:
+    assert paper_value("table1_single_defence", "advtr.adv", "mnist") == 92.82
+    assert paper_value("table4_grey_box_theft", "adversarial.watermark", "fashion_mnist") == 60
+    assert paper_value("table1_single_defence", "advtr.adv", "digits") is None
+
+
+# --- a real, tiny study -------------------------------------------------------------------------------------------------------------
+
+
+def tiny_grid(protocol: str = "clean", profile: Profile = TINY) -> list[Cell]:
+    return grid(("digits",), profile, protocol)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Cell]], Store]:
+    """One owner on digits with next to no training, all cells, both protocols' code paths for a marked model; the report of it."""
+    out = tmp_path_factory.mktemp("study")
+    cells = {"clean": tiny_grid()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("countermark.study.run._POLL", 0.1)
+        store = running(in_order(cell.unit for cell in cells["clean"]), out, workers=2)
+    write_report(out, cells, store, {"profile": "tiny"})
+    return out, cells, store
+
+
+def test_the_report_is_the_same_for_the_same_units(study: tuple[Path, dict[str, list[Cell]], Store], tmp_path: Path) -> None:
+    out, cells, store = study
+    write_report(tmp_path, cells, store, {"profile": "tiny"})
+    for path in sorted(out.rglob("*")):
+        if path.is_file() and "units" not in path.parts and path.name != "log":
+            assert (tmp_path / path.relative_to(out)).read_bytes() == path.read_bytes(), path
+
+
+def test_every_number_names_the_unit_it_came_from(study: tuple[Path, dict[str, list[Cell]], Store]) -> None:
+    out, _, store = study
+    results = json.loads((out / "results.json").read_text())
+    rows = results["measurements"]["clean"]
+    assert len(rows) > 400
+    assert all((store.folder / row["unit"] / "result.json").is_file() for row in rows)
+    for table in results["tables"]["clean"]:
+        if table["name"] != "table6":
+            assert all(units for units in table["units"]), table["name"]
+    assert {table["name"] for table in results["tables"]["clean"]} >= {
+        "table1", "table2", "table3", "table4", "table5", "marks", "pruned", "fine-tuned", "strangers", "separation", "beyond", "sweep",
+    }  # fmt: skip
+
+
+def test_the_tables_say_what_the_measurements_say(study: tuple[Path, dict[str, list[Cell]], Store]) -> None:
+    _, cells, store = study
+    rows = measurements(cells["clean"], store, "clean")
+    by_name = {table.name: table for table in tables(rows)}
+    coin = where(rows, section="model", defence="ADVTR+coin", setting="white-box", removal="none")
+    (line,) = [row for row in by_name["marks"].rows if row[1:3] == ("ADVTR+coin", "white-box")]
+    assert line[3:6] == tuple(round(coin[0][metric], 2) for metric in ("test", "adversarial", "watermark"))
+    scores = sorted(row["watermark"] for row in where(rows, section="strangers", scheme="adversarial"))
+    (line,) = [row for row in by_name["strangers"].rows if row[1] == "adversarial"]
+    assert (line[2], line[4]) == (round(scores[0], 2), round(scores[-1], 2))
+    assert line[5].startswith(f"{sum(score >= 50 for score in scores)} of {len(scores)}")
+
+
+def test_a_claim_is_judged_by_its_numbers(study: tuple[Path, dict[str, list[Cell]], Store]) -> None:
+    """The control must fall when one stranger scores as high as the thief, whatever the thief scores."""
+    _, cells, store = study
+    rows = measurements(cells["clean"], store, "clean")
+    thief = where(rows, section="model", defence="ADVTR+adversarial", setting="black-box", removal="none")[0]
+    strangers = where(rows, section="strangers", scheme="adversarial")
+    for highest, holds in ((60.0, True), (90.0, False)):
+        thief["watermark"] = 80.0
+        for stranger in strangers:
+            stranger["watermark"] = 10.0
+        strangers[-1]["watermark"] = highest
+        judged = {claim.text: claim for claim in claims({"clean": rows})}
+        (control,) = [claim for text, claim in judged.items() if "told from strangers (black-box)" in text]
+        assert control.findings["clean"].holds is holds
+        assert control.verdict.startswith("holds" if holds else "does not hold")
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_stands_alone(study: tuple[Path, dict[str, list[Cell]], Store], width: int, scheme: str) -> None:
+    """Opened from disk: no request, no console message, no overflow at desk and phone width, every figure there."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        requests, messages = [], []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.goto((study[0] / "report.html").as_uri())
+        page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        figures = page.evaluate("document.images.length")
+        browser.close()
+    assert [url for url in requests if not url.startswith("data:")] == [(study[0] / "report.html").as_uri()]
+    assert messages == []
+    assert overflow <= 0
+    assert figures == 8
+
+
+# --- the verb -----------------------------------------------------------------------------------------------------------------------
+
+
+def countermark(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "countermark", "reproduce", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def test_the_plan_lists_the_work_and_does_none(tmp_path: Path) -> None:
+    done = countermark("--data", "digits", "--plan", "--json", "--out", str(tmp_path / "s"))
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["units"] == sum(plan["kinds"].values()) == len(in_order(cell.unit for cell in tiny_grid(profile=PROFILES["quick"])))
+    assert plan["finished"] == 0
+    assert plan["seconds_estimated"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--profile", "huge"], "unknown profile"),
+        (["--protocol", "mine"], "unknown protocol"),
+        (["--data", "cifar"], "unknown data set"),
+        (["--data", "digits", "digits"], "each once"),
+        (["--workers", "-1"], "--workers"),
+        (["--workers", "2", "--scheduler", "tcp://127.0.0.1:9"], "--scheduler"),
+        (["--seeds", "0"], "--seeds"),
+    ],
+)
+def test_bad_options_are_one_line(tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = countermark(*arguments, "--plan", "--out", str(tmp_path / "s"))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_kill_minus_nine_and_on(tmp_path: Path) -> None:
+    """Killed in the middle with its workers, the study goes on and ends with the results of one that was not disturbed."""
+    script = tmp_path / "go.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import test_study\nfrom pathlib import Path\nfrom countermark.study.graph import in_order\n"
+        "if __name__ == '__main__':\n"
+        "    cells = [c for c in test_study.tiny_grid() if c.place.get('defence') in ('ADVTR', 'none')]\n"
+        "    test_study.running(in_order(c.unit for c in cells)[:14], Path(sys.argv[1]), workers=1)\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+
+    def results(folder: Path) -> dict[str, bytes]:
+        return {path.parent.name: path.read_bytes() for path in (folder / "units").glob("*/result.json") if ".partial" not in str(path)}
+
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "killed").mkdir()
+    subprocess.run([sys.executable, str(script), str(tmp_path / "calm")], check=True, timeout=200, **quiet)  # type: ignore[call-overload]
+    for wait in (6, 8):
+        process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "killed")], start_new_session=True, **quiet)  # type: ignore[call-overload]
+        time.sleep(wait)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, str(script), str(tmp_path / "killed")], check=True, timeout=200, **quiet)  # type: ignore[call-overload]
+    assert len(results(tmp_path / "calm")) == 14
+    assert results(tmp_path / "calm") == results(tmp_path / "killed")
