@@ -39,7 +39,9 @@ class Profile:
         thief: epochs, batch size and learning rate of a thief's training in each round; the paper's are 10, 32 and .005, and four times
             the batch, ten times the rate and half the epochs copy as well in a quarter of the time (docs/log.md).
         finetune_examples: images that the thief fine-tunes on; none for his whole pool.
-        attack_removals: measure adversarial accuracy after removals as well.
+        attack_copies: test images for the adversarial accuracy of copies, strangers and swept budgets; none for all of them.
+        attack_removals: the same after the paper's removals; 0 measures test and watermark accuracy only.
+        test_removals: test images for the test accuracy after the paper's removals; none for all of them.
         budget_examples: test images of Table 5 and of the plane.
         sweep: budgets of the watermarks beside the default one, for the claim beta > epsilon + alpha.
         epochs: of training; none for the recipe's.
@@ -54,22 +56,26 @@ class Profile:
     thief_objective: str
     thief: tuple[int, int, float]
     finetune_examples: int | None
-    attack_removals: bool
+    attack_copies: int | None
+    attack_removals: int | None
+    test_removals: int | None
     budget_examples: int
     sweep: Mapping[str, tuple[float, ...]]
     epochs: int | None = None
     beyond_epochs: int = 5
 
 
-_FEW = {"mnist": (0.25, 0.5), "fashion_mnist": (0.15, 0.4), "digits": (0.1,)}
+_ONE = {"mnist": (0.25,), "fashion_mnist": (0.15,), "digits": (0.1,)}
 _MANY = {"mnist": (0.15, 0.25, 0.3, 0.35, 0.5), "fashion_mnist": (0.1, 0.15, 0.2, 0.25, 0.4), "digits": (0.1, 0.15, 0.4)}
 
 _PAPERS_THIEF = (10, 32, 0.005)
 
 PROFILES: Mapping[str, Profile] = {
-    "quick": Profile("small", "fast", 1, 2, 12_800, "fast", (5, 128, 0.05), 5000, False, 2000, _FEW),
-    "standard": Profile("paper", "fast", 3, 3, 51_200, "fast", _PAPERS_THIEF, None, True, 10_000, _MANY, beyond_epochs=10),
-    "paper": Profile("paper", "pgd", 3, 3, 51_200, "pgd", _PAPERS_THIEF, None, True, 10_000, _MANY, epochs=100, beyond_epochs=40),
+    "quick": Profile("small", "fast", 1, 2, 12_800, "fast", (5, 128, 0.05), 2500, 2000, 0, 2000, 2000, _ONE),
+    "standard": Profile("paper", "fast", 3, 3, 51_200, "fast", _PAPERS_THIEF, None, None, None, None, 10_000, _MANY, beyond_epochs=10),
+    "paper": Profile(
+        "paper", "pgd", 3, 3, 51_200, "pgd", _PAPERS_THIEF, None, None, None, None, 10_000, _MANY, epochs=100, beyond_epochs=40
+    ),
 }
 
 
@@ -115,9 +121,12 @@ class _Maker:
         given = {role: unit for role, unit in inputs.items() if unit is not None}
         return Unit(kind, {**common, **options}, given, f"{self.data} {self.pool_seed}: {title}")
 
-    def model(self, title: str, objective: str, seed: int, network: str | None = None, **inputs: Unit | None) -> Unit:
-        options = {"objective": objective, "seed": seed, "epochs": self.profile.epochs, "network": network or self.profile.network}
-        return self.unit("model", title, inputs, **options)
+    def model(
+        self, title: str, objective: str, seed: int, *, network: str | None = None, attacked: int | None = None, **inputs: Unit | None
+    ) -> Unit:
+        profile = self.profile
+        options = {"objective": objective, "seed": seed, "epochs": profile.epochs, "network": network or profile.network}
+        return self.unit("model", title, inputs, **options, attacked=attacked)
 
     def theft(self, title: str, victim: Unit, setting: str, watermarks: Unit | None, seed: int) -> Unit:
         profile = self.profile
@@ -127,11 +136,12 @@ class _Maker:
             "setting": setting,
             "network": profile.network if setting in ("grey-box", "distilled") else "surrogate",
             "queries": profile.queries,
-            "epochs": 4 * profile.thief[0] if setting in ("distilled", "natural") else profile.thief[0],
+            "epochs": 2 * profile.thief[0] if setting in ("distilled", "natural") else profile.thief[0],
             "batch_size": profile.thief[1],
             "learning_rate": profile.thief[2],
             "objective": profile.thief_objective,
             "epsilon": budget if setting == "grey-box" else None,
+            "attacked": profile.attack_copies,
             "seed": seed,
         }
         return self.unit("theft", f"{title}, {setting}", {"victim": victim, "watermarks": watermarks}, **options)
@@ -145,13 +155,16 @@ class _Bank(_Maker):
         self.models: dict[str, Unit] = {}
         for number in range(profile.strangers):
             maker, seed = _Maker(data, profile, protocol, _STRANGERS + number), _STRANGERS + number
-            standard = maker.model("standard stranger", "standard", seed)
-            robust = maker.model("robust stranger", profile.objective, seed)
+            few = profile.attack_copies
+            standard = maker.model("standard stranger", "standard", seed, attacked=few)
+            robust = maker.model("robust stranger", profile.objective, seed, attacked=few)
             other = "surrogate" if profile.network != "surrogate" else "small"
             self.models |= {
                 f"standard {number}": standard,
                 f"robust {number}": robust,
-                f"another architecture {number}": maker.model("stranger of another architecture", "standard", seed, other),
+                f"another architecture {number}": maker.model(
+                    "stranger of another architecture", "standard", seed, network=other, attacked=few
+                ),
                 f"black-box theft of standard {number}": maker.theft("standard stranger", standard, "black-box", None, seed),
                 f"black-box theft of robust {number}": maker.theft("robust stranger", robust, "black-box", None, seed),
                 f"grey-box theft of robust {number}": maker.theft("robust stranger", robust, "grey-box", None, seed),
@@ -185,7 +198,7 @@ class _Owner(_Maker):
         for prefix, unmarked in (("WM ", self.plain), ("ADVTR+", self.robust)):
             objective = str(unmarked.options["objective"])
             for scheme, watermarks in self.sets.items():
-                start = unmarked if scheme == "coin" else None
+                start = unmarked if scheme == "coin" or self.protocol == "clean" else None  # else Algorithm 1, from scratch
                 title = f"{prefix}{scheme}"
                 found[title] = (self.model(title, objective, self.seed, start=start, watermarks=watermarks), scheme)
         return {defence: found[defence] for defence in DEFENCES}
@@ -216,7 +229,7 @@ class _Owner(_Maker):
         place = {"defence": defence, "setting": setting, "scheme": scheme}
         inputs, profile = {"model": copy, "watermarks": watermarks}, self.profile
         title = f"{defence}, {setting}"
-        common: dict[str, Any] = {"attacked": profile.attack_removals}
+        common: dict[str, Any] = {"attacked": profile.attack_removals, "tested": profile.test_removals}
         pruned = self.unit("pruning", f"{title}, pruned", inputs, rates=list(PRUNED), **common)
         tuned = self.unit(
             "fine-tuning",
@@ -239,7 +252,12 @@ class _Owner(_Maker):
         for setting in ("natural", "distilled"):
             unit = self.theft(defence, victim, setting, watermarks, self.seed)
             cells.append(Cell(unit, self.place("beyond", defence=defence, setting=setting, scheme=scheme, removal="none")))
-        common = {"examples": profile.finetune_examples, "attacked": True, "seed": self.seed, "epochs": profile.beyond_epochs}
+        common = {
+            "examples": profile.finetune_examples,
+            "attacked": profile.attack_copies,
+            "seed": self.seed,
+            "epochs": profile.beyond_epochs,
+        }
         amounts = {"noise": 0.3, "pruned, then fine-tuned": 0.8}
         for way in ("int8", "noise", "adversarially fine-tuned", "overwritten", "pruned, then fine-tuned"):
             objective = profile.objective if way == "overwritten" else profile.thief_objective
@@ -268,7 +286,9 @@ class _Owner(_Maker):
         cells = []
         for budget in self.profile.sweep[self.data]:
             watermarks = self.watermarks("adversarial", budget)
-            marked = self.model(f"ADVTR+adversarial at {budget:g}", self.profile.objective, self.seed, watermarks=watermarks)
+            start = self.robust if self.protocol == "clean" else None
+            title, few = f"ADVTR+adversarial at {budget:g}", self.profile.attack_copies
+            marked = self.model(title, self.profile.objective, self.seed, attacked=few, start=start, watermarks=watermarks)
             asked = self.unit("strangers", f"strangers asked at {budget:g}", {"watermarks": watermarks, **self.bank.models})
             cells.append(Cell(marked, self.place("sweep", defence="ADVTR+adversarial", scheme="adversarial", budget=budget)))
             cells.append(Cell(asked, self.place("sweep strangers", scheme="adversarial", budget=budget)))

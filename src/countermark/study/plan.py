@@ -75,18 +75,18 @@ def _passes(unit: Unit) -> float:
     catalogued = spec(str(options["data"]))
     test, thief = _TEST.get(catalogued.name, 10_000), catalogued.pools["thief"]
     tuned = int(options.get("examples") or thief)
-    attack = _attack_passes(unit)
+    attack, attacked = _attack_passes(unit), test if options.get("attacked", 0) is None else min(int(options.get("attacked", 0)), test)
     if unit.kind == "model":
         config = recipe(catalogued.name, options["objective"], catalogued.epsilon, epochs=options["epochs"])
         epochs = marking(config, catalogued.name).epochs if "start" in unit.inputs else config.epochs
         training = _TRAINING.get(catalogued.name, 60_000 - sum(catalogued.pools.values()))
-        return epochs * training * (1 + (config.attack.steps if config.attack else 0)) + test * attack
+        return epochs * training * (1 + (config.attack.steps if config.attack else 0)) + attacked * attack
     if unit.kind == "theft":
         robust = options["epsilon"] is not None
         steps = 0 if not robust else 1 if options["objective"] == "fast" else catalogued.steps
         asked = thief if options["setting"] in ("natural", "distilled") else 2 * int(options["queries"])
-        return int(options["epochs"]) * asked * (1.2 + steps) + test * (catalogued.steps / 2 if robust else _STANDARD_STEPS)
-    measured = test * (_FORWARD + (attack if options.get("attacked") else 0))
+        return int(options["epochs"]) * asked * (1.2 + steps) + attacked * (catalogued.steps / 2 if robust else _STANDARD_STEPS)
+    measured = min(int(options.get("tested") or test), test) * _FORWARD + attacked * attack
     if unit.kind == "pruning":
         return len(options["rates"]) * measured
     if unit.kind == "fine-tuning":

@@ -65,7 +65,7 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     trained = {"event": "trained", "objective": options["objective"], "watermarks": key.scheme if key is not None else None}
     described = Description(options["network"], catalogued.shape, catalogued.classes, data, epsilon, options["pool_seed"], (trained,))
     save_bundle(folder, network, described)
-    return {"points": [_measured(network, pools.test, data, key)]}
+    return {"points": [_measured(network, pools.test, data, key, options["attacked"])]}
 
 
 class _Best:
@@ -76,7 +76,7 @@ class _Best:
         self.test, self.attack, self.key = test, attack, key
 
     def __call__(self, epoch: int, network: nn.Module) -> None:
-        score = accuracy(network, self.test) + adversarial_accuracy(network, self.test[:_SELECTION], self.attack)
+        score = accuracy(network, self.test) + adversarial_accuracy(network, every(self.test, _SELECTION), self.attack)
         score += _tally(network, self.key)["accuracy"] if self.key is not None else 0.0
         if not self.path.exists() or score > read_tensors(self.path, _LIMIT)[1]["score"]:
             write_tensors(self.path, network.state_dict(), {"score": score, "epoch": epoch})
@@ -136,12 +136,12 @@ def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
         queries = steal_black_box(lambda x: predict(victim, x), copied, pools.thief, theft, title="steal")
     event = {"event": "stolen", "setting": options["setting"], "queries": queries}
     save_bundle(folder, copied, replace(described, network=network, history=(*described.history, event)))
-    return {"points": [_measured(copied, pools.test, data, _key(inputs))]}
+    return {"points": [_measured(copied, pools.test, data, _key(inputs), options["attacked"])]}
 
 
 def prune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Prune `model` at several rates; test and watermark accuracy at each, and the adversarial one where the profile asks for it."""
-    network, key, test = load(inputs["model"]), _key(inputs), pools_of(options).test
+    network, key, test = load(inputs["model"]), _key(inputs), every(pools_of(options).test, options["tested"])
     points = []
     for rate in options["rates"]:
         pruned = prune(network, rate)
@@ -152,11 +152,12 @@ def prune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
 def finetune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Fine-tune `model` on the thief's pool; the same measurements after each of several numbers of epochs."""
     pools, key = pools_of(options), _key(inputs)
+    test = every(pools.test, options["tested"])
     points = []
 
     def measure(epoch: int, network: nn.Module) -> None:
         if epoch in options["epochs"]:
-            points.append({"amount": epoch, **_measured(network, pools.test, options["data"], key, options["attacked"])})
+            points.append({"amount": epoch, **_measured(network, test, options["data"], key, options["attacked"])})
 
     thief = pools.thief[: options["examples"]]
     finetune(load(inputs["model"]), thief, max(options["epochs"]), seed=options["seed"], after_epoch=measure, title="fine-tune")
@@ -170,7 +171,7 @@ def remove_mark(options: Options, inputs: Inputs, folder: Path) -> Result:
     thief = pools.thief[: options["examples"]]
     extra, attacked = {}, options["attacked"]
     if options["way"] == "int8":
-        network, attacked = quantise(network), False  # integers have no gradient for the attack to follow
+        network, attacked = quantise(network), 0  # integers have no gradient for the attack to follow
     elif options["way"] == "noise":
         network = add_noise(network, options["amount"], seed)
     elif options["way"] == "pruned, then fine-tuned":
@@ -208,7 +209,7 @@ def ask_strangers(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 def attack_budgets(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Adversarial accuracy of `model` at several budgets and steps of .01 (Table 5)."""
-    network, test = load(inputs["model"]), pools_of(options).test[: options["examples"]]
+    network, test = load(inputs["model"]), every(pools_of(options).test, options["examples"])
     return {
         "points": [
             {"amount": [epsilon, steps], "adversarial": adversarial_accuracy(network, test, Attack(epsilon, steps, 0.01), title="attack")}
@@ -304,6 +305,11 @@ def _cache() -> Path | None:
     return _CACHE[0]
 
 
+def every(test: Examples, count: int | None) -> Examples:
+    """About `count` of the test images, evenly taken: the first half of MNIST's is easier than the second."""
+    return test[:: max(1, len(test) // count)] if count else test
+
+
 def _some(bases: Examples, seed: int) -> Examples:
     return bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))[:PUBLISHED_WATERMARKS]]
 
@@ -322,10 +328,11 @@ def _key(inputs: Inputs) -> Key | None:
     return load_key(inputs["watermarks"]) if "watermarks" in inputs else None
 
 
-def _measured(network: nn.Module, test: Examples, data: str, key: Key | None, attacked: bool = True) -> Result:
+def _measured(network: nn.Module, test: Examples, data: str, key: Key | None, attacked: int | None) -> Result:
+    """Test accuracy, adversarial accuracy on `attacked` test images (none for all of them, 0 for no attack), watermark accuracy."""
     point: Result = {"test": accuracy(network, test)}
-    if attacked:
-        point["adversarial"] = adversarial_accuracy(network, test, _attack(data), title="attack")
+    if attacked != 0:
+        point["adversarial"] = adversarial_accuracy(network, every(test, attacked), _attack(data), title="attack")
     if key is not None:
         point["watermark"] = _tally(network, key)
     return point
