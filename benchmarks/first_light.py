@@ -19,6 +19,7 @@ from countermark import ProtectConfig, RemoveConfig, StealConfig, VerifyConfig, 
 from countermark.evaluation import predict
 from countermark.evidence import sign_flip_test
 from countermark.files import canonical_json, read_json
+from countermark.memory import keep_freed_memory
 from countermark.watermarks import draw_coins, load_key
 
 PRUNED = (0.5, 0.8, 0.9)
@@ -96,6 +97,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/first_light"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/first_light.json"))
     arguments = parser.parse_args()
+    keep_freed_memory()
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     studies = []
     for seed in arguments.seeds:

@@ -8,12 +8,14 @@ import torch
 
 from countermark.config import ProtectConfig
 from countermark.data import Pools, load_pools
+from countermark.memory import keep_freed_memory
 from countermark.verbs.protect import protect
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def _made_once(factory: pytest.TempPathFactory, name: str, **options: object) -> Path:

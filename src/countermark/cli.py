@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 from countermark import config as configs
 from countermark.errors import CountermarkError
+from countermark.memory import keep_freed_memory
 
 _VERBS: dict[type[configs.VerbConfig], str] = {
     configs.FetchConfig: "fetch",
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
     try:
         config = _parse(list(sys.argv[1:] if arguments is None else arguments))
+        keep_freed_memory()
         verb = importlib.import_module(f"countermark.verbs.{_VERBS[type(config)]}")
         result = getattr(verb, _VERBS[type(config)])(config)
         if config.json:

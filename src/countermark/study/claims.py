@@ -31,11 +31,13 @@ class Claim:
         text: the claim.
         findings: by protocol.
         leading: whether the report begins with it.
+        remark: what we know of why it falls, where it does.
     """
 
     text: str
     findings: Mapping[str, Finding]
     leading: bool
+    remark: str = ""
 
     @property
     def holds(self) -> bool:
@@ -61,7 +63,13 @@ Judge = Callable[[Sequence[Row], str], tuple[bool, str] | None]
 def claims(measured: Mapping[str, Sequence[Row]]) -> list[Claim]:
     """Every claim, judged by the measurements of each protocol."""
     return [
-        Claim(text, {protocol: _over_data(judge, rows) for protocol, rows in measured.items()}, text in _LEADING) for text, judge in _CLAIMS
+        Claim(
+            text,
+            {protocol: _over_data(judge, rows) for protocol, rows in measured.items()},
+            text in _LEADING,
+            next((remark for start, remark in _REMARKS.items() if text.startswith(start)), ""),
+        )
+        for text, judge in _CLAIMS
     ]
 
 
@@ -200,3 +208,23 @@ _LEADING = {
     f"{_CONVICTED} up to 80 % pruned.",
     "Ours: coins accuse no stranger at 1e-6.",
 }
+_THRESHOLD = (
+    "How many watermarks a copy gives depends on how they are crafted and on how well the copy learnt the task; what the figure is worth shows "
+    "only beside strangers."
+)
+_REMARKS = {
+    "After black-box theft": _THRESHOLD,
+    "After grey-box theft": _THRESHOLD,
+    "So the owner": (
+        "This is the control that the paper lacks. The true label of a watermark is part of the task; a copy made through the API learns the "
+        "task, and so does every stranger, so a threshold low enough for the thief accuses strangers. What a theft through the API takes along "
+        "has to be in the answers: that is the guarded service's mark."
+    ),
+    "The model itself": "A stranger that reads the watermarks answers their true labels as well as the marked model does; coins cannot be read.",
+    "Watermark budgets above": (
+        "The paper argues from how an unmarked model fares against larger budgets (Table 5), not from marked models. Here marked models are "
+        "measured: a hundred watermarks among tens of thousands of images, whose budget hardly matters to adversarial accuracy."
+    ),
+    "Coins in the weights": "Expected, and the reason for the guarded service: nothing in the weights that was tried survives a theft by answers.",
+}
+"""What we know of why a claim falls, by the beginning of its text."""

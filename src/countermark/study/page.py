@@ -90,8 +90,9 @@ def page(
 
 def _claim(claim: Claim) -> str:
     kind = "holds" if claim.holds else "fails" if claim.verdict != "not measured" else "note"
+    remark = f"<br><span class='note'>{escape(claim.remark)}</span>" if claim.remark and kind == "fails" else ""
     told = "<br>".join(f"<span class='note'>{escape(protocol)}: {escape(f.told)}</span>" for protocol, f in claim.findings.items())
-    return f"<li>{escape(claim.text)} <span class='{kind}'>{escape(claim.verdict)}.</span><br>{told}</li>"
+    return f"<li>{escape(claim.text)} <span class='{kind}'>{escape(claim.verdict)}.</span><br>{told}{remark}</li>"
 
 
 def _figure(name: str, svg: str) -> str:

@@ -12,6 +12,7 @@ from countermark.files import write_bytes, write_json
 from countermark.study.claims import Claim, claims
 from countermark.study.figures import figures
 from countermark.study.grid import Cell
+from countermark.study.markdown import markdown
 from countermark.study.page import page
 from countermark.study.results import Row, measurements, write_csv
 from countermark.study.store import Store
@@ -21,7 +22,9 @@ from countermark.training import recipe
 RESULTS_FORMAT = "countermark study 1"
 
 
-def write_report(out: Path, cells: Mapping[str, Sequence[Cell]], store: Store, about: Mapping[str, str]) -> tuple[str, ...]:
+def write_report(
+    out: Path, cells: Mapping[str, Sequence[Cell]], store: Store, about: Mapping[str, str], command: str = "countermark reproduce"
+) -> tuple[str, ...]:
     """Write everything into `out`; the same units give the same bytes.
 
     Returns:
@@ -52,6 +55,7 @@ def write_report(out: Path, cells: Mapping[str, Sequence[Cell]], store: Store, a
             "tables": {protocol: [asdict(table) for table in part] for protocol, part in made.items()},
         },
     )
+    write_bytes(out / "results.md", markdown(found, judged, made, about, command).encode())
     write_bytes(out / "report.html", page(found, judged, made, drawn, about).encode())
     return found
 

@@ -21,13 +21,14 @@ from rich.text import Text
 
 from countermark.errors import CountermarkError
 from countermark.files import FolderBusyError
+from countermark.memory import keep_freed_memory
 from countermark.progress import told_to
 from countermark.report import duration
 from countermark.study.graph import Unit, code_version
 from countermark.study.store import Store
 from countermark.study.work import KINDS, use_cache
 
-_POLL = 0.5  # seconds between looks at what runs
+_POLL = 1.0  # seconds between looks at what runs
 _CONNECT = 20  # seconds for a scheduler to answer
 
 
@@ -39,6 +40,7 @@ def do(unit: Unit, store_folder: str, cache: str | None, *_inputs: str) -> str:
     """
     if unit.record["code"] != code_version():
         raise CountermarkError("a worker runs another version of Countermark than this command; install the same one everywhere")
+    keep_freed_memory()
     store = Store(Path(store_folder))
     use_cache(Path(cache) if cache is not None else None)
     inputs = {role: store.path(other) for role, other in unit.inputs.items()}

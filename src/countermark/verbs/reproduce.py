@@ -79,7 +79,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         log=config.out / "study.log",
         estimates=estimates,
     )
-    verdicts = write_report(config.out, cells, store, _about(config, len(units)))
+    verdicts = write_report(config.out, cells, store, _about(config, len(units)), _command(config))
     report = str(config.out / "report.html")
     return Reproduction(str(config.out), len(units), finished, expected, report, {}, verdicts, time.monotonic() - begun)
 
@@ -100,6 +100,12 @@ def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
         **environment(),
         "version": __version__,
     }
+
+
+def _command(config: ReproduceConfig) -> str:
+    seeds = [] if config.seeds is None else ["--seeds", str(config.seeds)]
+    words = ["--profile", config.profile, "--data", *config.data, "--protocol", *config.protocol, *seeds]
+    return " ".join(["countermark", "reproduce", *words])
 
 
 def _estimates(todo: list[Unit]) -> dict[str, float]:
