@@ -209,22 +209,29 @@ _LEADING = {
     "Ours: coins accuse no stranger at 1e-6.",
 }
 _THRESHOLD = (
-    "How many watermarks a copy gives depends on how they are crafted and on how well the copy learnt the task; what the figure is worth shows "
+    "How many watermarks a copy gives depends on how they are crafted and on how well the copy learnt the task; what the "
+    "figure is worth shows "
     "only beside strangers."
 )
 _REMARKS = {
     "After black-box theft": _THRESHOLD,
     "After grey-box theft": _THRESHOLD,
     "So the owner": (
-        "This is the control that the paper lacks. The true label of a watermark is part of the task; a copy made through the API learns the "
-        "task, and so does every stranger, so a threshold low enough for the thief accuses strangers. What a theft through the API takes along "
+        "This is the control that the paper lacks. The true label of a watermark is part of the task; a copy made through the "
+        "API learns the "
+        "task, and so does every stranger, so a threshold low enough for the thief accuses strangers. What a theft through the "
+        "API takes along "
         "has to be in the answers: that is the guarded service's mark."
     ),
-    "The model itself": "A stranger that reads the watermarks answers their true labels as well as the marked model does; coins cannot be read.",
+    "The model itself": "A stranger that reads the watermarks answers their true labels as well as the marked model does; "
+    "coins cannot be read.",
     "Watermark budgets above": (
-        "The paper argues from how an unmarked model fares against larger budgets (Table 5), not from marked models. Here marked models are "
+        "The paper argues from how an unmarked model fares against larger budgets (Table 5), not from marked models. Here "
+        "marked models are "
         "measured: a hundred watermarks among tens of thousands of images, whose budget hardly matters to adversarial accuracy."
     ),
-    "Coins in the weights": "Expected, and the reason for the guarded service: nothing in the weights that was tried survives a theft by answers.",
+    "Coins in the weights": (
+        "Expected, and the reason for the guarded service: nothing in the weights that was tried survives a theft by answers."
+    ),
 }
 """What we know of why a claim falls, by the beginning of its text."""
