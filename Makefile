@@ -2,7 +2,8 @@
 # make test         the test suite
 # make lint         format, lint, docstrings, types
 # make install      only .venv, with the command .venv/bin/countermark
-# make bench        the figures of docs/results, on real MNIST and Fashion-MNIST (about half an hour)
+# make study        the paper's study beside its numbers, on real MNIST and Fashion-MNIST (profile quick)
+# make bench        the figures of docs/first-light.md: three seeds of both data sets
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION ?= $(TORCH)$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: quickstart install test lint format bench clean
+.PHONY: quickstart study install test lint format bench clean
 
 quickstart: install
 	$(BIN)/countermark data fetch mnist
@@ -51,6 +52,11 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+study: $(VENV)/.installed
+	$(BIN)/countermark data fetch mnist
+	$(BIN)/countermark data fetch fashion_mnist
+	$(BIN)/countermark reproduce
 
 bench: $(VENV)/.installed
 	$(BIN)/countermark data fetch mnist

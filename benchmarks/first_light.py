@@ -1,4 +1,4 @@
-"""The figures of docs/results.md, from real MNIST and Fashion-MNIST: `python benchmarks/first_light.py`.
+"""The figures of docs/first-light.md, from real MNIST and Fashion-MNIST: `python benchmarks/first_light.py`.
 
 For each data set and seed: protect, then the mark after pruning and fine-tuning, the stranger bank, and 2,000 random keys against
 strangers. Finished parts in the folder are kept, so an interrupted run goes on. Takes about five minutes for each data set and seed on

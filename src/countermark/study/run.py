@@ -101,31 +101,39 @@ def _graph(todo: list[Unit], store: Store, cache: Path | None) -> dict[str, Any]
     for unit in todo:
         waited = [tasks[other.digest] for other in unit.inputs.values() if other.digest in tasks]
         folder = str(store.folder.absolute())
-        tasks[unit.digest] = task(unit, folder, str(cache) if cache is not None else None, *waited, dask_key_name=unit.digest)
+        tasks[unit.digest] = task(unit, folder, str(cache) if cache is not None else None, *waited, dask_key_name=_key(unit))
     return tasks
+
+
+def _key(unit: Unit) -> str:
+    """The task's name; Dask learns how long tasks take by what stands before the dash."""
+    return f"{unit.kind.replace('-', ' ')}-{unit.digest}"
 
 
 def _here(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch") -> None:
     import dask
     from dask.callbacks import Callback
 
-    by_digest = {unit.digest: unit for unit in todo}
+    by_key = {_key(unit): unit for unit in todo}
 
     def finished(key: Any, *_rest: Any) -> None:
-        if key in by_digest:
-            watch.finished(by_digest[key])
+        if key in by_key:
+            watch.finished(by_key[key])
 
     with Callback(posttask=finished), watch.polling():
         dask.compute(list(tasks.values()), scheduler="synchronous")
 
 
 def _elsewhere(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch", workers: int, scheduler: str | None) -> None:
+    import dask
     from distributed import Client, LocalCluster
 
     for name in ("distributed", "distributed.nanny", "distributed.worker", "distributed.scheduler", "tornado", "bokeh"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         if scheduler is None:
+            # Without this Dask takes unknown tasks for short and queues them where their inputs are, while other workers idle.
+            stack.enter_context(dask.config.set({"distributed.scheduler.unknown-task-duration": "60s"}))
             with _undisturbed():  # workers inherit this: a Ctrl-C is for the one who waits
                 cluster = stack.enter_context(
                     LocalCluster(
