@@ -27,7 +27,7 @@ from countermark.study.tables import paper_value, tables
 
 pytest.importorskip("distributed")
 
-TINY = replace(PROFILES["quick"], epochs=2, queries=400, strangers=1, finetune_examples=64, budget_examples=64, beyond_epochs=1)
+TINY = replace(PROFILES["quick"], epochs={"digits": 2}, queries=400, strangers=1, finetune_examples=64, budget_examples=64, beyond_epochs=1)
 
 
 def squares(options: work.Options, inputs: work.Inputs, folder: Path) -> work.Result:

@@ -5,7 +5,7 @@ list of measurements; every table, figure and sentence is made from that list.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from countermark.data import Spec, spec
@@ -36,15 +36,15 @@ class Profile:
         strangers: independent models of each kind.
         queries: of Algorithm 2.
         thief_objective: of the grey-box thief and the adversarial fine-tuner: `fast` is one step.
-        thief: epochs, batch size and learning rate of a thief's training in each round; the paper's are 10, 32 and .005, and four times
-            the batch, ten times the rate and half the epochs copy as well in a quarter of the time (docs/log.md).
+        thief: epochs, batch size and learning rate of a thief's training in each round; the paper's are 10, 32 and .005, and `quick` copies
+            about as well in a quarter of the time (docs/log.md).
         finetune_examples: images that the thief fine-tunes on; none for his whole pool.
         attack_copies: test images for the adversarial accuracy of copies, strangers and swept budgets; none for all of them.
         attack_removals: the same after the paper's removals; 0 measures test and watermark accuracy only.
         test_removals: test images for the test accuracy after the paper's removals; none for all of them.
         budget_examples: test images of Table 5 and of the plane.
         sweep: budgets of the watermarks beside the default one, for the claim beta > epsilon + alpha.
-        epochs: of training; none for the recipe's.
+        epochs: of training, by data set; the recipe's where there is none.
         beyond_epochs: of the removals beyond the paper.
     """
 
@@ -61,22 +61,48 @@ class Profile:
     test_removals: int | None
     budget_examples: int
     sweep: Mapping[str, tuple[float, ...]]
-    epochs: int | None = None
-    beyond_epochs: int = 5
+    epochs: Mapping[str, int]
+    beyond_epochs: int
 
 
 _ONE = {"mnist": (0.25,), "fashion_mnist": (0.15,), "digits": (0.1,)}
 _MANY = {"mnist": (0.15, 0.25, 0.3, 0.35, 0.5), "fashion_mnist": (0.1, 0.15, 0.2, 0.25, 0.4), "digits": (0.1, 0.15, 0.4)}
 
-_PAPERS_THIEF = (10, 32, 0.005)
-
-PROFILES: Mapping[str, Profile] = {
-    "quick": Profile("small", "fast", 1, 2, 12_800, "fast", (5, 128, 0.05), 2500, 2000, 0, 2000, 2000, _ONE),
-    "standard": Profile("paper", "fast", 3, 3, 51_200, "fast", _PAPERS_THIEF, None, None, None, None, 10_000, _MANY, beyond_epochs=10),
-    "paper": Profile(
-        "paper", "pgd", 3, 3, 51_200, "pgd", _PAPERS_THIEF, None, None, None, None, 10_000, _MANY, epochs=100, beyond_epochs=40
-    ),
-}
+_PAPER = Profile(
+    network="paper",
+    objective="pgd",
+    seeds=3,
+    strangers=3,
+    queries=51_200,
+    thief_objective="pgd",
+    thief=(10, 32, 0.005),
+    finetune_examples=None,
+    attack_copies=None,
+    attack_removals=None,
+    test_removals=None,
+    budget_examples=10_000,
+    sweep=_MANY,
+    epochs={"mnist": 100, "fashion_mnist": 100, "digits": 100},
+    beyond_epochs=40,
+)
+_STANDARD = replace(_PAPER, objective="fast", thief_objective="fast", epochs={}, beyond_epochs=10)
+_QUICK = replace(
+    _STANDARD,
+    network="small",
+    seeds=1,
+    strangers=2,
+    queries=12_800,
+    thief=(4, 128, 0.05),
+    finetune_examples=2000,
+    attack_copies=1000,
+    attack_removals=0,
+    test_removals=2000,
+    budget_examples=2000,
+    sweep=_ONE,
+    epochs={"mnist": 5, "fashion_mnist": 5},
+    beyond_epochs=5,
+)
+PROFILES: Mapping[str, Profile] = {"quick": _QUICK, "standard": _STANDARD, "paper": _PAPER}
 
 
 @dataclass(frozen=True)
@@ -125,7 +151,7 @@ class _Maker:
         self, title: str, objective: str, seed: int, *, network: str | None = None, attacked: int | None = None, **inputs: Unit | None
     ) -> Unit:
         profile = self.profile
-        options = {"objective": objective, "seed": seed, "epochs": profile.epochs, "network": network or profile.network}
+        options = {"objective": objective, "seed": seed, "epochs": profile.epochs.get(self.data), "network": network or profile.network}
         return self.unit("model", title, inputs, **options, attacked=attacked)
 
     def theft(self, title: str, victim: Unit, setting: str, watermarks: Unit | None, seed: int) -> Unit:

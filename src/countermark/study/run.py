@@ -30,6 +30,11 @@ from countermark.study.work import KINDS, use_cache
 
 _POLL = 1.0  # seconds between looks at what runs
 _CONNECT = 20  # seconds for a scheduler to answer
+_QUIET_CLUSTER = {
+    "distributed.scheduler.unknown-task-duration": "60s",
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",
+}
 
 
 def do(unit: Unit, store_folder: str, cache: str | None, *_inputs: str) -> str:
@@ -133,7 +138,7 @@ def _elsewhere(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch", worke
     with contextlib.ExitStack() as stack:
         if scheduler is None:
             # Without this Dask takes unknown tasks for short and queues them where their inputs are, while other workers idle.
-            stack.enter_context(dask.config.set({"distributed.scheduler.unknown-task-duration": "60s"}))
+            stack.enter_context(dask.config.set(_QUIET_CLUSTER))
             with _undisturbed():  # workers inherit this: a Ctrl-C is for the one who waits
                 cluster = stack.enter_context(
                     LocalCluster(

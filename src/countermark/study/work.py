@@ -288,7 +288,7 @@ def pools_of(options: Options) -> Pools:
     return replace(pools, bases=pools.test[bases], thief=thief)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _pools(data: str, seed: int) -> Pools:
     return load_pools(data, seed, _cache())
 
