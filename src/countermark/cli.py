@@ -5,12 +5,17 @@ Results go to standard output, progress and errors to standard error. Exit statu
 """
 
 import contextlib
+import errno
 import importlib
 import io
 import os
+import re
+import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 from countermark import config as configs
@@ -31,15 +36,54 @@ _VERBS: dict[type[configs.VerbConfig], str] = {
 
 
 _NO_MEMORY = "not enough memory; close other programs or take a smaller network"
+_NARROWEST = 20  # columns; below, help and tables would be wrapped letter by letter
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class _TerminatedError(BaseException):
+    """The process was told to stop (SIGTERM)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
+    _prepare()
     try:
-        config = _parse(list(sys.argv[1:] if arguments is None else arguments))
-        keep_freed_memory()
-        verb = importlib.import_module(f"countermark.verbs.{_VERBS[type(config)]}")
-        result = getattr(verb, _VERBS[type(config)])(config)
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except CountermarkError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; finished work is kept, run the same command again to continue")
+        return 130
+    except _TerminatedError:
+        _fail("stopped; finished work is kept, run the same command again to continue")
+        return 143
+    except BrokenPipeError:
+        return _nobody_reads()
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = f" ({error.filename})" if error.filename else ""
+        return _fail(f"{error.strerror or error}{where}; {'free some space' if full else 'check the path and its permissions'}")
+    except MemoryError:
+        return _fail(_NO_MEMORY)
+    except Exception as error:
+        if os.environ.get("COUNTERMARK_TRACEBACK"):
+            raise
+        text = str(error)
+        if any(
+            word in text for word in ("memory", "bad_alloc", "create a primitive", "failed to map segment")
+        ):  # torch, oneDNN, the loader
+            return _fail(_NO_MEMORY)
+        return _fail(
+            f"an error that should not happen, {type(error).__name__}: {text}; set COUNTERMARK_TRACEBACK=1 to see where and report it"
+        )
+
+
+def _run(arguments: list[str]) -> int:
+    config = _parse(arguments)
+    keep_freed_memory()
+    verb = importlib.import_module(f"countermark.verbs.{_VERBS[type(config)]}")
+    result = getattr(verb, _VERBS[type(config)])(config)
+    try:
         if config.json:
             from countermark.report import print_json
 
@@ -47,23 +91,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             verb.show(result)
         sys.stdout.flush()
-    except CountermarkError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        sys.stderr.write("countermark: interrupted; finished work is kept, run the same command again to continue\n")
-        return 130
-    except BrokenPipeError:
+    except (OSError, SystemExit) as error:  # rich turns a closed pipe into an exit
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            return _fail(f"cannot write to standard output: {error.strerror}; the work itself is done")
+        return _nobody_reads()
+    return int(getattr(result, "exit_status", 0))
+
+
+def _prepare() -> None:
+    """Make the streams safe to write to, and a termination as orderly as an interruption."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 (for the life of the process)
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        os.environ["COLUMNS"] = str(_NARROWEST)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise _TerminatedError
+
+
+def _nobody_reads() -> int:
+    """Nobody reads standard output any more: say so, and keep the interpreter from saying it again at its end."""
+    with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2
-    except OSError as error:
-        return _fail(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}; free space or choose another folder")
-    except MemoryError:
-        return _fail(_NO_MEMORY)
-    except RuntimeError as error:
-        if "memory" not in str(error):  # torch says so in a RuntimeError, on processors and devices alike
-            raise
-        return _fail(_NO_MEMORY)
-    return getattr(result, "exit_status", 0)
+    return _fail("nobody reads standard output any more; finished work is kept")
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -84,7 +140,13 @@ def _parse(arguments: list[str]) -> Any:
     target, prog = verbs, "countermark"
     description = "Train image classifiers that resist attack, mark them with keyed coins, and prove a stolen copy."
     description += "\n\nOne more verb: data fetch NAME."
+    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
+    twice = next((option for option in options if options.count(option) > 1), None)
+    if "" in arguments or twice:
+        raise CountermarkError(f"{twice} is given twice; give it once" if twice else "an argument is empty; leave it out or fill it in")
     if arguments[:1] == ["data"]:
+        if arguments[1:2] in (["--help"], ["-h"]):
+            arguments = ["data", "fetch", "--help"]
         if arguments[1:2] != ["fetch"]:
             raise CountermarkError("the verb data has one action; say: countermark data fetch NAME")
         target, prog, arguments = Annotated[configs.FetchConfig, PositionalRequiredArgs], "countermark data fetch", arguments[2:]
@@ -96,13 +158,14 @@ def _parse(arguments: list[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = " ".join(said.getvalue().translate({ord(c): " " for c in "╭╮╰╯│─╔╗╚╝║═┌┐└┘"}).split())
+        words = " ".join(_ESCAPES.sub("", said.getvalue()).translate({ord(c): " " for c in "╭╮╰╯│─╔╗╚╝║═┌┐└┘"}).split())
         raise CountermarkError(words or f"the options are not complete; see {prog} --help") from None
 
 
 def _fail(message: str) -> int:
     line = " ".join(message.split())
-    sys.stderr.write(
-        f"countermark: {''.join(c if c.isprintable() else '?' for c in line)}\n"
-    )  # a suspect's words must not steer a terminal
+    with contextlib.suppress(OSError, ValueError):  # nobody reads standard error either
+        # A suspect's words must not steer a terminal.
+        sys.stderr.write(f"countermark: {''.join(c if c.isprintable() else '?' for c in line)}\n")
+        sys.stderr.flush()
     return 2

@@ -30,11 +30,12 @@ class VerbConfig:
             if value is not None and not 0 < value < 1:
                 raise CountermarkError(f"--{name.replace('_', '-')} is a number in (0, 1), not {value}")
 
-    def _at_least_one(self, *names: str) -> None:
+    def _at_least_one(self, *names: str, most: int = 1_000_000) -> None:
         for name in names:
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise CountermarkError(f"--{name.replace('_', '-')} is at least 1, not {value}")
+            if value is not None and not 1 <= value <= most:
+                shown = value if abs(value) < 1 << 64 else "a number of many digits"
+                raise CountermarkError(f"--{name.replace('_', '-')} is a whole number from 1 to {most}, not {shown}")
 
     def _only_for(self, applies: bool, what: str, *names: str) -> None:
         for name in names:
@@ -43,7 +44,7 @@ class VerbConfig:
 
     def _seeded(self) -> None:
         if any(field.name == "seed" for field in fields(self)) and not 0 <= getattr(self, "seed") < 1 << 32:  # noqa: B009
-            raise CountermarkError(f"--seed is a whole number from 0 to 4294967295, not {getattr(self, 'seed')}")  # noqa: B009
+            raise CountermarkError("--seed is a whole number from 0 to 4294967295")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,8 @@ class ProtectConfig(VerbConfig):
     def __post_init__(self) -> None:
         """Refuse numbers out of range, and options that the scheme has no use for."""
         self._open_interval("epsilon", "watermark_epsilon", "watermark_step_size")
-        self._at_least_one("epochs", "devices")
+        self._at_least_one("epochs")
+        self._at_least_one("devices", most=64)
         self._seeded()
         self._only_for(self.scheme == "adversarial", "--scheme adversarial", "labels")
         self._only_for(self.scheme not in ("ood", "none"), "--scheme coin or adversarial", "watermark_epsilon", "watermark_step_size")
@@ -165,7 +167,7 @@ class StealConfig(VerbConfig):
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
-        self._at_least_one("queries")
+        self._at_least_one("queries", most=10_000_000)
         self._only_for(self.setting != "white", "--setting black", "queries")
         self._seeded()
 
@@ -233,7 +235,7 @@ class ReproduceConfig(VerbConfig):
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, and two engines at once."""
-        self._at_least_one("seeds")
+        self._at_least_one("seeds", most=1000)
         if self.workers is not None and not 0 <= self.workers <= 1024:
             raise CountermarkError(f"--workers is a number of processes from 0 to 1024, not {self.workers}")
         self._only_for(self.scheduler is None, "local processes (leave --scheduler out)", "workers")

@@ -38,7 +38,11 @@ class Bar:
 
     def note(self, line: str) -> None:
         """Print a line that stays."""
-        if self._console is not None:
+        if self._console is None:
+            return
+        with contextlib.suppress(
+            OSError, SystemExit
+        ):  # a full log or a closed pipe must not end the work; rich turns the latter into an exit
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _tell(self) -> None:

@@ -76,6 +76,12 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
     """
     files = spec(name).files
     folder = (cache or cache_folder()) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CountermarkError(
+            f"cannot keep data in {folder}: {error.strerror}; name another folder with --cache or COUNTERMARK_CACHE"
+        ) from error
     pooch.get_logger().setLevel("WARNING")  # our bar says what is fetched
     with ExitStack() as stack:
         sources = list(_sources(name, source, stack))

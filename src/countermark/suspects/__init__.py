@@ -8,11 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from countermark.bundle import load_bundle
+from countermark.data import pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.suspects.onnx import ask_onnx
+
+_CHUNK = 250
 
 Suspect = Callable[[torch.Tensor], torch.Tensor]
 """Images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`."""
@@ -34,7 +38,7 @@ def open_suspect(path: Path, shape: tuple[int, ...]) -> Suspect:
             raise CountermarkError(
                 f"{path} takes images of shape {description.shape}, the key asks with {tuple(shape)}; it is for other data"
             )
-        return lambda x: predict(network, x)
+        return lambda x: _labels(network, x, path)
     suffix = path.suffix.lower()
     if suffix in (".pt2", ".pt", ".pth", ".pkl", ".bin"):
         raise CountermarkError(
@@ -45,6 +49,13 @@ def open_suspect(path: Path, shape: tuple[int, ...]) -> Suspect:
     if suffix != ".onnx":
         raise CountermarkError(f"{path} is neither a model folder nor an .onnx file; export the model to ONNX")
     return lambda x: ask_onnx(path, x)
+
+
+def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
+    with torch.no_grad():
+        if not all(bool(torch.isfinite(network(pixels(part))).all()) for part in torch.split(x, _CHUNK)):
+            raise CountermarkError(f"{path} answers with logits that are not finite numbers; such a model cannot be asked")
+    return predict(network, x)
 
 
 __all__ = ["Suspect", "ask_onnx", "open_suspect"]

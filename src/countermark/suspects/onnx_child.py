@@ -4,9 +4,11 @@ Run as `python -I onnx_child.py FILE`, by its path and not as a module: it impor
 start. Exit status 2 means that standard error holds one line with the reason.
 """
 
+import ctypes
 import io
 import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ class RefusedError(Exception):
 
 def main() -> int:
     """Answer one request."""
+    _die_with_parent()
     path = Path(sys.argv[1])
     answers = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not reach the parent as an answer
@@ -43,6 +46,9 @@ def main() -> int:
     except RefusedError as refusal:
         sys.stderr.write(" ".join(str(refusal).split()))
         return 2
+    except OSError as error:
+        sys.stderr.write(f"it cannot be read ({error.strerror}); check the path and its permissions")
+        return 2
     except MemoryError:
         sys.stderr.write("it needs more memory than a suspect is given; it cannot be asked")
         return 2
@@ -51,6 +57,12 @@ def main() -> int:
     with os.fdopen(answers, "wb") as stream:
         stream.write(output.getvalue())
     return 0
+
+
+def _die_with_parent() -> None:
+    """On Linux: be killed when the one who asks is gone, however it went."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _limit() -> None:
@@ -62,6 +74,8 @@ def _limit() -> None:
         (resource.RLIMIT_FSIZE, 1 << 24),
         (resource.RLIMIT_CORE, 0),
     ):
+        hard = resource.getrlimit(limit)[1]  # which only an administrator may raise
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
 
 

@@ -27,7 +27,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, adversarial_accuracy, agreement, predict
 from countermark.files import canonical_json, read_tensors, sha256, write_tensors
 from countermark.progress import bar
-from countermark.training.config import TrainConfig
+from countermark.training.config import Hardware, TrainConfig
 
 _CHECKPOINT_SECONDS = 30.0
 _LARGEST = 1 << 34  # bytes of a checkpoint
@@ -103,19 +103,12 @@ def train(
     Raises:
         CountermarkError: a checkpoint of another run, devices that do not exist, or a loss that is no longer finite.
     """
-    from lightning_fabric import Fabric  # 3 s of import
-
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     hardware = config.hardware
-    accelerator = _accelerator(hardware.accelerator)
-    strategy = "auto" if hardware.devices == 1 else ("ddp_spawn" if accelerator == "cuda" else "ddp_fork")
-    try:
-        fabric = Fabric(
-            accelerator=accelerator, devices=hardware.devices, strategy=strategy, precision=_precision(hardware.precision, accelerator)
+    fabric = open_hardware(hardware)
+    if hardware.devices > min(config.batch_size, len(examples)):
+        raise CountermarkError(
+            f"{hardware.devices} devices cannot share batches of {min(config.batch_size, len(examples))} examples; take fewer"
         )
-    except (RuntimeError, ValueError) as error:
-        raise CountermarkError(f"cannot train on {hardware.devices} {accelerator} device(s): {error}") from error
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning_fabric")
         with tempfile.TemporaryDirectory() as temporary:
@@ -129,6 +122,26 @@ def train(
             state, meta, _ = read_tensors(result, _LARGEST)
     network.load_state_dict(state)
     return [Epoch(**record) for record in meta["records"]]
+
+
+def open_hardware(hardware: Hardware) -> Any:
+    """The Lightning Fabric of some hardware.
+
+    Raises:
+        CountermarkError: there is no such hardware.
+    """
+    from lightning_fabric import Fabric  # 3 s of import
+
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
+    accelerator = _accelerator(hardware.accelerator)
+    strategy = "auto" if hardware.devices == 1 else ("ddp_spawn" if accelerator == "cuda" else "ddp_fork")
+    try:
+        return Fabric(
+            accelerator=accelerator, devices=hardware.devices, strategy=strategy, precision=_precision(hardware.precision, accelerator)
+        )
+    except (RuntimeError, ValueError) as error:
+        raise CountermarkError(f"cannot train on {hardware.devices} {accelerator} device(s): {error}") from error
 
 
 def _accelerator(wanted: str) -> str:
@@ -203,9 +216,22 @@ class _Run:
         write_tensors(path, state, {**run, "records": self.records}, mode=0o600)
 
     def load(self, path: Path) -> None:
-        tensors, meta, _ = read_tensors(path, _LARGEST)
+        try:
+            tensors, meta, _ = read_tensors(path, _LARGEST)
+        except CountermarkError as error:
+            raise CountermarkError(f"{error}; delete it to start anew") from error
         if meta.get("run") != self.fingerprint:
             raise CountermarkError(f"{path} is the checkpoint of another run (other options, data or weights); delete it to start anew")
+        try:
+            self._take(tensors, meta)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CountermarkError(f"{path} was changed after it was written ({error}); delete it to start anew") from error
+
+    def _take(self, tensors: State, meta: dict[str, Any]) -> None:
+        """Go on from the content of a checkpoint."""
+        numbers = {"step": int, "attack_steps": int, "loss": float, "best": float, "initial": float}
+        if any(type(meta[name]) is not kind for name, kind in numbers.items()) or meta["step"] < 0 or meta["attack_steps"] < 0:
+            raise ValueError("its numbers are none of a run")
         self.restore({name: value for name, value in tensors.items() if not name.startswith("start.")})
         self.epoch_start = {name.removeprefix("start."): value for name, value in tensors.items() if name.startswith("start.")}
         if self.carried is not None:
@@ -213,6 +239,8 @@ class _Run:
             self.carried_before = tensors["carried_before"].to(self.carried.device)
         self.step, self.loss, self.records = meta["step"], meta["loss"], meta["records"]
         self.best, self.initial = meta["best"], meta["initial"]
+        for record in self.records:
+            Epoch(**record)
         if self.attack is not None:
             self.attack = with_steps(self.attack, meta["attack_steps"])
 
@@ -343,7 +371,7 @@ def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> float:
     run.stepper.zero_grad(set_to_none=True)
     value = float(loss.detach())
     if value != value or value == float("inf"):
-        raise CountermarkError(f"the training loss is {value} at step {run.step}; lower the learning rate or train in float32")
+        raise CountermarkError(f"the training loss is {value} at step {run.step}: the weights diverged, or were not sound to begin with")
     return value
 
 

@@ -22,7 +22,7 @@ from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agree
 from countermark.files import CHECKPOINT_PREFIX, canonical_json, make_private_folder, new_folder, read_bytes, sha256, write_json
 from countermark.models import NETWORKS, build
 from countermark.report import percent, print_lines, print_table
-from countermark.training import EMBEDDINGS, OBJECTIVES, Hardware, choose, marking, recipe, train
+from countermark.training import EMBEDDINGS, OBJECTIVES, Hardware, choose, marking, open_hardware, recipe, train
 from countermark.watermarks import (
     LABELS,
     SCHEMES,
@@ -89,6 +89,7 @@ def protect(config: ProtectConfig) -> Protection:
     epsilon = config.epsilon or catalogued.epsilon
     hardware = Hardware(config.accelerator, config.devices, config.precision)
     public_recipe = recipe(config.data, config.objective, epsilon, seed=config.seed, hardware=hardware, epochs=config.epochs)
+    open_hardware(hardware)  # before a secret is drawn for work that cannot begin
     trained = {"event": "trained", "config": asdict(public_recipe)}
     description = Description(config.network, catalogued.shape, catalogued.classes, config.data, epsilon, config.seed, history=(trained,))
     with new_folder(config.out, config.record()) as folder:

@@ -81,7 +81,11 @@ def quickstart(config: QuickstartConfig) -> Story:
             tell(f"      kept from an earlier run: {folder}")
         else:
             raise CountermarkError(f"{folder} was made with other options or from another model; delete it or choose a new folder")
-        return read_json(folder / "metrics.json")
+        made = read_json(folder / "metrics.json")
+        names = ("test_accuracy", "adversarial_accuracy")
+        if not all(type(made.get(name)) is float for name in (*names, *(f"unmarked_{n}" for n in names if "unmarked_" + n in made))):
+            raise CountermarkError(f"{folder / 'metrics.json'} was changed after it was written; delete {folder} to make it again")
+        return made
 
     def protected(number: int, title: str, options: ProtectConfig) -> dict[str, Any]:
         kept = canonical_json(options.record())
@@ -91,7 +95,10 @@ def quickstart(config: QuickstartConfig) -> Story:
 
     def removed(number: int, title: str, options: RemoveConfig) -> dict[str, Any]:
         def fits() -> bool:
-            origin, event = read_json(options.model / "model.json"), load_bundle(options.out)[1].history[-1]
+            history = load_bundle(options.out)[1].history
+            if not history:
+                return False
+            origin, event = read_json(options.model / "model.json"), history[-1]
             done = {"rate": options.prune} if options.prune is not None else {"epochs": options.finetune}
             return {**event, **done, "origin_sha256": origin["weights_sha256"]} == dict(event)
 

@@ -1,0 +1,144 @@
+"""What a hostile environment does to the command line: closed streams, full disks, odd names, edited files, signals."""
+
+import os
+import pty
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from countermark.bundle import load_bundle, save_bundle
+from countermark.data import Pools
+from countermark.errors import CountermarkError
+from countermark.files import read_tensors, write_tensors
+from countermark.models import build
+from countermark.training import recipe, train
+
+
+def shell(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    python = f"{shlex.quote(sys.executable)} -m countermark"
+    whole = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        ["bash", "-c", script.replace("countermark ", f"{python} ")],
+        cwd=folder,
+        env=whole,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def one_line_of_two(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 2, done
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "countermark verify --suspect {owner} --key {owner}/key >/dev/full",
+        "countermark verify --suspect nope --key {owner}/key 2>/dev/full",
+        "countermark verify --suspect nope --key {owner}/key 2>&-",
+        "set -o pipefail; countermark verify --suspect {owner} --key {owner}/key | true",
+        "ulimit -v 600000; countermark verify --suspect {owner} --key {owner}/key",
+        "countermark protect --data digits --out d --devices 1000",
+        "countermark protect --data digits --out d --epochs 1" + 400 * "0",
+        "countermark verify --suspect {owner} --key ''",
+        "countermark verify --suspect {owner} --suspect {owner} --key {owner}/key",
+        "countermark data fetch mnist --cache {owner}/model.json",
+        "countermark protect --data digits --out d --scheme ood --labels true",
+        "countermark protect --data digits --out d --scheme none --watermark-epsilon 0.3",
+        "countermark steal --victim {owner} --setting white --queries 5 --out d",
+    ],
+)
+def test_a_verdict_is_never_mistaken_for_an_error(script: str, owner: Path, tmp_path: Path) -> None:
+    """Status 1 is a verdict: whatever else goes wrong is status 2 and at most one line."""
+    one_line_of_two(shell(script.format(owner=owner), tmp_path))
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("script", ["countermark plan >&-", "countermark plan 2>&-", "countermark plan --json >&- 2>&- <&-"])
+def test_closed_streams_do_not_change_the_outcome(script: str, tmp_path: Path) -> None:
+    assert shell(script, tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict"])
+def test_names_that_the_terminal_cannot_show(encoding: str, owner: Path, tmp_path: Path) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe6\x97\xa5 bad\xff")).symlink_to(owner)
+    done = shell(f"countermark verify --suspect *bad* --key {owner}/key", tmp_path, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+
+
+def test_option_errors_are_plain_on_a_terminal(tmp_path: Path) -> None:
+    """A terminal gets tyro's colours taken out, not turned into question marks."""
+    leader, follower = pty.openpty()
+    try:
+        command = [sys.executable, "-m", "countermark", "verify", "--suspect", "m"]
+        done = subprocess.run(
+            command, stdout=follower, stderr=follower, stdin=follower, env={**os.environ, "TERM": "xterm-256color"}, check=False
+        )
+        said = os.read(leader, 65536).decode()
+    finally:
+        os.close(leader)
+        os.close(follower)
+    assert done.returncode == 2
+    assert "--key" in said
+    assert "\x1b" not in said
+    assert "?" not in said
+
+
+def test_a_full_log_does_not_stop_training(tmp_path: Path) -> None:
+    done = shell("countermark protect --data digits --scheme none --epochs 2 --out d 2>/dev/full", tmp_path)
+    assert done.returncode == 0
+    assert (tmp_path / "d" / "model.json").exists()
+
+
+def test_a_refused_device_leaves_nothing_behind(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    one_line_of_two(shell("countermark protect --data digits --out d --accelerator cuda", tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_termination_is_orderly_and_takes_the_child_along(owner: Path, tmp_path: Path) -> None:
+    """SIGTERM in the middle of training: one line, 143, and the same command goes on."""
+    command = [sys.executable, "-m", "countermark", "protect", "--data", "digits", "--scheme", "none", "--out", str(tmp_path / "d")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "epoch 2/" in line:
+            process.terminate()
+            break
+    rest = process.stderr.read()
+    assert process.wait(60) == 143
+    assert "stopped" in rest
+    assert "Traceback" not in rest
+    assert (tmp_path / "d.partial").is_dir()
+
+
+@pytest.mark.parametrize("change", [{"step": None}, {"step": "a"}, {"step": -5}, {"attack_steps": "x"}, {"records": [{"a": 1}]}])
+def test_an_edited_checkpoint_is_refused(change: dict[str, object], tmp_path: Path, digits: Pools) -> None:
+    config = recipe("digits", "fast", 0.1, epochs=1)
+    path = tmp_path / "checkpoint"
+    train(build("small", (1, 8, 8), 10, seed=0), digits.training, config, checkpoint=path)
+    tensors, meta, _ = read_tensors(path, 1 << 30)
+    meta |= change
+    write_tensors(path, tensors, {name: value for name, value in meta.items() if value is not None})
+    with pytest.raises(CountermarkError, match="delete it"):
+        train(build("small", (1, 8, 8), 10, seed=0), digits.training, config, checkpoint=path)
+
+
+def test_logits_that_are_not_finite_are_no_answer(owner: Path, tmp_path: Path) -> None:
+    network, description = load_bundle(owner)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(3e38)
+    save_bundle(tmp_path, network, description)
+    done = shell(f"countermark verify --suspect . --key {owner}/key", tmp_path)
+    one_line_of_two(done)
+    assert "not finite" in done.stderr
