@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from countermark.data import spec
+from countermark.study.grid import TRAINED_ON
 from countermark.study.results import Row, auc, estimate, where
 from countermark.study.tables import RULE, TITLES, paper_value
 
@@ -95,9 +96,11 @@ def _robust(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
 def _cheap(scheme: str, most: float) -> Judge:
     def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
         plain, marked = _value(rows, data, "ADVTR", "adversarial"), _value(rows, data, f"ADVTR+{scheme}", "adversarial")
+        longer = _value(rows, data, TRAINED_ON, "adversarial")
         if plain is None or marked is None:
             return None
-        return plain - marked <= most, f"{plain:.2f} without, {marked:.2f} with"
+        told = f"{plain:.2f} without, {marked:.2f} with" + (f", {longer:.2f} trained on as long without" if longer is not None else "")
+        return max(plain, longer or 0.0) - marked <= most, told
 
     return judged
 

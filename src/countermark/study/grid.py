@@ -16,6 +16,8 @@ PROTOCOLS = ("clean", "as-published")
 PRUNED = tuple(k / 10 for k in range(1, 10))
 FINETUNED = (1, 2, 5, 10, 20, 30, 40)
 DEFENCES = ("none", "ADVTR", "WM ood", "WM adversarial", "WM coin", "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin")
+TRAINED_ON = "ADVTR, trained on"
+"""The control for marks that are trained in from the unmarked model: the same further epochs without a mark."""
 SCHEMES = ("ood", "adversarial", "coin")
 BUDGETS = ((0.15, 15), (0.25, 25), (0.3, 40), (0.4, 40), (0.5, 40))
 """Of Table 5: (budget, steps), steps of .01."""
@@ -243,6 +245,9 @@ class _Owner(_Maker):
                 cells += self.removals(defence, setting, copy, watermarks, scheme)
             if scheme is not None and defence.startswith("ADVTR"):
                 cells += self.beyond(defence, victim, watermarks, scheme)
+        control = self.model(TRAINED_ON, self.profile.objective, self.seed, start=self.robust)
+        place = self.place("model", defence=TRAINED_ON, setting="white-box", scheme=None, removal="none")
+        cells.append(Cell(control, place))
         cells += self.strangers(unmarked_thefts)
         cells += self.sweep()
         return cells + self.figures()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from countermark.files import read_bytes
-from countermark.study.grid import BUDGETS, SCHEMES
+from countermark.study.grid import BUDGETS, SCHEMES, TRAINED_ON
 from countermark.study.results import Estimate, Row, auc, estimate, rate_interval, where
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "FMNIST", "digits": "digits"}
@@ -132,7 +132,7 @@ def _marks(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
     """Our scheme beside the published ones, in the models themselves."""
     lines = []
     for data in data_sets:
-        for defence in ("ADVTR", "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin", "WM coin"):
+        for defence in ("ADVTR", TRAINED_ON, "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin", "WM coin"):
             for setting in SETTINGS:
                 found = where(rows, section="model", data=data, defence=defence, setting=setting, removal="none")
                 values = {metric: estimate(found, metric) for metric in METRICS}
@@ -143,7 +143,10 @@ def _marks(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                 numbers = tuple(_rounded(value.mean) if value is not None else None for value in values.values())
                 lines.append(((TITLES[data], defence, setting, *numbers, coins, _rounded(worst)), values["test"].units))
     columns = ("data", "defence", "stolen by", "test", "adversarial", "watermark", "coins", "log10 p")
-    note = "Percent; coins are answers as the coins chose against the other way, seed by seed; p is exact, the largest over seeds."
+    note = (
+        "Percent; coins are answers as the coins chose against the other way, seed by seed; p is exact, the largest over seeds. Under the "
+        "protocol clean marks are trained in from the unmarked model ADVTR; 'trained on' has the same further epochs without a mark."
+    )
     return _table("marks", "The coins beside the published schemes", note, columns, lines)
 
 
