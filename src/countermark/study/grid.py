@@ -245,9 +245,10 @@ class _Owner(_Maker):
                 cells += self.removals(defence, setting, copy, watermarks, scheme)
             if scheme is not None and defence.startswith("ADVTR"):
                 cells += self.beyond(defence, victim, watermarks, scheme)
-        control = self.model(TRAINED_ON, self.profile.objective, self.seed, start=self.robust)
-        place = self.place("model", defence=TRAINED_ON, setting="white-box", scheme=None, removal="none")
-        cells.append(Cell(control, place))
+        if self.protocol == "clean":
+            control = self.model(TRAINED_ON, self.profile.objective, self.seed, start=self.robust)
+            place = self.place("model", defence=TRAINED_ON, setting="white-box", scheme=None, removal="none")
+            cells.append(Cell(control, place))
         cells += self.strangers(unmarked_thefts)
         cells += self.sweep()
         return cells + self.figures()
