@@ -18,7 +18,7 @@ from countermark.files import read_json
 from countermark.study import graph, work
 from countermark.study.claims import claims
 from countermark.study.graph import Unit, in_order
-from countermark.study.grid import DEFENCES, FINETUNED, PROFILES, PRUNED, Cell, Profile, grid
+from countermark.study.grid import DEFENCES, FINETUNED, PROFILES, PRUNED, Cell, grid
 from countermark.study.report import write_report
 from countermark.study.results import auc, estimate, measurements, rate_interval, where
 from countermark.study.run import do, run
@@ -271,8 +271,13 @@ def test_published_numbers() -> None:
 # --- a real, tiny study -------------------------------------------------------------------------------------------------------------
 
 
-def tiny_grid(protocol: str = "clean", profile: Profile = TINY) -> list[Cell]:
-    return grid(("digits",), profile, protocol)
+def tiny_grid() -> list[Cell]:
+    """A part of the grid that has every kind of cell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("countermark.study.grid.DEFENCES", ("none", "ADVTR", "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin"))
+        patch.setattr("countermark.study.grid.PRUNED", (0.5, 0.7, 0.8))
+        patch.setattr("countermark.study.grid.FINETUNED", (1, 3))
+        return grid(("digits",), TINY, "clean")
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +304,7 @@ def test_every_number_names_the_unit_it_came_from(study: tuple[Path, dict[str, l
     out, _, store = study
     results = json.loads((out / "results.json").read_text())
     rows = results["measurements"]["clean"]
-    assert len(rows) > 400
+    assert len(rows) > 150
     assert all((store.folder / row["unit"] / "result.json").is_file() for row in rows)
     for table in results["tables"]["clean"]:
         if table["name"] != "table6":
@@ -378,7 +383,9 @@ def test_the_plan_lists_the_work_and_does_none(tmp_path: Path) -> None:
     done = countermark("--data", "digits", "--plan", "--json", "--out", str(tmp_path / "s"))
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
-    assert plan["units"] == sum(plan["kinds"].values()) == len(in_order(cell.unit for cell in tiny_grid(profile=PROFILES["quick"])))
+    assert (
+        plan["units"] == sum(plan["kinds"].values()) == len(in_order(cell.unit for cell in grid(("digits",), PROFILES["quick"], "clean")))
+    )
     assert plan["finished"] == 0
     assert plan["seconds_estimated"] > 0
 

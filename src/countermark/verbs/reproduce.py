@@ -2,7 +2,6 @@
 
 import importlib.util
 import time
-from collections import Counter
 from dataclasses import dataclass
 
 from countermark import __version__
@@ -20,6 +19,25 @@ from countermark.training import choose
 
 
 @dataclass(frozen=True)
+class Planned:
+    """One unit of a plan.
+
+    Attributes:
+        title: what it is.
+        kind: its kind.
+        unit: its name, 64 hexadecimal digits.
+        finished: whether it is in the store.
+        seconds: estimated for one core; 0 if it is finished.
+    """
+
+    title: str
+    kind: str
+    unit: str
+    finished: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Reproduction:
     """A finished study, or its plan.
 
@@ -29,7 +47,7 @@ class Reproduction:
         finished: units that were finished before this call.
         seconds_estimated: wall-clock time that the others were expected to take.
         report: the HTML file; none for a plan.
-        kinds: units still to do, by kind.
+        work: for a plan, every unit in the order of their needs.
         verdicts: what the study found, in sentences.
         seconds: wall-clock time of this call.
     """
@@ -39,7 +57,7 @@ class Reproduction:
     finished: int
     seconds_estimated: float
     report: str | None
-    kinds: dict[str, int]
+    work: tuple[Planned, ...]
     verdicts: tuple[str, ...]
     seconds: float
 
@@ -66,9 +84,11 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     estimates = _estimates(todo)
     expected = sum(estimates.values()) / max(workers, 1)
     finished = len(units) - len(todo)
-    kinds = dict(Counter(unit.kind for unit in todo))
     if config.plan:
-        return Reproduction(str(config.out), len(units), finished, expected, None, kinds, (), time.monotonic() - begun)
+        work = tuple(
+            Planned(unit.title, unit.kind, unit.digest, unit.digest not in estimates, estimates.get(unit.digest, 0.0)) for unit in units
+        )
+        return Reproduction(str(config.out), len(units), finished, expected, None, work, (), time.monotonic() - begun)
     _needs_extras()
     run(
         units,
@@ -81,7 +101,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     )
     verdicts = write_report(config.out, cells, store, _about(config, len(units)), _command(config))
     report = str(config.out / "report.html")
-    return Reproduction(str(config.out), len(units), finished, expected, report, {}, verdicts, time.monotonic() - begun)
+    return Reproduction(str(config.out), len(units), finished, expected, report, (), verdicts, time.monotonic() - begun)
 
 
 def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
@@ -122,11 +142,21 @@ def _needs_extras() -> None:
 def show(result: Reproduction) -> None:
     """Print what was found, or what there is to do."""
     if result.report is None:
-        rows = [[kind, str(count)] for kind, count in sorted(result.kinds.items())]
-        print_table(f"{result.folder}: {result.units} units, {result.finished} finished", ("kind of unit", "to do"), rows)
-        print_lines(f"about {duration(result.seconds_estimated)}, by a calibration on this machine")
+        print_lines(*(f"{planned.unit[:12]}  {_state(planned):>8}  {planned.title}" for planned in result.work), "")
+        kinds = sorted({planned.kind for planned in result.work})
+        rows = []
+        for kind in kinds:
+            part = [planned for planned in result.work if planned.kind == kind]
+            ready = sum(planned.finished for planned in part)
+            rows.append([kind, str(len(part)), str(ready), duration(sum(planned.seconds for planned in part))])
+        print_table(f"{result.folder}: {result.units} units", ("kind of unit", "units", "finished", "to go on one core"), rows)
+        print_lines(f"about {duration(result.seconds_estimated)} to go, by a short calibration on this machine")
         return
     print_lines(*result.verdicts, "", f"wrote {result.report} (and results.json, tables/*.csv, figures/*.svg; {duration(result.seconds)})")
 
 
-__all__ = ["Reproduction", "reproduce", "show"]
+def _state(planned: Planned) -> str:
+    return "finished" if planned.finished else duration(planned.seconds)
+
+
+__all__ = ["Planned", "Reproduction", "reproduce", "show"]
