@@ -11,9 +11,10 @@ import torch
 from countermark.files import read_tensors
 from countermark.study.grid import SCHEMES
 from countermark.study.results import Row, estimate, where
-from countermark.study.tables import RULE, SETTINGS, TITLES
+from countermark.study.tables import RULE, SETTINGS, TITLES, swept
 
 _COLOURS = {"ood": "#b45309", "adversarial": "#2563eb", "coin": "#15803d"}
+_METRICS = {"adversarial": "#2563eb", "watermark": "#b45309"}
 _SHADES = {"training": "#9ca3af", "adversarial training": "#2563eb", "adversarial watermarks": "#dc2626"}
 _SHADES |= {"coin watermarks": "#15803d", "ood watermarks": "#b45309"}
 _LIMIT = 1 << 28
@@ -131,14 +132,12 @@ def _p_values(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
 def _sweep(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
     with _drawing(len(data_sets)) as (axes, text):
         for axis, data in zip(axes, data_sets, strict=True):
-            found = where(rows, section="sweep", data=data)
+            parts = swept(rows, data)
             for metric, marker in (("adversarial", "o"), ("watermark", "s")):
-                budgets = sorted({row["budget"] for row in found})
-                means = [estimate([row for row in found if row["budget"] == budget], metric) for budget in budgets]
+                means = [estimate(marked, metric) for _, marked, _ in parts]
                 values = [value.mean if value is not None else float("nan") for value in means]
-                axis.plot(budgets, values, marker=marker, ms=3, color=_COLOURS["adversarial"], label=f"{metric} accuracy")
-            asked = where(rows, section="sweep strangers", data=data)
-            scores = [(row["budget"], row["watermark"]) for row in asked]
+                axis.plot([b for b, _, _ in parts], values, marker=marker, ms=3, color=_METRICS[metric], label=f"{metric} accuracy")
+            scores = [(budget, row["watermark"]) for budget, _, strangers in parts for row in strangers]
             axis.plot([b for b, _ in scores], [s for _, s in scores], "x", ms=4, color="#6b7280", label="strangers' watermark")
             axis.set(title=TITLES[data], ylim=(-3, 103), xlabel="watermark budget", ylabel="%")
         axes[0].legend(fontsize=7)

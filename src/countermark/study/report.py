@@ -66,8 +66,8 @@ def verdicts(judged: Sequence[Claim]) -> tuple[str, ...]:
     lines = [f"{sum(claim.holds for claim in known)} of {len(known)} claims hold."]
     for claim in known:
         if claim.leading:
-            told = "; ".join(f"{protocol}, {finding.told}" for protocol, finding in claim.findings.items())
-            lines.append(f"{'Holds' if claim.holds else 'Does not hold'}: {claim.text} {told[0].upper()}{told[1:]}.")
+            told = "; ".join(f"protocol {protocol}: {finding.told}" for protocol, finding in claim.findings.items())
+            lines.append(f"{'Holds' if claim.holds else 'Does not hold'}: {claim.text} ({told})")
     return tuple(lines)
 
 
