@@ -88,7 +88,7 @@ def test_crafting_in_training_mode_lets_batch_statistics_move(digits: Pools) -> 
     for live in (False, True):
         network = build("paper", (1, 8, 8), 10, seed=0)
         train(network, digits.training, replace(config, craft_in_training_mode=live))
-        statistics.append(int(network.state_dict()["5.num_batches_tracked"]))
+        statistics.append(int(network.state_dict()["4.num_batches_tracked"]))
     assert statistics[1] == 2 * statistics[0]
 
 
