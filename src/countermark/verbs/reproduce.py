@@ -1,10 +1,10 @@
 """`countermark reproduce`: the paper's study, side by side with its numbers, with the control that it lacks."""
 
+import importlib.metadata
 import importlib.util
 import time
 from dataclasses import dataclass
 
-from countermark import __version__
 from countermark.config import ReproduceConfig
 from countermark.data import spec
 from countermark.errors import CountermarkError
@@ -118,7 +118,7 @@ def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
         "units of work": str(units),
         "code": code_version(),
         **environment(),
-        "version": __version__,
+        "version": importlib.metadata.version("countermark"),
     }
 
 
