@@ -54,7 +54,8 @@ class Claim:
             return "not measured"
         if len(known) == 1:
             (protocol,) = known
-            return f"{'holds' if holding else 'does not hold'} under the protocol {protocol}; the other was not run"
+            rest = "the other was not run" if len(self.findings) == 1 else "not measured under the other"
+            return f"{'holds' if holding else 'does not hold'} under the protocol {protocol}; {rest}"
         return f"holds under {' and '.join(holding)}" if holding else "holds under neither protocol"
 
 
