@@ -113,7 +113,8 @@ def test_a_damaged_unit_is_made_again(tmp_path: Path, arithmetic: None, damage: 
 
 
 def test_a_unit_that_fails_stops_the_run_and_keeps_what_is_finished(tmp_path: Path, arithmetic: None) -> None:
-    good, bad = unit(1), unit(2, fails=True)
+    good = unit(1)
+    bad = unit(2, good, fails=True)
     with pytest.raises(CountermarkError, match="this unit fails"):
         running([good, bad, unit(3, bad)], tmp_path)
     assert Store(tmp_path / "units").has(good)
@@ -339,7 +340,7 @@ def test_a_claim_is_judged_by_its_numbers(study: tuple[Path, dict[str, list[Cell
             stranger["watermark"] = 10.0
         strangers[-1]["watermark"] = highest
         judged = {claim.text: claim for claim in claims({"clean": rows})}
-        (control,) = [claim for text, claim in judged.items() if "told from strangers (black-box)" in text]
+        (control,) = [claim for text, claim in judged.items() if "from strangers (black-box)" in text]
         assert control.findings["clean"].holds is holds
         assert control.verdict.startswith("holds" if holds else "does not hold")
 

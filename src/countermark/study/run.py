@@ -142,7 +142,11 @@ def _elsewhere(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch", worke
             with _undisturbed():  # workers inherit this: a Ctrl-C is for the one who waits
                 cluster = stack.enter_context(
                     LocalCluster(
-                        n_workers=workers, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.CRITICAL
+                        n_workers=workers,
+                        threads_per_worker=1,
+                        processes=True,
+                        dashboard_address="127.0.0.1:0",
+                        silence_logs=logging.CRITICAL,
                     )
                 )
                 client = stack.enter_context(Client(cluster))
