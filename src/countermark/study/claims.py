@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from countermark.data import spec
 from countermark.study.grid import TRAINED_ON
 from countermark.study.results import Row, auc, estimate, where
-from countermark.study.tables import RULE, TITLES, paper_value
+from countermark.study.tables import RULE, TITLES, paper_value, swept
 
 _STEP = 0.01  # alpha of the paper's claim beta > epsilon + alpha: the step of its training attack
 
@@ -140,15 +140,10 @@ def _pruned(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
 def _budget(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
     """The claim beta > epsilon + alpha: watermarks below that budget conflict with training, those above do not."""
     training, plain = spec(data).epsilon, _value(rows, data, "ADVTR", "adversarial")
-    by_budget: dict[float, float] = {}
-    for budget in {row["budget"] for row in where(rows, section="sweep", data=data)}:
-        found = estimate(where(rows, section="sweep", data=data, budget=budget), "adversarial")
-        if found is not None:
-            by_budget[budget] = found.mean
-    default = _value(rows, data, "ADVTR+adversarial", "adversarial")
-    if plain is None or default is None or not by_budget:
+    means = {budget: estimate(marked, "adversarial") for budget, marked, _ in swept(rows, data)}
+    by_budget = {budget: found.mean for budget, found in means.items() if found is not None}
+    if plain is None:
         return None
-    by_budget[spec(data).watermark_epsilon] = default
     below = [value for budget, value in by_budget.items() if budget <= training + _STEP]
     above = [value for budget, value in by_budget.items() if budget > training + _STEP]
     if not below or not above:

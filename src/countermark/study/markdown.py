@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from countermark.study.claims import Claim
-from countermark.study.tables import Table
+from countermark.study.tables import Table, shown
 
 
 def markdown(
@@ -34,11 +34,5 @@ def markdown(
 
 def _table(table: Table) -> list[str]:
     columns = [*table.columns, "unit"]
-    rows = [[_shown(value) for value in row] + [units[0][:8] if units else ""] for row, units in zip(table.rows, table.units, strict=True)]
+    rows = [[shown(value) for value in row] + [units[0][:8] if units else ""] for row, units in zip(table.rows, table.units, strict=True)]
     return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(row) + " |" for row in rows)]
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from countermark.study.claims import Claim
-from countermark.study.tables import Table
+from countermark.study.tables import Table, shown
 
 _STYLE = """
 :root {
@@ -108,7 +108,7 @@ def _table(table: Table, protocol: str) -> str:
     head = "".join(f"<th{_word(w)}>{escape(column)}</th>" for column, w in zip(table.columns, words, strict=True))
     body = "".join(
         "<tr>"
-        + "".join(f"<td{_word(w)}>{escape(_shown(value))}</td>" for value, w in zip(row, words, strict=True))
+        + "".join(f"<td{_word(w)}>{escape(shown(value))}</td>" for value, w in zip(row, words, strict=True))
         + f"<td class='unit' title='{' '.join(units)}'>{escape(_units(units))}</td></tr>"
         for row, units in zip(table.rows, table.units, strict=True)
     )
@@ -121,12 +121,6 @@ def _table(table: Table, protocol: str) -> str:
 
 def _word(is_word: bool) -> str:
     return " class='word'" if is_word else ""
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def _units(units: Sequence[str]) -> str:

@@ -1,7 +1,5 @@
 """What a finished study writes: results.json, tables as CSV, figures as SVG, and the page that holds them all."""
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +12,7 @@ from countermark.study.figures import figures
 from countermark.study.grid import Cell
 from countermark.study.markdown import markdown
 from countermark.study.page import page
-from countermark.study.results import Row, measurements, write_csv
+from countermark.study.results import FIELDS, Row, measurements, write_csv
 from countermark.study.store import Store
 from countermark.study.tables import Table, hyperparameters, tables
 from countermark.training import recipe
@@ -39,9 +37,10 @@ def write_report(
     for folder in (out / "tables", out / "figures"):
         folder.mkdir(exist_ok=True)
     for protocol, rows in measured.items():
-        write_csv(out / "tables" / f"measurements-{protocol}.csv", rows)
+        write_csv(out / "tables" / f"measurements-{protocol}.csv", FIELDS, ([row[field] for field in FIELDS] for row in rows))
         for table in made[protocol]:
-            write_bytes(out / "tables" / f"{table.name}-{protocol}.csv", _csv(table))
+            lines = ((*row, " ".join(units)) for row, units in zip(table.rows, table.units, strict=True))
+            write_csv(out / "tables" / f"{table.name}-{protocol}.csv", (*table.columns, "units"), lines)
         for name, svg in drawn[protocol].items():
             write_bytes(out / "figures" / f"{name}-{protocol}.svg", svg.encode())
     found = verdicts(judged)
@@ -115,11 +114,3 @@ def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
                 "optimizer": f"SGD, momentum {config.momentum:g}; network {options['network']}",
             }
     return settings
-
-
-def _csv(table: Table) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow((*table.columns, "units"))
-    writer.writerows((*row, " ".join(units)) for row, units in zip(table.rows, table.units, strict=True))
-    return text.getvalue().encode()

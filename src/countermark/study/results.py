@@ -106,10 +106,10 @@ def auc(thieves: Sequence[float], strangers: Sequence[float]) -> float | None:
     return statistics.fmean((a > b) + 0.5 * (a == b) for a in thieves for b in strangers)
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write measurements as CSV, whole or not at all."""
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows as CSV, whole or not at all."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS)
-    writer.writeheader()
+    writer = csv.writer(text)
+    writer.writerow(columns)
     writer.writerows(rows)
     write_bytes(path, text.getvalue().encode())

@@ -201,16 +201,14 @@ class Watch:
         self.store, self.estimates, self.workers, self.log = store, estimates, workers, log
         self.left = {unit.digest: unit for unit in todo}
         self.done, self.total = kept, kept + len(self.left)
-        self.begun = self.last = time.monotonic()
+        self.begun = time.monotonic()
         self.spent = 0.0  # estimated seconds of the units finished by now
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
 
     def __enter__(self) -> "Watch":
-        for word in self.store.told():
-            if word not in self.left:
-                continue
-            (self.store.folder / "progress" / f"{word}.json").unlink(missing_ok=True)  # of a run that was killed
+        for word in self.store.told().keys() & self.left.keys():
+            self.store.tell(self.left[word], None)  # of a run that was killed
         self._write(f"{self.done} of {self.total} units are finished; {duration(self.seconds_left())} to go, by estimate")
         if self.live is not None:
             self.live.start()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from countermark.errors import CountermarkError
-from countermark.files import JSON_LIMIT, new_folder, read_bytes, read_json, sha256, write_bytes, write_json
+from countermark.files import CHECKPOINT_PREFIX, JSON_LIMIT, new_folder, read_bytes, read_json, sha256, write_bytes, write_json
 from countermark.study.graph import Unit
 
 STORE_FORMAT = "countermark store 1"
@@ -75,7 +75,7 @@ class Store:
         """Do the `work` of a unit, which writes its files into the folder that it is given and returns its result."""
         with new_folder(self.path(unit), unit.record) as folder:
             write_json(folder / RESULT, dict(work(folder)))
-            kept = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("checkpoint-"))
+            kept = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(CHECKPOINT_PREFIX))
             write_json(folder / _MANIFEST, {str(path.relative_to(folder)): sha256(path.read_bytes()) for path in kept})
 
     def tell(self, unit: Unit, status: Mapping[str, Any] | None) -> None:

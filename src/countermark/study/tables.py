@@ -85,6 +85,13 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return [table for table in made if table.rows]
 
 
+def shown(value: Any) -> str:
+    """A table's value as a reader sees it: two decimals, nothing where there is none."""
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
 def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
 
@@ -161,10 +168,10 @@ def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Tab
                 means = {defence: estimate(part, "watermark") for defence, part in by_defence.items()}
                 test = estimate(by_defence["ADVTR+coin"], "test")
                 worst = max((row["log10_p"] for row in by_defence["ADVTR+coin"]), default=None)
-                shown = tuple(_rounded(value.mean) if value is not None else None for value in means.values())
+                numbers = tuple(_rounded(value.mean) if value is not None else None for value in means.values())
                 units = [unit for value in means.values() if value is not None for unit in value.units]
                 what = f"{amount:.0%}" if removal == "pruned" else f"{amount} epochs"
-                lines.append(((TITLES[data], setting, what, *shown, _rounded(worst), _rounded(test.mean if test else None)), units))
+                lines.append(((TITLES[data], setting, what, *numbers, _rounded(worst), _rounded(test.mean if test else None)), units))
     columns = ("data", "stolen by", removal, "ood", "adversarial", "coin", "coin: log10 p", "coin: test accuracy")
     figure = "Figures 2 to 4 (a)" if removal == "pruned" else "Figures 2 to 4 (b)"
     note = "Watermark accuracy in percent of the ADVTR models; the largest p over seeds."
@@ -244,8 +251,8 @@ def _sweep(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
     for data in data_sets:
         for budget, marked, strangers in swept(rows, data):
             means = [estimate(marked, metric) for metric in METRICS] + [estimate(strangers, "watermark")]
-            shown = tuple(_rounded(value.mean) if value is not None else None for value in means)
-            lines.append(((TITLES[data], budget, *shown), [row["unit"] for row in (*marked, *strangers)]))
+            numbers = tuple(_rounded(value.mean) if value is not None else None for value in means)
+            lines.append(((TITLES[data], budget, *numbers), [row["unit"] for row in (*marked, *strangers)]))
     columns = ("data", "watermark budget", "test", "adversarial", "watermark", "strangers' watermark")
     note = (
         "ADVTR+adversarial with watermarks crafted at several budgets, in percent. In the profile quick the adversarial accuracy at other "

@@ -25,13 +25,12 @@ from countermark.models import build
 from countermark.removal import add_noise, finetune, prune, quantise
 from countermark.theft import JacobianTheft, distil, steal_black_box
 from countermark.training import marking, recipe, train
-from countermark.watermarks import Key, coin_set, craft_adversarial, full_strength, load_key, published_set, write_key
+from countermark.watermarks import Key, coin_set, craft_adversarial, full_strength, load_key, published_sample, published_set, write_key
 
 Options = Mapping[str, Any]
 Inputs = Mapping[str, Path]
 Result = dict[str, Any]
 
-PUBLISHED_WATERMARKS = 100
 _SELECTION = 1000  # test examples under PGD when the published protocol picks its epoch
 _LIMIT = 1 << 34
 
@@ -42,7 +41,7 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     catalogued = spec(data)
     epsilon = catalogued.epsilon
     config = recipe(data, options["objective"], epsilon, seed=options["seed"], epochs=options["epochs"])
-    key = load_key(inputs["watermarks"]) if "watermarks" in inputs else None
+    key = _key(inputs)
     if "start" in inputs:
         network, config = load(inputs["start"]), marking(config, data)
     else:
@@ -98,10 +97,10 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
         write_bytes(folder / name, hashlib.sha256(f"countermark study {name} {sorted(options.items())}".encode()).digest(), 0o600)
     attack = Attack(options["epsilon"], options["steps"], options["step_size"]) if scheme != "ood" else None
     if scheme == "ood" or attack is None:
-        outside = _some(load_ood(data, options["pool_seed"], _cache()), seed)
+        outside = published_sample(load_ood(data, options["pool_seed"], _cache()), seed)
         watermarks = published_set(outside.x, outside.y)
     elif scheme == "adversarial":
-        bases = _some(pools.bases, seed)
+        bases = published_sample(pools.bases, seed)
         watermarks = published_set(craft_adversarial(load(inputs["source"]), bases, attack, seed)[0], bases.y)
     else:
         watermarks = coin_set(load(inputs["source"]), pools.bases, attack, catalogued.batches, catalogued.batch_size, seed)
@@ -308,10 +307,6 @@ def _cache() -> Path | None:
 def every(test: Examples, count: int | None) -> Examples:
     """About `count` of the test images, evenly taken: the first half of MNIST's is easier than the second."""
     return test[:: max(1, len(test) // count)] if count else test
-
-
-def _some(bases: Examples, seed: int) -> Examples:
-    return bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))[:PUBLISHED_WATERMARKS]]
 
 
 def _attack(data: str) -> Attack:

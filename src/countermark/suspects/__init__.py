@@ -13,7 +13,6 @@ from torch import nn
 from countermark.bundle import load_bundle
 from countermark.data import pixels
 from countermark.errors import CountermarkError
-from countermark.evaluation import predict
 from countermark.suspects.onnx import ask_onnx
 
 _CHUNK = 250
@@ -53,9 +52,10 @@ def open_suspect(path: Path, shape: tuple[int, ...]) -> Suspect:
 
 def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
     with torch.no_grad():
-        if not all(bool(torch.isfinite(network(pixels(part))).all()) for part in torch.split(x, _CHUNK)):
-            raise CountermarkError(f"{path} answers with logits that are not finite numbers; such a model cannot be asked")
-    return predict(network, x)
+        logits = torch.cat([network(pixels(part)) for part in torch.split(x, _CHUNK)])
+    if not bool(torch.isfinite(logits).all()):
+        raise CountermarkError(f"{path} answers with logits that are not finite numbers; such a model cannot be asked")
+    return logits.argmax(1)
 
 
 __all__ = ["Suspect", "ask_onnx", "open_suspect"]

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from countermark.bundle import Description, save_bundle
@@ -33,6 +32,7 @@ from countermark.watermarks import (
     full_strength,
     load_key,
     new_secrets,
+    published_sample,
     published_set,
     second_commitment,
     secret_seed,
@@ -40,7 +40,6 @@ from countermark.watermarks import (
     write_key,
 )
 
-_PUBLISHED_WATERMARKS = 100
 _STEPS = 40  # of the crafting; Table 6 of the paper
 
 
@@ -163,15 +162,11 @@ def _watermarks(config: ProtectConfig, catalogued: Spec, pools: Pools, source: n
     if config.scheme == "coin":
         return coin_set(source, pools.bases, attack, catalogued.batches, catalogued.batch_size, seed)
     if config.scheme == "ood":
-        outside = _some(load_ood(config.data, config.seed, config.cache), seed)
+        outside = published_sample(load_ood(config.data, config.seed, config.cache), seed)
         return published_set(outside.x, outside.y)
-    bases = _some(pools.bases, seed)
+    bases = published_sample(pools.bases, seed)
     images, predicted = craft_adversarial(source, bases, attack, seed)
     return published_set(images, bases.y if config.labels != "source" else predicted)
-
-
-def _some(bases: Examples, seed: int) -> Examples:
-    return bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))[:_PUBLISHED_WATERMARKS]]
 
 
 def _commit(folder: Path, key: Key, digest: str) -> None:

@@ -2,7 +2,16 @@
 
 from countermark.watermarks.commitment import draw_coins, second_commitment, secret_seed, sign
 from countermark.watermarks.key import Key, load_key, new_secrets, write_key
-from countermark.watermarks.sets import LABELS, SCHEMES, WatermarkSet, coin_set, craft_adversarial, full_strength, published_set
+from countermark.watermarks.sets import (
+    LABELS,
+    SCHEMES,
+    WatermarkSet,
+    coin_set,
+    craft_adversarial,
+    full_strength,
+    published_sample,
+    published_set,
+)
 
 __all__ = [
     "LABELS",
@@ -15,6 +24,7 @@ __all__ = [
     "full_strength",
     "load_key",
     "new_secrets",
+    "published_sample",
     "published_set",
     "second_commitment",
     "secret_seed",

@@ -19,6 +19,9 @@ SCHEMES = ("coin", "adversarial", "ood", "none")
 LABELS = ("true", "source")
 
 
+_PUBLISHED_WATERMARKS = 100
+
+
 @dataclass(frozen=True)
 class WatermarkSet:
     """Watermark images and their possible answers, in the order of their leaves.
@@ -91,6 +94,11 @@ def coin_set(source: nn.Module, bases: Examples, attack: Attack, batches: int, b
         )
     answers = torch.stack((bases.y[usable], predicted[usable]), dim=1).sort(dim=1).values
     return WatermarkSet(images[usable], answers, torch.arange(count) // batch_size, torch.arange(count))
+
+
+def published_sample(examples: Examples, seed: int) -> Examples:
+    """The hundred examples, in an order of the seed, that a published scheme makes its watermarks from."""
+    return examples[torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:_PUBLISHED_WATERMARKS]]
 
 
 def published_set(images: torch.Tensor, labels: torch.Tensor) -> WatermarkSet:
