@@ -142,6 +142,16 @@ def test_black_box_theft_sees_labels_only(owner: Path, tmp_path: Path, capsys: p
     assert ask(capsys, "verify", "--suspect", tmp_path / "black", "--key", owner / "key")[0] == 1
 
 
+def test_grey_box_theft_takes_the_owners_network_and_trains_adversarially(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, _ = ask(capsys, "steal", "--victim", owner, "--setting", "grey", "--queries", 400, "--out", tmp_path / "grey")
+    assert status == 0
+    description = json.loads((tmp_path / "grey" / "model.json").read_text())
+    assert description["network"] == "small"
+    assert description["history"][-1]["options"]["attack"]["epsilon"] == description["epsilon"]
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -193,7 +203,7 @@ BAD = {
     "no suspect": ["verify", "--suspect", "{new}", "--key", "{owner}/key"],
     "pt2 suspect": ["verify", "--suspect", "{pt2}", "--key", "{owner}/key"],
     "alpha": ["verify", "--suspect", "{owner}", "--key", "{owner}/key", "--alpha", "2"],
-    "unknown setting": ["steal", "--victim", "{owner}", "--setting", "grey", "--out", "{new}"],
+    "unknown setting": ["steal", "--victim", "{owner}", "--setting", "clear", "--out", "{new}"],
     "no victim": ["steal", "--victim", "{empty}", "--setting", "white", "--out", "{new}"],
     "no queries": ["steal", "--victim", "{owner}", "--setting", "black", "--queries", "0", "--out", "{new}"],
     "both removals": ["remove", "--model", "{owner}", "--prune", "0.5", "--finetune", "2", "--out", "{new}"],

@@ -58,7 +58,8 @@ def pyramid() -> list[Unit]:
 def running(units: list[Unit], folder: Path, **options: object) -> Store:
     store = Store(folder / "units")
     defaults: dict[str, object] = {"workers": 0, "scheduler": None, "cache": None, "log": folder / "log", "estimates": {}}
-    run(units, store, **{**defaults, **options})  # type: ignore[arg-type]
+    todo = [unit for unit in units if not store.has(unit)]
+    run(todo, store, finished=len(units) - len(todo), **{**defaults, **options})  # type: ignore[arg-type]
     return store
 
 

@@ -155,11 +155,11 @@ class StealConfig(VerbConfig):
     victim: Path
     """Model folder of the victim."""
     setting: str
-    """white (the weights themselves) or black (labels only: Algorithm 2)."""
+    """white (the weights themselves), black (labels only: Algorithm 2) or grey (the same by the owner's network, trained adversarially)."""
     out: Path
     """Folder to write; it must be new or empty."""
     queries: int | None = None
-    """Labels that a black-box thief asks for; default the paper's 51,200."""
+    """Labels that a black- or grey-box thief asks for; default the paper's 51,200."""
     seed: int = 0
     """Seed of the surrogate and its training."""
     cache: Path | None = None
@@ -168,7 +168,7 @@ class StealConfig(VerbConfig):
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         self._at_least_one("queries", most=10_000_000)
-        self._only_for(self.setting != "white", "--setting black", "queries")
+        self._only_for(self.setting != "white", "--setting black or grey", "queries")
         self._seeded()
 
 

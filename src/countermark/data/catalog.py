@@ -23,6 +23,8 @@ class Spec:
         watermark_epsilon: budget of the watermarks, above `epsilon`.
         ood: the data set whose images serve as out-of-distribution watermarks; its own name means its rotations by 90 degrees.
         pools: number of examples of the pools that are cut out of the training examples; `training` takes the rest.
+        train: examples that the pools are cut out of.
+        test: examples of the test pool.
         batches: batches of a key, one for each later dispute.
         batch_size: trials in a batch.
         files: SHA-256 of the uncompressed IDX files by name; empty for sets that come with a library.
@@ -37,6 +39,8 @@ class Spec:
     watermark_epsilon: float
     ood: str
     pools: Mapping[str, int]
+    train: int = 60_000
+    test: int = 10_000
     batches: int = 4
     batch_size: int = 100
     files: Mapping[str, str] = field(default_factory=dict)
@@ -98,6 +102,8 @@ CATALOG: Mapping[str, Spec] = {
             watermark_epsilon=0.25,
             ood="digits",
             pools={"validation": 60, "bases": 220, "thief": 280},
+            train=1497,
+            test=300,
             batch_size=40,
         ),
     )

@@ -11,6 +11,7 @@ from typing import Any
 from countermark.data import Spec, spec
 from countermark.errors import CountermarkError
 from countermark.study.graph import Unit
+from countermark.watermarks import CRAFTING_STEPS
 
 PROTOCOLS = ("clean", "as-published")
 PRUNED = tuple(k / 10 for k in range(1, 10))
@@ -23,7 +24,6 @@ BUDGETS = ((0.15, 15), (0.25, 25), (0.3, 40), (0.4, 40), (0.5, 40))
 """Of Table 5: (budget, steps), steps of .01."""
 
 _STRANGERS = 1000  # seeds of strangers begin here, far from those of owners
-_CRAFTING_STEPS = 40
 _PUBLISHED_STEP = 0.01
 
 
@@ -215,8 +215,8 @@ class _Owner(_Maker):
     def watermarks(self, scheme: str, epsilon: float | None = None) -> Unit:
         """A watermark set; the published scheme crafts in steps of .01, the coins at full strength."""
         budget = epsilon or self.spec.watermark_epsilon
-        step = 2.5 * budget / _CRAFTING_STEPS if scheme == "coin" else _PUBLISHED_STEP
-        options = {"scheme": scheme, "epsilon": budget, "steps": _CRAFTING_STEPS, "step_size": step, "seed": self.seed}
+        step = 2.5 * budget / CRAFTING_STEPS if scheme == "coin" else _PUBLISHED_STEP
+        options = {"scheme": scheme, "epsilon": budget, "steps": CRAFTING_STEPS, "step_size": step, "seed": self.seed}
         title = f"{scheme} watermarks" + (f" at {epsilon:g}" if epsilon is not None else "")
         return self.unit("watermarks", title, {"source": None if scheme == "ood" else self.robust}, **options)
 
@@ -340,8 +340,8 @@ class _Owner(_Maker):
             above = catalogued.watermark_epsilon
             crafted = [
                 [f"adversarial example at {catalogued.epsilon:g}", catalogued.epsilon, catalogued.steps],
-                [f"watermark at {above:g}", above, _CRAFTING_STEPS],
-                [f"watermark at {above + 0.1:g}", above + 0.1, _CRAFTING_STEPS],
+                [f"watermark at {above:g}", above, CRAFTING_STEPS],
+                [f"watermark at {above + 0.1:g}", above + 0.1, CRAFTING_STEPS],
             ]
             pictures = self.unit("pictures", "Figure 6", {"model": self.robust}, crafted=crafted, seed=self.seed)
             plane = self.unit(

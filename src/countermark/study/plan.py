@@ -15,13 +15,11 @@ from countermark.data import spec
 from countermark.models import build
 from countermark.study.graph import Unit
 from countermark.training import marking, recipe
+from countermark.watermarks import CRAFTING_STEPS
 
 _OVERHEAD = 1.0  # seconds of every unit: reading data, writing files
-_TEST = {"digits": 300}
-_TRAINING = {"digits": 937}
 _STANDARD_STEPS = 4  # steps that a model without robustness survives, and its robust share, as passes
 _FORWARD = 0.35  # of a pass
-_CRAFTING = 40  # steps of a watermark
 
 
 def seconds(unit: Unit, speed: Mapping[str, float]) -> float:
@@ -73,13 +71,13 @@ def _attack_passes(unit: Unit) -> float:
 def _passes(unit: Unit) -> float:
     options: dict[str, Any] = dict(unit.options)
     catalogued = spec(str(options["data"]))
-    test, thief = _TEST.get(catalogued.name, 10_000), catalogued.pools["thief"]
+    test, thief = catalogued.test, catalogued.pools["thief"]
     tuned = int(options.get("examples") or thief)
     attack, attacked = _attack_passes(unit), test if options.get("attacked", 0) is None else min(int(options.get("attacked", 0)), test)
     if unit.kind == "model":
         config = recipe(catalogued.name, options["objective"], catalogued.epsilon, epochs=options["epochs"])
         epochs = marking(config, catalogued.name).epochs if "start" in unit.inputs else config.epochs
-        training = _TRAINING.get(catalogued.name, 60_000 - sum(catalogued.pools.values()))
+        training = catalogued.train - sum(catalogued.pools.values())
         return epochs * training * (1 + (config.attack.steps if config.attack else 0)) + attacked * attack
     if unit.kind == "theft":
         robust = options["epsilon"] is not None
@@ -98,5 +96,5 @@ def _passes(unit: Unit) -> float:
     if unit.kind == "budgets":
         return tuned * sum(min(int(steps), 15) for _, steps in options["budgets"])
     if unit.kind == "watermarks":
-        return _CRAFTING * (1000 if options["scheme"] == "coin" else 100)
+        return CRAFTING_STEPS * (1000 if options["scheme"] == "coin" else 100)
     return 1000.0

@@ -16,6 +16,7 @@ from countermark.study.results import FIELDS, Row, measurements, write_csv
 from countermark.study.store import Store
 from countermark.study.tables import Table, hyperparameters, tables
 from countermark.training import recipe
+from countermark.watermarks import CRAFTING_STEPS
 
 RESULTS_FORMAT = "countermark study 1"
 
@@ -104,7 +105,7 @@ def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
                 "advtr.steps": f"{config.attack.steps} (training), {catalogued.steps} (evaluation)",
                 "advtr.step_size": f"{config.attack.step_size:g} (training), {catalogued.step_size:g} (evaluation)",
                 "advwm.epsilon": catalogued.watermark_epsilon,
-                "advwm.steps": 40,
+                "advwm.steps": CRAFTING_STEPS,
                 "advwm.step_size": "0.01; coins at full strength",
                 "watermarks": f"100; {catalogued.batches * catalogued.batch_size} coins",
                 "ood_dataset": catalogued.ood,

@@ -66,13 +66,22 @@ def do(unit: Unit, store_folder: str, cache: str | None, *_inputs: str) -> str:
 
 
 def run(
-    units: list[Unit], store: Store, *, workers: int, scheduler: str | None, cache: Path | None, log: Path, estimates: Mapping[str, float]
+    todo: list[Unit],
+    store: Store,
+    *,
+    finished: int,
+    workers: int,
+    scheduler: str | None,
+    cache: Path | None,
+    log: Path,
+    estimates: Mapping[str, float],
 ) -> None:
-    """Run what is not finished of `units`, which are in order.
+    """Run units of which none is finished.
 
     Args:
-        units: inputs before what starts from them.
+        todo: inputs before what starts from them.
         store: where finished units are, and will be; workers on other machines must see it under the same path.
+        finished: units of the study that were finished before.
         workers: local processes; 0 runs everything in this process.
         scheduler: address of a Dask scheduler to use instead.
         cache: the data cache, as workers see it.
@@ -82,8 +91,7 @@ def run(
     Raises:
         CountermarkError: a unit failed, or the scheduler cannot be reached; what is finished is kept.
     """
-    todo = [unit for unit in units if not store.has(unit)]
-    watch = Watch(store, len(units) - len(todo), todo, estimates, max(workers, 1), log)
+    watch = Watch(store, finished, todo, estimates, max(workers, 1), log)
     if not todo:
         return
     tasks = _graph(todo, store, cache)
@@ -94,7 +102,7 @@ def run(
             else:
                 _elsewhere(tasks, todo, watch, workers, scheduler)
         except KeyboardInterrupt:
-            watch.note(f"interrupted: {watch.done} of {len(units)} units are finished and kept; the same command goes on from there")
+            watch.note(f"interrupted: {watch.done} of {watch.total} units are finished and kept; the same command goes on from there")
             raise
 
 

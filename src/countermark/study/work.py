@@ -187,7 +187,7 @@ def _overwrite(network: nn.Module, thief: Examples, options: Options) -> tuple[n
     """The thief puts coins of his own over ours: crafted on the stolen model, trained in with the owner's recipe on the thief's data."""
     data, seed = options["data"], options["seed"]
     catalogued = spec(data)
-    attack = full_strength(catalogued.watermark_epsilon, 40)
+    attack = full_strength(catalogued.watermark_epsilon)
     count = min(len(thief) // 3, 2 * catalogued.batches * catalogued.batch_size)
     images, predicted = craft_adversarial(network, thief[:count], attack, seed)
     coins = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed)).bool()

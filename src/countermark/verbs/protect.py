@@ -40,8 +40,6 @@ from countermark.watermarks import (
     write_key,
 )
 
-_STEPS = 40  # of the crafting; Table 6 of the paper
-
 
 @dataclass(frozen=True)
 class Protection:
@@ -145,7 +143,7 @@ def _make_key(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.
     """Craft the watermarks on the source model, commit to them, draw the coins; a key that is already there is read."""
     if (private / "key.json").exists():
         return load_key(private)
-    attack = full_strength(config.watermark_epsilon or catalogued.watermark_epsilon, _STEPS)
+    attack = full_strength(config.watermark_epsilon or catalogued.watermark_epsilon)
     if config.watermark_step_size is not None:
         attack = replace(attack, step_size=config.watermark_step_size)
     watermarks = _watermarks(config, catalogued, pools, source, attack, secret_seed(secret, "crafting"))

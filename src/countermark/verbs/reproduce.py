@@ -91,8 +91,9 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         return Reproduction(str(config.out), len(units), finished, expected, None, work, (), time.monotonic() - begun)
     _needs_extras()
     run(
-        units,
+        todo,
         store,
+        finished=finished,
         workers=workers,
         scheduler=config.scheduler,
         cache=config.cache.absolute() if config.cache is not None else None,

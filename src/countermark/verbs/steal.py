@@ -6,34 +6,38 @@ from dataclasses import asdict, replace
 from countermark.bundle import load_with_data
 from countermark.config import StealConfig
 from countermark.data import load_pools
-from countermark.evaluation import predict
+from countermark.evaluation import Attack, predict
 from countermark.files import new_folder
 from countermark.models import build
 from countermark.theft import JacobianTheft, steal_black_box
 from countermark.training import choose
 from countermark.verbs.copies import Copy, show, write_copy
 
-SETTINGS = ("white", "black")
+SETTINGS = ("white", "black", "grey")
 
 
 def steal(config: StealConfig) -> Copy:
-    """Steal a model: `white` takes the weights, `black` trains a surrogate on labels alone (Algorithm 2).
+    """Steal a model.
+
+    `white` takes the weights; `black` trains a surrogate on labels alone (Algorithm 2), `grey` the owner's network, and adversarially.
 
     Raises:
         CountermarkError: unknown setting, a victim that cannot be read, an output folder that is not empty.
     """
     begun = time.monotonic()
     choose("setting", config.setting, SETTINGS)
-    victim, description, _ = load_with_data(config.victim)
+    victim, description, catalogued = load_with_data(config.victim)
     with new_folder(config.out, config.record()) as work:
         pools = load_pools(description.data, description.seed, config.cache)
         if config.setting == "white":
             return write_copy(work, config.out, victim, description, {"event": "stolen", "setting": "white"}, pools.test, begun)
-        options = JacobianTheft(queries=config.queries or JacobianTheft.queries, seed=config.seed)
-        surrogate = build("surrogate", description.shape, description.classes, seed=config.seed)
+        network = "surrogate" if config.setting == "black" else description.network
+        attack = None if config.setting == "black" else Attack(description.epsilon, catalogued.steps, catalogued.step_size)
+        options = JacobianTheft(queries=config.queries or JacobianTheft.queries, attack=attack, seed=config.seed)
+        surrogate = build(network, description.shape, description.classes, seed=config.seed)
         asked = steal_black_box(lambda x: predict(victim, x), surrogate, pools.thief, options, title="stealing")
-        event = {"event": "stolen", "setting": "black", "queries": asked, "options": asdict(options)}
-        return write_copy(work, config.out, surrogate, replace(description, network="surrogate"), event, pools.test, begun)
+        event = {"event": "stolen", "setting": config.setting, "queries": asked, "options": asdict(options)}
+        return write_copy(work, config.out, surrogate, replace(description, network=network), event, pools.test, begun)
 
 
 __all__ = ["show", "steal"]

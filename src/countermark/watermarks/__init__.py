@@ -3,6 +3,7 @@
 from countermark.watermarks.commitment import draw_coins, second_commitment, secret_seed, sign
 from countermark.watermarks.key import Key, load_key, new_secrets, write_key
 from countermark.watermarks.sets import (
+    CRAFTING_STEPS,
     LABELS,
     SCHEMES,
     WatermarkSet,
@@ -14,6 +15,7 @@ from countermark.watermarks.sets import (
 )
 
 __all__ = [
+    "CRAFTING_STEPS",
     "LABELS",
     "SCHEMES",
     "Key",

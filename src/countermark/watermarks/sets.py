@@ -18,8 +18,10 @@ from countermark.evaluation import Attack, device_of, evaluating, predict
 SCHEMES = ("coin", "adversarial", "ood", "none")
 LABELS = ("true", "source")
 
-
 _PUBLISHED_WATERMARKS = 100
+
+CRAFTING_STEPS = 40
+"""Steps of the crafting; Table 6 of the paper."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class WatermarkSet:
         return len(self.x)
 
 
-def full_strength(epsilon: float, steps: int = 40) -> Attack:
+def full_strength(epsilon: float, steps: int = CRAFTING_STEPS) -> Attack:
     """The crafting that reaches its bound: `steps` steps of 2.5 epsilon / steps.
 
     The paper's step of .01 stops at the bound's edge, and what it makes is transferable: strangers give the true label 50-79 % of the
