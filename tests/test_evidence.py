@@ -149,16 +149,29 @@ def test_expected_wealth_is_one_under_the_null(count: int) -> None:
     assert total / 2**count == pytest.approx(1)
 
 
-def test_a_stake_of_ones_own() -> None:
+def test_half_the_confidence_is_half_the_stake() -> None:
     process = EProcess()
-    process.update(1, stake=0.5)
-    process.update(-1, stake=0.25)
-    assert math.exp(process.log_e) == pytest.approx(1.5 * 0.75)
-    assert process.p_value == pytest.approx(1 / 1.5)
-    process.update(0)
-    assert math.exp(process.log_e) == pytest.approx(1.5 * 0.75)
-    process.update(-1, stake=1.0)
-    assert process.log_e == -math.inf
+    process.update(1, confidence=0.5)
+    process.update(0, confidence=0.5)
+    stakes = [k / 20 for k in range(1, 21)]
+    assert math.exp(process.log_e) == pytest.approx(sum(1 + stake / 2 for stake in stakes) / 20)
+    process.update(-1)
+    assert math.exp(process.log_e) == pytest.approx(sum((1 + stake / 2) * (1 - stake) for stake in stakes) / 20)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 15), st.floats(0, 1)), min_size=1, max_size=8))
+def test_expected_wealth_is_one_for_coins_of_any_bias(trials: list[tuple[bool, int, float]]) -> None:
+    """All patterns of biased coins, weighted by their probabilities, against a suspect that never saw them."""
+    total = 0.0
+    for coins in itertools.product((True, False), repeat=len(trials)):
+        process, probability = EProcess(), 1.0
+        for coin, (answer, sixteenths, confidence) in zip(coins, trials, strict=True):
+            heads = sixteenths / 16
+            probability *= heads if coin else 1 - heads
+            process.update(1 if coin == answer else -1, heads if answer else 1 - heads, confidence)
+        total += probability * math.exp(process.log_e)
+    assert total == pytest.approx(1)
 
 
 def test_agreement_is_convicted_without_underflow() -> None:
@@ -188,10 +201,10 @@ def test_the_anytime_p_value_keeps_its_level_under_optional_stopping(alpha: floa
     assert fixed > 1.5 * runs * alpha
 
 
-@pytest.mark.parametrize(("outcome", "stake"), [(2, None), (1, -0.1), (1, 1.1)])
-def test_impossible_bets_are_refused(outcome: int, stake: float | None) -> None:
+@pytest.mark.parametrize(("outcome", "chance", "confidence"), [(2, 0.5, 1), (1, 0, 1), (1, 1, 1), (1, 0.5, -0.1), (-1, 0.5, 1.1)])
+def test_impossible_bets_are_refused(outcome: int, chance: float, confidence: float) -> None:
     with pytest.raises(CountermarkError):
-        EProcess().update(outcome, stake)
+        EProcess().update(outcome, chance, confidence)
 
 
 @pytest.mark.parametrize("p", [1e-2, 1e-6, 1e-9])

@@ -17,57 +17,87 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from countermark.bundle import load
     from countermark.config import (
+        ClientAddConfig,
         EvaluateConfig,
         FetchConfig,
+        GuardConfig,
+        LogCheckConfig,
+        LogEraseConfig,
+        LogHeadConfig,
         PlanConfig,
         ProtectConfig,
         QuickstartConfig,
         RemoveConfig,
         ReproduceConfig,
+        ServeConfig,
         StealConfig,
+        TraceConfig,
         VerifyConfig,
     )
     from countermark.errors import CountermarkError
+    from countermark.verbs.client_add import client_add
     from countermark.verbs.evaluate import evaluate
     from countermark.verbs.fetch import fetch
+    from countermark.verbs.guard import guard as calibrate
+    from countermark.verbs.log_check import log_check
+    from countermark.verbs.log_erase import log_erase
+    from countermark.verbs.log_head import log_head
     from countermark.verbs.plan import plan
     from countermark.verbs.protect import protect
     from countermark.verbs.quickstart import quickstart
     from countermark.verbs.remove import remove
     from countermark.verbs.reproduce import reproduce
+    from countermark.verbs.serve import serve
     from countermark.verbs.steal import steal
+    from countermark.verbs.trace import trace
     from countermark.verbs.verify import verify
 
 __version__ = "0.1.0"
 
-_VERBS = ("evaluate", "fetch", "plan", "protect", "quickstart", "remove", "reproduce", "steal", "verify")
+_VERBS: tuple[str, ...] = ("client_add", "evaluate", "fetch", "guard", "log_check", "log_erase", "log_head", "plan", "protect")
+_VERBS += ("quickstart", "remove", "reproduce", "serve", "steal", "trace", "verify")
 _HOMES = {
-    "CountermarkError": "errors",
-    "load": "bundle",
-    **{f"{verb.capitalize()}Config": "config" for verb in _VERBS},
-    **{verb: f"verbs.{verb}" for verb in _VERBS},
+    "CountermarkError": ("errors", "CountermarkError"),
+    "load": ("bundle", "load"),
+    **{name: ("config", name) for name in (f"{verb.title().replace('_', '')}Config" for verb in _VERBS)},
+    **{verb: (f"verbs.{verb}", verb) for verb in _VERBS if verb != "guard"},
+    "calibrate": ("verbs.guard", "guard"),  # `countermark.guard` is the room
 }
 
 __all__ = [
+    "ClientAddConfig",
     "CountermarkError",
     "EvaluateConfig",
     "FetchConfig",
+    "GuardConfig",
+    "LogCheckConfig",
+    "LogEraseConfig",
+    "LogHeadConfig",
     "PlanConfig",
     "ProtectConfig",
     "QuickstartConfig",
     "RemoveConfig",
     "ReproduceConfig",
+    "ServeConfig",
     "StealConfig",
+    "TraceConfig",
     "VerifyConfig",
+    "calibrate",
+    "client_add",
     "evaluate",
     "fetch",
     "load",
+    "log_check",
+    "log_erase",
+    "log_head",
     "plan",
     "protect",
     "quickstart",
     "remove",
     "reproduce",
+    "serve",
     "steal",
+    "trace",
     "verify",
 ]
 
@@ -75,7 +105,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home, there = _HOMES[name]
+    return getattr(importlib.import_module(f"{__name__}.{home}"), there)
 
 
 def __dir__() -> list[str]:

@@ -32,7 +32,24 @@ _VERBS: dict[type[configs.VerbConfig], str] = {
     configs.PlanConfig: "plan",
     configs.QuickstartConfig: "quickstart",
     configs.ReproduceConfig: "reproduce",
+    configs.GuardConfig: "guard",
+    configs.ServeConfig: "serve",
+    configs.TraceConfig: "trace",
+    configs.ClientAddConfig: "client_add",
+    configs.LogHeadConfig: "log_head",
+    configs.LogCheckConfig: "log_check",
+    configs.LogEraseConfig: "log_erase",
 }
+_GROUPS: dict[str, dict[str, tuple[type[configs.VerbConfig], str]]] = {
+    "data": {"fetch": (configs.FetchConfig, "--name")},
+    "client": {"add": (configs.ClientAddConfig, "--name")},
+    "log": {
+        "head": (configs.LogHeadConfig, "--log"),
+        "check": (configs.LogCheckConfig, "--log"),
+        "erase": (configs.LogEraseConfig, "--log"),
+    },
+}
+"""Verbs of two words, and the option that their third word stands for."""
 
 
 _NO_MEMORY = "not enough memory; close other programs or take a smaller network"
@@ -125,8 +142,9 @@ def _nobody_reads() -> int:
 def _parse(arguments: list[str]) -> Any:
     """Parse the options into a configuration; tyro's boxes become one line."""
     import tyro
-    from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, PositionalRequiredArgs, subcommand
+    from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
 
+    description: str | None
     verbs: Any = (
         Annotated[configs.ProtectConfig, subcommand("protect")]
         | Annotated[configs.EvaluateConfig, subcommand("evaluate")]
@@ -136,21 +154,27 @@ def _parse(arguments: list[str]) -> Any:
         | Annotated[configs.PlanConfig, subcommand("plan")]
         | Annotated[configs.QuickstartConfig, subcommand("quickstart")]
         | Annotated[configs.ReproduceConfig, subcommand("reproduce")]
+        | Annotated[configs.GuardConfig, subcommand("guard")]
+        | Annotated[configs.ServeConfig, subcommand("serve")]
+        | Annotated[configs.TraceConfig, subcommand("trace")]
     )
     target, prog = verbs, "countermark"
     description = "Train image classifiers that resist attack, mark them with keyed coins, and prove a stolen copy."
-    description += "\n\nOne more verb: data fetch NAME."
+    description += "\n\nMore verbs: data fetch, client add, log head, log check, log erase."
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     twice = next((option for option in options if options.count(option) > 1), None)
     if "" in arguments or twice:
         raise CountermarkError(f"{twice} is given twice; give it once" if twice else "an argument is empty; leave it out or fill it in")
-    if arguments[:1] == ["data"]:
+    if arguments[:1] and arguments[0] in _GROUPS:
+        group, actions = arguments[0], _GROUPS[arguments[0]]
         if arguments[1:2] in (["--help"], ["-h"]):
-            arguments = ["data", "fetch", "--help"]
-        if arguments[1:2] != ["fetch"]:
-            raise CountermarkError("the verb data has one action; say: countermark data fetch NAME")
-        target, prog, arguments = Annotated[configs.FetchConfig, PositionalRequiredArgs], "countermark data fetch", arguments[2:]
-        description = "Fetch the files of a data set into the cache."
+            arguments = [group, next(iter(actions)), "--help"]
+        if arguments[1:2] == [] or arguments[1] not in actions:
+            raise CountermarkError(f"say what to do: {', '.join(f'countermark {group} {action}' for action in actions)}")
+        (target, option), prog, arguments = actions[arguments[1]], f"countermark {group} {arguments[1]}", arguments[2:]
+        if arguments and not arguments[0].startswith("-"):
+            arguments = [option, *arguments]
+        description = None
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

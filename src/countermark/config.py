@@ -133,11 +133,51 @@ class EvaluateConfig(VerbConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(VerbConfig):
+class SuspectConfig(VerbConfig):
+    """What every verb has that asks a suspect."""
+
+    suspect: str | Path
+    """Model folder, .onnx file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or .../invocations (MLflow)."""
+    pixels: str = "float"
+    """What the suspect takes: float (pixels of [0, 1]) or uint8."""
+    layout: str = "nchw"
+    """How it takes them: nchw or nhwc."""
+    mean: tuple[float, ...] = ()
+    """Subtracted from float pixels first, one number or one a channel."""
+    std: tuple[float, ...] = ()
+    """What they are then divided by."""
+    budget: int | None = None
+    """Most images to ask of an endpoint; the rest count as not answered."""
+    rate: float | None = None
+    """Most requests a second to an endpoint."""
+    repeats: int = 1
+    """How often an endpoint is asked the same image; an answer that changes counts as none."""
+    retries: int = 4
+    """How often a failed request is made again, with longer and longer pauses."""
+    timeout: float = 30.0
+    """Seconds to wait for an endpoint."""
+    replay: Path | None = None
+    """File that keeps an endpoint's answers; the same command goes on from it and asks nothing twice."""
+    headers: tuple[str, ...] = ()
+    """HTTP headers for an endpoint, each as 'Name: value'."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        self._at_least_one("budget", "repeats")
+        if not 0 <= self.retries <= 100:
+            raise CountermarkError(f"--retries is a whole number from 0 to 100, not {self.retries}")
+        for name in ("rate", "timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e6:
+                raise CountermarkError(f"--{name} is a positive number, not {value}")
+        if any(":" not in header or not header.isprintable() for header in self.headers):
+            raise CountermarkError("--headers are words of the form 'Name: value'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(SuspectConfig):
     """Ask a suspect for the labels of a key's watermarks and say what they prove."""
 
-    suspect: Path
-    """Model folder or .onnx file (float32 pixels (n, c, h, w) of [0, 1] to logits or labels, n free)."""
     key: Path
     """Key folder, as protect wrote it."""
     alpha: float = 1e-6
@@ -145,7 +185,139 @@ class VerifyConfig(VerbConfig):
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
+        super().__post_init__()
         self._open_interval("alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig(VerbConfig):
+    """Calibrate a guard for a model folder: where answers are nearly tied, a client's coins will choose them."""
+
+    model: Path
+    """Model folder; guard.json is written there."""
+    key: Path | None = None
+    """Key folder, for its secret; default MODEL/key."""
+    cost: float = 0.1
+    """Points of test accuracy that the coins may cost, in expectation."""
+    bits: int = 16
+    """Keyed projections that cut the cells; up to 2^bits cells for each pair of classes."""
+    cache: Path | None = None
+    """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        if not 0 < self.cost < 50:
+            raise CountermarkError(f"--cost is a number of points in (0, 50), not {self.cost}")
+        self._at_least_one("bits", most=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(VerbConfig):
+    """Serve a model by the Open Inference Protocol v2, with coins in its answers and a log of them."""
+
+    model: Path
+    """Model folder with a guard.json."""
+    log: str
+    """Query log: a path (SQLite) or postgresql://USER:PASSWORD@HOST/DATABASE."""
+    clients: Path
+    """File of the clients who may ask; countermark client add makes it."""
+    key: Path | None = None
+    """Key folder, for its secret; default MODEL/key."""
+    name: str = "model"
+    """Name of the model in the service's addresses."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8080
+    """Port to listen on; 0 takes a free one."""
+    unguarded: bool = False
+    """Serve the model as it is: no coins, no log."""
+    max_batch: int = 64
+    """Most images of one request, and of one pass of the model."""
+    max_body: int = 4 << 20
+    """Most bytes of a request's body."""
+    max_waiting: int = 256
+    """Most requests that may wait; more are refused with 503."""
+    timeout: float = 10.0
+    """Seconds that a client may take to send a request, and that an answer may take."""
+    drain: float = 10.0
+    """Seconds that open requests have to finish when the service is told to stop."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        self._at_least_one("max_batch", most=4096)
+        self._at_least_one("max_body", most=1 << 30)
+        self._at_least_one("max_waiting")
+        if not 0 <= self.port < 1 << 16:
+            raise CountermarkError(f"--port is a number from 0 to 65535, not {self.port}")
+        for name in ("timeout", "drain"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise CountermarkError(f"--{name} is a positive number of seconds, not {getattr(self, name)}")
+        if not self.name.isidentifier():
+            raise CountermarkError(f"--name is letters, digits and underscores, not {self.name!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceConfig(SuspectConfig):
+    """Say from whose account a copy was made: ask a suspect for the queries of a log."""
+
+    key: Path
+    """Key folder of the guarded model."""
+    log: str
+    """Query log: a path or postgresql://..."""
+    head: Path | None = None
+    """A head of the log that was published before; the log must still lead to it."""
+    alpha: float = 1e-6
+    """Probability that a stranger gets anybody named."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        self._open_interval("alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientAddConfig(VerbConfig):
+    """Let a client ask the service: print a new API key, once, and keep only its digest."""
+
+    name: str
+    """Name of the account; the log and every trace use it."""
+    clients: Path
+    """File of the clients; it is made if it is new."""
+    public_key: str | None = None
+    """Ed25519 public key, 64 hexadecimal digits: this client signs its requests, so nobody can ask in its name."""
+
+    def __post_init__(self) -> None:
+        """Refuse names that a log could not show."""
+        if not self.name or len(self.name) > 200 or not self.name.isprintable():
+            raise CountermarkError("the name of a client is 1 to 200 printable characters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogHeadConfig(VerbConfig):
+    """Print the head of a query log: publish it or have it timestamped, and what it covers cannot be changed unseen."""
+
+    log: str
+    """Query log: a path or postgresql://..."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogCheckConfig(VerbConfig):
+    """Check every row of a query log and the chain that binds them."""
+
+    log: str
+    """Query log: a path or postgresql://..."""
+    head: Path | None = None
+    """A head that was published before; the log must still lead to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogEraseConfig(VerbConfig):
+    """Erase what a query log holds of a client; the chain still checks."""
+
+    log: str
+    """Query log: a path or postgresql://..."""
+    client: str
+    """Name of the account."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,20 @@
 
 from countermark.data.catalog import CATALOG, Spec, spec
 from countermark.data.examples import Examples, load_examples, pixels
-from countermark.data.fetch import cache_folder, fetch
+from countermark.data.fetch import cache_folder, fetch, is_cached
 from countermark.data.pools import Pools, load_ood, load_pools
 
-__all__ = ["CATALOG", "Examples", "Pools", "Spec", "cache_folder", "fetch", "load_examples", "load_ood", "load_pools", "pixels", "spec"]
+__all__ = [
+    "CATALOG",
+    "Examples",
+    "Pools",
+    "Spec",
+    "cache_folder",
+    "fetch",
+    "is_cached",
+    "load_examples",
+    "load_ood",
+    "load_pools",
+    "pixels",
+    "spec",
+]

@@ -92,6 +92,11 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
     return folder
 
 
+def is_cached(name: str, cache: Path | None = None) -> bool:
+    """Whether all files of a data set are in the cache already."""
+    return all(((cache or cache_folder()) / name / file).exists() for file in spec(name).files)
+
+
 def _cached(path: Path, digest: str) -> bool:
     return path.is_file() and pooch.file_hash(str(path)) == digest
 

@@ -10,14 +10,14 @@ import math
 from countermark.errors import CountermarkError
 
 _STAKES = tuple(k / 20 for k in range(1, 21))
-"""Shares of its wealth that each of twenty equal gamblers stakes on agreement, every time: a mixture that needs no tuning."""
+"""How often each of twenty equal gamblers believes that the suspect follows the coin: a mixture that needs no tuning."""
 
 
 class EProcess:
     """An e-process over a stream of outcomes.
 
-    Without a stake of your own, wealth is shared equally by gamblers that always stake 5 %, 10 %, ..., 100 % of theirs; the mixture of
-    e-processes is one. A stake of your own must be fixed before the outcome's coin is known.
+    Wealth is shared equally by gamblers who believe that the suspect follows the coin with probability 5 %, 10 %, ..., 100 % and else
+    does not depend on it, and who stake accordingly; the mixture of e-processes is one.
     """
 
     def __init__(self) -> None:
@@ -25,22 +25,25 @@ class EProcess:
         self._logs = [0.0] * len(_STAKES)
         self._highest = 0.0
 
-    def update(self, outcome: int, stake: float | None = None) -> None:
+    def update(self, outcome: int, chance: float = 0.5, confidence: float = 1.0) -> None:
         """Settle the next bet.
 
         Args:
             outcome: +1 the suspect agreed with the coin, -1 it gave the other answer, 0 neither (no bet).
-            stake: share of the wealth staked on agreement, in [0, 1]; the mixture's own stakes by default.
+            chance: probability with which the coin, before it fell, was to choose the answer that the suspect gave.
+            confidence: share of its usual stake that each gambler stakes, in [0, 1]; fixed before the coin is known.
 
         Raises:
-            CountermarkError: an outcome or a stake that does not exist.
+            CountermarkError: an outcome, a chance or a confidence that does not exist.
         """
         if outcome not in (-1, 0, 1):
             raise CountermarkError("an outcome is +1 (agrees), -1 (gives the other answer) or 0 (gives neither)")
-        if stake is not None and not 0 <= stake <= 1:
-            raise CountermarkError(f"a stake is a share in [0, 1], not {stake}")
-        stakes = _STAKES if stake is None else (stake,) * len(_STAKES)
-        self._logs = [log + _log(1 + share * outcome) for log, share in zip(self._logs, stakes, strict=True)]
+        if not 0 < chance < 1 or not 0 <= confidence <= 1:
+            raise CountermarkError(f"a bet has a chance in (0, 1) and a confidence in [0, 1], not {chance} and {confidence}")
+        if outcome == 0:
+            return
+        gain = (1 - chance) / chance if outcome == 1 else -1.0
+        self._logs = [log + _log(1 + confidence * share * gain) for log, share in zip(self._logs, _STAKES, strict=True)]
         self._highest = max(self._highest, self.log_e)
 
     @property

@@ -1,7 +1,7 @@
 """Suspects at arm's length: labels only, whatever the model is and whoever made it.
 
-A suspect is a model folder of ours (numbers for a network that we build) or an ONNX file (run in a child process under limits).
-`.pt2` files are refused: their loader unpickles and evaluates expressions.
+A suspect is a model folder of ours (numbers for a network that we build), an ONNX file (run in a child process under limits), an endpoint
+behind HTTP, or any function of your own from images to labels. `.pt2` files are refused: their loader unpickles and evaluates expressions.
 """
 
 from collections.abc import Callable
@@ -14,28 +14,38 @@ from countermark.bundle import load_bundle
 from countermark.data import pixels
 from countermark.errors import CountermarkError
 from countermark.suspects.onnx import ask_onnx
+from countermark.suspects.remote import NO_ANSWER, Asking, Endpoint, prepare
 
 _CHUNK = 250
 
 Suspect = Callable[[torch.Tensor], torch.Tensor]
-"""Images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`."""
+"""Images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`; -1 where there is no answer."""
 
 
-def open_suspect(path: Path, shape: tuple[int, ...]) -> Suspect:
+def open_suspect(place: str | Path, shape: tuple[int, ...], asking: Asking | None = None) -> Suspect:
     """Make a suspect that answers with labels.
 
     Args:
-        path: a model folder or an `.onnx` file.
+        place: a model folder, an `.onnx` file, or the URL of an endpoint (see `Endpoint`).
         shape: one image as it will be asked, `(channels, height, width)`.
+        asking: how the suspect wants its images, and how an endpoint is asked.
 
     Raises:
-        CountermarkError: the path is none of these, or the model takes images of another shape.
+        CountermarkError: the place is none of these, or the model takes images of another shape.
     """
+    asking = asking or Asking()
+    if str(place).startswith(("http://", "https://")):
+        return Endpoint(str(place), asking)
+    path = Path(place)
     if path.is_dir():
         network, description = load_bundle(path)
         if description.shape != tuple(shape):
             raise CountermarkError(
                 f"{path} takes images of shape {description.shape}, the key asks with {tuple(shape)}; it is for other data"
+            )
+        if prepare(torch.zeros(1, *shape), asking).dtype != torch.float32 or asking.layout != "nchw" or asking.mean or asking.std:
+            raise CountermarkError(
+                f"{path} is one of our model folders, which take float pixels in nchw; leave the declared differences out"
             )
         return lambda x: _labels(network, x, path)
     suffix = path.suffix.lower()
@@ -47,7 +57,7 @@ def open_suspect(path: Path, shape: tuple[int, ...]) -> Suspect:
         raise CountermarkError(f"{path} does not exist; name a model folder or an .onnx file")
     if suffix != ".onnx":
         raise CountermarkError(f"{path} is neither a model folder nor an .onnx file; export the model to ONNX")
-    return lambda x: ask_onnx(path, x)
+    return lambda x: ask_onnx(path, prepare(x, asking))
 
 
 def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
@@ -58,4 +68,4 @@ def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
     return logits.argmax(1)
 
 
-__all__ = ["Suspect", "ask_onnx", "open_suspect"]
+__all__ = ["NO_ANSWER", "Asking", "Endpoint", "Suspect", "ask_onnx", "open_suspect", "prepare"]

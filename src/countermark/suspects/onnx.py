@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from countermark.data import pixels
 from countermark.errors import CountermarkError
 
 _CHILD = Path(__file__).with_name("onnx_child.py")
@@ -26,9 +25,9 @@ def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
     """Ask an ONNX model for labels.
 
     Args:
-        path: the file: one input, float32 pixels `(n, c, h, w)` of [0, 1] with `n` free; first output logits `(n, classes)` or integer
+        path: the file: one input of the type and layout of `x`, with `n` free; first output logits `(n, classes)` or integer
             labels `(n,)` or `(n, 1)`.
-        x: images `(n, c, h, w)`, uint8 or pixels.
+        x: images as the model takes them, float32 or uint8 (see `prepare`).
 
     Returns:
         int64 labels `(n,)`.
@@ -40,7 +39,7 @@ def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
     if not all(importlib.util.find_spec(module) for module in ("onnx", "onnxruntime")):
         raise CountermarkError("asking an .onnx file needs onnx and onnxruntime; pip install 'countermark[onnx]'")
     request = io.BytesIO()
-    np.save(request, pixels(x).numpy(), allow_pickle=False)
+    np.save(request, x.numpy(), allow_pickle=False)
     command = [sys.executable, "-I", str(_CHILD), str(path.absolute())]
     try:
         with tempfile.TemporaryDirectory() as empty:  # where relative paths inside the file lead nowhere

@@ -151,8 +151,9 @@ def _ask(data: bytes, x: np.ndarray) -> np.ndarray:
     except Exception as error:
         raise RefusedError(f"onnxruntime cannot load it: {_first_line(error)}") from error
     inputs = session.get_inputs()
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)":
-        raise RefusedError(f"it takes {[(i.name, i.type) for i in inputs][:4]}; a suspect takes one input of float32 pixels (n, c, h, w)")
+    kind = "tensor(uint8)" if x.dtype == np.uint8 else "tensor(float)"
+    if len(inputs) != 1 or inputs[0].type != kind:
+        raise RefusedError(f"it takes {[(i.name, i.type) for i in inputs][:4]}; a suspect takes one input of images, here as {kind}")
     declared = inputs[0].shape
     fits = len(declared) == 4 and all(not isinstance(d, int) or d == s for d, s in zip(declared[1:], x.shape[1:], strict=True))
     if not fits or isinstance(declared[0], int):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from countermark.config import VerifyConfig
 from countermark.evidence import judge
 from countermark.report import p_value, percent, print_lines, print_table
-from countermark.suspects import open_suspect
+from countermark.verbs.asking import Answered, ask, doubts
 from countermark.watermarks import Key, load_key
 
 _EXIT = {"match": 0, "no evidence": 1, "inconclusive": 3}
@@ -30,6 +30,9 @@ class Verification:
         alpha: the level of a match.
         watermark_accuracy: agreements in percent.
         published_rule: what the paper's rule (50 % or more is a copy) says; only for the published schemes.
+        unanswered: trials that an endpoint refused, or did not answer in time or within the budget.
+        changed: trials that an endpoint answered differently when it was asked again.
+        clean_accuracy: of the suspect on a hundred clean examples, in percent; none where their files are not at hand.
     """
 
     suspect: str
@@ -45,6 +48,9 @@ class Verification:
     alpha: float
     watermark_accuracy: float
     published_rule: str | None
+    unanswered: int
+    changed: int
+    clean_accuracy: float | None
 
     @property
     def exit_status(self) -> int:
@@ -61,12 +67,12 @@ def verify(config: VerifyConfig) -> Verification:
         CountermarkError: the key or the suspect cannot be read, or they do not fit each other.
     """
     key = load_key(config.key)
-    suspect = open_suspect(config.suspect, tuple(key.watermarks.x.shape[1:]))
-    outcomes = key.outcomes(suspect(key.watermarks.x))
+    answers = ask(config, key.watermarks.x, str(key.c1.get("data")))
+    outcomes = key.outcomes(answers.labels)
     agreements = sum(outcome == 1 for outcome in outcomes)
     share = 100 * agreements / len(outcomes)
     if key.scheme != "coin":
-        return _published(config, key, agreements, share)
+        return _published(config, key, agreements, share, answers)
     verdict = judge(key.watermarks.cell.tolist(), outcomes, alpha=config.alpha)
     return Verification(
         suspect=str(config.suspect),
@@ -82,10 +88,13 @@ def verify(config: VerifyConfig) -> Verification:
         alpha=config.alpha,
         watermark_accuracy=share,
         published_rule=None,
+        unanswered=answers.unanswered,
+        changed=answers.changed,
+        clean_accuracy=answers.clean_accuracy,
     )
 
 
-def _published(config: VerifyConfig, key: Key, agreements: int, share: float) -> Verification:
+def _published(config: VerifyConfig, key: Key, agreements: int, share: float, answers: Answered) -> Verification:
     return Verification(
         suspect=str(config.suspect),
         scheme=key.scheme,
@@ -100,6 +109,9 @@ def _published(config: VerifyConfig, key: Key, agreements: int, share: float) ->
         alpha=config.alpha,
         watermark_accuracy=share,
         published_rule="copy" if share >= 50 else "no copy",
+        unanswered=answers.unanswered,
+        changed=answers.changed,
+        clean_accuracy=answers.clean_accuracy,
     )
 
 
@@ -119,7 +131,7 @@ def show(result: Verification) -> None:
             ]
         ],
     )
-    print_lines(explain(result))
+    print_lines(explain(result), *doubts(result.unanswered, result.changed, result.clean_accuracy))
 
 
 def explain(result: Verification) -> str:

@@ -1,7 +1,7 @@
 """Watermarks: the sets of every scheme, the commitment that binds them, and the owner's key."""
 
 from countermark.watermarks.commitment import draw_coins, second_commitment, secret_seed, sign
-from countermark.watermarks.key import Key, load_key, new_secrets, write_key
+from countermark.watermarks.key import Key, load_key, load_secret, new_secrets, write_key
 from countermark.watermarks.sets import (
     CRAFTING_STEPS,
     LABELS,
@@ -25,6 +25,7 @@ __all__ = [
     "draw_coins",
     "full_strength",
     "load_key",
+    "load_secret",
     "new_secrets",
     "published_sample",
     "published_set",

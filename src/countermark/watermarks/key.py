@@ -162,6 +162,17 @@ def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> N
         raise CountermarkError(f"{path} commits to other trials than its scheme allows or than the key holds; it is not a valid key")
 
 
+def load_secret(folder: Path) -> bytes:
+    """The secret of a key folder, 32 bytes.
+
+    Raises:
+        CountermarkError: the folder has none, or it is damaged.
+    """
+    if not folder.is_dir():
+        raise CountermarkError(f"{folder} is not a key folder; name the folder that holds key.json")
+    return _read_secret(folder / "secret")
+
+
 def _read_secret(path: Path) -> bytes:
     data = read_bytes(path, 2 * SECRET_BYTES)
     if len(data) != SECRET_BYTES:

@@ -1,0 +1,37 @@
+"""The answer mark: coins in the answers of a served model, the log of them, and the way from a copy back to an account."""
+
+from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
+from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent_scores
+from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
+from countermark.guard.model import Answers, GuardedModel, as_uint8, calibrate_model, expected_cost
+from countermark.guard.settings import guard_sha256, load_guarded, read_guard, weights_sha256, write_guard
+from countermark.guard.tracing import Trace, Traced, images_of, trace_accounts
+
+__all__ = [
+    "CELL_BITS",
+    "LOG_FORMAT",
+    "AnswerTrial",
+    "Answers",
+    "Calibration",
+    "Guard",
+    "GuardSettings",
+    "GuardedModel",
+    "Head",
+    "QueryLog",
+    "Row",
+    "Trace",
+    "Traced",
+    "as_uint8",
+    "calibrate",
+    "calibrate_model",
+    "consistent_scores",
+    "expected_cost",
+    "guard_sha256",
+    "images_of",
+    "load_guarded",
+    "read_guard",
+    "read_head",
+    "trace_accounts",
+    "weights_sha256",
+    "write_guard",
+]

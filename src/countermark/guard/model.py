@@ -1,0 +1,126 @@
+"""A guard around a network: images in, answers and trials out, the same for the same query whatever it is batched with."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from countermark.data import Examples, pixels
+from countermark.errors import CountermarkError
+from countermark.evaluation import device_of
+from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
+from countermark.guard.core import WHOLE, AnswerTrial, Guard, boundary, tails_chance
+
+_CHUNK = 250
+_SLACK = 1e-3  # of the logits' size: far above what a batch's shape changes in a logit
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a guarded model returns.
+
+    Attributes:
+        labels: int64 `(n,)`.
+        trials: the queries whose answer a coin chose.
+        images: uint8 `(n, c, h, w)`, what was really asked: the queries rounded to 8 bits.
+    """
+
+    labels: torch.Tensor
+    trials: list[AnswerTrial]
+    images: torch.Tensor
+
+
+class GuardedModel:
+    """A network whose answers carry coins.
+
+    Queries are rounded to 8 bits a pixel before anything else, so that the log can hold exactly what was asked. What lies near a coin is
+    computed once more alone: logits differ in the last bits with the shape of the batch, enough to change a cell. A query then has one
+    answer, in any batch and after any restart, as long as processor and software stay the same.
+    """
+
+    def __init__(self, network: nn.Module, guard: Guard) -> None:
+        """Wrap any network from pixels of [0, 1] to logits; it is put into evaluation mode."""
+        self.network, self.guard = network.eval(), guard
+        self._split = Split(network)
+
+    def __call__(self, x: torch.Tensor, clients: str | Sequence[str]) -> Answers:
+        """Answer images `(n, c, h, w)`, uint8 or pixels of [0, 1], of one client, or each of its own.
+
+        Raises:
+            CountermarkError: the model's answers are not finite, or do not fit the guard.
+        """
+        images = as_uint8(x)
+        reach = self.guard.settings.reach
+        asking = [clients] * len(images) if isinstance(clients, str) else clients
+        labels, trials = [], []
+        for start in range(0, len(images), _CHUNK):
+            part = images[start : start + _CHUNK]
+            logits, features = self._split(part)
+            self.guard.check(logits, features)
+            best = logits.topk(2, dim=1).values
+            near = best[:, 0] - best[:, 1] <= reach + _SLACK * (1 + best.abs().amax(1))
+            answers = logits.argmax(1)
+            for row in torch.nonzero(near).flatten().tolist():
+                label, found = self.guard.answer(*self._split(part[row : row + 1]), asking[start + row])
+                answers[row] = label[0]
+                trials += [replace(trial, row=start + row) for trial in found]
+            labels.append(answers)
+        return Answers(torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64), trials, images)
+
+
+class Split:
+    """Run a network and keep what enters its last linear layer: `images -> (logits, features)`, on the CPU."""
+
+    def __init__(self, network: nn.Module) -> None:
+        """Find the last linear layer.
+
+        Raises:
+            CountermarkError: there is none; the features of such a network are for its owner to name.
+        """
+        linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise CountermarkError("the network has no linear layer to take features from; use countermark.guard.Guard with your own")
+        self._network, self._last, self._lock = network, linear[-1], threading.Lock()
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `(n, classes)` and features `(n, d)` of images, uint8 or pixels."""
+        kept: list[torch.Tensor] = []
+        with self._lock, torch.no_grad():
+            hook = self._last.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+            try:
+                logits = self._network(pixels(x.to(device_of(self._network))))
+            finally:
+                hook.remove()
+        return logits.cpu(), kept[-1].flatten(1).cpu()
+
+
+def as_uint8(x: torch.Tensor) -> torch.Tensor:
+    """Images as they are asked: uint8 as they are, pixels of [0, 1] rounded to 8 bits (outside values to the nearest bound)."""
+    return x if x.dtype == torch.uint8 else x.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def calibrate_model(
+    network: nn.Module, validation: Examples, *, secret: bytes, model_sha256: str, cost: float, bits: int = CELL_BITS
+) -> Calibration:
+    """Calibrate a guard for a network on its validation pool (see `calibrate`)."""
+    split = Split(network.eval())
+    parts = [split(validation.x[i : i + _CHUNK]) for i in range(0, len(validation), _CHUNK)]
+    logits, features = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return calibrate(logits, features, validation.y, secret=secret, model_sha256=model_sha256, cost=cost, bits=bits)
+
+
+def expected_cost(model: GuardedModel, examples: Examples) -> float:
+    """Points of accuracy that the coins cost on average over all clients there could be."""
+    split, settings = Split(model.network), model.guard.settings
+    lost = 0.0
+    for start in range(0, len(examples), _CHUNK):
+        part = examples[slice(start, start + _CHUNK)]
+        logits, _ = split(part.x)
+        margins, heads, tails = boundary(logits)
+        for row in torch.nonzero(margins.abs() <= settings.reach).flatten().tolist():
+            y, tail = int(part.y[row]), tails_chance(settings.slope * float(margins[row])) / WHOLE
+            right = {int(heads[row]): 1 - tail, int(tails[row]): tail}.get(y, 0.0)
+            lost += float(int(logits[row].argmax()) == y) - right
+    return 100 * lost / max(len(examples), 1)

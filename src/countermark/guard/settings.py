@@ -1,0 +1,87 @@
+"""`guard.json`: the calibrated guard of a model folder."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from countermark.bundle import load_with_data
+from countermark.errors import CountermarkError
+from countermark.files import canonical_json, read_json, sha256, write_json
+from countermark.guard.calibration import Calibration
+from countermark.guard.core import Guard, GuardSettings
+from countermark.guard.model import GuardedModel
+from countermark.watermarks import load_secret
+
+GUARD_FORMAT = "countermark guard 1"
+_LARGEST = {"offsets": 64, "features": 1 << 20}
+
+
+def write_guard(folder: Path, calibration: Calibration, pool_sha256: str) -> dict[str, Any]:
+    """Write `guard.json` into a model folder and return it."""
+    record = {"format": GUARD_FORMAT, **asdict(calibration), "validation_sha256": pool_sha256}
+    record["settings"]["offsets"] = list(calibration.settings.offsets)
+    write_json(folder / "guard.json", record)
+    return record
+
+
+def read_guard(folder: Path) -> GuardSettings:
+    """The settings of a model folder's guard.
+
+    Raises:
+        CountermarkError: the folder has none, or it is not one of ours.
+    """
+    path = folder / "guard.json"
+    if not path.exists():
+        raise CountermarkError(f"{folder} has no guard; calibrate one with: countermark guard {folder}")
+    record = read_json(path)
+    if record.get("format") != GUARD_FORMAT:
+        raise CountermarkError(f"{path} is not a guard of the format {GUARD_FORMAT!r}; use the release that wrote it")
+    settings = record.get("settings")
+    if not isinstance(settings, dict) or not _fits(settings):
+        raise CountermarkError(f"{path} lacks usable settings; it is damaged or not one of ours, calibrate again")
+    return GuardSettings(**{**settings, "offsets": tuple(settings["offsets"])})
+
+
+def _fits(settings: Mapping[str, Any]) -> bool:
+    if settings.keys() != {"model_sha256", "slope", "reach", "offsets", "features"}:
+        return False
+    digest, offsets, features = settings["model_sha256"], settings["offsets"], settings["features"]
+    return (
+        isinstance(digest, str)
+        and len(digest) == 64
+        and not set(digest) - set("0123456789abcdef")
+        and all(type(settings[name]) is float and settings[name] > 0 for name in ("slope", "reach"))
+        and isinstance(offsets, list)
+        and 1 <= len(offsets) <= _LARGEST["offsets"]
+        and all(type(offset) is float for offset in offsets)
+        and type(features) is int
+        and 1 <= features <= _LARGEST["features"]
+    )
+
+
+def load_guarded(folder: Path, key: Path) -> GuardedModel:
+    """Load a model folder behind its guard.
+
+    Args:
+        folder: a model folder with a `guard.json`.
+        key: the owner's key folder, for its secret.
+
+    Raises:
+        CountermarkError: something is missing or damaged, or the guard was calibrated for other weights.
+    """
+    settings = read_guard(folder)
+    network, _, _ = load_with_data(folder)
+    if weights_sha256(folder) != settings.model_sha256:
+        raise CountermarkError(f"{folder / 'guard.json'} was calibrated for other weights; run countermark guard {folder} again")
+    return GuardedModel(network, Guard(settings, load_secret(key)))
+
+
+def weights_sha256(folder: Path) -> str:
+    """Digest of a model folder's weights, as its description has it (`load_bundle` checks that it is true)."""
+    return str(read_json(folder / "model.json").get("weights_sha256"))
+
+
+def guard_sha256(record: Mapping[str, Any]) -> str:
+    """Digest of a guard's configuration, for the second commitment."""
+    return sha256(canonical_json(record))

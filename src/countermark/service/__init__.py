@@ -1,0 +1,1 @@
+"""The guarded service: the Open Inference Protocol v2 over HTTP, and a query log that is durable before an answer leaves."""

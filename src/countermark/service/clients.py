@@ -1,0 +1,70 @@
+"""Who may ask: a file of accounts, each with the digest of its API key."""
+
+import hashlib
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from countermark.errors import CountermarkError
+from countermark.files import read_json, write_json
+
+CLIENTS_FORMAT = "countermark clients 1"
+_PRIVATE = 0o600
+
+
+@dataclass(frozen=True)
+class Client:
+    """An account.
+
+    Attributes:
+        name: its name in the log.
+        public_key: Ed25519 key with which it signs its requests, in hexadecimal; none if it does not sign.
+    """
+
+    name: str
+    public_key: str | None
+
+
+class Clients:
+    """The accounts of a file, found by their API keys."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file.
+
+        Raises:
+            CountermarkError: it is missing, damaged, or not one of ours.
+        """
+        self._by_digest = {digest: Client(name, public) for name, (digest, public) in _read(path).items()}
+
+    def find(self, api_key: str) -> Client | None:
+        """The account of an API key; none if there is none."""
+        return self._by_digest.get(hashlib.sha256(api_key.encode(errors="replace")).hexdigest())
+
+
+def add_client(path: Path, name: str, public_key: str | None) -> str:
+    """Add an account to the file, which is made if it is new, and return its API key; the file keeps only a digest of it.
+
+    Raises:
+        CountermarkError: the name is taken, the public key is none, or the file cannot be written.
+    """
+    if public_key is not None and (len(public_key) != 64 or set(public_key) - set("0123456789abcdef")):
+        raise CountermarkError("--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits")
+    known = _read(path) if path.exists() else {}
+    if name in known:
+        raise CountermarkError(f"{path} has a client {name!r} already; choose another name")
+    api_key = secrets.token_urlsafe(32)
+    known[name] = (hashlib.sha256(api_key.encode()).hexdigest(), public_key)
+    accounts = {name: {"key_sha256": digest, "public_key": public} for name, (digest, public) in known.items()}
+    write_json(path, {"format": CLIENTS_FORMAT, "clients": accounts}, _PRIVATE)
+    return api_key
+
+
+def _read(path: Path) -> dict[str, tuple[str, str | None]]:
+    record = read_json(path)
+    accounts = record.get("clients")
+    if record.get("format") != CLIENTS_FORMAT or not isinstance(accounts, dict):
+        raise CountermarkError(f"{path} is not a file of clients; make one with: countermark client add NAME --clients {path}")
+    try:
+        return {str(name): (str(account["key_sha256"]), account["public_key"]) for name, account in accounts.items()}
+    except (KeyError, TypeError) as error:
+        raise CountermarkError(f"{path} has an account without its digest; restore it from a backup") from error

@@ -1,0 +1,246 @@
+"""The HTTP face: the Open Inference Protocol v2 (health, metadata, infer) and Prometheus metrics, as an ASGI application."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from countermark import __version__
+from countermark.errors import CountermarkError
+from countermark.guard import as_uint8
+from countermark.guard.requests import check_request, image_hashes
+from countermark.service.clients import Client, Clients
+from countermark.service.engine import BusyError, Engine
+
+_KINDS = {"UINT8": "u1", "FP32": "f4", "FP64": "f8"}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may take: images, bytes of its body, seconds."""
+
+    max_batch: int
+    max_body: int
+    timeout: float
+
+
+class RefusedError(Exception):
+    """A request that is not answered; the status and the reason that the client is told."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        """Refuse with an HTTP status."""
+        super().__init__(reason)
+        self.status = status
+
+
+def application(
+    engine: Engine, clients: Clients, *, name: str, shape: tuple[int, int, int], model_sha256: str, limits: Limits
+) -> Starlette:
+    """The ASGI application that serves one model.
+
+    Args:
+        engine: answers the queries.
+        clients: who may ask.
+        name: of the model, in the addresses.
+        shape: one image, `(channels, height, width)`.
+        model_sha256: digest of the weights; clients sign it into their requests.
+        limits: what a request may take.
+    """
+    registry = CollectorRegistry()
+    requests = Counter("countermark_requests", "Requests to infer, by HTTP status", ["status"], registry=registry)
+    images = Counter("countermark_images", "Images that were answered", registry=registry)
+    latency = Histogram("countermark_seconds", "Seconds from a request to infer to its answer", registry=registry)
+    waiting = Gauge("countermark_waiting", "Requests that wait for an answer", registry=registry)
+    waiting.set_function(lambda: engine.waiting)
+    trials = Gauge("countermark_trials", "Trials that this process put into the log", registry=registry)
+    trials.set_function(lambda: engine.trials)
+
+    described = {
+        "name": name,
+        "versions": ["1"],
+        "platform": "countermark",
+        "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, *shape]}],
+        "outputs": [{"name": "label", "datatype": "INT64", "shape": [-1]}],
+        "parameters": {"model_sha256": model_sha256},
+    }
+
+    async def infer(request: Request) -> Response:
+        begun = time.perf_counter()
+        try:
+            _named(request, name)
+            client = _client(request, clients)
+            async with asyncio.timeout(limits.timeout):
+                body = await _body(request, limits.max_body)
+            parsed = (
+                await asyncio.to_thread(_images, body, shape, limits.max_batch)
+                if len(body) > 1 << 16
+                else _images(body, shape, limits.max_batch)
+            )
+            identity, x = parsed
+            signature, hashes = _signed(request, client, model_sha256, x)
+            async with asyncio.timeout(limits.timeout):
+                labels = await engine.answer(x, client.name, signature, hashes)
+            images.inc(len(labels))
+            response: Response = JSONResponse(
+                {
+                    "model_name": name,
+                    "model_version": "1",
+                    **({"id": identity} if identity is not None else {}),
+                    "outputs": [{"name": "label", "datatype": "INT64", "shape": [len(labels)], "data": labels}],
+                }
+            )
+        except RefusedError as refusal:
+            response = _error(refusal.status, str(refusal))
+        except BusyError as busy:
+            response = _error(503, str(busy))
+        except TimeoutError:
+            response = _error(408, f"the request or its answer took longer than {limits.timeout:g} seconds")
+        except CountermarkError as error:
+            response = _error(500, f"the query could not be answered and was not logged: {error}")
+        requests.labels(str(response.status_code)).inc()
+        latency.observe(time.perf_counter() - begun)
+        return response
+
+    async def live(_request: Request) -> Response:
+        return JSONResponse({"live": True})
+
+    async def ready(_request: Request) -> Response:
+        return JSONResponse({"ready": engine.failed is None}, status_code=200 if engine.failed is None else 503)
+
+    async def model_ready(request: Request) -> Response:
+        return await _guarded(request, ready)
+
+    async def server(_request: Request) -> Response:
+        return JSONResponse({"name": "countermark", "version": __version__, "extensions": []})
+
+    async def metadata(request: Request) -> Response:
+        async def found(_request: Request) -> Response:
+            return JSONResponse(described)
+
+        return await _guarded(request, found)
+
+    async def metrics(_request: Request) -> Response:
+        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+    async def _guarded(request: Request, then: Any) -> Response:
+        try:
+            _named(request, name)
+        except RefusedError as refusal:
+            return _error(refusal.status, str(refusal))
+        answered: Response = await then(request)
+        return answered
+
+    async def missing(_request: Request, error: Exception) -> Response:
+        status = int(getattr(error, "status_code", 404))
+        return _error(status, "there is no such address here" if status == 404 else "this address takes another method")
+
+    @contextlib.asynccontextmanager
+    async def running(_app: Starlette) -> AsyncIterator[None]:
+        await engine.start()
+        yield
+        await engine.stop()
+
+    model = "/v2/models/{model}"
+    routes = [
+        Route("/v2/health/live", live),
+        Route("/v2/health/ready", ready),
+        Route("/v2", server),
+        *(Route(f"{place}/ready", model_ready) for place in (model, model + "/versions/{version}")),
+        *(Route(f"{place}/infer", infer, methods=["POST"]) for place in (model, model + "/versions/{version}")),
+        *(Route(place, metadata) for place in (model, model + "/versions/{version}")),
+        Route("/metrics", metrics),
+    ]
+    return Starlette(routes=routes, lifespan=running, exception_handlers={404: missing, 405: missing})
+
+
+def _error(status: int, reason: str) -> Response:
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse({"error": reason}, status_code=status, headers=headers)
+
+
+def _named(request: Request, name: str) -> None:
+    if request.path_params["model"] != name or request.path_params.get("version", "1") != "1":
+        raise RefusedError(404, "there is no such model here")
+
+
+def _client(request: Request, clients: Clients) -> Client:
+    scheme, _, api_key = request.headers.get("authorization", "").partition(" ")
+    client = clients.find(api_key.strip()) if scheme.lower() == "bearer" else None
+    if client is None:
+        raise RefusedError(401, "unknown client; send a header 'Authorization: Bearer YOUR-API-KEY'")
+    return client
+
+
+async def _body(request: Request, limit: int) -> bytes:
+    if "content-encoding" in request.headers:
+        raise RefusedError(415, "send the body without a content encoding")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise RefusedError(413, f"the body has more than {limit} bytes")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise RefusedError(413, f"the body has more than {limit} bytes")
+    return bytes(body)
+
+
+def _images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[str | None, torch.Tensor]:
+    """The identity of a request and its images, uint8 `(n, c, h, w)`."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, "the body is not valid JSON") from error
+    inputs = value.get("inputs") if isinstance(value, dict) else None
+    identity = value.get("id") if isinstance(value, dict) else None
+    if identity is not None and not isinstance(identity, str):
+        raise RefusedError(400, "id is a string")
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise RefusedError(400, "inputs is a list of one tensor: {name, shape, datatype, data}")
+    given = inputs[0]
+    declared, kind = given.get("shape"), given.get("datatype")
+    if kind not in _KINDS:
+        raise RefusedError(400, f"datatype is one of {', '.join(_KINDS)}")
+    wanted = f"[n, {', '.join(map(str, shape))}]"
+    if not isinstance(declared, list) or any(type(side) is not int for side in declared) or declared[1:] != list(shape):
+        raise RefusedError(400, f"shape is {wanted}")
+    if not 1 <= declared[0] <= most:
+        raise RefusedError(400, f"a request has 1 to {most} images")
+    try:
+        array = np.asarray(given.get("data"))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RefusedError(400, f"data is not a tensor of the shape {wanted}") from error
+    if array.dtype.kind not in "iuf" or array.size != np.prod(declared):
+        raise RefusedError(400, f"data is not {'x'.join(map(str, declared))} numbers")
+    top = 255 if kind == "UINT8" else 1
+    if not np.isfinite(array).all() or array.min() < 0 or array.max() > top:
+        raise RefusedError(400, f"pixels of {kind} are numbers from 0 to {top}")
+    if kind == "UINT8" and array.dtype.kind == "f":
+        raise RefusedError(400, "pixels of UINT8 are whole numbers")
+    x = torch.from_numpy(array.astype(np.uint8 if kind == "UINT8" else np.float32).reshape(declared))
+    return identity, as_uint8(x)
+
+
+def _signed(request: Request, client: Client, model_sha256: str, x: torch.Tensor) -> tuple[bytes, list[bytes]]:
+    """The signature of a client that signs, with the hashes of its images; nothing for one that does not."""
+    if client.public_key is None:
+        return b"", []
+    hashes = image_hashes(x)
+    try:
+        signature = bytes.fromhex(request.headers.get("countermark-signature", ""))
+    except ValueError:
+        signature = b""
+    if not check_request(client.public_key, model_sha256, hashes, signature):
+        raise RefusedError(401, "this client signs its requests; the header Countermark-Signature is missing or does not fit the images")
+    return signature, hashes

@@ -1,0 +1,101 @@
+"""Running the application on a socket: time-outs for slow clients, an orderly end."""
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from countermark.errors import CountermarkError
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        CountermarkError: the address is taken or is not this machine's.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(1024)
+    except OSError as error:
+        raise CountermarkError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port or --host") from error
+    return listening
+
+
+def run(application: Starlette, listening: socket.socket, *, timeout: float, drain: float, most: int) -> None:
+    """Serve until SIGINT or SIGTERM; open requests are finished first.
+
+    Args:
+        application: what to serve.
+        listening: a socket from `listen`.
+        timeout: seconds that a client may take to send the head of a request.
+        drain: seconds that open requests have to finish at the end.
+        most: connections at a time.
+    """
+
+    class Impatient(_Impatient):
+        patience = timeout
+
+    config = uvicorn.Config(
+        application,
+        http=Impatient,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=most,
+        timeout_graceful_shutdown=int(max(1, drain)),
+    )
+    host, port = listening.getsockname()[:2]
+    print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}", file=sys.stderr, flush=True)
+    _Server(config).run(sockets=[listening])
+
+
+class _Impatient(H11Protocol):
+    """Closes a connection that takes too long to send the head of a request ("slow loris"), or sends none."""
+
+    patience = 10.0
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._restart()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE and self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        elif self.conn.their_state is h11.IDLE and self._timer is None:
+            self._restart()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def _restart(self) -> None:
+        self._timer = self.loop.call_later(self.patience, self.transport.close)
+
+
+class _Server(uvicorn.Server):
+    """Ends quietly: a signal was its order to stop, not a failure."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._captured_signals.clear)
+            with super().capture_signals():
+                yield
+                self._captured_signals.clear()

@@ -1,0 +1,261 @@
+"""Asking a model behind HTTP: the Open Inference Protocol v2 and MLflow's `/invocations`.
+
+Only labels are used, whatever is returned. What was answered is written to a replay log at once, so a claim that was cut off goes on
+where it was and asks nothing twice. A refusal, a timeout after all retries or an answer that changes is no answer (-1): it weakens the
+evidence and stops nothing.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+
+from countermark.data import pixels
+from countermark.errors import CountermarkError
+from countermark.files import sha256
+
+NO_ANSWER = -1
+PIXELS = ("float", "uint8")
+LAYOUTS = ("nchw", "nhwc")
+_RESPONSE_LIMIT = 1 << 24
+_REPLAY_LIMIT = 1 << 28
+_FIRST_WAIT = 0.5  # seconds before the first retry; then twice as long each time
+_LONGEST_WAIT = 30.0
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a suspect wants to be asked, and how much.
+
+    Attributes:
+        pixels: `float` (of [0, 1]) or `uint8` (whole numbers from 0 to 255).
+        layout: `nchw` or `nhwc`.
+        mean: subtracted from pixels of [0, 1], one number or one a channel.
+        std: what they are then divided by.
+        batch_size: images in a request.
+        budget: most images that may be asked; the rest stay without an answer.
+        rate: most requests in a second.
+        retries: how often a request that failed (no connection, a time-out, 429 or 5xx) is made again.
+        timeout: seconds to wait for an answer.
+        repeats: how often each image is asked; only an answer that is the same every time counts.
+        replay: file that keeps the answers.
+        headers: HTTP headers, such as an Authorization.
+    """
+
+    pixels: str = "float"
+    layout: str = "nchw"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    batch_size: int = 32
+    budget: int | None = None
+    rate: float | None = None
+    retries: int = 4
+    timeout: float = 30.0
+    repeats: int = 1
+    replay: Path | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+def prepare(x: torch.Tensor, asking: Asking) -> torch.Tensor:
+    """Images `(n, c, h, w)` as the suspect wants them.
+
+    Raises:
+        CountermarkError: an unknown kind of pixels or layout, or as many means or deviations as there are no channels.
+    """
+    if asking.pixels not in PIXELS or asking.layout not in LAYOUTS:
+        raise CountermarkError(f"pixels are one of {', '.join(PIXELS)} and the layout is one of {', '.join(LAYOUTS)}")
+    if asking.pixels == "uint8":
+        if asking.mean or asking.std:
+            raise CountermarkError("mean and deviation go with float pixels; leave them out for uint8")
+        images = x if x.dtype == torch.uint8 else x.clamp(0, 1).mul(255).round().to(torch.uint8)
+    else:
+        images = pixels(x)
+        for values, apply in ((asking.mean, torch.sub), (asking.std, torch.div)):
+            if values:
+                if len(values) not in (1, x.shape[1]) or (apply is torch.div and min(values) <= 0):
+                    raise CountermarkError(f"give one mean and one positive deviation, or {x.shape[1]} of each, not {values}")
+                images = apply(images, torch.tensor(values).reshape(1, -1, 1, 1))
+    return images.permute(0, 2, 3, 1).contiguous() if asking.layout == "nhwc" else images
+
+
+class Endpoint:
+    """A suspect behind a URL; call it with images `(n, c, h, w)`, get int64 labels `(n,)`, -1 where there is no answer.
+
+    Attributes:
+        asked: images asked so far in this process.
+        refused: images that got no answer.
+        changed: images whose answers differed between repeats.
+    """
+
+    def __init__(self, url: str, asking: Asking | None = None) -> None:
+        """Take `http(s)://HOST/v2/models/NAME[/versions/V]` as the Open Inference Protocol, `.../invocations` as MLflow.
+
+        Raises:
+            CountermarkError: the URL is neither, or the replay log cannot be read.
+        """
+        self.url, self._asking = url.rstrip("/"), asking or Asking()
+        self._mlflow = self.url.endswith("/invocations")
+        if not self._mlflow and "/v2/models/" not in self.url:
+            raise CountermarkError(
+                f"{url} is neither .../v2/models/NAME (Open Inference Protocol) nor .../invocations (MLflow); give one of these"
+            )
+        self.asked = self.refused = self.changed = 0
+        self._session = requests.Session()
+        self._session.headers.update(dict(self._asking.headers))
+        self._input: dict[str, str] | None = None
+        self._last = -math.inf
+        self._known = _read_replay(self._asking.replay, self.url)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Ask for labels.
+
+        Raises:
+            CountermarkError: nothing answers at all; what was answered is in the replay log.
+        """
+        names = [sha256(image.contiguous().numpy().tobytes()) for image in x]
+        images = prepare(x, self._asking)
+        todo = [i for i, name in enumerate(names) if name not in self._known]
+        todo = list({names[i]: i for i in reversed(todo)}.values())[::-1]  # each image once
+        for start in range(0, len(todo), self._asking.batch_size):
+            part = todo[start : start + self._asking.batch_size]
+            if self._asking.budget is not None:
+                part = part[: max(0, (self._asking.budget - self.asked) // self._asking.repeats)]
+            if part:
+                self._keep([names[i] for i in part], self._repeated(images[part]))
+        labels = torch.tensor([self._known.get(name, NO_ANSWER) for name in names], dtype=torch.int64)
+        self.refused = int((labels == NO_ANSWER).sum())
+        return labels
+
+    def _repeated(self, images: torch.Tensor) -> list[int]:
+        rounds = [self._batch(images) for _ in range(self._asking.repeats)]
+        same = [answers[0] if len(set(answers)) == 1 else NO_ANSWER for answers in zip(*rounds, strict=True)]
+        self.changed += sum(len(set(answers)) > 1 for answers in zip(*rounds, strict=True))
+        return same
+
+    def _batch(self, images: torch.Tensor) -> list[int]:
+        """Answers to a batch; one that is refused is asked image by image."""
+        self.asked += len(images)
+        answers = self._request(images)
+        if answers is None and len(images) > 1:
+            singles = [self._request(images[i : i + 1]) for i in range(len(images))]
+            return [NO_ANSWER if single is None else single[0] for single in singles]
+        return [NO_ANSWER] * len(images) if answers is None else answers
+
+    def _request(self, images: torch.Tensor) -> list[int] | None:
+        """One request; none if it is refused or makes no sense."""
+        if self._mlflow:
+            body: dict[str, Any] = {"inputs": images.tolist()}
+        else:
+            described = self._described()
+            kind = "UINT8" if images.dtype == torch.uint8 else "FP32"
+            data = images.flatten().tolist()
+            body = {"inputs": [{"name": described["input"], "shape": list(images.shape), "datatype": kind, "data": data}]}
+        path = self.url if self._mlflow else f"{self.url}/infer"
+        found = self._send("POST", path, body)
+        return None if found is None else _labels(found, len(images), self._mlflow)
+
+    def _described(self) -> dict[str, str]:
+        """The name of the model's input, from its metadata."""
+        if self._input is None:
+            inputs = (self._send("GET", self.url, None) or {}).get("inputs")
+            first = inputs[0] if isinstance(inputs, list) and inputs and isinstance(inputs[0], dict) else {}
+            self._input = {"input": str(first.get("name", "input"))}
+        return self._input
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Send with retries; none for a refusal.
+
+        Raises:
+            CountermarkError: no connection after all retries.
+        """
+        trouble = ""
+        for attempt in range(self._asking.retries + 1):
+            if attempt:
+                time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
+            if self._asking.rate is not None:
+                time.sleep(max(0.0, self._last + 1 / self._asking.rate - time.monotonic()))
+                self._last = time.monotonic()
+            try:
+                with self._session.request(
+                    method, path, json=body, timeout=self._asking.timeout, stream=True, allow_redirects=False
+                ) as response:
+                    if response.status_code == 429 or response.status_code >= 500:
+                        trouble = f"status {response.status_code}"
+                        continue
+                    if response.status_code != 200:
+                        return None
+                    return _json(response)
+            except requests.RequestException as error:
+                trouble = type(error).__name__
+        if trouble.startswith("status") or trouble == "ReadTimeout":
+            return None
+        raise CountermarkError(f"{path} cannot be reached ({trouble}); check the address, and run the same command again to go on")
+
+    def _keep(self, names: Sequence[str], labels: Sequence[int]) -> None:
+        answered = {name: label for name, label in zip(names, labels, strict=True) if label != NO_ANSWER}
+        self._known.update(answered)
+        if self._asking.replay is not None and answered:
+            try:
+                with self._asking.replay.open("a") as stream:
+                    stream.writelines(
+                        json.dumps({"url": self.url, "image": name, "label": label}) + "\n" for name, label in answered.items()
+                    )
+            except OSError as error:
+                raise CountermarkError(f"cannot write {self._asking.replay}: {error.strerror}; choose another replay log") from error
+
+
+def _json(response: requests.Response) -> dict[str, Any] | None:
+    data = b""
+    for chunk in response.iter_content(1 << 16):
+        data += chunk
+        if len(data) > _RESPONSE_LIMIT:
+            return None
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _labels(found: dict[str, Any], count: int, mlflow: bool) -> list[int] | None:
+    """Labels out of a response: integers `(n,)` or `(n, 1)`, or one row of scores for each image."""
+    try:
+        if mlflow:
+            values = torch.tensor(found["predictions"], dtype=torch.float64)
+        else:
+            output = found["outputs"][0]
+            values = torch.tensor(output["data"], dtype=torch.float64).reshape(output["shape"])
+        if values.dim() == 2 and values.shape[1] > 1:
+            values = torch.where(torch.isfinite(values).all(1), values.argmax(1), NO_ANSWER)
+        values = values.reshape(-1)
+        if len(values) != count:
+            return None
+        whole = torch.isfinite(values) & (values == values.round()) & (values >= 0) & (values < 1 << 31)
+        return torch.where(whole, values, NO_ANSWER).long().tolist()
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+
+
+def _read_replay(path: Path | None, url: str) -> dict[str, int]:
+    if path is None or not path.exists():
+        return {}
+    known: dict[str, int] = {}
+    try:
+        if path.stat().st_size > _REPLAY_LIMIT:
+            raise CountermarkError(f"{path} is larger than any replay log; choose another file")
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                if entry["url"] == url and type(entry["label"]) is int and isinstance(entry["image"], str):
+                    known[entry["image"]] = entry["label"]
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that a crash cut short
+    except (OSError, UnicodeDecodeError) as error:
+        raise CountermarkError(f"cannot read {path} as a replay log; choose another file") from error
+    return known

@@ -1,0 +1,76 @@
+"""What `verify` and `trace` share: a suspect asked as its owner declares it, and doubts about the answers."""
+
+from dataclasses import dataclass
+
+import torch
+
+from countermark.config import SuspectConfig
+from countermark.data import CATALOG, is_cached, load_examples
+from countermark.errors import CountermarkError
+from countermark.evaluation import agreement
+from countermark.suspects import NO_ANSWER, Asking, Endpoint, open_suspect
+
+_CLEAN = 100
+_DOUBTFUL = 50.0  # percent
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Labels of a suspect, and what came in the way.
+
+    Attributes:
+        labels: int64 `(n,)`, -1 where there is no answer.
+        unanswered: how many have none.
+        changed: how many changed when they were asked again.
+        clean_accuracy: on clean examples, in percent; none if there are none at hand.
+    """
+
+    labels: torch.Tensor
+    unanswered: int
+    changed: int
+    clean_accuracy: float | None
+
+
+def ask(config: SuspectConfig, x: torch.Tensor, data: str) -> Answered:
+    """Ask the suspect of a configuration for the labels of images `(n, c, h, w)`.
+
+    A hundred clean examples of the data set go along, if its files are at hand: a suspect that fails on them is asked in the wrong way.
+
+    Raises:
+        CountermarkError: the suspect cannot be opened or asked.
+    """
+    asking = Asking(
+        pixels=config.pixels,
+        layout=config.layout,
+        mean=config.mean,
+        std=config.std,
+        budget=config.budget,
+        rate=config.rate,
+        retries=config.retries,
+        timeout=config.timeout,
+        repeats=config.repeats,
+        replay=config.replay,
+        headers=tuple((name.strip(), value.strip()) for name, _, value in (header.partition(":") for header in config.headers)),
+    )
+    suspect = open_suspect(config.suspect, tuple(x.shape[1:]), asking)
+    labels = suspect(x)
+    changed = suspect.changed if isinstance(suspect, Endpoint) else 0
+    clean = None
+    if data in CATALOG and CATALOG[data].shape == tuple(x.shape[1:]) and is_cached(data):
+        try:
+            examples = load_examples(data)[0][:_CLEAN]
+        except CountermarkError:  # scikit-learn is not installed, or a damaged file: there is no check then
+            pass
+        else:
+            clean = agreement(suspect(examples.x), examples.y)
+    return Answered(labels, int((labels == NO_ANSWER).sum()), changed, clean)
+
+
+def doubts(unanswered: int, changed: int, clean_accuracy: float | None) -> list[str]:
+    """What a person should know before believing the verdict."""
+    said = []
+    if unanswered:
+        said.append(f"{unanswered} trials got no answer ({changed} of them answers that changed); they count as neither.")
+    if clean_accuracy is not None and clean_accuracy < _DOUBTFUL:
+        said.append(f"The suspect gets only {clean_accuracy:.0f} % of clean examples right: it may want other images than declared.")
+    return said

@@ -1,0 +1,77 @@
+"""`countermark guard`: calibrate the coins in a model's answers for a stated cost."""
+
+from dataclasses import dataclass
+
+from countermark.bundle import load_with_data
+from countermark.config import GuardConfig
+from countermark.data import load_pools
+from countermark.errors import CountermarkError
+from countermark.files import read_bytes, read_json, write_json
+from countermark.guard import (
+    Guard,
+    GuardedModel,
+    calibrate_model,
+    expected_cost,
+    guard_sha256,
+    weights_sha256,
+    write_guard,
+)
+from countermark.report import print_lines, print_table
+from countermark.watermarks import load_secret, sign
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A guard, with what it costs and gives.
+
+    Attributes:
+        folder: the model folder; its guard.json was written.
+        cost: expected loss of accuracy on the validation pool, in points; what was chosen.
+        test_cost: the same on the test pool, which chose nothing.
+        tied: share of natural queries that meet a coin, in percent.
+        entropy: bits of coins in an average natural query: a perfect copy made from n queries can reach p = 2^(-n x entropy).
+        queries: natural queries that a perfect copy needs to be proven at 1e-6, by that bound.
+    """
+
+    folder: str
+    cost: float
+    test_cost: float
+    tied: float
+    entropy: float
+    queries: int
+
+
+def guard(config: GuardConfig) -> Calibrated:
+    """Calibrate a guard on the validation pool and write guard.json; the commitment's second part is signed anew with its digest.
+
+    Raises:
+        CountermarkError: the model or the key cannot be read, or the key's commitment is for other weights.
+    """
+    network, description, _ = load_with_data(config.model)
+    key = config.key or config.model / "key"
+    secret, digest = load_secret(key), weights_sha256(config.model)
+    pools = load_pools(description.data, description.seed, config.cache)
+    found = calibrate_model(network, pools.validation, secret=secret, model_sha256=digest, cost=config.cost, bits=config.bits)
+    commitment = config.model / "commitment.json"
+    record = read_json(commitment) if commitment.exists() else None
+    if record is not None and record.get("c2", {}).get("model_sha256") != digest:
+        raise CountermarkError(f"{commitment} commits to other weights than those in the folder; restore it from a backup")
+    written = write_guard(config.model, found, pools.validation.digest)
+    if record is not None:
+        c2 = {**record["c2"], "guard": guard_sha256(written)}
+        signature = sign(read_bytes(key / "signing-key", 32), c2)
+        write_json(commitment, {**record, "c2": c2, "c2_signature": signature, "t2": None})
+    measured = expected_cost(GuardedModel(network, Guard(found.settings, secret)), pools.test)
+    needed = round(20 / found.entropy) if found.entropy else 0
+    return Calibrated(str(config.model), found.cost, measured, found.tied, found.entropy, needed)
+
+
+def show(result: Calibrated) -> None:
+    """Print what the guard costs and gives."""
+    columns = ("", "cost, points", "the same on test", "queries with a coin", "bits a query")
+    row = ["guard", f"{result.cost:.3f}", f"{result.test_cost:.3f}", f"{result.tied:.2f} %", f"{result.entropy:.4f}"]
+    print_table(result.folder, columns, [row])
+    print_lines(f"wrote {result.folder}/guard.json; a copy needs some {result.queries} natural queries or more to be proven at 1e-6")
+
+
+__all__ = ["Calibrated", "guard", "show"]

@@ -1,0 +1,33 @@
+"""`countermark log erase`: forget a client."""
+
+from dataclasses import dataclass
+
+from countermark.config import LogEraseConfig
+from countermark.guard import QueryLog
+from countermark.report import print_lines
+
+
+@dataclass(frozen=True)
+class Erased:
+    """How many trials of whom were erased."""
+
+    client: str
+    rows: int
+
+
+def log_erase(config: LogEraseConfig) -> Erased:
+    """Erase what a log holds of a client; the digests stay, so the chain still checks.
+
+    Raises:
+        CountermarkError: there is no such log.
+    """
+    log = QueryLog(config.log, create=False)
+    try:
+        return Erased(config.client, log.erase(config.client))
+    finally:
+        log.close()
+
+
+def show(result: Erased) -> None:
+    """Print what was erased."""
+    print_lines(f"erased {result.rows} trials of {result.client}; their digests stay, so the chain still checks")

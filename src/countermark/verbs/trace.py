@@ -1,0 +1,116 @@
+"""`countermark trace`: from whose account was this copy made?"""
+
+from dataclasses import dataclass
+
+from countermark.config import TraceConfig
+from countermark.errors import CountermarkError
+from countermark.guard import QueryLog, Traced, images_of, read_head, trace_accounts
+from countermark.report import p_value, print_lines, print_table
+from countermark.verbs.asking import ask, doubts
+from countermark.watermarks import load_key, load_secret
+
+_EXIT = {"match": 0, "no evidence": 1, "inconclusive": 3}
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Tracing:
+    """What a log says about a suspect.
+
+    Attributes:
+        suspect: its place.
+        verdict: `match` if somebody is named or all accounts together prove a copy, else `no evidence` or `inconclusive`.
+        named: accounts whose own trials prove it, at the level alpha for all together.
+        together_log10_p_value: decimal logarithm of the p-value of all accounts as one.
+        accounts: every account, the strongest evidence first.
+        rows: trials in the log.
+        erased: rows of which only the digest is left.
+        unanswered: trials that the suspect did not answer.
+        changed: trials whose answer changed when they were asked again.
+        clean_accuracy: of the suspect on clean examples, in percent; none where there are none at hand.
+        alpha: the level.
+    """
+
+    suspect: str
+    verdict: str
+    named: tuple[str, ...]
+    together_log10_p_value: float
+    accounts: tuple[Traced, ...]
+    rows: int
+    erased: int
+    unanswered: int
+    changed: int
+    clean_accuracy: float | None
+    alpha: float
+
+    @property
+    def exit_status(self) -> int:
+        """0 match, 1 no evidence, 3 inconclusive."""
+        return _EXIT[self.verdict]
+
+
+def trace(config: TraceConfig) -> Tracing:
+    """Ask the suspect for every trial of the log, and judge each account.
+
+    Raises:
+        CountermarkError: the log was changed, belongs to another key, or the suspect cannot be asked.
+    """
+    key = load_key(config.key)
+    published = None if config.head is None else read_head(config.head)
+    log = QueryLog(config.log, create=False)
+    try:
+        rows = list(log.rows(published))
+    finally:
+        log.close()
+    kept = [row for row in rows if row is not None]
+    if not kept:
+        raise CountermarkError(f"the log {config.log} holds no trials; nobody has asked near a coin yet")
+    answers = ask(config, images_of(kept, tuple(key.watermarks.x.shape[1:])), str(key.c1.get("data")))
+    found = trace_accounts(kept, answers.labels, load_secret(config.key), config.alpha)
+    verdict = "match" if found.named else found.together
+    return Tracing(
+        suspect=str(config.suspect),
+        verdict=verdict,
+        named=found.named,
+        together_log10_p_value=found.together_log10_p_value,
+        accounts=found.accounts,
+        rows=len(rows),
+        erased=len(rows) - len(kept),
+        unanswered=answers.unanswered,
+        changed=answers.changed,
+        clean_accuracy=answers.clean_accuracy,
+        alpha=config.alpha,
+    )
+
+
+def show(result: Tracing) -> None:
+    """Print the accounts and who is named."""
+    rows = [
+        [
+            account.client,
+            str(account.agreements),
+            f"{account.expected:.1f}",
+            str(account.disagreements),
+            str(account.neither),
+            p_value(account.log10_p_value),
+            account.verdict,
+        ]
+        for account in result.accounts[:_SHOWN]
+    ]
+    columns = ("account", "agree", "a stranger would", "other answer", "neither", "anytime p-value", "verdict")
+    print_table(f"{result.suspect}: {result.verdict}", columns, rows)
+    if len(result.accounts) > _SHOWN:
+        print_lines(f"and {len(result.accounts) - _SHOWN} more accounts")
+    if result.named:
+        print_lines(f"The copy was made from the answers given to: {', '.join(result.named)}.")
+    elif result.verdict == "match":
+        p = p_value(result.together_log10_p_value)
+        print_lines(
+            f"The copy was made from this service's answers (p {p} over all accounts together), but no single account can be named."
+        )
+    else:
+        print_lines("Nobody's account can be named.")
+    print_lines(*doubts(result.unanswered, result.changed, result.clean_accuracy))
+
+
+__all__ = ["Tracing", "show", "trace"]
