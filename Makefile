@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # On Linux a plain "torch" is a CUDA build of several gigabytes; the CPU builds carry +cpu in their version and live in
 # PyTorch's own index. Set TORCH_VERSION (for example to 2.13.0) to install another build.
@@ -33,15 +34,22 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@echo "installing countermark"
-	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,study]'
+	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,serve,study]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing the developers' tools"
-	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,study,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,serve,study,dev]'
 	@touch $@
 
-test: $(VENV)/.dev
+# MLServer wants an older web stack than ours, so it has an environment of its own; the tests ask it from outside.
+$(PEERS)/.installed:
+	$(PYTHON) -m venv $(PEERS)
+	@echo "installing MLServer, a peer that the tests ask"
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet --quiet install "mlserver==1.7.*" "onnxruntime>=1.18"
+	@touch $@
+
+test: $(VENV)/.dev $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev
@@ -64,4 +72,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/first_light.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(PEERS) build *.egg-info src/*.egg-info

@@ -223,8 +223,8 @@ _REMARKS = {
     "coins cannot be read.",
     "Watermark budgets above": (
         "The paper argues from how an unmarked model fares against larger budgets (Table 5), not from marked models. Here "
-        "marked models are "
-        "measured: a hundred watermarks among tens of thousands of images, whose budget hardly matters to adversarial accuracy."
+        "marked models are measured. Where watermarks join every batch (clean) their budget hardly matters; a pass over them after each "
+        "epoch (as-published) does the more harm the larger it is."
     ),
     "Ours: the same": (
         "This control is stricter than the paper's tables: marks are trained in from the unmarked model, and as many further "

@@ -1,0 +1,381 @@
+"""The answer mark: coins, calibration, the same answer every time, tracing, and its level under clients who adapt."""
+
+import math
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from countermark.bundle import load
+from countermark.data import Examples, Pools, pixels
+from countermark.errors import CountermarkError
+from countermark.evidence import EProcess
+from countermark.guard import (
+    Guard,
+    GuardedModel,
+    GuardSettings,
+    Row,
+    as_uint8,
+    calibrate,
+    calibrate_model,
+    consistent_scores,
+    expected_cost,
+    images_of,
+    trace_accounts,
+)
+from countermark.guard.core import WHOLE, boundary, client_key, coin, projections, tails_chance
+from countermark.guard.model import Split
+from countermark.models import build
+from countermark.training import TrainConfig, train
+
+SECRET = bytes(range(32))
+MODEL = "ab" * 32
+
+
+def guard_of(slope: float = 2.0, reach: float = 1.5, bits: int = 8, features: int = 12, secret: bytes = SECRET) -> Guard:
+    return Guard(GuardSettings(MODEL, slope, reach, (0.0,) * bits, features), secret)
+
+
+def queries(count: int, classes: int = 5, features: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, classes, generator=generator) * 2, torch.randn(count, features, generator=generator)
+
+
+# --- coins ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_only_near_answers_change_and_only_to_the_second_class() -> None:
+    logits, features = queries(2000)
+    answers, trials = guard_of().answer(logits, features, "anna")
+    top = logits.topk(2, dim=1)
+    near = top.values[:, 0] - top.values[:, 1] <= 1.5
+    assert {trial.row for trial in trials} == set(torch.nonzero(near).flatten().tolist())
+    assert torch.equal(answers[~near], logits.argmax(1)[~near])
+    assert bool(((answers == top.indices[:, 0]) | (answers == top.indices[:, 1])).all())
+    assert 0 < int((answers != logits.argmax(1)).sum()) < int(near.sum()) / 2
+    for trial in trials:
+        assert trial.heads < trial.tails
+        assert trial.answer == int(answers[trial.row])
+
+
+def test_the_coin_is_tails_as_often_as_its_chance_says() -> None:
+    """Over many clients, with the margin's own chance, brute force."""
+    logits, features = torch.tensor([[0.4, 0.0, -9.0]]), torch.zeros(1, 12)
+    tails = sum(guard.answer(logits, features, f"client {k}")[1][0].answer == 1 for guard in [guard_of()] for k in range(4000))
+    chance = 1 / (1 + math.exp(2.0 * 0.4))
+    assert abs(tails - 4000 * chance) < 5 * math.sqrt(4000 * chance * (1 - chance))
+
+
+def test_one_cell_moves_the_boundary_to_one_side() -> None:
+    """For one client, cell and pair of classes the answers over all margins are a step, wherever the coin put it."""
+    margins = torch.linspace(-1.5, 1.5, 61)
+    logits = torch.stack((torch.zeros(61), margins, torch.full((61,), -9.0)), 1)
+    steps = set()
+    for k in range(30):
+        answers, _ = guard_of().answer(logits, torch.ones(61, 12), f"client {k}")
+        assert answers.tolist() == sorted(answers.tolist())
+        steps.add(int(answers.sum()))
+    assert len(steps) > 10
+
+
+def test_coins_are_a_clients_and_a_keys_own() -> None:
+    logits, features = queries(3000)
+    answers, _ = guard_of().answer(logits, features, "anna")
+    again, _ = guard_of().answer(logits, features, "anna")
+    other, _ = guard_of().answer(logits, features, "bob")
+    foreign, _ = guard_of(secret=bytes(32)).answer(logits, features, "anna")
+    assert torch.equal(answers, again)
+    assert not torch.equal(answers, other)
+    assert not torch.equal(answers, foreign)
+    assert client_key(SECRET, MODEL, "ab") != client_key(SECRET, MODEL, "a")
+
+
+@given(st.floats(-50, 50))
+def test_chances_are_those_of_the_logistic_function(logit: float) -> None:
+    chance = tails_chance(logit)
+    assert 1 <= chance <= WHOLE - 1
+    assert chance + tails_chance(-logit) == WHOLE
+    assert abs(chance / WHOLE - 1 / (1 + math.exp(-logit))) <= 1 / WHOLE
+
+
+def test_the_keyed_projections_are_signs_of_the_keys_own() -> None:
+    signs = projections(SECRET, MODEL, 300, 40)
+    assert signs.shape == (300, 40)
+    assert set(signs.flatten().tolist()) == {-1.0, 1.0}
+    assert abs(float(signs.mean())) < 5 / math.sqrt(signs.numel())
+    assert not torch.equal(signs, projections(bytes(32), MODEL, 300, 40))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1 << 30))
+def test_scores_agree_with_the_answers(seed: int) -> None:
+    logits, features = queries(50, seed=seed)
+    answers, _ = guard_of(reach=5.0, slope=0.3).answer(logits, features, "anna")
+    scores = consistent_scores(logits, answers)
+    assert torch.equal(scores.argmax(1), answers)
+    assert torch.allclose(scores.sort(1).values, logits.softmax(1).sort(1).values)
+
+
+@pytest.mark.parametrize(
+    ("logits", "features"),
+    [
+        (torch.zeros(3, 5), torch.zeros(3, 11)),
+        (torch.zeros(3, 5), torch.zeros(2, 12)),
+        (torch.zeros(3, 1), torch.zeros(3, 12)),
+        (torch.full((3, 5), math.nan), torch.zeros(3, 12)),
+        (torch.zeros(3, 5), torch.full((3, 12), math.inf)),
+    ],
+)
+def test_answers_that_do_not_fit_the_guard_are_refused(logits: torch.Tensor, features: torch.Tensor) -> None:
+    with pytest.raises(CountermarkError):
+        guard_of().answer(logits, features, "anna")
+
+
+# --- calibration ---------------------------------------------------------------------------------------------------------------------
+
+
+def ambiguous(count: int, sharpness: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of a model whose first class is right with probability 1 / (1 + exp(-sharpness x margin)), exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    margins = torch.rand(count, generator=generator, dtype=torch.float64) * 10
+    first = torch.randint(0, 4, (count,), generator=generator)
+    second = (first + 1 + torch.randint(0, 3, (count,), generator=generator)) % 4
+    logits = torch.full((count, 4), -99.0, dtype=torch.float64)
+    logits[torch.arange(count), first], logits[torch.arange(count), second] = margins, torch.zeros(count, dtype=torch.float64)
+    right = torch.rand(count, generator=generator, dtype=torch.float64) < torch.sigmoid(sharpness * margins)
+    return logits.float(), torch.randn(count, 12, generator=generator), torch.where(right, first, second)
+
+
+def test_calibration_finds_the_reliability_and_keeps_the_cost() -> None:
+    logits, features, y = ambiguous(20000, sharpness=0.8)
+    found = calibrate(logits, features, y, secret=SECRET, model_sha256=MODEL, cost=0.5)
+    assert found.sharpness == pytest.approx(0.8, rel=0.1)
+    assert found.cost == pytest.approx(0.5, rel=1e-3)
+    guard, fresh = Guard(found.settings, SECRET), ambiguous(20000, sharpness=0.8, seed=1)
+    costs = []
+    for k in range(20):
+        answers, _ = guard.answer(fresh[0], fresh[1], f"client {k}")
+        costs.append(100 * float((fresh[0].argmax(1) == fresh[2]).double().mean() - (answers == fresh[2]).double().mean()))
+    assert sum(costs) / len(costs) == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_dearer_guard_has_more_coins() -> None:
+    logits, features, y = ambiguous(5000, sharpness=0.8)
+    found = [calibrate(logits, features, y, secret=SECRET, model_sha256=MODEL, cost=cost) for cost in (0.05, 0.2, 1.0)]
+    assert found[0].entropy < found[1].entropy < found[2].entropy
+    assert found[0].settings.reach < found[1].settings.reach < found[2].settings.reach
+    # Four times the cost buys twice the coins, as the design says.
+    assert found[1].entropy / found[0].entropy == pytest.approx(2, rel=0.25)
+
+
+def test_the_entropy_is_what_a_perfect_copy_can_reach() -> None:
+    logits, features, y = ambiguous(20000, sharpness=0.8)
+    found = calibrate(logits, features, y, secret=SECRET, model_sha256=MODEL, cost=0.5)
+    _, trials = Guard(found.settings, SECRET).answer(logits, features, "anna")
+    surprise = sum(-math.log2((t.chance if t.answer == t.tails else WHOLE - t.chance) / WHOLE) for t in trials)
+    assert surprise / len(y) == pytest.approx(found.entropy, rel=0.05)
+
+
+def test_a_model_that_makes_no_mistake_can_be_guarded_and_one_that_always_does_cannot() -> None:
+    logits, features, y = ambiguous(1000, sharpness=0.8)
+    perfect = calibrate(logits, features, logits.argmax(1), secret=SECRET, model_sha256=MODEL, cost=0.1)
+    assert 0.08 < perfect.cost <= 0.1
+    with pytest.raises(CountermarkError, match="as often as the first"):
+        calibrate(logits, features, logits.topk(2, dim=1).indices[:, 1], secret=SECRET, model_sha256=MODEL, cost=0.1)
+    with pytest.raises(CountermarkError, match="too few"):
+        calibrate(logits[:10], features[:10], y[:10], secret=SECRET, model_sha256=MODEL, cost=0.1)
+
+
+# --- around a network ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def guarded(owner_network: nn.Module, digits: Pools) -> GuardedModel:
+    found = calibrate_model(owner_network, digits.validation, secret=SECRET, model_sha256=MODEL, cost=2.0)
+    return GuardedModel(owner_network, Guard(found.settings, SECRET))
+
+
+@pytest.fixture
+def owner_network(owner: object) -> nn.Module:
+    return load(str(owner))
+
+
+def test_the_same_query_has_the_same_answer_in_any_batch(guarded: GuardedModel, digits: Pools) -> None:
+    x = digits.training.x
+    whole = guarded(x, "anna")
+    assert len(whole.trials) > 20
+    assert (whole.labels != guarded.network(pixels(x)).argmax(1)).any()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    again = GuardedModel(guarded.network, Guard(guarded.guard.settings, SECRET))
+    for size in (1, 7, 64):
+        parts = [again(part, "anna") for part in torch.split(x[order][:300], size)]
+        assert torch.equal(torch.cat([part.labels for part in parts]), whole.labels[order][:300])
+    assert torch.equal(again(pixels(x), "anna").labels, whole.labels)
+    mixed = again(x[:100], ["anna", "bob"] * 50)
+    assert torch.equal(mixed.labels[::2], whole.labels[:100:2])
+
+
+def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools) -> None:
+    test = digits.test
+    bare = float((guarded.network(pixels(test.x)).argmax(1) == test.y).double().mean())
+    costs = [100 * (bare - float((guarded(test.x, f"client {k}").labels == test.y).double().mean())) for k in range(60)]
+    spread = np.std(costs) / math.sqrt(len(costs))
+    assert abs(np.mean(costs) - expected_cost(guarded, test)) < 4 * spread + 1e-9
+
+
+def test_features_are_what_enters_the_last_linear_layer(digits: Pools) -> None:
+    network = build("small", (1, 8, 8), 10, seed=0)
+    logits, features = Split(network)(digits.test.x[:9])
+    assert torch.equal(features, network[:-1](pixels(digits.test.x[:9])).detach())  # type: ignore[index]
+    assert torch.equal(logits, network(pixels(digits.test.x[:9])).detach())
+    with pytest.raises(CountermarkError, match="no linear layer"):
+        Split(nn.Flatten())
+
+
+def test_queries_are_rounded_to_eight_bits(guarded: GuardedModel) -> None:
+    x = torch.rand(5, 1, 8, 8)
+    assert torch.equal(as_uint8(x), (x * 255).round().to(torch.uint8))
+    assert torch.equal(as_uint8(torch.tensor([-1.0, 2.0])), torch.tensor([0, 255], dtype=torch.uint8))
+    assert torch.equal(guarded(x, "anna").images, as_uint8(x))
+
+
+# --- tracing -------------------------------------------------------------------------------------------------------------------------
+
+
+def row_of(client: str, cell: int, chance: int = WHOLE // 2, secret: bytes = SECRET) -> Row:
+    code = cell.to_bytes(6, "big")
+    tails = coin(client_key(secret, MODEL, client), code) < chance
+    return Row(MODEL, client, code, bytes([cell % 256] * 4), 1, 2, chance, 2 if tails else 1, 20000)
+
+
+def answers_of(rows: list[Row], copied: str | None, share: float = 1.0, seed: int = 0) -> torch.Tensor:
+    """A suspect that remembers one client's coins with a probability, and else answers without them."""
+    generator = random.Random(seed)
+    free = [1 if generator.random() < 0.5 else 2 for _ in rows]
+    return torch.tensor(
+        [row.answer if row.client == copied and generator.random() < share else answer for row, answer in zip(rows, free, strict=True)]
+    )
+
+
+def interleaved(clients: int, each: int) -> list[Row]:
+    return [row_of(f"client {k}", cell) for cell in range(each) for k in range(clients)]
+
+
+def test_the_thief_is_named_and_nobody_else() -> None:
+    rows = interleaved(20, 60)
+    found = trace_accounts(rows, answers_of(rows, "client 7"), SECRET)
+    assert found.named == ("client 7",)
+    assert found.together == "match"
+    assert found.accounts[0].agreements == 60
+    assert found.accounts[0].expected == pytest.approx(30)
+
+
+def test_the_p_value_is_the_e_processs_times_the_clients() -> None:
+    rows = interleaved(4, 30)
+    answers = answers_of(rows, "client 2", share=0.8)
+    process = EProcess()
+    for row, answer in zip(rows, answers.tolist(), strict=True):
+        if row.client == "client 2":
+            process.update(1 if answer == row.answer else -1)
+    account = next(account for account in trace_accounts(rows, answers, SECRET).accounts if account.client == "client 2")
+    assert account.log10_p_value == pytest.approx(process.log10_p_value + math.log10(4))
+
+
+def test_refused_answers_are_neither_and_prove_nothing() -> None:
+    rows = interleaved(2, 60)
+    found = trace_accounts(rows, torch.full((len(rows),), -1), SECRET)
+    assert found.named == ()
+    assert found.together == "inconclusive"
+    assert all(account.neither == 60 for account in found.accounts)
+
+
+def test_many_weak_accounts_convict_together() -> None:
+    """One thief behind ten accounts, 14 trials each: nobody can be named, all together are proof."""
+    rows = interleaved(20, 14)
+    behind = {f"client {k}" for k in range(10)}
+    answers = torch.tensor(
+        [row.answer if row.client in behind else free for row, free in zip(rows, answers_of(rows, None).tolist(), strict=True)]
+    )
+    found = trace_accounts(rows, answers, SECRET)
+    assert found.named == ()
+    assert found.together == "match"
+
+
+def test_a_log_of_another_key_is_refused() -> None:
+    rows = interleaved(2, 30)
+    with pytest.raises(CountermarkError, match="another key"):
+        trace_accounts(rows, answers_of(rows, None), bytes(32))
+    with pytest.raises(CountermarkError, match="one answer for each"):
+        trace_accounts(rows, torch.zeros(3), SECRET)
+    with pytest.raises(CountermarkError, match="another shape"):
+        images_of(rows, (1, 8, 8))
+
+
+def adaptive_client(generator: random.Random, key: bytes, most: int) -> Iterator[tuple[bytes, int, bool, bool]]:
+    """Trials of a client who knows which answer the suspect gives everywhere, and asks where it suits him.
+
+    He walks on: where the coin agreed with the suspect he asks the same cell again and again, and he stops altogether when more trials
+    agreed than not. Yields cell, chance, whether the coin agreed, whether it is the first of its cell.
+    """
+    seen: set[int] = set()
+    agreed = disagreed = 0
+    cell = 0
+    for _ in range(most):
+        first = cell not in seen
+        seen.add(cell)
+        chance = (3 * WHOLE // 4, WHOLE // 2, WHOLE // 4)[cell % 3]
+        code = cell.to_bytes(6, "big")
+        agrees = coin(key, code) < chance  # the suspect says tails everywhere
+        yield code, chance, agrees, first
+        agreed, disagreed = agreed + agrees, disagreed + (not agrees)
+        if agreed > disagreed + 8 * math.sqrt(max(agreed + disagreed, 1)) / 4 and agreed + disagreed > 10:
+            return
+        if not agrees or generator.random() < 0.3:
+            cell = generator.randrange(1 << 40)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.01])
+def test_strangers_keep_the_level_whatever_a_client_does(alpha: float) -> None:
+    """Adaptive queries and optional stopping: the plain count convicts strangers, ours keeps its level."""
+    generator = random.Random(5)
+    runs, naive, ours = 1000, 0, 0
+    for run in range(runs):
+        key = client_key(run.to_bytes(32, "big"), MODEL, "anna")
+        process, score, variance = EProcess(), 0.0, 0.0
+        for _, chance, agrees, first in adaptive_client(generator, key, 60):
+            probability = chance / WHOLE
+            score, variance = score + agrees - probability, variance + probability * (1 - probability)
+            if first:
+                process.update(1 if agrees else -1, probability)
+        ours += process.p_value <= alpha
+        naive += 0.5 * math.erfc(score / math.sqrt(2 * variance)) <= alpha
+    assert ours <= runs * alpha + 3 * math.sqrt(runs * alpha)
+    assert naive > 3 * runs * alpha
+
+
+def test_a_copy_made_through_the_guard_is_traced(guarded: GuardedModel, digits: Pools) -> None:
+    """The whole way, small: a thief learns the answers, his account is named; one who learned the model's own answers is nobody's."""
+    x = digits.training.x
+    log: list[Row] = []
+    for client in ("anna", "bob"):
+        answers = guarded(x, client)
+        seen: set[bytes] = set()
+        for trial in answers.trials:
+            if trial.cell not in seen:
+                seen.add(trial.cell)
+                image = answers.images[trial.row].numpy().tobytes()
+                log.append(Row(MODEL, client, trial.cell, image, trial.heads, trial.tails, trial.chance, trial.answer, 20000))
+    suspects = {}
+    for name, labels in (("copy", guarded(x, "bob").labels), ("stranger", guarded.network(pixels(x)).argmax(1))):
+        suspects[name] = build("small", (1, 8, 8), 10, seed=3)
+        train(suspects[name], Examples(x, labels), TrainConfig(objective="standard", attack=None, epochs=60, batch_size=32, seed=3))
+    images = pixels(images_of(log, (1, 8, 8)))
+    found = {name: trace_accounts(log, network(images).argmax(1), SECRET, alpha=1e-3) for name, network in suspects.items()}
+    assert found["copy"].named == ("bob",)
+    assert found["stranger"].named == ()
+    assert boundary(torch.zeros(1, 3))[0].item() == 0
