@@ -256,7 +256,7 @@ def _engine(url: str) -> sa.Engine:
     except ImportError as error:
         raise CountermarkError("a query log in PostgreSQL needs psycopg; pip install 'countermark[serve]'") from error
     if address.drivername == "sqlite":
-        if not address.database:
+        if address.database in (None, "", ":memory:"):
             raise CountermarkError("a query log in memory keeps nothing; give the path of a file")
         sa.event.listen(engine, "connect", _set_up)
         sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))

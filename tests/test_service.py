@@ -1,0 +1,410 @@
+"""The guarded service as its clients meet it: a real process on loopback, honest and hostile requests, kill and drain."""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from countermark.bundle import load
+from countermark.cli import main
+from countermark.config import GuardConfig
+from countermark.data import Pools
+from countermark.errors import CountermarkError
+from countermark.evaluation import predict
+from countermark.files import read_json
+from countermark.guard import QueryLog, load_guarded
+from countermark.guard.requests import is_signed, sign_request
+from countermark.service.clients import Clients, add_client
+from countermark.service.engine import BusyError, Engine
+from countermark.verbs.guard import guard
+
+
+@dataclass
+class Running:
+    """A service and its two clients."""
+
+    process: subprocess.Popen[str]
+    url: str
+    folder: Path
+    log: Path
+    keys: dict[str, str]
+    said: list[str] = field(default_factory=list)
+
+    def infer(self, x: torch.Tensor, client: str = "anna", **changes: object) -> requests.Response:
+        kind = "UINT8" if x.dtype == torch.uint8 else "FP32"
+        tensor = {"name": "image", "shape": list(x.shape), "datatype": kind, "data": x.flatten().tolist()}
+        body = {"id": "7", "inputs": [{**tensor, **changes}]}
+        headers = {"Authorization": f"Bearer {self.keys[client]}"}
+        return requests.post(f"{self.url}/v2/models/model/infer", json=body, headers=headers, timeout=30)
+
+    def labels(self, x: torch.Tensor, client: str = "anna", size: int = 32) -> list[int]:
+        answers = [self.infer(part, client).json()["outputs"][0]["data"] for part in torch.split(x, size)]
+        return [label for part in answers for label in part]
+
+
+Start = Callable[..., Running]
+
+
+@pytest.fixture(scope="module")
+def guarded_folder(owner: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The owner's model behind a dear guard, so that a small data set has many coins."""
+    folder = tmp_path_factory.mktemp("guarded") / "model"
+    shutil.copytree(owner, folder)
+    guard(GuardConfig(model=folder, cost=8.0))
+    return folder
+
+
+@pytest.fixture
+def start(guarded_folder: Path, tmp_path: Path) -> Iterator[Start]:
+    """Start services; each ends with the test."""
+    running: list[Running] = []
+    clients = tmp_path / "clients.json"
+    keys = {name: add_client(clients, name, None) for name in ("anna", "bob")}
+
+    def begin(*options: str, log: Path = tmp_path / "log.db") -> Running:
+        command = [sys.executable, "-m", "countermark", "serve", "--model", str(guarded_folder), "--log", str(log), "--port", "0"]
+        command += ["--clients", str(clients), *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        found = re.search(r"http://\S+", line)
+        assert found, line + process.stderr.read()
+        service = Running(process, found[0], guarded_folder, log, keys)
+        running.append(service)
+        for _ in range(200):
+            try:
+                if requests.get(f"{service.url}/v2/health/ready", timeout=5).ok:
+                    break
+            except requests.ConnectionError:
+                time.sleep(0.05)
+        return service
+
+    yield begin
+    for service in running:
+        if service.process.poll() is None:
+            service.process.kill()
+        service.process.communicate()
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, object]]:
+    status = main([*map(str, arguments), "--json"])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_the_service_answers_as_the_guard_does_and_logs_first_trials(start: Start, digits: Pools) -> None:
+    service = start()
+    x = digits.thief.x
+    model = load_guarded(service.folder, service.folder / "key")
+    expected = {client: model(x, client) for client in ("anna", "bob")}
+    for client, answers in expected.items():
+        assert service.labels(x, client, 32) == answers.labels.tolist()
+    assert service.labels(x.float() / 255, "anna", 7) == expected["anna"].labels.tolist()
+    assert expected["anna"].labels.tolist() != expected["bob"].labels.tolist()
+    log = QueryLog(str(service.log))
+    rows = [row for row in log.rows() if row is not None]
+    for client, answers in expected.items():
+        first = {trial.cell: trial for trial in reversed(answers.trials)}
+        mine = [row for row in rows if row.client == client]
+        assert {row.cell: (row.answer, row.chance, row.image) for row in mine} == {
+            cell: (trial.answer, trial.chance, x[trial.row].numpy().tobytes()) for cell, trial in first.items()
+        }
+    body = service.infer(x[:3]).json()
+    assert (body["id"], body["model_name"], body["outputs"][0]["shape"]) == ("7", "model", [3])
+    described = requests.get(f"{service.url}/v2/models/model", timeout=5).json()
+    assert described["inputs"][0]["shape"] == [-1, 1, 8, 8]
+    assert described["parameters"]["model_sha256"] == read_json(service.folder / "model.json")["weights_sha256"]
+    metrics = requests.get(f"{service.url}/metrics", timeout=5).text
+    assert f"countermark_trials {len(rows)}.0" in metrics
+    assert 'countermark_requests_total{status="200"}' in metrics
+
+
+def test_answers_stay_the_same_after_a_restart(start: Start, digits: Pools) -> None:
+    first = start()
+    before = first.labels(digits.thief.x, "anna", 16)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.process.wait(20) == 0
+    again = start()
+    assert again.labels(digits.thief.x, "anna", 3) == before
+    assert len(list(QueryLog(str(again.log)).rows())) == len({row.place for row in QueryLog(str(again.log)).rows() if row})
+
+
+def test_verify_and_trace_ask_the_service_itself(start: Start, digits: Pools, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The service as a suspect: its weights carry the model mark, and what it answers bob carries bob's coins."""
+    service = start()
+    for client in ("anna", "bob"):
+        service.labels(digits.training.x, client)
+    as_bob = ["--suspect", f"{service.url}/v2/models/model", "--headers", f"Authorization: Bearer {service.keys['bob']}"]
+    status, verified = said(
+        capsys, "verify", *as_bob, "--key", service.folder / "key", "--pixels", "uint8", "--replay", tmp_path / "r.jsonl"
+    )
+    assert (status, verified["verdict"], verified["unanswered"]) == (0, "match", 0)
+    assert verified["clean_accuracy"] > 80  # type: ignore[operator]
+    status, traced = said(capsys, "trace", *as_bob, "--key", service.folder / "key", "--log", service.log)
+    assert (status, traced["named"]) == (0, ["bob"])
+    status, traced = said(
+        capsys, "trace", "--suspect", service.folder / "key/source", "--key", service.folder / "key", "--log", service.log
+    )
+    assert (status, traced["named"]) in ((1, []), (3, []))
+    status, head = said(capsys, "log", "head", service.log)
+    (tmp_path / "head.json").write_text(json.dumps(head))
+    assert said(capsys, "log", "check", service.log, "--head", tmp_path / "head.json")[1]["covered"] == head["rows"]
+    assert said(capsys, "log", "erase", service.log, "--client", "anna")[1]["rows"] > 0  # type: ignore[operator]
+    status, traced = said(capsys, "trace", *as_bob, "--key", service.folder / "key", "--log", service.log, "--head", tmp_path / "head.json")
+    assert (status, traced["named"]) == (0, ["bob"])
+    assert [account["client"] for account in traced["accounts"]] == ["bob"]  # type: ignore[attr-defined]
+
+
+BAD = {
+    "no JSON": (b"{", 400, "not valid JSON"),
+    "deep JSON": (b"[" * 20000, 400, "not valid JSON"),
+    "a list": (b"[]", 400, "list of one tensor"),
+    "no input": (b'{"inputs": []}', 400, "list of one tensor"),
+    "identity": (b'{"id": 3, "inputs": [{}]}', 400, "id is a string"),
+    "datatype": ({"datatype": "INT64"}, 400, "datatype is one of"),
+    "shape": ({"shape": [1, 8, 8]}, 400, r"shape is \[n, 1, 8, 8\]"),
+    "fractional shape": ({"shape": [1.0, 1, 8, 8]}, 400, "shape is"),
+    "no images": ({"shape": [0, 1, 8, 8], "data": []}, 400, "1 to 64 images"),
+    "too many images": ({"shape": [65, 1, 8, 8]}, 400, "1 to 64 images"),
+    "too little data": ({"data": [0] * 63}, 400, "numbers"),
+    "words": ({"data": ["a"] * 64}, 400, "numbers"),
+    "ragged": ({"data": [[0] * 63, [0]]}, 400, "numbers|tensor"),
+    "truth": ({"data": [True] * 64}, 400, "numbers"),
+    "nothing": ({"data": None}, 400, "numbers"),
+    "too dark": ({"data": [-1] * 64}, 400, "from 0 to 255"),
+    "too bright": ({"data": [256] * 64}, 400, "from 0 to 255"),
+    "halves": ({"data": [0.5] * 64}, 400, "whole numbers"),
+    "not a number": (b'{"inputs": [{"shape": [1,1,8,8], "datatype": "FP32", "data": [' + b"NaN," * 63 + b"0]}]}", 400, "from 0 to 1"),
+    "pixels of FP32": ({"datatype": "FP32", "data": [1.01] * 64}, 400, "from 0 to 1"),
+    "oversize": (b" " * 300_000, 413, "more than 200000 bytes"),
+}
+
+
+def test_bad_requests_get_a_reason_and_the_service_stays_up(start: Start, digits: Pools) -> None:
+    service = start("--max-body", "200000")
+    address, headers = f"{service.url}/v2/models/model/infer", {"Authorization": f"Bearer {service.keys['anna']}"}
+    good = {"name": "image", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": [0] * 64}
+    for name, (bad, status, reason) in BAD.items():
+        body = bad if isinstance(bad, bytes) else json.dumps({"inputs": [{**good, **bad}]}).encode()  # type: ignore[dict-item]
+        answer = requests.post(address, data=body, headers=headers, timeout=10)
+        assert answer.status_code == status, (name, answer.text)
+        assert re.search(reason, answer.json()["error"]), (name, answer.text)
+    chunks = requests.post(address, data=iter([b" " * 100_000] * 3), headers=headers, timeout=10)
+    assert chunks.status_code == 413
+    for wrong in ({}, {"Authorization": "Bearer nobody"}, {"Authorization": f"Basic {service.keys['anna']}"}):
+        assert requests.post(address, json={"inputs": [good]}, headers=wrong, timeout=10).status_code == 401
+    for path, status in (("/v2/models/other", 404), ("/v2/models/model/versions/2/infer", 404), ("/x", 404), ("/v2/health/live", 200)):
+        verb = requests.post if path.endswith("infer") else requests.get
+        assert verb(service.url + path, headers=headers, timeout=5).status_code == status, path
+    assert requests.delete(f"{service.url}/v2/models/model", timeout=5).status_code == 405
+    assert requests.post(address, data=b"x", headers={**headers, "Content-Encoding": "gzip"}, timeout=5).status_code == 415
+    assert service.labels(digits.test.x[:5]) is not None
+
+
+def test_slow_clients_are_cut_off(start: Start, digits: Pools) -> None:
+    service = start("--timeout", "1")
+    host, port = service.url.removeprefix("http://").split(":")
+    loris = []
+    for sent in (b"", b"POST /v2/models/model/infer HT", b"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nX-A: b\r\n"):
+        loris.append(socket.create_connection((host, int(port)), timeout=10))
+        loris[-1].sendall(sent)
+    assert service.infer(digits.test.x[:1]).status_code == 200
+    for connection in loris:
+        assert connection.recv(100) == b""
+    slow = socket.create_connection((host, int(port)), timeout=10)
+    head = (
+        f"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {service.keys['anna']}\r\nContent-Length: 1000\r\n\r\n"
+    )
+    slow.sendall(head.encode() + b"{")
+    assert b"408" in slow.recv(100)
+    assert service.infer(digits.test.x[:1]).status_code == 200
+
+
+def test_a_kill_loses_no_answered_trial(start: Start, digits: Pools) -> None:
+    service = start()
+    answered: dict[str, list[int]] = {"anna": [], "bob": []}
+
+    def load(client: str) -> None:
+        with pytest.raises(requests.RequestException):
+            for image in digits.training.x.unsqueeze(1):
+                answered[client] += service.infer(image, client).json()["outputs"][0]["data"]
+
+    threads = [threading.Thread(target=load, args=(client,)) for client in answered]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    service.process.kill()
+    for thread in threads:
+        thread.join()
+    log = QueryLog(str(service.log))
+    places = {row.place for row in log.rows() if row is not None}
+    model = load_guarded(service.folder, service.folder / "key")
+    for client, labels in answered.items():
+        assert len(labels) > 20
+        expected = model(digits.training.x[: len(labels)], client)
+        assert labels == expected.labels.tolist()
+        digest = model.guard.settings.model_sha256
+        assert {(digest, client, trial.cell) for trial in expected.trials} <= places
+
+
+def test_open_requests_are_finished_before_the_end(start: Start, digits: Pools) -> None:
+    service = start()
+    answers: list[int] = []
+
+    def ask() -> None:
+        for image in torch.split(digits.training.x, 64):
+            try:
+                answers.append(service.infer(image).status_code)
+            except requests.ConnectionError:
+                return
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(20) == 0
+    for thread in threads:
+        thread.join()
+    assert set(answers) <= {200, 503}
+    assert "stopped" in (service.process.stdout.read() if service.process.stdout else "")
+
+
+def test_signed_requests_tie_a_client_to_his_queries(start: Start, digits: Pools, tmp_path: Path) -> None:
+    private = Ed25519PrivateKey.generate()
+    public = private.public_key().public_bytes_raw().hex()
+    key = add_client(tmp_path / "clients.json", "carol", public)
+    service = start()
+    digest = read_json(service.folder / "model.json")["weights_sha256"]
+    for x in torch.split(digits.thief.x, 40):
+        tensor = {"name": "image", "shape": list(x.shape), "datatype": "UINT8", "data": x.flatten().tolist()}
+        signature = sign_request(private.private_bytes_raw(), digest, x)
+        statuses = []
+        for signed in (signature, "", "00" * 64, sign_request(private.private_bytes_raw(), digest, x[:1])):
+            headers = {"Authorization": f"Bearer {key}", "Countermark-Signature": signed}
+            address = f"{service.url}/v2/models/model/infer"
+            statuses.append(requests.post(address, json={"inputs": [tensor]}, headers=headers, timeout=10).status_code)
+        assert statuses == [200, 401, 401, 401]
+    rows = [row for row in QueryLog(str(service.log)).rows() if row is not None]
+    assert len(rows) > 5
+    other = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    for row in rows:
+        assert is_signed(row, public)
+        assert not is_signed(row, other)
+    assert not is_signed(type(rows[0])(**{**rows[0].__dict__, "image": rows[1].image}), public)
+    assert not is_signed(type(rows[0])(**{**rows[0].__dict__, "request": b"short"}), public)
+
+
+def test_the_unguarded_service_is_the_model_itself(start: Start, digits: Pools) -> None:
+    service = start("--unguarded")
+    assert service.labels(digits.test.x) == predict(load(service.folder), digits.test.x).tolist()
+    assert not service.log.exists()
+
+
+class Broken:
+    """A log on a disk that is full."""
+
+    def cells(self, *_names: str) -> set[bytes]:
+        return set()
+
+    def append(self, _rows: object) -> list[bool]:
+        raise CountermarkError("no space left")
+
+
+def test_without_its_log_the_service_answers_nothing_that_a_coin_chose(guarded_folder: Path, digits: Pools) -> None:
+    model = load_guarded(guarded_folder, guarded_folder / "key")
+    trials = model(digits.thief.x, "anna").trials
+    tied, untied = digits.thief.x[trials[0].row][None], digits.thief.x[[i for i in range(9) if i not in {t.row for t in trials}]]
+
+    async def ask() -> None:
+        engine = Engine(model, Broken(), max_batch=8, max_waiting=2)  # type: ignore[arg-type]
+        await engine.start()
+        with pytest.raises(CountermarkError, match="no space"):
+            await engine.answer(tied, "anna")
+        assert engine.failed == "no space left"
+        assert len(await engine.answer(untied, "anna")) == len(untied)
+        busy = [asyncio.create_task(engine.answer(untied, "anna")) for _ in range(3)]
+        results = await asyncio.gather(*busy, return_exceptions=True)
+        assert sum(isinstance(result, BusyError) for result in results) == 1
+        await engine.stop()
+
+    asyncio.run(ask())
+    with pytest.raises(CountermarkError, match="needs a query log"):
+        Engine(model, None, 8, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "said_"),
+    [
+        (["--clients", "{none}"], "does not exist"),
+        (["--clients", "{text}"], "not a file of clients|not valid JSON"),
+        (["--model", "{owner}"], "has no guard"),
+        (["--log", "mysql://x/y"], "query log"),
+        (["--host", "192.0.2.1"], "cannot listen"),
+        (["--port", "65536"], "0 to 65535"),
+        (["--name", "a/b"], "letters, digits"),
+        (["--max-batch", "0"], "max-batch"),
+        (["--timeout", "0"], "positive"),
+    ],
+)
+def test_bad_options_start_nothing(
+    owner: Path, guarded_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said_: str
+) -> None:
+    (tmp_path / "text").write_text("{}\n")
+    add_client(tmp_path / "clients.json", "anna", None)
+    places = {"none": tmp_path / "none", "text": tmp_path / "text", "owner": owner}
+    given = {"--model": str(guarded_folder), "--log": str(tmp_path / "log.db"), "--clients": str(tmp_path / "clients.json"), "--port": "0"}
+    given |= {options[0]: options[1].format(**places)}
+    assert main(["serve", *(word for pair in given.items() for word in pair)]) == 2
+    assert re.search(said_, capsys.readouterr().err)
+
+
+def test_the_file_of_clients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "clients.json"
+    status, added = said(capsys, "client", "add", "anna", "--clients", path)
+    assert status == 0
+    assert str(added["api_key"]) not in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+    found = Clients(path).find(str(added["api_key"]))
+    assert found is not None
+    assert found.name == "anna"
+    assert Clients(path).find("guess") is None
+    for again in (["anna"], ["bob", "--public-key", "xyz"], [""], ["a\nb"]):
+        assert main(["client", "add", *again, "--clients", str(path)]) == 2
+    assert read_json(path)["clients"].keys() == {"anna"}
+
+
+def test_the_guards_digest_is_in_the_commitment(
+    guarded_folder: Path, owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = read_json(owner / "commitment.json"), read_json(guarded_folder / "commitment.json")
+    assert before["c2"]["guard"] is None
+    assert len(after["c2"]["guard"]) == 64
+    assert before["c1"] == after["c1"]
+    for wrong in (["--cost", "0"], ["--bits", "65"], ["--key", str(tmp_path)], ["--key", str(tmp_path / "none")]):
+        assert main(["guard", "--model", str(guarded_folder), *wrong]) == 2
+    capsys.readouterr()
+    shutil.copytree(guarded_folder, tmp_path / "other")
+    settings = read_json(tmp_path / "other" / "guard.json")
+    for name, value in (("slope", -1.0), ("offsets", []), ("features", 1.5), ("model_sha256", "x" * 64), ("reach", None)):
+        changed = {**settings, "settings": {**settings["settings"], name: value}}
+        from countermark.files import write_json
+
+        write_json(tmp_path / "other" / "guard.json", changed)
+        with pytest.raises(CountermarkError, match=r"guard\.json lacks usable settings"):
+            load_guarded(tmp_path / "other", tmp_path / "other" / "key")
