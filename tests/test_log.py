@@ -1,6 +1,5 @@
 """The query log: order, durability, tampering, erasure; on SQLite and on a real PostgreSQL."""
 
-import glob
 import os
 import shutil
 import sqlite3
@@ -37,7 +36,7 @@ def row_of(cell: int, client: str = "anna", **changes: object) -> Row:
 @pytest.fixture(scope="session")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a PostgreSQL that the tests started."""
-    found = [Path(path).parent for path in sorted(glob.glob("/usr/lib/postgresql/*/bin/initdb"))]
+    found = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     found += [Path(path).parent for path in [shutil.which("initdb")] if path]
     if not found:
         pytest.skip("PostgreSQL is not installed")

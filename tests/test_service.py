@@ -26,7 +26,7 @@ from countermark.config import GuardConfig
 from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
-from countermark.files import read_json
+from countermark.files import read_json, write_json
 from countermark.guard import QueryLog, load_guarded
 from countermark.guard.requests import is_signed, sign_request
 from countermark.service.clients import Clients, add_client
@@ -240,9 +240,11 @@ def test_a_kill_loses_no_answered_trial(start: Start, digits: Pools) -> None:
     answered: dict[str, list[int]] = {"anna": [], "bob": []}
 
     def load(client: str) -> None:
-        with pytest.raises(requests.RequestException):
-            for image in digits.training.x.unsqueeze(1):
+        for image in digits.training.x.unsqueeze(1):
+            try:
                 answered[client] += service.infer(image, client).json()["outputs"][0]["data"]
+            except requests.RequestException:
+                return
 
     threads = [threading.Thread(target=load, args=(client,)) for client in answered]
     for thread in threads:
@@ -403,8 +405,6 @@ def test_the_guards_digest_is_in_the_commitment(
     settings = read_json(tmp_path / "other" / "guard.json")
     for name, value in (("slope", -1.0), ("offsets", []), ("features", 1.5), ("model_sha256", "x" * 64), ("reach", None)):
         changed = {**settings, "settings": {**settings["settings"], name: value}}
-        from countermark.files import write_json
-
         write_json(tmp_path / "other" / "guard.json", changed)
         with pytest.raises(CountermarkError, match=r"guard\.json lacks usable settings"):
             load_guarded(tmp_path / "other", tmp_path / "other" / "key")

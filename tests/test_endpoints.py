@@ -1,0 +1,328 @@
+"""Suspects behind HTTP: a peer that misbehaves in every way, and a real MLServer that serves a stolen model."""
+
+import json
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+
+from countermark.bundle import load
+from countermark.cli import main
+from countermark.data import Pools
+from countermark.errors import CountermarkError
+from countermark.evaluation import predict
+from countermark.suspects import Asking, Endpoint, open_suspect, prepare
+
+SHAPE = (1, 8, 8)
+Respond = Callable[[dict[str, Any], int], tuple[int, Any]]
+
+
+class Peer:
+    """An HTTP server whose answers a test writes: `respond(request, number) -> (status, body)`."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.respond: Respond = lambda _request, _number: (200, {})
+        peer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.reply(200, {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]})
+
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                peer.requests.append(request)
+                peer.headers.append(dict(self.headers))
+                self.reply(*peer.respond(request, len(peer.requests)))
+
+            def reply(self, status: int, body: Any) -> None:
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.send_header("Location", "http://127.0.0.1:1/")
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_arguments: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.root = f"http://127.0.0.1:{self.server.server_port}"
+        self.url = f"{self.root}/v2/models/m"
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    found = Peer()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("countermark.suspects.remote._FIRST_WAIT", 0.01)
+
+
+def brightness(request: dict[str, Any], _number: int) -> tuple[int, Any]:
+    """A model: label 1 for bright images, 0 for dark ones."""
+    tensor = request["inputs"][0]
+    x = np.array(tensor["data"], dtype=float).reshape(tensor["shape"])
+    labels = (x.reshape(len(x), -1).mean(1) > 0.5).astype(int).tolist()
+    return 200, {"outputs": [{"name": "label", "datatype": "INT64", "shape": [len(labels)], "data": labels}]}
+
+
+def images(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(count, *SHAPE, generator=generator) + torch.rand(count, 1, 1, 1, generator=generator) - 0.5).clamp(0, 1)
+
+
+def test_labels_of_an_endpoint(peer: Peer) -> None:
+    peer.respond = brightness
+    x = images(70)
+    labels = open_suspect(peer.url, SHAPE, Asking(headers=(("Authorization", "Bearer k"),)))(x)
+    assert torch.equal(labels, (x.flatten(1).mean(1) > 0.5).long())
+    assert [len(request["inputs"][0]["data"]) for request in peer.requests] == [32 * 64, 32 * 64, 6 * 64]
+    assert peer.requests[0]["inputs"][0]["name"] == "pixels"
+    assert peer.headers[0]["Authorization"] == "Bearer k"
+
+
+def test_scores_become_labels_and_nonsense_becomes_no_answer(peer: Peer) -> None:
+    def scores(request: dict[str, Any], _number: int) -> tuple[int, Any]:
+        count = request["inputs"][0]["shape"][0]
+        rows = [[0.1, 0.7, 0.2], [None, 1, 2], [5.0, 1.0, 2.0]][:count]
+        flat = [value if value is not None else 1e400 for row in rows for value in row]
+        return 200, {"outputs": [{"shape": [count, 3], "data": flat}]}
+
+    peer.respond = scores
+    assert Endpoint(peer.url)(images(3)).tolist() == [1, -1, 0]
+
+
+NONSENSE: dict[str, Any] = {
+    "no JSON": b"<html>",
+    "a list": [],
+    "no outputs": {},
+    "empty outputs": {"outputs": []},
+    "words": {"outputs": [{"shape": [2], "data": ["a", "b"]}]},
+    "more": {"outputs": [{"shape": [3], "data": [1, 1, 1]}]},
+    "other shape": {"outputs": [{"shape": [99999999999], "data": [1, 2]}]},
+    "halves": {"outputs": [{"shape": [2], "data": [0.5, 1.5]}]},
+    "negative": {"outputs": [{"shape": [2], "data": [-3, -1]}]},
+    "huge": {"outputs": [{"shape": [2], "data": [1e30, 1e40]}]},
+    "deep": b"[" * 100_000,
+    "endless": b" " * ((1 << 24) + 10),
+}
+
+
+@pytest.mark.parametrize("body", NONSENSE.values(), ids=NONSENSE.keys())
+@pytest.mark.parametrize("kind", ["oip", "mlflow"])
+def test_nonsense_is_no_answer(peer: Peer, body: Any, kind: str) -> None:
+    peer.respond = lambda _request, _number: (200, body)
+    suspect = Endpoint(peer.url if kind == "oip" else f"{peer.root}/invocations")
+    assert suspect(images(2)).tolist() == [-1, -1]
+    assert suspect.refused == 2
+
+
+def test_trouble_is_retried_and_a_redirect_is_not_followed(peer: Peer) -> None:
+    peer.respond = lambda request, number: (503, {}) if number == 1 else (429, {}) if number == 2 else brightness(request, number)
+    assert Endpoint(peer.url)(images(2)).min() >= 0
+    assert len(peer.requests) == 3
+    peer.respond = lambda _request, _number: (302, {})
+    assert Endpoint(peer.url)(images(1)).tolist() == [-1]
+
+
+def test_one_refused_image_does_not_spoil_its_batch(peer: Peer) -> None:
+    def picky(request: dict[str, Any], number: int) -> tuple[int, Any]:
+        data = request["inputs"][0]["data"]
+        return (400, {"error": "no"}) if 0.123 in [round(value, 3) for value in data] else brightness(request, number)
+
+    peer.respond = picky
+    x = images(5)
+    x[2, 0, 0, 0] = 0.123
+    labels = Endpoint(peer.url)(x)
+    assert [label >= 0 for label in labels.tolist()] == [True, True, False, True, True]
+
+
+def test_answers_that_change_are_no_answers(peer: Peer) -> None:
+    def fickle(request: dict[str, Any], number: int) -> tuple[int, Any]:
+        count = request["inputs"][0]["shape"][0]
+        return 200, {"outputs": [{"shape": [count], "data": [number % 2, *[7] * (count - 1)]}]}
+
+    peer.respond = fickle
+    suspect = Endpoint(peer.url, Asking(repeats=2))
+    assert suspect(images(4)).tolist() == [-1, 7, 7, 7]
+    assert (suspect.changed, suspect.asked) == (1, 8)
+
+
+def test_a_budget_is_kept(peer: Peer) -> None:
+    peer.respond = brightness
+    labels = Endpoint(peer.url, Asking(budget=10, batch_size=4))(images(30))
+    assert int((labels >= 0).sum()) == 10
+    assert sum(request["inputs"][0]["shape"][0] for request in peer.requests) == 10
+
+
+def test_a_rate_is_kept(peer: Peer) -> None:
+    peer.respond = brightness
+    begun = time.monotonic()
+    Endpoint(peer.url, Asking(rate=20, batch_size=1))(images(6))
+    assert time.monotonic() - begun > 5 / 20
+
+
+def test_a_replay_log_goes_on_where_it_was(peer: Peer, tmp_path: Path) -> None:
+    replay, x = tmp_path / "replay.jsonl", images(30)
+    peer.respond = lambda request, number: brightness(request, number) if number < 3 else (500, {})
+    asking = Asking(batch_size=10, retries=0, replay=replay)
+    first = Endpoint(peer.url, asking)(x)
+    assert int((first >= 0).sum()) == 20
+    replay.write_text(replay.read_text() + '{"url": "cut off')
+    peer.respond = brightness
+    peer.requests.clear()
+    second = Endpoint(peer.url, asking)(torch.cat((x, x[:5])))
+    assert torch.equal(second[:30], (x.flatten(1).mean(1) > 0.5).long())
+    assert torch.equal(second[30:], second[:5])
+    assert sum(request["inputs"][0]["shape"][0] for request in peer.requests) == 10
+    assert Endpoint(f"{peer.root}/v2/models/other", asking)(x).tolist() == second[:30].tolist()  # another model is asked anew
+    assert sum(request["inputs"][0]["shape"][0] for request in peer.requests) == 40
+
+
+def test_mlflow_invocations(peer: Peer) -> None:
+    def predictions(request: dict[str, Any], _number: int) -> tuple[int, Any]:
+        return 200, {"predictions": [int(np.mean(image) > 0.5) for image in request["inputs"]]}
+
+    peer.respond = predictions
+    x = images(40)
+    assert torch.equal(open_suspect(f"{peer.root}/invocations", SHAPE)(x), (x.flatten(1).mean(1) > 0.5).long())
+
+
+def test_declared_differences(peer: Peer) -> None:
+    x = images(3)
+    assert prepare(x, Asking(pixels="uint8")).dtype == torch.uint8
+    assert prepare(x.expand(3, 3, 8, 8), Asking(layout="nhwc")).shape == (3, 8, 8, 3)
+    normalised = prepare(x, Asking(mean=(0.5,), std=(0.25,)))
+    assert torch.allclose(normalised, (x - 0.5) / 0.25)
+    for wrong in (
+        Asking(pixels="bf16"),
+        Asking(layout="hwc"),
+        Asking(mean=(1.0, 2.0)),
+        Asking(std=(0.0,)),
+        Asking(pixels="uint8", mean=(0.5,)),
+    ):
+        with pytest.raises(CountermarkError):
+            prepare(x, wrong)
+    peer.respond = brightness
+    Endpoint(peer.url, Asking(pixels="uint8", layout="nhwc"))(x)
+    assert (peer.requests[0]["inputs"][0]["datatype"], peer.requests[0]["inputs"][0]["shape"]) == ("UINT8", [3, 8, 8, 1])
+
+
+@pytest.mark.parametrize("url", ["http://host/predict", "https://host/v2/"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(CountermarkError, match="neither"):
+        open_suspect(url, SHAPE)
+
+
+def test_nobody_there(owner: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    assert main(["verify", "--suspect", f"http://127.0.0.1:{port}/v2/models/m", "--key", str(owner / "key"), "--retries", "1"]) == 2
+    assert "cannot be reached" in capsys.readouterr().err
+
+
+def test_a_suspect_that_wants_other_images_is_doubted(owner: Path, digits: Pools, peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load(owner)
+
+    def centred(request: dict[str, Any], _number: int) -> tuple[int, Any]:
+        tensor = request["inputs"][0]
+        x = torch.tensor(tensor["data"]).reshape(tensor["shape"]) * -0.5 + 0.5  # a copy behind a preprocessing of its own
+        labels = predict(model, x.clamp(0, 1)).tolist()
+        return 200, {"outputs": [{"shape": [len(labels)], "data": labels}]}
+
+    peer.respond = centred
+    main(["verify", "--suspect", peer.url, "--key", str(owner / "key")])
+    assert "clean examples right" in capsys.readouterr().out
+    assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--mean", "1", "--std", "-2"]) == 2
+    assert "positive deviation" in capsys.readouterr().err
+    assert main(["verify", "--suspect", str(owner), "--key", str(owner / "key"), "--layout", "nhwc"]) == 2
+    capsys.readouterr()
+
+
+# --- a real MLServer -----------------------------------------------------------------------------------------------------------------
+
+_MLSERVER = Path(__file__).parents[1] / ".venv-peers" / "bin" / "mlserver"
+_RUNTIME = """
+import numpy as np
+import onnxruntime
+from mlserver import MLModel
+from mlserver.codecs import NumpyCodec
+from mlserver.types import InferenceRequest, InferenceResponse
+
+
+class Stolen(MLModel):
+    async def load(self) -> bool:
+        self.session = onnxruntime.InferenceSession("stolen.onnx", providers=["CPUExecutionProvider"])
+        return True
+
+    async def predict(self, payload: InferenceRequest) -> InferenceResponse:
+        x = NumpyCodec.decode_input(payload.inputs[0]).astype(np.float32)
+        logits = self.session.run(None, {self.session.get_inputs()[0].name: x})[0]
+        output = NumpyCodec.encode_output(name="logits", payload=logits)
+        return InferenceResponse(model_name=self.name, outputs=[output])
+"""
+
+
+@pytest.fixture
+def mlserver(owner: Path, tmp_path: Path) -> Iterator[str]:
+    """The address of an MLServer that serves the owner's stolen weights."""
+    if not _MLSERVER.exists():
+        pytest.skip("MLServer is not installed; make test does it")
+    ports = []
+    for _ in range(3):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    torch.onnx.export(
+        load(owner), (torch.zeros(2, *SHAPE),), str(tmp_path / "stolen.onnx"), dynamo=False, dynamic_axes={"x": {0: "n"}}, input_names=["x"]
+    )
+    (tmp_path / "runtime.py").write_text(_RUNTIME)
+    (tmp_path / "model-settings.json").write_text(json.dumps({"name": "stolen", "implementation": "runtime.Stolen"}))
+    settings = {"host": "127.0.0.1", "http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2], "parallel_workers": 0}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with (tmp_path / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            [str(_MLSERVER), "start", "."], cwd=tmp_path, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        url = f"http://127.0.0.1:{ports[0]}/v2/models/stolen"
+        try:
+            for _ in range(600):
+                try:
+                    if requests.get(f"{url}/ready", timeout=5).ok:
+                        break
+                except requests.RequestException:
+                    pass
+                assert process.poll() is None, (tmp_path / "server.log").read_text()
+                time.sleep(0.1)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_stolen_model_behind_mlserver_is_convicted(mlserver: str, owner: Path, digits: Pools, capsys: pytest.CaptureFixture[str]) -> None:
+    assert torch.equal(open_suspect(mlserver, SHAPE)(digits.test.x), predict(load(owner), digits.test.x))
+    assert main(["verify", "--suspect", mlserver, "--key", str(owner / "key"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["unanswered"]) == ("match", 0)
+    assert found["clean_accuracy"] > 80
