@@ -1,6 +1,7 @@
 """The answer mark: coins, calibration, the same answer every time, tracing, and its level under clients who adapt."""
 
 import math
+import os
 import random
 from collections.abc import Iterator
 
@@ -339,12 +340,16 @@ def adaptive_client(generator: random.Random, key: bytes, most: int) -> Iterator
             cell = generator.randrange(1 << 40)
 
 
-@pytest.mark.parametrize("alpha", [0.05, 0.01])
-def test_strangers_keep_the_level_whatever_a_client_does(alpha: float) -> None:
+TRACES = int(os.environ.get("COUNTERMARK_TRACES", "1000"))
+"""Strangers in the simulations; docs/guard-results.md has those of 10,000."""
+
+
+def test_strangers_keep_the_level_whatever_a_client_does(capsys: pytest.CaptureFixture[str]) -> None:
     """Adaptive queries and optional stopping: the plain count convicts strangers, ours keeps its level."""
     generator = random.Random(5)
-    runs, naive, ours = 1000, 0, 0
-    for run in range(runs):
+    levels = (0.05, 0.01, 0.001)
+    naive, ours = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
+    for run in range(TRACES):
         key = client_key(run.to_bytes(32, "big"), MODEL, "anna")
         process, score, variance = EProcess(), 0.0, 0.0
         for _, chance, agrees, first in adaptive_client(generator, key, 60):
@@ -352,10 +357,36 @@ def test_strangers_keep_the_level_whatever_a_client_does(alpha: float) -> None:
             score, variance = score + agrees - probability, variance + probability * (1 - probability)
             if first:
                 process.update(1 if agrees else -1, probability)
-        ours += process.p_value <= alpha
-        naive += 0.5 * math.erfc(score / math.sqrt(2 * variance)) <= alpha
-    assert ours <= runs * alpha + 3 * math.sqrt(runs * alpha)
-    assert naive > 3 * runs * alpha
+        counted = 0.5 * math.erfc(score / math.sqrt(2 * variance))
+        for alpha in levels:
+            ours[alpha] += process.p_value <= alpha
+            naive[alpha] += counted <= alpha
+    with capsys.disabled():
+        if TRACES > 1000:
+            print(f"{TRACES} strangers: at or below alpha, counted {naive}, by bets {ours}")
+    for alpha in levels:
+        assert ours[alpha] <= TRACES * alpha + 3 * math.sqrt(TRACES * alpha)
+        assert naive[alpha] > 3 * TRACES * alpha
+
+
+def test_strangers_get_nobody_named_more_often_than_alpha(capsys: pytest.CaptureFixture[str]) -> None:
+    """Logs of twenty clients, a stranger, fresh secrets: somebody is named at most at the rate alpha, and so for all accounts together."""
+    runs = TRACES // 5
+    levels = (0.05, 0.01, 0.001)
+    named, together = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
+    for run in range(runs):
+        secret = run.to_bytes(32, "big")
+        rows = [row_of(f"client {k}", cell, (cell % 3 + 1) * WHOLE // 4, secret) for cell in range(12) for k in range(20)]
+        found = trace_accounts(rows, answers_of(rows, None, seed=run), secret)
+        for alpha in levels:
+            named[alpha] += found.accounts[0].log10_p_value <= math.log10(alpha)
+            together[alpha] += found.together_log10_p_value <= math.log10(alpha)
+    with capsys.disabled():
+        if TRACES > 1000:
+            print(f"{runs} logs of 20 clients: somebody named {named}, together {together}")
+    for alpha in levels:
+        assert named[alpha] <= runs * alpha + 3 * math.sqrt(runs * alpha)
+        assert together[alpha] <= runs * alpha + 3 * math.sqrt(runs * alpha)
 
 
 def test_a_copy_made_through_the_guard_is_traced(guarded: GuardedModel, digits: Pools) -> None:

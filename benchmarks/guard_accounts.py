@@ -1,0 +1,131 @@
+"""Tracing among twenty accounts: thieves with one account, two and ten, an account that asked half of the thief's queries, strangers.
+
+    python benchmarks/guard_accounts.py --data fashion_mnist --seed 0 --queries 2000
+
+Also: what it costs a thief to guess which queries are trials and to answer those at random. Models come from `guard_power.py` (runs/guard).
+"""
+
+import argparse
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from countermark.bundle import load_bundle
+from countermark.data import Examples, load_pools, pixels, spec
+from countermark.evaluation import accuracy, predict
+from countermark.files import write_json
+from countermark.guard import Guard, GuardedModel, Row, calibrate_model, images_of, trace_accounts, weights_sha256
+from countermark.guard.core import client_key, coin
+from countermark.memory import keep_freed_memory
+from countermark.watermarks import load_secret
+from guard_power import COST, Account, _standard
+
+CLIENTS = 20
+KEYS = 1000  # of the simulated services that a stranger is traced at
+ALPHAS = (0.05, 0.01, 0.001)
+
+
+class Randomising(nn.Module):
+    """A copy that answers at random, of its two best classes, where it is least sure."""
+
+    def __init__(self, copy: nn.Module, natural: torch.Tensor, share: float, seed: int) -> None:
+        """Randomise the `share` of natural queries with the smallest margin."""
+        super().__init__()
+        self.copy, self.generator = copy, torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            best = torch.cat([copy(pixels(part)).topk(2, dim=1).values for part in torch.split(natural, 500)])
+        self.threshold = (best[:, 0] - best[:, 1]).quantile(share)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits, the two best exchanged by chance."""
+        logits: torch.Tensor = self.copy(x)
+        values, classes = logits.topk(2, dim=1)
+        flip = (values[:, 0] - values[:, 1] < self.threshold) & (torch.rand(len(x), generator=self.generator) < 0.5)
+        swapped = logits.scatter(1, classes, values.flip(1))
+        return torch.where(flip.unsqueeze(1), swapped, logits)
+
+
+def interleaved(accounts: list[Account]) -> list[Row]:
+    """The log of a service that all accounts asked at the same time."""
+    columns = [list(account.rows.values()) for account in accounts]
+    longest = max(map(len, columns))
+    return [column[i] for i in range(longest) for column in columns if i < len(column)]
+
+
+def again(rows: list[Row], secret: bytes) -> list[Row]:
+    """The same queries at a service with another secret."""
+    keys = {client: client_key(secret, rows[0].model, client) for client in {row.client for row in rows}}
+    return [replace(row, answer=row.tails if coin(keys[row.client], row.cell) < row.chance else row.heads) for row in rows]
+
+
+def main() -> None:
+    """Play and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="fashion_mnist")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--queries", type=int, default=2000)
+    parser.add_argument("--runs", type=Path, default=Path("runs/guard"))
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    data, seed, count = options.data, options.seed, options.queries
+    folder, pools, shape = options.runs / f"{data}-{seed}", load_pools(options.data, options.seed), spec(options.data).shape
+    network, secret = load_bundle(folder)[0], load_secret(folder / "key")
+    found = calibrate_model(network, pools.validation, secret=secret, model_sha256=weights_sha256(folder), cost=COST[data])
+    model = GuardedModel(network, Guard(found.settings, secret))
+    generator = torch.Generator().manual_seed(seed)
+    accounts = [Account(model, f"client {k}") for k in range(CLIENTS)]
+    asked = [torch.randperm(len(pools.thief), generator=generator)[:count] for _ in range(CLIENTS)]
+    asked[1] = torch.cat((asked[0][: count // 2], asked[1][count // 2 :]))  # half of the thief's queries
+    answers = [account(pools.thief.x[index]) for account, index in zip(accounts, asked, strict=True)]
+    rows = interleaved(accounts)
+    record: dict[str, object] = {"data": data, "seed": seed, "queries": count, "trials": len(rows)}
+
+    def traced(name: str, suspect: nn.Module) -> None:
+        result = trace_accounts(rows, predict(suspect, images_of(rows, shape)), secret)
+        first = [(account.client, round(account.log10_p_value, 1)) for account in result.accounts[:3]]
+        record[name] = {"named": result.named, "together_log10_p": result.together_log10_p_value, "first": first}
+        print(name, json.dumps(record[name]), flush=True)
+
+    def shared(among: int) -> nn.Module:
+        part = [slice(k * count // among, (k + 1) * count // among) for k in range(among)]
+        x = torch.cat([pools.thief.x[asked[k][part[k]]] for k in range(among)])
+        return _standard(Examples(x, torch.cat([answers[k][part[k]] for k in range(among)])), data, seed)
+
+    def pooled(among: int) -> nn.Module:
+        x = torch.cat([pools.thief.x[asked[k]] for k in range(among)])
+        return _standard(Examples(x, torch.cat([answers[k] for k in range(among)])), data, seed)
+
+    copy = shared(1)
+    traced("one account", copy)
+    traced("two accounts that pool their answers", pooled(2))
+    traced("ten accounts, a tenth of the queries each", shared(10))
+    stranger = load_bundle(options.runs / f"{data}-{seed}-stranger")[0]
+    traced("stranger", stranger)
+    for share in (0.05, 0.1, 0.2, 0.4):
+        evading = Randomising(copy, pools.validation.x, share, seed)
+        traced(f"copy that answers its least sure {share:.0%} at random", evading)
+        print(f"  its test accuracy {accuracy(evading, pools.test):.2f}, without {accuracy(copy, pools.test):.2f}", flush=True)
+        record[f"test accuracy at {share:.0%}"] = accuracy(evading, pools.test)
+    record["test accuracy"] = accuracy(copy, pools.test)
+    labels, chance = predict(stranger, images_of(rows, shape)), random.Random(seed)
+    lowest = []
+    for _ in range(KEYS):
+        fresh = chance.randbytes(32)
+        result = trace_accounts(again(rows, fresh), labels, fresh)
+        lowest.append((result.accounts[0].log10_p_value, result.together_log10_p_value))
+    rates = {alpha: [sum(p[place] <= math.log10(alpha) for p in lowest) / KEYS for place in (0, 1)] for alpha in ALPHAS}
+    record["stranger, fresh keys"] = {
+        str(alpha): {"somebody named": named, "together": together} for alpha, (named, together) in rates.items()
+    }
+    print("stranger, fresh keys", json.dumps(record["stranger, fresh keys"]))
+    write_json(options.runs / f"accounts-{data}-{seed}-{count}.json", record)
+
+
+if __name__ == "__main__":
+    main()

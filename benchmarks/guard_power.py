@@ -1,0 +1,232 @@
+"""The answer mark's power: thieves who ask the guarded model, strangers beside them, p against queries and cost.
+
+    python benchmarks/guard_power.py --data mnist --seeds 0 1 2 --thieves natural robust
+    python benchmarks/guard_power.py --data mnist --seeds 0 --thieves black grey
+
+Each seed protects a model (kept in runs/guard), calibrates a guard and plays its thieves, each with an account of its own; what a finished
+thief gave is kept in runs/guard/*.json and not played again. p is the anytime p of one account, over the first trials of its cells.
+Strangers are models that never saw the coins, asked for the very same trials, and the thief's own training on the model's bare answers.
+`python benchmarks/guard_power.py --table` prints what there is.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from countermark import ProtectConfig, protect
+from countermark.bundle import load_bundle
+from countermark.data import Examples, Pools, load_pools, pixels, spec
+from countermark.evaluation import Attack, accuracy, predict
+from countermark.files import write_json
+from countermark.guard import Guard, GuardedModel, Row, as_uint8, calibrate_model, expected_cost, images_of, trace_accounts, weights_sha256
+from countermark.memory import keep_freed_memory
+from countermark.models import build
+from countermark.theft import JacobianTheft, steal_black_box
+from countermark.training import TrainConfig, recipe, train
+from countermark.watermarks import load_secret
+
+COST = {"mnist": 0.1, "fashion_mnist": 0.2}
+NATURAL = (500, 1000, 2000, 4000, 8500)
+QUERIES = 51_200
+NOISE = 0.05  # of the copies that an averaging thief asks, in pixels
+
+Victim = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Account:
+    """A client of the guarded model: answers his queries and keeps his first trials, as the service's log does."""
+
+    def __init__(self, model: GuardedModel, name: str) -> None:
+        """Open an account."""
+        self.model, self.name = model, name
+        self.rows: dict[bytes, Row] = {}
+        self.asked = 0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Answer images."""
+        answers = self.model(x, self.name)
+        self.asked += len(x)
+        for trial in answers.trials:
+            if trial.cell not in self.rows:
+                image = answers.images[trial.row].contiguous().numpy().tobytes()
+                numbers = (trial.heads, trial.tails, trial.chance, trial.answer, 0)
+                self.rows[trial.cell] = Row(self.model.guard.settings.model_sha256, self.name, trial.cell, image, *numbers)
+        return answers.labels
+
+
+def natural(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """A Knockoff thief: unlabelled natural images, standard training."""
+    x = pools.thief.x[:count]
+    return _standard(Examples(x, victim(x)), data, seed)
+
+
+def robust(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """The same, adversarially trained at the owner's budget."""
+    x = pools.thief.x[:count]
+    network = build("small", spec(data).shape, spec(data).classes, seed=900 + seed)
+    train(network, Examples(x, victim(x)), recipe(data, "fast", spec(data).epsilon, epochs=25, seed=seed))
+    return network
+
+
+def averaging(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """A thief who asks nine noisy copies of each image and takes the majority; `count` images, nine times as many queries."""
+    x = pools.thief.x[:count]
+    generator = torch.Generator().manual_seed(seed)
+    copies = [as_uint8(pixels(x) + NOISE * torch.randn(x.shape, generator=generator)) for _ in range(9)]
+    votes = torch.stack([victim(copy) for copy in copies])
+    return _standard(Examples(x, votes.mode(0).values), data, seed)
+
+
+def dropping(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """A thief who trains, drops the tenth of his queries that his copy is least sure of, and trains anew on the rest."""
+    x = pools.thief.x[:count]
+    y = victim(x)
+    first = _standard(Examples(x, y), data, seed)
+    with torch.no_grad():
+        best = torch.cat([first(pixels(part)).topk(2, dim=1).values for part in torch.split(x, 500)])
+    kept = (best[:, 0] - best[:, 1]).argsort(descending=True)[: int(0.9 * count)]
+    return _standard(Examples(x[kept], y[kept]), data, seed + 1)
+
+
+def flipping(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """A thief who replaces 5 % of the answers by other classes before he trains."""
+    x = pools.thief.x[:count]
+    y = victim(x)
+    generator = torch.Generator().manual_seed(seed)
+    flipped = torch.rand(count, generator=generator) < 0.05
+    other = (y + torch.randint(1, spec(data).classes, (count,), generator=generator)) % spec(data).classes
+    return _standard(Examples(x, torch.where(flipped, other, y)), data, seed)
+
+
+def black(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """Algorithm 2 with the paper's settings."""
+    network = build("surrogate", spec(data).shape, spec(data).classes, seed=900 + seed)
+    steal_black_box(victim, network, pools.thief, JacobianTheft(queries=count, seed=seed))
+    return network
+
+
+def grey(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """Algorithm 2 with the owner's network, adversarially trained (single steps)."""
+    network = build("small", spec(data).shape, spec(data).classes, seed=900 + seed)
+    attack = Attack(spec(data).epsilon, 1, 1.25 * spec(data).epsilon)
+    options = JacobianTheft(queries=count, attack=attack, batch_size=128, learning_rate=0.05, epochs=5, seed=seed)
+    steal_black_box(victim, network, pools.thief, options)
+    return network
+
+
+THIEVES = {f.__name__: f for f in (natural, robust, averaging, dropping, flipping, black, grey)}
+COUNTS = {"natural": NATURAL, "robust": (2000, 8500), "averaging": (2000,), "dropping": (2000,), "flipping": (2000,)}
+
+
+def _standard(examples: Examples, data: str, seed: int) -> nn.Module:
+    network = build("small", spec(data).shape, spec(data).classes, seed=900 + seed)
+    train(network, examples, TrainConfig(objective="standard", attack=None, epochs=30, learning_rate=0.05, seed=seed))
+    return network
+
+
+def judged(suspect: nn.Module, rows: list[Row], shape: tuple[int, int, int], secret: bytes) -> dict[str, object]:
+    """What one account's trials say about a suspect."""
+    if not rows:
+        return {"log10_p": 0.0, "agree": 0, "other": 0, "expected": 0.0}
+    account = trace_accounts(rows, predict(suspect, images_of(rows, shape)), secret).accounts[0]
+    return {
+        "log10_p": account.log10_p_value,
+        "agree": account.agreements,
+        "other": account.disagreements,
+        "expected": account.expected,
+    }
+
+
+def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, bits: int) -> None:
+    """Play one thief, unless it was played before."""
+    out = runs / f"{data}-{seed}-{thief}-{count}-{cost:g}-{bits}.json"
+    if out.exists():
+        return
+    folder = runs / f"{data}-{seed}"
+    for place, options in ((folder, {}), (runs / f"{data}-{seed}-stranger", {"scheme": "none", "seed": seed + 500})):
+        if not place.exists():
+            protect(ProtectConfig(data=data, out=place, **{"seed": seed, **options}))  # type: ignore[arg-type]
+    network, _ = load_bundle(folder)
+    pools = load_pools(data, seed)
+    secret, digest = load_secret(folder / "key"), weights_sha256(folder)
+    found = calibrate_model(network, pools.validation, secret=secret, model_sha256=digest, cost=cost, bits=bits)
+    model = GuardedModel(network, Guard(found.settings, secret))
+    account = Account(model, f"{thief} {count}")
+    copy = THIEVES[thief](account, data, pools, seed, count)
+    rows = list(account.rows.values())
+    shape = spec(data).shape
+    strangers = {
+        "before the mark": load_bundle(folder / "key" / "source")[0],
+        "as robust": load_bundle(runs / f"{data}-{seed}-stranger")[0],
+        "theft of bare answers": THIEVES["natural"](lambda x: predict(network, x), data, pools, seed, min(count, 8500)),
+    }
+    record = {
+        "data": data,
+        "seed": seed,
+        "thief": thief,
+        "queries": account.asked,
+        "images": count,
+        "cost": expected_cost(model, pools.test),
+        "stated_cost": cost,
+        "bits": bits,
+        "entropy": found.entropy,
+        "test_accuracy": accuracy(copy, pools.test),
+        "owner_accuracy": accuracy(network, pools.test),
+        "trials": len(rows),
+        "suspect": judged(copy, rows, shape, secret),
+        "strangers": {name: judged(stranger, rows, shape, secret) for name, stranger in strangers.items()},
+    }
+    write_json(out, record)
+    print(json.dumps({name: record[name] for name in ("data", "seed", "thief", "images", "trials", "suspect")}), flush=True)
+
+
+def table(runs: Path) -> str:
+    """What was played, as Markdown."""
+    lines = ["| data | thief | queries | seed | cost, test | trials | agree : other (stranger) | log10 p | strangers' | copy's test |"]
+    lines.append("|" + "---|" * 10)
+    records = [json.loads(path.read_text()) for path in runs.glob("*-*.json")]
+    order = list(THIEVES)
+    for r in sorted(
+        records, key=lambda r: (r["data"] != "mnist", order.index(r["thief"]), r["images"], r["bits"], r["stated_cost"], r["seed"])
+    ):
+        found, others = r["suspect"], [stranger["log10_p"] for stranger in r["strangers"].values()]
+        lines.append(
+            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['seed']} | {r['cost']:.3f} | {r['trials']} "
+            f"| {found['agree']} : {found['other']} ({found['expected']:.0f}) | {found['log10_p']:.1f} "
+            f"| {min(others):.1f} to {max(others):.1f} | {r['test_accuracy']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Play what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", nargs="+", default=["mnist", "fashion_mnist"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--thieves", nargs="+", default=["natural", "robust", "averaging", "dropping", "flipping", "black"], choices=list(THIEVES)
+    )
+    parser.add_argument("--images", nargs="+", type=int, help="how many images a thief asks (or starts from); default the usual numbers")
+    parser.add_argument("--cost", type=float, help="points of accuracy; default .1 for mnist, .2 for fashion_mnist")
+    parser.add_argument("--bits", type=int, default=16)
+    parser.add_argument("--runs", type=Path, default=Path("runs/guard"))
+    parser.add_argument("--table", action="store_true", help="only print what was played")
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    options.runs.mkdir(parents=True, exist_ok=True)
+    if not options.table:
+        for seed in options.seeds:
+            for data in options.data:
+                for thief in options.thieves:
+                    for count in options.images or COUNTS.get(thief, (QUERIES,)):
+                        play(options.runs, data, seed, thief, count, options.cost or COST[data], options.bits)
+    print(table(options.runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""What the guard costs the service: latency and throughput with and without it, and what a kill leaves of the log.
+
+    python benchmarks/service_load.py --model runs/guard/mnist-0 --seconds 10 --rounds 5
+    python benchmarks/service_load.py --model runs/guard/mnist-0 --kills 20
+
+Load comes from `wrk` (it must be installed): keep-alive connections, one natural test image a request, every client with an account of its
+own, so that each run meets first trials that must be made durable as well as cells that are known. Guarded and bare runs alternate.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import requests
+import torch
+
+from countermark import GuardConfig, calibrate
+from countermark.bundle import load_bundle
+from countermark.data import load_pools
+from countermark.guard import QueryLog, load_guarded
+from countermark.service.clients import add_client
+
+_SCRIPT = """
+local bodies, keys = {}, {}
+for line in io.lines("%s") do bodies[#bodies + 1] = line end
+for line in io.lines("%s") do keys[#keys + 1] = line end
+local n = 0
+function setup(thread) thread:set("offset", n); n = n + 997 end
+local i = 0
+function request()
+  i = i + 1
+  local k = offset + i
+  local headers = {["Content-Type"] = "application/json", ["Authorization"] = "Bearer " .. keys[k %% #keys + 1]}
+  return wrk.format("POST", "/v2/models/model/infer", headers, bodies[(k * 7919) %% #bodies + 1])
+end
+function done(summary, latency)
+  io.write(string.format("RESULT %%f %%f %%f %%d\\n", latency:percentile(50) / 1000, latency:percentile(99) / 1000,
+    summary.requests / summary.duration * 1e6, summary.errors.status + summary.errors.timeout))
+end
+"""
+
+
+class Service:
+    """A service in a process of its own."""
+
+    def __init__(self, model: Path, folder: Path, *options: str) -> None:
+        """Start it and wait until it is ready."""
+        command = [sys.executable, "-m", "countermark", "serve", "--model", str(model), "--clients", str(folder / "clients.json")]
+        command += ["--log", str(folder / "log.db"), "--port", "0", "--max-waiting", "1000", *options]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert self.process.stderr is not None
+        found = re.search(r"http://\S+", self.process.stderr.readline())
+        assert found
+        self.url = found[0]
+        while not _ready(self.url):
+            time.sleep(0.05)
+
+    def stop(self, number: int = signal.SIGTERM) -> None:
+        """End it."""
+        self.process.send_signal(number)
+        self.process.wait()
+
+
+def _ready(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/v2/health/ready", timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
+def bodies(x: torch.Tensor) -> list[str]:
+    """One request for each image."""
+    described = {"name": "image", "shape": [1, *x.shape[1:]], "datatype": "UINT8"}
+    return [json.dumps({"inputs": [{**described, "data": image.flatten().tolist()}]}) for image in x]
+
+
+def load(model: Path, x: torch.Tensor, seconds: int, connections: int, clients: int, guarded: bool) -> tuple[float, float, float]:
+    """One run of wrk: p50 and p99 in milliseconds, requests a second."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        keys = [add_client(folder / "clients.json", f"client {k}", None) for k in range(clients)]
+        (folder / "keys").write_text("\n".join(keys) + "\n")
+        (folder / "bodies").write_text("\n".join(bodies(x)) + "\n")
+        (folder / "load.lua").write_text(_SCRIPT % (folder / "bodies", folder / "keys"))
+        service = Service(model, folder, *([] if guarded else ["--unguarded"]))
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(folder / "load.lua"), service.url]
+        subprocess.run([*command[:3], "-d2s", *command[4:]], check=True, capture_output=True)  # warm
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        trials = 0
+        if guarded:
+            found = re.search(r"^countermark_trials (\S+)", requests.get(f"{service.url}/metrics", timeout=5).text, re.MULTILINE)
+            trials = int(float(found[1])) if found else 0
+        service.stop()
+    p50, p99, rate, errors = (float(value) for value in re.search(r"RESULT (\S+) (\S+) (\S+) (\S+)", said).groups())  # type: ignore[union-attr]
+    print(
+        f"{'guarded' if guarded else 'bare':8} p50 {p50:.1f} ms, p99 {p99:.1f} ms, {rate:.0f}/s, {trials} trials, {errors:.0f} errors",
+        flush=True,
+    )
+    return p50, p99, rate
+
+
+def kills(model: Path, x: torch.Tensor, times: int) -> None:
+    """Kill the service under load, and look for every answered trial in the log."""
+    guarded, generator, answered = load_guarded(model, model / "key"), random.Random(0), 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        keys = {f"client {k}": add_client(folder / "clients.json", f"client {k}", None) for k in range(4)}
+        given: dict[str, list[tuple[int, int]]] = {client: [] for client in keys}
+        for number in range(times):
+            service = Service(model, folder)
+
+            def ask(client: str, url: str = service.url, seed: int = number) -> None:
+                choice, session = random.Random(f"{client} {seed}"), requests.Session()
+                while True:
+                    index = choice.randrange(len(x))
+                    try:
+                        answer = session.post(
+                            f"{url}/v2/models/model/infer",
+                            data=bodies(x[index][None])[0],
+                            headers={"Authorization": f"Bearer {keys[client]}"},
+                            timeout=10,
+                        )
+                        given[client].append((index, answer.json()["outputs"][0]["data"][0]))
+                    except requests.RequestException:
+                        return
+
+            threads = [threading.Thread(target=ask, args=(client,)) for client in keys]
+            for thread in threads:
+                thread.start()
+            time.sleep(generator.uniform(0.3, 2.0))
+            service.stop(signal.SIGKILL)
+            for thread in threads:
+                thread.join()
+        log = QueryLog(str(folder / "log.db"))
+        places = {row.place for row in log.rows() if row is not None}
+        lost = wrong = trials = 0
+        for client, pairs in given.items():
+            answers = guarded(x[[index for index, _ in pairs]], client)
+            wrong += sum(label != int(found) for (_, label), found in zip(pairs, answers.labels, strict=True))
+            cells = {(guarded.guard.settings.model_sha256, client, trial.cell) for trial in answers.trials}
+            trials, lost, answered = trials + len(cells), lost + len(cells - places), answered + len(pairs)
+    print(f"{times} kills, {answered} answers, {trials} trials answered, {lost} of them not in the log, {wrong} answers that changed")
+    assert lost == wrong == 0
+
+
+def main() -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a model folder with its key")
+    parser.add_argument("--seconds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--cost", type=float, default=0.1)
+    parser.add_argument("--kills", type=int)
+    options = parser.parse_args()
+    calibrate(GuardConfig(model=options.model, cost=options.cost))
+    _, description = load_bundle(options.model)
+    x = load_pools(description.data, description.seed).test.x[:2000]
+    if options.kills:
+        kills(options.model, x, options.kills)
+        return
+    runs: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
+    for _ in range(options.rounds):
+        for guarded in (False, True):
+            runs[guarded].append(load(options.model, x, options.seconds, options.connections, options.clients, guarded))
+    for place, what in enumerate(("p50", "p99", "requests a second")):
+        bare, guard = (statistics.median(run[place] for run in runs[guarded]) for guarded in (False, True))
+        print(f"{what}: bare {bare:.2f}, guarded {guard:.2f}, ratio {guard / bare:.3f}")
+
+
+if __name__ == "__main__":
+    main()
