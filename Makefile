@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+TRITON := .venv-triton
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # On Linux a plain "torch" is a CUDA build of several gigabytes; the CPU builds carry +cpu in their version and live in
 # PyTorch's own index. Set TORCH_VERSION (for example to 2.13.0) to install another build.
@@ -16,7 +17,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION ?= $(TORCH)$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: quickstart study install test lint format bench clean
+.PHONY: quickstart study install test slow lint format bench clean
 
 quickstart: install
 	$(BIN)/countermark data fetch mnist
@@ -52,6 +53,11 @@ $(PEERS)/.installed:
 test: $(VENV)/.dev $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
+slow: $(VENV)/.dev  # a real Triton, half a gigabyte of it
+	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	@$(TRITON)/bin/python -m pip --disable-pip-version-check --quiet --quiet install "nvidia-pytriton==0.7.*" "onnxruntime>=1.18"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -72,4 +78,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/first_light.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(PEERS) $(TRITON) build *.egg-info src/*.egg-info

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -282,38 +283,48 @@ class Stolen(MLModel):
 """
 
 
+def free_ports(count: int) -> list[int]:
+    ports = []
+    for _ in range(count):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    return ports
+
+
+def export(model: torch.nn.Module, path: Path) -> None:
+    torch.onnx.export(model, (torch.zeros(2, *SHAPE),), str(path), dynamo=False, dynamic_axes={"x": {0: "n"}}, input_names=["x"])
+
+
+def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    for _ in range(600):
+        try:
+            if requests.get(f"{url}/ready", timeout=5).ok:
+                return
+        except requests.RequestException:
+            pass
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(log.read_text())
+
+
 @pytest.fixture
 def mlserver(owner: Path, tmp_path: Path) -> Iterator[str]:
     """The address of an MLServer that serves the owner's stolen weights."""
     if not _MLSERVER.exists():
         pytest.skip("MLServer is not installed; make test does it")
-    ports = []
-    for _ in range(3):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    torch.onnx.export(
-        load(owner), (torch.zeros(2, *SHAPE),), str(tmp_path / "stolen.onnx"), dynamo=False, dynamic_axes={"x": {0: "n"}}, input_names=["x"]
-    )
+    ports = free_ports(3)
+    export(load(owner), tmp_path / "stolen.onnx")
     (tmp_path / "runtime.py").write_text(_RUNTIME)
     (tmp_path / "model-settings.json").write_text(json.dumps({"name": "stolen", "implementation": "runtime.Stolen"}))
     settings = {"host": "127.0.0.1", "http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2], "parallel_workers": 0}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [str(_MLSERVER), "start", "."], cwd=tmp_path, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        url = f"http://127.0.0.1:{ports[0]}/v2/models/stolen"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen([str(_MLSERVER), "start", "."], cwd=tmp_path, stdout=log, stderr=log, env=environment)
         try:
-            for _ in range(600):
-                try:
-                    if requests.get(f"{url}/ready", timeout=5).ok:
-                        break
-                except requests.RequestException:
-                    pass
-                assert process.poll() is None, (tmp_path / "server.log").read_text()
-                time.sleep(0.1)
-            yield url
+            wait_until_ready(f"http://127.0.0.1:{ports[0]}/v2/models/stolen", process, tmp_path / "server.log")
+            yield f"http://127.0.0.1:{ports[0]}/v2/models/stolen"
         finally:
             process.terminate()
             process.wait(30)
@@ -326,3 +337,54 @@ def test_a_stolen_model_behind_mlserver_is_convicted(mlserver: str, owner: Path,
     found = json.loads(capsys.readouterr().out)
     assert (found["verdict"], found["unanswered"]) == ("match", 0)
     assert found["clean_accuracy"] > 80
+
+
+# --- a real Triton -------------------------------------------------------------------------------------------------------------------
+
+_TRITON = Path(__file__).parents[1] / ".venv-triton" / "bin" / "python"
+_BINDING = """
+import sys
+
+import numpy as np
+import onnxruntime
+from pytriton.decorators import batch
+from pytriton.model_config import ModelConfig, Tensor
+from pytriton.triton import Triton, TritonConfig
+
+session = onnxruntime.InferenceSession("stolen.onnx", providers=["CPUExecutionProvider"])
+
+
+@batch
+def infer(image):
+    return {"label": session.run(None, {"x": image})[0].argmax(1).astype(np.int64)[:, None]}
+
+
+ports = [int(word) for word in sys.argv[1:]]
+with Triton(config=TritonConfig(http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2], http_address="127.0.0.1")) as triton:
+    image = Tensor(name="image", dtype=np.float32, shape=(1, 8, 8))
+    label = Tensor(name="label", dtype=np.int64, shape=(1,))
+    triton.bind("stolen", infer, inputs=[image], outputs=[label], config=ModelConfig(max_batch_size=64))
+    triton.serve()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_stolen_model_behind_triton_is_convicted(owner: Path, digits: Pools, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not _TRITON.exists():
+        pytest.skip("Triton is not installed; make slow does it")
+    export(load(owner), tmp_path / "stolen.onnx")
+    (tmp_path / "serve.py").write_text(_BINDING)
+    ports = free_ports(3)
+    with (tmp_path / "server.log").open("w") as log:
+        command = [str(_TRITON), "serve.py", *map(str, ports)]
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        url = f"http://127.0.0.1:{ports[0]}/v2/models/stolen"
+        try:
+            wait_until_ready(url, process, tmp_path / "server.log")
+            assert torch.equal(open_suspect(url, SHAPE)(digits.test.x), predict(load(owner), digits.test.x))
+            assert main(["verify", "--suspect", url, "--key", str(owner / "key"), "--json"]) == 0
+            assert json.loads(capsys.readouterr().out)["verdict"] == "match"
+        finally:
+            os.killpg(process.pid, signal.SIGINT)  # Triton's own order to stop
+            process.wait(60)
