@@ -10,6 +10,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 TRITON := .venv-triton
+# Triton's Python backend is bound to the libpython of the system; another Python's standard library does not fit it.
+TRITON_PYTHON ?= $(firstword $(wildcard /usr/bin/python3) $(PYTHON))
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 # On Linux a plain "torch" is a CUDA build of several gigabytes; the CPU builds carry +cpu in their version and live in
 # PyTorch's own index. Set TORCH_VERSION (for example to 2.13.0) to install another build.
@@ -54,7 +56,7 @@ test: $(VENV)/.dev $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: $(VENV)/.dev  # a real Triton, half a gigabyte of it
-	test -x $(TRITON)/bin/python || $(PYTHON) -m venv $(TRITON)
+	test -x $(TRITON)/bin/python || $(TRITON_PYTHON) -m venv $(TRITON)
 	@$(TRITON)/bin/python -m pip --disable-pip-version-check --quiet --quiet install "nvidia-pytriton==0.7.*" "onnxruntime>=1.18"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 

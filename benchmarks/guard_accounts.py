@@ -26,7 +26,7 @@ from countermark.watermarks import load_secret
 from guard_power import COST, Account, _standard
 
 CLIENTS = 20
-KEYS = 1000  # of the simulated services that a stranger is traced at
+KEYS = 200  # of the simulated services that a stranger is traced at
 ALPHAS = (0.05, 0.01, 0.001)
 
 

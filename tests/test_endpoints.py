@@ -297,7 +297,7 @@ def export(model: torch.nn.Module, path: Path) -> None:
 
 
 def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    for _ in range(600):
+    for _ in range(1500):
         try:
             if requests.get(f"{url}/ready", timeout=5).ok:
                 return

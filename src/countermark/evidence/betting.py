@@ -47,6 +47,11 @@ class EProcess:
         self._highest = max(self._highest, self.log_e)
 
     @property
+    def gamblers(self) -> tuple[float, ...]:
+        """Natural logarithm of each gambler's wealth now, the least believing first."""
+        return tuple(self._logs)
+
+    @property
     def log_e(self) -> float:
         """Natural logarithm of the wealth now."""
         top = max(self._logs)

@@ -187,6 +187,12 @@ class QueryLog:
             count = connection.execute(_TRIALS.update().where(_TRIALS.c.client == client).values(emptied)).rowcount
         return int(count)
 
+    def __enter__(self) -> "QueryLog":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()

@@ -9,12 +9,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from countermark.errors import CountermarkError
 from countermark.evidence import ALPHA, EProcess
 from countermark.guard.core import WHOLE, client_key, coin
 from countermark.guard.log import Row
+
+_SHARES = np.array([[0.02], [0.1], [0.5], [0.9]])  # of the accounts, as gamblers guess, that a copy came from
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, al
         raise CountermarkError(f"{len(rows)} trials and {len(answers)} answers; give one answer for each trial")
     keys: dict[tuple[str, str], bytes] = {}
     books: dict[str, _Book] = {}
-    shared = highest = 0.0
+    pool, best = _Pool(), _Pool()
     for row, answer in zip(rows, answers.tolist(), strict=True):
         account = (row.model, row.client)
         if account not in keys:
@@ -88,14 +91,12 @@ def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, al
                 f"a trial of {row.client!r} was answered otherwise than this key's coin says; the log belongs to another key"
             )
         book = books.setdefault(row.client, _Book())
-        before = book.log_shared
         book.settle(row, answer, tails)
-        shared += book.log_shared - before
-        highest = max(highest, shared)
+        pool.update(row.client, book.process)
+        best.update(row.client, book.best)
     accounts = sorted((book.traced(client, len(books), alpha) for client, book in books.items()), key=lambda found: found.log10_p_value)
-    together = -highest / math.log(10)
-    best = sum(book.log_best_shared for book in books.values()) / math.log(10)
-    verdict = "match" if together <= math.log10(alpha) else "inconclusive" if -best > math.log10(alpha) else "no evidence"
+    together = pool.log10_p_value
+    verdict = "match" if together <= math.log10(alpha) else "inconclusive" if best.log10_p_value > math.log10(alpha) else "no evidence"
     named = tuple(found.client for found in accounts if found.verdict == "match")
     return Trace(tuple(accounts), named, verdict, together, alpha)
 
@@ -119,15 +120,6 @@ class _Book:
         self.process.update(outcome, chance)
         self.best.update(1, chance)
 
-    @property
-    def log_shared(self) -> float:
-        """Logarithm of (1 + e) / 2: half of the wealth is kept out of the bets, in case this account is innocent."""
-        return _log_mean(self.process.log_e)
-
-    @property
-    def log_best_shared(self) -> float:
-        return _log_mean(self.best.log_e)
-
     def traced(self, client: str, clients: int, alpha: float) -> Traced:
         p = min(0.0, self.process.log10_p_value + math.log10(clients))
         reachable = self.best.log10_p_value + math.log10(clients)
@@ -137,10 +129,28 @@ class _Book:
         return Traced(client, verdict, p, counts[1], counts[-1], counts[0], self.expected, wealth)
 
 
-def _log_mean(log_e: float) -> float:
-    """log((1 + e) / 2)."""
-    top = max(log_e, 0.0)
-    return top + math.log(math.exp(-top) + math.exp(log_e - top)) - math.log(2)
+class _Pool:
+    """Bets on all accounts as one: each gambler of the e-process believes the same of every account that the copy came from.
+
+    Which accounts those are nobody knows, so a gambler puts a share of what an account's bets are worth into them and keeps the rest; the
+    product over the accounts is a wealth, since their coins are independent, and the mean over gamblers and shares is one too.
+    """
+
+    def __init__(self) -> None:
+        self._factors: dict[str, np.ndarray] = {}
+        self._logs = np.zeros(1)
+        self._highest = 0.0
+
+    def update(self, account: str, process: EProcess) -> None:
+        wealth = np.logaddexp(np.log1p(-_SHARES), np.log(_SHARES) + np.array(process.gamblers)[None, :])
+        self._logs = self._logs + wealth - self._factors.get(account, 0.0)
+        self._factors[account] = wealth
+        top = float(self._logs.max())
+        self._highest = max(self._highest, top + math.log(float(np.exp(self._logs - top).mean())))
+
+    @property
+    def log10_p_value(self) -> float:
+        return -self._highest / math.log(10)
 
 
 def images_of(rows: Sequence[Row], shape: tuple[int, ...]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import time
 from collections.abc import AsyncIterator
@@ -16,7 +17,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from countermark import __version__
 from countermark.errors import CountermarkError
 from countermark.guard import as_uint8
 from countermark.guard.requests import check_request, image_hashes
@@ -122,7 +122,7 @@ def application(
         return await _guarded(request, ready)
 
     async def server(_request: Request) -> Response:
-        return JSONResponse({"name": "countermark", "version": __version__, "extensions": []})
+        return JSONResponse({"name": "countermark", "version": importlib.metadata.version("countermark"), "extensions": []})
 
     async def metadata(request: Request) -> Response:
         async def found(_request: Request) -> Response:

@@ -31,17 +31,14 @@ def log_check(config: LogCheckConfig) -> Checked:
         CountermarkError: a row was changed, removed, added or moved (it says which), or the log does not lead to the published head.
     """
     published = None if config.head is None else read_head(config.head)
-    log = QueryLog(config.log, create=False)
     count = erased = 0
     clients = set()
-    try:
+    with QueryLog(config.log, create=False) as log:
         for row in log.rows(published):
             count += 1
             erased += row is None
             if row is not None:
                 clients.add(row.client)
-    finally:
-        log.close()
     return Checked(count, erased, len(clients), None if published is None else published.rows)
 
 

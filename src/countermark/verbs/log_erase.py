@@ -21,11 +21,8 @@ def log_erase(config: LogEraseConfig) -> Erased:
     Raises:
         CountermarkError: there is no such log.
     """
-    log = QueryLog(config.log, create=False)
-    try:
+    with QueryLog(config.log, create=False) as log:
         return Erased(config.client, log.erase(config.client))
-    finally:
-        log.close()
 
 
 def show(result: Erased) -> None:

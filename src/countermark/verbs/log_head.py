@@ -29,11 +29,8 @@ def log_head(config: LogHeadConfig) -> PublishedHead:
     Raises:
         CountermarkError: there is no such log.
     """
-    log = QueryLog(config.log, create=False)
-    try:
+    with QueryLog(config.log, create=False) as log:
         head = log.head()
-    finally:
-        log.close()
     return PublishedHead(LOG_FORMAT, head.rows, head.hash)
 
 

@@ -57,11 +57,8 @@ def trace(config: TraceConfig) -> Tracing:
     """
     key = load_key(config.key)
     published = None if config.head is None else read_head(config.head)
-    log = QueryLog(config.log, create=False)
-    try:
+    with QueryLog(config.log, create=False) as log:
         rows = list(log.rows(published))
-    finally:
-        log.close()
     kept = [row for row in rows if row is not None]
     if not kept:
         raise CountermarkError(f"the log {config.log} holds no trials; nobody has asked near a coin yet")
