@@ -79,32 +79,31 @@ def main() -> None:
     found = calibrate_model(network, pools.validation, secret=secret, model_sha256=weights_sha256(folder), cost=COST[data])
     model = GuardedModel(network, Guard(found.settings, secret))
     generator = torch.Generator().manual_seed(seed)
-    accounts = [Account(model, f"client {k}") for k in range(CLIENTS)]
     asked = [torch.randperm(len(pools.thief), generator=generator)[:count] for _ in range(CLIENTS)]
     asked[1] = torch.cat((asked[0][: count // 2], asked[1][count // 2 :]))  # half of the thief's queries
-    answers = [account(pools.thief.x[index]) for account, index in zip(accounts, asked, strict=True)]
-    rows = interleaved(accounts)
+    tenths = [index[: count // 10] if k < 10 else index for k, index in enumerate(asked)]
+
+    def service(asked: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Row]]:
+        accounts = [Account(model, f"client {k}") for k in range(CLIENTS)]
+        return [account(pools.thief.x[index]) for account, index in zip(accounts, asked, strict=True)], interleaved(accounts)
+
+    answers, rows = service(asked)
     record: dict[str, object] = {"data": data, "seed": seed, "queries": count, "trials": len(rows)}
 
-    def traced(name: str, suspect: nn.Module) -> None:
+    def traced(name: str, suspect: nn.Module, rows: list[Row] = rows) -> None:
         result = trace_accounts(rows, predict(suspect, images_of(rows, shape)), secret)
         first = [(account.client, round(account.log10_p_value, 1)) for account in result.accounts[:3]]
         record[name] = {"named": result.named, "together_log10_p": result.together_log10_p_value, "first": first}
         print(name, json.dumps(record[name]), flush=True)
 
-    def shared(among: int) -> nn.Module:
-        part = [slice(k * count // among, (k + 1) * count // among) for k in range(among)]
-        x = torch.cat([pools.thief.x[asked[k][part[k]]] for k in range(among)])
-        return _standard(Examples(x, torch.cat([answers[k][part[k]] for k in range(among)])), data, seed)
+    def taught(asked: list[torch.Tensor], answers: list[torch.Tensor]) -> nn.Module:
+        return _standard(Examples(torch.cat([pools.thief.x[index] for index in asked]), torch.cat(answers)), data, seed)
 
-    def pooled(among: int) -> nn.Module:
-        x = torch.cat([pools.thief.x[asked[k]] for k in range(among)])
-        return _standard(Examples(x, torch.cat([answers[k] for k in range(among)])), data, seed)
-
-    copy = shared(1)
+    copy = taught(asked[:1], answers[:1])
     traced("one account", copy)
-    traced("two accounts that pool their answers", pooled(2))
-    traced("ten accounts, a tenth of the queries each", shared(10))
+    traced("two accounts that pool their answers", taught(asked[:2], answers[:2]))
+    spread, log = service(tenths)
+    traced("ten accounts, a tenth of the queries each", taught(tenths[:10], spread[:10]), log)
     stranger = load_bundle(options.runs / f"{data}-{seed}-stranger")[0]
     traced("stranger", stranger)
     for share in (0.05, 0.1, 0.2, 0.4):

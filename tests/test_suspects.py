@@ -1,7 +1,15 @@
 """Suspects at arm's length: our bundles, ONNX files, and hostile ones."""
 
+import importlib.util
+import io
 import pickle
+import re
+import socket
 import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +18,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import countermark.suspects
 from countermark.bundle import Description, load, load_bundle, save_bundle
 from countermark.data import Pools, pixels
 from countermark.errors import CountermarkError
@@ -173,7 +182,7 @@ class Bomb:
         return eval, ("__import__('pathlib').Path('/tmp/countermark-was-unpickled').touch()",)
 
 
-@pytest.mark.parametrize("name", ["model.pt2", "model.pt", "model.pth", "model.pkl", "model.txt", "absent.onnx"])
+@pytest.mark.parametrize("name", ["model.pt", "model.pth", "model.pkl", "model.txt", "absent.onnx"])
 def test_files_that_are_not_asked(tmp_path: Path, name: str) -> None:
     if not name.startswith("absent"):
         (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
@@ -278,3 +287,143 @@ def test_any_attack_library_can_take_a_loaded_model(bundle: Path) -> None:
     x = torch.rand(4, *SHAPE, requires_grad=True)
     model(x).sum().backward()
     assert x.grad is not None
+
+
+# --- .pt2: programs of torch.export, which are not safe to load ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def program(owner: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The owner's model as torch.export writes it."""
+    path = tmp_path_factory.mktemp("pt2") / "copy.pt2"
+    batch = torch.export.Dim("n", min=1, max=4096)
+    torch.export.save(torch.export.export(load(owner), (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: batch},)), path)
+    return path
+
+
+def test_a_pt2_program_answers_like_the_model(owner: Path, digits: Pools, program: Path) -> None:
+    try:
+        labels = open_suspect(program, SHAPE)(digits.test.x)
+    except CountermarkError as error:
+        pytest.skip(str(error)) if "this system" in str(error) else pytest.fail(str(error))
+    assert torch.equal(labels, predict(load(owner), digits.test.x))
+
+
+def pt2_child() -> object:
+    """The child's module, as its path is run."""
+    path = Path(countermark.suspects.__file__).with_name("pt2_child.py")
+    found = importlib.util.spec_from_file_location("pt2_child", path)
+    assert found is not None
+    module = importlib.util.module_from_spec(found)
+    assert found.loader is not None
+    found.loader.exec_module(module)
+    return module
+
+
+Changes = dict[str, Callable[[bytes], bytes]]
+WEIGHTS = "data/weights/model_weights_config.json"
+HOSTILE: dict[str, tuple[Changes, str]] = {
+    "pickled weight": ({WEIGHTS: lambda data: data.replace(b'"use_pickle": false', b'"use_pickle": true', 1)}, "pickled"),
+    "weight elsewhere": ({WEIGHTS: lambda data: data.replace(b"weight_0", b"../../etc/x")}, "pickled or no tensor"),
+    "no weights": ({WEIGHTS: lambda _data: b"[]"}, "not a JSON object"),
+    "custom object": ({"data/constants/custom_obj_0": lambda _data: pickle.dumps(Bomb())}, "does not need"),
+    "compiled code": ({"data/aotinductor/model/x.so": lambda _data: b"ELF"}, "does not need"),
+    "expression": (
+        {"models/model.json": lambda data: data.replace(b"Symbol('s", b"__import__('os').system('x') or Symbol('s", 1)},
+        "more than arithmetic",
+    ),
+    "power": ({"models/model.json": lambda data: re.sub(rb"Symbol\([^)]*\)", b"9**9**9", data, count=1)}, "more than arithmetic"),
+    "operator": ({"models/model.json": lambda data: data.replace(b"torch.ops.aten.relu.default", b"os.system")}, "only ATen"),
+    "deep": ({"models/model.json": lambda _data: b"[" * 100_000}, "not JSON"),
+    "no program": ({"models/model.json": lambda _data: b"{}"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_pt2_is_refused_before_torch_sees_it(program: Path, name: str) -> None:
+    changes, said = HOSTILE[name]
+    rewritten = io.BytesIO()
+    with zipfile.ZipFile(program) as archive, zipfile.ZipFile(rewritten, "w") as copy:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+        root = next(iter(members)).split("/")[0]
+        for place, change in changes.items():
+            members[f"{root}/{place}"] = change(members.get(f"{root}/{place}", b""))
+        for place, data in members.items():
+            copy.writestr(place, data)
+    child = pt2_child()
+    x = np.zeros((1, *SHAPE), dtype=np.float32)
+    if said:
+        with pytest.raises(child.RefusedError, match=said):  # type: ignore[attr-defined]
+            child._plain(rewritten.getvalue(), x)  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(child.RefusedError, match="cannot load"):  # type: ignore[attr-defined]
+            child._ask(rewritten.getvalue(), x)  # type: ignore[attr-defined]
+
+
+def test_archives_that_are_no_programs(program: Path) -> None:
+    child, data = pt2_child(), program.read_bytes()
+    squeezed, twice = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(squeezed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/models/model.json", b"0" * 1000)
+    with zipfile.ZipFile(twice, "w") as archive:
+        archive.writestr("a/models/model.json", b"{}")
+        archive.writestr("b/models/model.json", b"{}")
+    bad = {"archive": [b"", b"PK", data[: len(data) // 2]], "compressed": [squeezed.getvalue()], "several roots": [twice.getvalue()]}
+    for said, files in bad.items():
+        for file in files:
+            with pytest.raises(child.RefusedError, match=said):  # type: ignore[attr-defined]
+                child._plain(file, np.zeros((1, *SHAPE), dtype=np.float32))  # type: ignore[attr-defined]
+
+
+def test_the_sample_inputs_of_a_stranger_are_never_read(program: Path) -> None:
+    rewritten = io.BytesIO()
+    with zipfile.ZipFile(program) as archive, zipfile.ZipFile(rewritten, "w") as copy:
+        for member in archive.infolist():
+            evil = member.filename.endswith("sample_inputs/model.pt")
+            copy.writestr(member.filename, pickle.dumps(Bomb()) if evil else archive.read(member))
+    plain = pt2_child()._plain(rewritten.getvalue(), np.zeros((1, *SHAPE), dtype=np.float32))  # type: ignore[attr-defined]
+    with zipfile.ZipFile(plain) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("sample_inputs/model.pt"))
+        assert b"was-unpickled" not in archive.read(name)
+
+
+_ATTEMPTS = """
+import importlib.util, os, socket, sys
+found = importlib.util.spec_from_file_location("pt2_child", sys.argv[1])
+child = importlib.util.module_from_spec(found)
+found.loader.exec_module(child)
+try:
+    child._confine()
+except child.RefusedError as error:
+    print("cannot confine:", error)
+    sys.exit(0)
+def attempt(name, action):
+    try:
+        action()
+        print("DONE", name)
+    except OSError:
+        print("refused", name)
+open("scratch", "w").write("x")
+attempt("read", lambda: open(sys.argv[2]).read())
+attempt("list", lambda: os.listdir(os.path.dirname(sys.argv[2])))
+attempt("write", lambda: open(sys.argv[2] + ".new", "w"))
+attempt("remove", lambda: os.remove(sys.argv[2]))
+attempt("network", lambda: socket.create_connection(("127.0.0.1", int(sys.argv[3])), 2))
+attempt("run", lambda: os.execv("/bin/true", ["true"]))
+"""
+
+
+def test_a_confined_child_reaches_nothing(owner: Path, tmp_path: Path) -> None:
+    """Even a pickle that ran would find no key, no network and nowhere to write."""
+    secret = tmp_path / "key" / "secret"
+    secret.parent.mkdir()
+    secret.write_text("secret")
+    (tmp_path / "empty").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        child = Path(countermark.suspects.__file__).with_name("pt2_child.py")
+        command = [sys.executable, "-I", "-c", _ATTEMPTS, str(child), str(secret), str(listening.getsockname()[1])]
+        done = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, timeout=120, check=False)
+    if "cannot confine" in done.stdout:
+        pytest.skip(done.stdout)
+    assert done.stdout.splitlines() == [f"refused {name}" for name in ("read", "list", "write", "remove", "network", "run")], done.stderr
+    assert secret.read_text() == "secret"

@@ -1,7 +1,7 @@
 """Suspects at arm's length: labels only, whatever the model is and whoever made it.
 
-A suspect is a model folder of ours (numbers for a network that we build), an ONNX file (run in a child process under limits), an endpoint
-behind HTTP, or any function of your own from images to labels. `.pt2` files are refused: their loader unpickles and evaluates expressions.
+A suspect is a model folder of ours (numbers for a network that we build), an ONNX or .pt2 file (run in a child process under limits), an
+endpoint behind HTTP, or any function of your own from images to labels.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import nn
 from countermark.bundle import load_bundle
 from countermark.data import pixels
 from countermark.errors import CountermarkError
-from countermark.suspects.onnx import ask_onnx
+from countermark.suspects.confined import ask_onnx, ask_pt2
 from countermark.suspects.remote import NO_ANSWER, Asking, Endpoint, prepare
 
 _CHUNK = 250
@@ -26,7 +26,7 @@ def open_suspect(place: str | Path, shape: tuple[int, ...], asking: Asking | Non
     """Make a suspect that answers with labels.
 
     Args:
-        place: a model folder, an `.onnx` file, or the URL of an endpoint (see `Endpoint`).
+        place: a model folder, an `.onnx` or `.pt2` file, or the URL of an endpoint (see `Endpoint`).
         shape: one image as it will be asked, `(channels, height, width)`.
         asking: how the suspect wants its images, and how an endpoint is asked.
 
@@ -49,15 +49,16 @@ def open_suspect(place: str | Path, shape: tuple[int, ...], asking: Asking | Non
             )
         return lambda x: _labels(network, x, path)
     suffix = path.suffix.lower()
-    if suffix in (".pt2", ".pt", ".pth", ".pkl", ".bin"):
+    if suffix in (".pt", ".pth", ".pkl", ".bin"):
         raise CountermarkError(
             f"{path} is refused: loading {suffix} files from others can run their code; export the model to ONNX instead"
         )
     if not path.exists():
         raise CountermarkError(f"{path} does not exist; name a model folder or an .onnx file")
-    if suffix != ".onnx":
-        raise CountermarkError(f"{path} is neither a model folder nor an .onnx file; export the model to ONNX")
-    return lambda x: ask_onnx(path, prepare(x, asking))
+    if suffix not in (".onnx", ".pt2"):
+        raise CountermarkError(f"{path} is neither a model folder nor an .onnx or .pt2 file; export the model to ONNX")
+    ask = ask_onnx if suffix == ".onnx" else ask_pt2
+    return lambda x: ask(path, prepare(x, asking))
 
 
 def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
@@ -68,4 +69,4 @@ def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
     return logits.argmax(1)
 
 
-__all__ = ["NO_ANSWER", "Asking", "Endpoint", "Suspect", "ask_onnx", "open_suspect", "prepare"]
+__all__ = ["NO_ANSWER", "Asking", "Endpoint", "Suspect", "ask_onnx", "ask_pt2", "open_suspect", "prepare"]

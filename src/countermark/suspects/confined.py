@@ -1,7 +1,7 @@
-"""Asking an ONNX file from a stranger, in a child process under limits.
+"""Asking a file from a stranger in a child process under limits; the children are `onnx_child` and `pt2_child`.
 
-The child (`onnx_child`) limits its own memory, processor time and file size, checks the graph before anything is run, and sends
-labels back as a NumPy array without objects.
+The child limits its own memory, processor time and file size, checks the file before anything is run, and sends labels back as a NumPy
+array without objects.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ import torch
 
 from countermark.errors import CountermarkError
 
-_CHILD = Path(__file__).with_name("onnx_child.py")
+_FOLDER = Path(__file__).parent
 _TIMEOUT = 600  # seconds for all images of one call
 _FAILED = 2  # the child's exit status when it says why on standard error
 
@@ -25,8 +25,8 @@ def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
     """Ask an ONNX model for labels.
 
     Args:
-        path: the file: one input of the type and layout of `x`, with `n` free; first output logits `(n, classes)` or integer
-            labels `(n,)` or `(n, 1)`.
+        path: the file: one input of the type and layout of `x`, with `n` free; first output logits `(n, classes)` or integer labels `(n,)`
+            or `(n, 1)`.
         x: images as the model takes them, float32 or uint8 (see `prepare`).
 
     Returns:
@@ -38,9 +38,35 @@ def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
     """
     if not all(importlib.util.find_spec(module) for module in ("onnx", "onnxruntime")):
         raise CountermarkError("asking an .onnx file needs onnx and onnxruntime; pip install 'countermark[onnx]'")
+    return _ask(_FOLDER / "onnx_child.py", path, x)
+
+
+def ask_pt2(path: Path, x: torch.Tensor) -> torch.Tensor:
+    """Ask a program of `torch.export` (.pt2) for labels.
+
+    Its loader unpickles and evaluates expressions, so the file is written anew before it is loaded, with nothing but stored tensors, ATen
+    operators and arithmetic of sizes. The child that loads it can read Python's own folders and nothing else, write nowhere but in an
+    empty folder that is deleted, and reach no network; where the system cannot promise that (Linux with Landlock and user namespaces
+    can), it refuses.
+
+    Args:
+        path: the file: one input of the type and layout of `x`, with `n` free; one output, logits or labels.
+        x: images as the model takes them, float32 or uint8 (see `prepare`).
+
+    Returns:
+        int64 labels `(n,)`.
+
+    Raises:
+        CountermarkError: the file holds more than a plain program, takes other images, answers with anything but finite logits or labels,
+            needs more memory or time than it is given, or this system cannot confine the child.
+    """
+    return _ask(_FOLDER / "pt2_child.py", path, x)
+
+
+def _ask(child: Path, path: Path, x: torch.Tensor) -> torch.Tensor:
     request = io.BytesIO()
     np.save(request, x.numpy(), allow_pickle=False)
-    command = [sys.executable, "-I", str(_CHILD), str(path.absolute())]
+    command = [sys.executable, "-I", str(child), str(path.absolute())]
     try:
         with tempfile.TemporaryDirectory() as empty:  # where relative paths inside the file lead nowhere
             done = subprocess.run(command, input=request.getvalue(), capture_output=True, timeout=_TIMEOUT, check=False, cwd=empty)  # noqa: S603
