@@ -186,16 +186,16 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
 
 def table(runs: Path) -> str:
     """What was played, as Markdown."""
-    lines = ["| data | thief | queries | seed | cost, test | trials | agree : other (stranger) | log10 p | strangers' | copy's test |"]
-    lines.append("|" + "---|" * 10)
-    records = [json.loads(path.read_text()) for path in runs.glob("*-*.json")]
+    lines = ["| data | thief | queries | projections | seed | cost, test | trials | agree : other (stranger) | log10 p | strangers' | copy's test |"]
+    lines.append("|" + "---|" * 11)
+    records = [record for record in (json.loads(path.read_text()) for path in runs.glob("*.json")) if "thief" in record]
     order = list(THIEVES)
     for r in sorted(
         records, key=lambda r: (r["data"] != "mnist", order.index(r["thief"]), r["images"], r["bits"], r["stated_cost"], r["seed"])
     ):
         found, others = r["suspect"], [stranger["log10_p"] for stranger in r["strangers"].values()]
         lines.append(
-            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['seed']} | {r['cost']:.3f} | {r['trials']} "
+            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['cost']:.3f} | {r['trials']} "
             f"| {found['agree']} : {found['other']} ({found['expected']:.0f}) | {found['log10_p']:.1f} "
             f"| {min(others):.1f} to {max(others):.1f} | {r['test_accuracy']:.1f} |"
         )
