@@ -186,7 +186,9 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
 
 def table(runs: Path) -> str:
     """What was played, as Markdown."""
-    lines = ["| data | thief | queries | projections | seed | cost, test | trials | agree : other (stranger) | log10 p | strangers' | copy's test |"]
+    lines = [
+        "| data | thief | queries | projections | seed | cost, test | trials | agree : other (stranger) | log10 p | strangers' | copy's test |"
+    ]
     lines.append("|" + "---|" * 11)
     records = [record for record in (json.loads(path.read_text()) for path in runs.glob("*.json")) if "thief" in record]
     order = list(THIEVES)
