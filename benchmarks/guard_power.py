@@ -186,10 +186,19 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
 
 def table(runs: Path) -> str:
     """What was played, as Markdown."""
-    lines = [
-        "| data | thief | queries | projections | seed | cost, test | trials | agree : other (stranger) | log10 p | strangers' | copy's test |"
-    ]
-    lines.append("|" + "---|" * 11)
+    columns: tuple[str, ...] = (
+        "data",
+        "thief",
+        "queries",
+        "projections",
+        "seed",
+        "cost, test",
+        "trials",
+        "agree : other (stranger)",
+        "log10 p",
+    )
+    columns += ("strangers'", "copy's test")
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     records = [record for record in (json.loads(path.read_text()) for path in runs.glob("*.json")) if "thief" in record]
     order = list(THIEVES)
     for r in sorted(
