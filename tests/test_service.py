@@ -398,6 +398,9 @@ def test_the_guards_digest_is_in_the_commitment(
     assert before["c2"]["guard"] is None
     assert len(after["c2"]["guard"]) == 64
     assert before["c1"] == after["c1"]
+    assert main(["guard", str(guarded_folder), "--cost", "8"]) == 0
+    assert main(["serve", str(guarded_folder), "--log", str(tmp_path / "log.db")]) == 2
+    assert "clients.json does not exist" in capsys.readouterr().err
     for wrong in (["--cost", "0"], ["--bits", "65"], ["--key", str(tmp_path)], ["--key", str(tmp_path / "none")]):
         assert main(["guard", "--model", str(guarded_folder), *wrong]) == 2
     capsys.readouterr()

@@ -50,6 +50,8 @@ _GROUPS: dict[str, dict[str, tuple[type[configs.VerbConfig], str]]] = {
     },
 }
 """Verbs of two words, and the option that their third word stands for."""
+_POSITIONAL = {"guard": "--model", "serve": "--model"}
+"""Verbs whose second word may be the value of an option."""
 
 
 _NO_MEMORY = "not enough memory; close other programs or take a smaller network"
@@ -165,6 +167,8 @@ def _parse(arguments: list[str]) -> Any:
     twice = next((option for option in options if options.count(option) > 1), None)
     if "" in arguments or twice:
         raise CountermarkError(f"{twice} is given twice; give it once" if twice else "an argument is empty; leave it out or fill it in")
+    if len(arguments) > 1 and arguments[0] in _POSITIONAL and not arguments[1].startswith("-"):
+        arguments = [arguments[0], _POSITIONAL[arguments[0]], *arguments[1:]]
     if arguments[:1] and arguments[0] in _GROUPS:
         group, actions = arguments[0], _GROUPS[arguments[0]]
         if arguments[1:2] in (["--help"], ["-h"]):

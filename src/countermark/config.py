@@ -219,8 +219,8 @@ class ServeConfig(VerbConfig):
     """Model folder with a guard.json."""
     log: str
     """Query log: a path (SQLite) or postgresql://USER:PASSWORD@HOST/DATABASE."""
-    clients: Path
-    """File of the clients who may ask; countermark client add makes it."""
+    clients: Path | None = None
+    """File of the clients who may ask, as countermark client add makes it; default MODEL/clients.json."""
     key: Path | None = None
     """Key folder, for its secret; default MODEL/key."""
     name: str = "model"

@@ -62,7 +62,9 @@ def ask(config: SuspectConfig, x: torch.Tensor, data: str) -> Answered:
         except CountermarkError:  # scikit-learn is not installed, or a damaged file: there is no check then
             pass
         else:
-            clean = agreement(suspect(examples.x), examples.y)
+            given = suspect(examples.x)
+            answered = given != NO_ANSWER  # the budget may be spent
+            clean = agreement(given[answered], examples.y[answered]) if bool(answered.any()) else None
     return Answered(labels, int((labels == NO_ANSWER).sum()), changed, clean)
 
 

@@ -40,7 +40,7 @@ def serve(config: ServeConfig) -> Served:
     from countermark.service.server import listen, run
 
     network, description = load_bundle(config.model)
-    clients = Clients(config.clients)
+    clients = Clients(config.clients or config.model / "clients.json")
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is for the requests themselves
     model = network if config.unguarded else load_guarded(config.model, config.key or config.model / "key")
     log = None if config.unguarded else QueryLog(config.log)
