@@ -1,5 +1,6 @@
 # make quickstart   train, mark and prove a model on real MNIST
 # make test         the test suite
+# make slow         the tests that need much room: a real Triton
 # make lint         format, lint, docstrings, types
 # make install      only .venv, with the command .venv/bin/countermark
 # make study        the paper's study beside its numbers, on real MNIST and Fashion-MNIST (profile quick)
