@@ -19,10 +19,10 @@ from torch import nn
 
 from countermark import ProtectConfig, protect
 from countermark.bundle import load_bundle
-from countermark.data import Examples, Pools, load_pools, pixels, spec
+from countermark.data import Examples, Pools, as_uint8, load_pools, pixels, spec
 from countermark.evaluation import Attack, accuracy, predict
 from countermark.files import write_json
-from countermark.guard import Guard, GuardedModel, Row, as_uint8, calibrate_model, expected_cost, images_of, trace_accounts, weights_sha256
+from countermark.guard import Guard, GuardedModel, Row, calibrate_model, expected_cost, images_of, trace_accounts, weights_sha256
 from countermark.memory import keep_freed_memory
 from countermark.models import build
 from countermark.theft import JacobianTheft, steal_black_box

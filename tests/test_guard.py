@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from countermark.bundle import load
-from countermark.data import Examples, Pools, pixels
+from countermark.data import Examples, Pools, as_uint8, pixels
 from countermark.errors import CountermarkError
 from countermark.evidence import EProcess
 from countermark.guard import (
@@ -21,7 +21,6 @@ from countermark.guard import (
     GuardedModel,
     GuardSettings,
     Row,
-    as_uint8,
     calibrate,
     calibrate_model,
     consistent_scores,

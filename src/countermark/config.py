@@ -37,6 +37,12 @@ class VerbConfig:
                 shown = value if abs(value) < 1 << 64 else "a number of many digits"
                 raise CountermarkError(f"--{name.replace('_', '-')} is a whole number from 1 to {most}, not {shown}")
 
+    def _positive(self, what: str, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e6:
+                raise CountermarkError(f"--{name} is a positive {what}, not {value}")
+
     def _only_for(self, applies: bool, what: str, *names: str) -> None:
         for name in names:
             if not applies and getattr(self, name) is not None:
@@ -166,10 +172,7 @@ class SuspectConfig(VerbConfig):
         self._at_least_one("budget", "repeats")
         if not 0 <= self.retries <= 100:
             raise CountermarkError(f"--retries is a whole number from 0 to 100, not {self.retries}")
-        for name in ("rate", "timeout"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < 1e6:
-                raise CountermarkError(f"--{name} is a positive number, not {value}")
+        self._positive("number", "rate", "timeout")
         if any(":" not in header or not header.isprintable() for header in self.headers):
             raise CountermarkError("--headers are words of the form 'Name: value'")
 
@@ -249,9 +252,7 @@ class ServeConfig(VerbConfig):
         self._at_least_one("max_waiting")
         if not 0 <= self.port < 1 << 16:
             raise CountermarkError(f"--port is a number from 0 to 65535, not {self.port}")
-        for name in ("timeout", "drain"):
-            if not 0 < getattr(self, name) < 1e6:
-                raise CountermarkError(f"--{name} is a positive number of seconds, not {getattr(self, name)}")
+        self._positive("number of seconds", "timeout", "drain")
         if not self.name.isidentifier():
             raise CountermarkError(f"--name is letters, digits and underscores, not {self.name!r}")
 

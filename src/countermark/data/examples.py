@@ -53,6 +53,11 @@ def pixels(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float32) / 255 if x.dtype == torch.uint8 else x
 
 
+def as_uint8(x: torch.Tensor) -> torch.Tensor:
+    """The opposite of `pixels`: uint8 images as they are, pixels of [0, 1] rounded to 8 bits (outside values to the nearest bound)."""
+    return x if x.dtype == torch.uint8 else x.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
 def load_examples(name: str, cache: Path | None = None) -> tuple[Examples, Examples]:
     """Return the training and test examples of the data set `name`, fetching its files if they are not cached.
 

@@ -8,6 +8,18 @@ whatever the suspect is; the three conditions that carry this are in docs/how-it
 from countermark.evidence.betting import EProcess
 from countermark.evidence.planner import trials_needed
 from countermark.evidence.sign_flip import SignFlip, cell_differences, sign_flip_test
-from countermark.evidence.verdict import ALPHA, JUDGE_ALPHA, Verdict, judge
+from countermark.evidence.verdict import ALPHA, EXIT_STATUS, JUDGE_ALPHA, Verdict, decide, judge
 
-__all__ = ["ALPHA", "JUDGE_ALPHA", "EProcess", "SignFlip", "Verdict", "cell_differences", "judge", "sign_flip_test", "trials_needed"]
+__all__ = [
+    "ALPHA",
+    "EXIT_STATUS",
+    "JUDGE_ALPHA",
+    "EProcess",
+    "SignFlip",
+    "Verdict",
+    "cell_differences",
+    "decide",
+    "judge",
+    "sign_flip_test",
+    "trials_needed",
+]

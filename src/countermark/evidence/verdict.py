@@ -9,6 +9,8 @@ from countermark.evidence.sign_flip import cell_differences, log10, sign_flip_te
 
 ALPHA = 1e-6
 """Default level of a verdict."""
+EXIT_STATUS = {"match": 0, "no evidence": 1, "inconclusive": 3}
+"""What a verb that ends in a verdict exits with."""
 JUDGE_ALPHA = 1e-9
 """Level of a judge, who cannot see how often coins were drawn anew (docs/how-it-works.md)."""
 
@@ -38,6 +40,11 @@ class Verdict:
     trials: int
     log10_smallest_p_value: float
     alpha: float
+
+
+def decide(p: Fraction | float, smallest: Fraction | float, alpha: float) -> str:
+    """The verdict on a p-value, given the smallest that the usable trials could have reached; all three as numbers, or as logarithms."""
+    return "match" if p <= alpha else "inconclusive" if smallest > alpha else "no evidence"
 
 
 def judge(
@@ -72,7 +79,7 @@ def judge(
     p = min(Fraction(1), batches * test.p)
     usable = min(Fraction(1), Fraction(batches, 1 << test.cells))
     smallest = min(Fraction(1), Fraction(batches, 1 << len(differences)))
-    verdict = "match" if p <= alpha else "inconclusive" if usable > alpha else "no evidence"
+    verdict = decide(p, usable, alpha)
     return Verdict(
         verdict=verdict,
         p_value=float(p),

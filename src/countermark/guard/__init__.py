@@ -3,7 +3,7 @@
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent_scores
 from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
-from countermark.guard.model import Answers, GuardedModel, as_uint8, calibrate_model, expected_cost
+from countermark.guard.model import Answers, GuardedModel, calibrate_model, expected_cost
 from countermark.guard.settings import guard_sha256, load_guarded, read_guard, weights_sha256, write_guard
 from countermark.guard.tracing import Trace, Traced, images_of, trace_accounts
 
@@ -21,7 +21,6 @@ __all__ = [
     "Row",
     "Trace",
     "Traced",
-    "as_uint8",
     "calibrate",
     "calibrate_model",
     "consistent_scores",

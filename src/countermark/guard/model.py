@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from countermark.data import Examples, pixels
+from countermark.data import Examples, as_uint8, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
@@ -94,11 +94,6 @@ class Split:
             finally:
                 hook.remove()
         return logits.cpu(), kept[-1].flatten(1).cpu()
-
-
-def as_uint8(x: torch.Tensor) -> torch.Tensor:
-    """Images as they are asked: uint8 as they are, pixels of [0, 1] rounded to 8 bits (outside values to the nearest bound)."""
-    return x if x.dtype == torch.uint8 else x.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def calibrate_model(

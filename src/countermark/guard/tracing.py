@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from countermark.errors import CountermarkError
-from countermark.evidence import ALPHA, EProcess
+from countermark.evidence import ALPHA, EProcess, decide
 from countermark.guard.core import WHOLE, client_key, coin
 from countermark.guard.log import Row
 
@@ -96,7 +96,7 @@ def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, al
         best.update(row.client, book.best)
     accounts = sorted((book.traced(client, len(books), alpha) for client, book in books.items()), key=lambda found: found.log10_p_value)
     together = pool.log10_p_value
-    verdict = "match" if together <= math.log10(alpha) else "inconclusive" if best.log10_p_value > math.log10(alpha) else "no evidence"
+    verdict = decide(together, best.log10_p_value, math.log10(alpha))
     named = tuple(found.client for found in accounts if found.verdict == "match")
     return Trace(tuple(accounts), named, verdict, together, alpha)
 
@@ -123,7 +123,7 @@ class _Book:
     def traced(self, client: str, clients: int, alpha: float) -> Traced:
         p = min(0.0, self.process.log10_p_value + math.log10(clients))
         reachable = self.best.log10_p_value + math.log10(clients)
-        verdict = "match" if p <= math.log10(alpha) else "inconclusive" if reachable > math.log10(alpha) else "no evidence"
+        verdict = decide(p, reachable, math.log10(alpha))
         wealth = self.process.log_e / math.log(10)
         counts = self.counts
         return Traced(client, verdict, p, counts[1], counts[-1], counts[0], self.expected, wealth)

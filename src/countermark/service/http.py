@@ -17,8 +17,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from countermark.data import as_uint8
 from countermark.errors import CountermarkError
-from countermark.guard import as_uint8
 from countermark.guard.requests import check_request, image_hashes
 from countermark.service.clients import Client, Clients
 from countermark.service.engine import BusyError, Engine

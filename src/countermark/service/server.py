@@ -94,8 +94,6 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._captured_signals.clear)
-            with super().capture_signals():
-                yield
-                self._captured_signals.clear()
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()

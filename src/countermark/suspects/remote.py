@@ -16,7 +16,7 @@ from typing import Any
 import requests
 import torch
 
-from countermark.data import pixels
+from countermark.data import as_uint8, pixels
 from countermark.errors import CountermarkError
 from countermark.files import sha256
 
@@ -73,7 +73,7 @@ def prepare(x: torch.Tensor, asking: Asking) -> torch.Tensor:
     if asking.pixels == "uint8":
         if asking.mean or asking.std:
             raise CountermarkError("mean and deviation go with float pixels; leave them out for uint8")
-        images = x if x.dtype == torch.uint8 else x.clamp(0, 1).mul(255).round().to(torch.uint8)
+        images = as_uint8(x)
     else:
         images = pixels(x)
         for values, apply in ((asking.mean, torch.sub), (asking.std, torch.div)):
@@ -108,7 +108,7 @@ class Endpoint:
         self.asked = self.refused = self.changed = 0
         self._session = requests.Session()
         self._session.headers.update(dict(self._asking.headers))
-        self._input: dict[str, str] | None = None
+        self._input: str | None = None
         self._last = -math.inf
         self._known = _read_replay(self._asking.replay, self.url)
 
@@ -152,20 +152,19 @@ class Endpoint:
         if self._mlflow:
             body: dict[str, Any] = {"inputs": images.tolist()}
         else:
-            described = self._described()
             kind = "UINT8" if images.dtype == torch.uint8 else "FP32"
             data = images.flatten().tolist()
-            body = {"inputs": [{"name": described["input"], "shape": list(images.shape), "datatype": kind, "data": data}]}
+            body = {"inputs": [{"name": self._input_name(), "shape": list(images.shape), "datatype": kind, "data": data}]}
         path = self.url if self._mlflow else f"{self.url}/infer"
         found = self._send("POST", path, body)
         return None if found is None else _labels(found, len(images), self._mlflow)
 
-    def _described(self) -> dict[str, str]:
+    def _input_name(self) -> str:
         """The name of the model's input, from its metadata."""
         if self._input is None:
             inputs = (self._send("GET", self.url, None) or {}).get("inputs")
             first = inputs[0] if isinstance(inputs, list) and inputs and isinstance(inputs[0], dict) else {}
-            self._input = {"input": str(first.get("name", "input"))}
+            self._input = str(first.get("name", "input"))
         return self._input
 
     def _send(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any] | None:

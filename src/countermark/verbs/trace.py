@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from countermark.config import TraceConfig
 from countermark.errors import CountermarkError
+from countermark.evidence import EXIT_STATUS
 from countermark.guard import QueryLog, Traced, images_of, read_head, trace_accounts
 from countermark.report import p_value, print_lines, print_table
 from countermark.verbs.asking import ask, doubts
 from countermark.watermarks import load_key, load_secret
 
-_EXIT = {"match": 0, "no evidence": 1, "inconclusive": 3}
 _SHOWN = 20
 
 
@@ -46,7 +46,7 @@ class Tracing:
     @property
     def exit_status(self) -> int:
         """0 match, 1 no evidence, 3 inconclusive."""
-        return _EXIT[self.verdict]
+        return EXIT_STATUS[self.verdict]
 
 
 def trace(config: TraceConfig) -> Tracing:

@@ -3,12 +3,10 @@
 from dataclasses import dataclass
 
 from countermark.config import VerifyConfig
-from countermark.evidence import judge
+from countermark.evidence import EXIT_STATUS, judge
 from countermark.report import p_value, percent, print_lines, print_table
 from countermark.verbs.asking import Answered, ask, doubts
 from countermark.watermarks import Key, load_key
-
-_EXIT = {"match": 0, "no evidence": 1, "inconclusive": 3}
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Verification:
     @property
     def exit_status(self) -> int:
         """0 match, 1 no evidence, 3 inconclusive."""
-        return _EXIT[self.verdict]
+        return EXIT_STATUS[self.verdict]
 
 
 def verify(config: VerifyConfig) -> Verification:
