@@ -38,12 +38,12 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 	@echo "installing countermark"
-	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,serve,study]'
+	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,serve,judge,study]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing the developers' tools"
-	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,serve,study,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,serve,judge,study,dev]'
 	@touch $@
 
 # MLServer wants an older web stack than ours, so it has an environment of its own; the tests ask it from outside.

@@ -20,7 +20,7 @@ from countermark.evaluation import predict
 from countermark.evidence import sign_flip_test
 from countermark.files import canonical_json, read_json
 from countermark.memory import keep_freed_memory
-from countermark.watermarks import draw_coins, load_key
+from countermark.watermarks import draw_coins, leaf_secrets, load_key
 
 PRUNED = (0.5, 0.8, 0.9)
 FINETUNED = 20
@@ -50,7 +50,9 @@ def random_keys(suspect: Path, key_folder: Path) -> dict[str, Any]:
     generator, values = random.Random(0), []
     for _ in range(KEYS):
         secret = generator.randbytes(32)
-        flips = 1 - 2 * draw_coins(canonical_json({**key.c1, "public_key": secret.hex()}), b"", secret, len(key.watermarks)).int()
+        flips = (
+            1 - 2 * draw_coins(canonical_json({**key.c1, "public_key": secret.hex()}), b"", leaf_secrets(secret, len(key.watermarks))).int()
+        )
         values.append(sign_flip_test((signed * flips).tolist()).randomised_p_value(generator.random()))
     values.sort()
     distance = max(max((i + 1) / KEYS - value, value - i / KEYS) for i, value in enumerate(values))

@@ -20,7 +20,7 @@ from countermark.evidence import sign_flip_test
 from countermark.files import canonical_json, read_json
 from countermark.verbs.protect import protect
 from countermark.watermarks import WatermarkSet, coin_set, craft_adversarial, draw_coins, full_strength, load_key, new_secrets, write_key
-from countermark.watermarks.commitment import check_signature, leaf_secret, leaves, merkle_root, secret_seed
+from countermark.watermarks.commitment import check_signature, leaf_secret, leaf_secrets, leaves, merkle_root, secret_seed
 
 
 def some_set(count: int = 12, answers: int = 2) -> WatermarkSet:
@@ -92,15 +92,15 @@ def test_every_part_of_every_leaf_is_bound(index: int, part: str) -> None:
 
 
 def test_coins_depend_on_commitment_token_and_secret_and_are_fair() -> None:
-    coins = draw_coins(b"c1", b"", b"s" * 32, 4000)
+    coins = draw_coins(b"c1", b"", leaf_secrets(b"s" * 32, 4000))
     assert abs(int(coins.sum()) - 2000) < 160  # five standard deviations
     for other in (
-        draw_coins(b"c2", b"", b"s" * 32, 4000),
-        draw_coins(b"c1", b"t", b"s" * 32, 4000),
-        draw_coins(b"c1", b"", b"t" * 32, 4000),
+        draw_coins(b"c2", b"", leaf_secrets(b"s" * 32, 4000)),
+        draw_coins(b"c1", b"t", leaf_secrets(b"s" * 32, 4000)),
+        draw_coins(b"c1", b"", leaf_secrets(b"t" * 32, 4000)),
     ):
         assert abs(int((coins == other).sum()) - 2000) < 160
-    assert torch.equal(coins, draw_coins(b"c1", b"", b"s" * 32, 4000))
+    assert torch.equal(coins, draw_coins(b"c1", b"", leaf_secrets(b"s" * 32, 4000)))
 
 
 def test_key_round_trip_and_modes(tmp_path: Path) -> None:
@@ -212,7 +212,9 @@ def test_two_thousand_random_keys_find_nothing_in_a_stranger(who: str, owner: Pa
     generator, values = random.Random(5), []
     for _ in range(2000):
         secret = generator.randbytes(32)
-        flips = 1 - 2 * draw_coins(canonical_json({**key.c1, "public_key": secret.hex()}), b"", secret, len(key.watermarks)).int()
+        flips = (
+            1 - 2 * draw_coins(canonical_json({**key.c1, "public_key": secret.hex()}), b"", leaf_secrets(secret, len(key.watermarks))).int()
+        )
         values.append(sign_flip_test((signed * flips).tolist()).randomised_p_value(generator.random()))
     values.sort()
     distance = max(max((i + 1) / 2000 - value, value - i / 2000) for i, value in enumerate(values))

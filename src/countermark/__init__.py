@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from countermark.bundle import load
     from countermark.config import (
+        AdjudicateConfig,
+        ClaimConfig,
         ClientAddConfig,
         EvaluateConfig,
         FetchConfig,
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
         VerifyConfig,
     )
     from countermark.errors import CountermarkError
+    from countermark.verbs.adjudicate import adjudicate
+    from countermark.verbs.claim import claim
     from countermark.verbs.client_add import client_add
     from countermark.verbs.evaluate import evaluate
     from countermark.verbs.fetch import fetch
@@ -54,7 +58,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_VERBS: tuple[str, ...] = ("client_add", "evaluate", "fetch", "guard", "log_check", "log_erase", "log_head", "plan", "protect")
+_VERBS: tuple[str, ...] = (
+    "adjudicate",
+    "claim",
+    "client_add",
+    "evaluate",
+    "fetch",
+    "guard",
+    "log_check",
+    "log_erase",
+    "log_head",
+    "plan",
+    "protect",
+)
 _VERBS += ("quickstart", "remove", "reproduce", "serve", "steal", "trace", "verify")
 _HOMES = {
     "CountermarkError": ("errors", "CountermarkError"),
@@ -65,6 +81,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdjudicateConfig",
+    "ClaimConfig",
     "ClientAddConfig",
     "CountermarkError",
     "EvaluateConfig",
@@ -82,7 +100,9 @@ __all__ = [
     "StealConfig",
     "TraceConfig",
     "VerifyConfig",
+    "adjudicate",
     "calibrate",
+    "claim",
     "client_add",
     "evaluate",
     "fetch",

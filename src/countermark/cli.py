@@ -1,7 +1,7 @@
 """The command line: a thin skin over the verbs.
 
 Results go to standard output, progress and errors to standard error. Exit status 0 is success, 2 an error of one line, 130 an interruption;
-`verify` adds 1 (no evidence) and 3 (inconclusive).
+`verify` adds 1 (no evidence) and 3 (inconclusive), `adjudicate` 1 (dismissed) and 3 (undecidable).
 """
 
 import contextlib
@@ -27,6 +27,8 @@ _VERBS: dict[type[configs.VerbConfig], str] = {
     configs.ProtectConfig: "protect",
     configs.EvaluateConfig: "evaluate",
     configs.VerifyConfig: "verify",
+    configs.ClaimConfig: "claim",
+    configs.AdjudicateConfig: "adjudicate",
     configs.StealConfig: "steal",
     configs.RemoveConfig: "remove",
     configs.PlanConfig: "plan",
@@ -50,7 +52,7 @@ _GROUPS: dict[str, dict[str, tuple[type[configs.VerbConfig], str]]] = {
     },
 }
 """Verbs of two words, and the option that their third word stands for."""
-_POSITIONAL = {"guard": "--model", "serve": "--model"}
+_POSITIONAL = {"guard": "--model", "serve": "--model", "adjudicate": "--claim"}
 """Verbs whose second word may be the value of an option."""
 
 
@@ -151,6 +153,8 @@ def _parse(arguments: list[str]) -> Any:
         Annotated[configs.ProtectConfig, subcommand("protect")]
         | Annotated[configs.EvaluateConfig, subcommand("evaluate")]
         | Annotated[configs.VerifyConfig, subcommand("verify")]
+        | Annotated[configs.ClaimConfig, subcommand("claim")]
+        | Annotated[configs.AdjudicateConfig, subcommand("adjudicate")]
         | Annotated[configs.StealConfig, subcommand("steal")]
         | Annotated[configs.RemoveConfig, subcommand("remove")]
         | Annotated[configs.PlanConfig, subcommand("plan")]

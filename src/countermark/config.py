@@ -99,6 +99,10 @@ class ProtectConfig(VerbConfig):
     """Processes to train on, one a device."""
     precision: str = "auto"
     """auto (bf16 where the processor computes in it), 32-true, bf16-mixed."""
+    tsa: str | None = None
+    """Address of a timestamp authority (RFC 3161) whose token the coins come out of; without it the mark is private."""
+    roots: Path | None = None
+    """PEM file of the authority's root certificates, to check its tokens at once."""
     cache: Path | None = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
@@ -110,7 +114,8 @@ class ProtectConfig(VerbConfig):
         self._seeded()
         self._only_for(self.scheme == "adversarial", "--scheme adversarial", "labels")
         self._only_for(self.scheme not in ("ood", "none"), "--scheme coin or adversarial", "watermark_epsilon", "watermark_step_size")
-        self._only_for(self.scheme != "none", "a scheme that has watermarks", "embedding")
+        self._only_for(self.scheme != "none", "a scheme that has watermarks", "embedding", "tsa")
+        self._only_for(self.tsa is not None, "--tsa", "roots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +198,56 @@ class VerifyConfig(SuspectConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClaimConfig(SuspectConfig):
+    """Open one batch of a key against a suspect: a folder that a judge can check."""
+
+    key: Path
+    """Key folder; it remembers which batches were shown."""
+    out: Path
+    """Folder to write; it must be new or empty."""
+    model: Path | None = None
+    """Folder of the marked model with its commitment.json; default the folder that holds the key."""
+    batch: int | None = None
+    """Batch to open; default the first that nobody has seen."""
+    tsa: str | None = None
+    """Address of a timestamp authority (RFC 3161): fixes the suspect's answers before the trials are shown."""
+    roots: Path | None = None
+    """PEM file of the authority's root certificates, to check its token at once."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        if self.batch is not None and self.batch < 0:
+            raise CountermarkError(f"--batch is a number from 0, not {self.batch}")
+        self._only_for(self.tsa is not None, "--tsa", "roots")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdjudicateConfig(SuspectConfig):
+    """Judge a claim as a third party: check everything, ask the suspect, and write the judgement as a page and as JSON."""
+
+    claim: Path
+    """The claim's folder."""
+    roots: Path
+    """PEM file with the root certificates of the timestamp authorities that you trust."""
+    out: Path = Path("judgement")
+    """Where the judgement goes: OUT.html and OUT.json."""
+    rival: Path | None = None
+    """Claim of somebody else on the same suspect: each mark is asked of the other's model."""
+    shown: tuple[Path, ...] = ()
+    """Claims of the same key that were shown before: a batch counts once."""
+    suspect_token: Path | None = None
+    """Timestamp (RFC 3161 response, DER) over the suspect's file, if the accused has one."""
+    alpha: float = 1e-9
+    """Level of the judgement."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        self._open_interval("alpha")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuardConfig(VerbConfig):
     """Calibrate a guard for a model folder: where answers are nearly tied, a client's coins will choose them."""
 
@@ -204,6 +259,10 @@ class GuardConfig(VerbConfig):
     """Points of test accuracy that the coins may cost, in expectation."""
     bits: int = 16
     """Keyed projections that cut the cells; up to 2^bits cells for each pair of classes."""
+    tsa: str | None = None
+    """Address of a timestamp authority (RFC 3161), to show later when the guard was fixed."""
+    roots: Path | None = None
+    """PEM file of the authority's root certificates, to check its token at once."""
     cache: Path | None = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
@@ -212,6 +271,7 @@ class GuardConfig(VerbConfig):
         if not 0 < self.cost < 50:
             raise CountermarkError(f"--cost is a number of points in (0, 50), not {self.cost}")
         self._at_least_one("bits", most=64)
+        self._only_for(self.tsa is not None, "--tsa", "roots")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,8 +41,8 @@ class Spec:
     pools: Mapping[str, int]
     train: int = 60_000
     test: int = 10_000
-    batches: int = 4
-    batch_size: int = 100
+    batches: int = 2
+    batch_size: int = 200
     files: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -104,7 +104,7 @@ CATALOG: Mapping[str, Spec] = {
             pools={"validation": 60, "bases": 220, "thief": 280},
             train=1497,
             test=300,
-            batch_size=40,
+            batch_size=80,
         ),
     )
 }

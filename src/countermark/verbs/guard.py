@@ -6,7 +6,7 @@ from countermark.bundle import load_with_data
 from countermark.config import GuardConfig
 from countermark.data import load_pools
 from countermark.errors import CountermarkError
-from countermark.files import read_bytes, read_json, write_json
+from countermark.files import canonical_json, read_bytes, read_json, write_json
 from countermark.guard import (
     Guard,
     GuardedModel,
@@ -17,7 +17,9 @@ from countermark.guard import (
     write_guard,
 )
 from countermark.report import print_lines, print_table
-from countermark.watermarks import load_secret, sign
+from countermark.timestamps import encode_token
+from countermark.verbs.stamping import timestamping
+from countermark.watermarks import load_secret, sign, third_commitment
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,13 @@ class Calibrated:
 
 
 def guard(config: GuardConfig) -> Calibrated:
-    """Calibrate a guard on the validation pool and write guard.json; the commitment's second part is signed anew with its digest.
+    """Calibrate a guard on the validation pool and write guard.json; a third commitment ties it to the second, which stays as it is.
 
     Raises:
         CountermarkError: the model or the key cannot be read, or the key's commitment is for other weights.
     """
     network, description, _ = load_with_data(config.model)
+    stamp = timestamping(config.tsa, config.roots)
     key = config.key or config.model / "key"
     secret, digest = load_secret(key), weights_sha256(config.model)
     pools = load_pools(description.data, description.seed, config.cache)
@@ -58,9 +61,10 @@ def guard(config: GuardConfig) -> Calibrated:
         raise CountermarkError(f"{commitment} commits to other weights than those in the folder; restore it from a backup")
     written = write_guard(config.model, found, pools.validation.digest)
     if record is not None:
-        c2 = {**record["c2"], "guard": guard_sha256(written)}
-        signature = sign(read_bytes(key / "signing-key", 32), c2)
-        write_json(commitment, {**record, "c2": c2, "c2_signature": signature, "t2": None})
+        c3 = third_commitment(record["c2"], guard_sha256(written))
+        signature = sign(read_bytes(key / "signing-key", 32), c3)
+        t3 = None if stamp is None else encode_token(stamp(canonical_json(c3)))
+        write_json(commitment, {**record, "c3": c3, "c3_signature": signature, "t3": t3})
     measured = expected_cost(GuardedModel(network, Guard(found.settings, secret)), pools.test)
     needed = round(20 / found.entropy) if found.entropy else 0
     return Calibrated(str(config.model), found.cost, measured, found.tied, found.entropy, needed)

@@ -21,7 +21,9 @@ from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agree
 from countermark.files import CHECKPOINT_PREFIX, canonical_json, make_private_folder, new_folder, read_bytes, sha256, write_json
 from countermark.models import NETWORKS, build
 from countermark.report import percent, print_lines, print_table
+from countermark.timestamps import encode_token
 from countermark.training import EMBEDDINGS, OBJECTIVES, Hardware, choose, marking, open_hardware, recipe, train
+from countermark.verbs.stamping import Stamp, timestamping
 from countermark.watermarks import (
     LABELS,
     SCHEMES,
@@ -87,6 +89,7 @@ def protect(config: ProtectConfig) -> Protection:
     hardware = Hardware(config.accelerator, config.devices, config.precision)
     public_recipe = recipe(config.data, config.objective, epsilon, seed=config.seed, hardware=hardware, epochs=config.epochs)
     open_hardware(hardware)  # before a secret is drawn for work that cannot begin
+    stamp = timestamping(config.tsa, config.roots)
     trained = {"event": "trained", "config": asdict(public_recipe)}
     description = Description(config.network, catalogued.shape, catalogued.classes, config.data, epsilon, config.seed, history=(trained,))
     with new_folder(config.out, config.record()) as folder:
@@ -109,7 +112,7 @@ def protect(config: ProtectConfig) -> Protection:
         else:
             make_private_folder(private / "source")
             save_bundle(private / "source", source, description, mode=0o600)
-            key = _make_key(config, catalogued, pools, source, private, secret)
+            key = _make_key(config, catalogued, pools, source, private, secret, stamp)
             labelled = Examples(key.watermarks.x, key.labels)
             if config.embedding == "epoch":
                 network, embedding = build(config.network, catalogued.shape, catalogued.classes, seed=seed), source_recipe
@@ -119,7 +122,7 @@ def protect(config: ProtectConfig) -> Protection:
             fit(network, "marked", config=embedding, watermarks=labelled)
             marked = {"event": "marked", "scheme": config.scheme, "config": asdict(replace(embedding, seed=config.seed))}
             digest = save_bundle(folder, network, replace(description, history=(trained, marked)))
-            _commit(folder, key, digest)
+            _commit(folder, key, digest, stamp)
             result = _measure(config, network, source, key, pools, digest, begun)
         write_json(folder / "metrics.json", asdict(result))
     return result
@@ -139,8 +142,10 @@ def _check(config: ProtectConfig, catalogued: Spec) -> None:
         )
 
 
-def _make_key(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.Module, private: Path, secret: bytes) -> Key:
-    """Craft the watermarks on the source model, commit to them, draw the coins; a key that is already there is read."""
+def _make_key(
+    config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.Module, private: Path, secret: bytes, stamp: Stamp | None
+) -> Key:
+    """Craft the watermarks on the source model, commit to them, draw the coins; a key that is already there is read, never drawn anew."""
     if (private / "key.json").exists():
         return load_key(private)
     attack = full_strength(config.watermark_epsilon or catalogued.watermark_epsilon)
@@ -153,7 +158,7 @@ def _make_key(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.
         "crafting": asdict(attack) if config.scheme != "ood" else None,
         "config_sha256": sha256(canonical_json(config.record())),
     }
-    return write_key(private, config.scheme, watermarks, provenance)
+    return write_key(private, config.scheme, watermarks, provenance, stamp)
 
 
 def _watermarks(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.Module, attack: Attack, seed: int) -> WatermarkSet:
@@ -167,18 +172,18 @@ def _watermarks(config: ProtectConfig, catalogued: Spec, pools: Pools, source: n
     return published_set(images, bases.y if config.labels != "source" else predicted)
 
 
-def _commit(folder: Path, key: Key, digest: str) -> None:
+def _commit(folder: Path, key: Key, digest: str, stamp: Stamp | None) -> None:
     """Write the public commitment. Without timestamps it is a private mark: no judge can tell when the coins were drawn."""
     signing_key = read_bytes(folder / "key" / "signing-key", 32)
-    c2 = second_commitment(dict(key.c1), digest)
+    c2 = second_commitment(key.c1, key.t1, digest)
     record = {
-        "kind": "private",
+        "kind": "private" if stamp is None else "timestamped",
         "c1": key.c1,
         "c1_signature": key.signature,
-        "t1": None,
+        "t1": encode_token(key.t1),
         "c2": c2,
         "c2_signature": sign(signing_key, c2),
-        "t2": None,
+        "t2": None if stamp is None else encode_token(stamp(canonical_json(c2))),
     }
     write_json(folder / "commitment.json", record)
 

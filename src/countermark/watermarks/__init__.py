@@ -1,6 +1,20 @@
 """Watermarks: the sets of every scheme, the commitment that binds them, and the owner's key."""
 
-from countermark.watermarks.commitment import draw_coins, second_commitment, secret_seed, sign
+from countermark.watermarks.commitment import (
+    batch_of,
+    check_signature,
+    draw_coins,
+    leaf_hash,
+    leaf_secrets,
+    leaves,
+    merkle_paths,
+    path_length,
+    root_of_path,
+    second_commitment,
+    secret_seed,
+    sign,
+    third_commitment,
+)
 from countermark.watermarks.key import Key, load_key, load_secret, new_secrets, write_key
 from countermark.watermarks.sets import (
     CRAFTING_STEPS,
@@ -20,17 +34,26 @@ __all__ = [
     "SCHEMES",
     "Key",
     "WatermarkSet",
+    "batch_of",
+    "check_signature",
     "coin_set",
     "craft_adversarial",
     "draw_coins",
     "full_strength",
+    "leaf_hash",
+    "leaf_secrets",
+    "leaves",
     "load_key",
     "load_secret",
+    "merkle_paths",
     "new_secrets",
+    "path_length",
     "published_sample",
     "published_set",
+    "root_of_path",
     "second_commitment",
     "secret_seed",
     "sign",
+    "third_commitment",
     "write_key",
 ]

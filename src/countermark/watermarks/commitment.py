@@ -1,13 +1,13 @@
 """Commit, draw, mark: how coins come out of randomness that did not exist when the inputs were fixed.
 
 Each trial is a leaf with a secret of its own; a Merkle tree binds them to one root; C1 holds the root and is signed; the coins are
-hashed out of C1, its timestamp and the leaf secrets (docs/format.md gives every byte). Without a timestamp the owner could draw coins
-until he likes them, so such a mark is "private": good for the owner, undecidable for a judge.
+hashed out of C1, the authority's signature on its timestamp T1, and the leaf secrets (docs/format.md gives every byte). Without a
+timestamp the owner could draw coins until he likes them, so such a mark is "private": good for the owner, undecidable for a judge.
 """
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,13 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from countermark.errors import CountermarkError
-from countermark.files import canonical_json
+from countermark.files import canonical_json, sha256
 from countermark.watermarks.sets import WatermarkSet
 
 LEAF_FORMAT = b"countermark leaf 1"
 C1_FORMAT = "countermark c1 1"
 C2_FORMAT = "countermark c2 1"
+C3_FORMAT = "countermark c3 1"
 SECRET_BYTES = 32
 
 _LEAF, _NODE, _COIN = b"\x00", b"\x01", b"\x02"
@@ -29,6 +30,11 @@ _LEAF, _NODE, _COIN = b"\x00", b"\x01", b"\x02"
 def leaf_secret(secret: bytes, index: int) -> bytes:
     """s_i = HMAC-SHA-256(secret, i)."""
     return hmac.digest(secret, index.to_bytes(8, "big"), "sha256")
+
+
+def leaf_secrets(secret: bytes, count: int) -> list[bytes]:
+    """s_0 to s_(count - 1)."""
+    return [leaf_secret(secret, i) for i in range(count)]
 
 
 def secret_seed(secret: bytes, purpose: str) -> int:
@@ -40,42 +46,93 @@ def secret_seed(secret: bytes, purpose: str) -> int:
     return int.from_bytes(hmac.digest(secret, f"countermark seed: {purpose}".encode(), "sha256")[:4], "big")
 
 
+def leaf_hash(index: int, batch: int, cell: int, x: bytes, answers: Sequence[int], leaf_secret: bytes) -> bytes:
+    """leaf_i, 32 bytes: everything that is fixed about one trial, hidden behind its secret."""
+    numbers = (index, batch, cell, len(x))
+    framed = [number.to_bytes(8, "big") for number in numbers]
+    framed += [x, len(answers).to_bytes(8, "big"), *(answer.to_bytes(8, "big") for answer in answers), leaf_secret]
+    return hashlib.sha256(_LEAF + LEAF_FORMAT + b"".join(framed)).digest()
+
+
 def leaves(watermarks: WatermarkSet, secret: bytes) -> list[bytes]:
     """The leaf of every trial, 32 bytes each, in order."""
     return [
-        hashlib.sha256(
-            b"".join(
-                (
-                    _LEAF,
-                    LEAF_FORMAT,
-                    *(number.to_bytes(8, "big") for number in (i, int(watermarks.batch[i]), int(watermarks.cell[i]))),
-                    watermarks.x[i].numel().to_bytes(8, "big"),
-                    watermarks.x[i].contiguous().numpy().tobytes(),
-                    watermarks.answers.shape[1].to_bytes(8, "big"),
-                    *(int(answer).to_bytes(8, "big") for answer in watermarks.answers[i]),
-                    leaf_secret(secret, i),
-                )
-            )
-        ).digest()
+        leaf_hash(
+            i,
+            int(watermarks.batch[i]),
+            int(watermarks.cell[i]),
+            watermarks.x[i].contiguous().numpy().tobytes(),
+            watermarks.answers[i].tolist(),
+            leaf_secret(secret, i),
+        )
         for i in range(len(watermarks))
     ]
 
 
 def merkle_root(nodes: Sequence[bytes]) -> bytes:
     """Root of the Merkle tree of RFC 6962 over the leaf hashes: split at the largest power of two below their number."""
-    if len(nodes) == 1:
-        return nodes[0]
-    split = 1 << (len(nodes) - 1).bit_length() - 1
-    return hashlib.sha256(_NODE + merkle_root(nodes[:split]) + merkle_root(nodes[split:])).digest()
+    return _tree(nodes)[0]
 
 
-def draw_coins(c1: bytes, token_signature: bytes, secret: bytes, count: int) -> torch.Tensor:
-    """coin_i = low bit of SHA-256(2 | SHA-256(C1) | SHA-256(signature of T1, or nothing) | s_i), as int64 `(count,)`.
+def merkle_paths(nodes: Sequence[bytes]) -> list[list[bytes]]:
+    """What leads from each leaf hash to the root: its neighbours, the nearest first."""
+    return _tree(nodes)[1]
+
+
+def root_of_path(leaf: bytes, index: int, count: int, path: Sequence[bytes]) -> bytes | None:
+    """The root that a leaf leads to by its path, in a tree of `count` leaves; none if the path has another length than the leaf's place."""
+    turns = _turns(index, count)
+    if len(turns) != len(path):
+        return None
+    for left, neighbour in zip(reversed(turns), path, strict=True):
+        leaf = _node(leaf, neighbour) if left else _node(neighbour, leaf)
+    return leaf
+
+
+def path_length(index: int, count: int) -> int:
+    """How many neighbours lie on the path of a leaf in a tree of `count` leaves."""
+    return len(_turns(index, count))
+
+
+def _turns(index: int, count: int) -> list[bool]:
+    """From the root down to a leaf: does it lie on the left?"""
+    turns = []
+    while count > 1:
+        split = _split(count)
+        turns.append(index < split)
+        index, count = (index, split) if index < split else (index - split, count - split)
+    return turns
+
+
+def batch_of(index: int, leaves: int, batches: int) -> int:
+    """The batch of a leaf: all are of one size and in order, so that a missing leaf cannot be hidden."""
+    return index // (leaves // batches)
+
+
+def draw_coins(c1: bytes, beacon: bytes, leaf_secrets: Sequence[bytes]) -> torch.Tensor:
+    """coin_i = low bit of SHA-256(2 | SHA-256(C1) | SHA-256(beacon of T1, or nothing) | s_i), as int64 `(n,)`.
 
     0 is heads (the smaller label), 1 is tails.
     """
-    seed = _COIN + hashlib.sha256(c1).digest() + hashlib.sha256(token_signature).digest()
-    return torch.tensor([hashlib.sha256(seed + leaf_secret(secret, i)).digest()[-1] & 1 for i in range(count)])
+    seed = _COIN + hashlib.sha256(c1).digest() + hashlib.sha256(beacon).digest()
+    return torch.tensor([hashlib.sha256(seed + secret).digest()[-1] & 1 for secret in leaf_secrets])
+
+
+def _tree(nodes: Sequence[bytes]) -> tuple[bytes, list[list[bytes]]]:
+    """The root over some nodes, and the path of each to it."""
+    if len(nodes) == 1:
+        return nodes[0], [[]]
+    split = _split(len(nodes))
+    (left, left_paths), (right, right_paths) = _tree(nodes[:split]), _tree(nodes[split:])
+    return _node(left, right), [[*path, right] for path in left_paths] + [[*path, left] for path in right_paths]
+
+
+def _split(count: int) -> int:
+    return 1 << (count - 1).bit_length() - 1
+
+
+def _node(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(_NODE + left + right).digest()
 
 
 def first_commitment(watermarks: WatermarkSet, secret: bytes, public_key: str, scheme: str, provenance: dict[str, Any]) -> dict[str, Any]:
@@ -94,15 +151,19 @@ def first_commitment(watermarks: WatermarkSet, secret: bytes, public_key: str, s
     }
 
 
-def second_commitment(c1: dict[str, Any], model_digest: str) -> dict[str, Any]:
-    """C2: the first commitment tied to the finished model; `guard` waits for the answer mark's configuration."""
+def second_commitment(c1: Mapping[str, Any], t1: bytes | None, model_digest: str) -> dict[str, Any]:
+    """C2: the first commitment and its token tied to the finished model."""
     return {
         "format": C2_FORMAT,
-        "c1_sha256": hashlib.sha256(canonical_json(c1)).hexdigest(),
-        "t1": None,
+        "c1_sha256": sha256(canonical_json(c1)),
+        "t1_sha256": None if t1 is None else sha256(t1),
         "model_sha256": model_digest,
-        "guard": None,
     }
+
+
+def third_commitment(c2: Mapping[str, Any], guard_digest: str) -> dict[str, Any]:
+    """C3: the configuration of a guard tied to the model in front of which it stands."""
+    return {"format": C3_FORMAT, "c2_sha256": sha256(canonical_json(c2)), "guard_sha256": guard_digest}
 
 
 def public_key(signing_key: bytes) -> str:

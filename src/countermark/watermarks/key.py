@@ -5,7 +5,7 @@ load recomputes the Merkle root, so a key with one altered byte is refused and n
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,20 @@ from countermark.files import (
     read_bytes,
     read_json,
     read_tensors,
+    sha256,
     write_bytes,
     write_json,
     write_tensors,
 )
+from countermark.timestamps import decode_token, encode_token, read_token
 from countermark.watermarks.commitment import (
     C1_FORMAT,
     SECRET_BYTES,
+    batch_of,
     check_signature,
     draw_coins,
     first_commitment,
+    leaf_secrets,
     leaves,
     merkle_root,
     public_key,
@@ -51,6 +55,7 @@ class Key:
         others: int64 `(n,)`, the answer that the coin did not choose; -1 where there is only one answer.
         c1: the first commitment.
         signature: its signature.
+        t1: the timestamp over C1 that the coins were drawn from; none for a private mark.
     """
 
     watermarks: WatermarkSet
@@ -58,6 +63,7 @@ class Key:
     others: torch.Tensor
     c1: Mapping[str, Any]
     signature: str
+    t1: bytes | None
 
     @property
     def scheme(self) -> str:
@@ -82,7 +88,13 @@ def new_secrets(folder: Path) -> bytes:
     return _read_secret(folder / "secret")
 
 
-def write_key(folder: Path, scheme: str, watermarks: WatermarkSet, provenance: Mapping[str, Any]) -> Key:
+def write_key(
+    folder: Path,
+    scheme: str,
+    watermarks: WatermarkSet,
+    provenance: Mapping[str, Any],
+    stamp: Callable[[bytes], bytes] | None = None,
+) -> Key:
     """Commit to a watermark set under the secrets in `folder`, draw the coins and write the key.
 
     Args:
@@ -90,15 +102,17 @@ def write_key(folder: Path, scheme: str, watermarks: WatermarkSet, provenance: M
         scheme: `coin`, `adversarial` or `ood`.
         watermarks: the set; it must not depend on the secrets.
         provenance: what else C1 fixes (data set, configuration and pool digests), JSON-ready.
+        stamp: has a message timestamped and returns the token; without it the mark is private.
     """
     secret, signing_key = _read_secret(folder / "secret"), _read_secret(folder / "signing-key")
     tensors = {name: getattr(watermarks, name) for name in ("x", "answers", "batch", "cell")}
     digest = write_tensors(folder / "trials.safetensors", tensors, mode=_PRIVATE)
     c1 = first_commitment(watermarks, secret, public_key(signing_key), scheme, dict(provenance))
     signature = sign(signing_key, c1)
-    signed = {"c1": c1, "c1_signature": signature, "trials_sha256": digest, "format": KEY_FORMAT}
+    t1 = None if stamp is None else stamp(canonical_json(c1))
+    signed = {"c1": c1, "c1_signature": signature, "t1": encode_token(t1), "trials_sha256": digest, "format": KEY_FORMAT}
     write_json(folder / "key.json", {"key": signed, "signature": sign(signing_key, signed)}, _PRIVATE)
-    return _key(watermarks, c1, signature, secret)
+    return _key(watermarks, c1, signature, t1, secret)
 
 
 def load_key(folder: Path) -> Key:
@@ -128,7 +142,7 @@ def load_key(folder: Path) -> Key:
     _check_fit(watermarks, c1, folder / "key.json")
     if merkle_root(leaves(watermarks, secret)).hex() != c1.get("root"):
         raise CountermarkError(f"{folder / 'secret'} does not belong to the committed trials; restore it from a backup")
-    return _key(watermarks, c1, str(signed["c1_signature"]), secret)
+    return _key(watermarks, c1, str(signed["c1_signature"]), decode_token(signed.get("t1"), f"{folder / 'key.json'}: t1"), secret)
 
 
 def _watermarks(tensors: Mapping[str, torch.Tensor], path: Path) -> WatermarkSet:
@@ -157,8 +171,10 @@ def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> N
         )
     else:
         in_order = in_order and answers.shape[1] == 1
-    counted = (c1.get("leaves"), c1.get("batches"), c1.get("shape"))
-    if not in_order or counted != (len(watermarks), int(batch.max()) + 1, list(watermarks.x.shape[1:])):
+    count, batches = len(watermarks), int(batch.max()) + 1
+    counted = (c1.get("leaves"), c1.get("batches"), c1.get("shape")) == (count, batches, list(watermarks.x.shape[1:]))
+    even = in_order and count % batches == 0 and batch.tolist() == [batch_of(i, count, batches) for i in range(count)]
+    if not even or not counted:
         raise CountermarkError(f"{path} commits to other trials than its scheme allows or than the key holds; it is not a valid key")
 
 
@@ -180,10 +196,12 @@ def _read_secret(path: Path) -> bytes:
     return data
 
 
-def _key(watermarks: WatermarkSet, c1: dict[str, Any], signature: str, secret: bytes) -> Key:
+def _key(watermarks: WatermarkSet, c1: dict[str, Any], signature: str, t1: bytes | None, secret: bytes) -> Key:
     if watermarks.answers.shape[1] == 1:
         labels = watermarks.answers[:, 0]
-        return Key(watermarks, labels, torch.full_like(labels, -1), c1, signature)
-    coins = draw_coins(canonical_json(c1), b"", secret, len(watermarks)).unsqueeze(1)
+        return Key(watermarks, labels, torch.full_like(labels, -1), c1, signature, t1)
+    committed = canonical_json(c1)
+    beacon = b"" if t1 is None else read_token(t1, sha256(committed), "the key's timestamp").beacon
+    coins = draw_coins(committed, beacon, leaf_secrets(secret, len(watermarks))).unsqueeze(1)
     labels = watermarks.answers.gather(1, coins).squeeze(1)
-    return Key(watermarks, labels, watermarks.answers.gather(1, 1 - coins).squeeze(1), c1, signature)
+    return Key(watermarks, labels, watermarks.answers.gather(1, 1 - coins).squeeze(1), c1, signature, t1)

@@ -1,0 +1,361 @@
+"""The judgement: every check that a third party can make of a claim, from the files and the roots that he trusts.
+
+Nothing that the claim says is believed. Signatures tie it to one key; tokens tie it to times; paths tie the opened trials to what was
+committed before the coins; the coins are computed anew; and the judge asks the suspect himself. A claim is upheld if every check holds,
+dismissed if one fails, and undecidable if one cannot be made.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import torch
+from cryptography import x509
+
+from countermark.claims.record import Claim
+from countermark.errors import CountermarkError
+from countermark.evidence import JUDGE_ALPHA, Verdict, judge
+from countermark.files import canonical_json, sha256
+from countermark.timestamps import UntrustedError, check_token, read_token
+from countermark.watermarks import batch_of, check_signature, draw_coins
+
+HOLDS, FAILS, OPEN = "holds", "fails", "cannot tell"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: what was checked.
+        result: `holds`, `fails` or `cannot tell`.
+        found: what was found.
+        meaning: what that means, in plain words.
+    """
+
+    name: str
+    result: str
+    found: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A claim of somebody else on the same suspect.
+
+    Attributes:
+        claim: it.
+        model_sha256: digest of the weights that it shows.
+        its_mark_in_ours: labels of our model on its trials `(n,)`.
+        our_mark_in_its: labels of its model on our trials `(n,)`.
+    """
+
+    claim: Claim
+    model_sha256: str
+    its_mark_in_ours: torch.Tensor
+    our_mark_in_its: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the judge has besides the claim.
+
+    Attributes:
+        labels: the suspect's labels of the opened trials `(n,)`, -1 where it gave none; asked by the judge.
+        suspect: what he asked (`suspect_identity`).
+        model_sha256: digest of the weights that the claim shows as the owner's.
+        model_labels: their labels of the opened trials `(n,)`.
+        roots: certificates of the timestamp authorities that he trusts.
+        alpha: his level.
+        suspect_token: an authority's response over the suspect's file, if the accused has one.
+        shown: claims of the same key that were shown before.
+        rival: a claim of somebody else.
+    """
+
+    labels: torch.Tensor
+    suspect: Mapping[str, str]
+    model_sha256: str
+    model_labels: torch.Tensor
+    roots: Sequence[x509.Certificate]
+    alpha: float = JUDGE_ALPHA
+    suspect_token: bytes | None = None
+    shown: Sequence[Claim] = field(default=())
+    rival: Rival | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The outcome.
+
+    Attributes:
+        verdict: `upheld`, `dismissed` or `undecidable`.
+        checks: every check that was made.
+        test: the exact test on the judge's own answers.
+        batches: what p was multiplied by: the batches that the claimant could have chosen from.
+    """
+
+    verdict: str
+    checks: tuple[Check, ...]
+    test: Verdict
+    batches: int
+
+
+def judge_claim(claim: Claim, finding: Finding) -> Judgement:
+    """Judge a claim."""
+    test = _test(claim, finding.labels, finding.alpha)
+    checks = [*standing(claim, finding.roots, finding.model_sha256), *_owners_model(claim, finding), *_suspect(claim, finding)]
+    checks += [_evidence(claim, finding, test), *_rival(claim, finding)]
+    results = {check.result for check in checks}
+    verdict = "dismissed" if FAILS in results else "undecidable" if OPEN in results else "upheld"
+    return Judgement(verdict, tuple(checks), test, int(claim.c1["batches"]))
+
+
+def standing(claim: Claim, roots: Sequence[x509.Certificate], model_sha256: str) -> list[Check]:
+    """What can be checked of a claim without asking anybody: signatures, commitments, times, the opened batch, the model's digest."""
+    return [_signatures(claim), _commitment(claim), *_times(claim, roots), _batch(claim), _model(claim, model_sha256)]
+
+
+def _signatures(claim: Claim) -> Check:
+    name, key = "Signatures", str(claim.c1["public_key"])
+    signed = (
+        ("C1", claim.c1, claim.c1_signature),
+        ("C2", claim.c2, claim.c2_signature),
+        ("the answers", claim.answers, claim.answers_signature),
+    )
+    for what, value, signature in signed:
+        try:
+            check_signature(key, value, signature, what)
+        except CountermarkError:
+            meaning = "Somebody changed it, or it belongs to another key: this claim is not the key owner's."
+            return Check(name, FAILS, f"that of {what} is not by the key {key[:16]}", meaning)
+    return Check(name, HOLDS, f"all by the key {key[:16]}", "Commitments and accusation come from the owner of one key.")
+
+
+def _commitment(claim: Claim) -> Check:
+    name, c1 = "What was committed", claim.c1
+    faults = []
+    if (c1.get("scheme"), c1.get("statistic"), c1.get("cell_weight")) != ("coin", "sign-flip", 1):
+        faults.append("its scheme has no exact test")
+    if c1["leaves"] % c1["batches"]:
+        faults.append("its batches are not of one size")
+    if claim.c2["c1_sha256"] != sha256(canonical_json(c1)):
+        faults.append("C2 is for another C1")
+    if claim.c2.get("t1_sha256") != (None if claim.t1 is None else sha256(claim.t1)):
+        faults.append("C2 is for another T1")
+    if claim.answers["c2_sha256"] != sha256(canonical_json(claim.c2)):
+        faults.append("the answers are for another C2")
+    if faults:
+        return Check(name, FAILS, "; ".join(faults), "The parts of the claim do not belong together, or allow no exact test.")
+    found = f"{c1['leaves']} trials in {c1['batches']} batches, each trial of weight 1, judged by the sign-flip test"
+    return Check(name, HOLDS, found, "What is tested, and how, was fixed before the coins were drawn.")
+
+
+_STAMPED = {
+    "t1": ("T1, over the trials", "The inputs and their two answers were fixed by then, and the coins did not exist before."),
+    "t2": ("T2, over the model", "The marked model existed by then."),
+    "answers_token": ("T of the answers", "The accusation and the suspect's answers were fixed by then, before the trials were shown."),
+}
+
+
+def _times(claim: Claim, roots: Sequence[x509.Certificate]) -> Iterator[Check]:
+    times = []
+    for name, (title, meaning) in _STAMPED.items():
+        try:
+            time = _time(claim, name, roots)
+        except UntrustedError as error:
+            yield Check(title, OPEN, str(error), "No authority that the judge trusts vouches for the time.")
+        except CountermarkError as error:
+            yield Check(title, FAILS, str(error), "The timestamp belongs to something else.")
+        else:
+            if time is None:
+                meaning = "Nothing shows when this was fixed; the owner could have tried until he liked it."
+                yield Check(title, OPEN, "there is none", meaning)
+            else:
+                times.append(time)
+                yield Check(title, HOLDS, _shown(time), meaning)
+    if len(times) == len(_STAMPED):
+        yield _order(times)
+
+
+def _time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> datetime | None:
+    """When one of the claim's three parts was stamped, or nothing if it was not."""
+    response: bytes | None = getattr(claim, name)
+    value = {"t1": claim.c1, "t2": claim.c2, "answers_token": claim.answers}[name]
+    return None if response is None else check_token(response, sha256(canonical_json(value)), roots, _STAMPED[name][0]).time
+
+
+def _known_time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> datetime | None:
+    """The same, or nothing where it cannot be trusted."""
+    try:
+        return _time(claim, name, roots)
+    except CountermarkError:
+        return None
+
+
+def _order(times: Sequence[datetime]) -> Check:
+    ordered = list(times) == sorted(times)
+    found = " <= ".join(map(_shown, times)) if ordered else ", ".join(map(_shown, times))
+    meaning = "Trials, then model, then accusation." if ordered else "What should have been first came later."
+    return Check("Order of times", HOLDS if ordered else FAILS, found, meaning)
+
+
+def _batch(claim: Claim) -> Check:
+    name, whole = "The opened batch", set(_expected(claim))
+    bound = _bound(claim)
+    missing, extra = len(whole - bound.keys()), len(claim.opened) - len(bound)
+    if extra:
+        meaning = "They are not what was committed to: changed, swapped, twice, or of another batch."
+        return Check(name, FAILS, f"{extra} shown trials do not lead to the committed root in their place", meaning)
+    if missing:
+        meaning = "A claim shows a whole batch: chosen trials would prove anything. Missing ones count against it."
+        return Check(name, FAILS, f"{missing} of {len(whole)} trials are missing", meaning)
+    return Check(name, HOLDS, f"all {len(whole)} trials of batch {claim.answers['batch']}", "Nothing was left out or changed.")
+
+
+def _model(claim: Claim, digest: str) -> Check:
+    name = "The owner's model"
+    if digest != claim.c2["model_sha256"]:
+        return Check(name, FAILS, f"its weights are {digest[:16]}, C2 is for {str(claim.c2['model_sha256'])[:16]}", "It is another model.")
+    return Check(name, HOLDS, f"weights {digest[:16]}", "The model that is shown is the one that was timestamped.")
+
+
+def _owners_model(claim: Claim, finding: Finding) -> list[Check]:
+    own = _test(claim, finding.model_labels, finding.alpha)
+    carries = own.verdict == "match"
+    found = f"{own.agreements} of {own.trials} as the coins fell, p = 10^{own.log10_p_value:.1f}"
+    meaning = "The owner's model remembers the coins." if carries else "The owner's own model does not remember the coins."
+    return [Check("The mark in it", HOLDS if carries else FAILS, found, meaning)]
+
+
+def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
+    made: datetime | None = None  # by then at the latest
+    if finding.suspect_token is not None:
+        try:
+            made = check_token(finding.suspect_token, finding.suspect.get("sha256", ""), finding.roots, "the suspect's timestamp").time
+        except CountermarkError as error:
+            yield Check("Age of the suspect", HOLDS, f"not shown: {error}", "The accused's timestamp proves nothing.")
+    marked, accused = _known_time(claim, "t2", finding.roots), _known_time(claim, "answers_token", finding.roots)
+    if made is not None and marked is not None:
+        older = made < marked
+        meaning = "A model that is older than the marked one was not made from it." if older else "It may be a copy."
+        found = f"{_shown(made)}, {'before' if older else 'not before'} T2"
+        yield Check("Age of the suspect", FAILS if older else HOLDS, found, meaning)
+    named = claim.answers["suspect"]
+    if named == dict(finding.suspect) or (made is not None and accused is not None and made < accused):
+        yield Check("The suspect", HOLDS, _named(finding.suspect), "It is the model that the claim was fixed against.")
+    else:
+        found = f"the claim was fixed against {_named(named)}, the judge asked {_named(finding.suspect)}"
+        meaning = "A model made after the trials were shown could have learned them; ask the one that the claim names."
+        yield Check("The suspect", OPEN, found, meaning)
+    yield from _spent(claim, finding, made)
+
+
+def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Check]:
+    """A batch that was shown in another dispute counts only against suspects that are known to be older than that."""
+    for earlier in finding.shown:
+        same = (earlier.c1, earlier.answers["batch"]) == (claim.c1, claim.answers["batch"])
+        if not same or earlier.answers == claim.answers:
+            continue
+        opened = _known_time(earlier, "answers_token", finding.roots)
+        fixed = made is not None and opened is not None and made < opened
+        found = f"shown in another claim{'' if opened is None else ' of ' + _shown(opened)}"
+        meaning = "The suspect is older than that." if fixed else "The suspect may have learned the trials from there; open another batch."
+        yield Check("A spent batch", HOLDS if fixed else OPEN, found, meaning)
+
+
+def _evidence(claim: Claim, finding: Finding, test: Verdict) -> Check:
+    name = "The test"
+    found = f"{test.agreements} as the coins fell, {test.disagreements} the other way, {test.neither} neither; "
+    found += f"p = 10^{test.log10_p_value:.1f}, {claim.c1['batches']} batches to choose from included"
+    if test.verdict == "match":
+        return Check(
+            name, HOLDS, found, f"A model that does not depend on these coins gets there less than once in {1 / test.alpha:.0e} claims."
+        )
+    if test.verdict == "inconclusive":
+        return Check(name, OPEN, found, "Too few trials were answered with one of their two answers.")
+    recorded = claim.answers["labels"]
+    if finding.suspect.get("kind") == "endpoint" and len(recorded) == len(claim.opened):
+        before = _test(claim, torch.tensor(recorded), finding.alpha)
+        if before.verdict == "match":
+            meaning = (
+                "The endpoint answers otherwise than the claim recorded: it was changed, or the record is wrong; which cannot be told."
+            )
+            return Check(name, OPEN, found, meaning)
+    return Check(name, FAILS, found, "Models that never saw the coins agree as often.")
+
+
+def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
+    rival, name = finding.rival, "The rival claim"
+    if rival is None:
+        return
+    faults = [check for check in standing(rival.claim, finding.roots, rival.model_sha256) if check.result != HOLDS]
+    if faults:
+        found = "; ".join(f"{check.name}: {check.found}" for check in faults)
+        yield Check(name, HOLDS, f"does not stand by itself ({found})", "It takes nothing from this claim.")
+        return
+    theirs = _test(rival.claim, rival.its_mark_in_ours, finding.alpha)
+    ours = _test(claim, rival.our_mark_in_its, finding.alpha)
+    found = f"its mark in this owner's model: p = 10^{theirs.log10_p_value:.1f}; this mark in its model: p = 10^{ours.log10_p_value:.1f}"
+    outcome = {
+        (False, True): (HOLDS, "The rival's model carries this mark, and not the other way round: this owner was first."),
+        (True, False): (FAILS, "This owner's model carries the rival's mark, and not the other way round: the rival was first."),
+        (True, True): (OPEN, "Each model carries the other's mark; who was first does not follow from the files."),
+        (False, False): (HOLDS, "Neither model was made from the other. The suspect may depend on both; this claim stands by itself."),
+    }[theirs.verdict == "match", ours.verdict == "match"]
+    yield Check(name, outcome[0], found, outcome[1])
+
+
+def _test(claim: Claim, labels: torch.Tensor, alpha: float) -> Verdict:
+    """The exact test: a trial that is missing, or not bound to the commitment, disagrees."""
+    bound, coins = _bound(claim), _coins(claim)
+    cells, outcomes = [], []
+    for index in _expected(claim):
+        row = bound.get(index)
+        cells.append(index)
+        if row is None or coins is None:
+            outcomes.append(-1)
+            continue
+        answers, label = claim.opened.answers[row].tolist(), int(labels[row])
+        outcomes.append(0 if label not in answers else 1 if answers.index(label) == coins[row] else -1)
+    return judge(cells, outcomes, alpha=alpha, batches=int(claim.c1["batches"]))
+
+
+def _bound(claim: Claim) -> dict[int, int]:
+    """Row of each shown trial, by its leaf, that lies on the committed tree and in the claim's batch; each leaf and each cell once."""
+    c1, opened = claim.c1, claim.opened
+    wanted, rows, cells = set(_expected(claim)), {}, set()
+    for row, root in enumerate(opened.roots(int(c1["leaves"]))):
+        index, cell = int(opened.index[row]), int(opened.cell[row])
+        heads, tails = opened.answers[row].tolist()
+        in_place = root == c1["root"] and index in wanted and int(opened.batch[row]) == claim.answers["batch"]
+        if in_place and heads < tails and index not in rows and cell not in cells:
+            rows[index] = row
+            cells.add(cell)
+    return rows
+
+
+def _expected(claim: Claim) -> list[int]:
+    """The leaves of the claim's batch."""
+    count, batches = int(claim.c1["leaves"]), int(claim.c1["batches"])
+    return [i for i in range(count) if batch_of(i, count, batches) == claim.answers["batch"]]
+
+
+def _coins(claim: Claim) -> list[int] | None:
+    """The coin of each shown trial, out of C1, T1 and its leaf secret; none if T1 is no token of C1."""
+    c1, beacon = canonical_json(claim.c1), b""
+    if claim.t1 is not None:
+        try:
+            beacon = read_token(claim.t1, sha256(c1), "T1").beacon
+        except CountermarkError:
+            return None
+    secrets = [bytes(row) for row in claim.opened.secrets.tolist()]
+    coins: list[int] = draw_coins(c1, beacon, secrets).tolist()
+    return coins
+
+
+def _named(suspect: Mapping[str, object]) -> str:
+    return str(suspect.get("url") or f"the file {str(suspect.get('sha256'))[:16]}")[:200]
+
+
+def _shown(time: datetime) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC")

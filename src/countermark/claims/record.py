@@ -1,0 +1,253 @@
+"""A claim as a folder: what was committed, the suspect's answers, one opened batch, and the owner's model (docs/format.md).
+
+Reading checks that the files have the right form and nothing more; whether a claim is true is the judgement's business.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from countermark.bundle import load_bundle
+from countermark.errors import CountermarkError
+from countermark.files import read_bytes, read_json, read_tensors, write_bytes, write_json, write_tensors
+from countermark.timestamps import decode_token, encode_token
+from countermark.watermarks import WatermarkSet, leaf_hash, leaf_secrets, leaves, merkle_paths, path_length, root_of_path
+
+CLAIM_FORMAT = "countermark claim 1"
+ANSWERS_FORMAT = "countermark answers 1"
+MOST_LEAVES = 1 << 20
+"""Trials in a key that a judge follows."""
+
+_TRIALS_LIMIT = 1 << 28
+_MODEL_LIMIT = 1 << 32
+_CHUNK = 1 << 20
+_DIGEST = 32
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Trials shown with what binds each of them to the commitment.
+
+    Attributes:
+        index: int64 `(n,)`, number of each leaf.
+        batch: int64 `(n,)`.
+        cell: int64 `(n,)`.
+        x: uint8 images `(n, c, h, w)`.
+        answers: int64 `(n, 2)`, heads and tails.
+        secrets: uint8 `(n, 32)`, the leaf secrets.
+        paths: uint8 `(n, d, 32)`, neighbours from the leaf up; rows beyond a leaf's own depth are 0.
+    """
+
+    index: torch.Tensor
+    batch: torch.Tensor
+    cell: torch.Tensor
+    x: torch.Tensor
+    answers: torch.Tensor
+    secrets: torch.Tensor
+    paths: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, chosen: slice | torch.Tensor) -> "Opened":
+        return replace(self, **{name: getattr(self, name)[chosen] for name in _TENSORS})
+
+    def roots(self, count: int) -> list[str]:
+        """The Merkle root that each trial leads to in a tree of `count` leaves, hexadecimal; empty where its path has another length."""
+        found = []
+        for i in range(len(self)):
+            index, batch, cell = int(self.index[i]), int(self.batch[i]), int(self.cell[i])
+            answers = self.answers[i].tolist()
+            if not 0 <= index < count or min(batch, cell, *answers) < 0:
+                found.append("")
+                continue
+            image = self.x[i].contiguous().numpy().tobytes()
+            leaf = leaf_hash(index, batch, cell, image, answers, _bytes(self.secrets[i]))
+            depth = path_length(index, count)
+            path = [_bytes(row) for row in self.paths[i][:depth]]
+            rest = self.paths[i][depth:]
+            root = root_of_path(leaf, index, count, path) if not bool(rest.any()) else None
+            found.append("" if root is None else root.hex())
+        return found
+
+
+_TENSORS = {
+    "index": (torch.int64, 1),
+    "batch": (torch.int64, 1),
+    "cell": (torch.int64, 1),
+    "x": (torch.uint8, 4),
+    "answers": (torch.int64, 2),
+    "secrets": (torch.uint8, 2),
+    "paths": (torch.uint8, 3),
+}
+
+
+_OBJECTS = ("c1", "c2", "answers", "found")
+_SIGNATURES = ("c1_signature", "c2_signature", "answers_signature")
+_TOKENS = ("t1", "t2", "answers_token")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim as it was read.
+
+    Attributes:
+        c1: first commitment, with its signature and token.
+        c1_signature: hexadecimal.
+        t1: the authority's response over C1; none for a private mark.
+        c2: second commitment.
+        c2_signature: hexadecimal.
+        t2: the response over C2.
+        answers: what the suspect answered, how it was asked, and which batch this is.
+        answers_signature: hexadecimal.
+        answers_token: the response over `answers`.
+        found: what the owner says that it proves; a courtesy, nothing is judged by it.
+        opened: the batch.
+        model: folder of the owner's model.
+    """
+
+    c1: Mapping[str, Any]
+    c1_signature: str
+    t1: bytes | None
+    c2: Mapping[str, Any]
+    c2_signature: str
+    t2: bytes | None
+    answers: Mapping[str, Any]
+    answers_signature: str
+    answers_token: bytes | None
+    found: Mapping[str, Any]
+    opened: Opened
+    model: Path
+
+    def network(self) -> nn.Module:
+        """The owner's model.
+
+        Raises:
+            CountermarkError: it cannot be read.
+        """
+        return load_bundle(self.model)[0]
+
+
+def suspect_identity(place: str | Path) -> dict[str, str]:
+    """What a suspect is to a claim: the address of an endpoint, or the SHA-256 of a file (of the weights, for a model folder)."""
+    if str(place).startswith(("http://", "https://")):
+        return {"kind": "endpoint", "url": str(place)}
+    path = Path(place) / "model.safetensors" if Path(place).is_dir() else Path(place)
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as stream:
+            while part := stream.read(_CHUNK):
+                digest.update(part)
+    except OSError as error:
+        raise CountermarkError(f"cannot read {path}: {error.strerror}; name a model folder, a model's file or an address") from error
+    return {"kind": "file", "sha256": digest.hexdigest()}
+
+
+def open_batch(watermarks: WatermarkSet, secret: bytes, batch: int) -> Opened:
+    """Open one batch of a key: its trials with their secrets and their paths to the committed root."""
+    chosen = torch.nonzero(watermarks.batch == batch).flatten()
+    secrets = leaf_secrets(secret, len(watermarks))
+    every = merkle_paths(leaves(watermarks, secret))
+    paths = [every[i] for i in chosen.tolist()]
+    deepest = max(map(len, paths))
+    padded = [b"".join(path).ljust(deepest * _DIGEST, b"\0") for path in paths]
+    return Opened(
+        index=chosen,
+        batch=watermarks.batch[chosen],
+        cell=watermarks.cell[chosen],
+        x=watermarks.x[chosen],
+        answers=watermarks.answers[chosen],
+        secrets=_tensor(b"".join(secrets[i] for i in chosen.tolist())).view(-1, _DIGEST),
+        paths=_tensor(b"".join(padded)).view(len(chosen), deepest, _DIGEST),
+    )
+
+
+def write_claim(folder: Path, claim: Claim) -> None:
+    """Write a claim into the existing folder `folder`; the owner's model is copied from `claim.model`."""
+    model = folder / "model"
+    model.mkdir(exist_ok=True)
+    for name in ("model.safetensors", "model.json"):
+        write_bytes(model / name, read_bytes(claim.model / name, _MODEL_LIMIT))
+    write_tensors(folder / "trials.safetensors", {name: getattr(claim.opened, name) for name in _TENSORS})
+    record: dict[str, Any] = {name: dict(getattr(claim, name)) for name in _OBJECTS}
+    record |= {name: getattr(claim, name) for name in _SIGNATURES}
+    record |= {name: encode_token(getattr(claim, name)) for name in _TOKENS}
+    write_json(folder / "claim.json", {"format": CLAIM_FORMAT, **record})
+
+
+def read_claim(folder: Path) -> Claim:
+    """Read a claim that may come from anybody.
+
+    Raises:
+        CountermarkError: a file is missing, too large, or of another form.
+    """
+    if not folder.is_dir():
+        raise CountermarkError(f"{folder} is not a claim; name the folder that holds claim.json")
+    path = folder / "claim.json"
+    record = read_json(path)
+    if record.get("format") != CLAIM_FORMAT:
+        raise CountermarkError(f"{path} is not a claim of the format {CLAIM_FORMAT!r}; use the release that wrote it")
+    if record.keys() != {"format", *_OBJECTS, *_SIGNATURES, *_TOKENS}:
+        raise CountermarkError(f"{path} has other fields than a claim; it is damaged or not one of ours")
+    kinds = {**dict.fromkeys(_OBJECTS, dict), **dict.fromkeys(_SIGNATURES, str)}
+    if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
+        raise CountermarkError(f"{path} has fields of other kinds than a claim; it is damaged or not one of ours")
+    _check_commitments(record["c1"], record["c2"], record["answers"], path)
+    tokens: dict[str, Any] = {name: decode_token(record[name], f"{path}: {name}") for name in _TOKENS}
+    opened = _read_opened(folder / "trials.safetensors")
+    if list(opened.x.shape[1:]) != record["c1"]["shape"]:
+        raise CountermarkError(f"{folder / 'trials.safetensors'} holds images of another shape than was committed to; it is damaged")
+    return Claim(**{name: record[name] for name in kinds}, **tokens, opened=opened, model=folder / "model")
+
+
+def _check_commitments(c1: Mapping[str, Any], c2: Mapping[str, Any], answers: Mapping[str, Any], path: Path) -> None:
+    """Refuse records whose fields are missing or of another kind; what they say is not judged here."""
+    shape, labels = c1.get("shape"), answers.get("labels")
+    count, batches = c1.get("leaves"), c1.get("batches")
+    whole = type(count) is int and type(batches) is int and 1 <= batches <= count <= MOST_LEAVES
+    fits = (
+        (c1.get("format"), c2.get("format"), answers.get("format")) == ("countermark c1 1", "countermark c2 1", ANSWERS_FORMAT)
+        and _is_hex(c1.get("public_key"))
+        and _is_hex(c1.get("root"))
+        and whole
+        and isinstance(shape, list)
+        and len(shape) == 3
+        and all(type(side) is int and side > 0 for side in shape)
+        and _is_hex(c2.get("c1_sha256"))
+        and _is_hex(c2.get("model_sha256"))
+        and _is_hex(answers.get("c2_sha256"))
+        and type(answers.get("batch")) is int
+        and isinstance(answers.get("suspect"), dict)
+        and isinstance(labels, list)
+        and all(type(label) is int and abs(label) < 1 << 31 for label in labels)
+    )
+    if not fits:
+        raise CountermarkError(f"{path} lacks what a claim says, or says it in another form; it is damaged or not one of ours")
+
+
+def _is_hex(text: object) -> bool:
+    return isinstance(text, str) and len(text) == 2 * _DIGEST and not set(text) - set("0123456789abcdef")
+
+
+def _read_opened(path: Path) -> Opened:
+    tensors, _, _ = read_tensors(path, _TRIALS_LIMIT)
+    fits = tensors.keys() == _TENSORS.keys() and all((tensors[n].dtype, tensors[n].dim()) == kind for n, kind in _TENSORS.items())
+    if fits:
+        fits = len({len(tensor) for tensor in tensors.values()}) == 1 and 0 < len(tensors["index"]) <= MOST_LEAVES
+        fits = fits and tensors["answers"].shape[1] == 2 and tensors["secrets"].shape[1] == _DIGEST and tensors["paths"].shape[2] == _DIGEST
+    if not fits:
+        raise CountermarkError(f"{path} does not hold the opened trials of a claim; it is damaged or not one of ours")
+    return Opened(**tensors)
+
+
+def _bytes(row: torch.Tensor) -> bytes:
+    return bytes(row.tolist())
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -1,0 +1,187 @@
+"""`countermark claim`: fix a suspect's answers, then open one batch of the key for a judge."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from countermark import __version__
+from countermark.claims import Claim, open_batch, suspect_identity, write_claim
+from countermark.claims.record import ANSWERS_FORMAT
+from countermark.config import ClaimConfig
+from countermark.errors import CountermarkError
+from countermark.evidence import JUDGE_ALPHA, Verdict, judge
+from countermark.files import canonical_json, new_folder, read_bytes, read_json, sha256, write_json
+from countermark.report import p_value, print_lines, print_table
+from countermark.timestamps import decode_token
+from countermark.verbs.asking import ask, doubts
+from countermark.verbs.stamping import timestamping
+from countermark.watermarks import Key, load_key, load_secret, sign
+
+SPENT_FORMAT = "countermark spent 1"
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """What was claimed.
+
+    Attributes:
+        folder: the claim; it is for the judge, and whoever sees it can unlearn this batch.
+        batch: the batch that it opens.
+        left: batches of the key that nobody has seen.
+        agreements: trials answered as the coins fell.
+        disagreements: trials given the other answer.
+        neither: trials given any other answer, or none.
+        log10_p_value: decimal logarithm of the p-value, times the number of batches.
+        timestamped: whether a judge can tell the times; without them he finds the claim undecidable.
+        unanswered: trials without an answer.
+        changed: trials whose answer changed when they were asked again.
+        clean_accuracy: of the suspect on clean examples, in percent; none where there are none at hand.
+    """
+
+    folder: str
+    batch: int
+    left: int
+    agreements: int
+    disagreements: int
+    neither: int
+    log10_p_value: float
+    timestamped: bool
+    unanswered: int
+    changed: int
+    clean_accuracy: float | None
+
+
+def claim(config: ClaimConfig) -> Claimed:
+    """Ask the suspect for one batch of the key, have its answers timestamped, and write the claim.
+
+    The batch is noted as spent in the key folder before anything of it is shown; nothing is opened that would not convince a judge.
+
+    Raises:
+        CountermarkError: the key, the model or the suspect cannot be read; the key has no batch left; the answers prove nothing; the
+            timestamp authority does not answer.
+    """
+    key, secret = load_key(config.key), load_secret(config.key)
+    if key.scheme != "coin":
+        raise CountermarkError(
+            f"the scheme {key.scheme!r} has no exact test, so a judge can do nothing with a claim; only coins can be claimed"
+        )
+    model = config.model or config.key.parent
+    commitment = _commitment(model / "commitment.json", key)
+    stamp = timestamping(config.tsa, config.roots)
+    spent = _spent(config.key)
+    batch = _choose(config, key, [int(entry["batch"]) for entry in spent])
+    opened = open_batch(key.watermarks, secret, batch)
+    chosen = key.watermarks.batch == batch
+    answered = ask(config, opened.x, str(key.c1.get("data")))
+    outcomes = [
+        0 if label not in (mine, other) else 1 if label == mine else -1
+        for label, mine, other in zip(answered.labels.tolist(), key.labels[chosen].tolist(), key.others[chosen].tolist(), strict=True)
+    ]
+    batches = int(key.c1["batches"])
+    test = judge(opened.cell.tolist(), outcomes, alpha=JUDGE_ALPHA, batches=batches)
+    if test.verdict != "match":
+        raise CountermarkError(
+            f"the suspect's answers to batch {batch} would not convince a judge ({test.agreements} as the coins fell, "
+            f"{test.disagreements} the other way; p = {p_value(test.log10_p_value)}); nothing was opened"
+        )
+    answers = _answers(config, commitment, batch, answered.labels.tolist())
+    with new_folder(config.out, {"suspect": answers["suspect"], "batch": batch}) as folder:  # no paths or headers: a judge reads it
+        made = Claim(
+            c1=key.c1,
+            c1_signature=key.signature,
+            t1=key.t1,
+            c2=commitment["c2"],
+            c2_signature=str(commitment["c2_signature"]),
+            t2=decode_token(commitment.get("t2"), f"{model / 'commitment.json'}: t2"),
+            answers=answers,
+            answers_signature=sign(read_bytes(config.key / "signing-key", 32), answers),
+            answers_token=None if stamp is None else stamp(canonical_json(answers)),
+            found=_found(test, batches),
+            opened=opened,
+            model=model,
+        )
+        entry = {"batch": batch, "day": int(time.time() // 86400), "answers_sha256": sha256(canonical_json(answers))}
+        write_json(config.key / "spent.json", {"format": SPENT_FORMAT, "batches": [*spent, entry]}, 0o600)
+        write_claim(folder, made)
+    return Claimed(
+        folder=str(config.out),
+        batch=batch,
+        left=batches - len({int(entry["batch"]) for entry in (*spent, entry)}),
+        agreements=test.agreements,
+        disagreements=test.disagreements,
+        neither=test.neither,
+        log10_p_value=test.log10_p_value,
+        timestamped=None not in (made.t1, made.t2, made.answers_token),
+        unanswered=answered.unanswered,
+        changed=answered.changed,
+        clean_accuracy=answered.clean_accuracy,
+    )
+
+
+def _commitment(path: Path, key: Key) -> dict[str, Any]:
+    record = read_json(path)
+    if record.get("c1") != key.c1 or not isinstance(record.get("c2"), dict):
+        raise CountermarkError(f"{path} is not the commitment of this key; name the marked model's folder with --model")
+    return record
+
+
+def _spent(folder: Path) -> list[dict[str, Any]]:
+    """What the key remembers of batches that were shown."""
+    path = folder / "spent.json"
+    if not path.exists():
+        return []
+    entries = read_json(path).get("batches")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and type(entry.get("batch")) is int for entry in entries):
+        raise CountermarkError(f"{path} is damaged; restore it from a backup, or batches that were shown would count as secret")
+    return entries
+
+
+def _choose(config: ClaimConfig, key: Key, spent: list[int]) -> int:
+    batches = int(key.c1["batches"])
+    if config.batch is not None:
+        if config.batch >= batches:
+            raise CountermarkError(f"the key has batches 0 to {batches - 1}, not {config.batch}")
+        return config.batch
+    for batch in range(batches):
+        if batch not in spent:
+            return batch
+    raise CountermarkError(
+        f"all {batches} batches of the key were shown; --batch N opens one again, which counts only against suspects that were fixed before"
+    )
+
+
+def _answers(config: ClaimConfig, commitment: Mapping[str, Any], batch: int, labels: list[int]) -> dict[str, Any]:
+    """The record that is timestamped before the trials are shown: whom we accuse, of what, on which answers, and how we got them."""
+    asked = {name: config.record()[name] for name in ("pixels", "layout", "mean", "std", "budget", "rate", "repeats", "retries", "timeout")}
+    return {
+        "format": ANSWERS_FORMAT,
+        "c2_sha256": sha256(canonical_json(commitment["c2"])),
+        "batch": batch,
+        "suspect": suspect_identity(config.suspect),
+        "asked": asked,
+        "labels": labels,
+        "version": __version__,
+    }
+
+
+def _found(test: Verdict, batches: int) -> dict[str, Any]:
+    record = asdict(test)
+    return {name: record[name] for name in ("agreements", "disagreements", "neither", "log10_p_value")} | {"batches": batches}
+
+
+def show(result: Claimed) -> None:
+    """Print what the claim says."""
+    columns = ("", "batch", "agree", "other answer", "neither", "p-value, times the batches", "batches left")
+    numbers = (result.batch, result.agreements, result.disagreements, result.neither)
+    print_table(result.folder, columns, [["claim", *map(str, numbers), p_value(result.log10_p_value), str(result.left)]])
+    print_lines(
+        f"wrote {result.folder}: claim.json, trials.safetensors, model/. Give it to the judge; whoever sees it can unlearn this batch."
+    )
+    if not result.timestamped:
+        print_lines("It lacks timestamps (protect and claim take --tsa URL), so a judge will find it undecidable.")
+    print_lines(*doubts(result.unanswered, result.changed, result.clean_accuracy))
+
+
+__all__ = ["Claimed", "claim", "show"]
