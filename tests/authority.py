@@ -5,6 +5,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from rfc3161_client import HashAlgorithm, TimestampRequestBuilder
+
 _CONFIG = """
 [ca]
 basicConstraints = critical, CA:true
@@ -80,3 +82,16 @@ class Authority:
                 pass
 
         return Handler
+
+
+def stamped(authority: Authority, message: bytes) -> bytes:
+    """A token without the way over HTTP."""
+    request = (
+        TimestampRequestBuilder()
+        .data(message)
+        .hash_algorithm(HashAlgorithm.SHA256)
+        .nonce(nonce=True)
+        .cert_request(cert_request=True)
+        .build()
+    )
+    return authority.reply(request.as_bytes())
