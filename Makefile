@@ -43,7 +43,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing the developers' tools"
-	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,serve,judge,study,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,serve,judge,sign,study,dev]'
 	@touch $@
 
 # MLServer wants an older web stack than ours, so it has an environment of its own; the tests ask it from outside.

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from countermark.bundle import load
     from countermark.config import (
         AdjudicateConfig,
+        BundleCheckConfig,
+        BundleSignConfig,
         ClaimConfig,
         ClientAddConfig,
         EvaluateConfig,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     )
     from countermark.errors import CountermarkError
     from countermark.verbs.adjudicate import adjudicate
+    from countermark.verbs.bundle_check import bundle_check
+    from countermark.verbs.bundle_sign import bundle_sign
     from countermark.verbs.claim import claim
     from countermark.verbs.client_add import client_add
     from countermark.verbs.evaluate import evaluate
@@ -60,6 +64,8 @@ __version__ = "0.1.0"
 
 _VERBS: tuple[str, ...] = (
     "adjudicate",
+    "bundle_check",
+    "bundle_sign",
     "claim",
     "client_add",
     "evaluate",
@@ -82,6 +88,8 @@ _HOMES = {
 
 __all__ = [
     "AdjudicateConfig",
+    "BundleCheckConfig",
+    "BundleSignConfig",
     "ClaimConfig",
     "ClientAddConfig",
     "CountermarkError",
@@ -101,6 +109,8 @@ __all__ = [
     "TraceConfig",
     "VerifyConfig",
     "adjudicate",
+    "bundle_check",
+    "bundle_sign",
     "calibrate",
     "claim",
     "client_add",

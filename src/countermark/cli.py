@@ -41,6 +41,8 @@ _VERBS: dict[type[configs.VerbConfig], str] = {
     configs.LogHeadConfig: "log_head",
     configs.LogCheckConfig: "log_check",
     configs.LogEraseConfig: "log_erase",
+    configs.BundleSignConfig: "bundle_sign",
+    configs.BundleCheckConfig: "bundle_check",
 }
 _GROUPS: dict[str, dict[str, tuple[type[configs.VerbConfig], str]]] = {
     "data": {"fetch": (configs.FetchConfig, "--name")},
@@ -50,6 +52,7 @@ _GROUPS: dict[str, dict[str, tuple[type[configs.VerbConfig], str]]] = {
         "check": (configs.LogCheckConfig, "--log"),
         "erase": (configs.LogEraseConfig, "--log"),
     },
+    "bundle": {"sign": (configs.BundleSignConfig, "--model"), "check": (configs.BundleCheckConfig, "--model")},
 }
 """Verbs of two words, and the option that their third word stands for."""
 _POSITIONAL = {"guard": "--model", "serve": "--model", "adjudicate": "--claim"}
@@ -166,7 +169,7 @@ def _parse(arguments: list[str]) -> Any:
     )
     target, prog = verbs, "countermark"
     description = "Train image classifiers that resist attack, mark them with keyed coins, and prove a stolen copy."
-    description += "\n\nMore verbs: data fetch, client add, log head, log check, log erase."
+    description += "\n\nMore verbs: data fetch, client add, log head, log check, log erase, bundle sign, bundle check."
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
     twice = next((option for option in options if options.count(option) > 1), None)
     if "" in arguments or twice:

@@ -359,6 +359,14 @@ class LogHeadConfig(VerbConfig):
 
     log: str
     """Query log: a path or postgresql://..."""
+    tsa: str | None = None
+    """Address of a timestamp authority (RFC 3161): its token becomes part of the head."""
+    roots: Path | None = None
+    """PEM file of the authority's root certificates, to check its token at once."""
+
+    def __post_init__(self) -> None:
+        """Refuse roots without an authority."""
+        self._only_for(self.tsa is not None, "--tsa", "roots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,6 +377,12 @@ class LogCheckConfig(VerbConfig):
     """Query log: a path or postgresql://..."""
     head: Path | None = None
     """A head that was published before; the log must still lead to it."""
+    roots: Path | None = None
+    """PEM file with the roots of the timestamp authorities that you trust: the head must carry a token of one."""
+
+    def __post_init__(self) -> None:
+        """Refuse roots without a head."""
+        self._only_for(self.head is not None, "--head", "roots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,6 +455,26 @@ class PlanConfig(VerbConfig):
     """How often the suspect is expected to agree with a coin, above one half."""
     power: float = 0.9
     """Probability of getting there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleSignConfig(VerbConfig):
+    """Sign a model folder with OpenSSF model-signing: every public file of it, in MODEL/model.sig."""
+
+    model: Path
+    """Model folder; its key, clients.json and the signature itself are left out."""
+    private_key: Path
+    """Elliptic-curve private key, PEM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleCheckConfig(VerbConfig):
+    """Check the OpenSSF signature of a model folder."""
+
+    model: Path
+    """Model folder with its model.sig."""
+    public_key: Path
+    """Public key of whoever signed, PEM."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from countermark.errors import CountermarkError
-from countermark.files import JSON_LIMIT, read_bytes
+from countermark.files import JSON_LIMIT, canonical_json, read_bytes
+from countermark.timestamps import decode_token
 
 LOG_FORMAT = "countermark log 1"
 _ROW, _LINK = b"\x03", b"\x04"
@@ -78,10 +79,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Head:
-    """The state of a log: how many rows it has, and the hash that all of them lead to."""
+    """The state of a log: how many rows it has, the hash that all of them lead to, and an authority's token if it has one."""
 
     rows: int
     hash: str
+    token: bytes | None = None
+
+    def message(self) -> bytes:
+        """What a timestamp of this head stamps."""
+        return canonical_json({"format": LOG_FORMAT, "rows": self.rows, "hash": self.hash})
 
 
 class QueryLog:
@@ -311,4 +317,4 @@ def read_head(path: Path) -> Head:
     rows, link = value.get("rows"), value.get("hash")
     if value.get("format") != LOG_FORMAT or type(rows) is not int or rows < 0 or not isinstance(link, str) or len(link) != 64:
         raise CountermarkError(f"{path} is not the head of a query log, as `countermark log head` writes it")
-    return Head(rows, link)
+    return Head(rows, link, decode_token(value.get("token"), f"{path}: token"))

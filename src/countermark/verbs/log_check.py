@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 from countermark.config import LogCheckConfig
+from countermark.errors import CountermarkError
+from countermark.files import sha256
 from countermark.guard import QueryLog, read_head
 from countermark.report import print_lines
+from countermark.timestamps import check_token, load_roots
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,14 @@ class Checked:
         erased: those of which only the digest is left.
         clients: accounts.
         covered: rows that the published head covers; none without one.
+        stamped: when an authority that is trusted stamped that head; none if no roots were given.
     """
 
     rows: int
     erased: int
     clients: int
     covered: int | None
+    stamped: str | None
 
 
 def log_check(config: LogCheckConfig) -> Checked:
@@ -31,6 +36,11 @@ def log_check(config: LogCheckConfig) -> Checked:
         CountermarkError: a row was changed, removed, added or moved (it says which), or the log does not lead to the published head.
     """
     published = None if config.head is None else read_head(config.head)
+    stamped = None
+    if config.roots is not None and published is not None:
+        if published.token is None:
+            raise CountermarkError(f"{config.head} carries no timestamp; make one with: countermark log head {config.log} --tsa URL")
+        stamped = check_token(published.token, sha256(published.message()), load_roots(config.roots), str(config.head)).time
     count = erased = 0
     clients = set()
     with QueryLog(config.log, create=False) as log:
@@ -39,10 +49,13 @@ def log_check(config: LogCheckConfig) -> Checked:
             erased += row is None
             if row is not None:
                 clients.add(row.client)
-    return Checked(count, erased, len(clients), None if published is None else published.rows)
+    return Checked(
+        count, erased, len(clients), None if published is None else published.rows, None if stamped is None else stamped.isoformat()
+    )
 
 
 def show(result: Checked) -> None:
     """Print that all is well."""
     covered = "" if result.covered is None else f"; it leads to the published head of {result.covered} rows"
+    covered += "" if result.stamped is None else f", which was timestamped {result.stamped}"
     print_lines(f"{result.rows} trials of {result.clients} clients ({result.erased} erased), the chain holds{covered}")

@@ -1,11 +1,13 @@
 """`countermark log head`: the state of a query log, to be published or timestamped."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from countermark.config import LogHeadConfig
 from countermark.files import canonical_json
 from countermark.guard import LOG_FORMAT, QueryLog
 from countermark.report import print_lines
+from countermark.timestamps import encode_token
+from countermark.verbs.stamping import timestamping
 
 
 @dataclass(frozen=True)
@@ -16,24 +18,28 @@ class PublishedHead:
         format: of the log.
         rows: how many trials it covers.
         hash: what all of them lead to, 64 hexadecimal digits.
+        token: an authority's response over the other three, base64; none if it was not asked.
     """
 
     format: str
     rows: int
     hash: str
+    token: str | None
 
 
 def log_head(config: LogHeadConfig) -> PublishedHead:
-    """Read the head of a log.
+    """Read the head of a log, and have it timestamped if an authority is named.
 
     Raises:
-        CountermarkError: there is no such log.
+        CountermarkError: there is no such log, or the authority does not answer.
     """
+    stamp = timestamping(config.tsa, config.roots)
     with QueryLog(config.log, create=False) as log:
         head = log.head()
-    return PublishedHead(LOG_FORMAT, head.rows, head.hash)
+    token = None if stamp is None else stamp(head.message())
+    return PublishedHead(LOG_FORMAT, head.rows, head.hash, encode_token(token))
 
 
 def show(result: PublishedHead) -> None:
     """Print the head as the file that `log check --head` and `trace --head` read."""
-    print_lines(canonical_json({"format": result.format, "rows": result.rows, "hash": result.hash}).decode().rstrip("\n"))
+    print_lines(canonical_json(asdict(result)).decode().rstrip("\n"))

@@ -1,0 +1,269 @@
+"""protect, claim and adjudicate as a user has them: a real authority, real files, and what a hostile one may contain."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from authority import Authority, stamped
+from countermark.bundle import load_bundle, save_bundle
+from countermark.cli import main
+from countermark.config import AdjudicateConfig, ClaimConfig, LogCheckConfig, LogHeadConfig, ProtectConfig
+from countermark.errors import CountermarkError
+from countermark.files import read_json
+from countermark.guard import QueryLog, Row
+from countermark.removal import prune
+from countermark.signing import check_folder, sign_folder
+from countermark.verbs.adjudicate import adjudicate
+from countermark.verbs.claim import claim
+from countermark.verbs.log_check import log_check
+from countermark.verbs.log_head import log_head
+from countermark.verbs.protect import protect
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Authority]:
+    made = Authority(tmp_path_factory.mktemp("tsa") / "ec")
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Path:
+    """A model that protect made with timestamps."""
+    folder = tmp_path_factory.mktemp("marked") / "mine"
+    protect(ProtectConfig(data="digits", out=folder, epochs=12, tsa=authority.url, roots=authority.root))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pruned(marked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    network, description = load_bundle(marked)
+    prune(network, 0.3)
+    folder = tmp_path_factory.mktemp("pruned") / "theirs"
+    folder.mkdir()
+    save_bundle(folder, network, description)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def claimed(marked: Path, pruned: Path, authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A claim against the pruned copy, of the first batch."""
+    out = tmp_path_factory.mktemp("claim") / "claim"
+    found = claim(ClaimConfig(key=marked / "key", suspect=pruned, out=out, tsa=authority.url, roots=authority.root))
+    assert (found.batch, found.left, found.timestamped) == (0, 1, True)
+    return out
+
+
+def test_protect_takes_its_coins_from_the_token(marked: Path) -> None:
+    record = read_json(marked / "commitment.json")
+    assert record["kind"] == "timestamped"
+    assert record["t1"]
+    assert record["t2"]
+    assert read_json(marked / "key" / "key.json")["key"]["t1"] == record["t1"]
+
+
+def test_a_claim_is_judged_from_its_files_alone(claimed: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(claimed, moved)
+    found = adjudicate(AdjudicateConfig(claim=moved, suspect=pruned, roots=authority.root, out=tmp_path / "out" / "j"))
+    assert (found.verdict, found.exit_status) == ("upheld", 0)
+    record = json.loads((tmp_path / "out" / "j.json").read_text())
+    assert record["verdict"] == "upheld"
+    assert record["agreements"] == found.agreements
+    assert "<script" not in (tmp_path / "out" / "j.html").read_text()
+
+
+def test_the_claim_holds_one_batch_and_nothing_of_the_secret(claimed: Path, marked: Path) -> None:
+    everything = b"".join(path.read_bytes() for path in claimed.rglob("*") if path.is_file())
+    secret = (marked / "key" / "secret").read_bytes()
+    assert secret not in everything
+    assert secret.hex().encode() not in everything
+    assert str(marked).encode() not in everything
+
+
+def test_the_key_remembers_what_was_shown(marked: Path, pruned: Path, claimed: Path, authority: Authority, tmp_path: Path) -> None:
+    key = tmp_path / "mine" / "key"
+    shutil.copytree(marked, tmp_path / "mine")
+    second = claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "second", tsa=authority.url))
+    assert (second.batch, second.left) == (1, 0)
+    with pytest.raises(CountermarkError, match="were shown"):
+        claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "third", tsa=authority.url))
+    again = claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "again", batch=0, tsa=authority.url))
+    assert again.batch == 0
+    options = {"suspect": pruned, "roots": authority.root, "out": tmp_path / "j"}
+    assert adjudicate(AdjudicateConfig(claim=tmp_path / "again", shown=(claimed,), **options)).verdict == "upheld"  # the same accusation
+    assert adjudicate(AdjudicateConfig(claim=tmp_path / "second", shown=(claimed,), **options)).verdict == "upheld"
+    with pytest.raises(CountermarkError, match="batches 0 to 1"):
+        claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "fifth", batch=9))
+    (key / "spent.json").write_text("{}")
+    with pytest.raises(CountermarkError):
+        claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "sixth", tsa=authority.url))
+
+
+def test_a_stranger_is_not_claimed_against_and_nothing_is_opened(
+    marked: Path, stranger: Path, authority: Authority, tmp_path: Path
+) -> None:
+    shutil.copytree(marked, tmp_path / "mine")
+    (tmp_path / "mine" / "key" / "spent.json").unlink(missing_ok=True)
+    with pytest.raises(CountermarkError, match="nothing was opened"):
+        claim(ClaimConfig(key=tmp_path / "mine" / "key", suspect=stranger, out=tmp_path / "claim", tsa=authority.url))
+    assert not (tmp_path / "claim").exists()
+    assert not (tmp_path / "mine" / "key" / "spent.json").exists()
+
+
+def test_a_claim_without_timestamps_says_so(owner: Path, tmp_path: Path, authority: Authority) -> None:
+    shutil.copytree(owner, tmp_path / "mine")
+    found = claim(ClaimConfig(key=tmp_path / "mine" / "key", suspect=owner, out=tmp_path / "claim"))
+    assert not found.timestamped
+    status = main(
+        ["adjudicate", str(tmp_path / "claim"), "--suspect", str(owner), "--roots", str(authority.root), "--out", str(tmp_path / "j")]
+    )
+    assert status == 3
+
+
+def test_the_command_line_tells_the_verdict_by_its_status(
+    claimed: Path, pruned: Path, stranger: Path, authority: Authority, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--roots", str(authority.root), "--out", str(tmp_path / "j")]
+    assert main(["adjudicate", str(claimed), "--suspect", str(pruned), *common]) == 0
+    assert "The claim is upheld" in capsys.readouterr().out
+    assert main(["adjudicate", str(claimed), "--suspect", str(stranger), *common]) == 1
+    assert main(["adjudicate", str(tmp_path), "--suspect", str(pruned), *common]) == 2
+    assert main(["adjudicate", str(claimed), "--suspect", str(pruned), "--roots", str(tmp_path / "none.pem"), *common[2:]]) == 2
+    assert main(["adjudicate", str(claimed), "--suspect", str(pruned), "--json", *common]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["verdict"] == "upheld"
+
+
+def test_an_authority_that_does_not_answer_stops_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(CountermarkError, match="does not answer"):
+        protect(ProtectConfig(data="digits", out=tmp_path / "mine", tsa="http://127.0.0.1:9/"))
+    assert not (tmp_path / "mine").exists()
+    assert not (tmp_path / "mine.partial").exists()
+
+
+def test_an_interrupted_run_does_not_draw_its_coins_again(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second token would be a second draw: the resumed run reads the first one."""
+    from countermark.verbs import protect as room
+
+    config = ProtectConfig(data="digits", out=tmp_path / "mine", epochs=2, tsa=authority.url)
+    true_train = room.train
+    calls: list[int] = []
+
+    def stops(*arguments: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return true_train(*arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(room, "_make_key", lambda *a: _small_key(a))
+    monkeypatch.setattr(room, "train", stops)
+    with pytest.raises(KeyboardInterrupt):
+        protect(config)
+    first = read_json(tmp_path / "mine.partial" / "key" / "key.json")["key"]["t1"]
+    monkeypatch.setattr(room, "train", true_train)
+    served = authority.served
+    protect(config)
+    assert read_json(tmp_path / "mine" / "key" / "key.json")["key"]["t1"] == first
+    assert authority.served == served + 2  # a trial, and T2
+
+
+def _small_key(arguments: tuple) -> object:
+    """The true function with trials that need no good source model."""
+    from countermark.watermarks import WatermarkSet, load_key, write_key
+
+    private, stamp = arguments[4], arguments[6]
+    if (private / "key.json").exists():
+        return load_key(private)
+    x = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    trials = WatermarkSet(x, torch.tensor([[0, 1]] * 4), torch.arange(4) // 2, torch.arange(4))
+    return write_key(private, "coin", trials, {"data": "digits"}, stamp)
+
+
+def test_a_head_with_a_token_shows_when_the_log_was_so(authority: Authority, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, head = tmp_path / "log.db", tmp_path / "head.json"
+    with QueryLog(str(path)) as log:
+        log.append([Row("aa" * 32, "anna", b"cell", b"image", 1, 2, 3, 1, 4)])
+    assert main(["log", "head", str(path), "--tsa", authority.url, "--roots", str(authority.root)]) == 0
+    head.write_text(capsys.readouterr().out)
+    found = log_check(LogCheckConfig(log=str(path), head=head, roots=authority.root))
+    assert found.stamped is not None
+    record = json.loads(head.read_text())
+    head.write_text(json.dumps({**record, "hash": "00" * 32}))
+    with pytest.raises(CountermarkError):
+        log_check(LogCheckConfig(log=str(path), head=head, roots=authority.root))
+    bare = log_head(LogHeadConfig(log=str(path)))
+    head.write_text(json.dumps({"format": bare.format, "rows": bare.rows, "hash": bare.hash, "token": None}))
+    with pytest.raises(CountermarkError, match="no timestamp"):
+        log_check(LogCheckConfig(log=str(path), head=head, roots=authority.root))
+
+
+def test_a_folder_is_signed_as_a_whole(pruned: Path, tmp_path: Path) -> None:
+    pytest.importorskip("model_signing")
+    folder = tmp_path / "theirs"
+    shutil.copytree(pruned, folder)
+    (folder / "key").mkdir()
+    (folder / "key" / "secret").write_bytes(b"s")
+    for name in ("mine", "other"):
+        subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", f"{name}.pem"], cwd=tmp_path, check=True)
+        subprocess.run(
+            ["openssl", "ec", "-in", f"{name}.pem", "-pubout", "-out", f"{name}.pub"], cwd=tmp_path, check=True, capture_output=True
+        )
+    sign_folder(folder, tmp_path / "mine.pem")
+    check_folder(folder, tmp_path / "mine.pub")
+    (folder / "key" / "secret").write_bytes(b"t")  # the key is not part of it
+    check_folder(folder, tmp_path / "mine.pub")
+    with pytest.raises(CountermarkError):
+        check_folder(folder, tmp_path / "other.pub")
+    (folder / "extra").write_text("x")
+    with pytest.raises(CountermarkError):
+        check_folder(folder, tmp_path / "mine.pub")
+    (folder / "extra").unlink()
+    text = (folder / "model.json").read_text()
+    (folder / "model.json").write_text(text.replace("digits", "digitz"))
+    with pytest.raises(CountermarkError):
+        check_folder(folder, tmp_path / "mine.pub")
+    (folder / "model.json").write_text(text)
+    assert main(["bundle", "check", str(folder), "--public-key", str(tmp_path / "mine.pub")]) == 0
+    assert main(["bundle", "sign", str(tmp_path), "--private-key", str(tmp_path / "mine.pem")]) == 2
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_no_change_of_one_byte_makes_a_dismissed_claim_upheld(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What a changed claim may do: be refused with a reason, or be judged; never crash."""
+    source = _CLAIMED["folder"]
+    folder = tmp_path_factory.mktemp("changed") / "claim"
+    shutil.copytree(source, folder)
+    name = data.draw(st.sampled_from(["claim.json", "trials.safetensors", "model/model.json", "model/model.safetensors"]))
+    content = bytearray((folder / name).read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= 1 << data.draw(st.integers(0, 7))
+    (folder / name).write_bytes(bytes(content))
+    config = AdjudicateConfig(claim=folder, suspect=_CLAIMED["stranger"], roots=_CLAIMED["roots"], out=folder.parent / "j")
+    try:
+        found = adjudicate(config)
+    except CountermarkError:
+        return
+    assert found.verdict != "upheld"
+
+
+_CLAIMED: dict[str, Path] = {}
+
+
+@pytest.fixture(autouse=True)
+def _known(claimed: Path, stranger: Path, authority: Authority) -> None:
+    _CLAIMED.update(folder=claimed, stranger=stranger, roots=authority.root)
+
+
+def test_a_timestamp_of_the_suspect_frees_it(marked: Path, authority: Authority, tmp_path: Path, claimed: Path, pruned: Path) -> None:
+    token = tmp_path / "suspect.tsr"
+    token.write_bytes(stamped(authority, (pruned / "model.safetensors").read_bytes()))
+    options = {"claim": claimed, "suspect": pruned, "roots": authority.root, "out": tmp_path / "j"}
+    assert adjudicate(AdjudicateConfig(suspect_token=token, **options)).verdict == "upheld"  # stamped after T2: it frees nobody
