@@ -21,7 +21,7 @@ class VerbConfig:
 
     def record(self) -> dict[str, Any]:
         """The configuration as JSON-ready values, without what does not change the result (where it goes, how it is shown)."""
-        left_out = {"json", "out", "cache"}
+        left_out = {"json", "out", "cache", "roots"}
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items() if name not in left_out}
 
     def _open_interval(self, *names: str) -> None:

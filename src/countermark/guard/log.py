@@ -150,7 +150,7 @@ class QueryLog:
         """The cells of a client that have a trial."""
         wanted = sa.select(_TRIALS.c.cell).where(_TRIALS.c.model == model, _TRIALS.c.client == client)
         with self._using() as connection:
-            return {bytes(cell) for cell in connection.scalars(wanted)}
+            return {_binary(cell) for cell in connection.scalars(wanted)}
 
     def head(self) -> Head:
         """The state now; publish it (or have it timestamped), and rows up to it cannot be changed unseen."""
@@ -223,8 +223,8 @@ class QueryLog:
         number = found["number"]
         if number != expected:
             raise CountermarkError(f"{self.shown}: row {expected} is missing; it was removed")
-        following = _next(link, number, bytes(found["digest"]))
-        if bytes(found["link"]) != following:
+        following = _next(link, number, _binary(found["digest"]))
+        if _binary(found["link"]) != following:
             raise CountermarkError(f"{self.shown}: row {number} does not follow from the rows before it; it was changed, moved or put in")
         values = {field.name: found[field.name] for field in fields(Row)}
         if found["salt"] is None:
@@ -284,7 +284,12 @@ def _set_up(connection: Any, _record: Any) -> None:
 
 def _head(connection: sa.Connection) -> Head:
     found = connection.execute(sa.select(_TRIALS.c.number, _TRIALS.c.link).order_by(_TRIALS.c.number.desc()).limit(1)).first()
-    return Head(0, _ORIGIN.hex()) if found is None else Head(int(found.number), bytes(found.link).hex())
+    return Head(0, _ORIGIN.hex()) if found is None else Head(int(found.number), _binary(found.link).hex())
+
+
+def _binary(value: object) -> bytes:
+    """A binary column; nothing for a value of another kind, which a damaged file may hold."""
+    return bytes(value) if isinstance(value, bytes | bytearray | memoryview) else b""
 
 
 def _known(connection: sa.Connection, rows: Sequence[Row]) -> set[tuple[str, str, bytes]]:
@@ -294,7 +299,7 @@ def _known(connection: sa.Connection, rows: Sequence[Row]) -> set[tuple[str, str
     for start in range(0, len(rows), _PAGE):
         asked = sorted({row.place for row in rows[start : start + _PAGE]})
         wanted = sa.select(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell).where(place.in_(asked))
-        found |= {(model, client, bytes(cell)) for model, client, cell in connection.execute(wanted)}
+        found |= {(model, client, _binary(cell)) for model, client, cell in connection.execute(wanted)}
     return found
 
 

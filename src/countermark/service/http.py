@@ -210,7 +210,7 @@ def _images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[str | 
         raise RefusedError(400, "inputs is a list of one tensor: {name, shape, datatype, data}")
     given = inputs[0]
     declared, kind = given.get("shape"), given.get("datatype")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise RefusedError(400, f"datatype is one of {', '.join(_KINDS)}")
     wanted = f"[n, {', '.join(map(str, shape))}]"
     if not isinstance(declared, list) or any(type(side) is not int for side in declared) or declared[1:] != list(shape):

@@ -1,0 +1,77 @@
+"""Make the golden files of a release: python tests/golden/make.py VERSION (once; what is there is never made again).
+
+Every later release must read them (tests/test_golden.py). The key in them is an example: its secret is public.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch  # noqa: E402
+
+from authority import Authority  # noqa: E402
+from countermark import (  # noqa: E402  # noqa: E402
+    AdjudicateConfig,
+    ClaimConfig,
+    GuardConfig,
+    LogHeadConfig,
+    ProtectConfig,
+    adjudicate,
+    calibrate,
+    claim,
+    log_head,
+    protect,
+)
+from countermark.bundle import load_bundle, save_bundle  # noqa: E402
+from countermark.data import load_pools  # noqa: E402
+from countermark.guard import QueryLog, Row, load_guarded, weights_sha256  # noqa: E402
+from countermark.removal import prune  # noqa: E402
+from countermark.service.clients import add_client  # noqa: E402
+
+
+def main(version: str) -> None:
+    """Make one folder of every file that a user keeps."""
+    place = HERE / version
+    place.mkdir()
+    os.chdir(place)  # files name no folder of this machine
+    out = Path()
+    authority = Authority(place / "authority")
+    mine = out / "mine"
+    protect(ProtectConfig(data="digits", out=mine, epochs=15, tsa=authority.url, roots=authority.root))
+    calibrate(GuardConfig(model=mine, cost=2.0, tsa=authority.url))
+    add_client(mine / "clients.json", "anna", None)
+    with QueryLog(str(out / "log.db")) as log:
+        x = load_pools("digits", 0).thief.x
+        answered = load_guarded(mine, mine / "key")(x, "anna")
+        digest = weights_sha256(mine)
+        rows = [
+            Row(digest, "anna", t.cell, answered.images[t.row].numpy().tobytes(), t.heads, t.tails, t.chance, t.answer, 20_000)
+            for t in answered.trials
+        ]
+        print(sum(log.append(rows)), "rows in the log")
+    network, description = load_bundle(mine)
+    prune(network, 0.3)
+    (out / "theirs").mkdir()
+    save_bundle(out / "theirs", network, description)
+    claim(ClaimConfig(key=mine / "key", suspect=out / "theirs", out=out / "claim", tsa=authority.url))
+    adjudicate(AdjudicateConfig(claim=out / "claim", suspect=out / "theirs", roots=authority.root, out=out / "judgement"))
+    head = log_head(LogHeadConfig(log=str(out / "log.db"), tsa=authority.url))
+    (out / "head.json").write_text(json.dumps(vars(head)))
+    shutil.copy(authority.root, out / "roots.pem")
+    authority.close()
+    for left in (authority.folder, mine / "key" / "source", out / "theirs"):
+        shutil.rmtree(left)
+    for extra in ("log.db-wal", "log.db-shm", "judgement.html"):
+        (out / extra).unlink(missing_ok=True)
+    for file in out.rglob("*.json"):
+        file.chmod(0o644)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(sys.argv[1])
