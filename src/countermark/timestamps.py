@@ -183,7 +183,7 @@ def load_roots(path: Path) -> list[x509.Certificate]:
     """
     try:
         return x509.load_pem_x509_certificates(read_bytes(path, _ROOTS_LIMIT))
-    except ValueError as error:
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
         raise CountermarkError(
             f"{path} holds no certificates in PEM; give the roots of the timestamp authorities that you trust"
         ) from error
