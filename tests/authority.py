@@ -37,6 +37,7 @@ class Authority:
     """An authority: `url` to ask, `root` to trust."""
 
     def __init__(self, folder: Path, key: str = "ec", extensions: str = "stamping", days: int = 30) -> None:
+        folder = folder.resolve()
         folder.mkdir(parents=True)
         self.folder = folder
         (folder / "conf").write_text(_CONFIG.format(folder=folder))
