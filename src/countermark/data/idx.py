@@ -18,7 +18,7 @@ def parse_idx(data: bytes, dimensions: int, origin: str) -> np.ndarray:
         origin: where the bytes came from, for the error.
 
     Raises:
-        CountermarkError: wrong magic number, nothing in it, or a size other than the header promises.
+        CountermarkError: wrong magic number, sides that no array has, or a size other than the header promises.
     """
     header = 4 + 4 * dimensions
     magic = (_UNSIGNED_BYTE << 8) | dimensions
@@ -28,6 +28,9 @@ def parse_idx(data: bytes, dimensions: int, origin: str) -> np.ndarray:
     size = 1
     for extent in shape:
         size *= extent
-    if not size or len(data) - header != size:
+    if len(data) - header != size:
         raise CountermarkError(f"{origin} holds {len(data) - header} bytes of data where its header promises {size}; it is truncated")
-    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+    try:
+        return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+    except ValueError as error:  # nothing in it, but sides beyond all memory
+        raise CountermarkError(f"{origin} promises {'x'.join(map(str, shape))} values; it is damaged") from error
