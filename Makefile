@@ -4,13 +4,15 @@
 # make lint         format, lint, docstrings, types
 # make install      only .venv, with the command .venv/bin/countermark
 # make study        the paper's study beside its numbers, on real MNIST and Fashion-MNIST (profile quick)
-# make bench        the figures of docs/first-light.md: three seeds of both data sets
+# make bench        beside torchattacks, foolbox, ART and pyautoattack: docs/performance.md, benchmarks/results.json
+# make first-light  the figures of docs/first-light.md: three seeds of both data sets
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 TRITON := .venv-triton
+BENCH := .bench
 # Triton's Python backend is bound to the libpython of the system; another Python's standard library does not fit it.
 TRITON_PYTHON ?= $(firstword $(wildcard /usr/bin/python3) $(PYTHON))
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -20,7 +22,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION ?= $(TORCH)$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: quickstart study install test slow lint format bench clean
+.PHONY: quickstart study install test slow lint format bench first-light clean
 
 quickstart: install
 	$(BIN)/countermark data fetch mnist
@@ -75,10 +77,22 @@ study: $(VENV)/.installed
 	$(BIN)/countermark data fetch fashion_mnist
 	$(BIN)/countermark reproduce
 
-bench: $(VENV)/.installed
+# Without their dependencies, which would bring another PyTorch; what they need of them is named.
+$(BENCH)/.installed: $(VENV)/.installed
+	@echo "installing the peers of the benchmark"
+	@$(PIP) install --target $(BENCH) --no-deps torchattacks==3.5.1 foolbox==3.3.4 adversarial-robustness-toolbox==1.20.1 \
+		"pyautoattack==0.2.*" eagerpy tqdm multiprocess dill GitPython gitdb smmap packaging six joblib
+	@touch $@
+
+bench: $(BENCH)/.installed
+	$(BIN)/countermark data fetch mnist
+	$(BIN)/countermark data fetch fashion_mnist
+	PYTHONPATH=$(BENCH) $(BIN)/python benchmarks/bench.py
+
+first-light: $(VENV)/.installed
 	$(BIN)/countermark data fetch mnist
 	$(BIN)/countermark data fetch fashion_mnist
 	$(BIN)/python benchmarks/first_light.py
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(BENCH) build *.egg-info src/*.egg-info

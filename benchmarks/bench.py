@@ -1,0 +1,427 @@
+"""Countermark beside its peers on one machine: `make bench` writes benchmarks/results.json and docs/performance.md.
+
+Every ratio is of one run: the same network, images, steps and threads, the contenders in turn, medians over the rounds. A part that is
+done is kept in benchmarks/results.json, so a run that was interrupted goes on; `--parts NAME ...` makes these anew.
+
+    gemm      what a matrix product reaches here, float32 and bf16
+    pgd       PGD on the paper's network and on the small one, against torchattacks, foolbox and ART
+    strict    the strict evaluation of 1,000 images against pyautoattack's standard run
+    recipe    time to the paper's adversarial accuracy, against the paper's recipe as a torchattacks loop
+    scaling   time and memory of protect, evaluate, verify and trace as their inputs grow by 10 and 100 (benchmarks/scaling.py)
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from countermark.attacks import computes_bf16, pgd, prepare
+from countermark.data import Examples, load_pools, pixels, spec
+from countermark.evaluation import Attack, accuracy, adversarial_accuracy
+from countermark.files import read_tensors, write_bytes, write_tensors
+from countermark.memory import keep_freed_memory
+from countermark.models import build
+from countermark.training import recipe, train
+
+RESULTS = Path(__file__).with_name("results.json")
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+PAPER = {"mnist": 92.82, "fashion_mnist": 70.95}
+"""Adversarial accuracy of the paper's models, in percent (Thakkar, Zizzo and Maffeis, 2023)."""
+EPOCHS = {"mnist": 4, "fashion_mnist": 4}
+"""Epochs of our recipe on the paper's network; chosen on validation examples of seed 0."""
+PASSES = {"mnist": 26, "fashion_mnist": 16}
+"""Passes of an epoch of the paper's recipe: steps of its PGD and the update."""
+
+Crafting = Callable[[nn.Module, torch.Tensor, torch.Tensor, Attack], torch.Tensor]
+
+
+def ours(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack) -> torch.Tensor:
+    """Our loop on a prepared network; no step is saved on lost examples, since the peers save none."""
+    prepared = prepare(model)
+    return pgd(prepared, x, y, epsilon=attack.epsilon, steps=attack.steps, step_size=attack.step_size)
+
+
+def ours_bf16(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack) -> torch.Tensor:
+    """The same in bf16."""
+    prepared = prepare(model, torch.bfloat16)
+    return pgd(prepared, x, y, epsilon=attack.epsilon, steps=attack.steps, step_size=attack.step_size)
+
+
+def ours_dropping(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack) -> torch.Tensor:
+    """As an evaluation runs it: no more steps on examples that are lost."""
+    prepared = prepare(model)
+    return pgd(prepared, x, y, epsilon=attack.epsilon, steps=attack.steps, step_size=attack.step_size, stop_when_lost=True)
+
+
+def by_torchattacks(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack) -> torch.Tensor:
+    """Torchattacks' PGD."""
+    import torchattacks
+
+    return torchattacks.PGD(model, eps=attack.epsilon, alpha=attack.step_size, steps=attack.steps, random_start=True)(x, y)
+
+
+def by_foolbox(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack) -> torch.Tensor:
+    """Foolbox's LinfPGD."""
+    import foolbox
+
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
+    run = foolbox.attacks.LinfPGD(abs_stepsize=attack.step_size, steps=attack.steps, random_start=True)
+    return run(wrapped, x, y, epsilons=attack.epsilon)[1]
+
+
+def by_art(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack) -> torch.Tensor:
+    """ART's PGD for PyTorch."""
+    from art.attacks.evasion import ProjectedGradientDescentPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, clip_values=(0.0, 1.0), device_type="cpu")
+    run = ProjectedGradientDescentPyTorch(
+        classifier,
+        eps=attack.epsilon,
+        eps_step=attack.step_size,
+        max_iter=attack.steps,
+        num_random_init=1,
+        batch_size=len(x),
+        verbose=False,
+    )
+    return torch.from_numpy(run.generate(x.numpy(), y.numpy()))
+
+
+CONTENDERS: dict[str, Crafting] = {
+    "countermark": ours,
+    "countermark, lost examples dropped": ours_dropping,
+    "torchattacks": by_torchattacks,
+    "foolbox": by_foolbox,
+    "art": by_art,
+}
+
+
+def gemm() -> dict[str, Any]:
+    """The fastest matrix product that this machine does, in GFLOP/s, by precision."""
+    found: dict[str, Any] = {"threads": torch.get_num_threads()}
+    for name, kind in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        rates = []
+        for n in (512, 1024, 2048):
+            a, b = torch.randn(n, n).to(kind), torch.randn(n, n).to(kind)
+            a @ b
+            for _ in range(4):
+                begun = time.perf_counter()
+                a @ b
+                rates.append(2 * n**3 / (time.perf_counter() - begun) / 1e9)
+        found[name] = max(rates)
+    found["bf16_in_hardware"] = computes_bf16("cpu")
+    return found
+
+
+def speed(network: str, data: str, model: nn.Module, contenders: dict[str, Crafting], images: int, rounds: int) -> dict[str, Any]:
+    """Seconds of each contender's PGD, in turn, and the accuracy that it leaves."""
+    catalogued = spec(data)
+    attack = Attack(catalogued.epsilon, catalogued.steps, catalogued.step_size)
+    test = load_pools(data, 0).test[slice(0, images)]
+    x, y = pixels(test.x), test.y
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    left: dict[str, float] = {}
+    for number in range(rounds + 1):  # the first is a warm-up
+        for name, craft in contenders.items():
+            torch.manual_seed(number)
+            begun = time.perf_counter()
+            points = torch.cat([craft(model, a, b, attack) for a, b in zip(x.split(250), y.split(250), strict=True)])
+            took = time.perf_counter() - begun
+            if number:
+                seconds[name].append(took)
+            with torch.no_grad():
+                left[name] = 100 * float((torch.cat([model(part) for part in points.split(250)]).argmax(1) == y).double().mean())
+    middle = {name: statistics.median(times) for name, times in seconds.items()}
+    peers = [name for name in contenders if "countermark" not in name]
+    return {
+        "network": network,
+        "data": data,
+        "images": images,
+        "steps": attack.steps,
+        "seconds": seconds,
+        "image_steps_per_second": {name: images * attack.steps / took for name, took in middle.items()},
+        "times_as_fast": {name: {peer: middle[peer] / middle[name] for peer in peers} for name in middle if name not in peers},
+        "accuracy_left": left,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def flops(model: nn.Module, shape: tuple[int, int, int]) -> float:
+    """Floating-point operations of one image in one attack step: convolutions and linear layers, forward and backward to the input."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.rand(1, *shape).requires_grad_()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return float(counter.get_total_flops())
+
+
+def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) -> float:
+    """Seconds of an epoch of the paper's recipe as a torchattacks loop, from `steps` of its batches of 128."""
+    import torchattacks
+
+    catalogued = spec(data)
+    model = build(network, catalogued.shape, catalogued.classes, seed=1).train()
+    run = torchattacks.PGD(model, eps=catalogued.epsilon, alpha=catalogued.step_size, steps=catalogued.steps)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9, weight_decay=5e-4)
+    x, y = pixels(training.x[: 128 * (steps + 1)]), training.y[: 128 * (steps + 1)]
+    begun = 0.0
+    for number, (a, b) in enumerate(zip(x.split(128), y.split(128), strict=True)):
+        if number == 1:
+            begun = time.perf_counter()
+        crafted = run(a, b)
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(crafted), b).backward()
+        optimiser.step()
+    return (time.perf_counter() - begun) / steps * (len(training) / 128)
+
+
+def trained(data: str, network: str) -> tuple[nn.Module, dict[str, Any]]:
+    """Our recipe on the paper's network, and how long it took; kept in benchmarks/runs."""
+    catalogued, place = spec(data), Path("runs/bench") / f"{network}-{data}.safetensors"
+    model = build(network, catalogued.shape, catalogued.classes, seed=0)
+    if place.exists():
+        state, meta, _ = read_tensors(place, 1 << 30)
+        model.load_state_dict(state)
+        return model.eval(), meta
+    pools = load_pools(data, 0)
+    config = recipe(data, "fast", catalogued.epsilon, seed=0, epochs=EPOCHS[data] if network == "paper" else None)
+    begun = time.perf_counter()
+    records = train(model, pools.training, config, validation=pools.validation, title=f"{network}, {data}")
+    took = time.perf_counter() - begun
+    attack = Attack(catalogued.epsilon, catalogued.steps, catalogued.step_size)
+    meta = {
+        "seconds": took,
+        "epochs": len(records),
+        "test_accuracy": accuracy(model, pools.test),
+        "adversarial_accuracy": adversarial_accuracy(model, pools.test, attack, title="the paper's PGD"),
+    }
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(place, model.state_dict(), meta)
+    return model.eval(), meta
+
+
+def recipes(steps: int) -> dict[str, Any]:
+    """Time to the paper's adversarial accuracy, both sides on the paper's network."""
+    found: dict[str, Any] = {}
+    for data, wanted in PAPER.items():
+        before = paper_recipe_epoch(data, "paper", load_pools(data, 0).training, steps)
+        _, made = trained(data, "paper")
+        after = paper_recipe_epoch(data, "paper", load_pools(data, 0).training, steps)
+        epoch = (before + after) / 2
+        found[data] = {
+            **made,
+            "wanted": wanted,
+            "reached": made["adversarial_accuracy"] >= wanted,
+            "paper_epoch_seconds": [before, after],
+            "speedup": 100 * epoch / made["seconds"],
+        }
+    return found
+
+
+def strict_part(folders: list[Path], images: int) -> list[dict[str, Any]]:
+    """Our strict evaluation against pyautoattack's, on one thread (benchmarks/strict.py)."""
+    from strict import compare
+
+    torch.set_num_threads(1)
+    return [compare(folder, images, ["countermark", "pyautoattack"]) for folder in folders]
+
+
+def scaling_part() -> list[dict[str, Any]]:
+    """Growth of time and memory (benchmarks/scaling.py), and its plot."""
+    from scaling import draw, measured
+
+    points = measured()
+    draw(points, PAGE.with_name("scaling.svg"))
+    return points
+
+
+def pgd_part(images: int, rounds: int) -> dict[str, Any]:
+    """PGD on both networks."""
+    found = {}
+    for network in ("paper", "small"):
+        model, _ = trained("mnist", network)
+        contenders = dict(CONTENDERS)
+        if computes_bf16("cpu"):
+            contenders["countermark, bf16"] = ours_bf16
+        found[network] = speed(network, "mnist", model, contenders, images, rounds) | {"flops_of_a_step": flops(model, (1, 28, 28))}
+    return found
+
+
+def summary(parts: dict[str, Any]) -> dict[str, Any]:
+    """The figures by the names under which they are quoted; null where this machine, or this run, has none."""
+    top: dict[str, Any] = {}
+    if "pgd" in parts:
+        paper, small = parts["pgd"]["paper"], parts["pgd"]["small"]
+        bf16 = paper["times_as_fast"].get("countermark, bf16")
+        top["pgd_paper_bf16_vs_torchattacks"] = None if bf16 is None else bf16["torchattacks"]
+        top["pgd_paper_fp32_vs_torchattacks"] = paper["times_as_fast"]["countermark"]["torchattacks"]
+        top["pgd_small_vs_torchattacks"] = small["times_as_fast"]["countermark"]["torchattacks"]
+        if "gemm" in parts:
+            name = "countermark" if bf16 is None else "countermark, bf16"
+            rate = paper["image_steps_per_second"][name] * paper["flops_of_a_step"] / 1e9
+            top["gemm_ceiling_fraction"] = rate / parts["gemm"]["float32" if bf16 is None else "bfloat16"]
+    if "strict" in parts:
+        top["strict_evaluation_speedup"] = min(one["times_ours"]["pyautoattack"] for one in parts["strict"])
+    for data, made in parts.get("recipe", {}).items():
+        top[f"recipe_speedup_{data}"] = made["speedup"] if made["reached"] else None
+    for one in parts.get("strong", []):
+        if one["model"] == "marked":
+            top[f"strict_accuracy_{one['data']}_{one['epsilon']:g}_seed_{one['seed']}"] = one["strict_accuracy_of_part"]
+    return top
+
+
+TARGETS = {
+    "pgd_paper_bf16_vs_torchattacks": (12.0, "PGD, paper's network, bf16, times torchattacks"),
+    "pgd_paper_fp32_vs_torchattacks": (1.5, "PGD, paper's network, float32, times torchattacks"),
+    "pgd_small_vs_torchattacks": (3.0, "PGD, small network, times torchattacks"),
+    "gemm_ceiling_fraction": (0.4, "share of the measured matrix-product ceiling in that loop"),
+    "strict_evaluation_speedup": (4.0, "strict evaluation of 1,000 images, times pyautoattack"),
+    "recipe_speedup_mnist": (300.0, "time to the paper's adversarial accuracy, MNIST, times less than its recipe"),
+    "recipe_speedup_fashion_mnist": (300.0, "the same, Fashion-MNIST"),
+}
+
+
+def write_page(record: dict[str, Any]) -> None:
+    """docs/performance.md: every figure of results.json in tables."""
+    parts, machine = record["runs"], record["machine"]
+    lines = [
+        "# Performance",
+        "",
+        f"Written by `make bench` out of benchmarks/results.json. {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}. Ratios are of",
+        "one run: same network, images, steps and threads, the contenders in turn, medians.",
+        "",
+        "| | wanted | measured |",
+        "|---|---|---|",
+    ]
+    for name, (wanted, what) in TARGETS.items():
+        if name in record:
+            value = record[name]
+            shown = (
+                "not on this machine"
+                if name.endswith("bf16_vs_torchattacks") and value is None
+                else "not reached"
+                if value is None
+                else f"{value:.2f}"
+            )
+            lines.append(f"| {what} | {wanted:g} | {shown} |")
+    for name, value in record.items():
+        if name.startswith("strict_accuracy"):
+            lines.append(f"| {name.replace('_', ' ')} | | {value:.1f} |")
+    lines += _pgd_lines(parts) + _recipe_lines(parts) + _strict_lines(parts) + _scaling_lines(parts)
+    write_bytes(PAGE, ("\n".join(lines) + "\n").encode())
+
+
+def _pgd_lines(parts: dict[str, Any]) -> list[str]:
+    lines = []
+    for network, found in parts.get("pgd", {}).items():
+        lines += ["", f"## PGD, network `{network}`", ""]
+        lines += [f"{found['images']} images, {found['steps']} steps, {found['threads']} thread(s), {found['data']}.", ""]
+        lines += ["| | images x steps a second | accuracy left |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {rate:,.0f} | {found['accuracy_left'][name]:.1f} |" for name, rate in found["image_steps_per_second"].items()
+        ]
+    if "gemm" in parts:
+        ceiling = parts["gemm"]
+        lines += [
+            "",
+            f"The fastest matrix product here: {ceiling['float32']:,.0f} GFLOP/s in float32, {ceiling['bfloat16']:,.0f} in bfloat16",
+        ]
+        lines += [f"({'with' if ceiling['bf16_in_hardware'] else 'without'} bf16 in hardware), {ceiling['threads']} thread(s)."]
+    return lines
+
+
+def _recipe_lines(parts: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "## The recipe, paper's network",
+        "",
+        "| data | epochs | seconds | adversarial | wanted | test | the paper's epoch, seconds | times less |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for data, made in parts.get("recipe", {}).items():
+        epoch = " and ".join(f"{seconds:,.0f}" for seconds in made["paper_epoch_seconds"])
+        lines.append(
+            f"| {data} | {made['epochs']} | {made['seconds']:,.0f} | {made['adversarial_accuracy']:.2f} | {made['wanted']} | "
+            f"{made['test_accuracy']:.2f} | {epoch} | {made['speedup']:,.0f} |"
+        )
+    return lines if "recipe" in parts else []
+
+
+def _strict_lines(parts: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "## Strict evaluation",
+        "",
+        "| model | images | PGD | ours | pyautoattack | all together | times as fast |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in parts.get("strict", []):
+        strict = one["strict"]
+        lines.append(
+            f"| {Path(one['model']).name}, {one['epsilon']:g} | {one['images']} | {one['pgd']:.1f} | {strict['countermark']:.1f} | "
+            f"{strict['pyautoattack']:.1f} | {one['all_together']:.1f} | {one['times_ours']['pyautoattack']:.1f} |"
+        )
+    return lines if "strict" in parts else []
+
+
+def _scaling_lines(parts: dict[str, Any]) -> list[str]:
+    points = parts.get("scaling", [])
+    lines = ["", "## How it grows", "", "![time over the size of the input](scaling.svg)", ""]
+    lines += ["One thread; seconds, and memory above that of the program.", ""]
+    lines += ["| what | size | seconds | MiB |", "|---|---|---|---|"]
+    lines += [f"| {one['what']} | {one['size']:,} | {one['seconds']:.3g} | {one['MiB']:.0f} |" for one in points]
+    return lines if points else []
+
+
+def about() -> dict[str, Any]:
+    """The machine, as far as a ratio needs it."""
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__}
+
+
+def main() -> None:
+    """Make what is not there, or what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=[], choices=["gemm", "pgd", "strict", "recipe", "scaling", "strong"])
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--models", nargs="+", type=Path, default=[], help="model folders for the strict part")
+    parser.add_argument("--strong", type=Path, help="what benchmarks/strong.py printed, one JSON object a line")
+    options = parser.parse_args()
+    keep_freed_memory()
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    parts: dict[str, Any] = record.get("runs", {})
+    work: dict[str, Callable[[], Any]] = {
+        "gemm": gemm,
+        "recipe": lambda: recipes(20),
+        "pgd": lambda: pgd_part(options.images, options.rounds),
+        "scaling": scaling_part,
+    }
+    if options.models:
+        work["strict"] = lambda: strict_part(options.models, options.images)
+    if options.strong is not None:
+        work["strong"] = lambda: [json.loads(line) for line in options.strong.read_text().splitlines() if line.startswith("{")]
+    for name, make in work.items():
+        if name in options.parts or (not options.parts and name not in parts):
+            parts[name] = make()
+            record = {**summary(parts), "machine": about(), "runs": parts}
+            write_bytes(RESULTS, (json.dumps(record, indent=1) + "\n").encode())
+            write_page(record)
+            print(name, json.dumps(summary(parts)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
