@@ -95,14 +95,18 @@ class ShiftedConv2d(nn.Module):
         self.weight = nn.Parameter(layer.weight * affine.scale.view(1, -1, 1, 1))
         self._constants: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve `(n, c, h, w)`."""
+    def constants(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to the convolution of images of the size of `x`, `(1, filters, h', w')`."""
         place = (x.shape[2], x.shape[3], x.dtype, x.device)
         if place not in self._constants:
             with torch.no_grad():
                 self._constants[place] = self.layer(self.shift.view(1, -1, 1, 1).expand(1, x.shape[1], *x.shape[2:]))
+        return self._constants[place]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve `(n, c, h, w)`."""
         layer = self.layer
-        return functional.conv2d(x, self.weight, None, layer.stride, layer.padding, layer.dilation).add_(self._constants[place])
+        return functional.conv2d(x, self.weight, None, layer.stride, layer.padding, layer.dilation).add_(self.constants(x))
 
 
 class PooledConv2d(nn.Module):
@@ -115,31 +119,31 @@ class PooledConv2d(nn.Module):
     def __init__(self, affine: Affine | None, layer: nn.Conv2d, relu: bool) -> None:
         """Compute `layer(affine(x))`, pool it, and apply the ReLU if wanted; scale and shift of `affine` are one number each."""
         super().__init__()
-        self.plain = layer if affine is None else nn.Sequential(affine, layer)
         self.relu = relu
         scale, shift = (1.0, 0.0) if affine is None else (float(affine.scale), float(affine.shift))
         self.value = -shift / scale  # what `affine` takes to the zero that the layer pads with
         self.kernel, self.padding = layer.kernel_size[0], int(layer.padding[0])
         self.blocks = self.kernel // 2 + 1  # of the image that one block of the result looks at, in each direction
-        filters, channels, *_ = layer.weight.shape
-        canvas = layer.weight.new_zeros(2, 2, filters, channels, 2 * self.blocks, 2 * self.blocks)
+        self.filters = nn.Parameter(layer.weight * scale)
+        self.bias = nn.Parameter(layer.weight.sum((1, 2, 3)) * shift + (0 if layer.bias is None else layer.bias))
+        count, channels, *_ = layer.weight.shape
+        canvas = layer.weight.new_zeros(2, 2, count, channels, 2 * self.blocks, 2 * self.blocks)
         for row in (0, 1):
             for column in (0, 1):
-                canvas[row, column, ..., row : row + self.kernel, column : column + self.kernel] = layer.weight * scale
-        bias = layer.weight.sum((1, 2, 3)) * shift + (0 if layer.bias is None else layer.bias)
-        self.weight = nn.Parameter(functional.pixel_unshuffle(canvas.flatten(0, 2), 2))
-        self.bias = nn.Parameter(bias.repeat(4))
+                canvas[row, column, ..., row : row + self.kernel, column : column + self.kernel] = self.filters
+        self.block_filters = nn.Parameter(functional.pixel_unshuffle(canvas.flatten(0, 2), 2))
+        self.block_bias = nn.Parameter(self.bias.repeat(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `(n, c, h, w)` to `(n, filters, h/2, w/2)`; `h` and `w` are those of the convolution's result."""
         before = self.padding
         height, width = (side + 2 * before - self.kernel + 1 for side in x.shape[2:])
         if height % 2 or width % 2:
-            return _pooled(self.plain(x), self.relu)
+            return _pooled(functional.conv2d(functional.pad(x, (before,) * 4, value=self.value), self.filters, self.bias), self.relu)
         below, right = (side + 2 * (self.blocks - 1) - before for side in (height, width))
         padded = functional.pad(x, (before, right - x.shape[3], before, below - x.shape[2]), value=self.value)
         blocks = functional.pixel_unshuffle(padded, 2).contiguous(memory_format=torch.channels_last)
-        best = _max_of_four(functional.conv2d(blocks, self.weight, self.bias), _groups, self.relu)
+        best = _max_of_four(functional.conv2d(blocks, self.block_filters, self.block_bias), _groups, self.relu)
         return best.contiguous() if x.dtype is torch.float32 else best
 
 
