@@ -111,7 +111,8 @@ def _step(model: nn.Module, start: torch.Tensor, points: torch.Tensor, y: torch.
     near, far = moves.view(2, *points.shape)
     lengths = moves.abs().amax(1).view(2, -1)
     bias = _as_images((lengths[0] / lengths.sum(0).clamp_(min=1e-12)).clamp_(max=_MOST_BIAS), points)
-    return ((1 - bias) * (points + _BEYOND * near) + bias * (start + _BEYOND * far)).clamp_(0, 1)
+    moved: torch.Tensor = (1 - bias) * (points + _BEYOND * near) + bias * (start + _BEYOND * far)
+    return moved.clamp_(0, 1)
 
 
 def _as_images(each: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
