@@ -15,6 +15,8 @@ from countermark.attacks.local import Local
 from countermark.attacks.pgd import pgd
 from countermark.attacks.square import square
 from countermark.attacks.strict import STAGES, strict
+from countermark.data import Examples, pixels
+from countermark.evaluation import Attack, predict, strict_accuracy
 from countermark.models import NETWORKS, build
 
 
@@ -58,10 +60,14 @@ def test_targeted_apgd_breaks_all_that_its_target_can_break() -> None:
     x, y = examples(model)
     target, epsilon = (y + 1) % 4, 0.12
     margin = best_margins(model, x, y, epsilon).gather(1, target.unsqueeze(1)).squeeze(1)
-    lost = model(apgd_targeted(model, x, y, target, epsilon=epsilon)).argmax(1) != y
+    points, lacks = apgd_targeted(model, x, y, target, epsilon=epsilon)
+    lost = model(points).argmax(1) != y
     assert 20 < int((margin > 0.01).sum()) < 180
     assert bool(lost[margin > 0.01].all())
     assert not bool(lost[robust(model, x, y, epsilon)].any())
+    assert bool((lacks[lost] == 0).all())
+    assert float((lacks[~lost] > 0).float().mean()) > 0.9  # the ratio can rise while z_t - z_y falls
+    assert float(lacks.max()) > 1.5  # those were given up
 
 
 def test_apgd_ce_of_two_classes_ends_at_the_corner() -> None:
@@ -203,7 +209,7 @@ def test_all_points_are_in_the_ball_and_break_the_model() -> None:
     assert torch.equal(found.points[~lost], x[~lost])
     for attack in (
         lambda: apgd_ce(model, x, y, epsilon=epsilon, steps=10),
-        lambda: apgd_targeted(model, x, y, (y + 1) % 10, epsilon=epsilon, steps=10),
+        lambda: apgd_targeted(model, x, y, (y + 1) % 10, epsilon=epsilon, steps=10)[0],
         lambda: square(model, x, y, epsilon=epsilon, queries=30),
         lambda: fab_targeted(model, x, y, (y + 1) % 10, epsilon=epsilon, steps=10),
     ):
@@ -278,3 +284,30 @@ def test_small_changes_are_computed_where_they_reach(name: str, shape: tuple[int
                 x = x[:4]
                 local.keep(torch.arange(7) < 4)
         assert torch.equal(local.x, x)
+
+
+def test_strict_accuracy_shows_the_gap_and_names_gradient_masking() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1e6 * self.inner(x)
+
+    plain = linear(2)
+    images = torch.randint(0, 256, (200, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    measured = Examples(images, predict(plain, images))
+    attack = Attack(0.12, 20, 0.02, random_start=False)
+    truth = 100 * float(robust(plain, pixels(images), measured.y, 0.12).double().mean())
+    state = torch.random.get_rng_state()
+    honest, hidden = (strict_accuracy(model, measured, attack) for model in (plain, Scaled(plain)))
+    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's randomness is not touched
+    assert honest.strict_accuracy == hidden.strict_accuracy == pytest.approx(truth)
+    assert honest.test_accuracy == 100
+    assert honest.strict_accuracy <= honest.adversarial_accuracy < hidden.adversarial_accuracy
+    assert hidden.masked
+    assert not honest.masked
+    assert hidden.gap > 20 > honest.gap
+    assert hidden.broken["APGD-CE"] + hidden.broken["APGD-T"] > 20
+    assert strict_accuracy(plain, measured, Attack(0.0, 10, 0.1)).strict_accuracy == 100

@@ -6,5 +6,6 @@ file of its own: `apgd`, `fab`, `square`. `prepare` (folding.py) makes a network
 
 from countermark.attacks.folding import Prepared, computes_bf16, prepare
 from countermark.attacks.pgd import fgsm, pgd
+from countermark.attacks.strict import strict
 
-__all__ = ["Prepared", "computes_bf16", "fgsm", "pgd", "prepare"]
+__all__ = ["Prepared", "computes_bf16", "fgsm", "pgd", "prepare", "strict"]

@@ -1,7 +1,8 @@
 """Auto-PGD: projected gradient ascent that chooses its own step sizes (Croce and Hein, 2020, "Reliable evaluation", algorithm 1).
 
 The step halves where it stopped paying, and the search goes on from the best point then. With cross-entropy it is APGD-CE, with the
-targeted difference-of-logits ratio, one target after the other, APGD-T.
+targeted difference-of-logits ratio, one target after the other, APGD-T. One thing is ours: a run towards a target is given up when it would
+have to come much further in what is left of it than it came so far.
 """
 
 import torch
@@ -10,6 +11,10 @@ from torch.nn import functional
 
 _MOMENTUM = 0.75  # share of the new step in each move
 _PAYS = 0.75  # share of steps that must raise the loss for the step size to stay
+_HOPES = (
+    (20, 1.5),
+    (40, 0.5),
+)  # from this step on, the most progress that is hoped for, in what was made (docs/log.md has the measurements)
 
 
 def apgd_ce(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: float, steps: int = 100) -> torch.Tensor:
@@ -27,12 +32,12 @@ def apgd_ce(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: floa
     Returns:
         Points of the ball `(n, c, h, w)`: a misclassified one where any was met, else that of the highest loss.
     """
-    return _apgd(model, x, y, None, epsilon, steps)
+    return _apgd(model, x, y, None, epsilon, steps)[0]
 
 
 def apgd_targeted(
     model: nn.Module, x: torch.Tensor, y: torch.Tensor, target: torch.Tensor, *, epsilon: float, steps: int = 100
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """APGD on the targeted difference-of-logits ratio: (z_t - z_y) over what the largest logit stands above the third and fourth.
 
     Args:
@@ -41,10 +46,11 @@ def apgd_targeted(
         y: true labels `(n,)`.
         target: the class to reach, `(n,)`; any other than `y` counts as well.
         epsilon: L-inf budget, in pixels.
-        steps: gradient steps.
+        steps: gradient steps; fewer for an example whose target is out of reach.
 
     Returns:
-        Points of the ball, as of `apgd_ce`.
+        Points of the ball, as of `apgd_ce`, and what each run lacked, `(n,)`: the progress in z_t - z_y that would still have been needed,
+        in the progress that was made; 0 where the example was lost or no progress was made, from which nothing follows.
     """
     return _apgd(model, x, y, target, epsilon, steps)
 
@@ -52,16 +58,24 @@ def apgd_targeted(
 def _loss(logits: torch.Tensor, y: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
     if target is None:
         return functional.cross_entropy(logits, y, reduction="none")
-    gain = (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
+    gain = _gain(logits, y, target)
     if logits.shape[1] < 3:
         return gain  # the ratio would be constant
     best = logits.topk(min(4, logits.shape[1]), 1).values
     return gain / (best[:, 0] - best[:, 2:].mean(1) + 1e-12)
 
 
-def _apgd(model: nn.Module, x: torch.Tensor, y: torch.Tensor, target: torch.Tensor | None, epsilon: float, steps: int) -> torch.Tensor:
+def _gain(logits: torch.Tensor, y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What the target's logit stands above the true class's."""
+    return (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
+
+
+def _apgd(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, target: torch.Tensor | None, epsilon: float, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lacks = x.new_zeros(len(x))
     if epsilon == 0 or len(x) == 0:
-        return x.clone()
+        return x.clone(), lacks
     lower, upper = (x - epsilon).clamp_(0, 1), (x + epsilon).clamp_(0, 1)
     points = torch.empty_like(x).uniform_(-epsilon, epsilon).add_(x).clamp_(lower, upper)
     result = points.clone()
@@ -83,17 +97,28 @@ def _apgd(model: nn.Module, x: torch.Tensor, y: torch.Tensor, target: torch.Tens
         "step": torch.full((len(x), *(1,) * (x.dim() - 1)), 2 * epsilon, device=x.device),
     }
     if target is not None:
-        run["target"] = target
+        run |= {"target": target, "gained": never}
     checkpoints = _checkpoints(steps)
     for number in range(steps):
         logits, loss, gradient = _ascent(model, run["points"], run["y"], run.get("target"))
-        lost = logits.argmax(1) != run["y"]
-        if bool(lost.any()):
-            result[run["index"][lost]] = run["points"][lost]
-            run = {name: value[~lost] for name, value in run.items()}
-            loss, gradient = loss[~lost], gradient[~lost]
+        leaving = logits.argmax(1) != run["y"]
+        result[run["index"][leaving]] = run["points"][leaving]
+        if target is not None:
+            gain = _gain(logits, run["y"], run["target"])
+            run["gained"] = torch.maximum(run["gained"], gain)
+            run.setdefault("begun", gain)
+            if number in checkpoints:
+                hope = next((most for first, most in reversed(_HOPES) if number >= first), torch.inf)
+                lacking = _lacking(run["begun"], run["gained"])
+                hopeless = ~leaving & (lacking > hope)
+                result[run["index"][hopeless]] = run["best"][hopeless]
+                lacks[run["index"][hopeless]] = lacking[hopeless]
+                leaving |= hopeless
+        if bool(leaving.any()):
+            run = {name: value[~leaving] for name, value in run.items()}
+            loss, gradient = loss[~leaving], gradient[~leaving]
             if len(loss) == 0:
-                return result
+                return result, lacks
         run["raised"] = run["raised"] + (loss > run["loss"])
         run["loss"] = loss
         better = torch.nonzero(loss > run["best_loss"]).flatten()
@@ -116,7 +141,9 @@ def _apgd(model: nn.Module, x: torch.Tensor, y: torch.Tensor, target: torch.Tens
     with torch.no_grad():
         lost = model(run["points"]).argmax(1) != run["y"]
     result[run["index"]] = torch.where(_as_images(lost, x), run["points"], run["best"])
-    return result
+    if target is not None:
+        lacks[run["index"]] = torch.where(lost, 0, _lacking(run["begun"], run["gained"]))
+    return result, lacks
 
 
 def _ascent(
@@ -129,6 +156,12 @@ def _ascent(
         loss = _loss(logits, y, target)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     return logits.detach(), loss.detach(), gradient
+
+
+def _lacking(begun: torch.Tensor, gained: torch.Tensor) -> torch.Tensor:
+    """The progress that is missing, in the progress made; 0 where there was none."""
+    progress = gained - begun
+    return torch.where(progress > 0, -gained / progress, 0).clamp_(min=0)
 
 
 def _as_images(each: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

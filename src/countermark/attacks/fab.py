@@ -1,7 +1,8 @@
 """FAB: the nearest point beyond a linearised boundary, again and again (Croce and Hein, 2020, "Minimally distorted adversarial examples").
 
 The attack looks for the closest adversarial example rather than for the worst point of a ball, so it follows boundaries that a loss does
-not show. This is its targeted form under L-inf: only the boundary to one other class is linearised at a time.
+not show. This is its targeted form under L-inf: only the boundary to one other class is linearised at a time. One thing is ours: a run
+is given up when its nearest adversarial point is still far beyond the budget.
 """
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 _MOST_BIAS = 0.1  # largest weight of the original point in a step
 _BEYOND = 1.05  # how far a step goes past the boundary
 _BACK = 0.9  # what stays of an adversarial perturbation when the search goes back towards the original
+_LOOKED_AT = 20  # after so many linearisations, and again after as many more, far runs are given up
+_FAR = 10  # after k linearisations a distance of (1 + 10/k) budgets is far; fewer than one in a hundred came back (docs/log.md)
 _ROUNDS = 3  # of the final search between the original and the best point
 _MOST_PIECES = 40  # of the function that a projection follows; a handful is usual
 
@@ -27,7 +30,7 @@ def fab_targeted(
         y: true labels `(n,)`.
         target: the class whose boundary is followed, `(n,)`; any other than `y` counts as well.
         epsilon: L-inf budget, in pixels.
-        steps: linearisations.
+        steps: linearisations; fewer for an example whose target is far.
 
     Returns:
         Points of the ball `(n, c, h, w)`: an adversarial one where any was met, else the example itself.
@@ -38,7 +41,7 @@ def fab_targeted(
     index = torch.arange(len(x), device=x.device)
     start, points, nearest = x, x, x
     distance = torch.full((len(x),), torch.inf, device=x.device)
-    for _ in range(steps):
+    for number in range(1, steps + 1):
         if len(index) == 0:
             return result
         points = _step(model, start, points, y, target)
@@ -49,8 +52,10 @@ def fab_targeted(
         distance = torch.where(nearer, away, distance)
         nearest = torch.where(_as_images(nearer, x), points, nearest)
         done = distance <= epsilon
+        result[index[done]] = nearest[done]
+        if number % _LOOKED_AT == 0:
+            done |= distance > (1 + _FAR / number) * epsilon
         if bool(done.any()):
-            result[index[done]] = nearest[done]
             parts = index, start, points, nearest, y, target, distance, beyond
             index, start, points, nearest, y, target, distance, beyond = (part[~done] for part in parts)
         points = torch.where(_as_images(beyond, x), start + _BACK * (points - start), points)

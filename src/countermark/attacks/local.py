@@ -43,13 +43,16 @@ class Local:
         known = isinstance(model, Prepared) and model.dtype is torch.float32 and x.dim() == 4
         layers = list(model.layers.children()) if known else [model]  # type: ignore[union-attr]
         self._stages, rest = _stages(layers)
-        self._states = [x.clone()]  # the input of each stage, and the result of the last
+        # The input of each stage, and the result of the last. With the channels side by side a window is a few long rows.
+        self._states = [x.clone(memory_format=torch.channels_last) if x.dim() == 4 else x.clone()]
         for stage in self._stages:
-            self._states.append(_result(stage, self._states[-1]))
+            self._states.append(_result(stage, self._states[-1]).contiguous(memory_format=torch.channels_last))
         self._linear = rest[1] if len(rest) > 1 and isinstance(rest[0], nn.Flatten) and type(rest[1]) is nn.Linear else None
         self._dense: torch.Tensor | None = None  # what the linear layer makes of the last state
         if self._linear is not None:
             self._dense = self._linear(self._states[-1].flatten(1))
+            shape = self._states[-1].shape[1:]
+            self._weight = self._linear.weight.view(-1, *shape).permute(2, 3, 1, 0).contiguous()  # rows, columns, channels, features
             rest = rest[2:]
         self._rest = nn.Sequential(*rest)
         self.logits: torch.Tensor = self._rest(self._states[-1] if self._dense is None else self._dense.clone())
@@ -80,8 +83,9 @@ class Local:
         dense = None
         if self._linear is not None and self._dense is not None:
             state = self._states[-1]
-            weight = _inside(self._linear.weight.view(-1, *state.shape[1:]), window).flatten(1)
-            dense = torch.addmm(self._dense, (patch - _inside(state, window)).flatten(1), weight.t())
+            difference = (patch - _inside(state, window)).permute(0, 2, 3, 1).flatten(1)
+            weight = self._weight[window[0] : window[1], window[2] : window[3]].flatten(0, 2)
+            dense = torch.addmm(self._dense, difference, weight)
             logits: torch.Tensor = self._rest(dense.clone())
         else:
             state = self._states[-1].clone()
@@ -165,7 +169,8 @@ def _reached(stage: _Stage, state: torch.Tensor, window: Window, patch: torch.Te
     reached = first_row, last_row, first_column, last_column
     if last_row <= first_row or last_column <= first_column:
         return reached, patch[..., :0, :0]
-    region = state.new_full((*state.shape[:2], below - above, behind - before), stage.value)
+    region = torch.empty((*state.shape[:2], below - above, behind - before), dtype=state.dtype, memory_format=torch.channels_last)
+    region.fill_(stage.value)
     known = max(above, 0), min(below, state.shape[2]), max(before, 0), min(behind, state.shape[3])
     _inside(region, (known[0] - above, known[1] - above, known[2] - before, known[3] - before)).copy_(_inside(state, known))
     rows = slice(max(top, above), min(bottom, below))

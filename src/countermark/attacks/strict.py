@@ -1,7 +1,8 @@
 """The strict judge: for each example the worst of four attacks of different kinds, as AutoAttack (Croce and Hein, 2020) runs them.
 
 APGD-CE, APGD-T, Square and FAB-T one after the other, each with AutoAttack's settings, and each only on the examples that all before it
-left standing. The first two ascend losses, FAB-T follows boundaries, and Square needs no gradients at all.
+left standing. The first two ascend losses, FAB-T follows boundaries, and Square needs no gradients at all. FAB-T only follows boundaries
+that APGD-T came near: the runs of both are given up where they have no prospect.
 """
 
 from collections.abc import Callable
@@ -18,10 +19,9 @@ from countermark.attacks.square import square
 STAGES = ("clean", "PGD", "APGD-CE", "APGD-T", "Square", "FAB-T")
 
 _TARGETS = 9  # other classes that the targeted attacks try, the likeliest first
+_NEAR = 1.0  # FAB-T follows a boundary if APGD-T lacked no more than this, in its own progress: about two budgets away
 _CHUNK = 256  # examples at a time
-_COSTS = {"PGD": 25, "APGD-CE": 100, "APGD-T": 100, "Square": 700, "FAB-T": 200}  # a run's, about; for the progress bar
-
-Search = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # model, x, y, targets to points
+_COSTS = {"PGD": 25, "APGD-CE": 100, "APGD-T": 40, "Square": 800, "FAB-T": 20}  # a run's, about; for the progress bar
 
 
 @dataclass(frozen=True)
@@ -70,39 +70,39 @@ def strict(
     if epsilon == 0 or len(x) == 0:
         return found
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf).argsort(1, descending=True)[:, : min(_TARGETS, logits.shape[1] - 1)]
-    plan = _plan(epsilon, steps, queries, others.shape[1], opening)
-    whole, done = sum(_COSTS[name] for name, _, _ in plan), 0.0
-    for name, rank, search in plan:
-        standing = torch.nonzero(found.broken_by == -1).flatten()
-        for chunk in torch.split(standing, _CHUNK):
-            points = search(quick, x[chunk], y[chunk], others[chunk, rank])
-            lost = _logits(model, points).argmax(1) != y[chunk]
-            found.points[chunk[lost]] = points[lost]
-            found.broken_by[chunk[lost]] = STAGES.index(name)
-            done += _COSTS[name] / whole * len(chunk) / max(len(standing), 1)
-            if after is not None:
-                after(done, int((found.broken_by == -1).sum()))
-    return found
+    lacks = torch.zeros(others.shape, device=x.device)  # of APGD-T towards each target
 
+    def targeted(rows: torch.Tensor, rank: int) -> torch.Tensor:
+        points, lacks[rows, rank] = apgd_targeted(quick, x[rows], y[rows], others[rows, rank], epsilon=epsilon, steps=steps)
+        return points
 
-def _plan(
-    epsilon: float,
-    steps: int,
-    queries: int,
-    targets: int,
-    opening: Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor] | None,
-) -> list[tuple[str, int, Search]]:
-    """The runs in their order, from cheap to dear: name, rank of the target, function."""
-    plan: list[tuple[str, int, Search]] = []
+    def nearest(rows: torch.Tensor, rank: int) -> torch.Tensor:
+        points, near = x[rows], lacks[rows, rank] <= _NEAR
+        some = rows[near]
+        points[near] = fab_targeted(quick, x[some], y[some], others[some, rank], epsilon=epsilon, steps=steps)
+        return points
+
+    searches: dict[str, tuple[int, Callable[[torch.Tensor, int], torch.Tensor]]] = {
+        "APGD-CE": (1, lambda rows, _: apgd_ce(quick, x[rows], y[rows], epsilon=epsilon, steps=steps)),
+        "APGD-T": (others.shape[1], targeted),
+        "Square": (1, lambda rows, _: square(quick, x[rows], y[rows], epsilon=epsilon, queries=queries)),
+        "FAB-T": (others.shape[1], nearest),
+    }
     if opening is not None:
-        plan.append(("PGD", 0, lambda model, x, y, _: opening(model, x, y)))
-    plan.append(("APGD-CE", 0, lambda model, x, y, _: apgd_ce(model, x, y, epsilon=epsilon, steps=steps)))
-    for rank in range(targets):
-        plan.append(("APGD-T", rank, lambda model, x, y, target: apgd_targeted(model, x, y, target, epsilon=epsilon, steps=steps)))
-    plan.append(("Square", 0, lambda model, x, y, _: square(model, x, y, epsilon=epsilon, queries=queries)))
-    for rank in range(targets):
-        plan.append(("FAB-T", rank, lambda model, x, y, target: fab_targeted(model, x, y, target, epsilon=epsilon, steps=steps)))
-    return plan
+        searches = {"PGD": (1, lambda rows, _: opening(quick, x[rows], y[rows])), **searches}
+    whole, done = sum(_COSTS[name] * targets for name, (targets, _) in searches.items()), 0.0
+    for name, (targets, search) in searches.items():
+        for rank in range(targets):
+            standing = torch.nonzero(found.broken_by == -1).flatten()
+            for rows in torch.split(standing, _CHUNK):
+                points = search(rows, rank)
+                lost = _logits(model, points).argmax(1) != y[rows]
+                found.points[rows[lost]] = points[lost]
+                found.broken_by[rows[lost]] = STAGES.index(name)
+                done += _COSTS[name] / whole * len(rows) / len(standing)
+                if after is not None:
+                    after(done, int((found.broken_by == -1).sum()))
+    return found
 
 
 def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
