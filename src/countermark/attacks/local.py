@@ -169,7 +169,9 @@ def _reached(stage: _Stage, state: torch.Tensor, window: Window, patch: torch.Te
     reached = first_row, last_row, first_column, last_column
     if last_row <= first_row or last_column <= first_column:
         return reached, patch[..., :0, :0]
-    region = torch.empty((*state.shape[:2], below - above, behind - before), dtype=state.dtype, memory_format=torch.channels_last)
+    region = torch.empty(
+        (*state.shape[:2], below - above, behind - before), dtype=state.dtype, device=state.device, memory_format=torch.channels_last
+    )
     region.fill_(stage.value)
     known = max(above, 0), min(below, state.shape[2]), max(before, 0), min(behind, state.shape[3])
     _inside(region, (known[0] - above, known[1] - above, known[2] - before, known[3] - before)).copy_(_inside(state, known))
