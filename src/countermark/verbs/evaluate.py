@@ -124,8 +124,10 @@ def _show_strict(found: StrictAccuracy) -> None:
     for name, broken in found.broken.items():
         left -= 100 * broken / max(found.images, 1)
         rows.append([name, str(broken), percent(abs(left))])
-    print_table(f"strict accuracy {found.strict_accuracy:.2f} % of {found.images} images", ("attack", "broken", "left"), rows)
-    print_lines(f"PGD overstates the model by {found.gap:.2f} points; quote the strict figure as robustness.")
+    print_table("strict", ("attack", "broken", "left"), rows)
+    print_lines(
+        f"strict accuracy {found.strict_accuracy:.2f} % of {found.images} images: the robustness to quote; PGD overstates it by {found.gap:.2f}"
+    )
     if found.masked:
         print_lines(
             f"WARNING: gradient masking: a gap above {LARGEST_HONEST_GAP:g} points means that the model hides from PGD what breaks it."
