@@ -126,7 +126,7 @@ def _show_strict(found: StrictAccuracy) -> None:
         rows.append([name, str(broken), percent(abs(left))])
     print_table("strict", ("attack", "broken", "left"), rows)
     print_lines(
-        f"strict accuracy {found.strict_accuracy:.2f} % of {found.images} images: the robustness to quote; PGD overstates it by {found.gap:.2f}"
+        f"strict accuracy {found.strict_accuracy:.2f} % of {found.images} images: quote this figure. PGD overstates it by {found.gap:.2f}."
     )
     if found.masked:
         print_lines(
