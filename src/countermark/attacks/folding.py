@@ -178,6 +178,11 @@ def _max_of_four(x: torch.Tensor, parts: Callable[[torch.Tensor], tuple[torch.Te
     return result
 
 
+def _ones(compare: Callable[..., torch.Tensor], one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Where a comparison holds, as numbers: products with numbers are several times faster than with booleans."""
+    return compare(one, other, out=torch.empty_like(one))
+
+
 class _MaxOfFour(torch.autograd.Function):
     """The largest of four parts of a tensor; its gradient goes to the first of equal ones, as that of `nn.MaxPool2d`."""
 
@@ -189,15 +194,18 @@ class _MaxOfFour(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             ctx.parts, ctx.shape, ctx.relu = parts, x.shape, relu
             ctx.format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-            ctx.save_for_backward(a >= b, c >= d, first >= second, *((best > 0,) if relu else ()))
+            ctx.save_for_backward(_ones(torch.ge, a, b), _ones(torch.ge, c, d), _ones(torch.ge, first, second))
+            if relu:
+                ctx.positive = _ones(torch.gt, best, best.new_zeros(()))
         return best.clamp_min_(0) if relu else best
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        a_wins, c_wins, first_wins, *positive = ctx.saved_tensors
+        a_wins, c_wins, first_wins = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=ctx.format)
         if ctx.relu:
-            gradient = gradient * positive[0]
+            gradient = gradient * ctx.positive
         result = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.format)
         a, b, c, d = ctx.parts(result)
         first = gradient * first_wins
