@@ -3,7 +3,7 @@
 Without models: image-steps a second on fresh networks `small` and `paper`, 25 steps from a random start, every example kept to the end,
 in one thread: torchattacks, our PGD on the network itself ("plain") and on the prepared copy ("prepared"), in turn, medians. For each
 model folder given: the whole evaluation of its test images, where ours drops what is lost, with the accuracy that both find. Times are
-of the processor. Prints JSON lines. The peer is in the extra `bench`.
+of the processor. Prints JSON lines. `pip install --no-deps torchattacks==3.5.1 requests tqdm`.
 """
 
 import argparse

@@ -3,7 +3,8 @@
 Ours, pyautoattack and torchattacks each run their standard L-inf evaluation in one thread, in turn on each chunk of images, so that
 whatever else the machine does meets all of them alike. Times are of the processor, which other programs do not stretch much. Prints one
 JSON object a line: the parts as they are done, then for each model the sums, the ratios to ours, the accuracies and how the verdicts
-differ image by image. The peers are the extra `bench`: `pip install 'countermark[bench]'`.
+differ image by image. pyautoattack is the extra `bench`: `pip install 'countermark[bench]'`. torchattacks asks for old releases of what it
+hardly uses: `pip install --no-deps torchattacks==3.5.1 requests tqdm`.
 """
 
 import argparse
