@@ -65,7 +65,8 @@ def by_torchattacks(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: 
     """Torchattacks' PGD."""
     import torchattacks
 
-    return torchattacks.PGD(model, eps=attack.epsilon, alpha=attack.step_size, steps=attack.steps, random_start=True)(x, y)
+    points: torch.Tensor = torchattacks.PGD(model, eps=attack.epsilon, alpha=attack.step_size, steps=attack.steps, random_start=True)(x, y)
+    return points
 
 
 def by_foolbox(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack) -> torch.Tensor:
@@ -74,7 +75,8 @@ def by_foolbox(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attac
 
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
     run = foolbox.attacks.LinfPGD(abs_stepsize=attack.step_size, steps=attack.steps, random_start=True)
-    return run(wrapped, x, y, epsilons=attack.epsilon)[1]
+    points: torch.Tensor = run(wrapped, x, y, epsilons=attack.epsilon)[1]
+    return points
 
 
 def by_art(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack) -> torch.Tensor:
@@ -132,13 +134,13 @@ def speed(network: str, data: str, model: nn.Module, contenders: dict[str, Craft
     for number in range(rounds + 1):  # the first is a warm-up
         for name, craft in contenders.items():
             torch.manual_seed(number)
-            begun = time.perf_counter()
-            points = torch.cat([craft(model, a, b, attack) for a, b in zip(x.split(250), y.split(250), strict=True)])
-            took = time.perf_counter() - begun
+            begun = time.process_time()
+            points = torch.cat([craft(model, a, b, attack) for a, b in zip(torch.split(x, 250), torch.split(y, 250), strict=True)])
+            took = time.process_time() - begun
             if number:
                 seconds[name].append(took)
             with torch.no_grad():
-                left[name] = 100 * float((torch.cat([model(part) for part in points.split(250)]).argmax(1) == y).double().mean())
+                left[name] = 100 * float((torch.cat([model(part) for part in torch.split(points, 250)]).argmax(1) == y).double().mean())
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     peers = [name for name in contenders if "countermark" not in name]
     return {
@@ -162,7 +164,7 @@ def flops(model: nn.Module, shape: tuple[int, int, int]) -> float:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
-        model(x).sum().backward()
+        torch.autograd.grad(model(x).sum(), x)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return float(counter.get_total_flops())
@@ -178,12 +180,12 @@ def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) 
     optimiser = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9, weight_decay=5e-4)
     x, y = pixels(training.x[: 128 * (steps + 1)]), training.y[: 128 * (steps + 1)]
     begun = 0.0
-    for number, (a, b) in enumerate(zip(x.split(128), y.split(128), strict=True)):
+    for number, (a, b) in enumerate(zip(torch.split(x, 128), torch.split(y, 128), strict=True)):
         if number == 1:
             begun = time.perf_counter()
         crafted = run(a, b)
         optimiser.zero_grad()
-        nn.functional.cross_entropy(model(crafted), b).backward()
+        nn.functional.cross_entropy(model(crafted), b).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     return (time.perf_counter() - begun) / steps * (len(training) / 128)
 
@@ -235,7 +237,6 @@ def strict_part(folders: list[Path], images: int) -> list[dict[str, Any]]:
     """Our strict evaluation against pyautoattack's, on one thread (benchmarks/strict.py)."""
     from strict import compare
 
-    torch.set_num_threads(1)
     return [compare(folder, images, ["countermark", "pyautoattack"]) for folder in folders]
 
 
@@ -300,8 +301,9 @@ def write_page(record: dict[str, Any]) -> None:
     lines = [
         "# Performance",
         "",
-        f"Written by `make bench` out of benchmarks/results.json. {machine['processor']}, {machine['cores']} cores, torch {machine['torch']}. Ratios are of",
-        "one run: same network, images, steps and threads, the contenders in turn, medians.",
+        "Written by `make bench` out of benchmarks/results.json.",
+        f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}.",
+        "Ratios are of one run: same network, images, steps and one thread, the contenders in turn, medians of the processor's time.",
         "",
         "| | wanted | measured |",
         "|---|---|---|",
@@ -402,6 +404,7 @@ def main() -> None:
     parser.add_argument("--strong", type=Path, help="what benchmarks/strong.py printed, one JSON object a line")
     options = parser.parse_args()
     keep_freed_memory()
+    torch.set_num_threads(1)
     record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     parts: dict[str, Any] = record.get("runs", {})
     work: dict[str, Callable[[], Any]] = {

@@ -47,7 +47,7 @@ def _test(count: int) -> Examples:
     times = -(-count // len(pool))
     x = pool.x.repeat(times, 1, 1, 1)[:count]
     with torch.no_grad():
-        y = torch.cat([_network()(part.float() / 255).argmax(1) for part in x.split(500)])
+        y = torch.cat([_network()(part.float() / 255).argmax(1) for part in torch.split(x, 500)])
     return Examples(x, y)
 
 

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from countermark.attacks import fgsm, pgd
+from countermark import evaluation
+from countermark.attacks import fgsm, pgd, prepare
+from countermark.attacks.pgd import step_
 from countermark.data import Examples, Pools, pixels
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, predict
 from countermark.models import build
@@ -131,3 +133,31 @@ def test_same_seed_same_adversarial_accuracy(digits: Pools) -> None:
     first = adversarial_accuracy(model, digits.test, attack, seed=4)
     assert torch.equal(torch.random.get_rng_state(), state)  # the caller's randomness is not touched
     assert adversarial_accuracy(model, digits.test, attack, seed=4) == first
+
+
+def test_a_step_of_the_attack_is_the_same_on_all_examples_and_on_those_still_right() -> None:
+    """What a GPU records, a step on a whole batch where lost examples rest, against the processor's way, which drops them."""
+    model = prepare(build("small", (1, 8, 8), 10, seed=0))
+    x = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(1)
+    epsilon, step_size = 0.1, 0.02
+    points, lower, upper = x.clone(), (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
+    lost = [int(step_(model, points, y, lower, upper, step_size, True).sum()) for _ in range(6)]
+    assert 0 == lost[0] < lost[-1] < 64
+    dropped = pgd(model, x, y, epsilon=epsilon, steps=6, step_size=step_size, random_start=False, stop_when_lost=True)
+    torch.testing.assert_close(points, dropped)
+
+
+def test_adversarial_accuracy_asks_the_model_itself_when_its_copy_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that takes every example for lost stops at once; the model disagrees, so the attack is run on the model."""
+    model = linear(5)
+    images = torch.randint(0, 256, (400, 1, 3, 4), dtype=torch.uint8)
+    examples = Examples(images, predict(model, images))
+    examples = examples[examples.y == 0]
+    attack = Attack(0.05, 10, 0.02)
+    honest = adversarial_accuracy(model, examples, attack)
+    rounded = linear(5)
+    rounded[1].bias.data += torch.tensor([0.0, 1e6])
+    monkeypatch.setattr(evaluation, "prepare", lambda network, dtype: rounded)
+    assert adversarial_accuracy(model, examples, attack) == honest
+    assert 0 < honest < 100

@@ -134,13 +134,17 @@ class EvaluateConfig(VerbConfig):
     """Step of the PGD, in pixels; default that of the data set."""
     restarts: int = 1
     """Independent runs; an example must survive all of them."""
+    strict: bool = False
+    """Then try four stronger attacks (APGD-CE, APGD-T, Square, FAB-T) on what PGD leaves: slow, and what to quote as robustness."""
+    images: int | None = None
+    """Measure on so many test images, taken evenly; default all of them."""
     cache: Path | None = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         self._open_interval("epsilon", "step_size")
-        self._at_least_one("steps", "restarts")
+        self._at_least_one("steps", "restarts", "images")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,21 +1,26 @@
-"""What a model scores: predicted labels, test accuracy and adversarial accuracy, in percent.
+"""What a model scores: predicted labels, test accuracy, adversarial accuracy and strict accuracy, in percent.
 
-Adversarial accuracy counts an example as lost if any iterate of the attack is misclassified, and spends no more steps on it; that is
-never above the accuracy at the last iterate.
+Adversarial accuracy counts an example as lost if any iterate of PGD is misclassified, and spends no more steps on it; that is never above
+the accuracy at the last iterate. Strict accuracy is what PGD and four stronger attacks (`attacks.strict`) together leave.
 """
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from countermark.attacks import pgd
+from countermark.attacks import computes_bf16, pgd, prepare, strict
+from countermark.attacks.strict import STAGES
 from countermark.data import Examples, pixels
 from countermark.progress import bar
 
 _BATCH = 250
+LARGEST_HONEST_GAP = 5.0  # points between PGD and the strict attacks
+_PROGRESS = 1000  # parts of the strict attack that its bar counts
+_ATTACKED = 128  # images at a time: their activations stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,35 @@ class Attack:
     steps: int
     step_size: float
     random_start: bool = True
+
+
+@dataclass(frozen=True)
+class StrictAccuracy:
+    """One set of images under no attack, under PGD and under the strict attacks; accuracies in percent.
+
+    Attributes:
+        images: their number.
+        test_accuracy: as they are.
+        adversarial_accuracy: what PGD leaves.
+        strict_accuracy: what all attacks leave.
+        broken: examples that each attack broke first, by the attacks' names, in the order in which they ran.
+    """
+
+    images: int
+    test_accuracy: float
+    adversarial_accuracy: float
+    strict_accuracy: float
+    broken: dict[str, int]
+
+    @property
+    def gap(self) -> float:
+        """Points by which PGD overstates the model."""
+        return self.adversarial_accuracy - self.strict_accuracy
+
+    @property
+    def masked(self) -> bool:
+        """Whether the gap is beyond what honest models show (see docs/how-it-works.md): the model hides its gradients from PGD."""
+        return self.gap > LARGEST_HONEST_GAP
 
 
 @contextlib.contextmanager
@@ -81,23 +115,61 @@ def adversarial_accuracy(
     shown = bar(title, len(examples)) if title is not None else contextlib.nullcontext(None)
     with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), shown as progress:
         torch.manual_seed(seed)
-        for i in range(0, len(examples), _BATCH):
-            batch = examples[slice(i, i + _BATCH)]
-            x, y = pixels(batch.x.to(device)), batch.y.to(device)
-            worst = pgd(
-                model,
-                x,
-                y,
-                epsilon=attack.epsilon,
-                steps=attack.steps,
-                step_size=attack.step_size,
-                random_start=attack.random_start,
-                restarts=restarts,
-                stop_when_lost=True,
-            )
-            with torch.no_grad():
-                survivors += int((model(worst).argmax(1) == y).sum())
+        quick = prepare(model, torch.bfloat16 if computes_bf16(device) else torch.float32)
+        for i in range(0, len(examples), _ATTACKED):
+            batch = examples[slice(i, i + _ATTACKED)]
+            y = batch.y.to(device)
+            survivors += int((~_lost(model, quick, pixels(batch.x.to(device)), y, attack, restarts)).sum())
             if progress is not None:
                 progress.advance(len(y))
                 progress.text(f"{100 * survivors / (i + len(y)):.2f} % survive")
     return 100 * survivors / max(len(examples), 1)
+
+
+def _lost(model: nn.Module, quick: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack, restarts: int) -> torch.Tensor:
+    """Which examples the attack breaks: it runs on the prepared copy `quick`, and the model itself has the last word."""
+    options: dict[str, Any] = {**asdict(attack), "restarts": restarts, "stop_when_lost": True}
+    worst = pgd(quick, x, y, **options)
+    with torch.no_grad():
+        lost: torch.Tensor = model(worst).argmax(1) != y
+        unsure = ~lost & (quick(worst).argmax(1) != y)  # the copy's rounding took it for lost and stopped
+    if bool(unsure.any()):
+        again = pgd(model, x[unsure], y[unsure], **options)
+        with torch.no_grad():
+            lost[unsure] = model(again).argmax(1) != y[unsure]
+    return lost
+
+
+def strict_accuracy(
+    model: nn.Module, examples: Examples, attack: Attack, *, restarts: int = 1, seed: int = 0, title: str | None = None
+) -> StrictAccuracy:
+    """Accuracy that is left under PGD and then under the strict attacks of the same budget, example by example.
+
+    Args:
+        model: pixels to logits; attacked in evaluation mode.
+        examples: images and true labels.
+        attack: the PGD; its budget is that of all attacks.
+        restarts: independent runs of the PGD.
+        seed: seed of everything random.
+        title: names the progress bar; none is shown without it.
+    """
+    device = device_of(model)
+    x, y = pixels(examples.x.to(device)), examples.y.to(device)
+    options: dict[str, Any] = {**asdict(attack), "restarts": restarts, "stop_when_lost": True}
+    shown = bar(title, _PROGRESS) if title is not None else contextlib.nullcontext(None)
+    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), shown as progress:
+        torch.manual_seed(seed)
+        told = 0
+
+        def tell(done: float, standing: int) -> None:
+            nonlocal told
+            if progress is not None:
+                progress.advance(int(done * _PROGRESS) - told)
+                progress.text(f"{100 * standing / max(len(y), 1):.2f} % survive")
+            told = int(done * _PROGRESS)
+
+        found = strict(model, x, y, epsilon=attack.epsilon, opening=lambda *batch: pgd(*batch, **options), after=tell)
+    broken = {name: int((found.broken_by == number).sum()) for number, name in enumerate(STAGES)}
+    share = 100 / max(len(y), 1)
+    clean = len(y) - broken.pop(STAGES[0])
+    return StrictAccuracy(len(y), share * clean, share * (clean - broken["PGD"]), share * (clean - sum(broken.values())), broken)

@@ -19,7 +19,7 @@ from countermark.files import canonical_json, sha256
 
 UNIT_FORMAT = "countermark unit 1"
 
-_ROOMS = ("data", "training", "watermarks", "evidence", "models.py", "attacks.py", "evaluation.py", "bundle.py", "theft.py", "removal.py")
+_ROOMS = ("data", "training", "watermarks", "evidence", "models.py", "attacks", "evaluation.py", "bundle.py", "theft.py", "removal.py")
 _OWN = ("study/work.py",)
 
 

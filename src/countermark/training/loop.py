@@ -21,7 +21,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 from torch.nn import functional
 
-from countermark.attacks import pgd
+from countermark.attacks import computes_bf16, pgd
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, adversarial_accuracy, agreement, predict
@@ -155,11 +155,7 @@ def _accelerator(wanted: str) -> str:
 def _precision(wanted: str, accelerator: str) -> Any:
     if wanted != "auto":
         return wanted
-    if accelerator == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = accelerator == "cpu" and torch.cpu._is_avx512_bf16_supported()  # AMX implies it
-    return "bf16-mixed" if native else "32-true"
+    return "bf16-mixed" if computes_bf16(accelerator) else "32-true"
 
 
 class _Run:

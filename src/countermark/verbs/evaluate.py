@@ -1,14 +1,25 @@
-"""`countermark evaluate`: test, adversarial and watermark accuracy of a model folder."""
+"""`countermark evaluate`: test, adversarial, strict and watermark accuracy of a model folder."""
 
 import time
 from dataclasses import dataclass
+
+import torch
 
 from countermark.bundle import load_with_data
 from countermark.config import EvaluateConfig
 from countermark.data import load_pools
 from countermark.errors import CountermarkError
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
-from countermark.report import percent, print_table
+from countermark.evaluation import (
+    LARGEST_HONEST_GAP,
+    Attack,
+    StrictAccuracy,
+    accuracy,
+    adversarial_accuracy,
+    agreement,
+    predict,
+    strict_accuracy,
+)
+from countermark.report import percent, print_lines, print_table
 from countermark.watermarks import load_key
 
 
@@ -18,8 +29,12 @@ class Evaluation:
 
     Attributes:
         model: the model folder.
-        test_accuracy: on the test pool.
-        adversarial_accuracy: on the test pool, under the PGD below.
+        images: test images that were measured on.
+        test_accuracy: on these.
+        adversarial_accuracy: on these, under the PGD below.
+        strict: on these, under the PGD and then the strict attacks; none unless asked for.
+        gap: points between the two.
+        gradient_masking: whether the gap is beyond what honest models show.
         watermark_accuracy: agreement with the key; none without one.
         epsilon: L-inf budget of the PGD, in pixels of [0, 1].
         steps: its steps.
@@ -29,8 +44,12 @@ class Evaluation:
     """
 
     model: str
+    images: int
     test_accuracy: float
     adversarial_accuracy: float
+    strict: StrictAccuracy | None
+    gap: float | None
+    gradient_masking: bool | None
     watermark_accuracy: float | None
     epsilon: float
     steps: int
@@ -55,15 +74,27 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             raise CountermarkError(f"{folder} holds images of shape {tuple(key.watermarks.x.shape[1:])}; it is the key of another model")
         watermark_accuracy = agreement(predict(network, key.watermarks.x), key.labels)
     test = load_pools(description.data, description.seed, config.cache).test
+    if config.images is not None and config.images < len(test):
+        test = test[torch.arange(config.images) * len(test) // config.images]  # the first half of MNIST's is easier than the second
     attack = Attack(
         epsilon=config.epsilon or description.epsilon,
         steps=config.steps or catalogued.steps,
         step_size=config.step_size or catalogued.step_size,
     )
+    title, judged = "attacking the model", None
+    if config.strict:
+        judged = strict_accuracy(network, test, attack, restarts=config.restarts, title=title)
+        clean, adversarial = judged.test_accuracy, judged.adversarial_accuracy
+    else:
+        clean, adversarial = accuracy(network, test), adversarial_accuracy(network, test, attack, restarts=config.restarts, title=title)
     return Evaluation(
         model=str(config.model),
-        test_accuracy=accuracy(network, test),
-        adversarial_accuracy=adversarial_accuracy(network, test, attack, restarts=config.restarts, title="attacking the model"),
+        images=len(test),
+        test_accuracy=clean,
+        adversarial_accuracy=adversarial,
+        strict=judged,
+        gap=judged.gap if judged else None,
+        gradient_masking=judged.masked if judged else None,
         watermark_accuracy=watermark_accuracy,
         epsilon=attack.epsilon,
         steps=attack.steps,
@@ -83,3 +114,21 @@ def show(result: Evaluation) -> None:
         ("", "test accuracy", f"adversarial accuracy ({attack})", "watermark accuracy"),
         [["model", percent(result.test_accuracy), percent(result.adversarial_accuracy), percent(result.watermark_accuracy)]],
     )
+    if result.strict is not None:
+        _show_strict(result.strict)
+
+
+def _show_strict(found: StrictAccuracy) -> None:
+    """Print what each attack left of the images, and what that says about PGD."""
+    left, rows = found.test_accuracy, [["none", "", percent(found.test_accuracy)]]
+    for name, broken in found.broken.items():
+        left -= 100 * broken / max(found.images, 1)
+        rows.append([name, str(broken), percent(abs(left))])
+    print_table("strict", ("attack", "broken", "left"), rows)
+    print_lines(
+        f"strict accuracy {found.strict_accuracy:.2f} % of {found.images} images: quote this figure. PGD overstates it by {found.gap:.2f}."
+    )
+    if found.masked:
+        print_lines(
+            f"WARNING: gradient masking: a gap above {LARGEST_HONEST_GAP:g} points means that the model hides from PGD what breaks it."
+        )

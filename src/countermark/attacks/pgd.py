@@ -1,12 +1,17 @@
-"""Gradient attacks under an L-inf budget, as pure functions on tensors.
+"""Projected gradient descent, the attack of Madry et al. (2018).
 
-PGD is that of Madry et al. (2018); with one step it is FGSM with random start (Wong, Rice and Kolter, 2020). Pixels stay in [0, 1]. The
-model is used as it stands: put it into evaluation mode first, unless you mean otherwise.
+With one step it is FGSM with random start (Wong, Rice and Kolter, 2020). The model is used as it stands: put it into evaluation mode
+first, or `prepare` it, unless you mean otherwise.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from countermark.attacks.folding import Prepared
 
 
 def pgd(
@@ -83,25 +88,78 @@ def _climb(
     step_size: float,
     stop_when_lost: bool,
 ) -> torch.Tensor:
-    """Ascend the loss from `points` within the boxes; with `stop_when_lost` the misclassified ones rest where they are."""
-    result = points.clone()
+    """Ascend the loss within the boxes from `points`, which are overwritten; with `stop_when_lost` misclassified ones rest."""
+    if points.is_cuda and isinstance(model, Prepared):
+        step = _captured(model, points, y, lower, upper, step_size, stop_when_lost)
+        for _ in range(steps):
+            step()
+        return points
+    result = points
     index = torch.arange(len(points), device=points.device)
     for _ in range(steps):
-        points = points.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = model(points)
-            (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, y, reduction="sum"), points)
-        points = points.detach()
-        if stop_when_lost:
-            alive = logits.detach().argmax(1) == y
-            if not bool(alive.all()):
-                result[index] = points
-                points, gradient, y, lower, upper, index = (part[alive] for part in (points, gradient, y, lower, upper, index))
-                if len(index) == 0:
-                    return result
-        points = torch.clamp(points.add(gradient.sign(), alpha=step_size), lower, upper)
-    result[index] = points
+        lost = step_(model, points, y, lower, upper, step_size, stop_when_lost)
+        if stop_when_lost and bool(lost.any()):
+            if points is not result:
+                result[index[lost]] = points[lost]
+            points, y, lower, upper, index = (part[~lost] for part in (points, y, lower, upper, index))
+            if len(index) == 0:
+                return result
+    if points is not result:
+        result[index] = points
     return result
+
+
+def step_(
+    model: nn.Module,
+    points: torch.Tensor,
+    y: torch.Tensor,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    step_size: float,
+    stop_when_lost: bool,
+) -> torch.Tensor:
+    """One step of the ascent, in place.
+
+    Nothing here depends on what is on the device, so a GPU replays it as one CUDA graph.
+
+    Args:
+        model: pixels `(n, c, h, w)` to logits `(n, classes)`.
+        points: where the examples are, `(n, c, h, w)`; moved.
+        y: true labels `(n,)`.
+        lower: lowest pixels allowed, `(n, c, h, w)`.
+        upper: highest pixels allowed.
+        step_size: in pixels.
+        stop_when_lost: leave points that are misclassified where they are.
+
+    Returns:
+        Which examples were misclassified before the step, `(n,)`.
+    """
+    with torch.enable_grad():
+        leaf = points.detach().requires_grad_()
+        logits = model(leaf)
+        (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, y, reduction="sum"), leaf)
+    lost: torch.Tensor = logits.detach().argmax(1) != y
+    move = gradient.sign()  # not in place: a gradient may be an expanded tensor
+    if stop_when_lost:
+        move.mul_(~lost.view(-1, *(1,) * (move.dim() - 1)))
+    torch.clamp(points.add_(move, alpha=step_size), lower, upper, out=points)
+    return lost
+
+
+def _captured(model: Prepared, points: torch.Tensor, *rest: Any) -> Callable[[], None]:
+    """Record `step_` on a GPU; each call of the result replays it on the same tensors, without the host's share of the work."""
+    before = points.clone()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries choose their kernels and allocate before the recording
+            step_(model, points, *rest)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step_(model, points, *rest)
+    points.copy_(before)
+    return graph.replay
 
 
 def _score(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,340 @@
+"""A network made ready to be attacked: the same logits, fewer and cheaper layers.
+
+An attack runs one network in evaluation mode thousands of times and wants nothing but logits and the gradient of the input. So what is
+constant is computed once: batch norm and normaliser go into the weights of a neighbour (Jacob et al., 2018, section 3.2), dropout goes
+away, max-pooling by two and its ReLU become one function, and a convolution of few channels works on blocks of pixels. Only plain layers
+in an `nn.Sequential` are touched; a layer that is not known here stays as it is.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from countermark.models import HalvingConv2d, Normalise
+
+_FEW = 4  # input channels up to which blocks of pixels make a convolution faster
+
+
+class Prepared(nn.Module):
+    """A network in evaluation mode whose logits are float32 and whose weights want no gradients; `prepare` makes it."""
+
+    def __init__(self, layers: nn.Module, dtype: torch.dtype) -> None:
+        """Hold `layers`, which compute in `dtype`."""
+        super().__init__()
+        self.dtype = dtype
+        self.layers = layers.eval().requires_grad_(False)
+        if dtype is not torch.float32:
+            self.layers.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits `(n, classes)` of pixels `(n, c, h, w)`."""
+        if self.dtype is not torch.float32:
+            x = x.to(dtype=self.dtype, memory_format=torch.channels_last)
+        logits: torch.Tensor = self.layers(x)
+        return logits.float()
+
+    def train(self, mode: bool = True) -> "Prepared":
+        """Stay in evaluation mode: what was folded cannot be trained."""
+        return super().train(False)
+
+
+def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
+    """Copy a network for attacks; the copy's logits are those of the network in evaluation mode, within rounding.
+
+    Args:
+        network: pixels `(n, c, h, w)` of [0, 1] to logits; it is not changed.
+        dtype: what the copy computes in; `torch.bfloat16` keeps 8 bits of each number and pays where `computes_bf16`.
+    """
+    if isinstance(network, Prepared) and network.dtype is dtype:
+        return network
+    with torch.no_grad():
+        layers = _fold_forward(_pools(_fold_back(_flat(_copied(network).eval()))))
+        return Prepared(nn.Sequential(*_in_place(layers)), dtype)
+
+
+def computes_bf16(device: torch.device | str) -> bool:
+    """Whether a device multiplies bf16 matrices by instructions of its own."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return kind == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())  # AMX implies it
+
+
+class Affine(nn.Module):
+    """The map x * scale + shift, with one number of each for all channels or one a channel."""
+
+    def __init__(self, scale: torch.Tensor, shift: torch.Tensor, flat: bool = False) -> None:
+        """Hold `scale` and `shift`, `(1,)` or `(channels,)`; `flat` says that only tensors `(n, features)` come here."""
+        super().__init__()
+        self.flat = flat
+        self.scale, self.shift = nn.Parameter(scale), nn.Parameter(shift)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(n, channels, ...)`."""
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        return x * self.scale.view(shape) + self.shift.view(shape)
+
+
+class ShiftedConv2d(nn.Module):
+    """A convolution whose zero padding stands for another number, so that its constant part depends on the place.
+
+    The convolution of scale * x + shift is that of x with scaled weights, plus what the padded convolution makes of the shift alone: a
+    picture of constants, computed once for each size of image.
+    """
+
+    def __init__(self, affine: Affine, layer: nn.Conv2d) -> None:
+        """Compute `layer(affine(x))`."""
+        super().__init__()
+        self.layer = layer
+        self.shift = affine.shift
+        self.weight = nn.Parameter(layer.weight * affine.scale.view(1, -1, 1, 1))
+        self._constants: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def constants(self, x: torch.Tensor) -> torch.Tensor:
+        """What is added to the convolution of images of the size of `x`, `(1, filters, h', w')`."""
+        place = (x.shape[2], x.shape[3], x.dtype, x.device)
+        if place not in self._constants:
+            with torch.no_grad():
+                self._constants[place] = self.layer(self.shift.view(1, -1, 1, 1).expand(1, x.shape[1], *x.shape[2:]))
+        return self._constants[place]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Convolve `(n, c, h, w)`."""
+        layer = self.layer
+        return functional.conv2d(x, self.weight, None, layer.stride, layer.padding, layer.dilation).add_(self.constants(x))
+
+
+class PooledConv2d(nn.Module):
+    """A convolution of few channels, max-pooling by two and a ReLU, computed on blocks of 2x2 pixels.
+
+    As in `models.HalvingConv2d`, and for the same reason, each pixel of a block is a channel. So is each place of the block in the
+    result: pooling is a maximum of four groups of channels.
+    """
+
+    def __init__(self, affine: Affine | None, layer: nn.Conv2d, relu: bool) -> None:
+        """Compute `layer(affine(x))`, pool it, and apply the ReLU if wanted; scale and shift of `affine` are one number each."""
+        super().__init__()
+        self.relu = relu
+        scale, shift = (1.0, 0.0) if affine is None else (float(affine.scale), float(affine.shift))
+        self.value = -shift / scale  # what `affine` takes to the zero that the layer pads with
+        self.kernel, self.padding = layer.kernel_size[0], int(layer.padding[0])
+        self.blocks = self.kernel // 2 + 1  # of the image that one block of the result looks at, in each direction
+        self.filters = nn.Parameter(layer.weight * scale)
+        self.bias = nn.Parameter(layer.weight.sum((1, 2, 3)) * shift + (0 if layer.bias is None else layer.bias))
+        count, channels, *_ = layer.weight.shape
+        canvas = layer.weight.new_zeros(2, 2, count, channels, 2 * self.blocks, 2 * self.blocks)
+        for row in (0, 1):
+            for column in (0, 1):
+                canvas[row, column, ..., row : row + self.kernel, column : column + self.kernel] = self.filters
+        self.block_filters = nn.Parameter(functional.pixel_unshuffle(canvas.flatten(0, 2), 2))
+        self.block_bias = nn.Parameter(self.bias.repeat(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(n, c, h, w)` to `(n, filters, h/2, w/2)`; `h` and `w` are those of the convolution's result."""
+        before = self.padding
+        height, width = (side + 2 * before - self.kernel + 1 for side in x.shape[2:])
+        if height % 2 or width % 2:
+            return _pooled(functional.conv2d(functional.pad(x, (before,) * 4, value=self.value), self.filters, self.bias), self.relu)
+        below, right = (side + 2 * (self.blocks - 1) - before for side in (height, width))
+        padded = functional.pad(x, (before, right - x.shape[3], before, below - x.shape[2]), value=self.value)
+        blocks = functional.pixel_unshuffle(padded, 2).contiguous(memory_format=torch.channels_last)
+        best = _max_of_four(functional.conv2d(blocks, self.block_filters, self.block_bias), _groups, self.relu)
+        return best.contiguous() if x.dtype is torch.float32 else best
+
+
+class Pool(nn.Module):
+    """Max-pooling by two, and a ReLU if wanted."""
+
+    def __init__(self, relu: bool) -> None:
+        """Apply the ReLU too if `relu`."""
+        super().__init__()
+        self.relu = relu
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool `(n, c, h, w)`."""
+        return _pooled(x, self.relu)
+
+
+def _pooled(x: torch.Tensor, relu: bool) -> torch.Tensor:
+    height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2  # an odd row or column is left out
+    return _max_of_four(x[:, :, :height, :width], _places, relu)
+
+
+def _places(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x[:, :, ::2, ::2], x[:, :, ::2, 1::2], x[:, :, 1::2, ::2], x[:, :, 1::2, 1::2]
+
+
+def _groups(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.chunk(x, 4, dim=1)
+
+
+def _max_of_four(x: torch.Tensor, parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], relu: bool) -> torch.Tensor:
+    result: torch.Tensor = _MaxOfFour.apply(x, parts, relu)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _ones(compare: Callable[..., torch.Tensor], one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Where a comparison holds, as numbers: products with numbers are several times faster than with booleans."""
+    return compare(one, other, out=torch.empty_like(one))
+
+
+class _MaxOfFour(torch.autograd.Function):
+    """The largest of four parts of a tensor; its gradient goes to the first of equal ones, as that of `nn.MaxPool2d`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], relu: bool) -> torch.Tensor:
+        a, b, c, d = parts(x)
+        first, second = torch.maximum(a, b), torch.maximum(c, d)
+        best = torch.maximum(first, second)
+        if ctx.needs_input_grad[0]:
+            ctx.parts, ctx.shape, ctx.relu = parts, x.shape, relu
+            ctx.format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+            ctx.save_for_backward(_ones(torch.ge, a, b), _ones(torch.ge, c, d), _ones(torch.ge, first, second))
+            if relu:
+                ctx.positive = _ones(torch.gt, best, best.new_zeros(()))
+        return best.clamp_min_(0) if relu else best
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        a_wins, c_wins, first_wins = ctx.saved_tensors
+        gradient = gradient.contiguous(memory_format=ctx.format)
+        if ctx.relu:
+            gradient = gradient * ctx.positive
+        result = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.format)
+        a, b, c, d = ctx.parts(result)
+        first = gradient * first_wins
+        second = gradient - first
+        torch.mul(first, a_wins, out=a)
+        torch.sub(first, a, out=b)
+        torch.mul(second, c_wins, out=c)
+        torch.sub(second, c, out=d)
+        return result, None, None
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    """A deep copy; what hooks computed from parameters (pruning, weight norm) is no leaf of autograd and copied as a number."""
+    values = [value for module in network.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return copy.deepcopy(network, {id(value): value.detach().clone() for value in values if not value.is_leaf})
+
+
+def _flat(network: nn.Module) -> list[nn.Module]:
+    """The layers of nested `nn.Sequential` in order; anything else is one layer."""
+    if not _plain(network, nn.Sequential):
+        return [network]
+    return [layer for child in network.children() for layer in _flat(child)]
+
+
+def _plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a layer is of one of these very classes and nothing hangs on it: a subclass or a hook may compute anything."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return type(layer) in kinds and not any(hooks)
+
+
+def _fold_back(layers: list[nn.Module]) -> list[nn.Module]:
+    """Drop what does nothing; fold each constant map into the convolution or linear layer just before it, or leave an `Affine`."""
+    done: list[nn.Module] = []
+    flat = False  # whether tensors are (n, features) here, for certain
+    for layer in layers:
+        if _plain(layer, nn.Dropout, nn.Dropout2d, nn.Identity):
+            continue
+        affine = _affine(layer, flat)
+        before = done[-1] if done else None
+        if affine is None:
+            done.append(layer)
+            flatten = isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+            flat = flatten or (flat and _plain(layer, nn.Linear, nn.ReLU, nn.Tanh))
+        elif before is not None and _plain(before, nn.Conv2d, HalvingConv2d, nn.Linear):
+            assert isinstance(before, nn.Conv2d | nn.Linear)
+            bias = 0 if before.bias is None else before.bias * affine.scale
+            before.weight = nn.Parameter(before.weight * affine.scale.view(-1, *(1,) * (before.weight.dim() - 1)))
+            before.bias = nn.Parameter(bias + affine.shift.expand(len(before.weight)))
+        else:
+            done.append(affine)
+    return done
+
+
+def _affine(layer: nn.Module, flat: bool) -> Affine | None:
+    """The constant map that a layer is in evaluation mode, if it is one."""
+    if _plain(layer, Normalise):
+        assert isinstance(layer, Normalise)
+        return Affine(torch.tensor([1 / layer.std]), torch.tensor([-layer.mean / layer.std]))
+    if not _plain(layer, nn.BatchNorm2d, *((nn.BatchNorm1d,) if flat else ())):
+        return None
+    assert isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d)
+    if layer.running_mean is None or layer.running_var is None:
+        return None  # it normalises each batch by itself
+    scale = (layer.running_var + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
+    return Affine(scale, (0 if layer.bias is None else layer.bias) - layer.running_mean * scale, flat)
+
+
+def _pools(layers: list[nn.Module]) -> list[nn.Module]:
+    """Make max-pooling by two, with a ReLU before or after it, one layer."""
+    done: list[nn.Module] = []
+    for layer in layers:
+        before = done[-1] if done else None
+        if isinstance(layer, nn.MaxPool2d) and _plain(layer, nn.MaxPool2d) and _by_two(layer):
+            relu = before is not None and _plain(before, nn.ReLU)
+            done[len(done) - relu :] = [Pool(relu)]
+        elif isinstance(before, Pool) and _plain(layer, nn.ReLU):
+            before.relu = True
+        else:
+            done.append(layer)
+    return done
+
+
+def _by_two(layer: nn.MaxPool2d) -> bool:
+    size, stride, padding, dilation = (
+        (n, n) if isinstance(n, int) else n for n in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+    )
+    return (size, stride, padding, dilation, layer.ceil_mode, layer.return_indices) == ((2, 2), (2, 2), (0, 0), (1, 1), False, False)
+
+
+def _fold_forward(layers: list[nn.Module]) -> list[nn.Module]:
+    """Fold each `Affine` into the layer after it where that is exact; join a convolution of few channels with its pooling."""
+    done: list[nn.Module] = []
+    rest = layers[::-1]
+    while rest:
+        layer = rest.pop()
+        affine = layer if isinstance(layer, Affine) and rest else None
+        if affine is not None:
+            layer = rest.pop()
+        if isinstance(layer, nn.Conv2d) and _plain(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
+            pool = rest[-1] if rest else None
+            if isinstance(pool, Pool) and _poolable(affine, layer):
+                done.append(PooledConv2d(affine, layer, pool.relu))
+                rest.pop()
+            else:
+                done.append(layer if affine is None else ShiftedConv2d(affine, layer))
+            continue
+        if affine is not None and isinstance(layer, nn.Flatten) and layer.start_dim == 1 and rest and _plain(rest[-1], nn.Linear):
+            done.append(layer)
+            affine, layer = Affine(affine.scale, affine.shift, flat=True), rest.pop()
+        if affine is not None and affine.flat and isinstance(layer, nn.Linear) and _plain(layer, nn.Linear):
+            each = layer.in_features // len(affine.scale)  # features that share a channel
+            bias = layer.weight @ affine.shift.repeat_interleave(each)
+            layer.bias = nn.Parameter(bias if layer.bias is None else bias + layer.bias)
+            layer.weight = nn.Parameter(layer.weight * affine.scale.repeat_interleave(each))
+            affine = None
+        done += [layer] if affine is None else [affine, layer]
+    return done
+
+
+def _poolable(affine: Affine | None, layer: nn.Conv2d) -> bool:
+    uniform = affine is None or (len(affine.scale) == 1 and float(affine.scale) != 0)
+    square = layer.kernel_size[0] == layer.kernel_size[1] and isinstance(layer.padding, tuple) and layer.padding[0] == layer.padding[1]
+    return uniform and square and layer.in_channels <= _FEW and layer.stride == (1, 1) and layer.dilation == (1, 1)
+
+
+def _in_place(layers: list[nn.Module]) -> list[nn.Module]:
+    """Let a ReLU overwrite a result that the layer before it does not need again."""
+    fresh = nn.Conv2d, HalvingConv2d, ShiftedConv2d, nn.Linear
+    return [
+        nn.ReLU(inplace=True) if number and _plain(layer, nn.ReLU) and _plain(layers[number - 1], *fresh) else layer
+        for number, layer in enumerate(layers)
+    ]

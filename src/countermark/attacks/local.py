@@ -1,0 +1,196 @@
+"""Logits of images that differ from known ones in one small window, computed only where the window reaches.
+
+A pixel touches a few places of a convolution and of the pools after it; the first linear layer sees the difference at those places alone.
+Everything behind it is computed in full, and so is everything behind a layer that is not known here.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from countermark.attacks.folding import Affine, Pool, PooledConv2d, Prepared, ShiftedConv2d
+from countermark.models import HalvingConv2d
+
+Window = tuple[int, int, int, int]  # top, bottom, left, right; the ends are outside
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A layer that looks at a square around each place, and the pointwise layers behind it."""
+
+    kernel: int
+    stride: int
+    padding: int
+    value: float  # that it pads with
+    filters: torch.Tensor | None  # none for a max-pooling
+    bias: torch.Tensor | None
+    shifted: ShiftedConv2d | None
+    pointwise: list[nn.Module]
+
+
+class Local:
+    """Images and what a network makes of them, kept so that small changes are cheap to try.
+
+    Attributes:
+        x: the images, `(n, c, h, w)`.
+        logits: their logits, `(n, classes)`.
+    """
+
+    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+        """Compute everything in full once; only a model from `prepare` that computes in float32 is known from inside."""
+        known = isinstance(model, Prepared) and model.dtype is torch.float32 and x.dim() == 4
+        layers = list(model.layers.children()) if known else [model]  # type: ignore[union-attr]
+        self._stages, rest = _stages(layers)
+        # The input of each stage, and the result of the last. With the channels side by side a window is a few long rows.
+        self._states = [x.clone(memory_format=torch.channels_last) if x.dim() == 4 else x.clone()]
+        for stage in self._stages:
+            self._states.append(_result(stage, self._states[-1]).contiguous(memory_format=torch.channels_last))
+        self._linear = rest[1] if len(rest) > 1 and isinstance(rest[0], nn.Flatten) and type(rest[1]) is nn.Linear else None
+        self._dense: torch.Tensor | None = None  # what the linear layer makes of the last state
+        if self._linear is not None:
+            self._dense = self._linear(self._states[-1].flatten(1))
+            shape = self._states[-1].shape[1:]
+            self._weight = self._linear.weight.view(-1, *shape).permute(2, 3, 1, 0).contiguous()  # rows, columns, channels, features
+            rest = rest[2:]
+        self._rest = nn.Sequential(*rest)
+        self.logits: torch.Tensor = self._rest(self._states[-1] if self._dense is None else self._dense.clone())
+        self._tried: tuple[list[tuple[Window, torch.Tensor]], torch.Tensor | None, torch.Tensor] | None = None
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The images."""
+        return self._states[0]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Keep the images for which `rows`, `(n,)`, is true."""
+        self._states = [state[rows] for state in self._states]
+        self._dense = None if self._dense is None else self._dense[rows]
+        self.logits = self.logits[rows]
+        self._tried = None
+
+    def ask(self, patch: torch.Tensor, top: int, left: int) -> torch.Tensor:
+        """Logits `(n, classes)` of the images with `patch`, `(n, c, height, width)`, put in at one place."""
+        window: Window = (top, top + patch.shape[2], left, left + patch.shape[3])
+        changes = [(window, patch)]
+        for stage, state in zip(self._stages, self._states, strict=False):
+            window, patch = _reached(stage, state, window, patch)
+            if patch.numel() == 0:  # a stride went past the window
+                self._tried = (changes, self._dense, self.logits)
+                return self.logits
+            changes.append((window, patch))
+        dense = None
+        if self._linear is not None and self._dense is not None:
+            state = self._states[-1]
+            difference = (patch - _inside(state, window)).permute(0, 2, 3, 1).flatten(1)
+            weight = self._weight[window[0] : window[1], window[2] : window[3]].flatten(0, 2)
+            dense = torch.addmm(self._dense, difference, weight)
+            logits: torch.Tensor = self._rest(dense.clone())
+        else:
+            state = self._states[-1].clone()
+            _inside(state, window).copy_(patch)
+            logits = self._rest(state)
+        self._tried = (changes, dense, logits)
+        return logits
+
+    def accept(self, rows: torch.Tensor) -> None:
+        """Make the change that was last asked about, in the images for which `rows`, `(n,)`, is true."""
+        assert self._tried is not None
+        changes, dense, logits = self._tried
+        chosen = torch.nonzero(rows).flatten()
+        if len(chosen) == 0:
+            return
+        for state, (window, patch) in zip(self._states, changes, strict=False):
+            inside = _inside(state, window)
+            inside[chosen] = patch[chosen]
+        if dense is not None and self._dense is not None:
+            self._dense[chosen] = dense[chosen]
+        self.logits = self.logits.index_copy(0, chosen, logits[chosen])
+
+
+def _stages(layers: list[nn.Module]) -> tuple[list[_Stage], list[nn.Module]]:
+    """The stages that a network begins with, and the layers behind them."""
+    stages: list[_Stage] = []
+    for number, layer in enumerate(layers):
+        if stages and type(layer) in (nn.ReLU, nn.Tanh, Affine):
+            stages[-1].pointwise.append(layer)
+        elif isinstance(layer, Pool):
+            stages.append(_pool(layer))
+        elif isinstance(layer, PooledConv2d):
+            stages += [_Stage(layer.kernel, 1, layer.padding, layer.value, layer.filters, layer.bias, None, []), _pool(layer)]
+        elif isinstance(layer, ShiftedConv2d) and _square(layer.layer):
+            stride, padding = layer.layer.stride[0], int(layer.layer.padding[0])
+            stages.append(_Stage(layer.weight.shape[2], stride, padding, 0.0, layer.weight, None, layer, []))
+        elif type(layer) in (nn.Conv2d, HalvingConv2d) and isinstance(layer, nn.Conv2d) and _square(layer):
+            stage = _Stage(layer.kernel_size[0], layer.stride[0], int(layer.padding[0]), 0.0, layer.weight, layer.bias, None, [])
+            stages.append(stage)
+        else:
+            return stages, layers[number:]
+    return stages, []
+
+
+def _pool(layer: Pool | PooledConv2d) -> _Stage:
+    return _Stage(2, 2, 0, 0.0, None, None, None, [nn.ReLU()] if layer.relu else [])
+
+
+def _square(layer: nn.Conv2d) -> bool:
+    pairs = layer.kernel_size, layer.stride, layer.padding
+    even = all(isinstance(pair, tuple) and pair[0] == pair[1] for pair in pairs)
+    return even and layer.dilation == (1, 1) and layer.groups == 1 and layer.padding_mode == "zeros"
+
+
+def _inside(state: torch.Tensor, window: Window) -> torch.Tensor:
+    top, bottom, left, right = window
+    return state[..., top:bottom, left:right]
+
+
+def _result(stage: _Stage, state: torch.Tensor) -> torch.Tensor:
+    """A stage in full."""
+    result = _convolved(stage, functional.pad(state, (stage.padding,) * 4, value=stage.value))
+    if stage.shifted is not None:
+        result = result + stage.shifted.constants(state)
+    for layer in stage.pointwise:
+        result = layer(result)
+    return result
+
+
+def _convolved(stage: _Stage, x: torch.Tensor) -> torch.Tensor:
+    if stage.filters is None:
+        return functional.max_pool2d(x, 2)
+    return functional.conv2d(x, stage.filters, stage.bias, stage.stride)
+
+
+def _reached(stage: _Stage, state: torch.Tensor, window: Window, patch: torch.Tensor) -> tuple[Window, torch.Tensor]:
+    """Where a changed window of a stage's input shows in its result, and the result there."""
+    top, bottom, left, right = window
+    first_row, last_row, above, below = _span(stage, state.shape[2], top, bottom)
+    first_column, last_column, before, behind = _span(stage, state.shape[3], left, right)
+    reached = first_row, last_row, first_column, last_column
+    if last_row <= first_row or last_column <= first_column:
+        return reached, patch[..., :0, :0]
+    region = torch.empty(
+        (*state.shape[:2], below - above, behind - before), dtype=state.dtype, device=state.device, memory_format=torch.channels_last
+    )
+    region.fill_(stage.value)
+    known = max(above, 0), min(below, state.shape[2]), max(before, 0), min(behind, state.shape[3])
+    _inside(region, (known[0] - above, known[1] - above, known[2] - before, known[3] - before)).copy_(_inside(state, known))
+    rows = slice(max(top, above), min(bottom, below))
+    columns = slice(max(left, before), min(right, behind))
+    region[..., rows.start - above : rows.stop - above, columns.start - before : columns.stop - before] = patch[
+        ..., rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
+    ]
+    result = _convolved(stage, region)
+    if stage.shifted is not None:
+        result = result + _inside(stage.shifted.constants(state), reached)
+    for layer in stage.pointwise:
+        result = layer(result)
+    return reached, result
+
+
+def _span(stage: _Stage, size: int, start: int, end: int) -> tuple[int, int, int, int]:
+    """Along one direction: the results that pixels from `start` to before `end` reach, and the pixels that those look at."""
+    count = (size + 2 * stage.padding - stage.kernel) // stage.stride + 1
+    first = max(0, -(-(start + stage.padding - stage.kernel + 1) // stage.stride))
+    last = min(count, (end - 1 + stage.padding) // stage.stride + 1)
+    return first, last, first * stage.stride - stage.padding, (last - 1) * stage.stride - stage.padding + stage.kernel

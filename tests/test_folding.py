@@ -1,0 +1,155 @@
+"""Prepared networks: the same logits and gradients as the network in evaluation mode."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import prune
+
+from countermark.attacks import Prepared, pgd, prepare
+from countermark.models import NETWORKS, HalvingConv2d, Normalise, build
+
+
+def lived_in(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Give every batch norm weights and statistics of a network that has been trained, some scales negative."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_mean is not None:
+            layer.running_mean.normal_(generator=generator)
+            layer.running_var.uniform_(0.2, 3, generator=generator)
+            if layer.affine:
+                nn.init.normal_(layer.weight, generator=generator)
+                nn.init.normal_(layer.bias, generator=generator)
+    return network.eval()
+
+
+def gradient(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    x = x.clone().requires_grad_()
+    (found,) = torch.autograd.grad(network(x).square().sum(), x)
+    return found
+
+
+def same(network: nn.Module, shape: tuple[int, int, int], seed: int = 0) -> Prepared:
+    """Check logits and gradients on random images and return what was prepared."""
+    x = torch.rand(5, *shape, generator=torch.Generator().manual_seed(seed))
+    prepared = prepare(network)
+    torch.testing.assert_close(prepared(x), network(x), rtol=1e-4, atol=2e-5)
+    wanted = gradient(network, x)
+    torch.testing.assert_close(gradient(prepared, x), wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()) + 1e-7)
+    return prepared
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 12, 16)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_our_networks_keep_their_logits(name: str, shape: tuple[int, int, int]) -> None:
+    same(lived_in(build(name, shape, 10, seed=1)), shape)
+
+
+def test_nothing_but_cheap_layers_is_left_of_the_papers_network() -> None:
+    prepared = same(lived_in(build("paper", (1, 28, 28), 10, seed=1)), (1, 28, 28))
+    kinds = [type(layer).__name__ for layer in prepared.layers]
+    assert kinds == ["PooledConv2d", "ShiftedConv2d", "Pool", "Flatten", "Linear", "ReLU", "Linear"]
+
+
+_BLOCKS = {
+    "convolution": lambda c, n: [nn.Conv2d(c, n, 3, padding=1)],
+    "without bias": lambda c, n: [nn.Conv2d(c, n, 3, padding=1, bias=False)],
+    "wide": lambda c, n: [nn.Conv2d(c, n, 5, padding=2)],
+    "dilated": lambda c, n: [nn.Conv2d(c, n, 3, padding=2, dilation=2)],
+    "circular": lambda c, n: [nn.Conv2d(c, n, 3, padding=1, padding_mode="circular")],
+    "same": lambda c, n: [nn.Conv2d(c, n, 3, padding="same")],
+    "halving": lambda c, n: [HalvingConv2d(c, n), nn.Upsample(scale_factor=2)],
+    "batch norm": lambda c, n: [nn.Conv2d(c, n, 1), nn.BatchNorm2d(n)],
+    "bare batch norm": lambda c, n: [nn.Conv2d(c, n, 1), nn.ReLU(), nn.BatchNorm2d(n, affine=False)],
+    "batch's own norm": lambda c, n: [nn.Conv2d(c, n, 1), nn.BatchNorm2d(n, track_running_stats=False)],
+    "two norms": lambda c, n: [nn.Conv2d(c, n, 1), nn.Tanh(), nn.BatchNorm2d(n), nn.BatchNorm2d(n)],
+    "unknown": lambda c, n: [nn.Conv2d(c, n, 1), nn.GroupNorm(1, n), nn.BatchNorm2d(n), nn.Softplus()],
+    "relu and pool": lambda c, n: [nn.Conv2d(c, n, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)],
+    "pool and relu": lambda c, n: [nn.Conv2d(c, n, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(), nn.Upsample(scale_factor=2)],
+    "other pool": lambda c, n: [nn.Conv2d(c, n, 1), nn.MaxPool2d(3, stride=1, padding=1)],
+    "dropout": lambda c, n: [nn.Conv2d(c, n, 1), nn.Dropout(0.5), nn.Identity()],
+    "inner": lambda c, n: [nn.Sequential(nn.Conv2d(c, n, 1), nn.ReLU(), nn.Sequential(nn.BatchNorm2d(n)))],
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    blocks=st.lists(st.sampled_from(sorted(_BLOCKS)), min_size=1, max_size=4),
+    channels=st.sampled_from([1, 3, 6]),
+    normalised=st.booleans(),
+    end=st.sampled_from(["linear", "norm before", "norm between", "rows"]),
+    seed=st.integers(0, 1000),
+)
+def test_random_networks_keep_their_logits(blocks: list[str], channels: int, normalised: bool, end: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    layers: list[nn.Module] = [Normalise(0.3, 0.6)] if normalised else []
+    width = channels
+    for block in blocks:
+        layers += _BLOCKS[block](width, 4)
+        width = 4
+    flat = width * 8 * 8
+    layers += {
+        "linear": lambda: [nn.Flatten(), nn.Linear(flat, 5)],
+        "norm before": lambda: [nn.BatchNorm2d(width), nn.Dropout(), nn.Flatten(), nn.Linear(flat, 5, bias=False)],
+        "norm between": lambda: [nn.Flatten(), nn.Linear(flat, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, 5)],
+        "rows": lambda: [nn.BatchNorm2d(width), nn.Linear(8, 4), nn.Flatten(), nn.Linear(flat // 2, 5)],
+    }[end]()
+    same(lived_in(nn.Sequential(*layers), seed), (channels, 8, 8), seed)
+
+
+@pytest.mark.parametrize("size", [8, 9, 10, 11])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_pooled_convolutions_of_any_size(size: int, kernel: int, padding: int) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        Normalise(0.5, 0.5), nn.Conv2d(2, 3, kernel, padding=padding), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(2), nn.Tanh()
+    )
+    same(network, (2, size, size))
+
+
+def test_layers_that_hooks_or_subclasses_changed_stay_as_they_are() -> None:
+    class Doubled(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    hooked = nn.Conv2d(4, 4, 3)
+    hooked.register_forward_hook(lambda layer, given, result: result + 1)
+    pruned = prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5)
+    network = nn.Sequential(Doubled(1, 4, 3), nn.BatchNorm2d(4), hooked, nn.BatchNorm2d(4), pruned, nn.BatchNorm2d(4), nn.Flatten())
+    same(lived_in(network), (1, 12, 12))
+
+
+def test_the_callers_network_does_not_change() -> None:
+    network = lived_in(build("paper", (1, 8, 8), 10, seed=0)).train()
+    before = copy.deepcopy(network.state_dict())
+    prepared = prepare(network)
+    prepared.train()
+    pgd(prepared, torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), epsilon=0.1, steps=2, step_size=0.1)
+    assert network.training
+    assert all(layer.training for layer in network.modules())
+    assert not any(layer.training for layer in prepared.modules())
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert prepare(prepared) is prepared
+
+
+def test_a_pools_gradient_goes_to_the_first_of_equal_pixels() -> None:
+    x = torch.randint(0, 3, (50, 2, 4, 4), generator=torch.Generator().manual_seed(0)).float() - 1
+    network = nn.Sequential(nn.MaxPool2d(2), nn.ReLU())
+    torch.testing.assert_close(gradient(prepare(network), x), gradient(network, x))
+
+
+def test_bf16_agrees_with_float32() -> None:
+    x = torch.rand(200, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    for name in NETWORKS:
+        network = lived_in(build(name, (1, 12, 12), 10, seed=2))
+        wanted, found = network(x).detach(), prepare(network, torch.bfloat16)(x)
+        assert found.dtype is torch.float32
+        assert float((found - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+        one, other = gradient(network, x), gradient(prepare(network, torch.bfloat16), x)
+        assert float(functional.cosine_similarity(one.flatten(), other.flatten(), dim=0)) > 0.98

@@ -1,0 +1,313 @@
+"""The strict attacks against closed forms, brute force and models that hide their gradients."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from countermark.attacks import prepare
+from countermark.attacks.apgd import apgd_ce, apgd_targeted
+from countermark.attacks.fab import fab_targeted, project
+from countermark.attacks.local import Local
+from countermark.attacks.pgd import pgd
+from countermark.attacks.square import square
+from countermark.attacks.strict import STAGES, strict
+from countermark.data import Examples, pixels
+from countermark.evaluation import Attack, predict, strict_accuracy
+from countermark.models import NETWORKS, build
+
+
+def linear(classes: int = 4, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, classes)).eval()
+
+
+def examples(model: nn.Module, count: int = 200, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.rand(count, 1, 3, 4, generator=torch.Generator().manual_seed(seed))
+    return x, model(x).argmax(1)
+
+
+def best_margins(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Highest z_t - z_y in the ball for every class t, exactly: each pixel moves to the end of its box that the weights point to."""
+    weight, bias = model[1].weight.detach(), model[1].bias.detach()
+    lower, upper = (x - epsilon).clamp(0, 1).flatten(1), (x + epsilon).clamp(0, 1).flatten(1)
+    difference = weight.unsqueeze(0) - weight[y].unsqueeze(1)
+    corner = torch.where(difference > 0, upper.unsqueeze(1), lower.unsqueeze(1))
+    return (difference * corner).sum(2) + bias - bias[y].unsqueeze(1)
+
+
+def robust(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return best_margins(model, x, y, epsilon).scatter(1, y.unsqueeze(1), -torch.inf).amax(1) < 0
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4, 10])
+def test_the_worst_case_of_a_linear_model_is_the_closed_form(classes: int) -> None:
+    model = linear(classes)
+    x, y = examples(model)
+    epsilon = 0.08 if classes > 4 else 0.12
+    torch.manual_seed(0)
+    found = strict(model, x, y, epsilon=epsilon, queries=50)
+    expected = robust(model, x, y, epsilon)
+    assert 20 < int(expected.sum()) < 180
+    assert torch.equal(found.broken_by == -1, expected)
+
+
+def test_targeted_apgd_breaks_all_that_its_target_can_break() -> None:
+    model = linear()
+    x, y = examples(model)
+    target, epsilon = (y + 1) % 4, 0.12
+    margin = best_margins(model, x, y, epsilon).gather(1, target.unsqueeze(1)).squeeze(1)
+    points, lacks = apgd_targeted(model, x, y, target, epsilon=epsilon)
+    lost = model(points).argmax(1) != y
+    assert 20 < int((margin > 0.01).sum()) < 180
+    assert bool(lost[margin > 0.01].all())
+    assert not bool(lost[robust(model, x, y, epsilon)].any())
+    assert bool((lacks[lost] == 0).all())
+    assert float((lacks[~lost] > 0).float().mean()) > 0.9  # the ratio can rise while z_t - z_y falls
+    assert float(lacks.max()) > 1.5  # those were given up
+
+
+def test_apgd_ce_of_two_classes_ends_at_the_corner() -> None:
+    model = linear(2)
+    x, y = examples(model)
+    epsilon = 0.03
+    keep = robust(model, x, y, epsilon)
+    logits = model(apgd_ce(model, x[keep], y[keep], epsilon=epsilon))
+    reached = logits.gather(1, 1 - y[keep].unsqueeze(1)) - logits.gather(1, y[keep].unsqueeze(1))
+    best = best_margins(model, x[keep], y[keep], epsilon).gather(1, 1 - y[keep].unsqueeze(1))
+    torch.testing.assert_close(reached, best, atol=1e-4, rtol=1e-4)
+
+
+def test_fab_finds_the_least_distance_of_a_linear_model() -> None:
+    model = linear(2)
+    x, y = examples(model)
+    low, high = torch.zeros(len(x)), torch.ones(len(x))
+    for _ in range(30):
+        middle = (low + high) / 2
+        holds = torch.stack([robust(model, x[i : i + 1], y[i : i + 1], float(middle[i]))[0] for i in range(len(x))])
+        low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
+    near = high < 0.6
+    assert int(near.sum()) > 100
+    for factor, wanted in ((1.1, True), (0.99, False)):
+        for i in torch.nonzero(near).flatten()[:20].tolist():
+            one = x[i : i + 1], y[i : i + 1]
+            point = fab_targeted(model, *one, 1 - one[1], epsilon=factor * float(high[i]), steps=10)
+            assert bool(model(point).argmax(1) != one[1]) is wanted
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), size=st.integers(1, 30))
+def test_projections_are_the_nearest_points_of_the_plane_in_the_box(seed: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.rand(20, size, generator=generator)
+    normal = torch.randn(20, size, generator=generator)
+    value = torch.randn(20, generator=generator)
+    moves = project(points, normal, value)
+    there = points + moves
+    assert 0 <= float(there.min()) <= float(there.max()) <= 1
+    left = value + (normal * moves).sum(1)
+    direction = normal.sign() * -value.sign().unsqueeze(1)
+    furthest = value + (normal * direction * torch.where(direction > 0, 1 - points, points)).sum(1)
+    reachable = furthest.sign() != value.sign()
+    torch.testing.assert_close(left[reachable], torch.zeros_like(left[reachable]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(left[~reachable], furthest[~reachable], atol=1e-4, rtol=1e-4)
+    length = moves.abs().amax(1)  # no shorter move reaches as far: with a little less of each pixel the plane is not met
+    shorter = torch.minimum(moves.abs(), 0.98 * length.unsqueeze(1)) * moves.sign()
+    assert bool(((value + (normal * shorter).sum(1)).sign() == value.sign())[reachable].all())
+
+
+def test_brute_force_in_three_pixels() -> None:
+    """A small network on images of three pixels: the strict attack breaks whatever a fine grid of the ball breaks, and little else."""
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
+    nn.init.normal_(model[1].weight, std=4)
+    nn.init.normal_(model[3].weight)
+    x = torch.rand(150, 1, 1, 3)
+    y = model(x).argmax(1)
+    epsilon = 0.08
+    grid = torch.tensor(list(itertools.product(torch.linspace(-1, 1, 13).tolist(), repeat=3))).view(-1, 1, 1, 3) * epsilon
+    broken = torch.stack([(model((one + grid).clamp(0, 1)).argmax(1) != label).any() for one, label in zip(x, y, strict=True)])
+    torch.manual_seed(0)
+    lost = strict(model, x, y, epsilon=epsilon, queries=200).broken_by != -1
+    assert 20 < int(broken.sum()) < 130
+    assert not bool((broken & ~lost).any())
+    assert int((lost & ~broken).sum()) <= 3
+
+
+class Steps(nn.Module):
+    """Logits in steps: no gradient anywhere."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.inner(x) * 50).round() / 50 + 0 * x.sum((1, 2, 3)).unsqueeze(1)
+
+
+def test_square_breaks_what_hides_its_gradients() -> None:
+    plain = linear()
+    x, y = examples(plain)
+    model = Steps(plain).eval()
+    y = model(x).argmax(1)
+    epsilon = 0.12
+    blind = pgd(model, x, y, epsilon=epsilon, steps=20, step_size=0.03, random_start=False)
+    torch.manual_seed(0)
+    found = strict(model, x, y, epsilon=epsilon, queries=1000)
+    standing = int((found.broken_by == -1).sum())
+    truth = int(robust(plain, x, y, epsilon).sum())
+    assert int((model(blind).argmax(1) == y).sum()) == len(x)  # its gradient is zero: PGD does not move
+    assert abs(standing - truth) <= 8
+    assert int((found.broken_by == STAGES.index("Square")).sum()) > 20
+
+
+def test_scaled_logits_hide_nothing() -> None:
+    """Cross-entropy of logits in the millions has no gradient in float32; the ratio of logits has."""
+
+    class Scaled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1e6 * self.inner(x)
+
+    plain = linear()
+    x, y = examples(plain)
+    model, epsilon = Scaled(plain).eval(), 0.12
+    weak = pgd(model, x, y, epsilon=epsilon, steps=20, step_size=0.03, random_start=False)
+    survive = model(weak).argmax(1) == y
+    torch.manual_seed(0)
+    found = strict(model, x, y, epsilon=epsilon, queries=20)
+    truth = robust(plain, x, y, epsilon)
+    assert int(survive.sum()) > int(truth.sum()) + 40
+    assert torch.equal(found.broken_by == -1, truth)
+
+
+def digits_model() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    model = build("small", (1, 8, 8), 10, seed=3).eval()
+    x = torch.rand(60, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+    y = model(x).argmax(1)
+    y[:5] = (y[:5] + 1) % 10
+    return model, x, y
+
+
+def test_all_points_are_in_the_ball_and_break_the_model() -> None:
+    model, x, y = digits_model()
+    torch.manual_seed(0)
+    epsilon = 0.01
+    found = strict(model, x, y, epsilon=epsilon, steps=20, queries=300)
+    lost = found.broken_by != -1
+    assert bool((found.broken_by[:5] == 0).all())
+    assert 5 < int(lost.sum()) < 60
+    assert float((found.points - x).abs().max()) <= epsilon + 1e-6
+    assert 0 <= float(found.points.min()) <= float(found.points.max()) <= 1
+    assert bool((model(found.points[lost]).argmax(1) != y[lost]).all())
+    assert torch.equal(found.points[~lost], x[~lost])
+    for attack in (
+        lambda: apgd_ce(model, x, y, epsilon=epsilon, steps=10),
+        lambda: apgd_targeted(model, x, y, (y + 1) % 10, epsilon=epsilon, steps=10)[0],
+        lambda: square(model, x, y, epsilon=epsilon, queries=30),
+        lambda: fab_targeted(model, x, y, (y + 1) % 10, epsilon=epsilon, steps=10),
+    ):
+        points = attack()
+        assert float((points - x).abs().max()) <= epsilon + 1e-6
+        assert 0 <= float(points.min()) <= float(points.max()) <= 1
+
+
+def test_budget_zero_loses_only_what_is_wrong_anyway() -> None:
+    model, x, y = digits_model()
+    found = strict(model, x, y, epsilon=0)
+    assert torch.equal(found.broken_by != -1, model(x).argmax(1) != y)
+    assert len(strict(model, x[:0], y[:0], epsilon=0.1).broken_by) == 0
+
+
+def test_one_seed_one_verdict() -> None:
+    model, x, y = digits_model()
+    verdicts = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        verdicts.append(strict(model, x, y, epsilon=0.01, steps=10, queries=100))
+    assert torch.equal(verdicts[0].broken_by, verdicts[1].broken_by)
+    assert torch.equal(verdicts[0].points, verdicts[1].points)
+
+
+def test_what_drops_out_does_not_change_the_verdict_on_the_others() -> None:
+    """FAB is not random: each example alone comes out as among all, though there others leave before it."""
+    model, x, y = digits_model()
+    x, y = x[5:], y[5:]
+    target = model(x).topk(2).indices[:, 1]
+    together = fab_targeted(model, x, y, target, epsilon=0.01, steps=30)
+    alone = torch.cat([fab_targeted(model, x[i : i + 1], y[i : i + 1], target[i : i + 1], epsilon=0.01, steps=30) for i in range(len(x))])
+    lost = model(together).argmax(1) != y
+    assert 0 < int(lost.sum()) < len(x)
+    assert torch.equal(lost, model(alone).argmax(1) != y)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 12, 16)])
+@pytest.mark.parametrize("name", [*NETWORKS, "unknown layers", "nothing known", "strides"])
+def test_small_changes_are_computed_where_they_reach(name: str, shape: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    if name in NETWORKS:
+        model = build(name, shape, 10, seed=1)
+    elif name == "nothing known":
+        model = nn.Sequential(nn.GroupNorm(1, shape[0]), nn.Flatten(), nn.LazyLinear(4))
+    elif name == "strides":
+        model = nn.Sequential(nn.Conv2d(shape[0], 3, 2, stride=3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    else:
+        model = nn.Sequential(nn.Conv2d(shape[0], 3, 3, padding=1), nn.Tanh(), nn.Softplus(), nn.Flatten(), nn.LazyLinear(4))
+    model(torch.rand(2, *shape))
+    model.eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(layer.weight)
+            nn.init.normal_(layer.bias)
+    x = torch.rand(7, *shape)
+    with torch.no_grad():
+        local = Local(prepare(model), x)
+        torch.testing.assert_close(local.logits, model(x), rtol=1e-4, atol=1e-5)
+        for number in range(40):
+            side = 1 + number % 5
+            top, left = int(torch.randint(shape[1] - side + 1, ())), int(torch.randint(shape[2] - side + 1, ()))
+            patch = torch.rand(len(x), shape[0], side, side)
+            changed = x.clone()
+            changed[..., top : top + side, left : left + side] = patch
+            torch.testing.assert_close(local.ask(patch, top, left), model(changed), rtol=1e-4, atol=1e-4)
+            rows = torch.rand(len(x)) < 0.5
+            local.accept(rows)
+            x = torch.where(rows.view(-1, 1, 1, 1), changed, x)
+            torch.testing.assert_close(local.logits, model(x), rtol=1e-4, atol=1e-4)
+            if number == 20:
+                x = x[:4]
+                local.keep(torch.arange(7) < 4)
+        assert torch.equal(local.x, x)
+
+
+def test_strict_accuracy_shows_the_gap_and_names_gradient_masking() -> None:
+    class Scaled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1e6 * self.inner(x)
+
+    plain = linear(2)
+    images = torch.randint(0, 256, (200, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    measured = Examples(images, predict(plain, images))
+    attack = Attack(0.12, 20, 0.02, random_start=False)
+    truth = 100 * float(robust(plain, pixels(images), measured.y, 0.12).double().mean())
+    state = torch.random.get_rng_state()
+    honest, hidden = (strict_accuracy(model, measured, attack) for model in (plain, Scaled(plain)))
+    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's randomness is not touched
+    assert honest.strict_accuracy == hidden.strict_accuracy == pytest.approx(truth)
+    assert honest.test_accuracy == 100
+    assert honest.strict_accuracy <= honest.adversarial_accuracy < hidden.adversarial_accuracy
+    assert hidden.masked
+    assert not honest.masked
+    assert hidden.gap > 20 > honest.gap
+    assert hidden.broken["APGD-CE"] + hidden.broken["APGD-T"] > 20
+    assert strict_accuracy(plain, measured, Attack(0.0, 10, 0.1)).strict_accuracy == 100
