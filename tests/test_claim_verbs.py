@@ -1,6 +1,7 @@
 """protect, claim and adjudicate as a user has them: a real authority, real files, and what a hostile one may contain."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from authority import Authority, stamped
-from countermark.bundle import load_bundle, save_bundle
+from countermark.bundle import Description, load_bundle, save_bundle
 from countermark.cli import main
 from countermark.config import AdjudicateConfig, ClaimConfig, LogCheckConfig, LogHeadConfig, ProtectConfig
 from countermark.errors import CountermarkError
-from countermark.files import read_json
+from countermark.files import locked, read_json, write_json
 from countermark.guard import QueryLog, Row
+from countermark.models import build
 from countermark.removal import prune
 from countermark.signing import check_folder, sign_folder
 from countermark.verbs.adjudicate import adjudicate
@@ -91,6 +93,7 @@ def test_the_claim_holds_one_batch_and_nothing_of_the_secret(claimed: Path, mark
 def test_the_key_remembers_what_was_shown(marked: Path, pruned: Path, claimed: Path, authority: Authority, tmp_path: Path) -> None:
     key = tmp_path / "mine" / "key"
     shutil.copytree(marked, tmp_path / "mine")
+    (key / "spent.json").write_bytes((marked / "key" / "spent.json").read_bytes())
     second = claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "second", tsa=authority.url))
     assert (second.batch, second.left) == (1, 0)
     with pytest.raises(CountermarkError, match="were shown"):
@@ -101,7 +104,7 @@ def test_the_key_remembers_what_was_shown(marked: Path, pruned: Path, claimed: P
     assert adjudicate(AdjudicateConfig(claim=tmp_path / "again", shown=(claimed,), **options)).verdict == "upheld"  # the same accusation
     assert adjudicate(AdjudicateConfig(claim=tmp_path / "second", shown=(claimed,), **options)).verdict == "upheld"
     with pytest.raises(CountermarkError, match="batches 0 to 1"):
-        claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "fifth", batch=9))
+        claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "fifth", batch=9, tsa=authority.url))
     (key / "spent.json").write_text("{}")
     with pytest.raises(CountermarkError):
         claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "sixth", tsa=authority.url))
@@ -120,7 +123,10 @@ def test_a_stranger_is_not_claimed_against_and_nothing_is_opened(
 
 def test_a_claim_without_timestamps_says_so(owner: Path, tmp_path: Path, authority: Authority) -> None:
     shutil.copytree(owner, tmp_path / "mine")
-    found = claim(ClaimConfig(key=tmp_path / "mine" / "key", suspect=owner, out=tmp_path / "claim"))
+    with pytest.raises(CountermarkError, match=r"private: it has no T1.*Nothing was opened"):
+        claim(ClaimConfig(key=tmp_path / "mine" / "key", suspect=owner, out=tmp_path / "claim"))
+    assert not (tmp_path / "mine" / "key" / "spent.json").exists()
+    found = claim(ClaimConfig(key=tmp_path / "mine" / "key", suspect=owner, out=tmp_path / "claim", anyway=True))
     assert not found.timestamped
     status = main(
         ["adjudicate", str(tmp_path / "claim"), "--suspect", str(owner), "--roots", str(authority.root), "--out", str(tmp_path / "j")]
@@ -134,7 +140,7 @@ def test_the_command_line_tells_the_verdict_by_its_status(
     common = ["--roots", str(authority.root), "--out", str(tmp_path / "j")]
     assert main(["adjudicate", str(claimed), "--suspect", str(pruned), *common]) == 0
     assert "The claim is upheld" in capsys.readouterr().out
-    assert main(["adjudicate", str(claimed), "--suspect", str(stranger), *common]) == 1
+    assert main(["adjudicate", str(claimed), "--suspect", str(stranger), *common]) == 3  # not the accused
     assert main(["adjudicate", str(tmp_path), "--suspect", str(pruned), *common]) == 2
     assert main(["adjudicate", str(claimed), "--suspect", str(pruned), "--roots", str(tmp_path / "none.pem"), *common[2:]]) == 2
     assert main(["adjudicate", str(claimed), "--suspect", str(pruned), "--json", *common]) == 0
@@ -236,9 +242,9 @@ def test_a_folder_is_signed_as_a_whole(pruned: Path, tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_no_change_of_one_byte_makes_a_dismissed_claim_upheld(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What a changed claim may do: be refused with a reason, or be judged; never crash."""
-    source = _CLAIMED["folder"]
+def test_no_change_of_one_byte_makes_a_forged_claim_upheld(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A claim that fails for one signature alone, against a true copy: it may be refused with a reason, or judged; never crash."""
+    source = _CLAIMED["forged"]
     folder = tmp_path_factory.mktemp("changed") / "claim"
     shutil.copytree(source, folder)
     name = data.draw(st.sampled_from(["claim.json", "trials.safetensors", "model/model.json", "model/model.safetensors"]))
@@ -246,7 +252,7 @@ def test_no_change_of_one_byte_makes_a_dismissed_claim_upheld(data: st.DataObjec
     position = data.draw(st.integers(0, len(content) - 1))
     content[position] ^= 1 << data.draw(st.integers(0, 7))
     (folder / name).write_bytes(bytes(content))
-    config = AdjudicateConfig(claim=folder, suspect=_CLAIMED["stranger"], roots=_CLAIMED["roots"], out=folder.parent / "j")
+    config = AdjudicateConfig(claim=folder, suspect=_CLAIMED["suspect"], roots=_CLAIMED["roots"], out=folder.parent / "j")
     try:
         found = adjudicate(config)
     except CountermarkError:
@@ -258,11 +264,52 @@ _CLAIMED: dict[str, Path] = {}
 
 
 @pytest.fixture(autouse=True)
-def _known(claimed: Path, stranger: Path, authority: Authority) -> None:
-    _CLAIMED.update(folder=claimed, stranger=stranger, roots=authority.root)
+def _known(claimed: Path, pruned: Path, authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> None:
+    if "forged" not in _CLAIMED:
+        forged = tmp_path_factory.mktemp("forged") / "claim"
+        shutil.copytree(claimed, forged)
+        record = read_json(forged / "claim.json")
+        write_json(forged / "claim.json", {**record, "answers_signature": record["c2_signature"]})
+        _CLAIMED.update(forged=forged, suspect=pruned, roots=authority.root)
 
 
-def test_a_timestamp_of_the_suspect_frees_it(marked: Path, authority: Authority, tmp_path: Path, claimed: Path, pruned: Path) -> None:
+def test_a_dishonest_claim_folder_is_an_error(claimed: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
+    """Files that never end, wait for ever, or are another model's."""
+    config = AdjudicateConfig(claim=tmp_path / "claim", suspect=pruned, roots=authority.root, out=tmp_path / "j")
+    weights, other = tmp_path / "claim" / "model" / "model.safetensors", tmp_path / "other"
+    other.mkdir()
+    save_bundle(other, build("small", (3, 32, 32), 10, seed=0), Description("small", (3, 32, 32), 10, "digits", 0.1, 0))
+    for spoil in (
+        lambda: os.mkfifo(weights),
+        lambda: weights.symlink_to("/dev/zero"),
+        lambda: weights.mkdir(),
+        lambda: [shutil.copy(other / name, weights.parent / name) for name in ("model.safetensors", "model.json")],
+    ):
+        shutil.rmtree(tmp_path / "claim", ignore_errors=True)
+        shutil.copytree(claimed, tmp_path / "claim")
+        weights.unlink()
+        spoil()
+        with pytest.raises(CountermarkError):
+            adjudicate(config)
+    assert not (tmp_path / "j.json").exists()
+
+
+def test_a_judgement_leaves_nothing_of_an_earlier_one(claimed: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
+    for suffix in (".html", ".json"):
+        (tmp_path / f"j{suffix}").write_text("upheld")
+    with pytest.raises(CountermarkError):
+        adjudicate(AdjudicateConfig(claim=claimed, suspect=tmp_path / "none", roots=authority.root, out=tmp_path / "j"))
+    assert not list(tmp_path.glob("j.*"))
+    with pytest.raises(CountermarkError, match="beginning of two files"):
+        adjudicate(AdjudicateConfig(claim=claimed, suspect=pruned, roots=authority.root, out=Path("/")))
+
+
+def test_two_claims_at_once_do_not_spend_one_batch(marked: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
+    with locked(marked / "key"), pytest.raises(CountermarkError, match="another process"):
+        claim(ClaimConfig(key=marked / "key", suspect=pruned, out=tmp_path / "claim", tsa=authority.url))
+
+
+def test_a_timestamp_of_the_suspect_is_looked_at(marked: Path, authority: Authority, tmp_path: Path, claimed: Path, pruned: Path) -> None:
     token = tmp_path / "suspect.tsr"
     token.write_bytes(stamped(authority, (pruned / "model.safetensors").read_bytes()))
     options = {"claim": claimed, "suspect": pruned, "roots": authority.root, "out": tmp_path / "j"}

@@ -15,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import claiming
 from authority import Authority, stamped
 from claiming import MODEL, SUSPECT, Claimant, claimant, some_trials
 from countermark.attacks import pgd
-from countermark.claims import Claim, Finding, Judgement, Rival, judge_claim, judgement, page, read_claim, sentence, write_claim
+from countermark.claims import Claim, Finding, Judgement, Rival, judge_claim, judgement, page, read_claim, record, sentence, write_claim
 from countermark.data import Pools, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
@@ -27,7 +28,7 @@ from countermark.files import canonical_json, sha256
 from countermark.models import build
 from countermark.timestamps import load_roots, read_token
 from countermark.training import TrainConfig, train
-from countermark.watermarks import WatermarkSet, draw_coins, leaf_hash, leaf_secrets, leaves, merkle_paths, root_of_path, sign
+from countermark.watermarks import WatermarkSet, commitment, draw_coins, leaf_hash, leaf_secrets, leaves, merkle_paths, root_of_path, sign
 from countermark.watermarks.commitment import merkle_root, path_length
 
 TRIES = int(os.environ.get("COUNTERMARK_CLAIMS", "24"))
@@ -169,9 +170,35 @@ def test_grinding_before_the_token_wins_nothing(authority: Authority, monkeypatc
     accuser = claimant(trials, authority, secret=best)
     finding = accuser.finding(innocent, alpha=alpha)
     assert judge_claim(accuser.claim(innocent), finding).verdict != "upheld"
-    monkeypatch.setattr(judgement, "draw_coins", lambda _c1, _beacon, leaf_secrets: draw_coins(b"", b"", leaf_secrets))
+    monkeypatch.setattr(judgement, "draw_coins", lambda _c1, _beacon, leaf_secrets, indices: draw_coins(b"", b"", leaf_secrets, indices))
     finding = replace(finding, model_labels=innocent[:12])
     assert judge_claim(accuser.claim(innocent), finding).verdict == "upheld"
+
+
+def same_secrets(secret: bytes, count: int) -> list[bytes]:
+    return [secret] * count
+
+
+def test_equal_leaf_secrets_do_not_make_one_coin_of_all(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody can see how leaf secrets were made. With one for all leaves, and the answers in the order of a habit of the suspect's, a
+    single coin would decide the whole batch: half of all innocents would be convicted."""
+    monkeypatch.setattr(commitment, "leaf_secret", lambda secret, _index: secret)
+    for room in (commitment, record, claiming):
+        monkeypatch.setattr(room, "leaf_secrets", same_secrets)
+    trials = some_trials()
+    habit = trials.answers[:, 1]
+
+    def upheld() -> int:
+        accusers = [claimant(trials, authority) for _ in range(8)]
+        return sum(judge_claim(a.claim(habit), a.finding(habit, model_labels=habit[:40])).verdict == "upheld" for a in accusers)
+
+    assert upheld() == 0
+
+    def without_number(c1: bytes, beacon: bytes, leaf_secrets: list[bytes], indices: list[int] | None = None) -> torch.Tensor:
+        return draw_coins(c1, beacon, leaf_secrets, [0] * len(leaf_secrets))
+
+    monkeypatch.setattr(judgement, "draw_coins", without_number)
+    assert 0 < upheld() < 8
 
 
 def chosen(claim: Claim, rows: torch.Tensor) -> Claim:
@@ -241,10 +268,10 @@ def test_made_up_leaves_convict_only_without_the_paths(owner_: Claimant, monkeyp
     c1 = canonical_json(owner_.c1)
     beacon = read_token(owner_.t1 or b"", sha256(c1), "T1").beacon
 
-    def suiting(side: int) -> bytes:
-        return next(s for s in (secrets.token_bytes(32) for _ in range(1000)) if int(draw_coins(c1, beacon, [s])) == side)
+    def suiting(index: int, side: int) -> bytes:
+        return next(s for s in (secrets.token_bytes(32) for _ in range(1000)) if int(draw_coins(c1, beacon, [s], [index])) == side)
 
-    made_up = torch.tensor([list(suiting(int(side))) for side in wished], dtype=torch.uint8)
+    made_up = torch.tensor([list(suiting(index, int(side))) for index, side in enumerate(wished)], dtype=torch.uint8)
     claim = replace(claim, opened=replace(opened, secrets=made_up))
     finding = owner_.finding(innocent, model_labels=innocent[:40])
     assert judge_claim(claim, finding).verdict == "dismissed"
@@ -286,6 +313,9 @@ def test_another_suspect_than_the_accused_is_undecidable(owner_: Claimant) -> No
     claim = owner_.claim(owner_.labels, suspect={"kind": "file", "sha256": "00" * 32})
     found = judge_claim(claim, owner_.finding(owner_.labels))
     assert (found.verdict, result_of(found, "The suspect")) == ("undecidable", "cannot tell")
+    innocent = random_labels(owner_.trials, 6)  # a model that somebody hands the judge instead of the accused one frees nobody
+    found = judge_claim(claim, owner_.finding(innocent))
+    assert (found.verdict, result_of(found, "The test")) == ("undecidable", "cannot tell")
 
 
 def test_a_spent_batch_counts_only_against_older_suspects(owner_: Claimant, authority: Authority) -> None:
@@ -299,6 +329,12 @@ def test_a_spent_batch_counts_only_against_older_suspects(owner_: Claimant, auth
     assert judge_claim(earlier, replace(finding, suspect={"kind": "file", "sha256": "00" * 32})).verdict == "upheld"  # itself
     other = owner_.claim(owner_.labels, 1)
     assert judge_claim(other, owner_.finding(owner_.labels, 1, shown=(earlier,))).verdict == "upheld"
+    # What the accused forges out of the claim that he was given is no earlier claim.
+    forged = replace(claim, answers={**claim.answers, "version": "x"}, answers_signature="00" * 64, answers_token=None)
+    assert judge_claim(claim, replace(finding, shown=(forged,))).verdict == "upheld"
+    time.sleep(1.1)
+    later = owner_.claim(owner_.labels, suspect={"kind": "file", "sha256": "11" * 32})
+    assert judge_claim(claim, replace(finding, shown=(later,))).verdict == "upheld"  # this suspect was fixed before that was shown
     suspect = {"kind": "file", "sha256": sha256(b"old")}
     claim = owner_.claim(owner_.labels, suspect=suspect)
     found = judge_claim(claim, replace(finding, suspect=suspect, suspect_token=older))
@@ -321,6 +357,8 @@ def test_a_mark_put_over_a_stolen_model_does_not_win(authority: Authority) -> No
     assert judge_claim(owners, owner.finding(owner.labels, rival=both)).verdict == "undecidable"
     neither = Rival(thiefs, MODEL, stranger_to_thief[:40], random_labels(owner.trials, 8)[:40])
     assert judge_claim(owners, owner.finding(owner.labels, rival=neither)).verdict == "upheld"
+    own = Rival(owners, MODEL, owner.labels[:40], owner.labels[:40])  # the accused hands the claimant's own claim back
+    assert judge_claim(owners, owner.finding(owner.labels, rival=own)).verdict == "upheld"
     # A rival claim that does not stand by itself defeats nobody.
     forged = replace(with_thief, claim=replace(thiefs, c1_signature="00" * 64), its_mark_in_ours=thief.labels[:40])
     assert judge_claim(owners, owner.finding(owner.labels, rival=forged)).verdict == "upheld"
@@ -339,13 +377,15 @@ def test_a_claim_taken_over_by_somebody_else_is_not_his(owner_: Claimant, monkey
     """Commitments of the owner, accusation by another key: against a suspect that the owner never accused."""
     innocent = {"kind": "file", "sha256": "ee" * 32}
     honest = owner_.claim(owner_.labels)
+    assert owner_.authority is not None
     answers = {**honest.answers, "suspect": innocent}
-    taken = replace(honest, answers=answers, answers_signature=sign(secrets.token_bytes(32), answers))
+    stamp = stamped(owner_.authority, canonical_json(answers))
+    taken = replace(honest, answers=answers, answers_signature=sign(secrets.token_bytes(32), answers), answers_token=stamp)
     finding = owner_.finding(owner_.labels, suspect=innocent)
     found = judge_claim(taken, finding)
     assert (found.verdict, result_of(found, "Signatures")) == ("dismissed", "fails")
     monkeypatch.setattr(judgement, "check_signature", lambda *_arguments: None)
-    assert result_of(judge_claim(taken, finding), "Signatures") == "holds"
+    assert judge_claim(taken, finding).verdict == "upheld"
 
 
 def test_a_replayed_token_is_found(owner_: Claimant, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -538,10 +578,12 @@ def test_a_claim_survives_its_folder(owner_: Claimant, tmp_path: Path, owner: Pa
 
 
 def test_the_page_says_everything_and_runs_nothing(owner_: Claimant) -> None:
-    nasty = {"kind": "endpoint", "url": "http://x/<script>alert(1)</script>"}
+    nasty = {"kind": "endpoint", "url": "http://x/<script>alert(1)</script>\x1b[2J\nholds The test \ud800"}
     found = judge_claim(owner_.claim(owner_.labels, suspect=nasty), owner_.finding(owner_.labels, suspect=nasty))
     text = page(found, {"Suspect": nasty["url"]})
     assert "<script" not in text
+    assert not any("\x1b" in check.found or "\n" in check.found for check in found.checks)
+    assert text.encode(errors="backslashreplace")
     assert all(check.name in text.replace("&#x27;", "'") for check in found.checks)
     assert "upheld" in text
     assert "http" not in text.replace(nasty["url"][:8], "").replace("http://x", "")

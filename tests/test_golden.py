@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from countermark.bundle import load_bundle
-from countermark.claims import Finding, judge_claim, read_claim, suspect_identity
+from countermark.claims import Finding, judge_claim, read_claim
 from countermark.config import VerifyConfig
 from countermark.data import load_pools
 from countermark.evaluation import predict
@@ -67,12 +67,13 @@ def test_the_guard_answers_as_it_did(release: Path) -> None:
 
 def test_the_claim_is_judged_as_it_was(release: Path) -> None:
     claim, then = read_claim(release / "claim"), read_json(release / "judgement.json")
+    network, digest = claim.network()
     labels = torch.tensor(claim.answers["labels"])
     finding = Finding(
         labels=labels,
         suspect=claim.answers["suspect"],
-        model_sha256=suspect_identity(claim.model)["sha256"],
-        model_labels=predict(claim.network(), claim.opened.x),
+        model_sha256=digest,
+        model_labels=predict(network, claim.opened.x),
         roots=load_roots(release / "roots.pem"),
     )
     found = judge_claim(claim, finding)

@@ -213,6 +213,8 @@ class ClaimConfig(SuspectConfig):
     """Folder of the marked model with its commitment.json; default the folder that holds the key."""
     batch: int | None = None
     """Batch to open; default the first that nobody has seen."""
+    anyway: bool = False
+    """Open it even if a judge could not uphold the claim."""
     tsa: str | None = None
     """Address of a timestamp authority (RFC 3161): fixes the suspect's answers before the trials are shown."""
     roots: Path | None = None

@@ -156,6 +156,23 @@ def make_private_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Be alone with a folder among all processes that ask for the same.
+
+    Raises:
+        FolderBusyError: another one is.
+    """
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise FolderBusyError(f"another process is at work with {path}; wait for it") from error
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
 def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
     """Build the folder `path` in a sibling `NAME.partial` and rename it when the block ends well.
 

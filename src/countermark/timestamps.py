@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from countermark.errors import CountermarkError
 from countermark.files import read_bytes, sha256
@@ -199,19 +199,19 @@ def _beacon(signed: bytes) -> bytes:
     signer = data["signer_infos"][0]
     if signer["sid"].name != "issuer_and_serial_number":
         raise ValueError("the signer is named by issuer and number")
-    named = [signer["sid"].chosen["issuer"].dump(), signer["sid"].chosen["serial_number"].native]
-    # Two certificates of one name and number, and two readers could each see another one.
-    certificates = [c.chosen for c in data["certificates"]]
-    if sum([c.issuer.dump(), c.serial_number] == named for c in certificates) != 1:
+    # Were there two certificates of one number, two readers that compare names differently could each take another one.
+    number = signer["sid"].chosen["serial_number"].native
+    if sum(certificate.chosen.serial_number == number for certificate in data["certificates"]) != 1:
         raise ValueError("one certificate belongs to the signature")
     signature = bytes(signer["signature"].native)
-    algorithm = signer["signature_algorithm"]["algorithm"].native
-    if algorithm.endswith("ecdsa"):
-        r, _ = decode_dss_signature(signature)
-        return r.to_bytes((r.bit_length() + 7) // 8, "big")
-    if "rsa" in algorithm:
+    # What the token says of the algorithm is not signed: the signature itself tells whether it is an ECDSA one, the only kind in DER.
+    try:
+        r, s = decode_dss_signature(signature)
+    except ValueError:
         return signature
-    raise ValueError(f"signatures by {algorithm} are not read")
+    if encode_dss_signature(r, s) != signature:
+        raise ValueError("a signature has one spelling")
+    return r.to_bytes((r.bit_length() + 7) // 8, "big")
 
 
 @contextmanager

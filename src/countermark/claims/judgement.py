@@ -17,7 +17,7 @@ from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, sha256
 from countermark.timestamps import UntrustedError, check_token, read_token
-from countermark.watermarks import batch_of, check_signature, draw_coins
+from countermark.watermarks import check_signature, draw_coins
 
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot tell"
 
@@ -103,8 +103,9 @@ class Judgement:
 def judge_claim(claim: Claim, finding: Finding) -> Judgement:
     """Judge a claim."""
     test = _test(claim, finding.labels, finding.alpha)
-    checks = [*standing(claim, finding.roots, finding.model_sha256), *_owners_model(claim, finding), *_suspect(claim, finding)]
-    checks += [_evidence(claim, finding, test), *_rival(claim, finding)]
+    asked = list(_suspect(claim, finding))
+    checks = [*standing(claim, finding.roots, finding.model_sha256), *_owners_model(claim, finding), *asked]
+    checks += [_evidence(claim, finding, test, any(check.result == OPEN for check in asked)), *_rival(claim, finding)]
     results = {check.result for check in checks}
     verdict = "dismissed" if FAILS in results else "undecidable" if OPEN in results else "upheld"
     return Judgement(verdict, tuple(checks), test, int(claim.c1["batches"]))
@@ -113,6 +114,27 @@ def judge_claim(claim: Claim, finding: Finding) -> Judgement:
 def standing(claim: Claim, roots: Sequence[x509.Certificate], model_sha256: str) -> list[Check]:
     """What can be checked of a claim without asking anybody: signatures, commitments, times, the opened batch, the model's digest."""
     return [_signatures(claim), _commitment(claim), *_times(claim, roots), _batch(claim), _model(claim, model_sha256)]
+
+
+def commitment_faults(claim: Claim, model_sha256: str, roots: Sequence[x509.Certificate] | None) -> list[str]:
+    """What speaks against a claim before anybody is asked: commitments and their tokens; without roots, whether there are any."""
+    faults = []
+    for what, value, signature in (("C1", claim.c1, claim.c1_signature), ("C2", claim.c2, claim.c2_signature)):
+        try:
+            check_signature(str(claim.c1["public_key"]), value, signature, what)
+        except CountermarkError as error:
+            faults.append(str(error))
+    if claim.c2.get("model_sha256") != model_sha256:
+        faults.append("the model's weights are not those of C2")
+    for name in ("t1", "t2"):
+        try:
+            if getattr(claim, name) is None:
+                faults.append(f"the mark is private: it has no {name.upper()}")
+            elif roots is not None:
+                _time(claim, name, roots)
+        except CountermarkError as error:
+            faults.append(str(error))
+    return faults
 
 
 def _signatures(claim: Claim) -> Check:
@@ -247,7 +269,9 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
         found = f"the claim was fixed against {_named(named)}, the judge asked {_named(finding.suspect)}"
         meaning = "A model made after the trials were shown could have learned them; ask the one that the claim names."
         yield Check("The suspect", OPEN, found, meaning)
-    yield from _spent(claim, finding, made)
+        accused = None
+    dates = [date for date in (made, accused if finding.suspect.get("kind") == "file" else None) if date is not None]
+    yield from _spent(claim, finding, min(dates, default=None))
 
 
 def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Check]:
@@ -256,6 +280,9 @@ def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Ch
         same = (earlier.c1, earlier.answers["batch"]) == (claim.c1, claim.answers["batch"])
         if not same or earlier.answers == claim.answers:
             continue
+        if any(check.result != HOLDS for check in (_signatures(earlier), _batch(earlier))):
+            yield Check("A spent batch", HOLDS, "what is shown as an earlier claim is none of this key", "Nothing was shown by it.")
+            continue
         opened = _known_time(earlier, "answers_token", finding.roots)
         fixed = made is not None and opened is not None and made < opened
         found = f"shown in another claim{'' if opened is None else ' of ' + _shown(opened)}"
@@ -263,7 +290,7 @@ def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Ch
         yield Check("A spent batch", HOLDS if fixed else OPEN, found, meaning)
 
 
-def _evidence(claim: Claim, finding: Finding, test: Verdict) -> Check:
+def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) -> Check:
     name = "The test"
     found = f"{test.agreements} as the coins fell, {test.disagreements} the other way, {test.neither} neither; "
     found += f"p = 10^{test.log10_p_value:.1f}, {claim.c1['batches']} batches to choose from included"
@@ -281,12 +308,17 @@ def _evidence(claim: Claim, finding: Finding, test: Verdict) -> Check:
                 "The endpoint answers otherwise than the claim recorded: it was changed, or the record is wrong; which cannot be told."
             )
             return Check(name, OPEN, found, meaning)
+    if elsewhere:
+        return Check(name, OPEN, found, "Models that never saw the coins agree as often; but it is not known to be the accused model.")
     return Check(name, FAILS, found, "Models that never saw the coins agree as often.")
 
 
 def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
     rival, name = finding.rival, "The rival claim"
     if rival is None:
+        return
+    if rival.claim.c1["public_key"] == claim.c1["public_key"]:
+        yield Check(name, HOLDS, "it is by the same key", "It is the claimant's own, no rival's.")
         return
     faults = [check for check in standing(rival.claim, finding.roots, rival.model_sha256) if check.result != HOLDS]
     if faults:
@@ -336,8 +368,8 @@ def _bound(claim: Claim) -> dict[int, int]:
 
 def _expected(claim: Claim) -> list[int]:
     """The leaves of the claim's batch."""
-    count, batches = int(claim.c1["leaves"]), int(claim.c1["batches"])
-    return [i for i in range(count) if batch_of(i, count, batches) == claim.answers["batch"]]
+    size, batch = int(claim.c1["leaves"]) // int(claim.c1["batches"]), int(claim.answers["batch"])
+    return list(range(batch * size, (batch + 1) * size)) if 0 <= batch < int(claim.c1["batches"]) else []
 
 
 def _coins(claim: Claim) -> list[int] | None:
@@ -349,12 +381,16 @@ def _coins(claim: Claim) -> list[int] | None:
         except CountermarkError:
             return None
     secrets = [bytes(row) for row in claim.opened.secrets.tolist()]
-    coins: list[int] = draw_coins(c1, beacon, secrets).tolist()
+    indices = claim.opened.index.tolist()
+    if min(indices) < 0:
+        return None
+    coins: list[int] = draw_coins(c1, beacon, secrets, indices).tolist()
     return coins
 
 
 def _named(suspect: Mapping[str, object]) -> str:
-    return str(suspect.get("url") or f"the file {str(suspect.get('sha256'))[:16]}")[:200]
+    named = str(suspect.get("url") or f"the file {str(suspect.get('sha256'))[:16]}")[:200]
+    return "".join(c if c.isprintable() else "?" for c in named)  # the claimant's words must not steer a terminal
 
 
 def _shown(time: datetime) -> str:

@@ -24,7 +24,8 @@ MOST_LEAVES = 1 << 20
 """Trials in a key that a judge follows."""
 
 _TRIALS_LIMIT = 1 << 28
-_MODEL_LIMIT = 1 << 32
+_MODEL_LIMIT = 1 << 34
+_MOST_TOGETHER = 1 << 14  # trials in a batch
 _CHUNK = 1 << 20
 _DIGEST = 32
 
@@ -124,13 +125,18 @@ class Claim:
     opened: Opened
     model: Path
 
-    def network(self) -> nn.Module:
-        """The owner's model.
+    def network(self) -> tuple[nn.Module, str]:
+        """The owner's model and the SHA-256 of its weights.
 
         Raises:
-            CountermarkError: it cannot be read.
+            CountermarkError: it cannot be read, or takes other images than the claim's.
         """
-        return load_bundle(self.model)[0]
+        network, description = load_bundle(self.model)
+        if description.shape != tuple(self.opened.x.shape[1:]):
+            raise CountermarkError(
+                f"{self.model} takes images of shape {description.shape}, the claim asks with others; it is another model"
+            )
+        return network, suspect_identity(self.model)["sha256"]
 
 
 def suspect_identity(place: str | Path) -> dict[str, str]:
@@ -140,6 +146,8 @@ def suspect_identity(place: str | Path) -> dict[str, str]:
     path = Path(place) / "model.safetensors" if Path(place).is_dir() else Path(place)
     digest = hashlib.sha256()
     try:
+        if not path.is_file() or path.stat().st_size > _MODEL_LIMIT:
+            raise CountermarkError(f"{path} is no file of a model; name a model folder, a model's file or an address")
         with path.open("rb") as stream:
             while part := stream.read(_CHUNK):
                 digest.update(part)
@@ -209,7 +217,7 @@ def _check_commitments(c1: Mapping[str, Any], c2: Mapping[str, Any], answers: Ma
     """Refuse records whose fields are missing or of another kind; what they say is not judged here."""
     shape, labels = c1.get("shape"), answers.get("labels")
     count, batches = c1.get("leaves"), c1.get("batches")
-    whole = type(count) is int and type(batches) is int and 1 <= batches <= count <= MOST_LEAVES
+    whole = type(count) is int and type(batches) is int and 1 <= batches <= count <= MOST_LEAVES and count // batches <= _MOST_TOGETHER
     fits = (
         (c1.get("format"), c2.get("format"), answers.get("format")) == ("countermark c1 1", "countermark c2 1", ANSWERS_FORMAT)
         and _is_hex(c1.get("public_key"))

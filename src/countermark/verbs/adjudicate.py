@@ -1,9 +1,11 @@
 """`countermark adjudicate`: a third party's judgement of a claim, from files alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from countermark import __version__
 from countermark.claims import Check, Claim, Finding, Judgement, Rival, judge_claim, page, read_claim, sentence, suspect_identity
@@ -13,7 +15,7 @@ from countermark.evaluation import predict
 from countermark.files import read_bytes, write_bytes, write_json
 from countermark.report import print_lines
 from countermark.timestamps import TOKEN_LIMIT, load_roots
-from countermark.verbs.asking import ask, doubts
+from countermark.verbs.asking import ask, asked_how, doubts
 
 JUDGEMENT_FORMAT = "countermark judgement 1"
 _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
@@ -70,33 +72,38 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
         CountermarkError: the claim, the roots or the suspect cannot be read.
     """
     claim, roots = read_claim(config.claim), load_roots(config.roots)
-    answered = ask(config, claim.opened.x, str(claim.c1.get("data")))
-    finding = Finding(
-        labels=answered.labels,
-        suspect=suspect_identity(config.suspect),
-        model_sha256=_digest(claim),
-        model_labels=predict(claim.network(), claim.opened.x),
-        roots=roots,
-        alpha=config.alpha,
-        suspect_token=None if config.suspect_token is None else read_bytes(config.suspect_token, TOKEN_LIMIT),
-        shown=tuple(read_claim(folder) for folder in config.shown),
-        rival=None if config.rival is None else _rival(claim, read_claim(config.rival)),
-    )
+    outputs = [_output(config.out, suffix) for suffix in (".html", ".json")]
+    network, digest = claim.network()
+    token = None if config.suspect_token is None else read_bytes(config.suspect_token, TOKEN_LIMIT)
+    shown = tuple(read_claim(folder) for folder in config.shown)
+    rival = None if config.rival is None else _rival(claim, network, read_claim(config.rival))
+    suspect = suspect_identity(config.suspect)
+    answered = ask(config, claim.opened.x, str(claim.c1.get("data")))  # only now: everything else could be read
+    labels = predict(network, claim.opened.x)
+    finding = Finding(answered.labels, suspect, digest, labels, roots, config.alpha, token, shown, rival)
     judgement = judge_claim(claim, finding)
     result = _result(config, claim, judgement, answered.unanswered, answered.changed, answered.clean_accuracy)
-    _write(config.out, result, judgement, {"suspect": dict(finding.suspect), "roots": [root.subject.rfc4514_string() for root in roots]})
+    asked = {"suspect": suspect, "asked": dict(asked_how(config)), "roots": [root.subject.rfc4514_string() for root in roots]}
+    _write(outputs, result, judgement, asked)
     return result
 
 
-def _digest(claim: Claim) -> str:
-    return suspect_identity(claim.model)["sha256"]
+def _output(out: Path, suffix: str) -> Path:
+    """Where a part of the judgement goes; what an earlier one left there is removed, so that no two of them are mixed."""
+    if not out.name:
+        raise CountermarkError(f"--out is the beginning of two files' names, not {out}")
+    path = out.with_name(out.name + suffix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    return path
 
 
-def _rival(claim: Claim, rival: Claim) -> Rival:
+def _rival(claim: Claim, network: nn.Module, rival: Claim) -> Rival:
     """Ask each mark of the other's model."""
     if claim.opened.x.shape[1:] != rival.opened.x.shape[1:]:
         raise CountermarkError("the rival claim asks with images of another shape; it is about another kind of model")
-    return Rival(rival, _digest(rival), predict(claim.network(), rival.opened.x), predict(rival.network(), claim.opened.x))
+    theirs, digest = rival.network()
+    return Rival(rival, digest, predict(network, rival.opened.x), predict(theirs, claim.opened.x))
 
 
 def _result(
@@ -122,9 +129,7 @@ def _result(
     )
 
 
-def _write(out: Path, result: Adjudication, judgement: Judgement, asked: Mapping[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out.with_name(out.name + ".json"), {"format": JUDGEMENT_FORMAT, "version": __version__, **asdict(result), **asked})
+def _write(outputs: Sequence[Path], result: Adjudication, judgement: Judgement, asked: Mapping[str, Any]) -> None:
     about = {
         "Claimant's key": result.public_key,
         "Claim": result.claim,
@@ -133,7 +138,8 @@ def _write(out: Path, result: Adjudication, judgement: Judgement, asked: Mapping
         "Trusted roots": "; ".join(asked["roots"]),
         "Judged by": f"Countermark {__version__}",
     }
-    write_bytes(out.with_name(out.name + ".html"), page(judgement, about).encode())
+    write_bytes(outputs[0], page(judgement, about).encode(errors="backslashreplace"))
+    write_json(outputs[1], {"format": JUDGEMENT_FORMAT, "version": __version__, **asdict(result), **asked})
 
 
 def show(result: Adjudication) -> None:

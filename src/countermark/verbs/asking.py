@@ -1,6 +1,7 @@
 """What `verify` and `trace` share: a suspect asked as its owner declares it, and doubts about the answers."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -66,6 +67,12 @@ def ask(config: SuspectConfig, x: torch.Tensor, data: str) -> Answered:
             answered = given != NO_ANSWER  # the budget may be spent
             clean = agreement(given[answered], examples.y[answered]) if bool(answered.any()) else None
     return Answered(labels, int((labels == NO_ANSWER).sum()), changed, clean)
+
+
+def asked_how(config: SuspectConfig) -> dict[str, Any]:
+    """How a suspect was asked, JSON-ready: what a claim and a judgement say of it."""
+    names = ("pixels", "layout", "mean", "std", "budget", "rate", "repeats", "retries", "timeout")
+    return {name: config.record()[name] for name in names}
 
 
 def doubts(unanswered: int, changed: int, clean_accuracy: float | None) -> list[str]:

@@ -1,21 +1,22 @@
 """`countermark claim`: fix a suspect's answers, then open one batch of the key for a judge."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from countermark import __version__
-from countermark.claims import Claim, open_batch, suspect_identity, write_claim
+from countermark.claims import Claim, commitment_faults, open_batch, suspect_identity, write_claim
 from countermark.claims.record import ANSWERS_FORMAT
 from countermark.config import ClaimConfig
 from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
-from countermark.files import canonical_json, new_folder, read_bytes, read_json, sha256, write_json
+from countermark.files import canonical_json, locked, new_folder, read_bytes, read_json, sha256, write_json
 from countermark.report import p_value, print_lines, print_table
-from countermark.timestamps import decode_token
-from countermark.verbs.asking import ask, doubts
+from countermark.timestamps import decode_token, load_roots
+from countermark.verbs.asking import ask, asked_how, doubts
 from countermark.verbs.stamping import timestamping
 from countermark.watermarks import Key, load_key, load_secret, sign
 
@@ -69,42 +70,57 @@ def claim(config: ClaimConfig) -> Claimed:
         )
     model = config.model or config.key.parent
     commitment = _commitment(model / "commitment.json", key)
+    made = Claim(
+        c1=key.c1,
+        c1_signature=key.signature,
+        t1=key.t1,
+        c2=commitment["c2"],
+        c2_signature=str(commitment.get("c2_signature")),
+        t2=decode_token(commitment.get("t2"), f"{model / 'commitment.json'}: t2"),
+        answers={},
+        answers_signature="",
+        answers_token=None,
+        found={},
+        opened=open_batch(key.watermarks, secret, 0),
+        model=model,
+    )
+    _check_worth(config, made)
     stamp = timestamping(config.tsa, config.roots)
-    spent = _spent(config.key)
-    batch = _choose(config, key, [int(entry["batch"]) for entry in spent])
-    opened = open_batch(key.watermarks, secret, batch)
-    chosen = key.watermarks.batch == batch
-    answered = ask(config, opened.x, str(key.c1.get("data")))
-    outcomes = [
-        0 if label not in (mine, other) else 1 if label == mine else -1
-        for label, mine, other in zip(answered.labels.tolist(), key.labels[chosen].tolist(), key.others[chosen].tolist(), strict=True)
-    ]
     batches = int(key.c1["batches"])
-    test = judge(opened.cell.tolist(), outcomes, alpha=JUDGE_ALPHA, batches=batches)
-    if test.verdict != "match":
-        raise CountermarkError(
-            f"the suspect's answers to batch {batch} would not convince a judge ({test.agreements} as the coins fell, "
-            f"{test.disagreements} the other way; p = {p_value(test.log10_p_value)}); nothing was opened"
-        )
-    answers = _answers(config, commitment, batch, answered.labels.tolist())
-    with new_folder(config.out, {"suspect": answers["suspect"], "batch": batch}) as folder:  # no paths or headers: a judge reads it
-        made = Claim(
-            c1=key.c1,
-            c1_signature=key.signature,
-            t1=key.t1,
-            c2=commitment["c2"],
-            c2_signature=str(commitment["c2_signature"]),
-            t2=decode_token(commitment.get("t2"), f"{model / 'commitment.json'}: t2"),
-            answers=answers,
-            answers_signature=sign(read_bytes(config.key / "signing-key", 32), answers),
-            answers_token=None if stamp is None else stamp(canonical_json(answers)),
-            found=_found(test, batches),
-            opened=opened,
-            model=model,
-        )
-        entry = {"batch": batch, "day": int(time.time() // 86400), "answers_sha256": sha256(canonical_json(answers))}
-        write_json(config.key / "spent.json", {"format": SPENT_FORMAT, "batches": [*spent, entry]}, 0o600)
-        write_claim(folder, made)
+    with locked(config.key):
+        spent = _spent(config.key)
+        batch = _choose(config, key, [int(entry["batch"]) for entry in spent])
+        suspect = suspect_identity(config.suspect)
+        # No paths or headers of ours in its configuration: a judge reads it.
+        with new_folder(config.out, {"suspect": suspect, "batch": batch}) as folder:
+            opened = open_batch(key.watermarks, secret, batch)
+            answered = ask(config, opened.x, str(key.c1.get("data")))
+            test = judge(opened.cell.tolist(), _outcomes(key, batch, answered.labels), alpha=JUDGE_ALPHA, batches=batches)
+            if test.verdict != "match" and not config.anyway:
+                raise CountermarkError(
+                    f"the suspect's answers to batch {batch} would not convince a judge ({test.agreements} as the coins fell, "
+                    f"{test.disagreements} the other way; p = {p_value(test.log10_p_value)}); nothing was opened"
+                )
+            answers = {
+                "format": ANSWERS_FORMAT,
+                "c2_sha256": sha256(canonical_json(made.c2)),
+                "batch": batch,
+                "suspect": suspect,
+                "asked": asked_how(config),
+                "labels": answered.labels.tolist(),
+                "version": __version__,
+            }
+            made = replace(
+                made,
+                answers=answers,
+                answers_signature=sign(read_bytes(config.key / "signing-key", 32), answers),
+                answers_token=None if stamp is None else stamp(canonical_json(answers)),
+                found=_found(test, batches),
+                opened=opened,
+            )
+            entry = {"batch": batch, "day": int(time.time() // 86400), "answers_sha256": sha256(canonical_json(answers))}
+            write_json(config.key / "spent.json", {"format": SPENT_FORMAT, "batches": [*spent, entry]}, 0o600)
+            write_claim(folder, made)
     return Claimed(
         folder=str(config.out),
         batch=batch,
@@ -140,6 +156,11 @@ def _spent(folder: Path) -> list[dict[str, Any]]:
 
 def _choose(config: ClaimConfig, key: Key, spent: list[int]) -> int:
     batches = int(key.c1["batches"])
+    unfinished = config.out.with_name(config.out.name + ".partial") / "config.json"
+    if config.batch is None and unfinished.exists():  # it was spent when the claim was interrupted
+        batch = read_json(unfinished).get("batch")
+        if type(batch) is int and 0 <= batch < batches:
+            return batch
     if config.batch is not None:
         if config.batch >= batches:
             raise CountermarkError(f"the key has batches 0 to {batches - 1}, not {config.batch}")
@@ -152,18 +173,24 @@ def _choose(config: ClaimConfig, key: Key, spent: list[int]) -> int:
     )
 
 
-def _answers(config: ClaimConfig, commitment: Mapping[str, Any], batch: int, labels: list[int]) -> dict[str, Any]:
-    """The record that is timestamped before the trials are shown: whom we accuse, of what, on which answers, and how we got them."""
-    asked = {name: config.record()[name] for name in ("pixels", "layout", "mean", "std", "budget", "rate", "repeats", "retries", "timeout")}
-    return {
-        "format": ANSWERS_FORMAT,
-        "c2_sha256": sha256(canonical_json(commitment["c2"])),
-        "batch": batch,
-        "suspect": suspect_identity(config.suspect),
-        "asked": asked,
-        "labels": labels,
-        "version": __version__,
-    }
+def _check_worth(config: ClaimConfig, made: Claim) -> None:
+    """Refuse to open a batch for a claim that a judge could not uphold whatever the suspect answers."""
+    _, digest = made.network()
+    roots = None if config.roots is None else load_roots(config.roots)
+    faults = commitment_faults(made, digest, roots)
+    if config.tsa is None:
+        faults.append("the answers would have no timestamp (--tsa URL)")
+    if faults and not config.anyway:
+        raise CountermarkError(
+            f"a judge could not uphold this claim: {'; '.join(faults)}. Nothing was opened; --anyway opens it all the same"
+        )
+
+
+def _outcomes(key: Key, batch: int, labels: torch.Tensor) -> list[int]:
+    chosen = key.watermarks.batch == batch
+    whole = torch.full_like(key.labels, -1)
+    whole[chosen] = labels
+    return [outcome for outcome, inside in zip(key.outcomes(whole), chosen.tolist(), strict=True) if inside]
 
 
 def _found(test: Verdict, batches: int) -> dict[str, Any]:

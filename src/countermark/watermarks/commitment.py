@@ -109,13 +109,21 @@ def batch_of(index: int, leaves: int, batches: int) -> int:
     return index // (leaves // batches)
 
 
-def draw_coins(c1: bytes, beacon: bytes, leaf_secrets: Sequence[bytes]) -> torch.Tensor:
-    """coin_i = low bit of SHA-256(2 | SHA-256(C1) | SHA-256(beacon of T1, or nothing) | s_i), as int64 `(n,)`.
+def draw_coins(c1: bytes, beacon: bytes, leaf_secrets: Sequence[bytes], indices: Sequence[int] | None = None) -> torch.Tensor:
+    """coin_i = low bit of SHA-256(2 | SHA-256(C1) | SHA-256(beacon of T1, or nothing) | i | s_i), as int64 `(n,)`; 0 is heads, 1 is tails.
 
-    0 is heads (the smaller label), 1 is tails.
+    The number of the leaf is in it because nobody can tell how an owner chose his leaf secrets: were they all the same, and the coin a
+    function of them alone, all trials would share one coin.
+
+    Args:
+        c1: the first commitment, canonical JSON.
+        beacon: of its token; empty for a private mark.
+        leaf_secrets: s_i of each leaf.
+        indices: number of each leaf; from 0 by default.
     """
     seed = _COIN + hashlib.sha256(c1).digest() + hashlib.sha256(beacon).digest()
-    return torch.tensor([hashlib.sha256(seed + secret).digest()[-1] & 1 for secret in leaf_secrets])
+    numbered = zip(range(len(leaf_secrets)) if indices is None else indices, leaf_secrets, strict=True)
+    return torch.tensor([hashlib.sha256(seed + i.to_bytes(8, "big") + secret).digest()[-1] & 1 for i, secret in numbered])
 
 
 def _tree(nodes: Sequence[bytes]) -> tuple[bytes, list[list[bytes]]]:
