@@ -20,7 +20,7 @@ from countermark import cli, config
 from countermark.bundle import load, load_bundle, save_bundle
 from countermark.data import CATALOG
 from countermark.models import NETWORKS
-from countermark.training import EMBEDDINGS, OBJECTIVES, loop
+from countermark.training import EMBEDDINGS, RECIPES, loop
 from countermark.verbs.steal import SETTINGS
 from countermark.watermarks import LABELS, SCHEMES, load_key
 from countermark.watermarks import key as key_module
@@ -411,7 +411,7 @@ def test_help_names_every_name_that_there_is() -> None:
     for verb in ("protect", "steal", "evaluate"):
         done = subprocess.run([sys.executable, "-m", "countermark", verb, "--help"], capture_output=True, text=True, check=True)
         text[verb] = done.stdout
-    for name in (*CATALOG, *NETWORKS, *SCHEMES, *OBJECTIVES, *EMBEDDINGS, *LABELS):
+    for name in (*CATALOG, *NETWORKS, *SCHEMES, *RECIPES, *EMBEDDINGS, *LABELS):
         assert name in text["protect"]
     assert all(setting in text["steal"] for setting in SETTINGS)
 

@@ -21,7 +21,7 @@ from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agree
 from countermark.files import CHECKPOINT_PREFIX, canonical_json, make_private_folder, new_folder, read_bytes, sha256, write_json
 from countermark.models import NETWORKS, build
 from countermark.report import percent, print_lines, print_table
-from countermark.training import EMBEDDINGS, OBJECTIVES, Hardware, choose, marking, open_hardware, recipe, train
+from countermark.training import EMBEDDINGS, RECIPES, Hardware, choose, marking, open_hardware, own_network, recipe, train
 from countermark.watermarks import (
     LABELS,
     SCHEMES,
@@ -84,11 +84,12 @@ def protect(config: ProtectConfig) -> Protection:
     catalogued = spec(config.data)
     _check(config, catalogued)
     epsilon = config.epsilon or catalogued.epsilon
+    named = config.network or own_network(config.objective)
     hardware = Hardware(config.accelerator, config.devices, config.precision)
     public_recipe = recipe(config.data, config.objective, epsilon, seed=config.seed, hardware=hardware, epochs=config.epochs)
     open_hardware(hardware)  # before a secret is drawn for work that cannot begin
     trained = {"event": "trained", "config": asdict(public_recipe)}
-    description = Description(config.network, catalogued.shape, catalogued.classes, config.data, epsilon, config.seed, history=(trained,))
+    description = Description(named, catalogued.shape, catalogued.classes, config.data, epsilon, config.seed, history=(trained,))
     with new_folder(config.out, config.record()) as folder:
         pools = load_pools(config.data, config.seed, config.cache)
         private = folder / "key"
@@ -101,7 +102,7 @@ def protect(config: ProtectConfig) -> Protection:
             checkpoint = folder / f"{CHECKPOINT_PREFIX}{stage}.safetensors"
             train(network, pools.training, validation=pools.validation, checkpoint=checkpoint, title=f"{stage} model", **options)
 
-        source = build(config.network, catalogued.shape, catalogued.classes, seed=seed)
+        source = build(named, catalogued.shape, catalogued.classes, seed=seed)
         fit(source, "source", config=source_recipe)
         if secret is None:
             digest = save_bundle(folder, source, description)
@@ -112,7 +113,7 @@ def protect(config: ProtectConfig) -> Protection:
             key = _make_key(config, catalogued, pools, source, private, secret)
             labelled = Examples(key.watermarks.x, key.labels)
             if config.embedding == "epoch":
-                network, embedding = build(config.network, catalogued.shape, catalogued.classes, seed=seed), source_recipe
+                network, embedding = build(named, catalogued.shape, catalogued.classes, seed=seed), source_recipe
                 embedding = replace(embedding, embedding="epoch")
             else:
                 network, embedding = copy.deepcopy(source), marking(source_recipe, config.data)
@@ -126,9 +127,9 @@ def protect(config: ProtectConfig) -> Protection:
 
 
 def _check(config: ProtectConfig, catalogued: Spec) -> None:
-    choose("network", config.network, tuple(NETWORKS))
+    choose("network", config.network or "small", tuple(NETWORKS))
     choose("scheme", config.scheme, SCHEMES)
-    choose("objective", config.objective, OBJECTIVES)
+    choose("objective", config.objective, RECIPES)
     choose("embedding", config.embedding or "interleaved", EMBEDDINGS)
     choose("labels", config.labels or "true", LABELS)
     epsilon = config.epsilon or catalogued.epsilon
