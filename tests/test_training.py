@@ -154,8 +154,8 @@ def test_a_step_of_trades_is_one_down_its_formula(digits: Pools, watermarks: Exa
     crafted, turns = [], []
     perturb, next_marks = loop._Run.perturb, loop._next_marks
 
-    def perturbing(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float) -> torch.Tensor:
-        crafted.append((x, y, perturb(run, chosen, x, y, grown)))
+    def perturbing(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, flipped: None) -> torch.Tensor:
+        crafted.append((x, y, perturb(run, chosen, x, y, grown, flipped)))
         return crafted[-1][2]
 
     def taking(turn: int, count: int, settings: TrainConfig) -> torch.Tensor:
@@ -231,7 +231,7 @@ def test_carried_perturbations_stay_in_the_budget_and_help(digits: Pools) -> Non
 
 
 def test_two_processes_train_a_model_as_good(digits: Pools, watermarks: Examples, tmp_path: Path) -> None:
-    """Data-parallel on the CPU, with watermarks and carried perturbations; in a process of its own, since it forks."""
+    """Data-parallel on the CPU, with watermarks, carried perturbations and an average; in a process of its own, since it forks."""
     code = """
 import sys, torch
 from dataclasses import replace
@@ -242,7 +242,7 @@ from countermark.models import build
 from countermark.training import Hardware, recipe, train
 pools = load_pools("digits", 0)
 marks = load_ood("digits", 0)[:40]
-config = replace(recipe("digits", "fast", 0.1, epochs=20), hardware=Hardware("cpu", int(sys.argv[1])))
+config = replace(recipe("digits", "strong", 0.1, epochs=20), hardware=Hardware("cpu", int(sys.argv[1])))
 model = build("small", (1, 8, 8), 10, seed=0)
 point = Path(sys.argv[2])
 records = train(model, pools.training, config, validation=pools.validation, watermarks=marks, checkpoint=point)

@@ -24,12 +24,17 @@ class _Dials:
     marking_epochs: int = 5
     watermark_batch: int = 16
     batch_size: int = 128
-    strong_epochs: int = 20
-    strong_marking_epochs: int = 10
-    stretch: float = 1.07
+    strong_epochs: int = 16
+    strong_marking_epochs: int = 8
+    stretch: float = 1.07  # of the budget that `strong` trains against
+    flip: bool = False  # left and right mean nothing, and `strong` says so
 
 
-_DIALS: Mapping[str, _Dials] = {"mnist": _Dials(), "fashion_mnist": _Dials(), "digits": _Dials(40, 40, 32, 64)}
+_DIALS: Mapping[str, _Dials] = {
+    "mnist": _Dials(),
+    "fashion_mnist": _Dials(stretch=1.0, flip=True),
+    "digits": _Dials(40, 40, 32, 64, 80, 40),
+}
 
 
 def own_network(objective: str) -> str:
@@ -70,7 +75,14 @@ def recipe(
         return fast
     if objective == "strong":
         stretched = dials.stretch * epsilon
-        return replace(fast, attack=Attack(stretched, 1, 0.5 * stretched), epochs=epochs or dials.strong_epochs, warmup=0.4, average=0.999)
+        return replace(
+            fast,
+            attack=Attack(stretched, 1, 0.5 * stretched),
+            epochs=epochs or dials.strong_epochs,
+            flip=dials.flip,
+            warmup=0.35,
+            average=0.999,
+        )
     if objective == "standard":
         return replace(fast, objective="standard", attack=None, carry=False, epochs=epochs or dials.epochs)
     return replace(
