@@ -70,6 +70,20 @@ def test_protect_writes_what_it_promises(owner: Path) -> None:
     assert not list(owner.parent.glob("*.partial"))
 
 
+def test_strong_takes_its_own_network_and_keeps_the_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The averaged weights are what is saved, and they still know the coins."""
+    out = tmp_path / "strong"
+    status, made = ask(capsys, "protect", "--data", "digits", "--out", out, "--objective", "strong", "--epochs", 20)
+    assert status == 0
+    assert made["watermark_accuracy"] >= 98  # type: ignore[operator]
+    assert made["test_accuracy"] > 95  # type: ignore[operator]
+    assert made["adversarial_accuracy"] > 75  # type: ignore[operator]
+    description = json.loads((out / "model.json").read_text())
+    assert description["network"] == "wide"
+    assert all(event["config"]["average"] > 0 for event in description["history"])
+    assert ask(capsys, "verify", "--suspect", out, "--key", out / "key")[1]["verdict"] == "match"
+
+
 def test_verdicts_and_exit_statuses(owner: Path, stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = ask(capsys, "verify", "--suspect", owner, "--key", owner / "key")
     assert (status, found["verdict"]) == (0, "match")

@@ -15,7 +15,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
 from countermark.files import read_tensors
 from countermark.models import build
-from countermark.training import Hardware, TrainConfig, loop, marking, recipe, train
+from countermark.training import Hardware, TrainConfig, loop, marking, own_network, recipe, train
 from countermark.training.loop import divergence
 
 ATTACK = Attack(0.1, 10, 0.025)
@@ -230,6 +230,34 @@ def test_carried_perturbations_stay_in_the_budget_and_help(digits: Pools) -> Non
     assert adversarial_accuracy(carried, digits.test, ATTACK) > adversarial_accuracy(fresh, digits.test, ATTACK) - 2
 
 
+def test_carried_perturbations_are_mirrored_with_their_images(digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attack that stays where it starts must leave every perturbation as it was, whichever way its image was turned."""
+    data, seen, carried = digits.training[:320], [], []
+    perturb = loop._Run.perturb
+
+    def watching(
+        run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, flipped: torch.Tensor
+    ) -> torch.Tensor:
+        before = run.carried[chosen].clone()  # type: ignore[index]
+        crafted = perturb(run, chosen, x, y, grown, flipped)
+        carried.append(torch.equal(run.carried[chosen], before))  # type: ignore[index]
+        seen.append((chosen, x, flipped, crafted - x, before))
+        return crafted
+
+    monkeypatch.setattr(loop, "pgd", lambda _model, _x, _y, *, start, **_options: start)
+    monkeypatch.setattr(loop._Run, "perturb", watching)
+    train(small(), data, replace(quick, flip=True, epochs=2, batch_size=32))
+    assert all(carried)
+    share = torch.cat([flipped for _, _, flipped, _, _ in seen]).double().mean()
+    assert 0.4 < share < 0.6
+    for chosen, x, flipped, moved, before in seen:
+        plain, there = data.x[chosen] / 255, before * 0.1 / 127
+        assert torch.allclose(x[flipped], plain[flipped].flip(3))
+        assert torch.allclose(x[~flipped], plain[~flipped])
+        assert torch.allclose(moved[flipped], there[flipped].flip(3), atol=1e-6)
+        assert torch.allclose(moved[~flipped], there[~flipped], atol=1e-6)
+
+
 def test_two_processes_train_a_model_as_good(digits: Pools, watermarks: Examples, tmp_path: Path) -> None:
     """Data-parallel on the CPU, with watermarks, carried perturbations and an average; in a process of its own, since it forks."""
     code = """
@@ -359,6 +387,21 @@ def test_devices_that_do_not_exist_are_an_error(digits: Pools, quick: TrainConfi
 def test_impossible_configurations_are_refused(quick: TrainConfig, change: dict[str, object]) -> None:
     with pytest.raises(CountermarkError):
         replace(quick, **change)  # type: ignore[arg-type]
+
+
+def test_strong_is_fast_for_longer_with_an_average() -> None:
+    fast, strong = recipe("mnist", "fast", 0.3), recipe("mnist", "strong", 0.3)
+    assert strong.objective == "fast"
+    assert strong.average == 0.999
+    assert strong.epochs > 2 * fast.epochs
+    assert fast.attack is not None
+    assert strong.attack is not None
+    assert strong.attack.epsilon > fast.attack.epsilon
+    assert marking(strong, "mnist").epochs > marking(fast, "mnist").epochs
+    assert marking(strong, "mnist").average == strong.average
+    assert recipe("fashion_mnist", "strong", 0.15).flip
+    assert not strong.flip
+    assert (own_network("strong"), own_network("fast")) == ("wide", "small")
 
 
 def test_the_pgd_recipe_is_the_papers() -> None:
