@@ -399,6 +399,7 @@ def test_strong_is_fast_for_longer_with_an_average() -> None:
     assert strong.attack.epsilon > fast.attack.epsilon
     assert marking(strong, "mnist").epochs > marking(fast, "mnist").epochs
     assert marking(strong, "mnist").average == strong.average
+    assert marking(strong, "mnist").attack == loop.with_steps(strong.attack, 2)
     assert recipe("fashion_mnist", "strong", 0.15).flip
     assert not strong.flip
     assert (own_network("strong"), own_network("fast")) == ("wide", "small")
