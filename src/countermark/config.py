@@ -80,7 +80,7 @@ class ProtectConfig(VerbConfig):
     scheme: str = "coin"
     """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
     objective: str = "fast"
-    """Training objective: fast (few-step, guarded), strong (the same on a wider network, in most of an hour), pgd (the paper's), standard
+    """Training objective: fast (few-step, guarded), strong (the same on a wider network, in tens of minutes), pgd (the paper's), standard
     (no adversary)."""
     seed: int = 0
     """Seed of pools, weights and training; the key's secret is drawn apart from it, by the operating system."""
