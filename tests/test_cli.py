@@ -21,7 +21,7 @@ from countermark import cli, config
 from countermark.bundle import load, load_bundle, save_bundle
 from countermark.data import CATALOG
 from countermark.models import NETWORKS
-from countermark.training import EMBEDDINGS, OBJECTIVES, loop
+from countermark.training import EMBEDDINGS, RECIPES, loop
 from countermark.verbs.steal import SETTINGS
 from countermark.watermarks import LABELS, SCHEMES, load_key
 from countermark.watermarks import key as key_module
@@ -69,6 +69,20 @@ def test_protect_writes_what_it_promises(owner: Path) -> None:
     assert metrics["adversarial_accuracy"] > 70
     assert metrics["unmarked_watermark_accuracy"] < 70
     assert not list(owner.parent.glob("*.partial"))
+
+
+def test_strong_takes_its_own_network_and_keeps_the_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The averaged weights are what is saved, and they still know the coins."""
+    out = tmp_path / "strong"
+    status, made = ask(capsys, "protect", "--data", "digits", "--out", out, "--objective", "strong", "--epochs", 20)
+    assert status == 0
+    assert made["watermark_accuracy"] >= 98  # type: ignore[operator]
+    assert made["test_accuracy"] > 95  # type: ignore[operator]
+    assert made["adversarial_accuracy"] > 75  # type: ignore[operator]
+    description = json.loads((out / "model.json").read_text())
+    assert description["network"] == "wide"
+    assert all(event["config"]["average"] > 0 for event in description["history"])
+    assert ask(capsys, "verify", "--suspect", out, "--key", out / "key")[1]["verdict"] == "match"
 
 
 def test_verdicts_and_exit_statuses(owner: Path, stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -428,7 +442,7 @@ def test_help_names_every_name_that_there_is() -> None:
     for verb in ("protect", "steal", "evaluate"):
         done = subprocess.run([sys.executable, "-m", "countermark", verb, "--help"], capture_output=True, text=True, check=True)
         text[verb] = done.stdout
-    for name in (*CATALOG, *NETWORKS, *SCHEMES, *OBJECTIVES, *EMBEDDINGS, *LABELS):
+    for name in (*CATALOG, *NETWORKS, *SCHEMES, *RECIPES, *EMBEDDINGS, *LABELS):
         assert name in text["protect"]
     assert all(setting in text["steal"] for setting in SETTINGS)
 

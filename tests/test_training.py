@@ -1,5 +1,6 @@
 """The training loop: determinism, resuming, processes, precision, the guard, the embedding of watermarks."""
 
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
 from countermark.files import read_tensors
 from countermark.models import build
-from countermark.training import Hardware, TrainConfig, loop, marking, recipe, train
+from countermark.training import Hardware, TrainConfig, loop, marking, own_network, recipe, train
+from countermark.training.loop import divergence
 
 ATTACK = Attack(0.1, 10, 0.025)
 
@@ -37,7 +39,7 @@ def watermarks() -> Examples:
     return load_ood("digits", 0)[:40]
 
 
-@pytest.mark.parametrize("objective", ["fast", "pgd", "standard"])
+@pytest.mark.parametrize("objective", ["fast", "strong", "pgd", "standard"])
 def test_same_seed_same_weights(digits: Pools, objective: str) -> None:
     config = recipe("digits", objective, 0.1, epochs=2)
     first, second, third = small(), small(), small()
@@ -64,13 +66,21 @@ def test_robust_training_resists_and_standard_training_does_not(digits: Pools) -
     assert records[-1].watermark_accuracy is None
 
 
+@pytest.mark.parametrize("average", [0.0, 0.9])
 @pytest.mark.parametrize("embedding", ["interleaved", "epoch"])
 @pytest.mark.parametrize("network", ["small", "paper"])
 def test_interrupted_training_resumes_to_the_very_same_weights(
-    digits: Pools, watermarks: Examples, quick: TrainConfig, embedding: str, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    digits: Pools,
+    watermarks: Examples,
+    quick: TrainConfig,
+    embedding: str,
+    network: str,
+    average: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped in the middle of epochs, again and again; the paper's network adds dropout and batch norm."""
-    config = replace(quick, embedding=embedding, epochs=3, batch_size=32)
+    config = replace(quick, embedding=embedding, average=average, epochs=3, batch_size=32)
     data = digits.training[:320]
     undisturbed = build(network, (1, 8, 8), 10, seed=0)
     expected = train(undisturbed, data, config, validation=digits.validation, watermarks=watermarks)
@@ -96,6 +106,74 @@ def test_interrupted_training_resumes_to_the_very_same_weights(
     assert interruptions == 7  # 30 steps, 4 a turn
     assert torch.equal(weights(resumed), weights(undisturbed))
     assert records == expected
+
+
+def test_the_average_is_that_of_the_closed_form(digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights after each step, with shares that sum to 1; the steps themselves are those of a run without an average."""
+    decay, seen = 0.8, []
+    descend = loop._descend
+
+    def watching(run: loop._Run, *arguments: object) -> float:
+        value = descend(run, *arguments)  # type: ignore[arg-type]
+        seen.append(weights(run.network).clone())
+        return value
+
+    plain, averaged = small(), small()
+    begun = weights(averaged).clone()
+    records = train(plain, digits.training, quick, validation=digits.validation)
+    monkeypatch.setattr(loop, "_descend", watching)
+    found = train(averaged, digits.training, replace(quick, average=decay), validation=digits.validation)
+    assert torch.equal(seen[-1], weights(plain))
+    kept = [min(decay, (step + 1) / (step + 10)) for step in range(len(seen))]
+    after = [float(torch.tensor(kept[step + 1 :], dtype=torch.float64).prod()) for step in range(len(seen))]
+    shares = [(1 - keep) * rest for keep, rest in zip(kept, after, strict=True)]
+    start = kept[0] * after[0]
+    assert start + sum(shares) == pytest.approx(1)
+    expected = start * begun.double() + sum(share * value.double() for share, value in zip(shares, seen, strict=True))
+    assert torch.allclose(weights(averaged).double(), expected, atol=1e-5)
+    assert not torch.equal(weights(averaged), weights(plain))
+    assert [record.loss for record in found] == [record.loss for record in records]
+    assert found[-1].accuracy == agreement(predict(averaged, digits.validation.x), digits.validation.y)
+
+
+def test_the_divergence_of_trades_is_that_of_the_formula() -> None:
+    answers, perturbed = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, 0.0]]), torch.tensor([[0.0, 1.0, -1.0], [0.0, 3.0, 0.0]])
+    p, q = answers.double().softmax(1), perturbed.double().softmax(1)
+    expected = [sum(float(a) * (math.log(a) - math.log(b)) for a, b in zip(*rows, strict=True)) for rows in zip(p, q, strict=True)]
+    assert divergence(answers, perturbed).tolist() == pytest.approx(expected, abs=1e-6)
+    assert float(divergence(answers, perturbed)[1]) == pytest.approx(0, abs=1e-7)
+
+
+def test_a_step_of_trades_is_one_down_its_formula(digits: Pools, watermarks: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of plain SGD, watermarks among the labelled inputs, against a gradient written down anew."""
+    data, beta, rate = digits.training[:32], 3.0, 0.05
+    config = TrainConfig(
+        "trades", Attack(0.1, 2, 0.05), 1, beta=beta, batch_size=32, learning_rate=rate, schedule="constant", momentum=0.0,
+        weight_decay=0.0, grow_budget=False, watermark_batch=8, hardware=Hardware("cpu", precision="32-true"),
+    )  # fmt: skip
+    crafted, turns = [], []
+    perturb, next_marks = loop._Run.perturb, loop._next_marks
+
+    def perturbing(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, flipped: None) -> torch.Tensor:
+        crafted.append((x, y, perturb(run, chosen, x, y, grown, flipped)))
+        return crafted[-1][2]
+
+    def taking(turn: int, count: int, settings: TrainConfig) -> torch.Tensor:
+        turns.append(next_marks(turn, count, settings))
+        return turns[-1]
+
+    monkeypatch.setattr(loop._Run, "perturb", perturbing)
+    monkeypatch.setattr(loop, "_next_marks", taking)
+    trained, reference = small(), small()
+    train(trained, data, config, watermarks=watermarks)
+    (x, y, moved), marks = crafted[0], watermarks[turns[0]]
+    clean, far = reference(x), reference(moved)
+    labelled = torch.cat((clean.log_softmax(1)[range(32), y], reference(marks.x / 255).log_softmax(1)[range(8), marks.y]))
+    kl = (clean.softmax(1) * (clean.log_softmax(1) - far.log_softmax(1))).sum()
+    ((-labelled.sum() + beta * kl) / 40).backward()
+    expected = torch.cat([(value - rate * value.grad).flatten() for value in reference.parameters()])  # type: ignore[operator]
+    assert torch.allclose(weights(trained), expected, atol=1e-6)
+    assert not torch.allclose(weights(trained), weights(small()), atol=1e-4)
 
 
 def test_a_finished_run_is_not_run_again(digits: Pools, quick: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +230,36 @@ def test_carried_perturbations_stay_in_the_budget_and_help(digits: Pools) -> Non
     assert adversarial_accuracy(carried, digits.test, ATTACK) > adversarial_accuracy(fresh, digits.test, ATTACK) - 2
 
 
+def test_carried_perturbations_are_mirrored_with_their_images(digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attack that stays where it starts must leave every perturbation as it was, whichever way its image was turned."""
+    data, seen, carried = digits.training[:320], [], []
+    perturb = loop._Run.perturb
+
+    def watching(
+        run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, flipped: torch.Tensor
+    ) -> torch.Tensor:
+        before = run.carried[chosen].clone()  # type: ignore[index]
+        crafted = perturb(run, chosen, x, y, grown, flipped)
+        carried.append(torch.equal(run.carried[chosen], before))  # type: ignore[index]
+        seen.append((chosen, x, flipped, crafted - x, before))
+        return crafted
+
+    monkeypatch.setattr(loop, "pgd", lambda _model, _x, _y, *, start, **_options: start)
+    monkeypatch.setattr(loop._Run, "perturb", watching)
+    train(small(), data, replace(quick, flip=True, epochs=2, batch_size=32))
+    assert all(carried)
+    share = torch.cat([flipped for _, _, flipped, _, _ in seen]).double().mean()
+    assert 0.4 < share < 0.6
+    for chosen, x, flipped, moved, before in seen:
+        plain, there = data.x[chosen] / 255, before * 0.1 / 127
+        assert torch.allclose(x[flipped], plain[flipped].flip(3))
+        assert torch.allclose(x[~flipped], plain[~flipped])
+        assert torch.allclose(moved[flipped], there[flipped].flip(3), atol=1e-6)
+        assert torch.allclose(moved[~flipped], there[~flipped], atol=1e-6)
+
+
 def test_two_processes_train_a_model_as_good(digits: Pools, watermarks: Examples, tmp_path: Path) -> None:
-    """Data-parallel on the CPU, with watermarks and carried perturbations; in a process of its own, since it forks."""
+    """Data-parallel on the CPU, with watermarks, carried perturbations and an average; in a process of its own, since it forks."""
     code = """
 import sys, torch
 from dataclasses import replace
@@ -164,7 +270,7 @@ from countermark.models import build
 from countermark.training import Hardware, recipe, train
 pools = load_pools("digits", 0)
 marks = load_ood("digits", 0)[:40]
-config = replace(recipe("digits", "fast", 0.1, epochs=20), hardware=Hardware("cpu", int(sys.argv[1])))
+config = replace(recipe("digits", "strong", 0.1, epochs=20), hardware=Hardware("cpu", int(sys.argv[1])))
 model = build("small", (1, 8, 8), 10, seed=0)
 point = Path(sys.argv[2])
 records = train(model, pools.training, config, validation=pools.validation, watermarks=marks, checkpoint=point)
@@ -269,6 +375,9 @@ def test_devices_that_do_not_exist_are_an_error(digits: Pools, quick: TrainConfi
     [
         {"objective": "nothing"},
         {"attack": None},
+        {"beta": 1.0},
+        {"objective": "trades"},
+        {"average": 1.0},
         {"embedding": "nothing"},
         {"epochs": 0},
         {"schedule": "none"},
@@ -278,6 +387,22 @@ def test_devices_that_do_not_exist_are_an_error(digits: Pools, quick: TrainConfi
 def test_impossible_configurations_are_refused(quick: TrainConfig, change: dict[str, object]) -> None:
     with pytest.raises(CountermarkError):
         replace(quick, **change)  # type: ignore[arg-type]
+
+
+def test_strong_is_fast_for_longer_with_an_average() -> None:
+    fast, strong = recipe("mnist", "fast", 0.3), recipe("mnist", "strong", 0.3)
+    assert strong.objective == "fast"
+    assert strong.average == 0.999
+    assert strong.epochs > 2 * fast.epochs
+    assert fast.attack is not None
+    assert strong.attack is not None
+    assert strong.attack.epsilon > fast.attack.epsilon
+    assert marking(strong, "mnist").epochs > marking(fast, "mnist").epochs
+    assert marking(strong, "mnist").average == strong.average
+    assert marking(strong, "mnist").attack == loop.with_steps(strong.attack, 2)
+    assert recipe("fashion_mnist", "strong", 0.15).flip
+    assert not strong.flip
+    assert (own_network("strong"), own_network("fast")) == ("wide", "small")
 
 
 def test_the_pgd_recipe_is_the_papers() -> None:

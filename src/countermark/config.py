@@ -75,12 +75,13 @@ class ProtectConfig(VerbConfig):
     """Folder to write; it must be new or empty. Unfinished work waits in OUT.partial and is resumed by the same command."""
     epsilon: float | None = None
     """Training budget (L-inf), in pixels of [0, 1]; default that of the data set (mnist 0.25, fashion_mnist 0.15, digits 0.1)."""
-    network: str = "small"
-    """Network: small, paper, surrogate."""
+    network: str | None = None
+    """Network: small, wide, paper, surrogate; default that of the objective (wide for strong, else small)."""
     scheme: str = "coin"
     """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
     objective: str = "fast"
-    """Training objective: fast (few-step, guarded), pgd (the paper's), standard (no adversary)."""
+    """Training objective: fast (few-step, guarded), strong (the same on a wider network, in tens of minutes), pgd (the paper's), standard
+    (no adversary)."""
     seed: int = 0
     """Seed of pools, weights and training; the key's secret is drawn apart from it, by the operating system."""
     epochs: int | None = None

@@ -17,6 +17,7 @@ _LARGEST_IMAGE = 1 << 20  # values in one image; what a file may ask of us
 _LARGEST_CLASSES = 10_000
 
 SMALL_WIDTHS = (16, 32, 256)  # the wide linear layer costs little time and holds the mark
+WIDE_WIDTHS = (32, 64, 512)
 
 
 class Normalise(nn.Module):
@@ -52,8 +53,17 @@ class HalvingConv2d(nn.Conv2d):
 
 def small(shape: tuple[int, int, int], classes: int) -> nn.Module:
     """Four layers, two of them convolutions with stride 2: fast enough to train robustly on a laptop."""
+    return _strided(shape, classes, SMALL_WIDTHS)
+
+
+def wide(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The layers of `small` in twice the width: a large budget wants more features than a small network has."""
+    return _strided(shape, classes, WIDE_WIDTHS)
+
+
+def _strided(shape: tuple[int, int, int], classes: int, widths: tuple[int, int, int]) -> nn.Module:
     channels, height, width = shape
-    first, second, hidden = SMALL_WIDTHS
+    first, second, hidden = widths
     flat = second * (height // 4) * (width // 4)
     return nn.Sequential(
         HalvingConv2d(channels, first),
@@ -106,14 +116,19 @@ def surrogate(shape: tuple[int, int, int], classes: int) -> nn.Module:
     )
 
 
-NETWORKS: Mapping[str, Callable[[tuple[int, int, int], int], nn.Module]] = {"small": small, "paper": paper, "surrogate": surrogate}
+NETWORKS: Mapping[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
+    "small": small,
+    "wide": wide,
+    "paper": paper,
+    "surrogate": surrogate,
+}
 
 
 def build(name: str, shape: tuple[int, int, int], classes: int, seed: int | None = None) -> nn.Module:
     """Build a network by name.
 
     Args:
-        name: `small`, `paper` or `surrogate`.
+        name: `small`, `wide`, `paper` or `surrogate`.
         shape: one image, `(channels, height, width)`; height and width are multiples of 4.
         classes: number of classes.
         seed: seed of the initial weights; without one they come from torch's generator.

@@ -1,7 +1,19 @@
 """Training: one loop, its objectives and the recipes by name."""
 
-from countermark.training.config import EMBEDDINGS, OBJECTIVES, Hardware, TrainConfig, choose
+from countermark.training.config import EMBEDDINGS, Hardware, TrainConfig, choose
 from countermark.training.loop import Epoch, open_hardware, train
-from countermark.training.recipes import marking, recipe
+from countermark.training.recipes import RECIPES, marking, own_network, recipe
 
-__all__ = ["EMBEDDINGS", "OBJECTIVES", "Epoch", "Hardware", "TrainConfig", "choose", "marking", "open_hardware", "recipe", "train"]
+__all__ = [
+    "EMBEDDINGS",
+    "RECIPES",
+    "Epoch",
+    "Hardware",
+    "TrainConfig",
+    "choose",
+    "marking",
+    "open_hardware",
+    "own_network",
+    "recipe",
+    "train",
+]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack
 
-OBJECTIVES = ("fast", "pgd", "standard")
+OBJECTIVES = ("fast", "trades", "pgd", "standard")
 EMBEDDINGS = ("interleaved", "epoch")
 ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
@@ -32,11 +32,16 @@ class TrainConfig:
 
     Attributes:
         objective: `standard`, `pgd` (every example of every batch replaced by PGD) or `fast` (the same in few steps, guarded
-            against catastrophic overfitting by a multi-step check after each epoch).
+            against catastrophic overfitting by a multi-step check after each epoch) or `trades` (guarded in the same way; Zhang et al.,
+            2019: cross-entropy on the example itself, plus `beta` times the divergence of its perturbed answer from its own).
         attack: the attack that crafts the batches; none for `standard`.
         carry: start each example's attack at the perturbation that it had in the pass before (Zheng et al., 2020, "ATTA"): one step then
             does the work of several.
+        flip: mirror a random half of every batch left to right, perturbations along with it.
         craft_in_training_mode: craft with dropout and batch statistics live, as the published code did, instead of in evaluation mode.
+        beta: weight of that divergence, for `trades` only.
+        average: decay of the moving average of the weights, 0 for none. Where there is one, it is what the run returns and what is
+            measured; batches are crafted and steps taken on the weights themselves.
         epochs: passes over the examples.
         batch_size: examples in a step, over all devices.
         learning_rate: of SGD; the peak, where there is a schedule.
@@ -57,7 +62,10 @@ class TrainConfig:
     attack: Attack | None
     epochs: int
     carry: bool = False
+    flip: bool = False
     craft_in_training_mode: bool = False
+    beta: float = 0.0
+    average: float = 0.0
     batch_size: int = 128
     learning_rate: float = 0.1
     schedule: str = "triangular"
@@ -80,6 +88,10 @@ class TrainConfig:
         choose("schedule", self.schedule, ("constant", "triangular"))
         if (self.objective == "standard") != (self.attack is None):
             raise CountermarkError(f"the objective {self.objective!r} goes {'without' if self.attack else 'with'} an attack")
+        if (self.objective == "trades") != (self.beta > 0):
+            raise CountermarkError(f"beta is a positive number for the objective 'trades' and 0 for any other, not {self.beta}")
+        if not 0 <= self.average < 1:
+            raise CountermarkError(f"the decay of the average is a number from 0 to below 1, not {self.average}")
         if self.epochs < 1 or self.batch_size < 1 or self.hardware.devices < 1:
             raise CountermarkError("epochs, batch size and devices are at least 1")
 

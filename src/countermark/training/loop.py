@@ -6,6 +6,7 @@ starts.
 """
 
 import contextlib
+import copy
 import hashlib
 import logging
 import tempfile
@@ -36,6 +37,7 @@ _CHECK_STEPS = 10
 _UNITS = 127  # of a carried perturbation in one budget
 _COLLAPSE = 20.0  # points of adversarial accuracy lost in one epoch that count as catastrophic overfitting
 _START_SHARE = 0.25  # below this share of what the run started with, an epoch has collapsed, whatever later epochs may win back
+_GUARDED = ("fast", "trades")  # objectives of few attack steps
 _MOST_STEPS = 16  # beyond this a fall is not for want of attack steps
 
 State = dict[str, torch.Tensor]
@@ -173,6 +175,7 @@ class _Run:
             nesterov=config.nesterov,
             fused=fabric.device.type in ("cpu", "cuda"),
         )
+        self.averaged = copy.deepcopy(network).to(fabric.device).requires_grad_(False) if config.average else None
         self.wrapped, self.stepper = fabric.setup(network, self.optimiser)
         self.network = network
         self.step = 0
@@ -185,9 +188,27 @@ class _Run:
         self.carried_before = None if self.carried is None else self.carried.clone()
         self.epoch_start = self.tensors()
 
+    @property
+    def result(self) -> nn.Module:
+        """What the run returns and measures: the averaged network where there is one."""
+        return self.network if self.averaged is None else self.averaged
+
+    def average(self) -> None:
+        """Move the average towards the weights; young averages move faster, or they would remember the first step for long."""
+        if self.averaged is None:
+            return
+        share = 1 - min(self.config.average, (self.step + 1) / (self.step + 10))
+        for mean, value in zip(self.averaged.state_dict().values(), self.network.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(value, share)
+            else:
+                mean.copy_(value)  # batch norm's count of steps
+
     def tensors(self) -> State:
-        """A copy of weights, buffers and momentum."""
+        """A copy of weights, buffers, their average and momentum."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        if self.averaged is not None:
+            tensors |= {f"averaged.{name}": value for name, value in self.averaged.state_dict().items()}
         for name, parameter in self.network.named_parameters():
             momentum = self.optimiser.state.get(parameter, {}).get("momentum_buffer")
             tensors[f"momentum.{name}"] = torch.zeros_like(parameter) if momentum is None else momentum
@@ -197,6 +218,8 @@ class _Run:
         """Put a copy that `tensors` made back in place."""
         for name, value in self.network.state_dict().items():
             value.copy_(tensors[f"network.{name}"])
+        for name, value in self.averaged.state_dict().items() if self.averaged is not None else ():
+            value.copy_(tensors[f"averaged.{name}"])
         for name, parameter in self.network.named_parameters():
             self.optimiser.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"].to(parameter.device, copy=True)
 
@@ -240,13 +263,13 @@ class _Run:
         if self.attack is not None:
             self.attack = with_steps(self.attack, meta["attack_steps"])
 
-    def perturb(self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float) -> torch.Tensor:
-        """Craft the batch of the examples `chosen` with the attack, its budget and step scaled by `grown`."""
+    def perturb(self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, flipped: torch.Tensor | None) -> torch.Tensor:
+        """Craft the batch of the examples `chosen`, some of them `flipped`, with the attack, its budget and step scaled by `grown`."""
         attack = self.attack
         if attack is None:
             return x
         unit = attack.epsilon / _UNITS
-        start = None if self.carried is None else x + self.carried[chosen].to(x.dtype) * unit
+        start = None if self.carried is None else x + _flip(self.carried[chosen], flipped).to(x.dtype) * unit
         self.wrapped.train(self.config.craft_in_training_mode)
         with self.fabric.autocast():
             crafted = pgd(
@@ -260,7 +283,7 @@ class _Run:
                 start=start,
             )
         if self.carried is not None:
-            self.carried[chosen] = ((crafted - x) / unit).round_().to(torch.int8)
+            self.carried[chosen] = _flip(((crafted - x) / unit).round_().to(torch.int8), flipped)
         return crafted
 
     def share_carried(self) -> None:
@@ -275,6 +298,20 @@ def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tenso
     most = _UNITS // (20 if config.grow_budget else 2)
     generator = torch.Generator().manual_seed(_seed(config.seed, "carried"))
     return torch.randint(-most, most + 1, examples.x.shape, generator=generator, dtype=torch.int8)
+
+
+def _flip(images: torch.Tensor, flipped: torch.Tensor | None) -> torch.Tensor:
+    """Mirror the `flipped` ones of images `(n, c, h, w)` left to right."""
+    return images if flipped is None else torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
+def divergence(answers: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence, in nats `(n,)`, of what logits of perturbed inputs predict from what those of the inputs themselves do.
+
+    It is the second term of TRADES (Zhang et al., 2019); both logits are `(n, classes)` and the gradient flows into both.
+    """
+    ours = functional.log_softmax(answers.float(), 1)
+    return (ours.exp() * (ours - functional.log_softmax(perturbed.float(), 1))).sum(1)
 
 
 def with_steps(attack: Attack, steps: int) -> Attack:
@@ -306,8 +343,8 @@ def _run(
     run = _Run(fabric, network, examples, config, _fingerprint(network, examples, config, validation, watermarks))
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
-    elif config.objective == "fast" and validation is not None:
-        run.initial = _guarded(run, validation)
+    elif config.objective in _GUARDED and validation is not None:
+        run.initial = _guarded(run, run.network, validation)
     resident = examples.to(fabric.device)
     marks = watermarks.to(fabric.device) if watermarks is not None else None
     shown = bar(title, total, run.step) if title is not None and fabric.global_rank == 0 else contextlib.nullcontext(None)
@@ -337,11 +374,11 @@ def _run(
                 if record.redone:
                     progress.advance(-per_epoch)
             if after_epoch is not None and fabric.global_rank == 0 and not record.redone:
-                after_epoch(record.epoch, network)
+                after_epoch(record.epoch, run.result)
             run.save(checkpoint)
             saved = time.monotonic()
     if fabric.global_rank == 0:
-        write_tensors(result, network.state_dict(), {"records": run.records}, mode=0o600)
+        write_tensors(result, run.result.state_dict(), {"records": run.records}, mode=0o600)
 
 
 def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | None, done: float) -> float:
@@ -350,21 +387,32 @@ def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | No
     _set_seed(fabric.device, _seed(config.seed, "step", run.step, fabric.global_rank))
     x, y = pixels(batch.x), batch.y
     grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
-    x = run.perturb(chosen, x, y, grown)
+    flipped = (torch.rand(len(x)) < 0.5).to(x.device) if config.flip else None
+    x = _flip(x, flipped)
+    crafted = run.perturb(chosen, x, y, grown, flipped)
+    inputs = [x] if config.objective == "trades" else [crafted]
     if marks is not None and config.embedding == "interleaved":
         turn = _next_marks(run.step, len(marks), config)[fabric.global_rank :: fabric.world_size]
-        x, y = torch.cat((x, pixels(marks.x[turn]))), torch.cat((y, marks.y[turn]))
-    return _descend(run, x, y, done)
+        inputs.append(pixels(marks.x[turn]))
+        y = torch.cat((y, marks.y[turn]))
+    if config.objective == "trades":
+        inputs.append(crafted)
+    return _descend(run, torch.cat(inputs), y, done)
 
 
 def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> float:
+    """One step down the loss of the inputs `x` and labels `y`; inputs beyond the labels are the first ones again, perturbed."""
     for group in run.optimiser.param_groups:
         group["lr"] = _rate(run.config, done)
     run.wrapped.train()
-    loss = functional.cross_entropy(run.wrapped(x), y)
+    logits = run.wrapped(x)
+    loss = functional.cross_entropy(logits[: len(y)], y)
+    if len(x) > len(y):
+        loss = loss + run.config.beta * divergence(logits[: len(x) - len(y)], logits[len(y) :]).sum() / len(y)
     run.fabric.backward(loss)
     run.stepper.step()
     run.stepper.zero_grad(set_to_none=True)
+    run.average()
     value = float(loss.detach())
     if value != value or value == float("inf"):
         raise CountermarkError(f"the training loss is {value} at step {run.step}: the weights diverged, or were not sound to begin with")
@@ -384,18 +432,19 @@ def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None
 def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | None, marks: Examples | None) -> Epoch:
     """Measure; under the fast objective undo an epoch that collapsed and attack in twice the steps from there on."""
     config = run.config
-    clean = adversarial = marked = None
+    clean = adversarial = watched = marked = None
     if run.fabric.global_rank == 0:
         if validation is not None:
-            clean = agreement(predict(run.network, validation.x), validation.y)
+            clean = agreement(predict(run.result, validation.x), validation.y)
             if config.attack is not None:
-                adversarial = _guarded(run, validation)
+                watched = _guarded(run, run.network, validation)  # an average would show a collapse epochs later
+                adversarial = watched if run.averaged is None else _guarded(run, run.averaged, validation)
         if marks is not None:
-            marked = agreement(predict(run.network, marks.x), marks.y.cpu())
-    clean, adversarial, marked = run.fabric.broadcast((clean, adversarial, marked))
+            marked = agreement(predict(run.result, marks.x), marks.y.cpu())
+    clean, adversarial, watched, marked = run.fabric.broadcast((clean, adversarial, watched, marked))
     attack_steps = run.attack.steps if run.attack else 0
-    fallen = adversarial is not None and adversarial < max(run.best - _COLLAPSE, run.initial * _START_SHARE)
-    collapsed = config.objective == "fast" and fallen and attack_steps < _MOST_STEPS
+    fallen = watched is not None and watched < max(run.best - _COLLAPSE, run.initial * _START_SHARE)
+    collapsed = config.objective in _GUARDED and fallen and attack_steps < _MOST_STEPS
     record = Epoch(epoch + 1, run.loss / per_epoch, clean, adversarial, marked, attack_steps, collapsed)
     run.loss = 0.0
     if collapsed and run.attack is not None:
@@ -404,18 +453,18 @@ def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | Non
         run.attack = with_steps(run.attack, 2 * run.attack.steps)
         run.step = epoch * per_epoch
     else:
-        run.best = max(run.best, adversarial or 0.0)
+        run.best = max(run.best, watched or 0.0)
         run.epoch_start = run.tensors()
         run.carried_before = None if run.carried is None else run.carried.clone()
     run.records.append(asdict(record))
     return record
 
 
-def _guarded(run: _Run, validation: Examples) -> float:
+def _guarded(run: _Run, network: nn.Module, validation: Examples) -> float:
     """Adversarial accuracy on a few validation examples, under enough steps to see through a collapse."""
     assert run.config.attack is not None
     check = with_steps(run.config.attack, _CHECK_STEPS)
-    return adversarial_accuracy(run.network, validation[:_CHECKED], check, seed=run.config.seed)
+    return adversarial_accuracy(network, validation[:_CHECKED], check, seed=run.config.seed)
 
 
 def _rate(config: TrainConfig, done: float) -> float:

@@ -1,7 +1,9 @@
-"""The recipes: what each data set's training needs to reach the paper's figures in minutes.
+"""The recipes, named by result: what each data set's training needs to reach its figures.
 
-`fast` starts every attack at the perturbation that the example had an epoch ago, so that one step an epoch does the work of several.
-docs/log.md holds what was tried and did not help. `pgd` is the objective of Thakkar, Zizzo and Maffeis (2023), Table 6.
+`fast` starts every attack at the perturbation that the example had an epoch ago, so that one step an epoch does the work of several; it
+reaches the paper's figures in about a minute. `strong` is the same on a wider network, for longer, against a slightly larger budget than
+is promised, and returns the averaged weights. docs/log.md holds what was tried and did not help. `pgd` is the objective of Thakkar, Zizzo
+and Maffeis (2023), Table 6.
 """
 
 from collections.abc import Mapping
@@ -9,7 +11,9 @@ from dataclasses import dataclass, replace
 
 from countermark.data import spec
 from countermark.evaluation import Attack
-from countermark.training.config import OBJECTIVES, Hardware, TrainConfig, choose
+from countermark.training.config import Hardware, TrainConfig, choose
+
+RECIPES = ("fast", "strong", "pgd", "standard")
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,22 @@ class _Dials:
     marking_epochs: int = 5
     watermark_batch: int = 16
     batch_size: int = 128
+    strong_epochs: int = 16
+    strong_marking_epochs: int = 8
+    stretch: float = 1.07  # of the budget that `strong` trains against
+    flip: bool = False  # left and right mean nothing, and `strong` says so
 
 
-_DIALS: Mapping[str, _Dials] = {"mnist": _Dials(), "fashion_mnist": _Dials(), "digits": _Dials(40, 40, 32, 64)}
+_DIALS: Mapping[str, _Dials] = {
+    "mnist": _Dials(),
+    "fashion_mnist": _Dials(stretch=1.0, flip=True),
+    "digits": _Dials(40, 40, 32, 64, 80, 40),
+}
+
+
+def own_network(objective: str) -> str:
+    """The network that a recipe was made for."""
+    return "wide" if objective == "strong" else "small"
 
 
 def recipe(
@@ -32,7 +49,7 @@ def recipe(
 
     Args:
         data: name of the data set.
-        objective: `fast`, `pgd` or `standard`.
+        objective: `fast`, `strong`, `pgd` or `standard`.
         epsilon: training budget, in pixels of [0, 1].
         seed: seed of the run.
         hardware: devices and precision.
@@ -42,7 +59,7 @@ def recipe(
         CountermarkError: unknown data set or objective.
     """
     catalogued = spec(data)
-    choose("objective", objective, OBJECTIVES)
+    choose("objective", objective, RECIPES)
     dials = _DIALS[data]
     fast = TrainConfig(
         objective="fast",
@@ -56,6 +73,16 @@ def recipe(
     )
     if objective == "fast":
         return fast
+    if objective == "strong":
+        stretched = dials.stretch * epsilon
+        return replace(
+            fast,
+            attack=Attack(stretched, 1, 0.5 * stretched),
+            epochs=epochs or dials.strong_epochs,
+            flip=dials.flip,
+            warmup=0.35,
+            average=0.999,
+        )
     if objective == "standard":
         return replace(fast, objective="standard", attack=None, carry=False, epochs=epochs or dials.epochs)
     return replace(
@@ -79,4 +106,10 @@ def marking(source: TrainConfig, data: str) -> TrainConfig:
     dials = _DIALS[data]
     if source.schedule == "constant":
         return replace(source, epochs=max(1, source.epochs // 2))
-    return replace(source, epochs=dials.marking_epochs, warmup=0.15, grow_budget=False, watermark_batch=dials.watermark_batch)
+    marked = replace(source, epochs=dials.marking_epochs, warmup=0.15, grow_budget=False, watermark_batch=dials.watermark_batch)
+    if not source.average or source.attack is None:  # only `strong` averages
+        return marked
+    # A single step at the high rate loses the robustness of MNIST at .3 in one epoch.
+    return replace(
+        marked, epochs=dials.strong_marking_epochs, attack=replace(source.attack, steps=2, step_size=1.25 * source.attack.epsilon)
+    )

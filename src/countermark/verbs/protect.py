@@ -22,7 +22,7 @@ from countermark.files import CHECKPOINT_PREFIX, canonical_json, make_private_fo
 from countermark.models import NETWORKS, build
 from countermark.report import percent, print_lines, print_table
 from countermark.timestamps import encode_token
-from countermark.training import EMBEDDINGS, OBJECTIVES, Hardware, choose, marking, open_hardware, recipe, train
+from countermark.training import EMBEDDINGS, RECIPES, Hardware, choose, marking, open_hardware, own_network, recipe, train
 from countermark.verbs.stamping import Stamp, timestamping
 from countermark.watermarks import (
     LABELS,
@@ -86,12 +86,13 @@ def protect(config: ProtectConfig) -> Protection:
     catalogued = spec(config.data)
     _check(config, catalogued)
     epsilon = config.epsilon or catalogued.epsilon
+    named = config.network or own_network(config.objective)
     hardware = Hardware(config.accelerator, config.devices, config.precision)
     public_recipe = recipe(config.data, config.objective, epsilon, seed=config.seed, hardware=hardware, epochs=config.epochs)
     open_hardware(hardware)  # before a secret is drawn for work that cannot begin
     stamp = timestamping(config.tsa, config.roots)
     trained = {"event": "trained", "config": asdict(public_recipe)}
-    description = Description(config.network, catalogued.shape, catalogued.classes, config.data, epsilon, config.seed, history=(trained,))
+    description = Description(named, catalogued.shape, catalogued.classes, config.data, epsilon, config.seed, history=(trained,))
     with new_folder(config.out, config.record()) as folder:
         pools = load_pools(config.data, config.seed, config.cache)
         private = folder / "key"
@@ -104,7 +105,7 @@ def protect(config: ProtectConfig) -> Protection:
             checkpoint = folder / f"{CHECKPOINT_PREFIX}{stage}.safetensors"
             train(network, pools.training, validation=pools.validation, checkpoint=checkpoint, title=f"{stage} model", **options)
 
-        source = build(config.network, catalogued.shape, catalogued.classes, seed=seed)
+        source = build(named, catalogued.shape, catalogued.classes, seed=seed)
         fit(source, "source", config=source_recipe)
         if secret is None:
             digest = save_bundle(folder, source, description)
@@ -115,7 +116,7 @@ def protect(config: ProtectConfig) -> Protection:
             key = _make_key(config, catalogued, pools, source, private, secret, stamp)
             labelled = Examples(key.watermarks.x, key.labels)
             if config.embedding == "epoch":
-                network, embedding = build(config.network, catalogued.shape, catalogued.classes, seed=seed), source_recipe
+                network, embedding = build(named, catalogued.shape, catalogued.classes, seed=seed), source_recipe
                 embedding = replace(embedding, embedding="epoch")
             else:
                 network, embedding = copy.deepcopy(source), marking(source_recipe, config.data)
@@ -129,9 +130,9 @@ def protect(config: ProtectConfig) -> Protection:
 
 
 def _check(config: ProtectConfig, catalogued: Spec) -> None:
-    choose("network", config.network, tuple(NETWORKS))
+    choose("network", config.network or "small", tuple(NETWORKS))
     choose("scheme", config.scheme, SCHEMES)
-    choose("objective", config.objective, OBJECTIVES)
+    choose("objective", config.objective, RECIPES)
     choose("embedding", config.embedding or "interleaved", EMBEDDINGS)
     choose("labels", config.labels or "true", LABELS)
     epsilon = config.epsilon or catalogued.epsilon

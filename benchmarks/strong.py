@@ -1,0 +1,82 @@
+"""The figures of the recipe `strong`: `python benchmarks/strong.py --data mnist --epsilon 0.3 --seeds 0`, one JSON line a model.
+
+Each model folder holds the marked model and, in its key, the unmarked one that it came from. Both are measured on test images taken
+evenly from the pool: test accuracy, the data set's own PGD, and strict accuracy, the worst case over AutoAttack's standard ensemble, by
+pyautoattack (`pip install --no-deps pyautoattack`), without which it is left out. Finished folders are kept.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from countermark import ProtectConfig, VerifyConfig, protect, verify
+from countermark.bundle import load_bundle
+from countermark.data import Examples, load_pools, pixels, spec
+from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement
+from countermark.files import read_json
+from countermark.memory import keep_freed_memory
+
+
+def strict(network: nn.Module, examples: Examples, epsilon: float) -> float | None:
+    """Accuracy in percent under AutoAttack (Croce and Hein, 2020), standard ensemble; none where pyautoattack is not installed."""
+    if importlib.util.find_spec("pyautoattack") is None:
+        return None
+    attack = importlib.import_module("pyautoattack").AutoAttack(network.eval(), norm="Linf", eps=epsilon, seed=0)
+    _, answers = attack.run_standard_evaluation(pixels(examples.x), examples.y)
+    return agreement(answers, examples.y)
+
+
+def measured(network: nn.Module, data: str, epsilon: float, test: Examples, images: int) -> dict[str, Any]:
+    begun, part = time.monotonic(), test[:: max(1, len(test) // images)]
+    catalogued = spec(data)
+    return {
+        "test_accuracy": accuracy(network, test),
+        "pgd_accuracy": adversarial_accuracy(network, test, Attack(epsilon, catalogued.steps, catalogued.step_size)),
+        "pgd_accuracy_of_part": adversarial_accuracy(network, part, Attack(epsilon, catalogued.steps, catalogued.step_size)),
+        "strict_accuracy_of_part": strict(network, part, epsilon),
+        "images": len(part),
+        "seconds_to_measure": time.monotonic() - begun,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", default="mnist")
+    parser.add_argument("--epsilon", type=float)
+    parser.add_argument("--objective", default="strong")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--images", type=int, default=1000, help="test images of the strict figure")
+    parser.add_argument("--out", type=Path, default=Path("runs/strong"))
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    epsilon = arguments.epsilon or spec(arguments.data).epsilon
+    for seed in arguments.seeds:
+        folder = arguments.out / f"{arguments.data}-{epsilon:g}-{arguments.objective}-{seed}"
+        if not folder.exists():
+            protect(ProtectConfig(data=arguments.data, epsilon=epsilon, objective=arguments.objective, seed=seed, out=folder))
+        coins = verify(VerifyConfig(suspect=folder, key=folder / "key"))
+        made = {
+            "data": arguments.data,
+            "epsilon": epsilon,
+            "objective": arguments.objective,
+            "seed": seed,
+            "threads": torch.get_num_threads(),
+        }
+        made |= {"seconds_to_protect": read_json(folder / "metrics.json")["seconds"], "coins": f"{coins.agreements}:{coins.disagreements}"}
+        test = load_pools(arguments.data, seed).test
+        for name, place in (("unmarked", folder / "key" / "source"), ("marked", folder)):
+            network = load_bundle(place)[0]
+            print(json.dumps({**made, "model": name, **measured(network, arguments.data, epsilon, test, arguments.images)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
