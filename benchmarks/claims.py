@@ -55,37 +55,38 @@ def judged(
     return found.verdict, found.log10_p_value
 
 
-def unlearned(mine: Path, network: nn.Module, description: Description, batch: int) -> nn.Module:
-    """A thief who has seen one batch: he tunes his copy on it with the other answers, and on his own data, until he gets it wrong."""
+def unlearned(mine: Path, network: nn.Module, description: Description, batch: int, epochs: int) -> nn.Module:
+    """A thief who has seen one batch: he tunes his copy on it with the other answers, and on his own data."""
     key = load_key(mine / "key")
     seen = key.watermarks.batch == batch
     pool = load_pools(description.data, description.seed).thief[slice(0, 4000)]
     wrong = Examples(key.watermarks.x[seen], key.others[seen])
-    config = TrainConfig(objective="standard", attack=None, epochs=3, learning_rate=0.02, seed=5)
+    config = TrainConfig(objective="standard", attack=None, epochs=epochs, learning_rate=0.02, seed=5)
     train(network, pool, config, watermarks=wrong)
     return network
 
 
 def play(runs: Path, data: str, seed: int, authority: Authority) -> None:
     """Protect, steal, claim, judge."""
-    mine, work = runs / f"{data}-{seed}", runs / "work"
+    mine, work = runs / f"{data}-{seed}", runs / f"work-{data}"
     if not mine.exists():
         protect(ProtectConfig(data=data, seed=seed, out=mine, tsa=authority.url, roots=authority.root))
     test = load_pools(data, seed).test
     for share in (0.0, *PRUNED):
         network, description = load_bundle(mine)
         if share:
-            prune(network, share)
+            network = prune(network, share)
         for batch in range(2):
             verdict, p = judged(mine, network, description, batch, authority, work)
             record = {"data": data, "seed": seed, "pruned": share, "batch": batch, "verdict": verdict, "log10_p": p}
             print(json.dumps({**record, "test_accuracy": accuracy(network, test)}), flush=True)
-    network, description = load_bundle(mine)
-    forgetful = unlearned(mine, network, description, 0)
-    for batch in range(2):
-        verdict, p = judged(mine, forgetful, description, batch, authority, work)
-        record = {"data": data, "seed": seed, "unlearned": 0, "batch": batch, "verdict": verdict, "log10_p": p}
-        print(json.dumps({**record, "test_accuracy": accuracy(forgetful, test)}), flush=True)
+    for epochs in (1, 3):
+        network, description = load_bundle(mine)
+        forgetful = unlearned(mine, network, description, 0, epochs)
+        for batch in range(2):
+            verdict, p = judged(mine, forgetful, description, batch, authority, work)
+            record = {"data": data, "seed": seed, "unlearned": 0, "epochs": epochs, "batch": batch, "verdict": verdict, "log10_p": p}
+            print(json.dumps({**record, "test_accuracy": accuracy(forgetful, test)}), flush=True)
 
 
 def prepare_timing(runs: Path, authority: Authority, trials: int = 1000) -> Path:

@@ -47,7 +47,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Pa
 @pytest.fixture(scope="module")
 def pruned(marked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     network, description = load_bundle(marked)
-    prune(network, 0.3)
+    network = prune(network, 0.3)
     folder = tmp_path_factory.mktemp("pruned") / "theirs"
     folder.mkdir()
     save_bundle(folder, network, description)

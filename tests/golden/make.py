@@ -55,9 +55,8 @@ def main(version: str) -> None:
         ]
         print(sum(log.append(rows)), "rows in the log")
     network, description = load_bundle(mine)
-    prune(network, 0.3)
     (out / "theirs").mkdir()
-    save_bundle(out / "theirs", network, description)
+    save_bundle(out / "theirs", prune(network, 0.3), description)
     claim(ClaimConfig(key=mine / "key", suspect=out / "theirs", out=out / "claim", tsa=authority.url))
     adjudicate(AdjudicateConfig(claim=out / "claim", suspect=out / "theirs", roots=authority.root, out=out / "judgement"))
     head = log_head(LogHeadConfig(log=str(out / "log.db"), tsa=authority.url))
