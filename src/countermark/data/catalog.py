@@ -64,6 +64,7 @@ CATALOG: Mapping[str, Spec] = {
             steps=25,
             step_size=0.01,
             watermark_epsilon=0.4,
+            batch_size=400,
             ood="fashion_mnist",
             pools=_IDX_POOLS,
             files={

@@ -20,6 +20,9 @@ LABELS = ("true", "source")
 
 _PUBLISHED_WATERMARKS = 100
 
+SMALLEST_BATCH = 40
+"""Trials of the smallest batch that is worth having: all of them agreeing is 2^-40, beyond a judge's 1e-9."""
+
 CRAFTING_STEPS = 40
 """Steps of the crafting; Table 6 of the paper."""
 
@@ -79,21 +82,23 @@ def craft_adversarial(source: nn.Module, bases: Examples, attack: Attack, seed: 
 def coin_set(source: nn.Module, bases: Examples, attack: Attack, batches: int, batch_size: int, seed: int) -> WatermarkSet:
     """Make the trials of a model mark: each may be answered with the true label or with the source model's.
 
-    The bases are taken in an order of the seed, the first `batches * batch_size` on which those two differ. The source model never sees
-    a coin, so the choice depends on none (condition 2).
+    The bases are taken in an order of the seed, the first `batches * batch_size` on which those two differ; where there are fewer, the
+    batches are smaller. The source model never sees a coin, so the choice depends on none (condition 2).
 
     Raises:
-        CountermarkError: too few bases are misclassified.
+        CountermarkError: too few bases are misclassified for batches that a judge could uphold.
     """
     bases = bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))]
     images, predicted = craft_adversarial(source, bases, attack, seed)
-    count = batches * batch_size
-    usable = torch.nonzero(predicted != bases.y).flatten()[:count]
-    if len(usable) < count:
+    usable = torch.nonzero(predicted != bases.y).flatten()
+    batch_size = min(batch_size, len(usable) // batches)
+    if batch_size < SMALLEST_BATCH:
         raise CountermarkError(
-            f"only {len(usable)} of {len(bases)} bases became watermarks where the key needs {count}; "
+            f"only {len(usable)} of {len(bases)} bases became watermarks where the key needs {batches * SMALLEST_BATCH}; "
             "raise the watermark budget or train longer"
         )
+    count = batches * batch_size
+    usable = usable[:count]
     answers = torch.stack((bases.y[usable], predicted[usable]), dim=1).sort(dim=1).values
     return WatermarkSet(images[usable], answers, torch.arange(count) // batch_size, torch.arange(count))
 
