@@ -45,7 +45,7 @@ def one_line_of_two(done: subprocess.CompletedProcess[str]) -> None:
         "countermark verify --suspect nope --key {owner}/key 2>/dev/full",
         "countermark verify --suspect nope --key {owner}/key 2>&-",
         "set -o pipefail; countermark verify --suspect {owner} --key {owner}/key | true",
-        "ulimit -v 600000; countermark verify --suspect {owner} --key {owner}/key",
+        "ulimit -v 400000; countermark verify --suspect {owner} --key {owner}/key",
         "countermark protect --data digits --out d --devices 1000",
         "countermark protect --data digits --out d --epochs 1" + 400 * "0",
         "countermark verify --suspect {owner} --key ''",
