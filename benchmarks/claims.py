@@ -139,7 +139,7 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     options.runs.mkdir(parents=True, exist_ok=True)
-    authority = Authority(options.runs / f"authority-{time.time_ns()}")
+    authority = Authority(options.runs / "authority")
     try:
         if options.timing:
             timing(options.runs, authority)

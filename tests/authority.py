@@ -38,8 +38,17 @@ class Authority:
 
     def __init__(self, folder: Path, key: str = "ec", extensions: str = "stamping", days: int = 30) -> None:
         folder = folder.resolve()
+        self.folder, self.root = folder, folder / "root.pem"
+        if not (folder / "tsa.pem").exists():
+            self._make(folder, key, extensions, days)
+        self.lock = threading.Lock()
+        self.served = 0
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def _make(self, folder: Path, key: str, extensions: str, days: int) -> None:
         folder.mkdir(parents=True)
-        self.folder = folder
         (folder / "conf").write_text(_CONFIG.format(folder=folder))
         (folder / "serial").write_text("01")
         algorithm = ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"] if key == "ec" else ["rsa:2048"]
@@ -48,12 +57,6 @@ class Authority:
         self._openssl("req", "-new", "-newkey", *algorithm, "-nodes", "-keyout", "tsa.key", "-out", "tsa.csr", "-subj", "/CN=tsa")
         self._openssl("x509", "-req", "-in", "tsa.csr", "-CA", "root.pem", "-CAkey", "root.key", "-CAcreateserial", "-out", "tsa.pem",
                       "-days", str(days), "-extfile", "conf", "-extensions", extensions)  # fmt: skip
-        self.root = folder / "root.pem"
-        self.lock = threading.Lock()
-        self.served = 0
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def reply(self, request: bytes) -> bytes:
         with self.lock:
