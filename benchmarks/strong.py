@@ -1,13 +1,10 @@
 """The figures of the recipe `strong`: `python benchmarks/strong.py --data mnist --epsilon 0.3 --seeds 0`, one JSON line a model.
 
 Each model folder holds the marked model and, in its key, the unmarked one that it came from. Both are measured on test images taken
-evenly from the pool: test accuracy, the data set's own PGD, and strict accuracy, the worst case over AutoAttack's standard ensemble, by
-pyautoattack (`pip install --no-deps pyautoattack`), without which it is left out. Finished folders are kept.
+evenly from the pool: test accuracy, the data set's own PGD, and strict accuracy, as `evaluate --strict` has it. Finished folders are kept.
 """
 
 import argparse
-import importlib
-import importlib.util
 import json
 import sys
 import time
@@ -19,29 +16,21 @@ from torch import nn
 
 from countermark import ProtectConfig, VerifyConfig, protect, verify
 from countermark.bundle import load_bundle
-from countermark.data import Examples, load_pools, pixels, spec
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement
+from countermark.data import Examples, load_pools, spec
+from countermark.evaluation import Attack, accuracy, adversarial_accuracy, strict_accuracy
 from countermark.files import read_json
 from countermark.memory import keep_freed_memory
 
 
-def strict(network: nn.Module, examples: Examples, epsilon: float) -> float | None:
-    """Accuracy in percent under AutoAttack (Croce and Hein, 2020), standard ensemble; none where pyautoattack is not installed."""
-    if importlib.util.find_spec("pyautoattack") is None:
-        return None
-    attack = importlib.import_module("pyautoattack").AutoAttack(network.eval(), norm="Linf", eps=epsilon, seed=0)
-    _, answers = attack.run_standard_evaluation(pixels(examples.x), examples.y)
-    return agreement(answers, examples.y)
-
-
 def measured(network: nn.Module, data: str, epsilon: float, test: Examples, images: int) -> dict[str, Any]:
     begun, part = time.monotonic(), test[:: max(1, len(test) // images)]
-    catalogued = spec(data)
+    attack = Attack(epsilon, spec(data).steps, spec(data).step_size)
+    strict = strict_accuracy(network, part, attack)
     return {
         "test_accuracy": accuracy(network, test),
-        "pgd_accuracy": adversarial_accuracy(network, test, Attack(epsilon, catalogued.steps, catalogued.step_size)),
-        "pgd_accuracy_of_part": adversarial_accuracy(network, part, Attack(epsilon, catalogued.steps, catalogued.step_size)),
-        "strict_accuracy_of_part": strict(network, part, epsilon),
+        "pgd_accuracy": adversarial_accuracy(network, test, attack),
+        "pgd_accuracy_of_part": strict.adversarial_accuracy,
+        "strict_accuracy_of_part": strict.strict_accuracy,
         "images": len(part),
         "seconds_to_measure": time.monotonic() - begun,
     }

@@ -1,14 +1,14 @@
 """Keys and claims without training: trials, secrets and tokens of one's choice, for tests of the judge."""
 
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from authority import Authority, stamped
-from countermark.claims import Claim, Finding, open_batch
+from countermark.claims import Claim, Finding, Opened, open_batch
 from countermark.claims.record import ANSWERS_FORMAT
 from countermark.files import canonical_json, sha256
 from countermark.timestamps import load_roots, read_token
@@ -24,6 +24,10 @@ def some_trials(count: int = 80, batches: int = 2, seed: int = 0, classes: int =
     x = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
     answers = torch.stack([torch.randperm(classes, generator=generator)[:2] for _ in range(count)]).sort(dim=1).values
     return WatermarkSet(x, answers, torch.arange(count) // (count // batches), torch.arange(count))
+
+
+def rows_of(opened: Opened, rows: torch.Tensor) -> Opened:
+    return replace(opened, **{part.name: getattr(opened, part.name)[rows] for part in fields(opened)})
 
 
 @dataclass

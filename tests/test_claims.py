@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import claiming
 from authority import Authority, stamped
-from claiming import MODEL, SUSPECT, Claimant, claimant, some_trials
+from claiming import MODEL, SUSPECT, Claimant, claimant, rows_of, some_trials
 from countermark.attacks import pgd
 from countermark.claims import Claim, Finding, Judgement, Rival, judge_claim, judgement, page, read_claim, record, sentence, write_claim
 from countermark.data import Pools, pixels
@@ -202,7 +202,7 @@ def test_equal_leaf_secrets_do_not_make_one_coin_of_all(authority: Authority, mo
 
 
 def chosen(claim: Claim, rows: torch.Tensor) -> Claim:
-    return replace(claim, opened=claim.opened[rows])
+    return replace(claim, opened=rows_of(claim.opened, rows))
 
 
 def test_leaves_opened_by_choice_do_not_convict(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,10 +233,10 @@ def tampered(claim: Claim, attack: str) -> Claim:
     opened, order = claim.opened, torch.arange(len(claim.opened))
     if attack == "swapped":
         order[[0, 1]] = torch.tensor([1, 0])
-        return replace(claim, opened=replace(opened[order], index=opened.index))
+        return replace(claim, opened=replace(rows_of(opened, order), index=opened.index))
     if attack == "twice":
         order[1] = 0
-        return replace(claim, opened=opened[order])
+        return replace(claim, opened=rows_of(opened, order))
     changed = {
         "image": {"x": opened.x ^ 1},
         "answers": {"answers": opened.answers.flip(1)},

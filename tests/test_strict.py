@@ -20,6 +20,15 @@ from countermark.evaluation import Attack, predict, strict_accuracy
 from countermark.models import NETWORKS, build
 
 
+class Scaled(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1e6 * self.inner(x)
+
+
 def linear(classes: int = 4, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(12, classes)).eval()
@@ -167,14 +176,6 @@ def test_square_breaks_what_hides_its_gradients() -> None:
 def test_scaled_logits_hide_nothing() -> None:
     """Cross-entropy of logits in the millions has no gradient in float32; the ratio of logits has."""
 
-    class Scaled(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 1e6 * self.inner(x)
-
     plain = linear()
     x, y = examples(plain)
     model, epsilon = Scaled(plain).eval(), 0.12
@@ -287,14 +288,6 @@ def test_small_changes_are_computed_where_they_reach(name: str, shape: tuple[int
 
 
 def test_strict_accuracy_shows_the_gap_and_names_gradient_masking() -> None:
-    class Scaled(nn.Module):
-        def __init__(self, inner: nn.Module) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 1e6 * self.inner(x)
-
     plain = linear(2)
     images = torch.randint(0, 256, (200, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     measured = Examples(images, predict(plain, images))

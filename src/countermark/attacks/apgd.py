@@ -127,7 +127,7 @@ def _apgd(
         if number in checkpoints:
             stalled = ~run["halved"] & (run["best_loss"] <= run["best_then"])
             halved = stalled | (run["raised"] < _PAYS * checkpoints[number])
-            back = _as_images(halved, x)
+            back = as_images(halved, x)
             run["step"] = torch.where(back, run["step"] / 2, run["step"])
             run["points"] = torch.where(back, run["best"], run["points"])
             gradient = torch.where(back, run["best_gradient"], gradient)
@@ -140,7 +140,7 @@ def _apgd(
         run |= {"before": points, "points": moved}
     with torch.no_grad():
         lost = model(run["points"]).argmax(1) != run["y"]
-    result[run["index"]] = torch.where(_as_images(lost, x), run["points"], run["best"])
+    result[run["index"]] = torch.where(as_images(lost, x), run["points"], run["best"])
     if target is not None:
         lacks[run["index"]] = torch.where(lost, 0, _lacking(run["begun"], run["gained"]))
     return result, lacks
@@ -164,7 +164,8 @@ def _lacking(begun: torch.Tensor, gained: torch.Tensor) -> torch.Tensor:
     return torch.where(progress > 0, -gained / progress, 0).clamp_(min=0)
 
 
-def _as_images(each: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def as_images(each: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """One value an image, `(n,)`, in the shape `(n, 1, ...)` that meets images `like`."""
     return each.view(-1, *(1,) * (like.dim() - 1))
 
 

@@ -8,6 +8,8 @@ is given up when its nearest adversarial point is still far beyond the budget.
 import torch
 from torch import nn
 
+from countermark.attacks.apgd import as_images
+
 _MOST_BIAS = 0.1  # largest weight of the original point in a step
 _BEYOND = 1.05  # how far a step goes past the boundary
 _BACK = 0.9  # what stays of an adversarial perturbation when the search goes back towards the original
@@ -50,7 +52,7 @@ def fab_targeted(
         away = (points - start).flatten(1).abs().amax(1)
         nearer = beyond & (away < distance)
         distance = torch.where(nearer, away, distance)
-        nearest = torch.where(_as_images(nearer, x), points, nearest)
+        nearest = torch.where(as_images(nearer, x), points, nearest)
         done = distance <= epsilon
         result[index[done]] = nearest[done]
         if number % _LOOKED_AT == 0:
@@ -58,13 +60,13 @@ def fab_targeted(
         if bool(done.any()):
             parts = index, start, points, nearest, y, target, distance, beyond
             index, start, points, nearest, y, target, distance, beyond = (part[~done] for part in parts)
-        points = torch.where(_as_images(beyond, x), start + _BACK * (points - start), points)
+        points = torch.where(as_images(beyond, x), start + _BACK * (points - start), points)
     found = torch.isfinite(distance)
     index, right, wrong, y = index[found], start[found], nearest[found], y[found]
     for _ in range(_ROUNDS if len(index) else 0):
         middle = (right + wrong) / 2
         with torch.no_grad():
-            beyond = _as_images(model(middle).argmax(1) != y, x)
+            beyond = as_images(model(middle).argmax(1) != y, x)
         right, wrong = torch.where(beyond, right, middle), torch.where(beyond, middle, wrong)
     near = (wrong - x[index]).flatten(1).abs().amax(1) <= epsilon
     result[index[near]] = wrong[near]
@@ -115,10 +117,6 @@ def _step(model: nn.Module, start: torch.Tensor, points: torch.Tensor, y: torch.
     moves = project(torch.cat((points, start)).flatten(1), normal.repeat(2, 1), torch.cat((margin, at_start)))
     near, far = moves.view(2, *points.shape)
     lengths = moves.abs().amax(1).view(2, -1)
-    bias = _as_images((lengths[0] / lengths.sum(0).clamp_(min=1e-12)).clamp_(max=_MOST_BIAS), points)
+    bias = as_images((lengths[0] / lengths.sum(0).clamp_(min=1e-12)).clamp_(max=_MOST_BIAS), points)
     moved: torch.Tensor = (1 - bias) * (points + _BEYOND * near) + bias * (start + _BEYOND * far)
     return moved.clamp_(0, 1)
-
-
-def _as_images(each: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return each.view(-1, *(1,) * (like.dim() - 1))

@@ -104,7 +104,7 @@ def judge_claim(claim: Claim, finding: Finding) -> Judgement:
     """Judge a claim."""
     test = _test(claim, finding.labels, finding.alpha)
     asked = list(_suspect(claim, finding))
-    checks = [*standing(claim, finding.roots, finding.model_sha256), *_owners_model(claim, finding), *asked]
+    checks = [*standing(claim, finding.roots, finding.model_sha256), _owners_model(claim, finding), *asked]
     checks += [_evidence(claim, finding, test, any(check.result == OPEN for check in asked)), *_rival(claim, finding)]
     results = {check.result for check in checks}
     verdict = "dismissed" if FAILS in results else "undecidable" if OPEN in results else "upheld"
@@ -118,12 +118,7 @@ def standing(claim: Claim, roots: Sequence[x509.Certificate], model_sha256: str)
 
 def commitment_faults(claim: Claim, model_sha256: str, roots: Sequence[x509.Certificate] | None) -> list[str]:
     """What speaks against a claim before anybody is asked: commitments and their tokens; without roots, whether there are any."""
-    faults = []
-    for what, value, signature in (("C1", claim.c1, claim.c1_signature), ("C2", claim.c2, claim.c2_signature)):
-        try:
-            check_signature(str(claim.c1["public_key"]), value, signature, what)
-        except CountermarkError as error:
-            faults.append(str(error))
+    faults = [f"the signature of {part.upper()} is not by the key" for part in _unsigned(claim, "c1", "c2")]
     if claim.c2.get("model_sha256") != model_sha256:
         faults.append("the model's weights are not those of C2")
     for name in ("t1", "t2"):
@@ -139,18 +134,23 @@ def commitment_faults(claim: Claim, model_sha256: str, roots: Sequence[x509.Cert
 
 def _signatures(claim: Claim) -> Check:
     name, key = "Signatures", str(claim.c1["public_key"])
-    signed = (
-        ("C1", claim.c1, claim.c1_signature),
-        ("C2", claim.c2, claim.c2_signature),
-        ("the answers", claim.answers, claim.answers_signature),
-    )
-    for what, value, signature in signed:
-        try:
-            check_signature(key, value, signature, what)
-        except CountermarkError:
-            meaning = "Somebody changed it, or it belongs to another key: this claim is not the key owner's."
-            return Check(name, FAILS, f"that of {what} is not by the key {key[:16]}", meaning)
+    unsigned = _unsigned(claim, "c1", "c2", "answers")
+    if unsigned:
+        what = {"c1": "C1", "c2": "C2", "answers": "the answers"}[unsigned[0]]
+        meaning = "Somebody changed it, or it belongs to another key: this claim is not the key owner's."
+        return Check(name, FAILS, f"that of {what} is not by the key {key[:16]}", meaning)
     return Check(name, HOLDS, f"all by the key {key[:16]}", "Commitments and accusation come from the owner of one key.")
+
+
+def _unsigned(claim: Claim, *parts: str) -> list[str]:
+    """Those parts of a claim whose signature is not by its key."""
+    found = []
+    for part in parts:
+        try:
+            check_signature(str(claim.c1["public_key"]), getattr(claim, part), getattr(claim, f"{part}_signature"), part)
+        except CountermarkError:
+            found.append(part)
+    return found
 
 
 def _commitment(claim: Claim) -> Check:
@@ -241,12 +241,12 @@ def _model(claim: Claim, digest: str) -> Check:
     return Check(name, HOLDS, f"weights {digest[:16]}", "The model that is shown is the one that was timestamped.")
 
 
-def _owners_model(claim: Claim, finding: Finding) -> list[Check]:
+def _owners_model(claim: Claim, finding: Finding) -> Check:
     own = _test(claim, finding.model_labels, finding.alpha)
     carries = own.verdict == "match"
     found = f"{own.agreements} of {own.trials} as the coins fell, p = 10^{own.log10_p_value:.1f}"
     meaning = "The owner's model remembers the coins." if carries else "The owner's own model does not remember the coins."
-    return [Check("The mark in it", HOLDS if carries else FAILS, found, meaning)]
+    return Check("The mark in it", HOLDS if carries else FAILS, found, meaning)
 
 
 def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:

@@ -70,32 +70,31 @@ def claim(config: ClaimConfig) -> Claimed:
         )
     model = config.model or config.key.parent
     commitment = _commitment(model / "commitment.json", key)
-    made = Claim(
-        c1=key.c1,
-        c1_signature=key.signature,
-        t1=key.t1,
-        c2=commitment["c2"],
-        c2_signature=str(commitment.get("c2_signature")),
-        t2=decode_token(commitment.get("t2"), f"{model / 'commitment.json'}: t2"),
-        answers={},
-        answers_signature="",
-        answers_token=None,
-        found={},
-        opened=open_batch(key.watermarks, secret, 0),
-        model=model,
-    )
-    _check_worth(config, made)
-    stamp = timestamping(config.tsa, config.roots)
     batches = int(key.c1["batches"])
     with locked(config.key):
         spent = _spent(config.key)
         batch = _choose(config, key, [int(entry["batch"]) for entry in spent])
+        made = Claim(
+            c1=key.c1,
+            c1_signature=key.signature,
+            t1=key.t1,
+            c2=commitment["c2"],
+            c2_signature=str(commitment.get("c2_signature")),
+            t2=decode_token(commitment.get("t2"), f"{model / 'commitment.json'}: t2"),
+            answers={},
+            answers_signature="",
+            answers_token=None,
+            found={},
+            opened=open_batch(key.watermarks, secret, batch),
+            model=model,
+        )
+        _check_worth(config, made)
+        stamp = timestamping(config.tsa, config.roots)
         suspect = suspect_identity(config.suspect)
         # No paths or headers of ours in its configuration: a judge reads it.
         with new_folder(config.out, {"suspect": suspect, "batch": batch}) as folder:
-            opened = open_batch(key.watermarks, secret, batch)
-            answered = ask(config, opened.x, str(key.c1.get("data")))
-            test = judge(opened.cell.tolist(), _outcomes(key, batch, answered.labels), alpha=JUDGE_ALPHA, batches=batches)
+            answered = ask(config, made.opened.x, str(key.c1.get("data")))
+            test = judge(made.opened.cell.tolist(), _outcomes(key, batch, answered.labels), alpha=JUDGE_ALPHA, batches=batches)
             if test.verdict != "match" and not config.anyway:
                 raise CountermarkError(
                     f"the suspect's answers to batch {batch} would not convince a judge ({test.agreements} as the coins fell, "
@@ -116,7 +115,6 @@ def claim(config: ClaimConfig) -> Claimed:
                 answers_signature=sign(read_bytes(config.key / "signing-key", 32), answers),
                 answers_token=None if stamp is None else stamp(canonical_json(answers)),
                 found=_found(test, batches),
-                opened=opened,
             )
             entry = {"batch": batch, "day": int(time.time() // 86400), "answers_sha256": sha256(canonical_json(answers))}
             write_json(config.key / "spent.json", {"format": SPENT_FORMAT, "batches": [*spent, entry]}, 0o600)
