@@ -1,13 +1,14 @@
 """Countermark beside its peers on one machine: `make bench` writes benchmarks/results.json and docs/performance.md.
 
-Every ratio is of one run: the same network, images, steps and threads, the contenders in turn, medians over the rounds. A part that is
-done is kept in benchmarks/results.json, so a run that was interrupted goes on; `--parts NAME ...` makes these anew.
+Every ratio is of one run: the same network, images, steps and threads, the contenders in turn, medians over the rounds. What is done is
+kept in runs/bench, so a run that was interrupted goes on there; `--parts NAME ...` makes these parts anew.
 
     gemm      what a matrix product reaches here, float32 and bf16
     pgd       PGD on the paper's network and on the small one, against torchattacks, foolbox and ART
     strict    the strict evaluation of 1,000 images against pyautoattack's standard run
     recipe    time to the paper's adversarial accuracy, against the paper's recipe as a torchattacks loop
     scaling   time and memory of protect, evaluate, verify and trace as their inputs grow by 10 and 100 (benchmarks/scaling.py)
+    strong    nothing is run: the figures of benchmarks/strong.jsonl, which benchmarks/strong.py takes hours to make
 """
 
 import argparse
@@ -25,13 +26,16 @@ import torch
 from torch import nn
 
 from countermark.attacks import computes_bf16, pgd, prepare
+from countermark.bundle import Description, load_bundle, save_bundle
 from countermark.data import Examples, load_pools, pixels, spec
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy
-from countermark.files import read_tensors, write_bytes, write_tensors
+from countermark.files import read_json, write_bytes, write_json
 from countermark.memory import keep_freed_memory
 from countermark.models import build
 from countermark.training import recipe, train
 
+DONE = Path("runs/bench")
+STRONG = Path(__file__).with_name("strong.jsonl")
 RESULTS = Path(__file__).with_name("results.json")
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 PAPER = {"mnist": 92.82, "fashion_mnist": 70.95}
@@ -180,28 +184,27 @@ def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) 
 
 
 def trained(data: str, network: str) -> tuple[nn.Module, dict[str, Any]]:
-    """Our recipe on the paper's network, and how long it took; kept in runs/bench."""
-    catalogued, place = spec(data), Path("runs/bench") / f"{network}-{data}.safetensors"
+    """The recipe `fast`, unmarked, and how long it took; kept as a model folder in runs/bench."""
+    catalogued, folder = spec(data), DONE / f"{network}-{data}"
+    if (folder / "metrics.json").exists():
+        return load_bundle(folder)[0], read_json(folder / "metrics.json")
     model = build(network, catalogued.shape, catalogued.classes, seed=0)
-    if place.exists():
-        state, meta, _ = read_tensors(place, 1 << 30)
-        model.load_state_dict(state)
-        return model.eval(), meta
     pools = load_pools(data, 0)
     config = recipe(data, "fast", catalogued.epsilon, seed=0, epochs=EPOCHS[data] if network == "paper" else None)
     begun = time.perf_counter()
     records = train(model, pools.training, config, validation=pools.validation, title=f"{network}, {data}")
     took = time.perf_counter() - begun
     attack = Attack(catalogued.epsilon, catalogued.steps, catalogued.step_size)
-    meta = {
+    made = {
         "seconds": took,
         "epochs": len(records),
         "test_accuracy": accuracy(model, pools.test),
         "adversarial_accuracy": adversarial_accuracy(model, pools.test, attack, title="the paper's PGD"),
     }
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(place, model.state_dict(), meta)
-    return model.eval(), meta
+    folder.mkdir(parents=True, exist_ok=True)
+    save_bundle(folder, model, Description(network, catalogued.shape, catalogued.classes, data, catalogued.epsilon, 0, ()))
+    write_json(folder / "metrics.json", made)
+    return model.eval(), made
 
 
 def recipes(steps: int) -> dict[str, Any]:
@@ -226,7 +229,9 @@ def strict_part(folders: list[Path], images: int) -> list[dict[str, Any]]:
     """Our strict evaluation against pyautoattack's, on one thread (benchmarks/strict.py)."""
     from strict import compare
 
-    return [compare(folder, images, ["countermark", "pyautoattack"]) for folder in folders]
+    for data in () if folders else PAPER:
+        trained(data, "small")
+    return [compare(folder, images, ["countermark", "pyautoattack"]) for folder in folders or [DONE / f"small-{data}" for data in PAPER]]
 
 
 def scaling_part() -> list[dict[str, Any]]:
@@ -267,10 +272,18 @@ def summary(parts: dict[str, Any]) -> dict[str, Any]:
         top["strict_evaluation_speedup"] = min(one["times_ours"]["pyautoattack"] for one in parts["strict"])
     for data, made in parts.get("recipe", {}).items():
         top[f"recipe_speedup_{data}"] = made["speedup"] if made["reached"] else None
-    for one in parts.get("strong", []):
-        if one["model"] == "marked":
-            top[f"strict_accuracy_{one['data']}_{one['epsilon']:g}_seed_{one['seed']}"] = one["strict_accuracy_of_part"]
+    for (data, epsilon, model), runs in strong_runs(parts).items():
+        if model == "marked":
+            top[f"strict_accuracy_{data}_{epsilon:g}"] = statistics.mean(run["strict_accuracy_of_part"] for run in runs)
     return top
+
+
+def strong_runs(parts: dict[str, Any]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:
+    """The models of the recipe `strong`, seeds together, by data set, budget, and marked or not."""
+    found: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for run in parts.get("strong", []):
+        found.setdefault((run["data"], run["epsilon"], run["model"]), []).append(run)
+    return found
 
 
 TARGETS = {
@@ -282,6 +295,7 @@ TARGETS = {
     "recipe_speedup_mnist": (300.0, "time to the paper's adversarial accuracy, MNIST, times less than its recipe"),
     "recipe_speedup_fashion_mnist": (300.0, "the same, Fashion-MNIST"),
 }
+STRICT = {"strict_accuracy_mnist_0.3": 93.0, "strict_accuracy_mnist_0.25": 94.0, "strict_accuracy_fashion_mnist_0.15": 71.0}
 
 
 def write_page(record: dict[str, Any]) -> None:
@@ -310,8 +324,8 @@ def write_page(record: dict[str, Any]) -> None:
             lines.append(f"| {what} | {wanted:g} | {shown} |")
     for name, value in record.items():
         if name.startswith("strict_accuracy"):
-            lines.append(f"| {name.replace('_', ' ')} | | {value:.1f} |")
-    lines += _pgd_lines(parts) + _recipe_lines(parts) + _strict_lines(parts) + _scaling_lines(parts)
+            lines.append(f"| {name.replace('_', ' ')}, marked, mean over the seeds | {STRICT[name]:g} | {value:.1f} |")
+    lines += _pgd_lines(parts) + _recipe_lines(parts) + _strict_lines(parts) + _strong_lines(parts) + _scaling_lines(parts)
     write_bytes(PAGE, ("\n".join(lines) + "\n").encode())
 
 
@@ -368,6 +382,26 @@ def _strict_lines(parts: dict[str, Any]) -> list[str]:
     return lines if "strict" in parts else []
 
 
+def _strong_lines(parts: dict[str, Any]) -> list[str]:
+    lines = [
+        "",
+        "## The recipe `strong`",
+        "",
+        "Strict accuracy is on test images taken evenly from the pool, the others on all of it; `benchmarks/strong.py`.",
+        "",
+        "| data, budget | model | seed | test | PGD | PGD, the part | strict, the part | images | coins | seconds, threads |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (data, epsilon, model), runs in strong_runs(parts).items():
+        lines += [
+            f"| {data}, {epsilon:g} | {model} | {run['seed']} | {run['test_accuracy']:.2f} | {run['pgd_accuracy']:.2f} | "
+            f"{run['pgd_accuracy_of_part']:.1f} | {run['strict_accuracy_of_part']:.1f} | {run['images']} | "
+            f"{run['coins'] if model == 'marked' else ''} | {run['seconds_to_protect']:,.0f}, {run['threads']} |"
+            for run in runs
+        ]
+    return lines if parts.get("strong") else []
+
+
 def _scaling_lines(parts: dict[str, Any]) -> list[str]:
     points = parts.get("scaling", [])
     lines = ["", "## How it grows", "", "![time over the size of the input](scaling.svg)", ""]
@@ -387,28 +421,29 @@ def main() -> None:
     """Make what is not there, or what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=[], choices=["gemm", "pgd", "strict", "recipe", "scaling", "strong"])
-    parser.add_argument("--images", type=int, default=1000, help="of the strict part; PGD takes a quarter")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--models", nargs="+", type=Path, default=[], help="model folders for the strict part")
-    parser.add_argument("--strong", type=Path, help="what benchmarks/strong.py printed, one JSON object a line")
+    parser.add_argument("--images", type=int, default=1000, help="of the strict part; PGD takes half of them")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--models", nargs="+", type=Path, default=[], help="model folders for the strict part, instead of models of its own"
+    )
     options = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
-    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    parts: dict[str, Any] = record.get("runs", {})
+    DONE.mkdir(parents=True, exist_ok=True)
+    kept = DONE / "parts.json"
+    parts: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     work: dict[str, Callable[[], Any]] = {
         "gemm": gemm,
         "recipe": lambda: recipes(20),
-        "pgd": lambda: pgd_part(options.images // 4, options.rounds),
+        "pgd": lambda: pgd_part(options.images // 2, options.rounds),
+        "strict": lambda: strict_part(options.models, options.images),
         "scaling": scaling_part,
+        "strong": lambda: [json.loads(line) for line in STRONG.read_text().splitlines()] if STRONG.exists() else [],
     }
-    if options.models:
-        work["strict"] = lambda: strict_part(options.models, options.images)
-    if options.strong is not None:
-        work["strong"] = lambda: [json.loads(line) for line in options.strong.read_text().splitlines() if line.startswith("{")]
     for name, make in work.items():
-        if name in options.parts or (not options.parts and name not in parts):
+        if name in options.parts or (not options.parts and (name not in parts or name == "strong")):
             parts[name] = make()
+            write_bytes(kept, json.dumps(parts).encode())
             record = {**summary(parts), "machine": about(), "runs": parts}
             write_bytes(RESULTS, (json.dumps(record, indent=1) + "\n").encode())
             write_page(record)

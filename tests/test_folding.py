@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 from countermark.attacks import Prepared, pgd, prepare
+from countermark.layers import SpectralConv2d
 from countermark.models import NETWORKS, HalvingConv2d, Normalise, build
 
 
@@ -110,6 +111,48 @@ def test_pooled_convolutions_of_any_size(size: int, kernel: int, padding: int) -
         Normalise(0.5, 0.5), nn.Conv2d(2, 3, kernel, padding=padding), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(2), nn.Tanh()
     )
     same(network, (2, size, size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    height=st.integers(5, 17),
+    width=st.integers(5, 17),
+    kernel=st.sampled_from([5, 7, 9]),
+    channels=st.integers(16, 20),
+    filters=st.integers(16, 24),
+    images=st.integers(1, 4),
+)
+def test_convolutions_by_frequency_are_convolutions(height: int, width: int, kernel: int, channels: int, filters: int, images: int) -> None:
+    torch.manual_seed(height)
+    layer = nn.Conv2d(channels, filters, kernel, padding=kernel // 2, bias=False).double()
+    assert SpectralConv2d.suits(layer)
+    x = torch.randn(images, channels, height, width, dtype=torch.float64)
+    quick = SpectralConv2d(layer.weight.detach()).requires_grad_(False)
+    torch.testing.assert_close(quick(x), layer(x))
+    torch.testing.assert_close(gradient(quick, x), gradient(layer, x))
+    transposed = x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)  # as it comes from such a convolution
+    torch.testing.assert_close(quick(transposed), layer(x))
+
+
+def test_wide_convolutions_go_by_frequency_and_others_do_not() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.BatchNorm2d(16),
+        nn.Conv2d(16, 20, 5, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(20, 16, 5, padding=1),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 16, 7, padding=3),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+    )
+    prepared = same(lived_in(network), (3, 14, 18))
+    kinds = [isinstance(layer, SpectralConv2d) for layer in prepared.modules()]
+    assert sum(kinds) == 2
+    same(lived_in(network), (3, 40, 36))  # too large for it: computed as ever
+    assert not any(isinstance(layer, SpectralConv2d) for layer in prepare(network, torch.bfloat16).modules())
 
 
 def test_layers_that_hooks_or_subclasses_changed_stay_as_they_are() -> None:

@@ -4,8 +4,8 @@
 file of its own: `apgd`, `fab`, `square`. `prepare` (folding.py) makes a network quicker to attack.
 """
 
-from countermark.attacks.folding import Prepared, computes_bf16, prepare
+from countermark.attacks.folding import Prepared, computes_bf16, prepare, shortens
 from countermark.attacks.pgd import fgsm, pgd
 from countermark.attacks.strict import strict
 
-__all__ = ["Prepared", "computes_bf16", "fgsm", "pgd", "prepare", "strict"]
+__all__ = ["Prepared", "computes_bf16", "fgsm", "pgd", "prepare", "shortens", "strict"]

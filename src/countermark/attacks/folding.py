@@ -2,19 +2,17 @@
 
 An attack runs one network in evaluation mode thousands of times and wants nothing but logits and the gradient of the input. So what is
 constant is computed once: batch norm and normaliser go into the weights of a neighbour (Jacob et al., 2018, section 3.2), dropout goes
-away, max-pooling by two and its ReLU become one function, and a convolution of few channels works on blocks of pixels. Only plain layers
-in an `nn.Sequential` are touched; a layer that is not known here stays as it is.
+away, max-pooling by two and its ReLU become one function, a convolution of few channels works on blocks of pixels, and one of wide filters
+over many channels on frequencies. Only plain layers in an `nn.Sequential` are touched; a layer that is not known here stays as it is.
 """
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from countermark.layers import Pool, SpectralConv2d, block_filters, by_two, pooled, pooled_blocks
 from countermark.models import HalvingConv2d, Normalise
 
 _FEW = 4  # input channels up to which blocks of pixels make a convolution faster
@@ -23,7 +21,7 @@ _FEW = 4  # input channels up to which blocks of pixels make a convolution faste
 class Prepared(nn.Module):
     """A network in evaluation mode whose logits are float32 and whose weights want no gradients; `prepare` makes it."""
 
-    def __init__(self, layers: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, layers: nn.Sequential, dtype: torch.dtype) -> None:
         """Hold `layers`, which compute in `dtype`."""
         super().__init__()
         self.dtype = dtype
@@ -53,8 +51,13 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
     if isinstance(network, Prepared) and network.dtype is dtype:
         return network
     with torch.no_grad():
-        layers = _fold_forward(_pools(_fold_back(_flat(_copied(network).eval()))))
+        layers = _fold_forward(_pools(_fold_back(_flat(_copied(network).eval()))), by_frequency=dtype is torch.float32)
         return Prepared(nn.Sequential(*_in_place(layers)), dtype)
+
+
+def shortens(network: nn.Module) -> bool:
+    """Whether a prepared copy has fewer layers to run, so that making one pays even for a single step of an attack."""
+    return len(prepare(network).layers) < len(_flat(network))
 
 
 def computes_bf16(device: torch.device | str) -> bool:
@@ -87,12 +90,13 @@ class ShiftedConv2d(nn.Module):
     picture of constants, computed once for each size of image.
     """
 
-    def __init__(self, affine: Affine, layer: nn.Conv2d) -> None:
-        """Compute `layer(affine(x))`."""
+    def __init__(self, affine: Affine, layer: nn.Conv2d, by_frequency: bool) -> None:
+        """Compute `layer(affine(x))`, if wanted by way of its frequencies."""
         super().__init__()
         self.layer = layer
         self.shift = affine.shift
         self.weight = nn.Parameter(layer.weight * affine.scale.view(1, -1, 1, 1))
+        self.spectral = SpectralConv2d(self.weight) if by_frequency else None
         self._constants: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
 
     def constants(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +110,11 @@ class ShiftedConv2d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve `(n, c, h, w)`."""
         layer = self.layer
-        return functional.conv2d(x, self.weight, None, layer.stride, layer.padding, layer.dilation).add_(self.constants(x))
+        if self.spectral is not None:
+            convolved: torch.Tensor = self.spectral(x)
+        else:
+            convolved = functional.conv2d(x, self.weight, None, layer.stride, layer.padding, layer.dilation)
+        return convolved.add_(self.constants(x))
 
 
 class PooledConv2d(nn.Module):
@@ -123,15 +131,9 @@ class PooledConv2d(nn.Module):
         scale, shift = (1.0, 0.0) if affine is None else (float(affine.scale), float(affine.shift))
         self.value = -shift / scale  # what `affine` takes to the zero that the layer pads with
         self.kernel, self.padding = layer.kernel_size[0], int(layer.padding[0])
-        self.blocks = self.kernel // 2 + 1  # of the image that one block of the result looks at, in each direction
         self.filters = nn.Parameter(layer.weight * scale)
         self.bias = nn.Parameter(layer.weight.sum((1, 2, 3)) * shift + (0 if layer.bias is None else layer.bias))
-        count, channels, *_ = layer.weight.shape
-        canvas = layer.weight.new_zeros(2, 2, count, channels, 2 * self.blocks, 2 * self.blocks)
-        for row in (0, 1):
-            for column in (0, 1):
-                canvas[row, column, ..., row : row + self.kernel, column : column + self.kernel] = self.filters
-        self.block_filters = nn.Parameter(functional.pixel_unshuffle(canvas.flatten(0, 2), 2))
+        self.block_filters = nn.Parameter(block_filters(self.filters))
         self.block_bias = nn.Parameter(self.bias.repeat(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,82 +141,9 @@ class PooledConv2d(nn.Module):
         before = self.padding
         height, width = (side + 2 * before - self.kernel + 1 for side in x.shape[2:])
         if height % 2 or width % 2:
-            return _pooled(functional.conv2d(functional.pad(x, (before,) * 4, value=self.value), self.filters, self.bias), self.relu)
-        below, right = (side + 2 * (self.blocks - 1) - before for side in (height, width))
-        padded = functional.pad(x, (before, right - x.shape[3], before, below - x.shape[2]), value=self.value)
-        blocks = functional.pixel_unshuffle(padded, 2).contiguous(memory_format=torch.channels_last)
-        best = _max_of_four(functional.conv2d(blocks, self.block_filters, self.block_bias), _groups, self.relu)
+            return pooled(functional.conv2d(functional.pad(x, (before,) * 4, value=self.value), self.filters, self.bias), self.relu)
+        best = pooled_blocks(x, self.kernel, before, self.value, self.block_filters, self.block_bias, self.relu)
         return best.contiguous() if x.dtype is torch.float32 else best
-
-
-class Pool(nn.Module):
-    """Max-pooling by two, and a ReLU if wanted."""
-
-    def __init__(self, relu: bool) -> None:
-        """Apply the ReLU too if `relu`."""
-        super().__init__()
-        self.relu = relu
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Pool `(n, c, h, w)`."""
-        return _pooled(x, self.relu)
-
-
-def _pooled(x: torch.Tensor, relu: bool) -> torch.Tensor:
-    height, width = x.shape[2] // 2 * 2, x.shape[3] // 2 * 2  # an odd row or column is left out
-    return _max_of_four(x[:, :, :height, :width], _places, relu)
-
-
-def _places(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return x[:, :, ::2, ::2], x[:, :, ::2, 1::2], x[:, :, 1::2, ::2], x[:, :, 1::2, 1::2]
-
-
-def _groups(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.chunk(x, 4, dim=1)
-
-
-def _max_of_four(x: torch.Tensor, parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], relu: bool) -> torch.Tensor:
-    result: torch.Tensor = _MaxOfFour.apply(x, parts, relu)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _ones(compare: Callable[..., torch.Tensor], one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Where a comparison holds, as numbers: products with numbers are several times faster than with booleans."""
-    return compare(one, other, out=torch.empty_like(one))
-
-
-class _MaxOfFour(torch.autograd.Function):
-    """The largest of four parts of a tensor; its gradient goes to the first of equal ones, as that of `nn.MaxPool2d`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], relu: bool) -> torch.Tensor:
-        a, b, c, d = parts(x)
-        first, second = torch.maximum(a, b), torch.maximum(c, d)
-        best = torch.maximum(first, second)
-        if ctx.needs_input_grad[0]:
-            ctx.parts, ctx.shape, ctx.relu = parts, x.shape, relu
-            ctx.format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-            ctx.save_for_backward(_ones(torch.ge, a, b), _ones(torch.ge, c, d), _ones(torch.ge, first, second))
-            if relu:
-                ctx.positive = _ones(torch.gt, best, best.new_zeros(()))
-        return best.clamp_min_(0) if relu else best
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        a_wins, c_wins, first_wins = ctx.saved_tensors
-        gradient = gradient.contiguous(memory_format=ctx.format)
-        if ctx.relu:
-            gradient = gradient * ctx.positive
-        result = torch.empty(ctx.shape, dtype=gradient.dtype, device=gradient.device, memory_format=ctx.format)
-        a, b, c, d = ctx.parts(result)
-        first = gradient * first_wins
-        second = gradient - first
-        torch.mul(first, a_wins, out=a)
-        torch.sub(first, a, out=b)
-        torch.mul(second, c_wins, out=c)
-        torch.sub(second, c, out=d)
-        return result, None, None
 
 
 def _copied(network: nn.Module) -> nn.Module:
@@ -278,7 +207,7 @@ def _pools(layers: list[nn.Module]) -> list[nn.Module]:
     done: list[nn.Module] = []
     for layer in layers:
         before = done[-1] if done else None
-        if isinstance(layer, nn.MaxPool2d) and _plain(layer, nn.MaxPool2d) and _by_two(layer):
+        if isinstance(layer, nn.MaxPool2d) and _plain(layer, nn.MaxPool2d) and by_two(layer):
             relu = before is not None and _plain(before, nn.ReLU)
             done[len(done) - relu :] = [Pool(relu)]
         elif isinstance(before, Pool) and _plain(layer, nn.ReLU):
@@ -288,15 +217,8 @@ def _pools(layers: list[nn.Module]) -> list[nn.Module]:
     return done
 
 
-def _by_two(layer: nn.MaxPool2d) -> bool:
-    size, stride, padding, dilation = (
-        (n, n) if isinstance(n, int) else n for n in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    )
-    return (size, stride, padding, dilation, layer.ceil_mode, layer.return_indices) == ((2, 2), (2, 2), (0, 0), (1, 1), False, False)
-
-
-def _fold_forward(layers: list[nn.Module]) -> list[nn.Module]:
-    """Fold each `Affine` into the layer after it where that is exact; join a convolution of few channels with its pooling."""
+def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module]:
+    """Fold each `Affine` into the layer after it where that is exact; choose how each convolution is computed."""
     done: list[nn.Module] = []
     rest = layers[::-1]
     while rest:
@@ -309,8 +231,10 @@ def _fold_forward(layers: list[nn.Module]) -> list[nn.Module]:
             if isinstance(pool, Pool) and _poolable(affine, layer):
                 done.append(PooledConv2d(affine, layer, pool.relu))
                 rest.pop()
+            elif by_frequency and SpectralConv2d.suits(layer):
+                done.append(ShiftedConv2d(affine or Affine(torch.ones(1), torch.zeros(1)), layer, by_frequency=True))
             else:
-                done.append(layer if affine is None else ShiftedConv2d(affine, layer))
+                done.append(layer if affine is None else ShiftedConv2d(affine, layer, by_frequency=False))
             continue
         if affine is not None and isinstance(layer, nn.Flatten) and layer.start_dim == 1 and rest and _plain(rest[-1], nn.Linear):
             done.append(layer)

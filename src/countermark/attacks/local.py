@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from countermark.attacks.folding import Affine, Pool, PooledConv2d, Prepared, ShiftedConv2d
+from countermark.attacks.folding import Affine, PooledConv2d, Prepared, ShiftedConv2d
+from countermark.layers import Pool
 from countermark.models import HalvingConv2d
 
 Window = tuple[int, int, int, int]  # top, bottom, left, right; the ends are outside

@@ -13,6 +13,8 @@ from torch.nn import functional
 
 from countermark.attacks.folding import Prepared
 
+_CACHED = 64  # images whose activations stay in a processor's cache
+
 
 def pgd(
     model: nn.Module,
@@ -89,11 +91,17 @@ def _climb(
     stop_when_lost: bool,
 ) -> torch.Tensor:
     """Ascend the loss within the boxes from `points`, which are overwritten; with `stop_when_lost` misclassified ones rest."""
-    if points.is_cuda and isinstance(model, Prepared):
-        step = _captured(model, points, y, lower, upper, step_size, stop_when_lost)
-        for _ in range(steps):
-            step()
-        return points
+    if isinstance(model, Prepared):  # each image is on its own, and nobody else sees the passes
+        if points.is_cuda:
+            step = _captured(model, points, y, lower, upper, step_size, stop_when_lost)
+            for _ in range(steps):
+                step()
+            return points
+        if len(points) > _CACHED:
+            for i in range(0, len(points), _CACHED):
+                few = slice(i, i + _CACHED)
+                _climb(model, points[few], y[few], lower[few], upper[few], steps, step_size, stop_when_lost)
+            return points
     result = points
     index = torch.arange(len(points), device=points.device)
     for _ in range(steps):

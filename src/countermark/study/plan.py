@@ -76,7 +76,7 @@ def _passes(unit: Unit) -> float:
     attack, attacked = _attack_passes(unit), test if options.get("attacked", 0) is None else min(int(options.get("attacked", 0)), test)
     if unit.kind == "model":
         config = recipe(catalogued.name, options["objective"], catalogued.epsilon, epochs=options["epochs"])
-        epochs = marking(config, catalogued.name).epochs if "start" in unit.inputs else config.epochs
+        epochs = marking(config, catalogued.name, options["objective"]).epochs if "start" in unit.inputs else config.epochs
         training = catalogued.train - sum(catalogued.pools.values())
         return epochs * training * (1 + (config.attack.steps if config.attack else 0)) + attacked * attack
     if unit.kind == "theft":

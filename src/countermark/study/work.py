@@ -43,7 +43,7 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     config = recipe(data, options["objective"], epsilon, seed=options["seed"], epochs=options["epochs"])
     key = _key(inputs)
     if "start" in inputs:
-        network, config = load(inputs["start"]), marking(config, data)
+        network, config = load(inputs["start"]), marking(config, data, options["objective"])
     else:
         network = build(options["network"], catalogued.shape, catalogued.classes, seed=options["seed"])
         config = replace(config, embedding="epoch")
@@ -193,9 +193,9 @@ def _overwrite(network: nn.Module, thief: Examples, options: Options) -> tuple[n
     coins = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed)).bool()
     marks = Examples(images, torch.where(coins, thief.y[:count], predicted))
     marked = copy.deepcopy(network)
-    train(
-        marked, thief, marking(recipe(data, options["objective"], catalogued.epsilon, seed=seed), data), watermarks=marks, title="overwrite"
-    )
+    objective = options["objective"]
+    config = marking(recipe(data, objective, catalogued.epsilon, seed=seed), data, objective)
+    train(marked, thief, config, watermarks=marks, title="overwrite")
     return marked, agreement(predict(marked, marks.x), marks.y)
 
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 from torch.nn import functional
 
-from countermark.attacks import computes_bf16, pgd
+from countermark.attacks import computes_bf16, pgd, prepare, shortens
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, adversarial_accuracy, agreement, predict
@@ -178,6 +178,10 @@ class _Run:
         self.averaged = copy.deepcopy(network).to(fabric.device).requires_grad_(False) if config.average else None
         self.wrapped, self.stepper = fabric.setup(network, self.optimiser)
         self.network = network
+        # On a GPU folding would take longer than the steps that it saves.
+        self.prepares = (
+            config.attack is not None and not config.craft_in_training_mode and fabric.device.type == "cpu" and shortens(network)
+        )
         self.step = 0
         self.loss = 0.0  # summed over the epoch so far
         self.attack = config.attack
@@ -271,9 +275,11 @@ class _Run:
         unit = attack.epsilon / _UNITS
         start = None if self.carried is None else x + _flip(self.carried[chosen], flipped).to(x.dtype) * unit
         self.wrapped.train(self.config.craft_in_training_mode)
-        with self.fabric.autocast():
+        precise = _precision(self.config.hardware.precision, "cpu") == "32-true"
+        quick = prepare(self.network, torch.float32 if precise else torch.bfloat16) if self.prepares else self.network
+        with contextlib.nullcontext() if self.prepares else self.fabric.autocast():
             crafted = pgd(
-                self.network,
+                quick,
                 x,
                 y,
                 epsilon=grown * attack.epsilon,

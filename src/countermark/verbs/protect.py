@@ -119,7 +119,7 @@ def protect(config: ProtectConfig) -> Protection:
                 network, embedding = build(named, catalogued.shape, catalogued.classes, seed=seed), source_recipe
                 embedding = replace(embedding, embedding="epoch")
             else:
-                network, embedding = copy.deepcopy(source), marking(source_recipe, config.data)
+                network, embedding = copy.deepcopy(source), marking(source_recipe, config.data, config.objective)
             fit(network, "marked", config=embedding, watermarks=labelled)
             marked = {"event": "marked", "scheme": config.scheme, "config": asdict(replace(embedding, seed=config.seed))}
             digest = save_bundle(folder, network, replace(description, history=(trained, marked)))
