@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 from countermark.attacks import Prepared, pgd, prepare
-from countermark.layers import SpectralConv2d
+from countermark.layers import SpectralConv2d, hastened
 from countermark.models import NETWORKS, HalvingConv2d, Normalise, build
 
 
@@ -127,7 +127,7 @@ def test_convolutions_by_frequency_are_convolutions(height: int, width: int, ker
     layer = nn.Conv2d(channels, filters, kernel, padding=kernel // 2, bias=False).double()
     assert SpectralConv2d.suits(layer)
     x = torch.randn(images, channels, height, width, dtype=torch.float64)
-    quick = SpectralConv2d(layer.weight.detach()).requires_grad_(False)
+    quick = SpectralConv2d(layer.weight.detach(), None).requires_grad_(False)
     torch.testing.assert_close(quick(x), layer(x))
     torch.testing.assert_close(gradient(quick, x), gradient(layer, x))
     transposed = x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)  # as it comes from such a convolution
@@ -153,6 +153,31 @@ def test_wide_convolutions_go_by_frequency_and_others_do_not() -> None:
     assert sum(kinds) == 2
     same(lived_in(network), (3, 40, 36))  # too large for it: computed as ever
     assert not any(isinstance(layer, SpectralConv2d) for layer in prepare(network, torch.bfloat16).modules())
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 12, 16)])
+def test_a_hastened_network_trains_alike(shape: tuple[int, int, int]) -> None:
+    network = lived_in(build("paper", shape, 10, seed=1)).double()
+    for layer in network.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0  # masks are drawn in the order of memory
+    twin = copy.deepcopy(network)
+    quick = hastened(twin)
+    assert {id(parameter) for parameter in quick.parameters()} == {id(parameter) for parameter in twin.parameters()}
+    x, y = torch.rand(6, *shape, dtype=torch.float64), torch.arange(6)
+    for trained, answers in ((network, network.train()(x)), (twin, quick.train()(x))):
+        functional.cross_entropy(answers, y).backward()
+        torch.optim.SGD(trained.parameters(), lr=0.1).step()
+    for (name, value), other in zip(network.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, msg=name)
+
+
+def test_networks_with_nothing_to_hasten_come_back() -> None:
+    for name in ("small", "wide", "surrogate"):
+        network = build(name, (1, 28, 28), 10, seed=1)
+        assert hastened(network) is network
+    own = nn.Linear(3, 2)
+    assert hastened(own) is own
 
 
 def test_layers_that_hooks_or_subclasses_changed_stay_as_they_are() -> None:

@@ -12,10 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from countermark.layers import Pool, SpectralConv2d, block_filters, by_two, pooled, pooled_blocks
+from countermark.layers import Pool, SpectralConv2d, block_filters, flat_layers, is_plain, join_pools, pooled, pooled_blocks, suits_blocks
 from countermark.models import HalvingConv2d, Normalise
-
-_FEW = 4  # input channels up to which blocks of pixels make a convolution faster
 
 
 class Prepared(nn.Module):
@@ -51,13 +49,13 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
     if isinstance(network, Prepared) and network.dtype is dtype:
         return network
     with torch.no_grad():
-        layers = _fold_forward(_pools(_fold_back(_flat(_copied(network).eval()))), by_frequency=dtype is torch.float32)
+        layers = _fold_forward(join_pools(_fold_back(flat_layers(_copied(network).eval()))), by_frequency=dtype is torch.float32)
         return Prepared(nn.Sequential(*_in_place(layers)), dtype)
 
 
 def shortens(network: nn.Module) -> bool:
     """Whether a prepared copy has fewer layers to run, so that making one pays even for a single step of an attack."""
-    return len(prepare(network).layers) < len(_flat(network))
+    return len(prepare(network).layers) < len(flat_layers(network))
 
 
 def computes_bf16(device: torch.device | str) -> bool:
@@ -96,7 +94,7 @@ class ShiftedConv2d(nn.Module):
         self.layer = layer
         self.shift = affine.shift
         self.weight = nn.Parameter(layer.weight * affine.scale.view(1, -1, 1, 1))
-        self.spectral = SpectralConv2d(self.weight) if by_frequency else None
+        self.spectral = SpectralConv2d(self.weight, None) if by_frequency else None
         self._constants: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
 
     def constants(self, x: torch.Tensor) -> torch.Tensor:
@@ -152,33 +150,20 @@ def _copied(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, {id(value): value.detach().clone() for value in values if not value.is_leaf})
 
 
-def _flat(network: nn.Module) -> list[nn.Module]:
-    """The layers of nested `nn.Sequential` in order; anything else is one layer."""
-    if not _plain(network, nn.Sequential):
-        return [network]
-    return [layer for child in network.children() for layer in _flat(child)]
-
-
-def _plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a layer is of one of these very classes and nothing hangs on it: a subclass or a hook may compute anything."""
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return type(layer) in kinds and not any(hooks)
-
-
 def _fold_back(layers: list[nn.Module]) -> list[nn.Module]:
     """Drop what does nothing; fold each constant map into the convolution or linear layer just before it, or leave an `Affine`."""
     done: list[nn.Module] = []
     flat = False  # whether tensors are (n, features) here, for certain
     for layer in layers:
-        if _plain(layer, nn.Dropout, nn.Dropout2d, nn.Identity):
+        if is_plain(layer, nn.Dropout, nn.Dropout2d, nn.Identity):
             continue
         affine = _affine(layer, flat)
         before = done[-1] if done else None
         if affine is None:
             done.append(layer)
             flatten = isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
-            flat = flatten or (flat and _plain(layer, nn.Linear, nn.ReLU, nn.Tanh))
-        elif before is not None and _plain(before, nn.Conv2d, HalvingConv2d, nn.Linear):
+            flat = flatten or (flat and is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh))
+        elif before is not None and is_plain(before, nn.Conv2d, HalvingConv2d, nn.Linear):
             assert isinstance(before, nn.Conv2d | nn.Linear)
             bias = 0 if before.bias is None else before.bias * affine.scale
             before.weight = nn.Parameter(before.weight * affine.scale.view(-1, *(1,) * (before.weight.dim() - 1)))
@@ -190,31 +175,16 @@ def _fold_back(layers: list[nn.Module]) -> list[nn.Module]:
 
 def _affine(layer: nn.Module, flat: bool) -> Affine | None:
     """The constant map that a layer is in evaluation mode, if it is one."""
-    if _plain(layer, Normalise):
+    if is_plain(layer, Normalise):
         assert isinstance(layer, Normalise)
         return Affine(torch.tensor([1 / layer.std]), torch.tensor([-layer.mean / layer.std]))
-    if not _plain(layer, nn.BatchNorm2d, *((nn.BatchNorm1d,) if flat else ())):
+    if not is_plain(layer, nn.BatchNorm2d, *((nn.BatchNorm1d,) if flat else ())):
         return None
     assert isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d)
     if layer.running_mean is None or layer.running_var is None:
         return None  # it normalises each batch by itself
     scale = (layer.running_var + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
     return Affine(scale, (0 if layer.bias is None else layer.bias) - layer.running_mean * scale, flat)
-
-
-def _pools(layers: list[nn.Module]) -> list[nn.Module]:
-    """Make max-pooling by two, with a ReLU before or after it, one layer."""
-    done: list[nn.Module] = []
-    for layer in layers:
-        before = done[-1] if done else None
-        if isinstance(layer, nn.MaxPool2d) and _plain(layer, nn.MaxPool2d) and by_two(layer):
-            relu = before is not None and _plain(before, nn.ReLU)
-            done[len(done) - relu :] = [Pool(relu)]
-        elif isinstance(before, Pool) and _plain(layer, nn.ReLU):
-            before.relu = True
-        else:
-            done.append(layer)
-    return done
 
 
 def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module]:
@@ -226,7 +196,7 @@ def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module
         affine = layer if isinstance(layer, Affine) and rest else None
         if affine is not None:
             layer = rest.pop()
-        if isinstance(layer, nn.Conv2d) and _plain(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
+        if isinstance(layer, nn.Conv2d) and is_plain(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
             pool = rest[-1] if rest else None
             if isinstance(pool, Pool) and _poolable(affine, layer):
                 done.append(PooledConv2d(affine, layer, pool.relu))
@@ -236,10 +206,10 @@ def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module
             else:
                 done.append(layer if affine is None else ShiftedConv2d(affine, layer, by_frequency=False))
             continue
-        if affine is not None and isinstance(layer, nn.Flatten) and layer.start_dim == 1 and rest and _plain(rest[-1], nn.Linear):
+        if affine is not None and isinstance(layer, nn.Flatten) and layer.start_dim == 1 and rest and is_plain(rest[-1], nn.Linear):
             done.append(layer)
             affine, layer = Affine(affine.scale, affine.shift, flat=True), rest.pop()
-        if affine is not None and affine.flat and isinstance(layer, nn.Linear) and _plain(layer, nn.Linear):
+        if affine is not None and affine.flat and isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
             each = layer.in_features // len(affine.scale)  # features that share a channel
             bias = layer.weight @ affine.shift.repeat_interleave(each)
             layer.bias = nn.Parameter(bias if layer.bias is None else bias + layer.bias)
@@ -250,15 +220,13 @@ def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module
 
 
 def _poolable(affine: Affine | None, layer: nn.Conv2d) -> bool:
-    uniform = affine is None or (len(affine.scale) == 1 and float(affine.scale) != 0)
-    square = layer.kernel_size[0] == layer.kernel_size[1] and isinstance(layer.padding, tuple) and layer.padding[0] == layer.padding[1]
-    return uniform and square and layer.in_channels <= _FEW and layer.stride == (1, 1) and layer.dilation == (1, 1)
+    return suits_blocks(layer) and (affine is None or (len(affine.scale) == 1 and float(affine.scale) != 0))
 
 
 def _in_place(layers: list[nn.Module]) -> list[nn.Module]:
     """Let a ReLU overwrite a result that the layer before it does not need again."""
     fresh = nn.Conv2d, HalvingConv2d, ShiftedConv2d, nn.Linear
     return [
-        nn.ReLU(inplace=True) if number and _plain(layer, nn.ReLU) and _plain(layers[number - 1], *fresh) else layer
+        nn.ReLU(inplace=True) if number and is_plain(layer, nn.ReLU) and is_plain(layers[number - 1], *fresh) else layer
         for number, layer in enumerate(layers)
     ]

@@ -25,12 +25,12 @@ Complex = tuple[torch.Tensor, torch.Tensor]  # real and imaginary parts
 
 
 class SpectralConv2d(nn.Module):
-    """A convolution with stride 1 that keeps the size of its images, without bias."""
+    """A convolution with stride 1 that keeps the size of its images."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        """Convolve with filters `weight`, `(filters, channels, k, k)`, k odd; images are padded with k // 2 zeros."""
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Convolve with filters `weight`, `(filters, channels, k, k)`, k odd, and `bias`; images are padded with k // 2 zeros."""
         super().__init__()
-        self.weight = weight
+        self.weight, self.bias = weight, bias
         self._spectra: dict[tuple[int, int], Complex] = {}  # of weights that are constant
 
     @staticmethod
@@ -46,7 +46,7 @@ class SpectralConv2d(nn.Module):
         """Convolve `(n, c, h, w)` to `(n, filters, h, w)`, with pixels outermost in memory (large images aside)."""
         size, kernel = (x.shape[2], x.shape[3]), self.weight.shape[2]
         if max(size) > _LARGEST:
-            return functional.conv2d(x, self.weight, padding=kernel // 2)
+            return functional.conv2d(x, self.weight, self.bias, padding=kernel // 2)
         matrices = _matrices(*size, kernel, self.weight.dtype)
         spectrum = self._spectra.get(size)
         if spectrum is None:
@@ -54,7 +54,7 @@ class SpectralConv2d(nn.Module):
             if not self.weight.requires_grad:
                 self._spectra[size] = spectrum
         result: torch.Tensor = _Convolve.apply(x, self.weight, spectrum, matrices)  # type: ignore[no-untyped-call]
-        return result
+        return result if self.bias is None else result.add_(self.bias.view(1, -1, 1, 1))
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, spectrum: Complex, matrices: _Matrices) -> torch.Tensor:
         z = _forth(x, matrices.rows, matrices.columns)
-        ctx.matrices, ctx.spectrum, ctx.shape = matrices, spectrum, weight.shape
+        ctx.matrices, ctx.spectrum, ctx.shape, ctx.strides = matrices, spectrum, weight.shape, x.stride()
         ctx.z = z if ctx.needs_input_grad[1] else None
         return _back(_product(z, spectrum, 1), matrices.columns_back, matrices.rows_back)
 
@@ -155,7 +155,9 @@ class _Convolve(torch.autograd.Function):
         for_x = for_weight = None
         if ctx.needs_input_grad[0]:
             turned = ctx.spectrum[0].transpose(1, 2), ctx.spectrum[1].transpose(1, 2)
-            for_x = _back(_product(y, turned, -1), matrices.columns.t(), matrices.rows.t())
+            found = _back(_product(y, turned, -1), matrices.columns.t(), matrices.rows.t())
+            # Other layers are slow where a gradient does not lie in memory as the input does.
+            for_x = found if found.stride() == ctx.strides else found.new_empty_strided(found.shape, ctx.strides).copy_(found)
         if ctx.needs_input_grad[1]:
             filters, channels, kernel, _ = ctx.shape
             real, imaginary = (part.transpose(1, 2) for part in ctx.z)

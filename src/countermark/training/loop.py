@@ -27,6 +27,7 @@ from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, adversarial_accuracy, agreement, predict
 from countermark.files import canonical_json, read_tensors, sha256, write_tensors
+from countermark.layers import hastened
 from countermark.progress import bar
 from countermark.training.config import Hardware, TrainConfig
 
@@ -176,12 +177,12 @@ class _Run:
             fused=fabric.device.type in ("cpu", "cuda"),
         )
         self.averaged = copy.deepcopy(network).to(fabric.device).requires_grad_(False) if config.average else None
-        self.wrapped, self.stepper = fabric.setup(network, self.optimiser)
-        self.network = network
+        on_cpu = fabric.device.type == "cpu"
+        self.precise = _precision(config.hardware.precision, fabric.device.type) == "32-true"
         # On a GPU folding would take longer than the steps that it saves.
-        self.prepares = (
-            config.attack is not None and not config.craft_in_training_mode and fabric.device.type == "cpu" and shortens(network)
-        )
+        self.prepares = config.attack is not None and not config.craft_in_training_mode and on_cpu and shortens(network)
+        self.wrapped, self.stepper = fabric.setup(hastened(network) if on_cpu and self.precise else network, self.optimiser)
+        self.network = network
         self.step = 0
         self.loss = 0.0  # summed over the epoch so far
         self.attack = config.attack
@@ -275,8 +276,7 @@ class _Run:
         unit = attack.epsilon / _UNITS
         start = None if self.carried is None else x + _flip(self.carried[chosen], flipped).to(x.dtype) * unit
         self.wrapped.train(self.config.craft_in_training_mode)
-        precise = _precision(self.config.hardware.precision, "cpu") == "32-true"
-        quick = prepare(self.network, torch.float32 if precise else torch.bfloat16) if self.prepares else self.network
+        quick = prepare(self.network, torch.float32 if self.precise else torch.bfloat16) if self.prepares else self.network
         with contextlib.nullcontext() if self.prepares else self.fabric.autocast():
             crafted = pgd(
                 quick,
