@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from countermark.data import Examples, Pools, load_ood
 from countermark.errors import CountermarkError
@@ -404,6 +405,18 @@ def test_strong_is_fast_for_longer_with_an_average() -> None:
     assert recipe("fashion_mnist", "strong", 0.15).flip
     assert not strong.flip
     assert (own_network("strong"), own_network("fast")) == ("wide", "small")
+
+
+def test_dropout_is_left_out_where_the_recipe_says_so(digits: Pools) -> None:
+    seen: list[bool] = []
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))
+    network[1].register_forward_hook(lambda layer, given, result: seen.append(layer.training))
+    for dropout in (True, False):
+        seen.clear()
+        train(network, digits.training, TrainConfig("standard", None, epochs=1, dropout=dropout))
+        assert set(seen) == {dropout}
+    assert not recipe("mnist", "fast", 0.25).dropout
+    assert recipe("mnist", "pgd", 0.25).dropout
 
 
 def test_the_pgd_recipe_is_the_papers() -> None:

@@ -38,6 +38,7 @@ class TrainConfig:
         carry: start each example's attack at the perturbation that it had in the pass before (Zheng et al., 2020, "ATTA"): one step then
             does the work of several.
         flip: mirror a random half of every batch left to right, perturbations along with it.
+        dropout: train with the network's dropout; in few passes it costs more than it gives.
         craft_in_training_mode: craft with dropout and batch statistics live, as the published code did, instead of in evaluation mode.
         beta: weight of that divergence, for `trades` only.
         average: decay of the moving average of the weights, 0 for none. Where there is one, it is what the run returns and what is
@@ -63,6 +64,7 @@ class TrainConfig:
     epochs: int
     carry: bool = False
     flip: bool = False
+    dropout: bool = True
     craft_in_training_mode: bool = False
     beta: float = 0.0
     average: float = 0.0

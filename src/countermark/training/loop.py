@@ -183,6 +183,7 @@ class _Run:
         self.prepares = config.attack is not None and not config.craft_in_training_mode and on_cpu and shortens(network)
         self.wrapped, self.stepper = fabric.setup(hastened(network) if on_cpu and self.precise else network, self.optimiser)
         self.network = network
+        self.dropouts = [layer for layer in network.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d)]
         self.step = 0
         self.loss = 0.0  # summed over the epoch so far
         self.attack = config.attack
@@ -411,6 +412,9 @@ def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> float:
     for group in run.optimiser.param_groups:
         group["lr"] = _rate(run.config, done)
     run.wrapped.train()
+    if not run.config.dropout:
+        for layer in run.dropouts:
+            layer.eval()
     logits = run.wrapped(x)
     loss = functional.cross_entropy(logits[: len(y)], y)
     if len(x) > len(y):

@@ -66,6 +66,7 @@ def recipe(
         attack=Attack(epsilon, 1, 0.5 * epsilon),
         epochs=epochs or dials.epochs,
         carry=True,
+        dropout=False,
         batch_size=dials.batch_size,
         nesterov=True,
         seed=seed,
@@ -84,13 +85,14 @@ def recipe(
             average=0.999,
         )
     if objective == "standard":
-        return replace(fast, objective="standard", attack=None, carry=False, epochs=epochs or dials.epochs)
+        return replace(fast, objective="standard", attack=None, carry=False, dropout=True, epochs=epochs or dials.epochs)
     return replace(
         fast,
         objective="pgd",
         attack=Attack(epsilon, catalogued.steps, catalogued.step_size),
         epochs=epochs or 100,
         carry=False,
+        dropout=True,
         learning_rate=0.005,
         schedule="constant",
         warmup=0.0,
