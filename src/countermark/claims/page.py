@@ -5,26 +5,14 @@ from html import escape
 from typing import Any
 
 from countermark.claims.judgement import FAILS, HOLDS, Judgement
+from countermark.html import document
 from countermark.report import p_value
 
 _STYLE = """
-:root {
-  color-scheme: light dark;
-  --ink: #1f2937; --paper: #ffffff; --soft: #6b7280; --line: #e5e7eb; --good: #15803d; --bad: #b91c1c; --open: #a16207;
-}
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e5e7eb; --paper: #111827; --soft: #9ca3af; --line: #374151; --good: #4ade80; --bad: #f87171; --open: #facc15; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
-h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1.2rem; margin-top: 2rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-.soft, footer { color: var(--soft); font-size: .9rem; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
+body { max-width: 60rem; } h2 { margin-top: 2rem; }
+table { width: 100%; font-size: .9rem; }
+th, td { padding: .4rem .6rem; text-align: left; vertical-align: top; overflow-wrap: anywhere; }
 td:nth-child(2) { white-space: nowrap; font-weight: 600; }
-.good { color: var(--good); } .bad { color: var(--bad); } .open { color: var(--open); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .5rem; } }
 """
 
@@ -72,15 +60,12 @@ def page(judgement: Judgement, about: Mapping[str, Any]) -> str:
         f"depend on the coins agrees that often with probability {p_value(test.log10_p_value)}; the judge asks for {test.alpha:g} or less. "
         f"The owner could have shown any of {judgement.batches} batches; that is included."
     )
-    parts = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>",
-        f"<title>Countermark: a judgement</title><style>{_STYLE}</style></head><body>",
+    parts = [
         f"<h1>Judgement: <span class='{kind}'>{escape(judgement.verdict)}</span></h1>",
         f"<p><strong>{escape(words)}</strong></p><p>{escape(story)}</p>",
         "<h2>Every check</h2><div class='wide'><table><thead><tr><th>What</th><th>Result</th><th>What it means</th></tr></thead>",
         f"<tbody>{rows}</tbody></table></div><h2>What it does not say</h2><p>{escape(LIMITS)}</p>",
         f"<h2>What was judged</h2><dl>{listed}</dl>",
-        "<footer>Every number here can be computed again from the claim's files.</footer></body></html>",
-    )
-    return "\n".join(parts) + "\n"
+        "<footer>Every number here can be computed again from the claim's files.</footer>",
+    ]
+    return document("Countermark: a judgement", _STYLE, parts)

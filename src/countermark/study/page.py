@@ -1,38 +1,26 @@
-"""The report: one HTML file that asks nothing of the network and opens from disk, light and dark, on a desk and on a phone."""
+"""The report of the study as one HTML file."""
 
 import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from countermark.html import document
 from countermark.study.claims import Claim
 from countermark.study.tables import Table, shown
 
 _STYLE = """
-:root {
-  color-scheme: light dark;
-  --ink: #1f2937; --paper: #ffffff; --soft: #6b7280; --line: #e5e7eb; --good: #15803d; --bad: #b91c1c;
-}
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e5e7eb; --paper: #111827; --soft: #9ca3af; --line: #374151; --good: #4ade80; --bad: #f87171; }
   figure img { filter: invert(1) hue-rotate(180deg); }
   figure.plain img { filter: none; background: #fff; }
 }
-* { box-sizing: border-box; }
-body {
-  margin: 0 auto; max-width: 68rem; padding: 1rem;
-  font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-}
-h1 { font-size: 1.6rem; line-height: 1.2; }
-h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-.note, figcaption, footer { color: var(--soft); font-size: .9rem; }
-.wide { overflow-x: auto; } figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+body { max-width: 68rem; } h2 { margin-top: 2.5rem; }
+figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
+table { font-size: .85rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--paper); font-weight: 600; }
 td.word, th.word { text-align: left; } td.unit { font-family: ui-monospace, monospace; color: var(--soft); font-size: .75rem; }
-li { margin: .5rem 0; } .holds { color: var(--good); font-weight: 600; } .fails { color: var(--bad); font-weight: 600; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; overflow-wrap: anywhere; }
+li { margin: .5rem 0; } li .good, li .bad { font-weight: 600; }
 """
 
 _CAPTIONS = {
@@ -65,11 +53,8 @@ def page(
         about: environment, options and seeds, as they shall be shown.
     """
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>",
-        f"<title>Countermark: the study</title><style>{_STYLE}</style></head><body>",
         "<h1>Adversarial training and watermarks: the paper, ours, and strangers</h1>",
-        "<p class='note'>A reproduction of Thakkar, Zizzo and Maffeis (2023), with independent models asked for every watermark.</p>",
+        "<p class='soft'>A reproduction of Thakkar, Zizzo and Maffeis (2023), with independent models asked for every watermark.</p>",
         *(f"<p><strong>{escape(verdict)}</strong></p>" for verdict in verdicts),
         "<h2>What holds</h2><ul>",
         *(_claim(claim) for claim in claims),
@@ -82,16 +67,14 @@ def page(
         parts += [_table(table, protocol) for table in made]
     parts.append("<h2>How it was made</h2><dl>")
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in about.items()]
-    parts.append(
-        "</dl><footer>Each number names the unit of work it came from by the first 12 digits of its SHA-256.</footer></body></html>\n"
-    )
-    return "\n".join(parts)
+    parts.append("</dl><footer>Each number names the unit of work it came from by the first 12 digits of its SHA-256.</footer>")
+    return document("Countermark: the study", _STYLE, parts)
 
 
 def _claim(claim: Claim) -> str:
-    kind = "holds" if claim.holds else "fails" if claim.verdict != "not measured" else "note"
-    remark = f"<br><span class='note'>{escape(claim.remark)}</span>" if claim.remark and kind == "fails" else ""
-    told = "<br>".join(f"<span class='note'>{escape(protocol)}: {escape(f.told)}</span>" for protocol, f in claim.findings.items())
+    kind = "good" if claim.holds else "bad" if claim.verdict != "not measured" else "soft"
+    remark = f"<br><span class='soft'>{escape(claim.remark)}</span>" if claim.remark and kind == "bad" else ""
+    told = "<br>".join(f"<span class='soft'>{escape(protocol)}: {escape(f.told)}</span>" for protocol, f in claim.findings.items())
     return f"<li>{escape(claim.text)} <span class='{kind}'>{escape(claim.verdict)}.</span><br>{told}{remark}</li>"
 
 
@@ -114,7 +97,7 @@ def _table(table: Table, protocol: str) -> str:
     )
     return (
         f"<h2 id='{escape(protocol)}-{escape(table.name)}'>{escape(table.title)}, protocol {escape(protocol)}</h2>"
-        f"<p class='note'>{escape(table.note)}</p><div class='wide'><table><thead><tr>{head}<th class='word'>unit</th></tr></thead>"
+        f"<p class='soft'>{escape(table.note)}</p><div class='wide'><table><thead><tr>{head}<th class='word'>unit</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -33,7 +33,7 @@ def log_head(config: LogHeadConfig) -> PublishedHead:
     Raises:
         CountermarkError: there is no such log, or the authority does not answer.
     """
-    stamp = timestamping(config.tsa, config.roots)
+    stamp = timestamping(config.tsa, config.roots, trial=False)
     with QueryLog(config.log, create=False) as log:
         head = log.head()
     token = None if stamp is None else stamp(head.message())

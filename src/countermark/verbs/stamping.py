@@ -10,10 +10,10 @@ Stamp = Callable[[bytes], bytes]
 """Has a message timestamped; the authority's response."""
 
 
-def timestamping(tsa: str | None, roots: Path | None) -> Stamp | None:
+def timestamping(tsa: str | None, roots: Path | None, *, trial: bool = True) -> Stamp | None:
     """A stamp of the authority at the address `tsa`, checked against `roots` where they are given; none without an address.
 
-    The authority is asked for a first token over random bytes, so that long work does not begin if it cannot end.
+    For a `trial` the authority is asked for a first token over random bytes, so that long work does not begin if it cannot end.
 
     Raises:
         CountermarkError: the authority does not answer, or not under these roots.
@@ -21,5 +21,6 @@ def timestamping(tsa: str | None, roots: Path | None) -> Stamp | None:
     if tsa is None:
         return None
     trusted = [] if roots is None else load_roots(roots)
-    request_token(tsa, secrets.token_bytes(32), trusted)
+    if trial:
+        request_token(tsa, secrets.token_bytes(32), trusted)
     return lambda message: request_token(tsa, message, trusted).response
