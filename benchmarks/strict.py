@@ -1,9 +1,9 @@
 """The strict evaluation beside AutoAttack packages, on one model and the same images: `python benchmarks/strict.py MODEL...`.
 
-Ours, pyautoattack and torchattacks each run their standard L-inf evaluation in one thread, in turn on each chunk of images, so that
-whatever else the machine does meets all of them alike. Times are of the processor, which other programs do not stretch much. Prints one
-JSON object a line: the parts as they are done, then for each model the sums, the ratios to ours, the accuracies and how the verdicts
-differ image by image. `make bench` installs the peers.
+Ours, pyautoattack and torchattacks each run their standard L-inf evaluation of the network (in PyTorch's own layers) in one thread, in
+turn on each chunk of images, so that whatever else the machine does meets all of them alike. Times are of the processor, which other
+programs do not stretch much. Prints one JSON object a line: the parts as they are done, then for each model the sums, the ratios to
+ours, the accuracies and how the verdicts differ image by image. `make bench` installs the peers.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from countermark.attacks import pgd, strict
 from countermark.bundle import load_with_data
 from countermark.data import load_pools, pixels
 from countermark.memory import keep_freed_memory
+from stock import stock
 
 Judge = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], torch.Tensor]  # model, x, y, epsilon to points
 
@@ -51,7 +52,7 @@ JUDGES: dict[str, Judge] = {"countermark": ours, "pyautoattack": pyautoattack, "
 
 
 def compare(folder: Path, images: int, names: list[str]) -> dict[str, Any]:
-    model = load(folder).eval()
+    model = stock(load(folder)).eval()
     _, description, catalogued = load_with_data(folder)
     test = load_pools(description.data, description.seed).test
     test = test[torch.arange(images) * len(test) // images]

@@ -134,6 +134,15 @@ def test_convolutions_by_frequency_are_convolutions(height: int, width: int, ker
     torch.testing.assert_close(quick(transposed), layer(x))
 
 
+@pytest.mark.parametrize("kernel", [2, 4, 6])
+@pytest.mark.parametrize("padding", [0, 1, 2])
+@pytest.mark.parametrize("normalised", [False, True])
+def test_convolutions_with_stride_two_are_halved_where_that_is_the_same(kernel: int, padding: int, normalised: bool) -> None:
+    first = [Normalise(0.3, 0.6)] if normalised else []
+    prepared = same(nn.Sequential(*first, nn.Conv2d(2, 5, kernel, stride=2, padding=padding), nn.ReLU(), nn.Flatten()), (2, 12, 16))
+    assert isinstance(prepared.layers[0], HalvingConv2d) == (padding == kernel // 2 - 1 and not normalised)
+
+
 def test_wide_convolutions_go_by_frequency_and_others_do_not() -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),

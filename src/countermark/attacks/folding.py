@@ -12,7 +12,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from countermark.layers import Pool, SpectralConv2d, block_filters, flat_layers, is_plain, join_pools, pooled, pooled_blocks, suits_blocks
+from countermark.layers import (
+    FEW,
+    Pool,
+    SpectralConv2d,
+    block_filters,
+    flat_layers,
+    is_plain,
+    join_pools,
+    pooled,
+    pooled_blocks,
+    suits_blocks,
+)
 from countermark.models import HalvingConv2d, Normalise
 
 
@@ -201,6 +212,10 @@ def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module
             if isinstance(pool, Pool) and _poolable(affine, layer):
                 done.append(PooledConv2d(affine, layer, pool.relu))
                 rest.pop()
+            elif affine is None and _halves(layer):
+                halving = HalvingConv2d(layer.in_channels, layer.out_channels, layer.kernel_size[0])
+                halving.weight, halving.bias = layer.weight, layer.bias
+                done.append(halving)
             elif by_frequency and SpectralConv2d.suits(layer):
                 done.append(ShiftedConv2d(affine or Affine(torch.ones(1), torch.zeros(1)), layer, by_frequency=True))
             else:
@@ -221,6 +236,13 @@ def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module
 
 def _poolable(affine: Affine | None, layer: nn.Conv2d) -> bool:
     return suits_blocks(layer) and (affine is None or (len(affine.scale) == 1 and float(affine.scale) != 0))
+
+
+def _halves(layer: nn.Conv2d) -> bool:
+    """Whether `models.HalvingConv2d` computes the same, and sooner."""
+    kernel = layer.kernel_size[0]
+    square = layer.kernel_size == (kernel, kernel) and layer.padding == (kernel // 2 - 1, kernel // 2 - 1) and kernel % 2 == 0
+    return square and layer.in_channels <= FEW and layer.stride == (2, 2) and layer.dilation == (1, 1)
 
 
 def _in_place(layers: list[nn.Module]) -> list[nn.Module]:

@@ -5,11 +5,12 @@ says which networks may be taken apart. `hastened` puts them into a network that
 """
 
 from countermark.layers.hastened import hastened
-from countermark.layers.pooling import Pool, block_filters, pooled, pooled_blocks, suits_blocks
+from countermark.layers.pooling import FEW, Pool, block_filters, pooled, pooled_blocks, suits_blocks
 from countermark.layers.sequence import flat_layers, is_plain, join_pools
 from countermark.layers.spectral import SpectralConv2d
 
 __all__ = [
+    "FEW",
     "Pool",
     "SpectralConv2d",
     "block_filters",

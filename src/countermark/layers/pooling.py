@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-_FEW = 4  # input channels up to which blocks of pixels make a convolution faster
+FEW = 4  # input channels up to which blocks of pixels make a convolution faster
 
 
 class Pool(nn.Module):
@@ -51,7 +51,7 @@ def suits_blocks(layer: nn.Conv2d) -> bool:
     """Whether a convolution that is followed by max-pooling by two is quicker on blocks of pixels."""
     square = layer.kernel_size[0] == layer.kernel_size[1] and isinstance(layer.padding, tuple) and layer.padding[0] == layer.padding[1]
     plain = (layer.stride, layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
-    return square and plain and layer.in_channels <= _FEW
+    return square and plain and layer.in_channels <= FEW
 
 
 def block_filters(weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,21 @@
+"""Our networks in PyTorch's own layers: what somebody has who uses none of ours."""
+
+import copy
+
+from torch import nn
+
+from countermark.models import HalvingConv2d
+
+
+def stock(network: nn.Module) -> nn.Module:
+    """A copy with the same weights, each convolution of ours a plain `nn.Conv2d` of the same numbers."""
+    network = copy.deepcopy(network)
+    for name, layer in list(network.named_children()):
+        if isinstance(layer, HalvingConv2d):
+            kernel = layer.kernel_size[0]
+            plain = nn.Conv2d(layer.in_channels, layer.out_channels, kernel, stride=2, padding=kernel // 2 - 1)
+            plain.weight, plain.bias = layer.weight, layer.bias
+            setattr(network, name, plain)
+        elif isinstance(layer, nn.Sequential):
+            setattr(network, name, stock(layer))
+    return network.train(network.training)
