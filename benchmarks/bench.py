@@ -166,7 +166,7 @@ def flops(model: nn.Module, shape: tuple[int, int, int]) -> float:
 
 
 def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) -> float:
-    """Seconds of an epoch of the paper's recipe as a torchattacks loop, from `steps` of its batches of 128."""
+    """Seconds of the processor for an epoch of the paper's recipe as a torchattacks loop, from `steps` of its batches of 128."""
     import torchattacks
 
     catalogued = spec(data)
@@ -177,16 +177,16 @@ def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) 
     begun = 0.0
     for number, (a, b) in enumerate(zip(torch.split(x, 128), torch.split(y, 128), strict=True)):
         if number == 1:
-            begun = time.perf_counter()
+            begun = time.process_time()
         crafted = run(a, b)
         optimiser.zero_grad()
         nn.functional.cross_entropy(model(crafted), b).backward()  # type: ignore[no-untyped-call]
         optimiser.step()
-    return (time.perf_counter() - begun) / steps * (len(training) / 128)
+    return (time.process_time() - begun) / steps * (len(training) / 128)
 
 
 def trained(data: str, network: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The recipe `fast`, unmarked, and how long it took; kept as a model folder in runs/bench."""
+    """The recipe `fast`, unmarked, and how much of the processor's time it took; kept as a model folder in runs/bench."""
     catalogued, folder = spec(data), DONE / f"{network}-{data}"
     if (folder / "metrics.json").exists():
         return load_bundle(folder)[0], read_json(folder / "metrics.json")
@@ -195,9 +195,9 @@ def trained(data: str, network: str) -> tuple[nn.Module, dict[str, Any]]:
     config = recipe(data, "fast", catalogued.epsilon, seed=0)
     if network == "paper":
         config = replace(config, epochs=EPOCHS[data], average=0.99)
-    begun = time.perf_counter()
+    begun = time.process_time()
     records = train(model, pools.training, config, validation=pools.validation, title=f"{network}, {data}")
-    took = time.perf_counter() - begun
+    took = time.process_time() - begun
     attack = Attack(catalogued.epsilon, catalogued.steps, catalogued.step_size)
     made = {
         "seconds": took,
