@@ -269,13 +269,13 @@ class _Run:
         if self.attack is not None:
             self.attack = with_steps(self.attack, meta["attack_steps"])
 
-    def perturb(self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, flipped: torch.Tensor | None) -> torch.Tensor:
-        """Craft the batch of the examples `chosen`, some of them `flipped`, with the attack, its budget and step scaled by `grown`."""
+    def perturb(self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, pose: "_Pose") -> torch.Tensor:
+        """Craft the batch of the examples `chosen`, seen in a `pose`, with the attack, its budget and step scaled by `grown`."""
         attack = self.attack
         if attack is None:
             return x
         unit = attack.epsilon / _UNITS
-        start = None if self.carried is None else x + _flip(self.carried[chosen], flipped).to(x.dtype) * unit
+        start = None if self.carried is None else x + pose.of(self.carried[chosen]).to(x.dtype) * unit
         self.wrapped.train(self.config.craft_in_training_mode)
         quick = prepare(self.network, torch.float32 if self.precise else torch.bfloat16) if self.prepares else self.network
         with contextlib.nullcontext() if self.prepares else self.fabric.autocast():
@@ -290,7 +290,7 @@ class _Run:
                 start=start,
             )
         if self.carried is not None:
-            self.carried[chosen] = _flip(((crafted - x) / unit).round_().to(torch.int8), flipped)
+            self.carried[chosen] = pose.undone(((crafted - x) / unit).round_().to(torch.int8))
         return crafted
 
     def share_carried(self) -> None:
@@ -307,9 +307,48 @@ def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tenso
     return torch.randint(-most, most + 1, examples.x.shape, generator=generator, dtype=torch.int8)
 
 
+@dataclass(frozen=True)
+class _Pose:
+    """How the images of a batch are seen: mirrored left to right or not, then moved; pixels that come in are 0.
+
+    Attributes:
+        flipped: which of them are mirrored, `(n,)`; none if nothing is ever mirrored.
+        moved: pixels that each moves down and right, `(n, 2)`; none if nothing is ever moved.
+    """
+
+    flipped: torch.Tensor | None
+    moved: torch.Tensor | None
+
+    @classmethod
+    def drawn(cls, config: TrainConfig, count: int, device: torch.device) -> "_Pose":
+        """A random pose for `count` images, from torch's generator."""
+        flipped = (torch.rand(count) < 0.5).to(device) if config.flip else None
+        moved = torch.randint(-config.shift, config.shift + 1, (count, 2)).to(device) if config.shift else None
+        return cls(flipped, moved)
+
+    def of(self, images: torch.Tensor) -> torch.Tensor:
+        """Images `(n, c, h, w)` in this pose."""
+        return _move(_flip(images, self.flipped), self.moved)
+
+    def undone(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in this pose as they were; what left the frame is lost."""
+        return _flip(_move(images, None if self.moved is None else -self.moved), self.flipped)
+
+
 def _flip(images: torch.Tensor, flipped: torch.Tensor | None) -> torch.Tensor:
-    """Mirror the `flipped` ones of images `(n, c, h, w)` left to right."""
     return images if flipped is None else torch.where(flipped[:, None, None, None], images.flip(3), images)
+
+
+def _move(images: torch.Tensor, moved: torch.Tensor | None) -> torch.Tensor:
+    if moved is None:
+        return images
+    count, _, height, width = images.shape
+    reach = int(moved.abs().max())
+    wider = functional.pad(images, (reach,) * 4)
+    rows = torch.arange(height, device=moved.device) + reach - moved[:, :1]
+    columns = torch.arange(width, device=moved.device) + reach - moved[:, 1:]
+    each = torch.arange(count, device=moved.device)[:, None, None]
+    return wider[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def divergence(answers: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
@@ -394,9 +433,9 @@ def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | No
     _set_seed(fabric.device, _seed(config.seed, "step", run.step, fabric.global_rank))
     x, y = pixels(batch.x), batch.y
     grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
-    flipped = (torch.rand(len(x)) < 0.5).to(x.device) if config.flip else None
-    x = _flip(x, flipped)
-    crafted = run.perturb(chosen, x, y, grown, flipped)
+    pose = _Pose.drawn(config, len(x), x.device)
+    x = pose.of(x)
+    crafted = run.perturb(chosen, x, y, grown, pose)
     inputs = [x] if config.objective == "trades" else [crafted]
     if marks is not None and config.embedding == "interleaved":
         turn = _next_marks(run.step, len(marks), config)[fabric.global_rank :: fabric.world_size]
