@@ -18,6 +18,7 @@ from countermark.files import read_tensors
 from countermark.models import build
 from countermark.training import Hardware, TrainConfig, loop, marking, own_network, recipe, train
 from countermark.training.loop import divergence
+from countermark.training.pose import Pose
 
 ATTACK = Attack(0.1, 10, 0.025)
 
@@ -236,7 +237,7 @@ def test_carried_perturbations_are_mirrored_with_their_images(digits: Pools, qui
     data, seen, carried = digits.training[:320], [], []
     perturb = loop._Run.perturb
 
-    def watching(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, pose: loop._Pose) -> torch.Tensor:
+    def watching(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, pose: Pose) -> torch.Tensor:
         before = run.carried[chosen].clone()  # type: ignore[index]
         crafted = perturb(run, chosen, x, y, grown, pose)
         carried.append(torch.equal(run.carried[chosen], before))  # type: ignore[index]
@@ -410,7 +411,7 @@ def test_a_pose_is_undone() -> None:
     config = replace(recipe("mnist", "fast", 0.25), flip=True, shift=2)
     images = torch.zeros(50, 3, 12, 16, dtype=torch.int8)
     images[:, :, 2:10, 2:14] = torch.randint(-127, 128, (50, 3, 8, 12), dtype=torch.int8)  # what is near the border would be lost
-    pose = loop._Pose.drawn(config, 50, torch.device("cpu"))
+    pose = Pose.drawn(config, 50, torch.device("cpu"))
     assert pose.moved is not None
     assert pose.moved.unique().tolist() == [-2, -1, 0, 1, 2]
     seen = pose.of(images)

@@ -30,6 +30,7 @@ from countermark.files import canonical_json, read_tensors, sha256, write_tensor
 from countermark.layers import hastened
 from countermark.progress import bar
 from countermark.training.config import Hardware, TrainConfig
+from countermark.training.pose import Pose
 
 _CHECKPOINT_SECONDS = 30.0
 _LARGEST = 1 << 34  # bytes of a checkpoint
@@ -269,7 +270,7 @@ class _Run:
         if self.attack is not None:
             self.attack = with_steps(self.attack, meta["attack_steps"])
 
-    def perturb(self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, pose: "_Pose") -> torch.Tensor:
+    def perturb(self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, pose: Pose) -> torch.Tensor:
         """Craft the batch of the examples `chosen`, seen in a `pose`, with the attack, its budget and step scaled by `grown`."""
         attack = self.attack
         if attack is None:
@@ -305,50 +306,6 @@ def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tenso
     most = _UNITS // (20 if config.grow_budget else 2)
     generator = torch.Generator().manual_seed(_seed(config.seed, "carried"))
     return torch.randint(-most, most + 1, examples.x.shape, generator=generator, dtype=torch.int8)
-
-
-@dataclass(frozen=True)
-class _Pose:
-    """How the images of a batch are seen: mirrored left to right or not, then moved; pixels that come in are 0.
-
-    Attributes:
-        flipped: which of them are mirrored, `(n,)`; none if nothing is ever mirrored.
-        moved: pixels that each moves down and right, `(n, 2)`; none if nothing is ever moved.
-    """
-
-    flipped: torch.Tensor | None
-    moved: torch.Tensor | None
-
-    @classmethod
-    def drawn(cls, config: TrainConfig, count: int, device: torch.device) -> "_Pose":
-        """A random pose for `count` images, from torch's generator."""
-        flipped = (torch.rand(count) < 0.5).to(device) if config.flip else None
-        moved = torch.randint(-config.shift, config.shift + 1, (count, 2)).to(device) if config.shift else None
-        return cls(flipped, moved)
-
-    def of(self, images: torch.Tensor) -> torch.Tensor:
-        """Images `(n, c, h, w)` in this pose."""
-        return _move(_flip(images, self.flipped), self.moved)
-
-    def undone(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in this pose as they were; what left the frame is lost."""
-        return _flip(_move(images, None if self.moved is None else -self.moved), self.flipped)
-
-
-def _flip(images: torch.Tensor, flipped: torch.Tensor | None) -> torch.Tensor:
-    return images if flipped is None else torch.where(flipped[:, None, None, None], images.flip(3), images)
-
-
-def _move(images: torch.Tensor, moved: torch.Tensor | None) -> torch.Tensor:
-    if moved is None:
-        return images
-    count, _, height, width = images.shape
-    reach = int(moved.abs().max())
-    wider = functional.pad(images, (reach,) * 4)
-    rows = torch.arange(height, device=moved.device) + reach - moved[:, :1]
-    columns = torch.arange(width, device=moved.device) + reach - moved[:, 1:]
-    each = torch.arange(count, device=moved.device)[:, None, None]
-    return wider[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 def divergence(answers: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
@@ -433,7 +390,7 @@ def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | No
     _set_seed(fabric.device, _seed(config.seed, "step", run.step, fabric.global_rank))
     x, y = pixels(batch.x), batch.y
     grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
-    pose = _Pose.drawn(config, len(x), x.device)
+    pose = Pose.drawn(config, len(x), x.device)
     x = pose.of(x)
     crafted = run.perturb(chosen, x, y, grown, pose)
     inputs = [x] if config.objective == "trades" else [crafted]
