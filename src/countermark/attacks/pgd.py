@@ -97,7 +97,7 @@ def _climb(
             for _ in range(steps):
                 step()
             return points
-        if len(points) > _CACHED:
+        if points.device.type == "cpu" and len(points) > _CACHED:
             for i in range(0, len(points), _CACHED):
                 few = slice(i, i + _CACHED)
                 _climb(model, points[few], y[few], lower[few], upper[few], steps, step_size, stop_when_lost)
