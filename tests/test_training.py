@@ -18,7 +18,6 @@ from countermark.files import read_tensors
 from countermark.models import build
 from countermark.training import Hardware, TrainConfig, loop, marking, own_network, recipe, train
 from countermark.training.loop import divergence
-from countermark.training.pose import Pose
 
 ATTACK = Attack(0.1, 10, 0.025)
 
@@ -237,11 +236,13 @@ def test_carried_perturbations_are_mirrored_with_their_images(digits: Pools, qui
     data, seen, carried = digits.training[:320], [], []
     perturb = loop._Run.perturb
 
-    def watching(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, pose: Pose) -> torch.Tensor:
+    def watching(
+        run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, flipped: torch.Tensor
+    ) -> torch.Tensor:
         before = run.carried[chosen].clone()  # type: ignore[index]
-        crafted = perturb(run, chosen, x, y, grown, pose)
+        crafted = perturb(run, chosen, x, y, grown, flipped)
         carried.append(torch.equal(run.carried[chosen], before))  # type: ignore[index]
-        seen.append((chosen, x, pose.flipped, crafted - x, before))
+        seen.append((chosen, x, flipped, crafted - x, before))
         return crafted
 
     monkeypatch.setattr(loop, "pgd", lambda _model, _x, _y, *, start, **_options: start)
@@ -404,21 +405,6 @@ def test_strong_is_fast_for_longer_with_an_average() -> None:
     assert recipe("fashion_mnist", "strong", 0.15).flip
     assert not strong.flip
     assert (own_network("strong"), own_network("fast")) == ("wide", "small")
-
-
-def test_a_pose_is_undone() -> None:
-    torch.manual_seed(0)
-    config = replace(recipe("mnist", "fast", 0.25), flip=True, shift=2)
-    images = torch.zeros(50, 3, 12, 16, dtype=torch.int8)
-    images[:, :, 2:10, 2:14] = torch.randint(-127, 128, (50, 3, 8, 12), dtype=torch.int8)  # what is near the border would be lost
-    pose = Pose.drawn(config, 50, torch.device("cpu"))
-    assert pose.moved is not None
-    assert pose.moved.unique().tolist() == [-2, -1, 0, 1, 2]
-    seen = pose.of(images)
-    assert torch.equal(pose.undone(seen), images)
-    for image, one, flipped, (down, right) in zip(images, seen, pose.flipped, pose.moved.tolist(), strict=True):
-        wanted = torch.roll(image.flip(2) if flipped else image, (down, right), (1, 2))
-        assert torch.equal(one, wanted)
 
 
 def test_dropout_is_left_out_where_the_recipe_says_so(digits: Pools) -> None:
