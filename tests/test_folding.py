@@ -144,17 +144,16 @@ def test_convolutions_with_stride_two_are_halved_where_that_is_the_same(kernel: 
 
 
 def test_wide_convolutions_go_by_frequency_and_others_do_not() -> None:
-    network = nn.Sequential(
+    torch.manual_seed(0)
+    network = nn.Sequential(  # smooth throughout: where a ReLU or a maximum is nearly undecided, rounding decides the gradient
         nn.Conv2d(3, 16, 3, padding=1),
         nn.BatchNorm2d(16),
-        nn.ReLU(),
+        nn.Tanh(),
         nn.BatchNorm2d(16),
         nn.Conv2d(16, 20, 5, padding=2),
-        nn.ReLU(),
+        nn.Tanh(),
         nn.Conv2d(20, 16, 5, padding=1),
-        nn.MaxPool2d(2),
         nn.Conv2d(16, 16, 7, padding=3),
-        nn.MaxPool2d(2),
         nn.Flatten(),
     )
     prepared = same(lived_in(network), (3, 14, 18))

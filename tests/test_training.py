@@ -288,7 +288,7 @@ print(accuracy(model, pools.test), adversarial_accuracy(model, pools.test, attac
             capture_output=True,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "2"},  # a forked process must not wait for its parent's threads
-            timeout=240,
+            timeout=480,
         )
         assert done.returncode == 0, done.stderr
         results.append([float(word) for word in done.stdout.split()])
