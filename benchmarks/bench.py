@@ -294,8 +294,11 @@ TARGETS = {
     "pgd_paper_bf16_vs_torchattacks": (12.0, "PGD, paper's network, bf16, times torchattacks"),
     "pgd_paper_fp32_vs_torchattacks": (1.5, "PGD, paper's network, float32, times torchattacks"),
     "pgd_small_vs_torchattacks": (3.0, "PGD, small network, times torchattacks"),
-    "gemm_ceiling_fraction": (0.4, "share of the measured matrix-product ceiling in that loop"),
-    "strict_evaluation_speedup": (4.0, "strict evaluation of 1,000 images, times pyautoattack"),
+    "gemm_ceiling_fraction": (
+        0.4,
+        "share of the measured matrix-product ceiling in that loop, counting the operations of direct convolutions",
+    ),
+    "strict_evaluation_speedup": (4.0, "strict evaluation, times pyautoattack (the slower of the models below)"),
     "recipe_speedup_mnist": (300.0, "time to the paper's adversarial accuracy, MNIST, times less than its recipe"),
     "recipe_speedup_fashion_mnist": (300.0, "the same, Fashion-MNIST"),
 }
@@ -311,7 +314,7 @@ def write_page(record: dict[str, Any]) -> None:
         "Written by `make bench` out of benchmarks/results.json.",
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}.",
         "Ratios are of one run: the same network in PyTorch's own layers, the same images and steps, one thread, the contenders in turn,",
-        "medians of the processor's time.",
+        "medians of the processor's time. Where the time goes, and what was tried: [log.md](log.md).",
         "",
         "| | wanted | measured |",
         "|---|---|---|",
