@@ -356,67 +356,74 @@ def _pgd_lines(parts: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _section(title: str, notes: list[str], columns: str, rows: list[list[str]]) -> list[str]:
+    """A heading, what is to be said first, and a table of the `columns`; nothing where there are no rows."""
+    if not rows:
+        return []
+    head = [f"| {columns} |", "|" + "---|" * len(rows[0])]
+    return ["", f"## {title}", "", *notes, *head, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
 def _recipe_lines(parts: dict[str, Any]) -> list[str]:
-    lines = [
-        "",
-        "## The recipe, paper's network",
-        "",
-        "| data | epochs | seconds | adversarial | wanted | test | the paper's epoch, seconds | times less |",
+    rows = [
+        [
+            data,
+            str(made["epochs"]),
+            f"{made['seconds']:,.0f}",
+            f"{made['adversarial_accuracy']:.2f}",
+            str(made["wanted"]),
+            f"{made['test_accuracy']:.2f}",
+            " and ".join(f"{seconds:,.0f}" for seconds in made["paper_epoch_seconds"]),
+            f"{made['speedup']:,.0f}",
+        ]
+        for data, made in parts.get("recipe", {}).items()
     ]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for data, made in parts.get("recipe", {}).items():
-        epoch = " and ".join(f"{seconds:,.0f}" for seconds in made["paper_epoch_seconds"])
-        lines.append(
-            f"| {data} | {made['epochs']} | {made['seconds']:,.0f} | {made['adversarial_accuracy']:.2f} | {made['wanted']} | "
-            f"{made['test_accuracy']:.2f} | {epoch} | {made['speedup']:,.0f} |"
-        )
-    return lines if "recipe" in parts else []
+    columns = "data | epochs | seconds | adversarial | wanted | test | the paper's epoch, seconds | times less"
+    return _section("The recipe, paper's network", [], columns, rows)
 
 
 def _strict_lines(parts: dict[str, Any]) -> list[str]:
-    lines = [
-        "",
-        "## Strict evaluation",
-        "",
-        "| model | images | PGD | ours | pyautoattack | all together | times as fast |",
-        "|---|---|---|---|---|---|---|",
+    rows = [
+        [
+            f"{Path(one['model']).name}, {one['epsilon']:g}",
+            str(one["images"]),
+            f"{one['pgd']:.1f}",
+            f"{one['strict']['countermark']:.1f}",
+            f"{one['strict']['pyautoattack']:.1f}",
+            f"{one['all_together']:.1f}",
+            f"{one['times_ours']['pyautoattack']:.1f}",
+        ]
+        for one in parts.get("strict", [])
     ]
-    for one in parts.get("strict", []):
-        strict = one["strict"]
-        lines.append(
-            f"| {Path(one['model']).name}, {one['epsilon']:g} | {one['images']} | {one['pgd']:.1f} | {strict['countermark']:.1f} | "
-            f"{strict['pyautoattack']:.1f} | {one['all_together']:.1f} | {one['times_ours']['pyautoattack']:.1f} |"
-        )
-    return lines if "strict" in parts else []
+    return _section("Strict evaluation", [], "model | images | PGD | ours | pyautoattack | all together | times as fast", rows)
 
 
 def _strong_lines(parts: dict[str, Any]) -> list[str]:
-    lines = [
-        "",
-        "## The recipe `strong`",
-        "",
-        "Strict accuracy is on test images taken evenly from the pool, the others on all of it; `benchmarks/strong.py`.",
-        "",
-        "| data, budget | model | seed | test | PGD | PGD, the part | strict, the part | images | coins | seconds, threads |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for (data, epsilon, model), runs in strong_runs(parts).items():
-        lines += [
-            f"| {data}, {epsilon:g} | {model} | {run['seed']} | {run['test_accuracy']:.2f} | {run['pgd_accuracy']:.2f} | "
-            f"{run['pgd_accuracy_of_part']:.1f} | {run['strict_accuracy_of_part']:.1f} | {run['images']} | "
-            f"{run['coins'] if model == 'marked' else ''} | {run['seconds_to_protect']:,.0f}, {run['threads']} |"
-            for run in runs
+    rows = [
+        [
+            f"{data}, {epsilon:g}",
+            model,
+            str(run["seed"]),
+            f"{run['test_accuracy']:.2f}",
+            f"{run['pgd_accuracy']:.2f}",
+            f"{run['pgd_accuracy_of_part']:.1f}",
+            f"{run['strict_accuracy_of_part']:.1f}",
+            str(run["images"]),
+            run["coins"] if model == "marked" else "",
+            f"{run['seconds_to_protect']:,.0f}, {run['threads']}",
         ]
-    return lines if parts.get("strong") else []
+        for (data, epsilon, model), runs in strong_runs(parts).items()
+        for run in runs
+    ]
+    note = "Strict accuracy is on test images taken evenly from the pool, the others on all of it; `benchmarks/strong.py`."
+    columns = "data, budget | model | seed | test | PGD | PGD, the part | strict, the part | images | coins | seconds, threads"
+    return _section("The recipe `strong`", [note, ""], columns, rows)
 
 
 def _scaling_lines(parts: dict[str, Any]) -> list[str]:
-    points = parts.get("scaling", [])
-    lines = ["", "## How it grows", "", "![time over the size of the input](scaling.svg)", ""]
-    lines += ["One thread; seconds, and memory above that of the program.", ""]
-    lines += ["| what | size | seconds | MiB |", "|---|---|---|---|"]
-    lines += [f"| {one['what']} | {one['size']:,} | {one['seconds']:.3g} | {one['MiB']:.0f} |" for one in points]
-    return lines if points else []
+    rows = [[one["what"], f"{one['size']:,}", f"{one['seconds']:.3g}", f"{one['MiB']:.0f}"] for one in parts.get("scaling", [])]
+    notes = ["![time over the size of the input](scaling.svg)", "", "One thread; seconds, and memory above that of the program.", ""]
+    return _section("How it grows", notes, "what | size | seconds | MiB", rows)
 
 
 def about() -> dict[str, Any]:

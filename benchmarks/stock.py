@@ -18,4 +18,4 @@ def stock(network: nn.Module) -> nn.Module:
             setattr(network, name, plain)
         elif isinstance(layer, nn.Sequential):
             setattr(network, name, stock(layer))
-    return network.train(network.training)
+    return network

@@ -47,11 +47,15 @@ def _groups(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return torch.chunk(x, 4, dim=1)
 
 
+def every_pixel(layer: nn.Conv2d) -> bool:
+    """Whether a convolution looks at every pixel alike: no stride, no gaps, no groups, zeros around the image."""
+    return (layer.stride, layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+
+
 def suits_blocks(layer: nn.Conv2d) -> bool:
     """Whether a convolution that is followed by max-pooling by two is quicker on blocks of pixels."""
     square = layer.kernel_size[0] == layer.kernel_size[1] and isinstance(layer.padding, tuple) and layer.padding[0] == layer.padding[1]
-    plain = (layer.stride, layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
-    return square and plain and layer.in_channels <= FEW
+    return square and every_pixel(layer) and layer.in_channels <= FEW
 
 
 def block_filters(weight: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from countermark.layers.pooling import every_pixel
+
 _WIDE = 5  # pixels of a filter from which the transforms pay for themselves
 _MANY = 16  # channels, likewise
 _LARGEST = 32  # pixels of an image beyond which a product with a matrix is no quick transform
@@ -37,10 +39,9 @@ class SpectralConv2d(nn.Module):
     def suits(layer: nn.Conv2d) -> bool:
         """Whether this is a convolution that can be computed so, and is then quicker."""
         kernel = layer.kernel_size[0]
-        plain = (layer.stride, layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
         same = layer.kernel_size == (kernel, kernel) and layer.padding == (kernel // 2, kernel // 2) and kernel % 2 == 1
         pays = kernel >= _WIDE and min(layer.in_channels, layer.out_channels) >= _MANY and layer.weight.device.type == "cpu"
-        return plain and same and pays
+        return every_pixel(layer) and same and pays
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve `(n, c, h, w)` to `(n, filters, h, w)`, with pixels outermost in memory (large images aside)."""
