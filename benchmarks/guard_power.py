@@ -11,6 +11,7 @@ Strangers are models that never saw the coins, asked for the very same trials, a
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,15 +19,28 @@ import torch
 from torch import nn
 
 from countermark import ProtectConfig, protect
+from countermark.attacks import pgd
 from countermark.bundle import load_bundle
+from countermark.config import GuardConfig
 from countermark.data import Examples, Pools, as_uint8, load_pools, pixels, spec
 from countermark.evaluation import Attack, accuracy, predict
 from countermark.files import write_json
-from countermark.guard import Guard, GuardedModel, Row, calibrate_model, expected_cost, images_of, trace_accounts, weights_sha256
+from countermark.guard import (
+    Guard,
+    GuardedModel,
+    Row,
+    calibrate_model,
+    expected_cost,
+    images_of,
+    load_guarded,
+    trace_accounts,
+    weights_sha256,
+)
 from countermark.memory import keep_freed_memory
 from countermark.models import build
 from countermark.theft import JacobianTheft, steal_black_box
 from countermark.training import TrainConfig, recipe, train
+from countermark.verbs.guard import guard
 from countermark.watermarks import load_secret
 
 COST = {"mnist": 0.1, "fashion_mnist": 0.2}
@@ -128,6 +142,16 @@ def _standard(examples: Examples, data: str, seed: int) -> nn.Module:
     return network
 
 
+def attacked(network: nn.Module, data: str, test: Examples) -> Examples:
+    """Adversarial examples of every fifth test image, as a client under attack would send them."""
+    part, catalogued = test[::5], spec(data)
+    parts = [
+        pgd(network, pixels(x), y, epsilon=catalogued.epsilon, steps=catalogued.steps, step_size=catalogued.step_size)
+        for x, y in zip(torch.split(part.x, 500), torch.split(part.y, 500), strict=True)
+    ]
+    return Examples(as_uint8(torch.cat(parts)), part.y)
+
+
 def judged(suspect: nn.Module, rows: list[Row], shape: tuple[int, int, int], secret: bytes) -> dict[str, object]:
     """What one account's trials say about a suspect."""
     if not rows:
@@ -141,9 +165,9 @@ def judged(suspect: nn.Module, rows: list[Row], shape: tuple[int, int, int], sec
     }
 
 
-def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, bits: int) -> None:
+def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, bits: int, foreign: bool) -> None:
     """Play one thief, unless it was played before."""
-    out = runs / f"{data}-{seed}-{thief}-{count}-{cost:g}-{bits}.json"
+    out = runs / f"{data}-{seed}-{thief}-{count}-{cost:g}-{bits}{'-foreign' if foreign else ''}.json"
     if out.exists():
         return
     folder = runs / f"{data}-{seed}"
@@ -153,8 +177,11 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
     network, _ = load_bundle(folder)
     pools = load_pools(data, seed)
     secret, digest = load_secret(folder / "key"), weights_sha256(folder)
-    found = calibrate_model(network, pools.validation, secret=secret, model_sha256=digest, cost=cost, bits=bits)
-    model = GuardedModel(network, Guard(found.settings, secret))
+    found = calibrate_model(network, pools.validation, secret=secret, model_sha256=digest, cost=cost, bits=bits, foreign=foreign)
+    if foreign and not (folder / "detector").exists():
+        guard(GuardConfig(model=folder, cost=cost, bits=bits))
+    detector = load_guarded(folder, folder / "key").detector if foreign else None
+    model = GuardedModel(network, Guard(found.settings, secret), detector)
     account = Account(model, f"{thief} {count}")
     copy = THIEVES[thief](account, data, pools, seed, count)
     rows = list(account.rows.values())
@@ -173,6 +200,9 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
         "cost": expected_cost(model, pools.test),
         "stated_cost": cost,
         "bits": bits,
+        "foreign_coins": foreign,
+        "foreign_trials": sum(len(row.cell) > 4 + (bits + 7) // 8 for row in rows),
+        "cost_under_attack": expected_cost(model, attacked(network, data, pools.test)),
         "entropy": found.entropy,
         "test_accuracy": accuracy(copy, pools.test),
         "owner_accuracy": accuracy(network, pools.test),
@@ -193,7 +223,8 @@ def table(runs: Path) -> str:
         "projections",
         "seed",
         "cost, test",
-        "trials",
+        "under attack",
+        "trials (foreign)",
         "agree : other (stranger)",
         "log10 p",
     )
@@ -206,7 +237,8 @@ def table(runs: Path) -> str:
     ):
         found, others = r["suspect"], [stranger["log10_p"] for stranger in r["strangers"].values()]
         lines.append(
-            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['cost']:.3f} | {r['trials']} "
+            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['cost']:.3f} "
+            f"| {r.get('cost_under_attack', math.nan):.2f} | {r['trials']} ({r.get('foreign_trials', 0)}) "
             f"| {found['agree']} : {found['other']} ({found['expected']:.0f}) | {found['log10_p']:.1f} "
             f"| {min(others):.1f} to {max(others):.1f} | {r['test_accuracy']:.1f} |"
         )
@@ -224,6 +256,7 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", type=int, help="how many images a thief asks (or starts from); default the usual numbers")
     parser.add_argument("--cost", type=float, help="points of accuracy; default .1 for mnist, .2 for fashion_mnist")
     parser.add_argument("--bits", type=int, default=16)
+    parser.add_argument("--natural-only", action="store_true", help="no coins for made-up queries")
     parser.add_argument("--runs", type=Path, default=Path("runs/guard"))
     parser.add_argument("--table", action="store_true", help="only print what was played")
     options = parser.parse_args()
@@ -235,7 +268,8 @@ def main() -> None:
             for data in options.data:
                 for thief in options.thieves:
                     for count in options.images or COUNTS.get(thief, (QUERIES,)):
-                        play(options.runs, data, seed, thief, count, options.cost or COST[data], options.bits)
+                        cost, foreign = options.cost or COST[data], not options.natural_only
+                        play(options.runs, data, seed, thief, count, cost, options.bits, foreign)
     print(table(options.runs))
 
 

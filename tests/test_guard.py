@@ -3,7 +3,7 @@
 import math
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from countermark.attacks import pgd
 from countermark.bundle import load
-from countermark.data import Examples, Pools, as_uint8, pixels
+from countermark.data import Examples, Pools, as_uint8, pixels, spec
 from countermark.errors import CountermarkError
+from countermark.evaluation import predict
 from countermark.evidence import EProcess
 from countermark.guard import (
     Guard,
@@ -26,11 +28,13 @@ from countermark.guard import (
     consistent_scores,
     expected_cost,
     images_of,
+    learn_detector,
     trace_accounts,
 )
 from countermark.guard.core import WHOLE, boundary, client_key, coin, projections, tails_chance
 from countermark.guard.model import Split
 from countermark.models import build
+from countermark.theft import JacobianTheft, steal_black_box
 from countermark.training import TrainConfig, train
 
 SECRET = bytes(range(32))
@@ -93,6 +97,26 @@ def test_coins_are_a_clients_and_a_keys_own() -> None:
     assert not torch.equal(answers, other)
     assert not torch.equal(answers, foreign)
     assert client_key(SECRET, MODEL, "ab") != client_key(SECRET, MODEL, "a")
+
+
+def test_foreign_queries_meet_fair_coins_in_cells_of_their_own() -> None:
+    """However far from the boundary up to their own reach, and whatever the same query would meet as an honest one."""
+    guard = Guard(GuardSettings(MODEL, 2.0, 1.5, (0.0,) * 8, 12, foreign_reach=4.0), SECRET)
+    logits = torch.tensor([[3.5, 0.0, -9.0], [0.2, 0.0, -9.0], [4.5, 0.0, -9.0]])
+    features, foreign = torch.zeros(3, 12), torch.ones(3, dtype=torch.bool)
+    tails = 0
+    for k in range(2000):
+        answers, trials = guard.answer(logits, features, f"client {k}", foreign)
+        assert [(trial.row, trial.chance) for trial in trials] == [(0, WHOLE // 2), (1, WHOLE // 2)]
+        assert trials[0].cell == trials[1].cell
+        assert answers[0] == answers[1]
+        assert answers[2] == 0
+        tails += int(answers[0])
+    assert abs(tails - 1000) < 5 * math.sqrt(500)
+    honest = guard.answer(logits, features, "anna")[1]
+    assert [trial.row for trial in honest] == [1]
+    assert honest[0].cell != trials[1].cell
+    assert honest[0].chance == tails_chance(-2.0 * 0.2)
 
 
 @given(st.floats(-50, 50))
@@ -218,6 +242,76 @@ def test_the_same_query_has_the_same_answer_in_any_batch(guarded: GuardedModel, 
     assert torch.equal(again(pixels(x), "anna").labels, whole.labels)
     mixed = again(x[:100], ["anna", "bob"] * 50)
     assert torch.equal(mixed.labels[::2], whole.labels[:100:2])
+
+
+@pytest.fixture(scope="module")
+def far_sighted(owner: object, digits: Pools) -> GuardedModel:
+    """The owner's model behind a guard with coins for foreign queries as well."""
+    network = load(str(owner))
+    found = calibrate_model(network, digits.validation, secret=SECRET, model_sha256=MODEL, cost=2.0, foreign=True)
+    return GuardedModel(network, Guard(found.settings, SECRET), learn_detector(network, digits, spec("digits").epsilon, walked=6400))
+
+
+def walk(victim: Callable[[torch.Tensor], torch.Tensor], digits: Pools, queries: int, seed: int) -> nn.Module:
+    """A thief by Algorithm 2, starting from images of his own."""
+    copy = build("surrogate", (1, 8, 8), 10, seed=seed)
+    steal_black_box(victim, copy, digits.thief, JacobianTheft(seeds=100, queries=queries, epochs=4, seed=seed))
+    return copy
+
+
+def test_the_detector_knows_a_thiefs_walk_and_lets_honest_queries_pass(far_sighted: GuardedModel, digits: Pools) -> None:
+    asked: list[torch.Tensor] = []
+
+    def victim(x: torch.Tensor) -> torch.Tensor:
+        asked.append(x)
+        return predict(far_sighted.network, x)
+
+    walk(victim, digits, 3200, seed=77)
+    x, y, epsilon = pixels(digits.test.x), digits.test.y, spec("digits").epsilon
+    noisy = (x + epsilon * (2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) - 1)).clamp(0, 1)
+    lost = pgd(far_sighted.network, x, y, epsilon=epsilon, steps=10, step_size=epsilon / 4)
+    for honest in (x, noisy, lost):
+        assert float(far_sighted.foreign(as_uint8(honest)).double().mean()) < 0.03
+    assert float(far_sighted.foreign(as_uint8(asked[-1])).double().mean()) > 0.3  # the last round, four or five steps away
+
+
+def test_foreign_queries_have_one_answer_in_any_batch(far_sighted: GuardedModel, digits: Pools) -> None:
+    x = (pixels(digits.test.x) + 0.6 * torch.randn(digits.test.x.shape, generator=torch.Generator().manual_seed(4))).clamp(0, 1)
+    whole = far_sighted(x, "anna")
+    assert any(trial.chance == WHOLE // 2 for trial in whole.trials)
+    for size in (1, 7):
+        parts = [far_sighted(part, "anna").labels for part in torch.split(x[:100], size)]
+        assert torch.equal(torch.cat(parts), whole.labels[:100])
+
+
+def test_strangers_agree_with_the_coins_of_a_thiefs_walk_as_often_as_they_should(far_sighted: GuardedModel, digits: Pools) -> None:
+    """A client who walks by what he is told, on coins for made-up queries, 30 times anew: a stranger's wealth does not grow."""
+    stranger = build("small", (1, 8, 8), 10, seed=9)
+    train(stranger, digits.thief, TrainConfig(objective="standard", attack=None, epochs=10, batch_size=32, seed=9))
+    agreed = expected = spread = 0.0
+    lowest = []
+    for run in range(30):
+        client = f"client {run}"
+        rows: dict[bytes, Row] = {}
+
+        def victim(x: torch.Tensor, client: str = client, rows: dict[bytes, Row] = rows) -> torch.Tensor:
+            answers = far_sighted(x, client)
+            for t in answers.trials:
+                image = answers.images[t.row].numpy().tobytes()
+                rows.setdefault(t.cell, Row(MODEL, client, t.cell, image, t.heads, t.tails, t.chance, t.answer, 20000))
+            return answers.labels
+
+        walk(victim, digits, 400, seed=run)
+        log = list(rows.values())
+        labels = stranger(pixels(images_of(log, (1, 8, 8)))).argmax(1)
+        account = trace_accounts(log, labels, SECRET).accounts[0]
+        agreed, expected = agreed + account.agreements, expected + account.expected
+        spread += sum(row.chance / WHOLE * (1 - row.chance / WHOLE) for row in log)
+        lowest.append(account.log10_p_value)
+    assert expected > 200
+    assert abs(agreed - expected) < 4 * math.sqrt(spread)
+    assert sum(p <= math.log10(0.05) for p in lowest) <= 6
+    assert min(lowest) > -4
 
 
 def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools) -> None:

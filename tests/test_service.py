@@ -145,16 +145,22 @@ def test_answers_stay_the_same_after_a_restart(start: Start, digits: Pools) -> N
 
 
 def test_verify_and_trace_ask_the_service_itself(start: Start, digits: Pools, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The service as a suspect: its weights carry the model mark, and what it answers bob carries bob's coins."""
+    """The service as a suspect: what it answers bob carries bob's coins, and the bare service carries the model mark.
+
+    Behind the guard the mark does not show: watermarks are no queries of honest clients.
+    """
+    bare = start("--unguarded")
+    asked = ["--suspect", f"{bare.url}/v2/models/model", "--headers", f"Authorization: Bearer {bare.keys['bob']}"]
+    asked += ["--key", str(bare.folder / "key"), "--pixels", "uint8", "--replay", str(tmp_path / "r.jsonl")]
+    status, verified = said(capsys, "verify", *asked)
+    assert (status, verified["verdict"], verified["unanswered"]) == (0, "match", 0)
+    assert verified["clean_accuracy"] > 80  # type: ignore[operator]
+    bare.process.terminate()
+    assert bare.process.wait(20) == 0
     service = start()
     for client in ("anna", "bob"):
         service.labels(digits.training.x, client)
     as_bob = ["--suspect", f"{service.url}/v2/models/model", "--headers", f"Authorization: Bearer {service.keys['bob']}"]
-    status, verified = said(
-        capsys, "verify", *as_bob, "--key", service.folder / "key", "--pixels", "uint8", "--replay", tmp_path / "r.jsonl"
-    )
-    assert (status, verified["verdict"], verified["unanswered"]) == (0, "match", 0)
-    assert verified["clean_accuracy"] > 80  # type: ignore[operator]
     status, traced = said(capsys, "trace", *as_bob, "--key", service.folder / "key", "--log", service.log)
     assert (status, traced["named"]) == (0, ["bob"])
     status, traced = said(
@@ -411,3 +417,14 @@ def test_the_guards_digest_is_in_the_commitment(
         write_json(tmp_path / "other" / "guard.json", changed)
         with pytest.raises(CountermarkError, match=r"guard\.json lacks usable settings"):
             load_guarded(tmp_path / "other", tmp_path / "other" / "key")
+    write_json(tmp_path / "other" / "guard.json", settings)
+    load_guarded(tmp_path / "other", tmp_path / "other" / "key")
+    swapped = {**settings, "detector": {**settings["detector"], "weights_sha256": "0" * 64}}
+    endless = {**settings, "detector": {**settings["detector"], "threshold": "high"}}
+    for changed, reason in ((swapped, "is not the detector that"), (endless, "does not tell queries of this model apart")):
+        write_json(tmp_path / "other" / "guard.json", changed)
+        with pytest.raises(CountermarkError, match=reason):
+            load_guarded(tmp_path / "other", tmp_path / "other" / "key")
+    shutil.rmtree(tmp_path / "other" / "detector")
+    with pytest.raises(CountermarkError, match="is not a model folder"):
+        load_guarded(tmp_path / "other", tmp_path / "other" / "key")

@@ -4,6 +4,8 @@ The coin of a cell moves the boundary between two classes by a little, to one si
 (signs of keyed projections of the model's features, and the pair of classes), so that copies of a query under small noise meet the same
 coin. Coins are a client's own: what one client learns tells him nothing about another's.
 
+Queries that no honest client sends (`countermark.guard.foreign`) meet fair coins, further from the boundary and in cells of their own.
+
 Every function here is pure: logits and features in, answers and trials out. `countermark.guard.model` puts them around a network.
 """
 
@@ -18,6 +20,7 @@ from countermark.errors import CountermarkError
 
 WHOLE = 1 << 16
 """Chances are whole numbers of 65536ths, so that a coin can be drawn again exactly."""
+_FOREIGN = b"\x01"  # the last byte of a foreign query's cell; cells of other queries are a byte shorter
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class GuardSettings:
         reach: largest margin (difference of the two highest logits) at which there is a coin.
         offsets: for each keyed projection of the features the value that it is compared with; their number sets that of the cells.
         features: number of features.
+        foreign_reach: largest margin at which there is a coin, a fair one, for queries that no honest client sends; 0 for none.
     """
 
     model_sha256: str
@@ -37,6 +41,7 @@ class GuardSettings:
     reach: float
     offsets: tuple[float, ...]
     features: int
+    foreign_reach: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class AnswerTrial:
 
     Attributes:
         row: its position among the queries of the call.
-        cell: the pair of classes and the signs of the projections.
+        cell: the pair of classes, the signs of the projections, and a last byte where the query was foreign.
         heads: the smaller class of the two.
         tails: the larger one.
         chance: of tails, before the coin fell, in 65536ths.
@@ -70,13 +75,16 @@ class Guard:
         self._signs = projections(secret, settings.model_sha256, settings.features, len(settings.offsets))
         self._keys: dict[str, bytes] = {}
 
-    def answer(self, logits: torch.Tensor, features: torch.Tensor, client: str) -> tuple[torch.Tensor, list[AnswerTrial]]:
+    def answer(
+        self, logits: torch.Tensor, features: torch.Tensor, client: str, foreign: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[AnswerTrial]]:
         """Answer queries of one client.
 
         Args:
             logits: `(n, classes)`.
             features: `(n, features)`, from the layer that the cells are made of.
             client: name of the account that asks; its coins are its own.
+            foreign: bool `(n,)`, the queries that no honest client sends; none without it.
 
         Returns:
             int64 answers `(n,)`, and the trials among them in order. Only a client's first trial in a cell is evidence.
@@ -87,25 +95,37 @@ class Guard:
         self.check(logits, features)
         answers = logits.argmax(1)
         margins, heads, tails = boundary(logits)
-        near = torch.nonzero(margins.abs() <= self.settings.reach).flatten()
-        cells = self._cells(features[near], heads[near], tails[near])
+        if foreign is None:
+            foreign = torch.zeros(len(logits), dtype=torch.bool)
+        near = torch.nonzero(self.near(margins, foreign)).flatten()
+        cells = self._cells(features[near], heads[near], tails[near], foreign[near])
         if client not in self._keys:
             self._keys[client] = client_key(self._secret, self.settings.model_sha256, client)
         trials = []
         for row, cell in zip(near.tolist(), cells, strict=True):
-            chance = tails_chance(self.settings.slope * float(margins[row]))
+            chance = self.chance(float(margins[row]), bool(foreign[row]))
             tail = coin(self._keys[client], cell) < chance
             answer = int(tails[row] if tail else heads[row])
             answers[row] = answer
             trials.append(AnswerTrial(row, cell, int(heads[row]), int(tails[row]), chance, answer))
         return answers, trials
 
-    def _cells(self, features: torch.Tensor, heads: torch.Tensor, tails: torch.Tensor) -> list[bytes]:
+    def near(self, margins: torch.Tensor, foreign: torch.Tensor) -> torch.Tensor:
+        """Which queries a coin answers, bool `(n,)`, given signed margins and which of them are foreign."""
+        return margins.abs() <= torch.where(foreign, max(self.settings.reach, self.settings.foreign_reach), self.settings.reach)
+
+    def chance(self, margin: float, foreign: bool) -> int:
+        """The chance of tails at a signed margin, in 65536ths."""
+        return WHOLE // 2 if foreign else tails_chance(self.settings.slope * margin)
+
+    def _cells(self, features: torch.Tensor, heads: torch.Tensor, tails: torch.Tensor, foreign: torch.Tensor) -> list[bytes]:
         count = len(self.settings.offsets)
         bits = (features.double() @ self._signs > torch.tensor(self.settings.offsets, dtype=torch.float64)).tolist()
         codes = [sum(1 << place for place, bit in enumerate(row) if bit) for row in bits]
-        pairs = zip(codes, heads.tolist(), tails.tolist(), strict=True)
-        return [head.to_bytes(2, "big") + tail.to_bytes(2, "big") + code.to_bytes((count + 7) // 8, "big") for code, head, tail in pairs]
+        ends = [_FOREIGN if other else b"" for other in foreign.tolist()]
+        parts = zip(heads.tolist(), tails.tolist(), codes, ends, strict=True)
+        size = (count + 7) // 8
+        return [head.to_bytes(2, "big") + tail.to_bytes(2, "big") + code.to_bytes(size, "big") + end for head, tail, code, end in parts]
 
     def check(self, logits: torch.Tensor, features: torch.Tensor) -> None:
         """Refuse what the guard was not calibrated for.

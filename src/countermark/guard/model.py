@@ -11,9 +11,11 @@ from countermark.data import Examples, as_uint8, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
-from countermark.guard.core import WHOLE, AnswerTrial, Guard, boundary, tails_chance
+from countermark.guard.core import WHOLE, AnswerTrial, Guard, boundary
+from countermark.guard.foreign import Detector
 
 _CHUNK = 250
+_FOREIGN = 0.3  # quantile of the natural margins up to which coins answer foreign queries
 _SLACK = 1e-3  # of the logits' size: far above what a batch's shape changes in a logit
 
 
@@ -40,9 +42,15 @@ class GuardedModel:
     answer, in any batch and after any restart, as long as processor and software stay the same.
     """
 
-    def __init__(self, network: nn.Module, guard: Guard) -> None:
-        """Wrap any network from pixels of [0, 1] to logits; it is put into evaluation mode."""
-        self.network, self.guard = network.eval(), guard
+    def __init__(self, network: nn.Module, guard: Guard, detector: Detector | None = None) -> None:
+        """Wrap any network from pixels of [0, 1] to logits; it is put into evaluation mode.
+
+        Raises:
+            CountermarkError: the guard has coins for foreign queries, but there is no `detector`, or the other way round.
+        """
+        if (detector is None) != (guard.settings.foreign_reach == 0):
+            raise CountermarkError("coins for foreign queries and a detector of such queries go together; one of the two is missing")
+        self.network, self.guard, self.detector = network.eval(), guard, detector
         self._split = Split(network)
 
     def __call__(self, x: torch.Tensor, clients: str | Sequence[str]) -> Answers:
@@ -52,7 +60,7 @@ class GuardedModel:
             CountermarkError: the model's answers are not finite, or do not fit the guard.
         """
         images = as_uint8(x)
-        reach = self.guard.settings.reach
+        settings = self.guard.settings
         asking = [clients] * len(images) if isinstance(clients, str) else clients
         labels, trials = [], []
         for start in range(0, len(images), _CHUNK):
@@ -60,14 +68,23 @@ class GuardedModel:
             logits, features = self._split(part)
             self.guard.check(logits, features)
             best = logits.topk(2, dim=1).values
-            near = best[:, 0] - best[:, 1] <= reach + _SLACK * (1 + best.abs().amax(1))
+            margins = best[:, 0] - best[:, 1] - _SLACK * (1 + best.abs().amax(1))
+            near = margins <= settings.reach
+            if self.detector is not None:
+                rows = torch.nonzero(~near & (margins <= settings.foreign_reach)).flatten()
+                near[rows] = self.detector(part[rows]) > -_SLACK * (1 + abs(self.detector.threshold))
             answers = logits.argmax(1)
             for row in torch.nonzero(near).flatten().tolist():
-                label, found = self.guard.answer(*self._split(part[row : row + 1]), asking[start + row])
+                alone = part[row : row + 1]
+                label, found = self.guard.answer(*self._split(alone), asking[start + row], self.foreign(alone))
                 answers[row] = label[0]
                 trials += [replace(trial, row=start + row) for trial in found]
             labels.append(answers)
         return Answers(torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64), trials, images)
+
+    def foreign(self, x: torch.Tensor) -> torch.Tensor:
+        """Which of images `(n, c, h, w)`, uint8 or pixels, no honest client sends, bool `(n,)`."""
+        return torch.zeros(len(x), dtype=torch.bool) if self.detector is None else self.detector(x) > 0
 
 
 class Split:
@@ -97,25 +114,37 @@ class Split:
 
 
 def calibrate_model(
-    network: nn.Module, validation: Examples, *, secret: bytes, model_sha256: str, cost: float, bits: int = CELL_BITS
+    network: nn.Module,
+    validation: Examples,
+    *,
+    secret: bytes,
+    model_sha256: str,
+    cost: float,
+    bits: int = CELL_BITS,
+    foreign: bool = False,
 ) -> Calibration:
-    """Calibrate a guard for a network on its validation pool (see `calibrate`)."""
+    """Calibrate a guard for a network on its validation pool (see `calibrate`); `foreign`: with coins for foreign queries as well."""
     split = Split(network.eval())
     parts = [split(validation.x[i : i + _CHUNK]) for i in range(0, len(validation), _CHUNK)]
     logits, features = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return calibrate(logits, features, validation.y, secret=secret, model_sha256=model_sha256, cost=cost, bits=bits)
+    found = calibrate(logits, features, validation.y, secret=secret, model_sha256=model_sha256, cost=cost, bits=bits)
+    if not foreign:
+        return found
+    reach = float(boundary(logits)[0].abs().quantile(_FOREIGN))
+    return replace(found, settings=replace(found.settings, foreign_reach=reach))
 
 
 def expected_cost(model: GuardedModel, examples: Examples) -> float:
-    """Points of accuracy that the coins cost on average over all clients there could be."""
-    split, settings = Split(model.network), model.guard.settings
+    """Points of accuracy that the coins cost on average over all clients there could be; images `(n, c, h, w)`, uint8 or pixels."""
+    split, guard = Split(model.network), model.guard
     lost = 0.0
     for start in range(0, len(examples), _CHUNK):
         part = examples[slice(start, start + _CHUNK)]
         logits, _ = split(part.x)
         margins, heads, tails = boundary(logits)
-        for row in torch.nonzero(margins.abs() <= settings.reach).flatten().tolist():
-            y, tail = int(part.y[row]), tails_chance(settings.slope * float(margins[row])) / WHOLE
+        foreign = model.foreign(part.x)
+        for row in torch.nonzero(guard.near(margins, foreign)).flatten().tolist():
+            y, tail = int(part.y[row]), guard.chance(float(margins[row]), bool(foreign[row])) / WHOLE
             right = {int(heads[row]): 1 - tail, int(tails[row]): tail}.get(y, 0.0)
             lost += float(int(logits[row].argmax()) == y) - right
     return 100 * lost / max(len(examples), 1)
