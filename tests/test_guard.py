@@ -101,12 +101,12 @@ def test_coins_are_a_clients_and_a_keys_own() -> None:
 
 def test_foreign_queries_meet_fair_coins_in_cells_of_their_own() -> None:
     """However far from the boundary up to their own reach, and whatever the same query would meet as an honest one."""
-    guard = Guard(GuardSettings(MODEL, 2.0, 1.5, (0.0,) * 8, 12, foreign_reach=4.0), SECRET)
+    guard = Guard(GuardSettings(MODEL, 2.0, 1.5, (0.0,) * 8, 12, 4.0, (0.0,) * 4, 5), SECRET)
     logits = torch.tensor([[3.5, 0.0, -9.0], [0.2, 0.0, -9.0], [4.5, 0.0, -9.0]])
-    features, foreign = torch.zeros(3, 12), torch.ones(3, dtype=torch.bool)
+    features, foreign, outlines = torch.zeros(3, 12), torch.ones(3, dtype=torch.bool), torch.zeros(3, 5)
     tails = 0
     for k in range(2000):
-        answers, trials = guard.answer(logits, features, f"client {k}", foreign)
+        answers, trials = guard.answer(logits, features, f"client {k}", foreign, outlines)
         assert [(trial.row, trial.chance) for trial in trials] == [(0, WHOLE // 2), (1, WHOLE // 2)]
         assert trials[0].cell == trials[1].cell
         assert answers[0] == answers[1]

@@ -4,7 +4,9 @@ The coin of a cell moves the boundary between two classes by a little, to one si
 (signs of keyed projections of the model's features, and the pair of classes), so that copies of a query under small noise meet the same
 coin. Coins are a client's own: what one client learns tells him nothing about another's.
 
-Queries that no honest client sends (`countermark.guard.foreign`) meet fair coins, further from the boundary and in cells of their own.
+Queries that no honest client sends (`countermark.guard.foreign`) meet fair coins, further from the boundary. Their cells are made of what
+the image looks like from afar, so that all that a thief makes of one image by small steps tends to meet one coin: a thief who trains
+adversarially smooths answers over such a family, and keeps the coin only if the family shares it.
 
 Every function here is pure: logits and features in, answers and trials out. `countermark.guard.model` puts them around a network.
 """
@@ -20,7 +22,9 @@ from countermark.errors import CountermarkError
 
 WHOLE = 1 << 16
 """Chances are whole numbers of 65536ths, so that a coin can be drawn again exactly."""
-_FOREIGN = b"\x01"  # the last byte of a foreign query's cell; cells of other queries are a byte shorter
+CELLS, FOREIGN = b"countermark guard cells", b"countermark guard foreign cells"
+"""What the keyed projections of features and of outlines are drawn under."""
+_ELSEWHERE = b"\xff\xff"  # before a foreign query's cell: no class has this number
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class GuardSettings:
         offsets: for each keyed projection of the features the value that it is compared with; their number sets that of the cells.
         features: number of features.
         foreign_reach: largest margin at which there is a coin, a fair one, for queries that no honest client sends; 0 for none.
+        foreign_offsets: as `offsets`, for the keyed projections of such queries' outlines.
+        outline: number of values in an outline.
     """
 
     model_sha256: str
@@ -42,6 +48,8 @@ class GuardSettings:
     offsets: tuple[float, ...]
     features: int
     foreign_reach: float = 0.0
+    foreign_offsets: tuple[float, ...] = ()
+    outline: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class AnswerTrial:
 
     Attributes:
         row: its position among the queries of the call.
-        cell: the pair of classes, the signs of the projections, and a last byte where the query was foreign.
+        cell: the pair of classes and the signs of the projections, with two bytes more where the query was foreign.
         heads: the smaller class of the two.
         tails: the larger one.
         chance: of tails, before the coin fell, in 65536ths.
@@ -72,11 +80,18 @@ class Guard:
         """Derive the projections from the owner's secret."""
         self.settings = settings
         self._secret = secret
-        self._signs = projections(secret, settings.model_sha256, settings.features, len(settings.offsets))
+        self._near = _Cells(projections(secret, settings.model_sha256, settings.features, len(settings.offsets)), settings.offsets)
+        signs = projections(secret, settings.model_sha256, settings.outline, len(settings.foreign_offsets), FOREIGN)
+        self._foreign = _Cells(signs, settings.foreign_offsets)
         self._keys: dict[str, bytes] = {}
 
     def answer(
-        self, logits: torch.Tensor, features: torch.Tensor, client: str, foreign: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        features: torch.Tensor,
+        client: str,
+        foreign: torch.Tensor | None = None,
+        outlines: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[AnswerTrial]]:
         """Answer queries of one client.
 
@@ -85,6 +100,7 @@ class Guard:
             features: `(n, features)`, from the layer that the cells are made of.
             client: name of the account that asks; its coins are its own.
             foreign: bool `(n,)`, the queries that no honest client sends; none without it.
+            outlines: `(n, outline)`, what the queries look like from afar; needed where `foreign` is given.
 
         Returns:
             int64 answers `(n,)`, and the trials among them in order. Only a client's first trial in a cell is evidence.
@@ -95,14 +111,17 @@ class Guard:
         self.check(logits, features)
         answers = logits.argmax(1)
         margins, heads, tails = boundary(logits)
-        if foreign is None:
-            foreign = torch.zeros(len(logits), dtype=torch.bool)
+        if foreign is None or outlines is None:
+            foreign, outlines = torch.zeros(len(logits), dtype=torch.bool), torch.zeros(len(logits), self.settings.outline)
         near = torch.nonzero(self.near(margins, foreign)).flatten()
-        cells = self._cells(features[near], heads[near], tails[near], foreign[near])
+        codes = zip(foreign[near].tolist(), self._foreign(outlines[near]), self._near(features[near]), strict=True)
+        ends = [far if other else code for other, far, code in codes]
         if client not in self._keys:
             self._keys[client] = client_key(self._secret, self.settings.model_sha256, client)
         trials = []
-        for row, cell in zip(near.tolist(), cells, strict=True):
+        for row, end in zip(near.tolist(), ends, strict=True):
+            cell = int(heads[row]).to_bytes(2, "big") + int(tails[row]).to_bytes(2, "big") + end
+            cell = _ELSEWHERE + cell if foreign[row] else cell
             chance = self.chance(float(margins[row]), bool(foreign[row]))
             tail = coin(self._keys[client], cell) < chance
             answer = int(tails[row] if tail else heads[row])
@@ -117,15 +136,6 @@ class Guard:
     def chance(self, margin: float, foreign: bool) -> int:
         """The chance of tails at a signed margin, in 65536ths."""
         return WHOLE // 2 if foreign else tails_chance(self.settings.slope * margin)
-
-    def _cells(self, features: torch.Tensor, heads: torch.Tensor, tails: torch.Tensor, foreign: torch.Tensor) -> list[bytes]:
-        count = len(self.settings.offsets)
-        bits = (features.double() @ self._signs > torch.tensor(self.settings.offsets, dtype=torch.float64)).tolist()
-        codes = [sum(1 << place for place, bit in enumerate(row) if bit) for row in bits]
-        ends = [_FOREIGN if other else b"" for other in foreign.tolist()]
-        parts = zip(heads.tolist(), tails.tolist(), codes, ends, strict=True)
-        size = (count + 7) // 8
-        return [head.to_bytes(2, "big") + tail.to_bytes(2, "big") + code.to_bytes(size, "big") + end for head, tail, code, end in parts]
 
     def check(self, logits: torch.Tensor, features: torch.Tensor) -> None:
         """Refuse what the guard was not calibrated for.
@@ -143,6 +153,18 @@ class Guard:
             raise CountermarkError(
                 "the model answered with logits or features that are not finite; nothing can be returned for these queries"
             )
+
+
+class _Cells:
+    """Codes of cells: which of some keyed projections are above their offsets."""
+
+    def __init__(self, signs: torch.Tensor, offsets: tuple[float, ...]) -> None:
+        self._signs, self._offsets = signs, torch.tensor(offsets, dtype=torch.float64)
+
+    def __call__(self, values: torch.Tensor) -> list[bytes]:
+        bits = (values.double() @ self._signs > self._offsets).tolist()
+        size = (len(self._offsets) + 7) // 8
+        return [sum(1 << place for place, bit in enumerate(row) if bit).to_bytes(size, "big") for row in bits]
 
 
 def boundary(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -183,9 +205,9 @@ def coin(key: bytes, cell: bytes) -> int:
     return int.from_bytes(hmac.digest(key, b"coin" + cell, "sha256")[:2], "big")
 
 
-def projections(secret: bytes, model_sha256: str, features: int, count: int) -> torch.Tensor:
-    """Keyed signs, float64 `(features, count)`, out of SHAKE-256 over HMAC-SHA-256(secret, "countermark guard cells" | model digest)."""
-    seed = hmac.digest(secret, b"countermark guard cells" + bytes.fromhex(model_sha256), "sha256")
+def projections(secret: bytes, model_sha256: str, features: int, count: int, under: bytes = CELLS) -> torch.Tensor:
+    """Keyed signs, float64 `(features, count)`, out of SHAKE-256 over HMAC-SHA-256(secret, `under` | model digest)."""
+    seed = hmac.digest(secret, under + bytes.fromhex(model_sha256), "sha256")
     stream = hashlib.shake_256(seed).digest((features * count + 7) // 8)
     bits = torch.tensor(list(stream), dtype=torch.int64).unsqueeze(1) >> torch.arange(8) & 1
     return (2.0 * bits.flatten()[: features * count].double() - 1).reshape(features, count)

@@ -6,16 +6,20 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from countermark.data import Examples, as_uint8, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
-from countermark.guard.core import WHOLE, AnswerTrial, Guard, boundary
+from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, boundary, projections
 from countermark.guard.foreign import Detector
 
 _CHUNK = 250
-_FOREIGN = 0.3  # quantile of the natural margins up to which coins answer foreign queries
+FIELDS = 7
+"""Fields of an outline, across and down."""
+_FOREIGN = 1.0  # quantile of the natural margins up to which coins answer foreign queries
+_FOREIGN_BITS = 12
 _SLACK = 1e-3  # of the logits' size: far above what a batch's shape changes in a logit
 
 
@@ -76,7 +80,8 @@ class GuardedModel:
             answers = logits.argmax(1)
             for row in torch.nonzero(near).flatten().tolist():
                 alone = part[row : row + 1]
-                label, found = self.guard.answer(*self._split(alone), asking[start + row], self.foreign(alone))
+                seen = () if self.detector is None else (self.foreign(alone), outlines(alone))
+                label, found = self.guard.answer(*self._split(alone), asking[start + row], *seen)
                 answers[row] = label[0]
                 trials += [replace(trial, row=start + row) for trial in found]
             labels.append(answers)
@@ -131,7 +136,16 @@ def calibrate_model(
     if not foreign:
         return found
     reach = float(boundary(logits)[0].abs().quantile(_FOREIGN))
-    return replace(found, settings=replace(found.settings, foreign_reach=reach))
+    pictures = outlines(validation.x).double()
+    signs = projections(secret, model_sha256, pictures.shape[1], _FOREIGN_BITS, FOREIGN)
+    offsets = tuple((pictures @ signs).mean(0).tolist())
+    extended = replace(found.settings, foreign_reach=reach, foreign_offsets=offsets, outline=pictures.shape[1])
+    return replace(found, settings=extended)
+
+
+def outlines(x: torch.Tensor) -> torch.Tensor:
+    """What images `(n, c, h, w)` look like from afar: means over 7 x 7 fields, float32 `(n, 49 c)`."""
+    return functional.adaptive_avg_pool2d(pixels(x), FIELDS).flatten(1)
 
 
 def expected_cost(model: GuardedModel, examples: Examples) -> float:

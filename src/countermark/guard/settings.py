@@ -1,7 +1,7 @@
 """`guard.json`: the calibrated guard of a model folder."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from countermark.files import canonical_json, read_json, sha256, write_json
 from countermark.guard.calibration import Calibration
 from countermark.guard.core import Guard, GuardSettings
 from countermark.guard.foreign import DETECTOR, Detector
-from countermark.guard.model import GuardedModel
+from countermark.guard.model import FIELDS, GuardedModel
 from countermark.watermarks import load_secret
 
 GUARD_FORMAT = "countermark guard 1"
@@ -21,7 +21,8 @@ _LARGEST = {"offsets": 64, "features": 1 << 20}
 def write_guard(folder: Path, calibration: Calibration, pool_sha256: str, detector: Detector | None = None) -> dict[str, Any]:
     """Write `guard.json` into a model folder, and the detector of foreign queries into a folder `detector` of it; return the former."""
     record = {"format": GUARD_FORMAT, **asdict(calibration), "validation_sha256": pool_sha256}
-    record["settings"]["offsets"] = list(calibration.settings.offsets)
+    for name in ("offsets", "foreign_offsets"):
+        record["settings"][name] = list(record["settings"][name])
     if detector is not None:
         description = load_bundle(folder)[1]
         place = folder / "detector"
@@ -55,26 +56,29 @@ def _settings(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
     settings = record.get("settings")
     if not isinstance(settings, dict) or not _fits(settings):
         raise CountermarkError(f"{path} lacks usable settings; it is damaged or not one of ours, calibrate again")
-    return {**settings, "offsets": tuple(settings["offsets"])}
+    lists = {name: tuple(settings.get(name, ())) for name in ("offsets", "foreign_offsets")}
+    return {**settings, **lists}
 
 
 def _fits(settings: Mapping[str, Any]) -> bool:
-    if settings.keys() - {"foreign_reach"} != {"model_sha256", "slope", "reach", "offsets", "features"}:
+    settings = {"foreign_reach": 0.0, "foreign_offsets": [], "outline": 0, **settings}
+    if settings.keys() != {field.name for field in fields(GuardSettings)}:
         return False
-    foreign = settings.get("foreign_reach", 0.0)
-    digest, offsets, features = settings["model_sha256"], settings["offsets"], settings["features"]
+    digest, offsets, far = settings["model_sha256"], settings["offsets"], settings["foreign_offsets"]
     return (
         isinstance(digest, str)
         and len(digest) == 64
         and not set(digest) - set("0123456789abcdef")
         and all(type(settings[name]) is float and settings[name] > 0 for name in ("slope", "reach"))
-        and type(foreign) is float
-        and foreign >= 0
+        and type(settings["foreign_reach"]) is float
+        and settings["foreign_reach"] >= 0
         and isinstance(offsets, list)
+        and isinstance(far, list)
         and 1 <= len(offsets) <= _LARGEST["offsets"]
-        and all(type(offset) is float for offset in offsets)
-        and type(features) is int
-        and 1 <= features <= _LARGEST["features"]
+        and len(far) <= _LARGEST["offsets"]
+        and all(type(offset) is float for offset in offsets + far)
+        and all(type(settings[name]) is int and 0 <= settings[name] <= _LARGEST["features"] for name in ("features", "outline"))
+        and settings["features"] >= 1
     )
 
 
@@ -95,6 +99,8 @@ def load_guarded(folder: Path, key: Path) -> GuardedModel:
     detector = None
     if settings.foreign_reach > 0:
         detector = _detector(folder, _record(folder).get("detector"), description.shape)
+        if settings.outline != FIELDS * FIELDS * description.shape[0]:
+            raise CountermarkError(f"{folder / 'guard.json'} was calibrated for images of another shape; calibrate again")
     return GuardedModel(network, Guard(settings, load_secret(key)), detector)
 
 
