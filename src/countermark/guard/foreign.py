@@ -100,9 +100,10 @@ def _honest(network: nn.Module, examples: Examples, epsilon: float, seed: int) -
         across = int(torch.randint(-_SHIFT, _SHIFT + 1, (), generator=generator))
         moved[part] = torch.roll(x[part], (index - _SHIFT, across), (2, 3))
     uniform = 2 * torch.rand(x.shape, generator=generator) - 1
+    normal = torch.randn(x.shape, generator=generator)
     with evaluating(network), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = zip(torch.split(x, _CHUNK), torch.split(examples.y, _CHUNK), strict=True)
         adversarial = torch.cat([pgd(network, a, y, epsilon=epsilon, steps=10, step_size=epsilon / 4) for a, y in parts])
-    kinds = x, moved, x + epsilon * uniform, x + epsilon * uniform.sign(), adversarial
+    kinds = x, moved, x + epsilon * uniform, x + epsilon * uniform.sign(), x + epsilon / 2 * normal, adversarial
     return [as_uint8(kind.clamp(0, 1)) for kind in kinds]

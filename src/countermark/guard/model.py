@@ -19,7 +19,7 @@ _CHUNK = 250
 FIELDS = 7
 """Fields of an outline, across and down."""
 _FOREIGN = 1.0  # quantile of the natural margins up to which coins answer foreign queries
-_FOREIGN_BITS = 12
+_FOREIGN_BITS = 14
 _SLACK = 1e-3  # of the logits' size: far above what a batch's shape changes in a logit
 
 
