@@ -251,7 +251,7 @@ def far_sighted(owner: object, digits: Pools) -> GuardedModel:
     """The owner's model behind a guard with coins for foreign queries as well."""
     network = load(str(owner))
     found = calibrate_model(network, digits.validation, secret=SECRET, model_sha256=MODEL, cost=2.0, foreign=True)
-    return GuardedModel(network, Guard(found.settings, SECRET), learn_detector(network, digits, spec("digits").epsilon, walked=6400))
+    return GuardedModel(network, Guard(found.settings, SECRET), learn_detector(network, digits, spec("digits").epsilon, walked=3200))
 
 
 def walk(victim: Callable[[torch.Tensor], torch.Tensor], digits: Pools, queries: int, seed: int) -> nn.Module:

@@ -1,29 +1,30 @@
 """Queries that no honest client sends, told apart from those that one might.
 
 A thief who makes his queries up (Algorithm 2 and its kin walk away from natural images, step by step) asks where nobody else does. There
-coins cost no honest client anything, so they may be fair ones and reach far beyond near ties. The owner plays such a thief against the bare
-model, and a small network learns to tell those queries from natural images, moved a little, under noise, and from adversarial examples of
-the budget. It never sees a coin, so what it chooses is evidence like any other trial (design condition: nothing chooses that saw coins).
+coins cost no honest client anything, so they may be fair ones and reach far beyond near ties. The owner plays two such thieves against the
+bare model, a plain one and one who trains adversarially, and a small network learns to tell their queries from natural images, moved a
+little, under noise, and from adversarial examples of the budget. It never sees a coin, so what it chooses is a trial like any other.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from countermark.attacks import pgd
 from countermark.data import Examples, Pools, as_uint8, pixels
-from countermark.evaluation import evaluating, predict
+from countermark.evaluation import Attack, evaluating, predict
 from countermark.models import build
 from countermark.theft import JacobianTheft, steal_black_box
 from countermark.training import TrainConfig, train
 
 DETECTOR = "small"
 """The network that tells queries apart, by name."""
-WALKED = 12_800
-"""Queries of the owner's own Algorithm 2."""
-_NATURAL = 12_000  # training images that stand for honest clients
-_SHIFT = 3  # pixels by which an honest client's image may be moved
+WALKED = 6_400
+"""Queries of each of the owner's own thieves."""
+_NATURAL = 8_000  # training images that stand for honest clients
+_SHIFT = 2  # pixels by which an honest client's image may be moved
 _HONEST = 0.999  # share of honest queries that stay below the threshold
 _EPOCHS = 4
 _CHUNK = 500
@@ -52,20 +53,23 @@ class Detector:
 def learn_detector(
     network: nn.Module, pools: Pools, epsilon: float, *, seed: int = 0, walked: int = WALKED, titles: tuple[str, str] | None = None
 ) -> Detector:
-    """Play the thief against `network` and learn to tell his queries from honest ones.
+    """Play two thieves against `network` and learn to tell their queries from honest ones.
 
     Args:
         network: the model to guard, bare: pixels to logits.
         pools: thefts start from training images, thresholds come from validation images.
         epsilon: budget within which a query is honest, in pixels of [0, 1].
         seed: seed of all of it.
-        walked: queries that the thief makes.
-        titles: names of two progress bars, the theft's and the training's; none are shown without them.
+        walked: queries that each thief makes.
+        titles: names of two progress bars, the thefts' and the training's; none are shown without them.
     """
     natural = pools.training[slice(0, _NATURAL)]
     theft, training = titles or (None, None)
     honest = torch.cat(_honest(network, natural, epsilon, seed))
-    foreign = _walk(network, pools.training, walked, seed, theft)
+    robust = Attack(epsilon, 1, 1.25 * epsilon)
+    plain = JacobianTheft(queries=walked, seed=seed)
+    thieves = plain, replace(plain, attack=robust, batch_size=128, learning_rate=0.05, epochs=5)
+    foreign = torch.cat([_walk(network, pools.training, thief, theft) for thief in thieves])
     y = torch.cat((torch.zeros(len(honest), dtype=torch.int64), torch.ones(len(foreign), dtype=torch.int64)))
     shape = (int(natural.x.shape[1]), int(natural.x.shape[2]), int(natural.x.shape[3]))
     detector = build(DETECTOR, shape, 2, seed=seed)
@@ -76,8 +80,8 @@ def learn_detector(
     return Detector(bare.network, max(float(bare(kind).quantile(_HONEST)) for kind in kinds))
 
 
-def _walk(network: nn.Module, seeds: Examples, queries: int, seed: int, title: str | None) -> torch.Tensor:
-    """What Algorithm 2 asks beyond its natural seeds, uint8."""
+def _walk(network: nn.Module, seeds: Examples, theft: JacobianTheft, title: str | None) -> torch.Tensor:
+    """What a thief asks beyond his natural seeds, uint8."""
     asked: list[torch.Tensor] = []
 
     def victim(x: torch.Tensor) -> torch.Tensor:
@@ -87,7 +91,8 @@ def _walk(network: nn.Module, seeds: Examples, queries: int, seed: int, title: s
     shape = (int(seeds.x.shape[1]), int(seeds.x.shape[2]), int(seeds.x.shape[3]))
     with torch.no_grad():
         classes = network(pixels(seeds.x[:1])).shape[1]
-    steal_black_box(victim, build("surrogate", shape, classes, seed=seed), seeds, JacobianTheft(queries=queries, seed=seed), title=title)
+    copy = build("surrogate" if theft.attack is None else "small", shape, classes, seed=theft.seed)
+    steal_black_box(victim, copy, seeds, theft, title=title)
     return torch.cat(asked[1:])
 
 
@@ -95,10 +100,11 @@ def _honest(network: nn.Module, examples: Examples, epsilon: float, seed: int) -
     """Queries that an honest client might send, uint8, one tensor for each kind."""
     generator = torch.Generator().manual_seed(seed)
     x = pixels(examples.x)
-    moved = x.clone()
-    for index, part in enumerate(torch.split(torch.randperm(len(x), generator=generator), len(x) // (2 * _SHIFT + 1) + 1)):
-        across = int(torch.randint(-_SHIFT, _SHIFT + 1, (), generator=generator))
-        moved[part] = torch.roll(x[part], (index - _SHIFT, across), (2, 3))
+    height, width, side = int(x.shape[2]), int(x.shape[3]), 2 * _SHIFT + 1
+    framed, moved = functional.pad(x, (_SHIFT,) * 4), x.clone()
+    for place, part in enumerate(torch.chunk(torch.randperm(len(x), generator=generator), side * side)):
+        down, across = divmod(place, side)
+        moved[part] = framed[part, :, down : down + height, across : across + width]
     uniform = 2 * torch.rand(x.shape, generator=generator) - 1
     normal = torch.randn(x.shape, generator=generator)
     with evaluating(network), torch.random.fork_rng(devices=[]):
