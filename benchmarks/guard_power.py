@@ -21,7 +21,6 @@ from torch import nn
 from countermark import ProtectConfig, protect
 from countermark.attacks import pgd
 from countermark.bundle import load_bundle
-from countermark.config import GuardConfig
 from countermark.data import Examples, Pools, as_uint8, load_pools, pixels, spec
 from countermark.evaluation import Attack, accuracy, predict
 from countermark.files import write_json
@@ -32,7 +31,6 @@ from countermark.guard import (
     calibrate_model,
     expected_cost,
     images_of,
-    load_guarded,
     trace_accounts,
     weights_sha256,
 )
@@ -40,7 +38,6 @@ from countermark.memory import keep_freed_memory
 from countermark.models import build
 from countermark.theft import JacobianTheft, steal_black_box
 from countermark.training import TrainConfig, recipe, train
-from countermark.verbs.guard import guard
 from countermark.watermarks import load_secret
 
 COST = {"mnist": 0.1, "fashion_mnist": 0.2}
@@ -177,11 +174,10 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
     network, _ = load_bundle(folder)
     pools = load_pools(data, seed)
     secret, digest = load_secret(folder / "key"), weights_sha256(folder)
-    found = calibrate_model(network, pools.validation, secret=secret, model_sha256=digest, cost=cost, bits=bits, foreign=foreign)
-    if foreign and not (folder / "detector").exists():
-        guard(GuardConfig(model=folder, cost=cost, bits=bits))
-    detector = load_guarded(folder, folder / "key").detector if foreign else None
-    model = GuardedModel(network, Guard(found.settings, secret), detector)
+    training = pools.training if foreign else None
+    options = {"cost": cost, "bits": bits, "training": training, "epsilon": spec(data).epsilon}
+    found = calibrate_model(network, pools.validation, secret=secret, model_sha256=digest, **options)  # type: ignore[arg-type]
+    model = GuardedModel(network, Guard(found.settings, secret))
     account = Account(model, f"{thief} {count}")
     copy = THIEVES[thief](account, data, pools, seed, count)
     rows = list(account.rows.values())

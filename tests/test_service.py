@@ -417,14 +417,3 @@ def test_the_guards_digest_is_in_the_commitment(
         write_json(tmp_path / "other" / "guard.json", changed)
         with pytest.raises(CountermarkError, match=r"guard\.json lacks usable settings"):
             load_guarded(tmp_path / "other", tmp_path / "other" / "key")
-    write_json(tmp_path / "other" / "guard.json", settings)
-    load_guarded(tmp_path / "other", tmp_path / "other" / "key")
-    swapped = {**settings, "detector": {**settings["detector"], "weights_sha256": "0" * 64}}
-    endless = {**settings, "detector": {**settings["detector"], "threshold": "high"}}
-    for changed, reason in ((swapped, "is not the detector that"), (endless, "does not tell queries of this model apart")):
-        write_json(tmp_path / "other" / "guard.json", changed)
-        with pytest.raises(CountermarkError, match=reason):
-            load_guarded(tmp_path / "other", tmp_path / "other" / "key")
-    shutil.rmtree(tmp_path / "other" / "detector")
-    with pytest.raises(CountermarkError, match="is not a model folder"):
-        load_guarded(tmp_path / "other", tmp_path / "other" / "key")

@@ -267,7 +267,7 @@ class GuardConfig(VerbConfig):
     bits: int = 16
     """Keyed projections that cut the cells; up to 2^bits cells for each pair of classes."""
     natural_only: bool = False
-    """Coins for near ties only, none for the made-up queries that no honest client sends; spares two minutes of training."""
+    """Coins for near ties only, none for made-up queries that are unlike all training images by more than the model's budget."""
     tsa: str | None = None
     """Address of a timestamp authority (RFC 3161), to show later when the guard was fixed."""
     roots: Path | None = None

@@ -2,7 +2,7 @@
 
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent_scores
-from countermark.guard.foreign import WALKED, Detector, learn_detector
+from countermark.guard.foreign import Familiar, familiar
 from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
 from countermark.guard.model import Answers, GuardedModel, calibrate_model, expected_cost
 from countermark.guard.settings import guard_sha256, load_guarded, read_guard, weights_sha256, write_guard
@@ -11,11 +11,10 @@ from countermark.guard.tracing import Trace, Traced, images_of, trace_accounts
 __all__ = [
     "CELL_BITS",
     "LOG_FORMAT",
-    "WALKED",
     "AnswerTrial",
     "Answers",
     "Calibration",
-    "Detector",
+    "Familiar",
     "Guard",
     "GuardSettings",
     "GuardedModel",
@@ -28,9 +27,9 @@ __all__ = [
     "calibrate_model",
     "consistent_scores",
     "expected_cost",
+    "familiar",
     "guard_sha256",
     "images_of",
-    "learn_detector",
     "load_guarded",
     "read_guard",
     "read_head",

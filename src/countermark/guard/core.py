@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from countermark.errors import CountermarkError
+from countermark.guard.foreign import Familiar, outlines
 
 WHOLE = 1 << 16
 """Chances are whole numbers of 65536ths, so that a coin can be drawn again exactly."""
@@ -37,9 +38,8 @@ class GuardSettings:
         reach: largest margin (difference of the two highest logits) at which there is a coin.
         offsets: for each keyed projection of the features the value that it is compared with; their number sets that of the cells.
         features: number of features.
-        foreign_reach: largest margin at which there is a coin, a fair one, for queries that no honest client sends; 0 for none.
-        foreign_offsets: as `offsets`, for the keyed projections of such queries' outlines.
-        outline: number of values in an outline.
+        familiar: what honest queries look like; any other query meets a fair coin. None where only near ties do.
+        outlines: as `offsets`, for the keyed projections of such queries' outlines.
     """
 
     model_sha256: str
@@ -47,9 +47,8 @@ class GuardSettings:
     reach: float
     offsets: tuple[float, ...]
     features: int
-    foreign_reach: float = 0.0
-    foreign_offsets: tuple[float, ...] = ()
-    outline: int = 0
+    familiar: Familiar | None = None
+    outlines: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,11 @@ class Guard:
         self.settings = settings
         self._secret = secret
         self._near = _Cells(projections(secret, settings.model_sha256, settings.features, len(settings.offsets)), settings.offsets)
-        signs = projections(secret, settings.model_sha256, settings.outline, len(settings.foreign_offsets), FOREIGN)
-        self._foreign = _Cells(signs, settings.foreign_offsets)
+        self._far: _Cells | None = None  # made with the first foreign query: its signs are as many as an outline has values
         self._keys: dict[str, bytes] = {}
 
     def answer(
-        self,
-        logits: torch.Tensor,
-        features: torch.Tensor,
-        client: str,
-        foreign: torch.Tensor | None = None,
-        outlines: torch.Tensor | None = None,
+        self, logits: torch.Tensor, features: torch.Tensor, client: str, images: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[AnswerTrial]]:
         """Answer queries of one client.
 
@@ -99,29 +92,30 @@ class Guard:
             logits: `(n, classes)`.
             features: `(n, features)`, from the layer that the cells are made of.
             client: name of the account that asks; its coins are its own.
-            foreign: bool `(n,)`, the queries that no honest client sends; none without it.
-            outlines: `(n, outline)`, what the queries look like from afar; needed where `foreign` is given.
+            images: the queries, uint8 `(n, c, h, w)`; needed where the settings say what is familiar.
 
         Returns:
             int64 answers `(n,)`, and the trials among them in order. Only a client's first trial in a cell is evidence.
 
         Raises:
-            CountermarkError: other shapes than the guard was calibrated for, or values that are not finite.
+            CountermarkError: other shapes than the guard was calibrated for, values that are not finite, or no images.
         """
         self.check(logits, features)
         answers = logits.argmax(1)
         margins, heads, tails = boundary(logits)
-        if foreign is None or outlines is None:
-            foreign, outlines = torch.zeros(len(logits), dtype=torch.bool), torch.zeros(len(logits), self.settings.outline)
-        near = torch.nonzero(self.near(margins, foreign)).flatten()
-        codes = zip(foreign[near].tolist(), self._foreign(outlines[near]), self._near(features[near]), strict=True)
-        ends = [far if other else code for other, far, code in codes]
+        foreign = torch.zeros(len(logits), dtype=torch.bool) if images is None else self.foreign(images)
+        if self.settings.familiar is not None and (images is None or len(images) != len(logits)):
+            raise CountermarkError(f"this guard looks at the images as well; give the {len(logits)} that were asked")
+        met = torch.nonzero(self.meets_coin(margins, foreign)).flatten()
         if client not in self._keys:
             self._keys[client] = client_key(self._secret, self.settings.model_sha256, client)
         trials = []
-        for row, end in zip(near.tolist(), ends, strict=True):
-            cell = int(heads[row]).to_bytes(2, "big") + int(tails[row]).to_bytes(2, "big") + end
-            cell = _ELSEWHERE + cell if foreign[row] else cell
+        for row in met.tolist():
+            pair = int(heads[row]).to_bytes(2, "big") + int(tails[row]).to_bytes(2, "big")
+            if images is not None and foreign[row]:
+                cell = _ELSEWHERE + pair + self._outline_code(images[row : row + 1])
+            else:
+                cell = pair + self._near(features[row])
             chance = self.chance(float(margins[row]), bool(foreign[row]))
             tail = coin(self._keys[client], cell) < chance
             answer = int(tails[row] if tail else heads[row])
@@ -129,9 +123,21 @@ class Guard:
             trials.append(AnswerTrial(row, cell, int(heads[row]), int(tails[row]), chance, answer))
         return answers, trials
 
-    def near(self, margins: torch.Tensor, foreign: torch.Tensor) -> torch.Tensor:
+    def foreign(self, images: torch.Tensor) -> torch.Tensor:
+        """Which of images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
+        settings = self.settings
+        return torch.zeros(len(images), dtype=torch.bool) if settings.familiar is None else settings.familiar.foreign(images)
+
+    def meets_coin(self, margins: torch.Tensor, foreign: torch.Tensor) -> torch.Tensor:
         """Which queries a coin answers, bool `(n,)`, given signed margins and which of them are foreign."""
-        return margins.abs() <= torch.where(foreign, max(self.settings.reach, self.settings.foreign_reach), self.settings.reach)
+        return (margins.abs() <= self.settings.reach) | foreign
+
+    def _outline_code(self, image: torch.Tensor) -> bytes:
+        outline = outlines(image)[0]
+        if self._far is None:
+            offsets = self.settings.outlines
+            self._far = _Cells(projections(self._secret, self.settings.model_sha256, len(outline), len(offsets), FOREIGN), offsets)
+        return self._far(outline)
 
     def chance(self, margin: float, foreign: bool) -> int:
         """The chance of tails at a signed margin, in 65536ths."""
@@ -156,15 +162,14 @@ class Guard:
 
 
 class _Cells:
-    """Codes of cells: which of some keyed projections are above their offsets."""
+    """The code of a cell: which of some keyed projections are above their offsets."""
 
     def __init__(self, signs: torch.Tensor, offsets: tuple[float, ...]) -> None:
         self._signs, self._offsets = signs, torch.tensor(offsets, dtype=torch.float64)
 
-    def __call__(self, values: torch.Tensor) -> list[bytes]:
+    def __call__(self, values: torch.Tensor) -> bytes:
         bits = (values.double() @ self._signs > self._offsets).tolist()
-        size = (len(self._offsets) + 7) // 8
-        return [sum(1 << place for place, bit in enumerate(row) if bit).to_bytes(size, "big") for row in bits]
+        return sum(1 << place for place, bit in enumerate(bits) if bit).to_bytes((len(bits) + 7) // 8, "big")
 
 
 def boundary(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

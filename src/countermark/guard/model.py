@@ -6,19 +6,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from countermark.data import Examples, as_uint8, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, boundary, projections
-from countermark.guard.foreign import Detector
+from countermark.guard.foreign import familiar, outlines
 
 _CHUNK = 250
-FIELDS = 7
-"""Fields of an outline, across and down."""
-_FOREIGN = 1.0  # quantile of the natural margins up to which coins answer foreign queries
 _FOREIGN_BITS = 14
 _SLACK = 1e-3  # of the logits' size: far above what a batch's shape changes in a logit
 
@@ -46,15 +42,9 @@ class GuardedModel:
     answer, in any batch and after any restart, as long as processor and software stay the same.
     """
 
-    def __init__(self, network: nn.Module, guard: Guard, detector: Detector | None = None) -> None:
-        """Wrap any network from pixels of [0, 1] to logits; it is put into evaluation mode.
-
-        Raises:
-            CountermarkError: the guard has coins for foreign queries, but there is no `detector`, or the other way round.
-        """
-        if (detector is None) != (guard.settings.foreign_reach == 0):
-            raise CountermarkError("coins for foreign queries and a detector of such queries go together; one of the two is missing")
-        self.network, self.guard, self.detector = network.eval(), guard, detector
+    def __init__(self, network: nn.Module, guard: Guard) -> None:
+        """Wrap any network from pixels of [0, 1] to logits; it is put into evaluation mode."""
+        self.network, self.guard = network.eval(), guard
         self._split = Split(network)
 
     def __call__(self, x: torch.Tensor, clients: str | Sequence[str]) -> Answers:
@@ -63,8 +53,8 @@ class GuardedModel:
         Raises:
             CountermarkError: the model's answers are not finite, or do not fit the guard.
         """
-        images = as_uint8(x)
-        settings = self.guard.settings
+        images = as_uint8(x).cpu()
+        reach = self.guard.settings.reach
         asking = [clients] * len(images) if isinstance(clients, str) else clients
         labels, trials = [], []
         for start in range(0, len(images), _CHUNK):
@@ -72,24 +62,15 @@ class GuardedModel:
             logits, features = self._split(part)
             self.guard.check(logits, features)
             best = logits.topk(2, dim=1).values
-            margins = best[:, 0] - best[:, 1] - _SLACK * (1 + best.abs().amax(1))
-            near = margins <= settings.reach
-            if self.detector is not None:
-                rows = torch.nonzero(~near & (margins <= settings.foreign_reach)).flatten()
-                near[rows] = self.detector(part[rows]) > -_SLACK * (1 + abs(self.detector.threshold))
+            near = best[:, 0] - best[:, 1] <= reach + _SLACK * (1 + best.abs().amax(1))
             answers = logits.argmax(1)
-            for row in torch.nonzero(near).flatten().tolist():
+            for row in torch.nonzero(near | self.guard.foreign(part)).flatten().tolist():
                 alone = part[row : row + 1]
-                seen = () if self.detector is None else (self.foreign(alone), outlines(alone))
-                label, found = self.guard.answer(*self._split(alone), asking[start + row], *seen)
+                label, found = self.guard.answer(*self._split(alone), asking[start + row], alone)
                 answers[row] = label[0]
                 trials += [replace(trial, row=start + row) for trial in found]
             labels.append(answers)
         return Answers(torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64), trials, images)
-
-    def foreign(self, x: torch.Tensor) -> torch.Tensor:
-        """Which of images `(n, c, h, w)`, uint8 or pixels, no honest client sends, bool `(n,)`."""
-        return torch.zeros(len(x), dtype=torch.bool) if self.detector is None else self.detector(x) > 0
 
 
 class Split:
@@ -126,26 +107,25 @@ def calibrate_model(
     model_sha256: str,
     cost: float,
     bits: int = CELL_BITS,
-    foreign: bool = False,
+    training: Examples | None = None,
+    epsilon: float = 0.0,
 ) -> Calibration:
-    """Calibrate a guard for a network on its validation pool (see `calibrate`); `foreign`: with coins for foreign queries as well."""
+    """Calibrate a guard for a network on its validation pool (see `calibrate`).
+
+    With `training` images, whatever is unlike any of them by more than `epsilon`, in pixels of [0, 1], meets fair coins; no validation
+    image does, so `cost` stays what it is.
+    """
     split = Split(network.eval())
     parts = [split(validation.x[i : i + _CHUNK]) for i in range(0, len(validation), _CHUNK)]
     logits, features = (torch.cat(columns) for columns in zip(*parts, strict=True))
     found = calibrate(logits, features, validation.y, secret=secret, model_sha256=model_sha256, cost=cost, bits=bits)
-    if not foreign:
+    if training is None:
         return found
-    reach = float(boundary(logits)[0].abs().quantile(_FOREIGN))
-    pictures = outlines(validation.x).double()
-    signs = projections(secret, model_sha256, pictures.shape[1], _FOREIGN_BITS, FOREIGN)
-    offsets = tuple((pictures @ signs).mean(0).tolist())
-    extended = replace(found.settings, foreign_reach=reach, foreign_offsets=offsets, outline=pictures.shape[1])
-    return replace(found, settings=extended)
-
-
-def outlines(x: torch.Tensor) -> torch.Tensor:
-    """What images `(n, c, h, w)` look like from afar: means over 7 x 7 fields, float32 `(n, 49 c)`."""
-    return functional.adaptive_avg_pool2d(pixels(x), FIELDS).flatten(1)
+    seen = outlines(validation.x).double()
+    signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
+    offsets = tuple((seen @ signs).mean(0).tolist())
+    usual = familiar(training.x, validation.x, epsilon)
+    return replace(found, settings=replace(found.settings, familiar=usual, outlines=offsets))
 
 
 def expected_cost(model: GuardedModel, examples: Examples) -> float:
@@ -156,8 +136,8 @@ def expected_cost(model: GuardedModel, examples: Examples) -> float:
         part = examples[slice(start, start + _CHUNK)]
         logits, _ = split(part.x)
         margins, heads, tails = boundary(logits)
-        foreign = model.foreign(part.x)
-        for row in torch.nonzero(guard.near(margins, foreign)).flatten().tolist():
+        foreign = guard.foreign(as_uint8(part.x))
+        for row in torch.nonzero(guard.meets_coin(margins, foreign)).flatten().tolist():
             y, tail = int(part.y[row]), guard.chance(float(margins[row]), bool(foreign[row])) / WHOLE
             right = {int(heads[row]): 1 - tail, int(tails[row]): tail}.get(y, 0.0)
             lost += float(int(logits[row].argmax()) == y) - right

@@ -1,34 +1,29 @@
 """`guard.json`: the calibrated guard of a model folder."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from countermark.bundle import load_bundle, load_with_data, save_bundle
+from countermark.bundle import load_with_data
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_json, sha256, write_json
 from countermark.guard.calibration import Calibration
 from countermark.guard.core import Guard, GuardSettings
-from countermark.guard.foreign import DETECTOR, Detector
-from countermark.guard.model import FIELDS, GuardedModel
+from countermark.guard.foreign import Familiar
+from countermark.guard.model import GuardedModel
 from countermark.watermarks import load_secret
 
 GUARD_FORMAT = "countermark guard 1"
 _LARGEST = {"offsets": 64, "features": 1 << 20}
 
 
-def write_guard(folder: Path, calibration: Calibration, pool_sha256: str, detector: Detector | None = None) -> dict[str, Any]:
-    """Write `guard.json` into a model folder, and the detector of foreign queries into a folder `detector` of it; return the former."""
+def write_guard(folder: Path, calibration: Calibration, pool_sha256: str) -> dict[str, Any]:
+    """Write `guard.json` into a model folder and return it."""
     record = {"format": GUARD_FORMAT, **asdict(calibration), "validation_sha256": pool_sha256}
-    for name in ("offsets", "foreign_offsets"):
+    for name in ("offsets", "outlines"):
         record["settings"][name] = list(record["settings"][name])
-    if detector is not None:
-        description = load_bundle(folder)[1]
-        place = folder / "detector"
-        place.mkdir(exist_ok=True)
-        digest = save_bundle(place, detector.network, replace(description, network=DETECTOR, classes=2, history=()))
-        record["detector"] = {"weights_sha256": digest, "threshold": detector.threshold}
     write_json(folder / "guard.json", record)
     return record
 
@@ -39,46 +34,51 @@ def read_guard(folder: Path) -> GuardSettings:
     Raises:
         CountermarkError: the folder has none, or it is not one of ours.
     """
-    return GuardSettings(**_settings(_record(folder), folder / "guard.json"))
-
-
-def _record(folder: Path) -> dict[str, Any]:
     path = folder / "guard.json"
     if not path.exists():
         raise CountermarkError(f"{folder} has no guard; calibrate one with: countermark guard {folder}")
     record = read_json(path)
     if record.get("format") != GUARD_FORMAT:
         raise CountermarkError(f"{path} is not a guard of the format {GUARD_FORMAT!r}; use the release that wrote it")
-    return record
-
-
-def _settings(record: Mapping[str, Any], path: Path) -> dict[str, Any]:
     settings = record.get("settings")
     if not isinstance(settings, dict) or not _fits(settings):
         raise CountermarkError(f"{path} lacks usable settings; it is damaged or not one of ours, calibrate again")
-    lists = {name: tuple(settings.get(name, ())) for name in ("offsets", "foreign_offsets")}
-    return {**settings, **lists}
+    usual = settings.get("familiar")
+    lists = {name: tuple(settings.get(name, ())) for name in ("offsets", "outlines")}
+    return GuardSettings(**{**settings, **lists, "familiar": None if usual is None else Familiar(**usual)})
 
 
 def _fits(settings: Mapping[str, Any]) -> bool:
-    settings = {"foreign_reach": 0.0, "foreign_offsets": [], "outline": 0, **settings}
-    if settings.keys() != {field.name for field in fields(GuardSettings)}:
+    settings = {"familiar": None, "outlines": [], **settings}
+    if settings.keys() != {field.name for field in fields(GuardSettings)} or not _fits_familiar(settings["familiar"], settings["outlines"]):
         return False
-    digest, offsets, far = settings["model_sha256"], settings["offsets"], settings["foreign_offsets"]
+    digest, offsets, features = settings["model_sha256"], settings["offsets"], settings["features"]
     return (
         isinstance(digest, str)
         and len(digest) == 64
         and not set(digest) - set("0123456789abcdef")
         and all(type(settings[name]) is float and settings[name] > 0 for name in ("slope", "reach"))
-        and type(settings["foreign_reach"]) is float
-        and settings["foreign_reach"] >= 0
         and isinstance(offsets, list)
-        and isinstance(far, list)
         and 1 <= len(offsets) <= _LARGEST["offsets"]
-        and len(far) <= _LARGEST["offsets"]
-        and all(type(offset) is float for offset in offsets + far)
-        and all(type(settings[name]) is int and 0 <= settings[name] <= _LARGEST["features"] for name in ("features", "outline"))
-        and settings["features"] >= 1
+        and all(type(offset) is float for offset in offsets)
+        and type(features) is int
+        and 1 <= features <= _LARGEST["features"]
+    )
+
+
+def _fits_familiar(usual: object, outlines: object) -> bool:
+    if usual is None:
+        return outlines == []
+    if not isinstance(usual, dict) or usual.keys() != {"lowest", "highest", "pixels"} or not isinstance(outlines, list):
+        return False
+    sides = usual["lowest"], usual["highest"]
+    return (
+        all(isinstance(side, str) and len(side) == len(sides[0]) and not set(side) - set("0123456789abcdef") for side in sides)
+        and len(sides[0]) % 2 == 0
+        and type(usual["pixels"]) is int
+        and usual["pixels"] >= 1
+        and 1 <= len(outlines) <= _LARGEST["offsets"]
+        and all(type(offset) is float for offset in outlines)
     )
 
 
@@ -96,23 +96,9 @@ def load_guarded(folder: Path, key: Path) -> GuardedModel:
     network, description, _ = load_with_data(folder)
     if weights_sha256(folder) != settings.model_sha256:
         raise CountermarkError(f"{folder / 'guard.json'} was calibrated for other weights; run countermark guard {folder} again")
-    detector = None
-    if settings.foreign_reach > 0:
-        detector = _detector(folder, _record(folder).get("detector"), description.shape)
-        if settings.outline != FIELDS * FIELDS * description.shape[0]:
-            raise CountermarkError(f"{folder / 'guard.json'} was calibrated for images of another shape; calibrate again")
-    return GuardedModel(network, Guard(settings, load_secret(key)), detector)
-
-
-def _detector(folder: Path, record: object, shape: tuple[int, int, int]) -> Detector:
-    path = folder / "detector"
-    network, description = load_bundle(path)
-    if not isinstance(record, dict) or weights_sha256(path) != record.get("weights_sha256"):
-        raise CountermarkError(f"{path} is not the detector that {folder / 'guard.json'} names; calibrate again")
-    threshold = record.get("threshold")
-    if type(threshold) is not float or (description.shape, description.classes) != (shape, 2):
-        raise CountermarkError(f"{path} does not tell queries of this model apart; calibrate again")
-    return Detector(network, threshold)
+    if settings.familiar is not None and len(settings.familiar.lowest) != 2 * math.prod(description.shape):
+        raise CountermarkError(f"{folder / 'guard.json'} was calibrated for images of another shape; calibrate again")
+    return GuardedModel(network, Guard(settings, load_secret(key)))
 
 
 def weights_sha256(folder: Path) -> str:

@@ -13,7 +13,6 @@ from countermark.guard import (
     calibrate_model,
     expected_cost,
     guard_sha256,
-    learn_detector,
     weights_sha256,
     write_guard,
 )
@@ -55,23 +54,27 @@ def guard(config: GuardConfig) -> Calibrated:
     key = config.key or config.model / "key"
     secret, digest = load_secret(key), weights_sha256(config.model)
     pools = load_pools(description.data, description.seed, config.cache)
-    foreign = not config.natural_only
     found = calibrate_model(
-        network, pools.validation, secret=secret, model_sha256=digest, cost=config.cost, bits=config.bits, foreign=foreign
+        network,
+        pools.validation,
+        secret=secret,
+        model_sha256=digest,
+        cost=config.cost,
+        bits=config.bits,
+        training=None if config.natural_only else pools.training,
+        epsilon=description.epsilon,
     )
     commitment = config.model / "commitment.json"
     record = read_json(commitment) if commitment.exists() else None
     if record is not None and record.get("c2", {}).get("model_sha256") != digest:
         raise CountermarkError(f"{commitment} commits to other weights than those in the folder; restore it from a backup")
-    titles = "thief to learn from", "detector of his queries"
-    detector = learn_detector(network, pools, description.epsilon, seed=description.seed, titles=titles) if foreign else None
-    written = write_guard(config.model, found, pools.validation.digest, detector)
+    written = write_guard(config.model, found, pools.validation.digest)
     if record is not None:
         c3 = third_commitment(record["c2"], guard_sha256(written))
         signature = sign(read_bytes(key / "signing-key", 32), c3)
         t3 = None if stamp is None else encode_token(stamp(canonical_json(c3)))
         write_json(commitment, {**record, "c3": c3, "c3_signature": signature, "t3": t3})
-    measured = expected_cost(GuardedModel(network, Guard(found.settings, secret), detector), pools.test)
+    measured = expected_cost(GuardedModel(network, Guard(found.settings, secret)), pools.test)
     needed = round(20 / found.entropy) if found.entropy else 0
     return Calibrated(str(config.model), found.cost, measured, found.tied, found.entropy, needed)
 
