@@ -11,7 +11,6 @@ Strangers are models that never saw the coins, asked for the very same trials, a
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -231,10 +230,11 @@ def table(runs: Path) -> str:
     for r in sorted(
         records, key=lambda r: (r["data"] != "mnist", order.index(r["thief"]), r["images"], r["bits"], r["stated_cost"], r["seed"])
     ):
+        under = f"{r['cost_under_attack']:.2f}" if "cost_under_attack" in r else ""
         found, others = r["suspect"], [stranger["log10_p"] for stranger in r["strangers"].values()]
         lines.append(
             f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['cost']:.3f} "
-            f"| {r.get('cost_under_attack', math.nan):.2f} | {r['trials']} ({r.get('foreign_trials', 0)}) "
+            f"| {under} | {r['trials']} ({r.get('foreign_trials', 0)}) "
             f"| {found['agree']} : {found['other']} ({found['expected']:.0f}) | {found['log10_p']:.1f} "
             f"| {min(others):.1f} to {max(others):.1f} | {r['test_accuracy']:.1f} |"
         )

@@ -122,7 +122,7 @@ def test_foreign_queries_meet_fair_coins_in_cells_of_their_own() -> None:
     assert [trial.row for trial in honest] == [1]
     assert honest[0].cell != trials[1].cell
     assert honest[0].chance == tails_chance(-2.0 * 0.2)
-    for wrong in (None, images[:2]):
+    for wrong in (None, images[:2], images.float()):
         with pytest.raises(CountermarkError, match="give the 3 that were asked"):
             guard.answer(logits, features, "anna", wrong)
 

@@ -103,9 +103,12 @@ class Guard:
         self.check(logits, features)
         answers = logits.argmax(1)
         margins, heads, tails = boundary(logits)
+        usual = self.settings.familiar
+        if usual is not None and (images is None or images.dtype is not torch.uint8 or images.numel() != len(logits) * usual.values):
+            raise CountermarkError(
+                f"this guard looks at the images as well; give the {len(logits)} that were asked, uint8, {usual.values} values each"
+            )
         foreign = torch.zeros(len(logits), dtype=torch.bool) if images is None else self.foreign(images)
-        if self.settings.familiar is not None and (images is None or len(images) != len(logits)):
-            raise CountermarkError(f"this guard looks at the images as well; give the {len(logits)} that were asked")
         met = torch.nonzero(self.meets_coin(margins, foreign)).flatten()
         if client not in self._keys:
             self._keys[client] = client_key(self._secret, self.settings.model_sha256, client)

@@ -30,6 +30,11 @@ class Familiar:
     highest: str
     pixels: int
 
+    @property
+    def values(self) -> int:
+        """How many values an image has."""
+        return len(self.lowest) // 2
+
     def outside(self, images: torch.Tensor) -> torch.Tensor:
         """How many values of each image `(n, c, h, w)`, uint8, are outside: int64 `(n,)`."""
         low, high = (torch.frombuffer(bytearray.fromhex(side), dtype=torch.uint8) for side in (self.lowest, self.highest))

@@ -96,7 +96,7 @@ def load_guarded(folder: Path, key: Path) -> GuardedModel:
     network, description, _ = load_with_data(folder)
     if weights_sha256(folder) != settings.model_sha256:
         raise CountermarkError(f"{folder / 'guard.json'} was calibrated for other weights; run countermark guard {folder} again")
-    if settings.familiar is not None and len(settings.familiar.lowest) != 2 * math.prod(description.shape):
+    if settings.familiar is not None and settings.familiar.values != math.prod(description.shape):
         raise CountermarkError(f"{folder / 'guard.json'} was calibrated for images of another shape; calibrate again")
     return GuardedModel(network, Guard(settings, load_secret(key)))
 
