@@ -104,7 +104,7 @@ def test_coins_are_a_clients_and_a_keys_own() -> None:
 
 def test_foreign_queries_meet_fair_coins_in_cells_of_their_own() -> None:
     """However far from the boundary, and whatever the same logits would meet as an honest query."""
-    usual = Familiar("00" * 4, "80" * 4, 1)
+    usual = Familiar("00" * 4, "80" * 4)
     guard = Guard(GuardSettings(MODEL, 2.0, 1.5, (0.0,) * 8, 12, usual, (0.0,) * 14), SECRET)
     logits = torch.tensor([[9.5, 0.0, -9.0], [0.2, 0.0, -9.0], [4.5, 0.0, -9.0]])
     features, images = torch.zeros(3, 12), torch.full((3, 1, 2, 2), 0x80, dtype=torch.uint8)
@@ -133,8 +133,7 @@ def test_no_perturbation_within_the_budget_makes_an_image_foreign(seed: int, eps
     """Of any image in range, by the worst of all perturbations; and a little more is enough."""
     generator = torch.Generator().manual_seed(seed)
     training = torch.randint(0, 256, (3, 2, 4, 4), generator=generator, dtype=torch.uint8)
-    usual = familiar(training, training, epsilon)
-    assert usual.pixels == 1
+    usual = familiar(training, epsilon)
     low, high = training.amin(0).double(), training.amax(0).double()
     x = (low + (high - low) * torch.rand(20, 2, 4, 4, generator=generator, dtype=torch.float64)) / 255
     for side in (-1, 1):
@@ -294,7 +293,7 @@ def test_a_thiefs_walk_is_foreign_and_honest_queries_are_not(far_sighted: Guarde
     foreign = far_sighted.guard.foreign
     x, y, epsilon = pixels(digits.test.x), digits.test.y, spec("digits").epsilon
     lost = pgd(far_sighted.network, x, y, epsilon=epsilon, steps=10, step_size=epsilon / 4)
-    assert not foreign(digits.validation.x).any()
+    assert not foreign(digits.training.x).any()
     for honest in (x, lost):
         assert float(foreign(as_uint8(honest)).double().mean()) < 0.02
     assert float(foreign(as_uint8(asked[-1])).double().mean()) > 0.1  # the last round, four or five steps away

@@ -1,7 +1,7 @@
 """Queries that no honest client sends: images that no perturbation within the budget makes out of anything like the training data.
 
-Each pixel has a range over the training images. A query is foreign if enough of its pixels are outside by more than the budget. An honest
-image whose pixels are in range cannot be made foreign within the budget, by anybody: that is arithmetic, not learned. A thief who makes his
+Each pixel has a range over the training images. A query is foreign if one of its pixels is outside by more than the budget. An honest image
+whose pixels are in range cannot be made foreign within the budget, by anybody: that is arithmetic, not learned. A thief who makes his
 queries up by steps (Algorithm 2 and its kin) leaves the ranges soon. What is foreign depends on the query alone, never on a coin.
 """
 
@@ -23,27 +23,21 @@ class Familiar:
     Attributes:
         lowest: the lowest familiar value, budget included, of each place of an image `(c, h, w)`, in order; two hexadecimal digits each.
         highest: the highest, in the same way.
-        pixels: values that must be outside for a query to be foreign.
     """
 
     lowest: str
     highest: str
-    pixels: int
 
     @property
     def values(self) -> int:
         """How many values an image has."""
         return len(self.lowest) // 2
 
-    def outside(self, images: torch.Tensor) -> torch.Tensor:
-        """How many values of each image `(n, c, h, w)`, uint8, are outside: int64 `(n,)`."""
-        low, high = (torch.frombuffer(bytearray.fromhex(side), dtype=torch.uint8) for side in (self.lowest, self.highest))
-        flat = images.flatten(1)
-        return ((flat < low) | (flat > high)).sum(1)
-
     def foreign(self, images: torch.Tensor) -> torch.Tensor:
         """Which of images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
-        return self.outside(images) >= self.pixels
+        low, high = (torch.frombuffer(bytearray.fromhex(side), dtype=torch.uint8) for side in (self.lowest, self.highest))
+        flat = images.flatten(1)
+        return ((flat < low) | (flat > high)).any(1)
 
 
 def outlines(images: torch.Tensor) -> torch.Tensor:
@@ -51,16 +45,14 @@ def outlines(images: torch.Tensor) -> torch.Tensor:
     return functional.adaptive_avg_pool2d(pixels(images), _FIELDS).flatten(1)
 
 
-def familiar(training: torch.Tensor, validation: torch.Tensor, epsilon: float) -> Familiar:
+def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
     """Learn what images may look like.
 
     Args:
         training: uint8 `(n, c, h, w)`, whose values set the ranges.
-        validation: uint8 `(m, c, h, w)`; a foreign query has more values outside than any of these.
         epsilon: the budget by which ranges are widened, in pixels of [0, 1].
     """
     margin = math.floor(255 * epsilon + 0.5)  # |255 delta| rounded to 8 bits is at most this
     lowest = (training.amin(0).int() - margin).clamp(0, 255).to(torch.uint8)
     highest = (training.amax(0).int() + margin).clamp(0, 255).to(torch.uint8)
-    sides = lowest.contiguous().numpy().tobytes().hex(), highest.contiguous().numpy().tobytes().hex()
-    return Familiar(*sides, 1 + int(Familiar(*sides, 1).outside(validation).max()))
+    return Familiar(lowest.contiguous().numpy().tobytes().hex(), highest.contiguous().numpy().tobytes().hex())

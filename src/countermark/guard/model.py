@@ -112,8 +112,8 @@ def calibrate_model(
 ) -> Calibration:
     """Calibrate a guard for a network on its validation pool (see `calibrate`).
 
-    With `training` images, whatever is unlike any of them by more than `epsilon`, in pixels of [0, 1], meets fair coins; no validation
-    image does, so `cost` stays what it is.
+    With `training` images, whatever is unlike any of them by more than `epsilon`, in pixels of [0, 1], meets fair coins. The few honest
+    queries among those are not in `cost`, but in `expected_cost`.
     """
     split = Split(network.eval())
     parts = [split(validation.x[i : i + _CHUNK]) for i in range(0, len(validation), _CHUNK)]
@@ -124,7 +124,7 @@ def calibrate_model(
     seen = outlines(validation.x).double()
     signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
     offsets = tuple((seen @ signs).mean(0).tolist())
-    usual = familiar(training.x, validation.x, epsilon)
+    usual = familiar(training.x, epsilon)
     return replace(found, settings=replace(found.settings, familiar=usual, outlines=offsets))
 
 

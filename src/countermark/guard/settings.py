@@ -69,14 +69,12 @@ def _fits(settings: Mapping[str, Any]) -> bool:
 def _fits_familiar(usual: object, outlines: object) -> bool:
     if usual is None:
         return outlines == []
-    if not isinstance(usual, dict) or usual.keys() != {"lowest", "highest", "pixels"} or not isinstance(outlines, list):
+    if not isinstance(usual, dict) or usual.keys() != {"lowest", "highest"} or not isinstance(outlines, list):
         return False
     sides = usual["lowest"], usual["highest"]
     return (
         all(isinstance(side, str) and len(side) == len(sides[0]) and not set(side) - set("0123456789abcdef") for side in sides)
         and len(sides[0]) % 2 == 0
-        and type(usual["pixels"]) is int
-        and usual["pixels"] >= 1
         and 1 <= len(outlines) <= _LARGEST["offsets"]
         and all(type(offset) is float for offset in outlines)
     )
