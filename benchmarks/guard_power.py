@@ -33,6 +33,7 @@ from countermark.guard import (
     trace_accounts,
     weights_sha256,
 )
+from countermark.guard.core import ELSEWHERE
 from countermark.memory import keep_freed_memory
 from countermark.models import build
 from countermark.theft import JacobianTheft, steal_black_box
@@ -173,9 +174,16 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
     network, _ = load_bundle(folder)
     pools = load_pools(data, seed)
     secret, digest = load_secret(folder / "key"), weights_sha256(folder)
-    training = pools.training if foreign else None
-    options = {"cost": cost, "bits": bits, "training": training, "epsilon": spec(data).epsilon}
-    found = calibrate_model(network, pools.validation, secret=secret, model_sha256=digest, **options)  # type: ignore[arg-type]
+    found = calibrate_model(
+        network,
+        pools.validation,
+        secret=secret,
+        model_sha256=digest,
+        cost=cost,
+        bits=bits,
+        training=pools.training if foreign else None,
+        epsilon=spec(data).epsilon,
+    )
     model = GuardedModel(network, Guard(found.settings, secret))
     account = Account(model, f"{thief} {count}")
     copy = THIEVES[thief](account, data, pools, seed, count)
@@ -196,7 +204,7 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
         "stated_cost": cost,
         "bits": bits,
         "foreign_coins": foreign,
-        "foreign_trials": sum(row.cell.startswith(b"\xff\xff") for row in rows),
+        "foreign_trials": sum(row.cell.startswith(ELSEWHERE) for row in rows),
         "cost_under_attack": expected_cost(model, attacked(network, data, pools.test)),
         "entropy": found.entropy,
         "test_accuracy": accuracy(copy, pools.test),

@@ -8,7 +8,7 @@ Queries that no honest client sends (`countermark.guard.foreign`) meet fair coin
 the image looks like from afar, so that all that a thief makes of one image by small steps tends to meet one coin: a thief who trains
 adversarially smooths answers over such a family, and keeps the coin only if the family shares it.
 
-Every function here is pure: logits and features in, answers and trials out. `countermark.guard.model` puts them around a network.
+Every function here is pure: logits, features and images in, answers and trials out. `countermark.guard.model` puts them around a network.
 """
 
 import hashlib
@@ -25,7 +25,8 @@ WHOLE = 1 << 16
 """Chances are whole numbers of 65536ths, so that a coin can be drawn again exactly."""
 CELLS, FOREIGN = b"countermark guard cells", b"countermark guard foreign cells"
 """What the keyed projections of features and of outlines are drawn under."""
-_ELSEWHERE = b"\xff\xff"  # before a foreign query's cell: no class has this number
+ELSEWHERE = b"\xff\xff"
+"""What a foreign query's cell begins with: no class has this number."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Guard:
         for row in met.tolist():
             pair = int(heads[row]).to_bytes(2, "big") + int(tails[row]).to_bytes(2, "big")
             if images is not None and foreign[row]:
-                cell = _ELSEWHERE + pair + self._outline_code(images[row : row + 1])
+                cell = ELSEWHERE + pair + self._outline_code(images[row : row + 1])
             else:
                 cell = pair + self._near(features[row])
             chance = self.chance(float(margins[row]), bool(foreign[row]))

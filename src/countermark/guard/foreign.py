@@ -7,6 +7,7 @@ queries up by steps (Algorithm 2 and its kin) leaves the ranges soon. What is fo
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn import functional
@@ -33,9 +34,13 @@ class Familiar:
         """How many values an image has."""
         return len(self.lowest) // 2
 
+    @cached_property
+    def _ranges(self) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.frombuffer(bytearray.fromhex(side), dtype=torch.uint8) for side in (self.lowest, self.highest))
+
     def foreign(self, images: torch.Tensor) -> torch.Tensor:
         """Which of images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
-        low, high = (torch.frombuffer(bytearray.fromhex(side), dtype=torch.uint8) for side in (self.lowest, self.highest))
+        low, high = self._ranges
         flat = images.flatten(1)
         return ((flat < low) | (flat > high)).any(1)
 

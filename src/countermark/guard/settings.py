@@ -41,26 +41,24 @@ def read_guard(folder: Path) -> GuardSettings:
     if record.get("format") != GUARD_FORMAT:
         raise CountermarkError(f"{path} is not a guard of the format {GUARD_FORMAT!r}; use the release that wrote it")
     settings = record.get("settings")
+    if isinstance(settings, dict):
+        settings = {"familiar": None, "outlines": [], **settings}  # a guard of near ties alone may say nothing of them
     if not isinstance(settings, dict) or not _fits(settings):
         raise CountermarkError(f"{path} lacks usable settings; it is damaged or not one of ours, calibrate again")
-    usual = settings.get("familiar")
-    lists = {name: tuple(settings.get(name, ())) for name in ("offsets", "outlines")}
+    usual = settings["familiar"]
+    lists = {name: tuple(settings[name]) for name in ("offsets", "outlines")}
     return GuardSettings(**{**settings, **lists, "familiar": None if usual is None else Familiar(**usual)})
 
 
 def _fits(settings: Mapping[str, Any]) -> bool:
-    settings = {"familiar": None, "outlines": [], **settings}
     if settings.keys() != {field.name for field in fields(GuardSettings)} or not _fits_familiar(settings["familiar"], settings["outlines"]):
         return False
     digest, offsets, features = settings["model_sha256"], settings["offsets"], settings["features"]
     return (
-        isinstance(digest, str)
+        _is_hexadecimal(digest)
         and len(digest) == 64
-        and not set(digest) - set("0123456789abcdef")
         and all(type(settings[name]) is float and settings[name] > 0 for name in ("slope", "reach"))
-        and isinstance(offsets, list)
-        and 1 <= len(offsets) <= _LARGEST["offsets"]
-        and all(type(offset) is float for offset in offsets)
+        and _are_offsets(offsets)
         and type(features) is int
         and 1 <= features <= _LARGEST["features"]
     )
@@ -69,15 +67,18 @@ def _fits(settings: Mapping[str, Any]) -> bool:
 def _fits_familiar(usual: object, outlines: object) -> bool:
     if usual is None:
         return outlines == []
-    if not isinstance(usual, dict) or usual.keys() != {"lowest", "highest"} or not isinstance(outlines, list):
+    if not isinstance(usual, dict) or usual.keys() != {"lowest", "highest"}:
         return False
-    sides = usual["lowest"], usual["highest"]
-    return (
-        all(isinstance(side, str) and len(side) == len(sides[0]) and not set(side) - set("0123456789abcdef") for side in sides)
-        and len(sides[0]) % 2 == 0
-        and 1 <= len(outlines) <= _LARGEST["offsets"]
-        and all(type(offset) is float for offset in outlines)
-    )
+    low, high = usual["lowest"], usual["highest"]
+    return _is_hexadecimal(low) and _is_hexadecimal(high) and len(low) == len(high) and len(low) % 2 == 0 and _are_offsets(outlines)
+
+
+def _is_hexadecimal(value: object) -> bool:
+    return isinstance(value, str) and not set(value) - set("0123456789abcdef")
+
+
+def _are_offsets(values: object) -> bool:
+    return isinstance(values, list) and 1 <= len(values) <= _LARGEST["offsets"] and all(type(value) is float for value in values)
 
 
 def load_guarded(folder: Path, key: Path) -> GuardedModel:
