@@ -76,7 +76,15 @@ def main() -> None:
     data, seed, count = options.data, options.seed, options.queries
     folder, pools, shape = options.runs / f"{data}-{seed}", load_pools(options.data, options.seed), spec(options.data).shape
     network, secret = load_bundle(folder)[0], load_secret(folder / "key")
-    found = calibrate_model(network, pools.validation, secret=secret, model_sha256=weights_sha256(folder), cost=COST[data])
+    found = calibrate_model(
+        network,
+        pools.validation,
+        secret=secret,
+        model_sha256=weights_sha256(folder),
+        cost=COST[data],
+        training=pools.training,
+        epsilon=spec(data).epsilon,
+    )
     model = GuardedModel(network, Guard(found.settings, secret))
     generator = torch.Generator().manual_seed(seed)
     asked = [torch.randperm(len(pools.thief), generator=generator)[:count] for _ in range(CLIENTS)]

@@ -194,18 +194,20 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
         "as robust": load_bundle(runs / f"{data}-{seed}-stranger")[0],
         "theft of bare answers": THIEVES["natural"](lambda x: predict(network, x), data, pools, seed, min(count, 8500)),
     }
+    cost_on_test = expected_cost(model, pools.test)
     record = {
         "data": data,
         "seed": seed,
         "thief": thief,
         "queries": account.asked,
         "images": count,
-        "cost": expected_cost(model, pools.test),
+        "cost": cost_on_test.points,
+        "cost_error": cost_on_test.standard_error,
         "stated_cost": cost,
         "bits": bits,
         "foreign_coins": foreign,
         "foreign_trials": sum(row.cell.startswith(ELSEWHERE) for row in rows),
-        "cost_under_attack": expected_cost(model, attacked(network, data, pools.test)),
+        "cost_under_attack": expected_cost(model, attacked(network, data, pools.test)).points,
         "entropy": found.entropy,
         "test_accuracy": accuracy(copy, pools.test),
         "owner_accuracy": accuracy(network, pools.test),
@@ -241,7 +243,7 @@ def table(runs: Path) -> str:
         under = f"{r['cost_under_attack']:.2f}" if "cost_under_attack" in r else ""
         found, others = r["suspect"], [stranger["log10_p"] for stranger in r["strangers"].values()]
         lines.append(
-            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['cost']:.3f} "
+            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['cost']:.3f} +- {r['cost_error']:.3f} "
             f"| {under} | {r['trials']} ({r.get('foreign_trials', 0)}) "
             f"| {found['agree']} : {found['other']} ({found['expected']:.0f}) | {found['log10_p']:.1f} "
             f"| {min(others):.1f} to {max(others):.1f} | {r['test_accuracy']:.1f} |"

@@ -19,6 +19,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.evidence import EProcess
 from countermark.guard import (
+    Calibration,
     Familiar,
     Guard,
     GuardedModel,
@@ -30,6 +31,7 @@ from countermark.guard import (
     expected_cost,
     familiar,
     images_of,
+    strangeness,
     trace_accounts,
 )
 from countermark.guard.core import WHOLE, boundary, client_key, coin, projections, tails_chance
@@ -140,6 +142,15 @@ def test_no_perturbation_within_the_budget_makes_an_image_foreign(seed: int, eps
         assert not usual.foreign(as_uint8((x + side * epsilon).clamp(0, 1))).any()
     beyond = (high / 255 + epsilon + 1.01 / 255).unsqueeze(0)
     assert bool(usual.foreign(as_uint8(beyond.clamp(0, 1))).item()) == bool((beyond <= 1).any())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 1 << 30), st.integers(2, 9), st.sampled_from([0.0, 1 / 255, 0.01, 0.1]))
+def test_strangeness_is_what_leaving_each_image_out_finds(seed: int, count: int, epsilon: float) -> None:
+    training = torch.randint(100, 130, (count, 1, 3, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    others = [torch.cat((training[:k], training[k + 1 :])) for k in range(count)]
+    found = [bool(familiar(others[k], epsilon).foreign(training[k : k + 1])) for k in range(count)]
+    assert strangeness(training, epsilon) == sum(found) / count
 
 
 @given(st.floats(-50, 50))
@@ -275,6 +286,28 @@ def far_sighted(owner_network: nn.Module, digits: Pools) -> GuardedModel:
     return GuardedModel(owner_network, Guard(found.settings, SECRET))
 
 
+def test_what_made_up_queries_cost_is_taken_off_the_near_ties(owner_network: nn.Module, digits: Pools) -> None:
+    """One training image with a bright corner alone: its like are one in so many honest queries, and half of them get the other class."""
+    bright = digits.training.x.clone()
+    bright[:, :, 0, 0] = 0
+    bright[0, :, 0, 0] = 255
+    spent = 50 * strangeness(bright, 0.25)
+    assert spent >= 50 / len(bright)
+
+    def calibrated(cost: float, training: Examples | None) -> Calibration:
+        options = {"secret": SECRET, "model_sha256": MODEL, "cost": cost, "training": training, "epsilon": 0.25}
+        return calibrate_model(owner_network, digits.validation, **options)  # type: ignore[arg-type]
+
+    seen = Examples(bright, digits.training.y)
+    both, near, without = calibrated(4 * spent, seen), calibrated(3 * spent, None), calibrated(1.9 * spent, seen)
+    assert both.settings.familiar is not None
+    assert (both.settings.slope, both.foreign) == (near.settings.slope, spent)
+    assert both.cost == pytest.approx(near.cost + spent)
+    assert near.cost <= 3 * spent
+    assert (without.settings.familiar, without.settings.outlines, without.foreign) == (None, (), spent)
+    assert without.cost <= 1.9 * spent
+
+
 def walk(victim: Callable[[torch.Tensor], torch.Tensor], digits: Pools, queries: int, seed: int) -> nn.Module:
     """A thief by Algorithm 2, starting from images of his own."""
     copy = build("surrogate", (1, 8, 8), 10, seed=seed)
@@ -352,7 +385,10 @@ def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools)
     bare = float((guarded.network(pixels(test.x)).argmax(1) == test.y).double().mean())
     costs = [100 * (bare - float((guarded(test.x, f"client {k}").labels == test.y).double().mean())) for k in range(60)]
     spread = np.std(costs) / math.sqrt(len(costs))
-    assert abs(np.mean(costs) - expected_cost(guarded, test)) < 4 * spread + 1e-9
+    expected = expected_cost(guarded, test)
+    assert abs(np.mean(costs) - expected.points) < 4 * spread + 1e-9
+    halves = [expected_cost(guarded, part).points for part in (test[::2], test[1::2])]
+    assert abs(halves[0] - halves[1]) / 2 < 4 * expected.standard_error
 
 
 def test_features_are_what_enters_the_last_linear_layer(digits: Pools) -> None:

@@ -2,9 +2,9 @@
 
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent_scores
-from countermark.guard.foreign import Familiar, familiar
+from countermark.guard.foreign import Familiar, familiar, strangeness
 from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
-from countermark.guard.model import Answers, GuardedModel, calibrate_model, expected_cost
+from countermark.guard.model import Answers, ExpectedCost, GuardedModel, calibrate_model, expected_cost
 from countermark.guard.settings import guard_sha256, load_guarded, read_guard, weights_sha256, write_guard
 from countermark.guard.tracing import Trace, Traced, images_of, trace_accounts
 
@@ -14,6 +14,7 @@ __all__ = [
     "AnswerTrial",
     "Answers",
     "Calibration",
+    "ExpectedCost",
     "Familiar",
     "Guard",
     "GuardSettings",
@@ -33,6 +34,7 @@ __all__ = [
     "load_guarded",
     "read_guard",
     "read_head",
+    "strangeness",
     "trace_accounts",
     "weights_sha256",
     "write_guard",

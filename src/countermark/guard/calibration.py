@@ -26,10 +26,12 @@ class Calibration:
 
     Attributes:
         settings: the guard's.
-        cost: expected loss of accuracy, in points.
+        cost: expected loss of accuracy, in points: near ties and honest queries that are taken for made-up ones.
         entropy: bits of coins in an average natural query; a perfect copy made from n queries can reach p = 2^(-n x entropy).
         tied: share of natural queries that meet a coin, in percent.
         sharpness: fitted steepness of the model's own reliability, for each unit of margin.
+        foreign: the part of the cost that coins for made-up queries have, or would have where it is too much for the guard to have them;
+            none where nobody asked for them.
     """
 
     settings: GuardSettings
@@ -37,6 +39,7 @@ class Calibration:
     entropy: float
     tied: float
     sharpness: float
+    foreign: float | None = None
 
 
 def calibrate(

@@ -57,7 +57,29 @@ def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
         training: uint8 `(n, c, h, w)`, whose values set the ranges.
         epsilon: the budget by which ranges are widened, in pixels of [0, 1].
     """
-    margin = math.floor(255 * epsilon + 0.5)  # |255 delta| rounded to 8 bits is at most this
+    margin = _margin(epsilon)
     lowest = (training.amin(0).int() - margin).clamp(0, 255).to(torch.uint8)
     highest = (training.amax(0).int() + margin).clamp(0, 255).to(torch.uint8)
     return Familiar(lowest.contiguous().numpy().tobytes().hex(), highest.contiguous().numpy().tobytes().hex())
+
+
+def strangeness(training: torch.Tensor, epsilon: float) -> float:
+    """The share of honest queries that will be foreign to `familiar(training, epsilon)`.
+
+    Each training image in turn is left out and held against the ranges of all the others: a far better count than the few images of a
+    validation pool give. Only an image that alone sets an end of a range can be foreign then.
+
+    Args:
+        training: uint8 `(n, c, h, w)`, at least two.
+        epsilon: as for `familiar`.
+    """
+    values, margin = training.flatten(1), _margin(epsilon)
+    alone = torch.zeros(len(values), dtype=torch.bool)
+    for largest in (False, True):
+        ends, owners = values.topk(2, dim=0, largest=largest)
+        alone[owners[0][(ends[0].int() - ends[1].int()).abs() > margin]] = True
+    return float(alone.double().mean())
+
+
+def _margin(epsilon: float) -> int:
+    return math.floor(255 * epsilon + 0.5)  # |255 delta| rounded to 8 bits is at most this

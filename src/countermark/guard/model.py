@@ -1,5 +1,6 @@
 """A guard around a network: images in, answers and trials out, the same for the same query whatever it is batched with."""
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +13,11 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, boundary, projections
-from countermark.guard.foreign import familiar, outlines
+from countermark.guard.foreign import familiar, outlines, strangeness
 
 _CHUNK = 250
 _FOREIGN_BITS = 14
+_FOREIGN_SHARE = 0.5  # of the stated cost; data whose images differ so much that this does not do get no coins for made-up queries
 _SLACK = 1e-3  # of the logits' size: far above what a batch's shape changes in a logit
 
 
@@ -113,25 +115,42 @@ def calibrate_model(
     """Calibrate a guard for a network on its validation pool (see `calibrate`).
 
     With `training` images, whatever is unlike any of them by more than `epsilon`, in pixels of [0, 1], meets fair coins. The few honest
-    queries among those are not in `cost`, but in `expected_cost`.
+    queries among those lose half their answers; that is taken off what the near ties may cost. Where it would be more than half of the
+    stated cost, the guard does without those coins.
     """
+    foreign = None if training is None else 50 * strangeness(training.x, epsilon)
+    affordable = foreign is not None and foreign <= _FOREIGN_SHARE * cost
+    near = cost - foreign if foreign is not None and affordable else cost
     split = Split(network.eval())
     parts = [split(validation.x[i : i + _CHUNK]) for i in range(0, len(validation), _CHUNK)]
     logits, features = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    found = calibrate(logits, features, validation.y, secret=secret, model_sha256=model_sha256, cost=cost, bits=bits)
-    if training is None:
-        return found
+    found = calibrate(logits, features, validation.y, secret=secret, model_sha256=model_sha256, cost=near, bits=bits)
+    if training is None or not affordable:
+        return replace(found, foreign=foreign)
     seen = outlines(validation.x).double()
     signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
     offsets = tuple((seen @ signs).mean(0).tolist())
-    usual = familiar(training.x, epsilon)
-    return replace(found, settings=replace(found.settings, familiar=usual, outlines=offsets))
+    settings = replace(found.settings, familiar=familiar(training.x, epsilon), outlines=offsets)
+    return replace(found, settings=settings, cost=found.cost + cost - near, foreign=foreign)
 
 
-def expected_cost(model: GuardedModel, examples: Examples) -> float:
-    """Points of accuracy that the coins cost on average over all clients there could be; images `(n, c, h, w)`, uint8 or pixels."""
+@dataclass(frozen=True)
+class ExpectedCost:
+    """What the coins cost on some examples, on average over all clients there could be.
+
+    Attributes:
+        points: of accuracy.
+        standard_error: of those points, as an estimate for all examples there could be: few examples lie near a boundary.
+    """
+
+    points: float
+    standard_error: float
+
+
+def expected_cost(model: GuardedModel, examples: Examples) -> ExpectedCost:
+    """The cost of a guard on examples, images `(n, c, h, w)`, uint8 or pixels."""
     split, guard = Split(model.network), model.guard
-    lost = 0.0
+    lost = []
     for start in range(0, len(examples), _CHUNK):
         part = examples[slice(start, start + _CHUNK)]
         logits, _ = split(part.x)
@@ -140,5 +159,7 @@ def expected_cost(model: GuardedModel, examples: Examples) -> float:
         for row in torch.nonzero(guard.meets_coin(margins, foreign)).flatten().tolist():
             y, tail = int(part.y[row]), guard.chance(float(margins[row]), bool(foreign[row])) / WHOLE
             right = {int(heads[row]): 1 - tail, int(tails[row]): tail}.get(y, 0.0)
-            lost += float(int(logits[row].argmax()) == y) - right
-    return 100 * lost / max(len(examples), 1)
+            lost.append(float(int(logits[row].argmax()) == y) - right)
+    count = max(len(examples), 1)
+    mean = sum(lost) / count
+    return ExpectedCost(100 * mean, 100 * math.sqrt(max(0.0, sum(loss * loss for loss in lost) / count - mean * mean) / count))

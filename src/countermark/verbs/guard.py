@@ -29,7 +29,10 @@ class Calibrated:
     Attributes:
         folder: the model folder; its guard.json was written.
         cost: expected loss of accuracy on the validation pool, in points; what was chosen.
-        test_cost: the same on the test pool, which chose nothing.
+        made_up: whether made-up queries meet coins.
+        foreign: the part of the cost that those coins have, or would have if it were not too much; none where nobody asked for them.
+        test_cost: the expected loss on the test pool, which chose nothing.
+        test_error: its standard error.
         tied: share of natural queries that meet a coin, in percent.
         entropy: bits of coins in an average natural query: a perfect copy made from n queries can reach p = 2^(-n x entropy).
         queries: natural queries that a perfect copy needs to be proven at 1e-6, by that bound.
@@ -37,7 +40,10 @@ class Calibrated:
 
     folder: str
     cost: float
+    made_up: bool
+    foreign: float | None
     test_cost: float
+    test_error: float
     tied: float
     entropy: float
     queries: int
@@ -76,14 +82,33 @@ def guard(config: GuardConfig) -> Calibrated:
         write_json(commitment, {**record, "c3": c3, "c3_signature": signature, "t3": t3})
     measured = expected_cost(GuardedModel(network, Guard(found.settings, secret)), pools.test)
     needed = round(20 / found.entropy) if found.entropy else 0
-    return Calibrated(str(config.model), found.cost, measured, found.tied, found.entropy, needed)
+    made_up = found.settings.familiar is not None
+    return Calibrated(
+        folder=str(config.model),
+        cost=found.cost,
+        made_up=made_up,
+        foreign=found.foreign,
+        test_cost=measured.points,
+        test_error=measured.standard_error,
+        tied=found.tied,
+        entropy=found.entropy,
+        queries=needed,
+    )
 
 
 def show(result: Calibrated) -> None:
     """Print what the guard costs and gives."""
     columns = ("", "cost, points", "the same on test", "queries with a coin", "bits a query")
-    row = ["guard", f"{result.cost:.3f}", f"{result.test_cost:.3f}", f"{result.tied:.2f} %", f"{result.entropy:.4f}"]
+    test = f"{result.test_cost:.3f} +- {result.test_error:.3f}"
+    row = ["guard", f"{result.cost:.3f}", test, f"{result.tied:.2f} %", f"{result.entropy:.4f}"]
     print_table(result.folder, columns, [row])
+    if result.made_up:
+        print_lines(f"{result.foreign:.3f} of the cost: honest queries that look made up, and meet a fair coin like those that are")
+    elif result.foreign is not None:
+        print_lines(
+            f"no coins for made-up queries: the images differ so much that honest queries would lose {result.foreign:.3f} points by them; "
+            "a higher --cost buys them"
+        )
     print_lines(f"wrote {result.folder}/guard.json; a copy needs some {result.queries} natural queries or more to be proven at 1e-6")
 
 
