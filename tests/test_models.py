@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
+from countermark.attacks import pgd
 from countermark.errors import CountermarkError
-from countermark.models import NETWORKS, HalvingConv2d, build
+from countermark.models import NETWORKS, Clip, HalvingConv2d, build
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -26,6 +28,26 @@ def test_the_papers_network_has_the_papers_layers() -> None:
 def test_the_normaliser_is_a_layer() -> None:
     network = build("paper", (1, 28, 28), 10).eval()
     assert torch.equal(network[0](torch.tensor([0.0, 0.5, 1.0])), torch.tensor([-1.0, 0.0, 1.0]))
+
+
+def test_the_clip_clips_and_its_gradient_does_not() -> None:
+    layer, x = Clip(0.25, 0.75), torch.tensor([0.0, 0.25, 0.375, 0.75, 1.0], requires_grad=True)
+    clipped = layer(x)
+    assert torch.equal(clipped, torch.tensor([0.0, 0.0, 0.25, 1.0, 1.0]))
+    (gradient,) = torch.autograd.grad(clipped.sum(), x)
+    assert torch.equal(gradient, torch.full((5,), 2.0))
+
+
+def test_an_attack_finds_its_way_back_into_the_clips_range() -> None:
+    """From the far end of each pixel's box, where the clip is flat, PGD reaches the other end: the worst of all perturbations."""
+    model = nn.Sequential(Clip(0.3, 0.7), nn.Flatten(), nn.Linear(4, 2, bias=False))
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]))
+    x, y = torch.tensor([[[[0.1, 0.2, 0.4, 0.45]]]]), torch.zeros(1, dtype=torch.int64)
+    away = torch.zeros_like(x)
+    for goal, start, end in ((y, x + 0.3, x - 0.3), (1 - y, x - 0.3, x + 0.3)):
+        found = pgd(model, x, goal, epsilon=0.3, steps=7, step_size=0.1, start=start)
+        torch.testing.assert_close(found, torch.maximum(end, away))
 
 
 @pytest.mark.parametrize(("kernel", "padding"), [(4, 1), (8, 3)])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from countermark.data import Examples, Pools, load_ood
@@ -18,6 +20,7 @@ from countermark.files import read_tensors
 from countermark.models import build
 from countermark.training import Hardware, TrainConfig, loop, marking, own_network, recipe, train
 from countermark.training.loop import divergence
+from countermark.training.views import View, any_view
 
 ATTACK = Attack(0.1, 10, 0.025)
 
@@ -155,8 +158,8 @@ def test_a_step_of_trades_is_one_down_its_formula(digits: Pools, watermarks: Exa
     crafted, turns = [], []
     perturb, next_marks = loop._Run.perturb, loop._next_marks
 
-    def perturbing(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, flipped: None) -> torch.Tensor:
-        crafted.append((x, y, perturb(run, chosen, x, y, grown, flipped)))
+    def perturbing(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, view: View) -> torch.Tensor:
+        crafted.append((x, y, perturb(run, chosen, x, y, grown, view)))
         return crafted[-1][2]
 
     def taking(turn: int, count: int, settings: TrainConfig) -> torch.Tensor:
@@ -231,32 +234,43 @@ def test_carried_perturbations_stay_in_the_budget_and_help(digits: Pools) -> Non
     assert adversarial_accuracy(carried, digits.test, ATTACK) > adversarial_accuracy(fresh, digits.test, ATTACK) - 2
 
 
-def test_carried_perturbations_are_mirrored_with_their_images(digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attack that stays where it starts must leave every perturbation as it was, whichever way its image was turned."""
+@settings(deadline=None)
+@given(st.integers(0, 1 << 30), st.booleans(), st.integers(0, 3))
+def test_a_view_and_its_way_back(seed: int, mirror: bool, most: int) -> None:
+    torch.manual_seed(seed)
+    images = torch.randint(0, 256, (5, 2, 6, 7))
+    view = any_view(5, mirror, most)
+    shown = view.of(images)
+    assert torch.equal(view.undo(shown), images)
+    assert max(abs(offset) for offset in view.moved) <= most
+    down, right = view.moved
+    for image, mirrored, seen in zip(images, view.mirrored if mirror else [False] * 5, shown, strict=True):  # type: ignore[arg-type]
+        row, column = 2, 3
+        assert torch.equal(seen[:, (row + down) % 6, ((6 - column if mirrored else column) + right) % 7], image[:, row, column])
+
+
+def test_carried_perturbations_are_turned_with_their_images(digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attack that stays where it starts must leave every perturbation as it was, whichever way its image was turned and moved."""
     data, seen, carried = digits.training[:320], [], []
     perturb = loop._Run.perturb
 
-    def watching(
-        run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, flipped: torch.Tensor
-    ) -> torch.Tensor:
+    def watching(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, view: View) -> torch.Tensor:
         before = run.carried[chosen].clone()  # type: ignore[index]
-        crafted = perturb(run, chosen, x, y, grown, flipped)
+        crafted = perturb(run, chosen, x, y, grown, view)
         carried.append(torch.equal(run.carried[chosen], before))  # type: ignore[index]
-        seen.append((chosen, x, flipped, crafted - x, before))
+        seen.append((chosen, x, view, crafted - x, before))
         return crafted
 
     monkeypatch.setattr(loop, "pgd", lambda _model, _x, _y, *, start, **_options: start)
     monkeypatch.setattr(loop._Run, "perturb", watching)
-    train(small(), data, replace(quick, flip=True, epochs=2, batch_size=32))
+    train(small(), data, replace(quick, flip=True, shift=1, epochs=2, batch_size=32))
     assert all(carried)
-    share = torch.cat([flipped for _, _, flipped, _, _ in seen]).double().mean()
+    share = torch.cat([view.mirrored for _, _, view, _, _ in seen]).double().mean()
     assert 0.4 < share < 0.6
-    for chosen, x, flipped, moved, before in seen:
-        plain, there = data.x[chosen] / 255, before * 0.1 / 127
-        assert torch.allclose(x[flipped], plain[flipped].flip(3))
-        assert torch.allclose(x[~flipped], plain[~flipped])
-        assert torch.allclose(moved[flipped], there[flipped].flip(3), atol=1e-6)
-        assert torch.allclose(moved[~flipped], there[~flipped], atol=1e-6)
+    assert len({view.moved for _, _, view, _, _ in seen}) > 4
+    for chosen, x, view, moved, before in seen:
+        assert torch.allclose(x, view.of(data.x[chosen] / 255))
+        assert torch.allclose(moved, view.of(before * 0.1 / 127), atol=1e-6)
 
 
 def test_two_processes_train_a_model_as_good(digits: Pools, watermarks: Examples, tmp_path: Path) -> None:
@@ -381,6 +395,7 @@ def test_devices_that_do_not_exist_are_an_error(digits: Pools, quick: TrainConfi
         {"average": 1.0},
         {"embedding": "nothing"},
         {"epochs": 0},
+        {"shift": -1},
         {"schedule": "none"},
         {"hardware": Hardware(precision="fp4")},
     ],
@@ -397,14 +412,17 @@ def test_strong_is_fast_for_longer_with_an_average() -> None:
     assert strong.epochs > fast.epochs
     assert fast.attack is not None
     assert strong.attack is not None
-    assert strong.attack.epsilon > fast.attack.epsilon
+    assert strong.attack.epsilon >= fast.attack.epsilon
     assert strong.attack.steps > fast.attack.steps
     marked = marking(strong, "mnist", "strong")
     assert marked.epochs > marking(fast, "mnist", "fast").epochs
     assert (marked.average, marked.attack) == (strong.average, strong.attack)
-    assert recipe("fashion_mnist", "strong", 0.15).flip
-    assert not strong.flip
-    assert (own_network("strong"), own_network("fast")) == ("wide", "small")
+    clothes = recipe("fashion_mnist", "strong", 0.15)
+    assert clothes.attack is not None
+    assert clothes.attack.epsilon > 0.15
+    assert (clothes.flip, clothes.shift, strong.flip, strong.shift) == (True, 0, False, 1)
+    assert [own_network(data, "strong") for data in ("mnist", "fashion_mnist")] == ["clipped", "wide"]
+    assert own_network("mnist", "fast") == "small"
 
 
 def test_dropout_is_left_out_where_the_recipe_says_so(digits: Pools) -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from countermark.attacks.folding import Affine, PooledConv2d, Prepared, ShiftedConv2d
 from countermark.layers import Pool
-from countermark.models import HalvingConv2d
+from countermark.models import Clip, HalvingConv2d
 
 Window = tuple[int, int, int, int]  # top, bottom, left, right; the ends are outside
 
@@ -25,7 +25,7 @@ class _Stage:
     stride: int
     padding: int
     value: float  # that it pads with
-    filters: torch.Tensor | None  # none for a max-pooling
+    filters: torch.Tensor | None  # none for a max-pooling, that of a single place included
     bias: torch.Tensor | None
     shifted: ShiftedConv2d | None
     pointwise: list[nn.Module]
@@ -116,6 +116,8 @@ def _stages(layers: list[nn.Module]) -> tuple[list[_Stage], list[nn.Module]]:
     for number, layer in enumerate(layers):
         if stages and type(layer) in (nn.ReLU, nn.Tanh, Affine):
             stages[-1].pointwise.append(layer)
+        elif type(layer) is Clip:
+            stages.append(_Stage(1, 1, 0, 0.0, None, None, None, [layer]))
         elif isinstance(layer, Pool):
             stages.append(_pool(layer))
         elif isinstance(layer, PooledConv2d):
@@ -158,7 +160,7 @@ def _result(stage: _Stage, state: torch.Tensor) -> torch.Tensor:
 
 def _convolved(stage: _Stage, x: torch.Tensor) -> torch.Tensor:
     if stage.filters is None:
-        return functional.max_pool2d(x, 2)
+        return functional.max_pool2d(x, stage.kernel)
     return functional.conv2d(x, stage.filters, stage.bias, stage.stride)
 
 

@@ -38,6 +38,8 @@ class TrainConfig:
         carry: start each example's attack at the perturbation that it had in the pass before (Zheng et al., 2020, "ATTA"): one step then
             does the work of several.
         flip: mirror a random half of every batch left to right, perturbations along with it.
+        shift: move every batch by up to so many pixels, up or down and left or right, perturbations along with it; what leaves on one
+            side enters on the other.
         dropout: train with the network's dropout; in few passes it costs more than it gives.
         craft_in_training_mode: craft with dropout and batch statistics live, as the published code did, instead of in evaluation mode.
         beta: weight of that divergence, for `trades` only.
@@ -64,6 +66,7 @@ class TrainConfig:
     epochs: int
     carry: bool = False
     flip: bool = False
+    shift: int = 0
     dropout: bool = True
     craft_in_training_mode: bool = False
     beta: float = 0.0
@@ -94,6 +97,8 @@ class TrainConfig:
             raise CountermarkError(f"beta is a positive number for the objective 'trades' and 0 for any other, not {self.beta}")
         if not 0 <= self.average < 1:
             raise CountermarkError(f"the decay of the average is a number from 0 to below 1, not {self.average}")
+        if self.shift < 0:
+            raise CountermarkError(f"batches are moved by 0 pixels or more, not by {self.shift}")
         if self.epochs < 1 or self.batch_size < 1 or self.hardware.devices < 1:
             raise CountermarkError("epochs, batch size and devices are at least 1")
 

@@ -30,6 +30,7 @@ from countermark.files import canonical_json, read_tensors, sha256, write_tensor
 from countermark.layers import hastened
 from countermark.progress import bar
 from countermark.training.config import Hardware, TrainConfig
+from countermark.training.views import View, any_view
 
 _CHECKPOINT_SECONDS = 30.0
 _LARGEST = 1 << 34  # bytes of a checkpoint
@@ -269,13 +270,13 @@ class _Run:
         if self.attack is not None:
             self.attack = with_steps(self.attack, meta["attack_steps"])
 
-    def perturb(self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, flipped: torch.Tensor | None) -> torch.Tensor:
-        """Craft the batch of the examples `chosen`, some of them `flipped`, with the attack, its budget and step scaled by `grown`."""
+    def perturb(self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, view: View) -> torch.Tensor:
+        """Craft the batch of the examples `chosen`, shown in a `view`, with the attack, its budget and step scaled by `grown`."""
         attack = self.attack
         if attack is None:
             return x
         unit = attack.epsilon / _UNITS
-        start = None if self.carried is None else x + _flip(self.carried[chosen], flipped).to(x.dtype) * unit
+        start = None if self.carried is None else x + view.of(self.carried[chosen]).to(x.dtype) * unit
         self.wrapped.train(self.config.craft_in_training_mode)
         quick = prepare(self.network, torch.float32 if self.precise else torch.bfloat16) if self.prepares else self.network
         with contextlib.nullcontext() if self.prepares else self.fabric.autocast():
@@ -290,7 +291,7 @@ class _Run:
                 start=start,
             )
         if self.carried is not None:
-            self.carried[chosen] = _flip(((crafted - x) / unit).round_().to(torch.int8), flipped)
+            self.carried[chosen] = view.undo(((crafted - x) / unit).round_().to(torch.int8))
         return crafted
 
     def share_carried(self) -> None:
@@ -305,11 +306,6 @@ def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tenso
     most = _UNITS // (20 if config.grow_budget else 2)
     generator = torch.Generator().manual_seed(_seed(config.seed, "carried"))
     return torch.randint(-most, most + 1, examples.x.shape, generator=generator, dtype=torch.int8)
-
-
-def _flip(images: torch.Tensor, flipped: torch.Tensor | None) -> torch.Tensor:
-    """Mirror the `flipped` ones of images `(n, c, h, w)` left to right."""
-    return images if flipped is None else torch.where(flipped[:, None, None, None], images.flip(3), images)
 
 
 def divergence(answers: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
@@ -394,9 +390,9 @@ def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | No
     _set_seed(fabric.device, _seed(config.seed, "step", run.step, fabric.global_rank))
     x, y = pixels(batch.x), batch.y
     grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
-    flipped = (torch.rand(len(x)) < 0.5).to(x.device) if config.flip else None
-    x = _flip(x, flipped)
-    crafted = run.perturb(chosen, x, y, grown, flipped)
+    view = any_view(len(x), config.flip, config.shift).to(x.device)
+    x = view.of(x)
+    crafted = run.perturb(chosen, x, y, grown, view)
     inputs = [x] if config.objective == "trades" else [crafted]
     if marks is not None and config.embedding == "interleaved":
         turn = _next_marks(run.step, len(marks), config)[fabric.global_rank :: fabric.world_size]

@@ -86,7 +86,7 @@ def protect(config: ProtectConfig) -> Protection:
     catalogued = spec(config.data)
     _check(config, catalogued)
     epsilon = config.epsilon or catalogued.epsilon
-    named = config.network or own_network(config.objective)
+    named = config.network or own_network(config.data, config.objective)
     hardware = Hardware(config.accelerator, config.devices, config.precision)
     public_recipe = recipe(config.data, config.objective, epsilon, seed=config.seed, hardware=hardware, epochs=config.epochs)
     open_hardware(hardware)  # before a secret is drawn for work that cannot begin
