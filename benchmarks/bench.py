@@ -403,6 +403,7 @@ def _strong_lines(parts: dict[str, Any]) -> list[str]:
         [
             f"{data}, {epsilon:g}",
             model,
+            run["network"],
             str(run["seed"]),
             f"{run['test_accuracy']:.2f}",
             f"{run['pgd_accuracy']:.2f}",
@@ -416,7 +417,7 @@ def _strong_lines(parts: dict[str, Any]) -> list[str]:
         for run in runs
     ]
     note = "Strict accuracy is on test images taken evenly from the pool, the others on all of it; `benchmarks/strong.py`."
-    columns = "data, budget | model | seed | test | PGD | PGD, the part | strict, the part | images | coins | seconds, threads"
+    columns = "data, budget | model | network | seed | test | PGD | PGD, the part | strict, the part | images | coins | seconds, threads"
     return _section("The recipe `strong`", [note, ""], columns, rows)
 
 

@@ -62,8 +62,18 @@ def main() -> int:
         made |= {"seconds_to_protect": read_json(folder / "metrics.json")["seconds"], "coins": f"{coins.agreements}:{coins.disagreements}"}
         test = load_pools(arguments.data, seed).test
         for name, place in (("unmarked", folder / "key" / "source"), ("marked", folder)):
-            network = load_bundle(place)[0]
-            print(json.dumps({**made, "model": name, **measured(network, arguments.data, epsilon, test, arguments.images)}), flush=True)
+            network, description = load_bundle(place)
+            print(
+                json.dumps(
+                    {
+                        **made,
+                        "model": name,
+                        "network": description.network,
+                        **measured(network, arguments.data, epsilon, test, arguments.images),
+                    }
+                ),
+                flush=True,
+            )
     return 0
 
 
