@@ -205,7 +205,7 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
         "cost_error": cost_on_test.standard_error,
         "stated_cost": cost,
         "bits": bits,
-        "foreign_coins": foreign,
+        "foreign_coins": found.settings.familiar is not None,
         "foreign_trials": sum(row.cell.startswith(ELSEWHERE) for row in rows),
         "cost_under_attack": expected_cost(model, attacked(network, data, pools.test)).points,
         "entropy": found.entropy,
@@ -241,9 +241,10 @@ def table(runs: Path) -> str:
         records, key=lambda r: (r["data"] != "mnist", order.index(r["thief"]), r["images"], r["bits"], r["stated_cost"], r["seed"])
     ):
         under = f"{r['cost_under_attack']:.2f}" if "cost_under_attack" in r else ""
+        error = f"+- {r['cost_error']:.3f}" if "cost_error" in r else ""
         found, others = r["suspect"], [stranger["log10_p"] for stranger in r["strangers"].values()]
         lines.append(
-            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['cost']:.3f} +- {r['cost_error']:.3f} "
+            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['cost']:.3f} {error} "
             f"| {under} | {r['trials']} ({r.get('foreign_trials', 0)}) "
             f"| {found['agree']} : {found['other']} ({found['expected']:.0f}) | {found['log10_p']:.1f} "
             f"| {min(others):.1f} to {max(others):.1f} | {r['test_accuracy']:.1f} |"

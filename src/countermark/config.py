@@ -76,7 +76,7 @@ class ProtectConfig(VerbConfig):
     epsilon: float | None = None
     """Training budget (L-inf), in pixels of [0, 1]; default that of the data set (mnist 0.25, fashion_mnist 0.15, digits 0.1)."""
     network: str | None = None
-    """Network: small, wide, paper, surrogate; default that of the objective (wide for strong, else small)."""
+    """Network: small, wide, clipped, paper, surrogate; default that of the recipe (clipped or wide for strong, else small)."""
     scheme: str = "coin"
     """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
     objective: str = "fast"

@@ -37,9 +37,10 @@ class Normalise(nn.Module):
 class Clip(nn.Module):
     """The layer that takes [low, high] to [0, 1] and clips what is outside, for images whose pixels are nearly black or nearly white.
 
-    Perturbations below `low` of black and of white pixels end here. Its gradient is that of the map without the clipping: a layer that is
-    flat outside its range would hide from attacks, ours in training and anybody's later, how to bring a pixel back into it (gradient
-    masking), and a network trained behind it would only seem robust (docs/log.md). Attacks by gradient so reach all that the budget allows.
+    Perturbations of a black pixel below `low` end here, and those of a white one below 1 - `high`. Its gradient is that of the map without
+    the clipping: a layer that is flat outside its range would hide from attacks how to bring a pixel back into it (gradient masking), and a
+    network trained behind it would only seem robust (docs/log.md). Steps by the gradient's sign so reach all that the budget allows. FAB,
+    which goes by the gradient's size, is misled by it, and a copy in another framework has the flat gradient: there Square is the check.
     """
 
     def __init__(self, low: float, high: float) -> None:

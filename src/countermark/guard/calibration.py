@@ -30,8 +30,8 @@ class Calibration:
         entropy: bits of coins in an average natural query; a perfect copy made from n queries can reach p = 2^(-n x entropy).
         tied: share of natural queries that meet a coin, in percent.
         sharpness: fitted steepness of the model's own reliability, for each unit of margin.
-        foreign: the part of the cost that coins for made-up queries have, or would have where it is too much for the guard to have them;
-            none where nobody asked for them.
+        foreign_cost: the part of the cost that coins for made-up queries have, or would have where it is too much for the guard to have
+            them; none where nobody asked for them.
     """
 
     settings: GuardSettings
@@ -39,7 +39,7 @@ class Calibration:
     entropy: float
     tied: float
     sharpness: float
-    foreign: float | None = None
+    foreign_cost: float | None = None
 
 
 def calibrate(

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from countermark.data import pixels
+from countermark.errors import CountermarkError
 
 _FIELDS = 7
 
@@ -72,7 +73,12 @@ def strangeness(training: torch.Tensor, epsilon: float) -> float:
     Args:
         training: uint8 `(n, c, h, w)`, at least two.
         epsilon: as for `familiar`.
+
+    Raises:
+        CountermarkError: fewer than two images.
     """
+    if len(training) < 2:
+        raise CountermarkError(f"{len(training)} training images do not show what honest queries look like; give at least two")
     values, margin = training.flatten(1), _margin(epsilon)
     alone = torch.zeros(len(values), dtype=torch.bool)
     for largest in (False, True):

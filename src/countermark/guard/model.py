@@ -117,21 +117,27 @@ def calibrate_model(
     With `training` images, whatever is unlike any of them by more than `epsilon`, in pixels of [0, 1], meets fair coins. The few honest
     queries among those lose half their answers; that is taken off what the near ties may cost. Where it would be more than half of the
     stated cost, the guard does without those coins.
+
+    Raises:
+        CountermarkError: as `calibrate` and `strangeness`.
     """
-    foreign = None if training is None else 50 * strangeness(training.x, epsilon)
-    affordable = foreign is not None and foreign <= _FOREIGN_SHARE * cost
-    near = cost - foreign if foreign is not None and affordable else cost
+    share = 0.0 if training is None else strangeness(training.x, epsilon)  # of honest queries; a fair coin takes half of their answers
+    affordable = training is not None and 50 * share <= _FOREIGN_SHARE * cost
+    taken = 50 * share if affordable else 0.0
     split = Split(network.eval())
     parts = [split(validation.x[i : i + _CHUNK]) for i in range(0, len(validation), _CHUNK)]
     logits, features = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    found = calibrate(logits, features, validation.y, secret=secret, model_sha256=model_sha256, cost=near, bits=bits)
-    if training is None or not affordable:
-        return replace(found, foreign=foreign)
+    found = calibrate(logits, features, validation.y, secret=secret, model_sha256=model_sha256, cost=cost - taken, bits=bits)
+    if training is None:
+        return found
+    if not affordable:
+        return replace(found, foreign_cost=50 * share)
     seen = outlines(validation.x).double()
     signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
     offsets = tuple((seen @ signs).mean(0).tolist())
     settings = replace(found.settings, familiar=familiar(training.x, epsilon), outlines=offsets)
-    return replace(found, settings=settings, cost=found.cost + cost - near, foreign=foreign)
+    met = {"entropy": found.entropy + share, "tied": found.tied + 100 * share}  # a fair coin is one bit
+    return replace(found, settings=settings, cost=found.cost + taken, foreign_cost=taken, **met)
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,8 @@ class ExpectedCost:
 
     Attributes:
         points: of accuracy.
-        standard_error: of those points, as an estimate for all examples there could be: few examples lie near a boundary.
+        standard_error: of those points, as an estimate for all examples there could be: few examples lie near a boundary. It is 0, and
+            says nothing, where none of them met a coin.
     """
 
     points: float

@@ -38,8 +38,8 @@ class TrainConfig:
         carry: start each example's attack at the perturbation that it had in the pass before (Zheng et al., 2020, "ATTA"): one step then
             does the work of several.
         flip: mirror a random half of every batch left to right, perturbations along with it.
-        shift: move every batch by up to so many pixels, up or down and left or right, perturbations along with it; what leaves on one
-            side enters on the other.
+        shift: move every batch (on several devices each one's part of it) by up to so many pixels, up or down and left or right,
+            perturbations along with it; what leaves on one side enters on the other.
         dropout: train with the network's dropout; in few passes it costs more than it gives.
         craft_in_training_mode: craft with dropout and batch statistics live, as the published code did, instead of in evaluation mode.
         beta: weight of that divergence, for `trades` only.

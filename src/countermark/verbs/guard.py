@@ -30,7 +30,7 @@ class Calibrated:
         folder: the model folder; its guard.json was written.
         cost: expected loss of accuracy on the validation pool, in points; what was chosen.
         made_up: whether made-up queries meet coins.
-        foreign: the part of the cost that those coins have, or would have if it were not too much; none where nobody asked for them.
+        foreign_cost: the part of the cost that those coins have, or would have if it were not too much; none where nobody asked for them.
         test_cost: the expected loss on the test pool, which chose nothing.
         test_error: its standard error.
         tied: share of natural queries that meet a coin, in percent.
@@ -41,7 +41,7 @@ class Calibrated:
     folder: str
     cost: float
     made_up: bool
-    foreign: float | None
+    foreign_cost: float | None
     test_cost: float
     test_error: float
     tied: float
@@ -87,7 +87,7 @@ def guard(config: GuardConfig) -> Calibrated:
         folder=str(config.model),
         cost=found.cost,
         made_up=made_up,
-        foreign=found.foreign,
+        foreign_cost=found.foreign_cost,
         test_cost=measured.points,
         test_error=measured.standard_error,
         tied=found.tied,
@@ -103,11 +103,11 @@ def show(result: Calibrated) -> None:
     row = ["guard", f"{result.cost:.3f}", test, f"{result.tied:.2f} %", f"{result.entropy:.4f}"]
     print_table(result.folder, columns, [row])
     if result.made_up:
-        print_lines(f"{result.foreign:.3f} of the cost: honest queries that look made up, and meet a fair coin like those that are")
-    elif result.foreign is not None:
+        print_lines(f"{result.foreign_cost:.3f} of the cost: honest queries that look made up, and meet a fair coin like those that are")
+    elif result.foreign_cost is not None:
         print_lines(
-            f"no coins for made-up queries: the images differ so much that honest queries would lose {result.foreign:.3f} points by them; "
-            "a higher --cost buys them"
+            "no coins for made-up queries: the images differ so much that honest queries would lose "
+            f"{result.foreign_cost:.3f} points by them; a higher --cost buys them"
         )
     print_lines(f"wrote {result.folder}/guard.json; a copy needs some {result.queries} natural queries or more to be proven at 1e-6")
 
