@@ -416,9 +416,13 @@ def _strong_lines(parts: dict[str, Any]) -> list[str]:
         for (data, epsilon, model), runs in strong_runs(parts).items()
         for run in runs
     ]
-    note = "Strict accuracy is on test images taken evenly from the pool, the others on all of it; seconds are of the\nwall clock, beside up to three other programs. `benchmarks/strong.py`."
+    notes = [
+        "Strict accuracy is on test images taken evenly from the pool, the others on all of it; seconds are of the wall clock, beside",
+        "up to three other programs. `benchmarks/strong.py`.",
+        "",
+    ]
     columns = "data, budget | model | network | seed | test | PGD | PGD, the part | strict, the part | images | coins | seconds, threads"
-    return _section("The recipe `strong`", [note, ""], columns, rows)
+    return _section("The recipe `strong`", notes, columns, rows)
 
 
 def _scaling_lines(parts: dict[str, Any]) -> list[str]:
