@@ -411,7 +411,7 @@ def _strong_lines(parts: dict[str, Any]) -> list[str]:
             f"{run['strict_accuracy_of_part']:.1f}",
             str(run["images"]),
             run["coins"] if model == "marked" else "",
-            f"{run['seconds_to_protect']:,.0f}, {run['threads']}",
+            f"{'resumed' if run['seconds_to_protect'] is None else format(run['seconds_to_protect'], ',.0f')}, {run['threads']}",
         ]
         for (data, epsilon, model), runs in strong_runs(parts).items()
         for run in runs
