@@ -471,11 +471,12 @@ def main() -> None:
         "pgd": lambda: pgd_part(options.images // 2, options.rounds),
         "strict": lambda: strict_part(options.models, options.images),
         "scaling": scaling_part,
+        "strong": lambda: parts["strong"],
     }
-    parts["strong"] = [json.loads(line) for line in STRONG.read_text().splitlines()]
-    for name in [*work, "strong"]:
+    parts["strong"] = [json.loads(line) for line in STRONG.read_text().splitlines()]  # fresh whatever is made: every page shows it
+    for name, make in work.items():
         if name in options.parts or (not options.parts and (name not in parts or name == "strong")):
-            parts[name] = work[name]() if name in work else parts[name]
+            parts[name] = make()
             write_bytes(kept, json.dumps(parts).encode())
             record = {**summary(parts), "machine": about(), "runs": parts}
             write_bytes(RESULTS, (json.dumps(record, indent=1) + "\n").encode())

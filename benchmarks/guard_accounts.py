@@ -19,11 +19,11 @@ from countermark.bundle import load_bundle
 from countermark.data import Examples, load_pools, pixels, spec
 from countermark.evaluation import accuracy, predict
 from countermark.files import write_json
-from countermark.guard import Guard, GuardedModel, Row, calibrate_model, images_of, trace_accounts, weights_sha256
+from countermark.guard import Guard, GuardedModel, Row, images_of, trace_accounts
 from countermark.guard.core import client_key, coin
 from countermark.memory import keep_freed_memory
 from countermark.watermarks import load_secret
-from guard_power import COST, Account, _standard
+from guard_power import COST, Account, _standard, calibrated
 
 CLIENTS = 20
 KEYS = 200  # of the simulated services that a stranger is traced at
@@ -76,15 +76,7 @@ def main() -> None:
     data, seed, count = options.data, options.seed, options.queries
     folder, pools, shape = options.runs / f"{data}-{seed}", load_pools(options.data, options.seed), spec(options.data).shape
     network, secret = load_bundle(folder)[0], load_secret(folder / "key")
-    found = calibrate_model(
-        network,
-        pools.validation,
-        secret=secret,
-        model_sha256=weights_sha256(folder),
-        cost=COST[data],
-        training=pools.training,
-        epsilon=spec(data).epsilon,
-    )
+    found = calibrated(folder, network, data, pools, COST[data])
     model = GuardedModel(network, Guard(found.settings, secret))
     generator = torch.Generator().manual_seed(seed)
     asked = [torch.randperm(len(pools.thief), generator=generator)[:count] for _ in range(CLIENTS)]

@@ -24,6 +24,8 @@ from countermark.data import Examples, Pools, as_uint8, load_pools, pixels, spec
 from countermark.evaluation import Attack, accuracy, predict
 from countermark.files import write_json
 from countermark.guard import (
+    CELL_BITS,
+    Calibration,
     Guard,
     GuardedModel,
     Row,
@@ -149,6 +151,22 @@ def attacked(network: nn.Module, data: str, test: Examples) -> Examples:
     return Examples(as_uint8(torch.cat(parts)), part.y)
 
 
+def calibrated(
+    folder: Path, network: nn.Module, data: str, pools: Pools, cost: float, bits: int = CELL_BITS, foreign: bool = True
+) -> Calibration:
+    """Calibrate a guard as the verb does, and write nothing."""
+    return calibrate_model(
+        network,
+        pools.validation,
+        secret=load_secret(folder / "key"),
+        model_sha256=weights_sha256(folder),
+        cost=cost,
+        bits=bits,
+        training=pools.training if foreign else None,
+        epsilon=spec(data).epsilon,
+    )
+
+
 def judged(suspect: nn.Module, rows: list[Row], shape: tuple[int, int, int], secret: bytes) -> dict[str, object]:
     """What one account's trials say about a suspect."""
     if not rows:
@@ -173,17 +191,8 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
             protect(ProtectConfig(data=data, out=place, **{"seed": seed, **options}))  # type: ignore[arg-type]
     network, _ = load_bundle(folder)
     pools = load_pools(data, seed)
-    secret, digest = load_secret(folder / "key"), weights_sha256(folder)
-    found = calibrate_model(
-        network,
-        pools.validation,
-        secret=secret,
-        model_sha256=digest,
-        cost=cost,
-        bits=bits,
-        training=pools.training if foreign else None,
-        epsilon=spec(data).epsilon,
-    )
+    secret = load_secret(folder / "key")
+    found = calibrated(folder, network, data, pools, cost, bits, foreign)
     model = GuardedModel(network, Guard(found.settings, secret))
     account = Account(model, f"{thief} {count}")
     copy = THIEVES[thief](account, data, pools, seed, count)

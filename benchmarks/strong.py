@@ -63,17 +63,8 @@ def main() -> int:
         test = load_pools(arguments.data, seed).test
         for name, place in (("unmarked", folder / "key" / "source"), ("marked", folder)):
             network, description = load_bundle(place)
-            print(
-                json.dumps(
-                    {
-                        **made,
-                        "model": name,
-                        "network": description.network,
-                        **measured(network, arguments.data, epsilon, test, arguments.images),
-                    }
-                ),
-                flush=True,
-            )
+            found = measured(network, arguments.data, epsilon, test, arguments.images)
+            print(json.dumps({**made, "model": name, "network": description.network, **found}), flush=True)
     return 0
 
 

@@ -392,9 +392,8 @@ def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools)
     expected = expected_cost(guarded, test)
     assert abs(np.mean(costs) - expected.points) < 4 * spread + 1e-9
     each = [expected_cost(guarded, test[k : k + 1]).points for k in range(len(test))]
-    assert expected.points == pytest.approx(
-        np.mean(each), rel=1e-3
-    )  # chances are rounded to 65536ths of margins that differ a little alone
+    # Chances are rounded to 65536ths, of margins that differ in the last bits where an image is alone.
+    assert expected.points == pytest.approx(np.mean(each), rel=1e-3)
     assert expected.standard_error == pytest.approx(np.std(each) / math.sqrt(len(test)), rel=1e-3)
 
 
