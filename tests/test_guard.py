@@ -34,7 +34,7 @@ from countermark.guard import (
     strangeness,
     trace_accounts,
 )
-from countermark.guard.core import WHOLE, boundary, client_key, coin, projections, tails_chance
+from countermark.guard.core import STEP, WHOLE, boundary, client_key, coin, projections, tails_chance
 from countermark.guard.model import Split
 from countermark.models import build
 from countermark.theft import JacobianTheft, steal_black_box
@@ -156,9 +156,10 @@ def test_strangeness_is_what_leaving_each_image_out_finds(seed: int, count: int,
 @given(st.floats(-50, 50))
 def test_chances_are_those_of_the_logistic_function(logit: float) -> None:
     chance = tails_chance(logit)
-    assert 1 <= chance <= WHOLE - 1
+    assert STEP <= chance <= WHOLE - STEP
+    assert chance % STEP == 0
     assert chance + tails_chance(-logit) == WHOLE
-    assert abs(chance / WHOLE - 1 / (1 + math.exp(-logit))) <= 1 / WHOLE
+    assert abs(chance / WHOLE - 1 / (1 + math.exp(-logit))) <= (1 / 128 if abs(logit) < 4 else 1 / 64)
 
 
 def test_the_keyed_projections_are_signs_of_the_keys_own() -> None:
@@ -277,6 +278,34 @@ def test_the_same_query_has_the_same_answer_in_any_batch(guarded: GuardedModel, 
     assert torch.equal(again(pixels(x), "anna").labels, whole.labels)
     mixed = again(x[:100], ["anna", "bob"] * 50)
     assert torch.equal(mixed.labels[::2], whole.labels[:100:2])
+
+
+@given(st.integers(0, 10_000), st.sampled_from([1e-4, 1e-2, 0.1]))
+def test_what_is_not_in_doubt_stays_whatever_happens_within_the_tolerance(seed: int, tolerance: float) -> None:
+    """Every logit moved as far as the tolerance allows, the features too: same answer, same cell, and no new coins."""
+    guard, (logits, features) = guard_of(), queries(60, classes=3, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    sides = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1
+    moved = logits + 0.999 * tolerance * (1 + logits.abs().amax(1, keepdim=True)) * sides
+    shift = torch.randn(features.shape, generator=generator)
+    shift = 0.999 * tolerance * features.norm(dim=1, keepdim=True) * shift / shift.abs().sum(1, keepdim=True)
+    questions = {question.row: question for question in guard.questions(logits, features, tolerance=tolerance)}
+    answers, _ = guard.answer(logits, features, "anna")
+    other_answers, trials = guard.answer(moved, features + shift, "anna")
+    others = {trial.row: trial for trial in trials}
+    for row in set(range(60)) - {row for row, question in questions.items() if not question.sure}:
+        assert other_answers[row] == answers[row]
+        assert (row in others) == (row in questions)
+        if row in questions:
+            assert (others[row].cell, others[row].chance) == (questions[row].cell, questions[row].chance)
+    assert all(question.sure for question in guard.questions(logits, features))
+
+
+def test_few_queries_are_computed_again(guarded: GuardedModel, digits: Pools) -> None:
+    """Most of those that meet a coin are settled in their batch."""
+    questions = guarded.guard.questions(*Split(guarded.network)(digits.training.x), tolerance=1e-5)
+    assert len(questions) > 20
+    assert sum(not question.sure for question in questions) < len(questions) / 5
 
 
 @pytest.fixture

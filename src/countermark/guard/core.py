@@ -23,6 +23,8 @@ from countermark.guard.foreign import Familiar, outlines
 
 WHOLE = 1 << 16
 """Chances are whole numbers of 65536ths, so that a coin can be drawn again exactly."""
+STEP = WHOLE >> 6
+"""Those of near ties are whole numbers of 64ths, so that the last bits of a logit say nothing about them but in few places."""
 CELLS, FOREIGN = b"countermark guard cells", b"countermark guard foreign cells"
 """What the keyed projections of features and of outlines are drawn under."""
 ELSEWHERE = b"\xff\xff"
@@ -50,6 +52,27 @@ class GuardSettings:
     features: int
     familiar: Familiar | None = None
     outlines: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Question:
+    """A query that a coin will answer, whoever asks.
+
+    Attributes:
+        row: its position among the queries of the call.
+        cell: the pair of classes and the signs of the projections, with two bytes more where the query was foreign.
+        heads: the smaller class of the two.
+        tails: the larger one.
+        chance: of tails, before the coin falls, in 65536ths.
+        sure: cell, pair and chance are the same, and there is a coin at all, wherever within the tolerance logits and features are.
+    """
+
+    row: int
+    cell: bytes
+    heads: int
+    tails: int
+    chance: int
+    sure: bool
 
 
 @dataclass(frozen=True)
@@ -101,47 +124,80 @@ class Guard:
         Raises:
             CountermarkError: other shapes than the guard was calibrated for, values that are not finite, or no images.
         """
-        self.check(logits, features)
         answers = logits.argmax(1)
-        margins, heads, tails = boundary(logits)
-        usual = self.settings.familiar
+        trials = [self.flip(question, client) for question in self.questions(logits, features, images)]
+        for trial in trials:
+            answers[trial.row] = trial.answer
+        return answers, trials
+
+    def questions(
+        self, logits: torch.Tensor, features: torch.Tensor, images: torch.Tensor | None = None, tolerance: float = 0.0
+    ) -> list[Question]:
+        """The queries among those of a call that a coin answers, and with a `tolerance` those as well that may be.
+
+        Args:
+            logits: as for `answer`.
+            features: as for `answer`.
+            images: as for `answer`.
+            tolerance: by how much each logit may be off, as a share of 1 + the largest size of a query's logits, and each projection of the
+                features, as a share of the sum of their sizes.
+
+        Raises:
+            CountermarkError: as `answer`.
+        """
+        self.check(logits, features)
+        settings, usual = self.settings, self.settings.familiar
         if usual is not None and (images is None or images.dtype is not torch.uint8 or images.numel() != len(logits) * usual.values):
             raise CountermarkError(
                 f"this guard looks at the images as well; give the {len(logits)} that were asked, uint8, {usual.values} values each"
             )
         foreign = torch.zeros(len(logits), dtype=torch.bool) if images is None else self.foreign(images)
-        met = torch.nonzero(self.meets_coin(margins, foreign)).flatten()
+        margins, heads, tails = boundary(logits)
+        slack = 2 * tolerance * (1 + logits.double().abs().amax(1))  # of a difference of two logits
+        met = torch.nonzero(self.meets_coin(margins, foreign, slack)).flatten()
+        if not len(met):
+            return []
+        codes, distances = self._near(features[met])
+        best = logits[met].double().topk(min(3, logits.shape[1]), dim=1).values
+        same_pair = best[:, 1] - best[:, -1] > slack[met] if best.shape[1] == 3 else torch.ones(len(met), dtype=torch.bool)
+        same_cell = distances > tolerance * features[met].double().abs().sum(1)
+        still_near = margins[met].abs() <= settings.reach - slack[met]
+        sure = same_pair & (foreign[met] | same_cell & still_near)
+        columns = (met, heads[met], tails[met], margins[met], slack[met], foreign[met], sure)
+        found = []
+        for code, (row, head, tail, margin, loose, far, settled) in zip(
+            codes, zip(*(c.tolist() for c in columns), strict=True), strict=True
+        ):
+            pair = head.to_bytes(2, "big") + tail.to_bytes(2, "big")
+            cell = ELSEWHERE + pair + self._outline_code(images[row : row + 1]) if far and images is not None else pair + code
+            chance = self.chance(margin, far)
+            settled = settled and chance == self.chance(margin - loose, far) == self.chance(margin + loose, far)
+            found.append(Question(row, cell, head, tail, chance, settled or not tolerance))
+        return found
+
+    def flip(self, question: Question, client: str) -> AnswerTrial:
+        """Answer a client's question by his coin."""
         if client not in self._keys:
             self._keys[client] = client_key(self._secret, self.settings.model_sha256, client)
-        trials = []
-        for row in met.tolist():
-            pair = int(heads[row]).to_bytes(2, "big") + int(tails[row]).to_bytes(2, "big")
-            if images is not None and foreign[row]:
-                cell = ELSEWHERE + pair + self._outline_code(images[row : row + 1])
-            else:
-                cell = pair + self._near(features[row])
-            chance = self.chance(float(margins[row]), bool(foreign[row]))
-            tail = coin(self._keys[client], cell) < chance
-            answer = int(tails[row] if tail else heads[row])
-            answers[row] = answer
-            trials.append(AnswerTrial(row, cell, int(heads[row]), int(tails[row]), chance, answer))
-        return answers, trials
+        tail = coin(self._keys[client], question.cell) < question.chance
+        answer = question.tails if tail else question.heads
+        return AnswerTrial(question.row, question.cell, question.heads, question.tails, question.chance, answer)
 
     def foreign(self, images: torch.Tensor) -> torch.Tensor:
         """Which of images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
         settings = self.settings
         return torch.zeros(len(images), dtype=torch.bool) if settings.familiar is None else settings.familiar.foreign(images)
 
-    def meets_coin(self, margins: torch.Tensor, foreign: torch.Tensor) -> torch.Tensor:
-        """Which queries a coin answers, bool `(n,)`, given signed margins and which of them are foreign."""
-        return (margins.abs() <= self.settings.reach) | foreign
+    def meets_coin(self, margins: torch.Tensor, foreign: torch.Tensor, slack: torch.Tensor | float = 0.0) -> torch.Tensor:
+        """Which queries a coin answers, bool `(n,)`, given signed margins, off by at most `slack`, and which of them are foreign."""
+        return (margins.abs() <= self.settings.reach + slack) | foreign
 
     def _outline_code(self, image: torch.Tensor) -> bytes:
-        outline = outlines(image)[0]
+        outline = outlines(image)
         if self._far is None:
             offsets = self.settings.outlines
-            self._far = _Cells(projections(self._secret, self.settings.model_sha256, len(outline), len(offsets), FOREIGN), offsets)
-        return self._far(outline)
+            self._far = _Cells(projections(self._secret, self.settings.model_sha256, outline.shape[1], len(offsets), FOREIGN), offsets)
+        return self._far(outline)[0][0]
 
     def chance(self, margin: float, foreign: bool) -> int:
         """The chance of tails at a signed margin, in 65536ths."""
@@ -166,14 +222,17 @@ class Guard:
 
 
 class _Cells:
-    """The code of a cell: which of some keyed projections are above their offsets."""
+    """The codes of cells: which of some keyed projections are above their offsets."""
 
     def __init__(self, signs: torch.Tensor, offsets: tuple[float, ...]) -> None:
         self._signs, self._offsets = signs, torch.tensor(offsets, dtype=torch.float64)
 
-    def __call__(self, values: torch.Tensor) -> bytes:
-        bits = (values.double() @ self._signs > self._offsets).tolist()
-        return sum(1 << place for place, bit in enumerate(bits) if bit).to_bytes((len(bits) + 7) // 8, "big")
+    def __call__(self, values: torch.Tensor) -> tuple[list[bytes], torch.Tensor]:
+        """The code of each row of values, and how near the nearest of its projections is to its offset, `(n,)`."""
+        above = values.double() @ self._signs - self._offsets
+        width = (len(self._offsets) + 7) // 8
+        codes = [sum(1 << place for place, bit in enumerate(bits) if bit).to_bytes(width, "big") for bits in (above > 0).tolist()]
+        return codes, above.abs().amin(1)
 
 
 def boundary(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -184,10 +243,10 @@ def boundary(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def tails_chance(logit: float) -> int:
-    """1 / (1 + exp(-logit)) in whole 65536ths, never 0 or all of them."""
+    """1 / (1 + exp(-logit)) to whole 64ths, in 65536ths; never 0 or all of them."""
     if logit < 0:
         return WHOLE - tails_chance(-logit)
-    return min(WHOLE - 1, round(WHOLE / (1 + math.exp(-logit))))
+    return STEP * min(WHOLE // STEP - 1, round(WHOLE / STEP / (1 + math.exp(-logit))))
 
 
 def consistent_scores(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from countermark.guard.foreign import familiar, outlines, strangeness
 _CHUNK = 250
 _FOREIGN_BITS = 14
 _FOREIGN_SHARE = 0.5  # of the stated cost; data whose images differ so much that this does not do get no coins for made-up queries
-_SLACK = 1e-3  # of the logits' size: far above what a batch's shape changes in a logit
+_TOLERANCE = 1e-5  # forty times what the shape of a batch was seen to change
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Answers:
 class GuardedModel:
     """A network whose answers carry coins.
 
-    Queries are rounded to 8 bits a pixel before anything else, so that the log can hold exactly what was asked. What lies near a coin is
-    computed once more alone: logits differ in the last bits with the shape of the batch, enough to change a cell. A query then has one
-    answer, in any batch and after any restart, as long as processor and software stay the same.
+    Queries are rounded to 8 bits a pixel before anything else, so that the log can hold exactly what was asked. Logits differ in the last
+    bits with the shape of the batch, enough to change a cell: where so little would change a query's cell or chance, the query is computed
+    once more alone. It then has one answer, in any batch and after any restart, as long as processor and software stay the same.
     """
 
     def __init__(self, network: nn.Module, guard: Guard) -> None:
@@ -56,23 +56,27 @@ class GuardedModel:
             CountermarkError: the model's answers are not finite, or do not fit the guard.
         """
         images = as_uint8(x).cpu()
-        reach = self.guard.settings.reach
         asking = [clients] * len(images) if isinstance(clients, str) else clients
         labels, trials = [], []
         for start in range(0, len(images), _CHUNK):
             part = images[start : start + _CHUNK]
             logits, features = self._split(part)
-            self.guard.check(logits, features)
-            best = logits.topk(2, dim=1).values
-            near = best[:, 0] - best[:, 1] <= reach + _SLACK * (1 + best.abs().amax(1))
             answers = logits.argmax(1)
-            for row in torch.nonzero(near | self.guard.foreign(part)).flatten().tolist():
-                alone = part[row : row + 1]
-                label, found = self.guard.answer(*self._split(alone), asking[start + row], alone)
-                answers[row] = label[0]
+            for question in self.guard.questions(logits, features, part, _TOLERANCE):
+                row, client = question.row, asking[start + question.row]
+                if question.sure:
+                    trial = self.guard.flip(question, client)
+                    label, found = trial.answer, [trial]
+                else:
+                    label, found = self._alone(part[row : row + 1], client)
+                answers[row] = label
                 trials += [replace(trial, row=start + row) for trial in found]
             labels.append(answers)
         return Answers(torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64), trials, images)
+
+    def _alone(self, image: torch.Tensor, client: str) -> tuple[int, list[AnswerTrial]]:
+        labels, trials = self.guard.answer(*self._split(image), client, image)
+        return int(labels[0]), trials
 
 
 class Split:
