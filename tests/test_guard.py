@@ -186,6 +186,8 @@ def test_scores_agree_with_the_answers(seed: int) -> None:
         (torch.zeros(3, 5), torch.zeros(3, 11)),
         (torch.zeros(3, 5), torch.zeros(2, 12)),
         (torch.zeros(3, 1), torch.zeros(3, 12)),
+        (torch.zeros(3, 0), torch.zeros(3, 12)),
+        (torch.zeros(5), torch.zeros(5, 12)),
         (torch.full((3, 5), math.nan), torch.zeros(3, 12)),
         (torch.zeros(3, 5), torch.full((3, 12), math.inf)),
     ],
@@ -280,32 +282,103 @@ def test_the_same_query_has_the_same_answer_in_any_batch(guarded: GuardedModel, 
     assert torch.equal(mixed.labels[::2], whole.labels[:100:2])
 
 
-@given(st.integers(0, 10_000), st.sampled_from([1e-4, 1e-2, 0.1]))
-def test_what_is_not_in_doubt_stays_whatever_happens_within_the_tolerance(seed: int, tolerance: float) -> None:
-    """Every logit moved as far as the tolerance allows, the features too: same answer, same cell, and no new coins."""
-    guard, (logits, features) = guard_of(), queries(60, classes=3, seed=seed)
-    generator = torch.Generator().manual_seed(seed + 1)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1 << 30), st.sampled_from([2, 3, 5]), st.sampled_from([(2.0, 1e-4), (2.0, 1e-3), (1e-3, 1e-2), (1e-3, 0.05)]))
+def test_a_sure_question_stays_whatever_happens_within_the_tolerance(seed: int, classes: int, case: tuple[float, float]) -> None:
+    """Every logit moved as far as the tolerance allows, the features towards the nearest side of their cell.
+
+    Margins are put around the reach, and third classes near the second. With a slope of 1e-3 all chances are one half, so that pair, cell
+    and reach are alone at work.
+    """
+    slope, tolerance = case
+    usual = Familiar("00" * 4, "80" * 4)
+    guard = Guard(GuardSettings(MODEL, slope, 1.5, (0.0,) * 8, 12, usual, (0.0,) * 14), SECRET)
+    generator = torch.Generator().manual_seed(seed)
+    logits, features = queries(80, classes, seed=seed)
+    order = logits.argsort(dim=1, descending=True)
+    room = 2 * tolerance * (1 + logits.abs().amax(1)) * (4 * torch.rand(80, generator=generator) - 2)
+    rows = torch.arange(80)
+    logits[rows[:30], order[:30, 1]] = logits[rows[:30], order[:30, 0]] - 1.5 + room[:30]
+    if classes > 2:
+        logits[rows[20:50], order[20:50, 2]] = logits[rows[20:50], order[20:50, 1]] - room[20:50].abs()
+    images = torch.full((80, 1, 2, 2), 0x80, dtype=torch.uint8)
+    images[::5, 0, 0, 0] = 0x81
+    signs = projections(SECRET, MODEL, 12, 8).float()
+    above = features @ signs
+    nearest = above.abs().argmin(1)
+    step = 0.999 * tolerance * (1 + features.abs().sum(1)) / 12 * -above[rows, nearest].sign()
     sides = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1
     moved = logits + 0.999 * tolerance * (1 + logits.abs().amax(1, keepdim=True)) * sides
-    shift = torch.randn(features.shape, generator=generator)
-    shift = 0.999 * tolerance * features.norm(dim=1, keepdim=True) * shift / shift.abs().sum(1, keepdim=True)
-    questions = {question.row: question for question in guard.questions(logits, features, tolerance=tolerance)}
-    answers, _ = guard.answer(logits, features, "anna")
-    other_answers, trials = guard.answer(moved, features + shift, "anna")
+    questions = {question.row: question for question in guard.questions(logits, features, images, tolerance)}
+    answers, _ = guard.answer(logits, features, "anna", images)
+    other_answers, trials = guard.answer(moved, features + step[:, None] * signs.T[nearest], "anna", images)
     others = {trial.row: trial for trial in trials}
-    for row in set(range(60)) - {row for row, question in questions.items() if not question.sure}:
+    sure = {row for row, question in questions.items() if question.sure}
+    assert sure & set(range(50, 80))
+    for row in (set(range(80)) - set(questions)) | sure:
         assert other_answers[row] == answers[row]
-        assert (row in others) == (row in questions)
-        if row in questions:
+        assert (row in others) == (row in sure)
+        if row in sure:
             assert (others[row].cell, others[row].chance) == (questions[row].cell, questions[row].chance)
-    assert all(question.sure for question in guard.questions(logits, features))
+    assert all(question.sure for question in guard.questions(logits, features, images))
+
+
+@pytest.mark.parametrize(
+    ("logits", "far", "sure"),
+    [
+        ([0.2, 0.0, -9.0], False, True),
+        ([0.2, 0.0, 0.0], False, False),  # which pair?
+        ([1.49999, 0.0, -9.0], False, False),  # a coin or none?
+        ([1.50001, 0.0, -9.0], False, False),
+        ([5.0, 0.0, -9.0], True, True),
+        ([5.0, 0.0, 0.0], True, False),
+        ([0.2, 0.0], False, True),
+    ],
+)
+def test_what_is_sure(logits: list[float], far: bool, sure: bool) -> None:
+    guard = Guard(GuardSettings(MODEL, 2.0, 1.5, (0.0,) * 8, 12, Familiar("00" * 4, "80" * 4), (0.0,) * 14), SECRET)
+    image = torch.full((1, 1, 2, 2), 0x81 if far else 0x80, dtype=torch.uint8)
+    features = queries(1, seed=3)[1]
+    (question,) = guard.questions(torch.tensor([logits]), features, image, tolerance=1e-5)
+    assert question.sure is sure
+    assert guard.questions(torch.empty(0, 3), torch.empty(0, 12), image[:0]) == []
+
+
+class Swaying(nn.Module):
+    """A network whose answers depend a little on how many it is asked at once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.passes = network, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        answers: torch.Tensor = self.network(x * (1 + 1e-3 * (len(x) % 7 - 3) / 3))
+        return answers
+
+
+def test_what_a_batch_would_change_is_computed_alone(guarded: GuardedModel, digits: Pools) -> None:
+    network, guard, x = Swaying(guarded.network), guarded.guard, digits.training.x[:500]
+    model = GuardedModel(network, guard, tolerance=1e-2)
+    alone = [model(x[row : row + 1], "anna") for row in range(len(x))]
+    trials = {row: (found.trials[0].cell, found.trials[0].chance) for row, found in enumerate(alone) if found.trials}
+    assert len(trials) > 20
+    for size in (7, 64, 99):
+        before, seen = network.passes, 0
+        for start in range(0, len(x), size):
+            found = model(x[start : start + size], "anna")
+            assert found.labels.tolist() == [int(one.labels) for one in alone[start : start + size]]
+            assert all(trials[start + trial.row] == (trial.cell, trial.chance) for trial in found.trials)
+            seen += len(found.trials)
+        assert seen == len(trials)
+        assert len(x) // size < network.passes - before
 
 
 def test_few_queries_are_computed_again(guarded: GuardedModel, digits: Pools) -> None:
-    """Most of those that meet a coin are settled in their batch."""
-    questions = guarded.guard.questions(*Split(guarded.network)(digits.training.x), tolerance=1e-5)
-    assert len(questions) > 20
-    assert sum(not question.sure for question in questions) < len(questions) / 5
+    network = Swaying(guarded.network)
+    found = GuardedModel(network, guarded.guard)(digits.training.x[:500], "anna")
+    assert len(found.trials) > 20
+    assert network.passes < 2 + len(found.trials) / 5
 
 
 @pytest.fixture
@@ -421,9 +494,9 @@ def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools)
     expected = expected_cost(guarded, test)
     assert abs(np.mean(costs) - expected.points) < 4 * spread + 1e-9
     each = [expected_cost(guarded, test[k : k + 1]).points for k in range(len(test))]
-    # Chances are rounded to 65536ths, of margins that differ in the last bits where an image is alone.
-    assert expected.points == pytest.approx(np.mean(each), rel=1e-3)
-    assert expected.standard_error == pytest.approx(np.std(each) / math.sqrt(len(test)), rel=1e-3)
+    # Margins differ in the last bits where an image is alone, and a chance by a 64th where that rounds it otherwise.
+    assert expected.points == pytest.approx(np.mean(each), rel=1e-2)
+    assert expected.standard_error == pytest.approx(np.std(each) / math.sqrt(len(test)), rel=1e-2)
 
 
 def test_features_are_what_enters_the_last_linear_layer(digits: Pools) -> None:

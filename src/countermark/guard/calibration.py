@@ -15,7 +15,7 @@ from countermark.errors import CountermarkError
 from countermark.guard.core import GuardSettings, boundary, projections
 
 FLOOR = 0.05
-"""The second class is never returned with a probability below this: there the answer is the model's own."""
+"""Where the chance of the second class, before it is rounded to 64ths, would be below this, the answer is the model's own."""
 CELL_BITS = 16
 _NEAR = 0.1  # quantile of the margins that are small
 

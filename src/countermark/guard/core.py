@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from countermark.errors import CountermarkError
 from countermark.guard.foreign import Familiar, outlines
@@ -24,7 +25,7 @@ from countermark.guard.foreign import Familiar, outlines
 WHOLE = 1 << 16
 """Chances are whole numbers of 65536ths, so that a coin can be drawn again exactly."""
 STEP = WHOLE >> 6
-"""Those of near ties are whole numbers of 64ths, so that the last bits of a logit say nothing about them but in few places."""
+"""Chances of near ties are whole multiples of this, so that the last bits of a logit seldom change one."""
 CELLS, FOREIGN = b"countermark guard cells", b"countermark guard foreign cells"
 """What the keyed projections of features and of outlines are drawn under."""
 ELSEWHERE = b"\xff\xff"
@@ -37,7 +38,7 @@ class GuardSettings:
 
     Attributes:
         model_sha256: digest of the weights that it was calibrated for.
-        slope: steepness of the chances: the second class is returned with probability 1 / (1 + exp(slope x margin)).
+        slope: steepness of the chances: the second class is returned with probability 1 / (1 + exp(slope x margin)), to whole 64ths.
         reach: largest margin (difference of the two highest logits) at which there is a coin.
         offsets: for each keyed projection of the features the value that it is compared with; their number sets that of the cells.
         features: number of features.
@@ -56,7 +57,7 @@ class GuardSettings:
 
 @dataclass(frozen=True)
 class Question:
-    """A query that a coin will answer, whoever asks.
+    """A query that a coin answers, or may answer where it is not sure.
 
     Attributes:
         row: its position among the queries of the call.
@@ -64,7 +65,7 @@ class Question:
         heads: the smaller class of the two.
         tails: the larger one.
         chance: of tails, before the coin falls, in 65536ths.
-        sure: cell, pair and chance are the same, and there is a coin at all, wherever within the tolerance logits and features are.
+        sure: there is a coin, and cell, pair and chance are the same, wherever within the tolerance logits and features are.
     """
 
     row: int
@@ -76,23 +77,13 @@ class Question:
 
 
 @dataclass(frozen=True)
-class AnswerTrial:
+class AnswerTrial(Question):
     """A query whose answer a coin chose.
 
     Attributes:
-        row: its position among the queries of the call.
-        cell: the pair of classes and the signs of the projections, with two bytes more where the query was foreign.
-        heads: the smaller class of the two.
-        tails: the larger one.
-        chance: of tails, before the coin fell, in 65536ths.
         answer: the class that was returned.
     """
 
-    row: int
-    cell: bytes
-    heads: int
-    tails: int
-    chance: int
     answer: int
 
 
@@ -124,8 +115,8 @@ class Guard:
         Raises:
             CountermarkError: other shapes than the guard was calibrated for, values that are not finite, or no images.
         """
-        answers = logits.argmax(1)
         trials = [self.flip(question, client) for question in self.questions(logits, features, images)]
+        answers = logits.argmax(1)
         for trial in trials:
             answers[trial.row] = trial.answer
         return answers, trials
@@ -135,44 +126,43 @@ class Guard:
     ) -> list[Question]:
         """The queries among those of a call that a coin answers, and with a `tolerance` those as well that may be.
 
+        Nothing here depends on a coin: what is not sure may be asked again, in another way, without bending the odds.
+
         Args:
             logits: as for `answer`.
             features: as for `answer`.
             images: as for `answer`.
-            tolerance: by how much each logit may be off, as a share of 1 + the largest size of a query's logits, and each projection of the
-                features, as a share of the sum of their sizes.
+            tolerance: each logit is off by less than this share of 1 + the largest size of a query's logits, and each projection of the
+                features by less than this share of 1 + the sum of their sizes.
 
         Raises:
             CountermarkError: as `answer`.
         """
-        self.check(logits, features)
+        self._check(logits, features)
         settings, usual = self.settings, self.settings.familiar
         if usual is not None and (images is None or images.dtype is not torch.uint8 or images.numel() != len(logits) * usual.values):
             raise CountermarkError(
                 f"this guard looks at the images as well; give the {len(logits)} that were asked, uint8, {usual.values} values each"
             )
-        foreign = torch.zeros(len(logits), dtype=torch.bool) if images is None else self.foreign(images)
+        foreign = torch.zeros(len(logits), dtype=torch.bool) if usual is None or images is None else usual.foreign(images)
         margins, heads, tails = boundary(logits)
         slack = 2 * tolerance * (1 + logits.double().abs().amax(1))  # of a difference of two logits
-        met = torch.nonzero(self.meets_coin(margins, foreign, slack)).flatten()
+        met = torch.nonzero((margins.abs() <= settings.reach + slack) | foreign).flatten()
         if not len(met):
             return []
+        foreign, margins, slack = foreign[met], margins[met], slack[met]
         codes, distances = self._near(features[met])
-        best = logits[met].double().topk(min(3, logits.shape[1]), dim=1).values
-        same_pair = best[:, 1] - best[:, -1] > slack[met] if best.shape[1] == 3 else torch.ones(len(met), dtype=torch.bool)
-        same_cell = distances > tolerance * features[met].double().abs().sum(1)
-        still_near = margins[met].abs() <= settings.reach - slack[met]
-        sure = same_pair & (foreign[met] | same_cell & still_near)
-        columns = (met, heads[met], tails[met], margins[met], slack[met], foreign[met], sure)
+        best = functional.pad(logits[met].double(), (0, 1), value=-math.inf).topk(3, dim=1).values
+        same_pair = best[:, 1] - best[:, 2] >= slack
+        same_cell = distances >= tolerance * (1 + features[met].double().abs().sum(1))
+        sure = same_pair & (foreign | same_cell & (margins.abs() <= settings.reach - slack))
+        low, middle, high = (self._chances(margins + shift, foreign) for shift in (-slack, 0, slack))
         found = []
-        for code, (row, head, tail, margin, loose, far, settled) in zip(
-            codes, zip(*(c.tolist() for c in columns), strict=True), strict=True
-        ):
+        for place, (row, head, tail, far) in enumerate(zip(*(c.tolist() for c in (met, heads[met], tails[met], foreign)), strict=True)):
             pair = head.to_bytes(2, "big") + tail.to_bytes(2, "big")
-            cell = ELSEWHERE + pair + self._outline_code(images[row : row + 1]) if far and images is not None else pair + code
-            chance = self.chance(margin, far)
-            settled = settled and chance == self.chance(margin - loose, far) == self.chance(margin + loose, far)
-            found.append(Question(row, cell, head, tail, chance, settled or not tolerance))
+            cell = ELSEWHERE + pair + self._outline_code(images[row : row + 1]) if far and images is not None else pair + codes[place]
+            settled = bool(sure[place]) and low[place] == high[place]
+            found.append(Question(row, cell, head, tail, middle[place], settled))
         return found
 
     def flip(self, question: Question, client: str) -> AnswerTrial:
@@ -180,17 +170,12 @@ class Guard:
         if client not in self._keys:
             self._keys[client] = client_key(self._secret, self.settings.model_sha256, client)
         tail = coin(self._keys[client], question.cell) < question.chance
-        answer = question.tails if tail else question.heads
-        return AnswerTrial(question.row, question.cell, question.heads, question.tails, question.chance, answer)
+        return AnswerTrial(**vars(question), answer=question.tails if tail else question.heads)
 
     def foreign(self, images: torch.Tensor) -> torch.Tensor:
         """Which of images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
         settings = self.settings
         return torch.zeros(len(images), dtype=torch.bool) if settings.familiar is None else settings.familiar.foreign(images)
-
-    def meets_coin(self, margins: torch.Tensor, foreign: torch.Tensor, slack: torch.Tensor | float = 0.0) -> torch.Tensor:
-        """Which queries a coin answers, bool `(n,)`, given signed margins, off by at most `slack`, and which of them are foreign."""
-        return (margins.abs() <= self.settings.reach + slack) | foreign
 
     def _outline_code(self, image: torch.Tensor) -> bytes:
         outline = outlines(image)
@@ -199,16 +184,13 @@ class Guard:
             self._far = _Cells(projections(self._secret, self.settings.model_sha256, outline.shape[1], len(offsets), FOREIGN), offsets)
         return self._far(outline)[0][0]
 
-    def chance(self, margin: float, foreign: bool) -> int:
-        """The chance of tails at a signed margin, in 65536ths."""
-        return WHOLE // 2 if foreign else tails_chance(self.settings.slope * margin)
+    def _chances(self, margins: torch.Tensor, foreign: torch.Tensor) -> list[int]:
+        """The chances of tails at signed margins, in 65536ths."""
+        logits = self.settings.slope * margins
+        return [WHOLE // 2 if far else tails_chance(logit) for logit, far in zip(logits.tolist(), foreign.tolist(), strict=True)]
 
-    def check(self, logits: torch.Tensor, features: torch.Tensor) -> None:
-        """Refuse what the guard was not calibrated for.
-
-        Raises:
-            CountermarkError: other shapes, or values that are not finite.
-        """
+    def _check(self, logits: torch.Tensor, features: torch.Tensor) -> None:
+        """Refuse what the guard was not calibrated for."""
         fits = logits.dim() == 2 and logits.shape[1] >= 2 and features.shape == (len(logits), self.settings.features)
         if not fits:
             raise CountermarkError(

@@ -12,13 +12,14 @@ from countermark.data import Examples, as_uint8, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
-from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, boundary, projections
+from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, projections
 from countermark.guard.foreign import familiar, outlines, strangeness
 
 _CHUNK = 250
 _FOREIGN_BITS = 14
 _FOREIGN_SHARE = 0.5  # of the stated cost; data whose images differ so much that this does not do get no coins for made-up queries
-_TOLERANCE = 1e-5  # forty times what the shape of a batch was seen to change
+_TOLERANCE = 1e-5  # forty times what the shape of a batch was seen to change in float32 on a processor
+_ROUGH = 1e-2  # elsewhere, where convolutions may have half the digits
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,18 @@ class GuardedModel:
     once more alone. It then has one answer, in any batch and after any restart, as long as processor and software stay the same.
     """
 
-    def __init__(self, network: nn.Module, guard: Guard) -> None:
-        """Wrap any network from pixels of [0, 1] to logits; it is put into evaluation mode."""
+    def __init__(self, network: nn.Module, guard: Guard, tolerance: float | None = None) -> None:
+        """Wrap any network.
+
+        Args:
+            network: pixels of [0, 1] to logits; it is put into evaluation mode.
+            guard: calibrated for it.
+            tolerance: more than what a batch's shape changes in logits and features, as for `Guard.questions`. None: 1e-5 for a network on
+                the processor, 1e-2 elsewhere.
+        """
         self.network, self.guard = network.eval(), guard
         self._split = Split(network)
+        self._tolerance = tolerance if tolerance is not None else _TOLERANCE if device_of(network).type == "cpu" else _ROUGH
 
     def __call__(self, x: torch.Tensor, clients: str | Sequence[str]) -> Answers:
         """Answer images `(n, c, h, w)`, uint8 or pixels of [0, 1], of one client, or each of its own.
@@ -61,8 +70,9 @@ class GuardedModel:
         for start in range(0, len(images), _CHUNK):
             part = images[start : start + _CHUNK]
             logits, features = self._split(part)
+            questions = self.guard.questions(logits, features, part, self._tolerance)
             answers = logits.argmax(1)
-            for question in self.guard.questions(logits, features, part, _TOLERANCE):
+            for question in questions:
                 row, client = question.row, asking[start + question.row]
                 if question.sure:
                     trial = self.guard.flip(question, client)
@@ -160,17 +170,15 @@ class ExpectedCost:
 
 def expected_cost(model: GuardedModel, examples: Examples) -> ExpectedCost:
     """The cost of a guard on examples, images `(n, c, h, w)`, uint8 or pixels."""
-    split, guard = Split(model.network), model.guard
-    lost = []
+    split, lost = Split(model.network), []
     for start in range(0, len(examples), _CHUNK):
-        part = examples[slice(start, start + _CHUNK)]
-        logits, _ = split(part.x)
-        margins, heads, tails = boundary(logits)
-        foreign = guard.foreign(as_uint8(part.x))
-        for row in torch.nonzero(guard.meets_coin(margins, foreign)).flatten().tolist():
-            y, tail = int(part.y[row]), guard.chance(float(margins[row]), bool(foreign[row])) / WHOLE
-            right = {int(heads[row]): 1 - tail, int(tails[row]): tail}.get(y, 0.0)
-            lost.append(float(int(logits[row].argmax()) == y) - right)
+        images, y = as_uint8(examples.x[start : start + _CHUNK]).cpu(), examples.y[start : start + _CHUNK].tolist()
+        logits, features = split(images)
+        first = logits.argmax(1).tolist()
+        for question in model.guard.questions(logits, features, images):
+            truth, tail = y[question.row], question.chance / WHOLE
+            right = {question.heads: 1 - tail, question.tails: tail}.get(truth, 0.0)
+            lost.append(float(first[question.row] == truth) - right)
     count = max(len(examples), 1)
     mean = sum(lost) / count
     return ExpectedCost(100 * mean, 100 * math.sqrt(max(0.0, sum(loss * loss for loss in lost) / count - mean * mean) / count))
