@@ -236,6 +236,7 @@ def table(runs: Path) -> str:
         "queries",
         "projections",
         "seed",
+        "cost, stated",
         "cost, test",
         "under attack",
         "trials (foreign)",
@@ -253,7 +254,7 @@ def table(runs: Path) -> str:
         error = f"+- {r['cost_error']:.3f}" if "cost_error" in r else ""
         found, others = r["suspect"], [stranger["log10_p"] for stranger in r["strangers"].values()]
         lines.append(
-            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['cost']:.3f} {error} "
+            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['stated_cost']:g} | {r['cost']:.3f} {error} "
             f"| {under} | {r['trials']} ({r.get('foreign_trials', 0)}) "
             f"| {found['agree']} : {found['other']} ({found['expected']:.0f}) | {found['log10_p']:.1f} "
             f"| {min(others):.1f} to {max(others):.1f} | {r['test_accuracy']:.1f} |"
