@@ -34,7 +34,7 @@ from countermark.guard import (
     strangeness,
     trace_accounts,
 )
-from countermark.guard.core import STEP, WHOLE, boundary, client_key, coin, projections, tails_chance
+from countermark.guard.core import STEPS, WHOLE, boundary, client_key, coin, projections, tails_chance
 from countermark.guard.model import Split
 from countermark.models import build
 from countermark.theft import JacobianTheft, steal_black_box
@@ -153,13 +153,14 @@ def test_strangeness_is_what_leaving_each_image_out_finds(seed: int, count: int,
     assert strangeness(training, epsilon) == sum(found) / count
 
 
-@given(st.floats(-50, 50))
-def test_chances_are_those_of_the_logistic_function(logit: float) -> None:
-    chance = tails_chance(logit)
-    assert STEP <= chance <= WHOLE - STEP
-    assert chance % STEP == 0
-    assert chance + tails_chance(-logit) == WHOLE
-    assert abs(chance / WHOLE - 1 / (1 + math.exp(-logit))) <= (1 / 128 if abs(logit) < 4 else 1 / 64)
+@given(st.floats(-50, 50), st.sampled_from([2, 64, WHOLE]))
+def test_chances_are_those_of_the_logistic_function(logit: float, steps: int) -> None:
+    chance, step = tails_chance(logit, steps), WHOLE // steps
+    assert step <= chance <= WHOLE - step
+    assert chance % step == 0
+    assert chance + tails_chance(-logit, steps) == WHOLE
+    assert abs(chance / WHOLE - 1 / (1 + math.exp(-logit))) <= 1 / steps
+    assert steps != STEPS or abs(logit) > 4 or abs(chance / WHOLE - 1 / (1 + math.exp(-logit))) <= 1 / 128
 
 
 def test_the_keyed_projections_are_signs_of_the_keys_own() -> None:

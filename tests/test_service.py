@@ -412,7 +412,8 @@ def test_the_guards_digest_is_in_the_commitment(
     capsys.readouterr()
     shutil.copytree(guarded_folder, tmp_path / "other")
     settings = read_json(tmp_path / "other" / "guard.json")
-    for name, value in (("slope", -1.0), ("offsets", []), ("features", 1.5), ("model_sha256", "x" * 64), ("reach", None)):
+    wrong_settings = [("slope", -1.0), ("offsets", []), ("features", 1.5), ("model_sha256", "x" * 64), ("reach", None)]
+    for name, value in [*wrong_settings, ("steps", 48), ("steps", 1), ("steps", 64.0), ("steps", True)]:
         changed = {**settings, "settings": {**settings["settings"], name: value}}
         write_json(tmp_path / "other" / "guard.json", changed)
         with pytest.raises(CountermarkError, match=r"guard\.json lacks usable settings"):

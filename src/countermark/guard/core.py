@@ -24,8 +24,8 @@ from countermark.guard.foreign import Familiar, outlines
 
 WHOLE = 1 << 16
 """Chances are whole numbers of 65536ths, so that a coin can be drawn again exactly."""
-STEP = WHOLE >> 6
-"""Chances of near ties are whole multiples of this, so that the last bits of a logit seldom change one."""
+STEPS = 64
+"""Chances of near ties are rounded to 64ths, so that the last bits of a logit seldom change one."""
 CELLS, FOREIGN = b"countermark guard cells", b"countermark guard foreign cells"
 """What the keyed projections of features and of outlines are drawn under."""
 ELSEWHERE = b"\xff\xff"
@@ -38,12 +38,13 @@ class GuardSettings:
 
     Attributes:
         model_sha256: digest of the weights that it was calibrated for.
-        slope: steepness of the chances: the second class is returned with probability 1 / (1 + exp(slope x margin)), to whole 64ths.
+        slope: steepness of the chances: the second class is returned with probability 1 / (1 + exp(slope x margin)).
         reach: largest margin (difference of the two highest logits) at which there is a coin.
         offsets: for each keyed projection of the features the value that it is compared with; their number sets that of the cells.
         features: number of features.
         familiar: what honest queries look like; any other query meets a fair coin. None where only near ties do.
         outlines: as `offsets`, for the keyed projections of such queries' outlines.
+        steps: chances are rounded to whole multiples of 1 / steps, a power of two.
     """
 
     model_sha256: str
@@ -53,6 +54,7 @@ class GuardSettings:
     features: int
     familiar: Familiar | None = None
     outlines: tuple[float, ...] = ()
+    steps: int = STEPS
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,10 @@ class Guard:
     def _chances(self, margins: torch.Tensor, foreign: torch.Tensor) -> list[int]:
         """The chances of tails at signed margins, in 65536ths."""
         logits = self.settings.slope * margins
-        return [WHOLE // 2 if far else tails_chance(logit) for logit, far in zip(logits.tolist(), foreign.tolist(), strict=True)]
+        return [
+            WHOLE // 2 if far else tails_chance(logit, self.settings.steps)
+            for logit, far in zip(logits.tolist(), foreign.tolist(), strict=True)
+        ]
 
     def _check(self, logits: torch.Tensor, features: torch.Tensor) -> None:
         """Refuse what the guard was not calibrated for."""
@@ -224,11 +229,11 @@ def boundary(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return values[:, 1] - values[:, 0], pair[:, 0], pair[:, 1]
 
 
-def tails_chance(logit: float) -> int:
-    """1 / (1 + exp(-logit)) to whole 64ths, in 65536ths; never 0 or all of them."""
+def tails_chance(logit: float, steps: int = STEPS) -> int:
+    """1 / (1 + exp(-logit)) rounded to multiples of 1 / steps, in 65536ths; never 0 or all of them."""
     if logit < 0:
-        return WHOLE - tails_chance(-logit)
-    return STEP * min(WHOLE // STEP - 1, round(WHOLE / STEP / (1 + math.exp(-logit))))
+        return WHOLE - tails_chance(-logit, steps)
+    return WHOLE // steps * min(steps - 1, round(steps / (1 + math.exp(-logit))))
 
 
 def consistent_scores(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:

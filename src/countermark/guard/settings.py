@@ -10,7 +10,7 @@ from countermark.bundle import load_with_data
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_json, sha256, write_json
 from countermark.guard.calibration import Calibration
-from countermark.guard.core import Guard, GuardSettings
+from countermark.guard.core import WHOLE, Guard, GuardSettings
 from countermark.guard.foreign import Familiar
 from countermark.guard.model import GuardedModel
 from countermark.watermarks import load_secret
@@ -42,7 +42,8 @@ def read_guard(folder: Path) -> GuardSettings:
         raise CountermarkError(f"{path} is not a guard of the format {GUARD_FORMAT!r}; use the release that wrote it")
     settings = record.get("settings")
     if isinstance(settings, dict):
-        settings = {"familiar": None, "outlines": [], **settings}  # a guard of near ties alone may say nothing of them
+        # A guard of near ties alone may say nothing of the others, one from before chances were rounded coarsely nothing of steps.
+        settings = {"familiar": None, "outlines": [], "steps": WHOLE, **settings}
     if not isinstance(settings, dict) or not _fits(settings):
         raise CountermarkError(f"{path} lacks usable settings; it is damaged or not one of ours, calibrate again")
     usual = settings["familiar"]
@@ -53,7 +54,7 @@ def read_guard(folder: Path) -> GuardSettings:
 def _fits(settings: Mapping[str, Any]) -> bool:
     if settings.keys() != {field.name for field in fields(GuardSettings)} or not _fits_familiar(settings["familiar"], settings["outlines"]):
         return False
-    digest, offsets, features = settings["model_sha256"], settings["offsets"], settings["features"]
+    digest, offsets, features, steps = (settings[name] for name in ("model_sha256", "offsets", "features", "steps"))
     return (
         _is_hexadecimal(digest)
         and len(digest) == 64
@@ -61,6 +62,9 @@ def _fits(settings: Mapping[str, Any]) -> bool:
         and _are_offsets(offsets)
         and type(features) is int
         and 1 <= features <= _LARGEST["features"]
+        and type(steps) is int
+        and 2 <= steps <= WHOLE
+        and steps & (steps - 1) == 0
     )
 
 
