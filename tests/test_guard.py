@@ -495,9 +495,9 @@ def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools)
     expected = expected_cost(guarded, test)
     assert abs(np.mean(costs) - expected.points) < 4 * spread + 1e-9
     each = [expected_cost(guarded, test[k : k + 1]).points for k in range(len(test))]
-    # Margins differ in the last bits where an image is alone, and a chance by a 64th where that rounds it otherwise.
-    assert expected.points == pytest.approx(np.mean(each), rel=1e-2)
-    assert expected.standard_error == pytest.approx(np.std(each) / math.sqrt(len(test)), rel=1e-2)
+    # Margins differ in the last bits where an image is alone; chances are so coarse that next to none of them notices.
+    assert expected.points == pytest.approx(np.mean(each), rel=1e-3)
+    assert expected.standard_error == pytest.approx(np.std(each) / math.sqrt(len(test)), rel=1e-3)
 
 
 def test_features_are_what_enters_the_last_linear_layer(digits: Pools) -> None:
