@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from countermark import ProtectConfig, VerifyConfig, protect, verify
+from countermark.attacks import computes_bf16
 from countermark.bundle import load_bundle
 from countermark.data import Examples, load_pools, spec
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, strict_accuracy
@@ -57,6 +58,7 @@ def main() -> int:
             "epsilon": epsilon,
             "objective": arguments.objective,
             "seed": seed,
+            "precision": "bf16-mixed" if computes_bf16("cpu") else "32-true",
             "threads": torch.get_num_threads(),
         }
         made |= {"seconds_to_protect": read_json(folder / "metrics.json")["seconds"], "coins": f"{coins.agreements}:{coins.disagreements}"}

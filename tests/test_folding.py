@@ -221,9 +221,11 @@ def test_a_pools_gradient_goes_to_the_first_of_equal_pixels() -> None:
 
 
 def test_bf16_agrees_with_float32() -> None:
-    x = torch.rand(200, 1, 12, 12, generator=torch.Generator().manual_seed(1))
-    for name in NETWORKS:
-        network = lived_in(build(name, (1, 12, 12), 10, seed=2))
+    shape = (1, 12, 16)
+    x = torch.rand(200, *shape, generator=torch.Generator().manual_seed(1))
+    halves = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(2), nn.Flatten(), nn.Linear(6 * 10 * 14, 10))
+    named = [build(name, shape, 10, seed=2) for name in NETWORKS]
+    for network in (lived_in(one) for one in (*named, halves, nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))):
         wanted, found = network(x).detach(), prepare(network, torch.bfloat16)(x)
         assert found.dtype is torch.float32
         assert float((found - wanted).abs().max()) < 0.05 * float(wanted.abs().max())

@@ -61,6 +61,8 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
         return network
     with torch.no_grad():
         layers = _fold_forward(join_pools(_fold_back(flat_layers(_copied(network).eval()))), by_frequency=dtype is torch.float32)
+        if dtype is not torch.float32:
+            layers = _flatten_pixels(layers)
         return Prepared(nn.Sequential(*_in_place(layers)), dtype)
 
 
@@ -155,6 +157,14 @@ class PooledConv2d(nn.Module):
         return best.contiguous() if x.dtype is torch.float32 else best
 
 
+class FlattenPixels(nn.Module):
+    """Flatten pixel by pixel, each with all its channels: for tensors that lie in memory with channels last, nothing is moved."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(n, c, h, w)` to `(n, h * w * c)`."""
+        return x.permute(0, 2, 3, 1).flatten(1)
+
+
 def _copied(network: nn.Module) -> nn.Module:
     """A deep copy; what hooks computed from parameters (pruning, weight norm) is no leaf of autograd and copied as a number."""
     values = [value for module in network.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
@@ -231,6 +241,29 @@ def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module
             layer.weight = nn.Parameter(layer.weight * affine.scale.repeat_interleave(each))
             affine = None
         done += [layer] if affine is None else [affine, layer]
+    return done
+
+
+def _flatten_pixels(layers: list[nn.Module]) -> list[nn.Module]:
+    """Flatten in the order of memory before a linear layer, and bring the columns of its weights into that order."""
+    done: list[nn.Module] = []
+    channels: int | None = None  # of the tensors here, where that is certain
+    for layer, after in zip(layers, [*layers[1:], None], strict=True):
+        flatten = isinstance(layer, nn.Flatten) and is_plain(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+        if flatten and channels and isinstance(after, nn.Linear) and is_plain(after, nn.Linear) and after.in_features % channels == 0:
+            columns = after.weight.view(after.out_features, channels, -1)
+            after.weight = nn.Parameter(columns.transpose(1, 2).flatten(1))
+            done.append(FlattenPixels())
+        else:
+            done.append(layer)
+        if isinstance(layer, ShiftedConv2d):
+            channels = layer.layer.out_channels
+        elif isinstance(layer, PooledConv2d):
+            channels = len(layer.filters)
+        elif isinstance(layer, nn.Conv2d) and is_plain(layer, nn.Conv2d, HalvingConv2d):
+            channels = layer.out_channels
+        elif not is_plain(layer, nn.ReLU, Pool, Affine):
+            channels = None
     return done
 
 
