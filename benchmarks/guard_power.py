@@ -173,7 +173,7 @@ def judged(suspect: nn.Module, rows: list[Row], shape: tuple[int, int, int], sec
         return {"log10_p": 0.0, "agree": 0, "other": 0, "expected": 0.0}
     account = trace_accounts(rows, predict(suspect, images_of(rows, shape)), secret).accounts[0]
     return {
-        "log10_p": account.log10_p_value,
+        "log10_p": account.log10_p_alone,
         "agree": account.agreements,
         "other": account.disagreements,
         "expected": account.expected,

@@ -181,6 +181,12 @@ def test_scores_agree_with_the_answers(seed: int) -> None:
     assert torch.allclose(scores.sort(1).values, logits.softmax(1).sort(1).values)
 
 
+def test_scores_agree_with_the_answers_where_classes_are_tied() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0], [9.0, 9.0000008, 0.0], [9.0, 9.0000008, 0.0], [0.0, 100.0, 100.0]])
+    answers = torch.tensor([1, 0, 1, 2])
+    assert torch.equal(consistent_scores(logits, answers).argmax(1), answers)
+
+
 @pytest.mark.parametrize(
     ("logits", "features"),
     [
@@ -509,6 +515,22 @@ def test_features_are_what_enters_the_last_linear_layer(digits: Pools) -> None:
         Split(nn.Flatten())
 
 
+def test_features_are_of_the_layer_that_ran_last_wherever_it_stands(digits: Pools) -> None:
+    class Odd(nn.Module):
+        def __init__(self, runs: bool) -> None:
+            super().__init__()
+            self.runs = runs
+            self.head, self.body, self.unused = nn.Linear(32, 10), nn.Linear(64, 32), nn.Linear(7, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x.flatten(1)).relu()) if self.runs else x.flatten(1)
+
+    network, x = Odd(True), digits.test.x[:9]
+    assert torch.equal(Split(network)(x)[1], network.body(pixels(x).flatten(1)).relu().detach())
+    with pytest.raises(CountermarkError, match="no linear layer of the network ran"):
+        Split(Odd(False))(x)
+
+
 def test_queries_are_rounded_to_eight_bits(guarded: GuardedModel) -> None:
     x = torch.rand(5, 1, 8, 8)
     assert torch.equal(as_uint8(x), (x * 255).round().to(torch.uint8))
@@ -547,15 +569,29 @@ def test_the_thief_is_named_and_nobody_else() -> None:
     assert found.accounts[0].expected == pytest.approx(30)
 
 
-def test_the_p_value_is_the_e_processs_times_the_clients() -> None:
+@pytest.mark.parametrize("erased", [0, 3])
+def test_the_p_value_is_the_e_processs_times_the_accounts_share_of_the_level(erased: int) -> None:
     rows = interleaved(4, 30)
     answers = answers_of(rows, "client 2", share=0.8)
     process = EProcess()
     for row, answer in zip(rows, answers.tolist(), strict=True):
         if row.client == "client 2":
             process.update(1 if answer == row.answer else -1)
-    account = next(account for account in trace_accounts(rows, answers, SECRET).accounts if account.client == "client 2")
-    assert account.log10_p_value == pytest.approx(process.log10_p_value + math.log10(4))
+    found = trace_accounts(rows, answers, SECRET, erased=erased)
+    account = next(account for account in found.accounts if account.client == "client 2")
+    place = 3 + erased
+    assert account.log10_p_alone == pytest.approx(process.log10_p_value)
+    assert account.log10_p_value == pytest.approx(process.log10_p_value + math.log10((place + 1) * (place + 2)))
+
+
+def test_erased_accounts_weaken_what_all_together_say() -> None:
+    """Accounts may have been erased for what they said: whatever that was, nothing is gained by it."""
+    rows = interleaved(6, 25)
+    answers = torch.tensor([row.answer if row.client < "client 3" else 3 - row.answer for row in rows])
+    whole = trace_accounts(rows, answers, SECRET).together_log10_p_value
+    kept = [(row, answer) for row, answer in zip(rows, answers, strict=True) if row.client < "client 3"]
+    without = trace_accounts([row for row, _ in kept], torch.stack([answer for _, answer in kept]), SECRET, erased=3)
+    assert without.together_log10_p_value >= whole - 1e-9
 
 
 def test_refused_answers_are_neither_and_prove_nothing() -> None:
@@ -654,6 +690,39 @@ def test_strangers_get_nobody_named_more_often_than_alpha(capsys: pytest.Capture
     for alpha in levels:
         assert named[alpha] <= runs * alpha + 3 * math.sqrt(runs * alpha)
         assert together[alpha] <= runs * alpha + 3 * math.sqrt(runs * alpha)
+
+
+def test_opening_accounts_until_one_is_lucky_convicts_nobody_too_often(capsys: pytest.CaptureFixture[str]) -> None:
+    """Clients who know the suspect's answers open accounts one after another, and stop with the first that a count of accounts would name.
+
+    A stranger agrees with fair coins half of the time. Only services with an account that could be named are traced.
+    """
+    runs, most, each = max(TRACES // 5, 600), 20, 100
+    levels = (0.05, 0.01, 0.001)
+    named, counted = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
+    numbers = np.random.default_rng(5)
+    gamblers = np.arange(1, 21) / 20  # those of the e-process
+    for _ in range(runs):
+        agrees = numbers.random((most, each)) < 0.5
+        wealth = np.cumprod(1 + np.where(agrees, 1, -1)[:, :, None] * gamblers, axis=1).mean(2)
+        for alpha in levels:
+            lucky = wealth >= np.arange(1, most + 1)[:, None] / alpha
+            accounts = int(np.argmax(lucky.any(1))) + 1 if lucky.any() else most
+            counted[alpha] += bool(lucky.any())
+            if wealth[:accounts].max() < 6 / alpha:
+                continue
+            opened = [(k, cell) for k in range(accounts) for cell in range(int(np.argmax(lucky[k])) + 1 if lucky[k].any() else each)]
+            rows = [row_of(f"client {k}", cell) for k, cell in opened]
+            answers = [row.answer if agrees[place] else 3 - row.answer for row, place in zip(rows, opened, strict=True)]
+            found = trace_accounts(rows, torch.tensor(answers), SECRET)
+            named[alpha] += found.accounts[0].log10_p_value <= math.log10(alpha)
+    with capsys.disabled():
+        if TRACES > 1000:
+            print(f"{runs} services where accounts are opened until one is lucky: times the accounts {counted}, ours {named}")
+    for alpha in levels:
+        assert named[alpha] <= runs * alpha + 3 * math.sqrt(runs * alpha)
+    assert counted[0.05] > 1.5 * runs * 0.05
+    assert counted[0.01] > 1.5 * runs * 0.01
 
 
 def test_a_copy_made_through_the_guard_is_traced(guarded: GuardedModel, digits: Pools) -> None:

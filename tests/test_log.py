@@ -1,6 +1,7 @@
 """The query log: order, durability, tampering, erasure; on SQLite and on a real PostgreSQL."""
 
 import os
+import random
 import shutil
 import sqlite3
 import subprocess
@@ -67,7 +68,7 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
     url = request.getfixturevalue("postgres")
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("DROP TABLE IF EXISTS trials, log_format")
+        connection.execute("DROP TABLE IF EXISTS trials, log_format, erased")
     yield url
 
 
@@ -112,8 +113,54 @@ def test_an_erased_client_is_gone_and_the_chain_holds(address: str) -> None:
     log.append([row_of(4)])
     assert len(list(log.rows(head))) == 4
     log.close()
-    if "://" not in address:
-        assert not any(b"bobs own picture" in path.read_bytes() for path in Path(address).parent.glob("log.db*"))
+
+
+def test_what_was_erased_is_not_on_the_disk_while_others_use_the_log(tmp_path: Path) -> None:
+    path = tmp_path / "log.db"
+    service, owner = QueryLog(str(path)), QueryLog(str(path))
+    service.append([row_of(1), row_of(2, "bob", image=b"bobs own picture")])
+    assert len(list(service.rows())) == 2
+    assert owner.erase("bob") == 1
+    service.append([row_of(3)])
+    assert not any(b"bobs own picture" in file.read_bytes() for file in tmp_path.glob("log.db*"))
+    reader = sqlite3.connect(path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT * FROM trials").fetchone()
+    impatient = QueryLog(str(path))
+    with impatient._using() as connection:  # it would wait for half a minute
+        connection.exec_driver_sql("PRAGMA busy_timeout = 50")
+    with pytest.raises(CountermarkError, match="other programs read the log; run the same again"):
+        impatient.erase("anna")
+    reader.close()
+    assert impatient.erase("anna") == 0
+
+
+def test_an_erased_client_gets_no_trials_again(address: str) -> None:
+    """He may know his coins by now, and what he chose by them would be no evidence."""
+    log = QueryLog(address)
+    log.append([row_of(1), row_of(2, "bob"), row_of(3, "bob"), row_of(4, "carol")])
+    assert log.erased() == 0
+    assert log.erase("bob") == 2
+    assert log.erase("nobody") == 0
+    assert log.append([row_of(2, "bob"), row_of(9, "bob"), row_of(9)]) == [False, False, True]
+    assert list(log.rows()) == [row_of(1), None, None, row_of(4, "carol"), row_of(9)]
+    assert log.erased() == 1
+    log.erase("carol")
+    assert log.erased() == 2
+    log.close()
+
+
+def test_rows_that_an_earlier_release_erased_count_as_an_account_each(tmp_path: Path) -> None:
+    path = tmp_path / "log.db"
+    log = QueryLog(str(path))
+    log.append([row_of(1), row_of(2, "bob"), row_of(3, "bob"), row_of(4, "carol")])
+    log.erase("carol")
+    with sqlite3.connect(path) as connection:
+        columns = ", ".join(f"{name} = NULL" for name in ("salt", *Row.__dataclass_fields__))
+        connection.execute(f"UPDATE trials SET {columns} WHERE client = 'bob'")
+    connection.close()
+    assert log.erased() == 3
+    assert sum(row is None for row in log.rows()) == 3
 
 
 def tampered(path: Path, statement: str, *values: object) -> None:
@@ -173,6 +220,31 @@ def test_any_flipped_byte_of_a_row_is_found(whole: tuple[Path, Head], tmp_path: 
         connection.execute(f"UPDATE trials SET {column} = ? WHERE number = ?", (flipped, number))
     with pytest.raises(CountermarkError, match=f"row {number} "):
         list(QueryLog(str(path)).rows(whole[1]))
+
+
+@pytest.mark.parametrize("column", ["model", "client"])
+def test_a_text_that_is_no_text_any_more_is_located(whole: tuple[Path, Head], tmp_path: Path, column: str) -> None:
+    path = tmp_path / "log.db"
+    shutil.copy(whole[0], path)
+    tampered(path, f"UPDATE trials SET {column} = CAST(x'61ff62' AS TEXT) WHERE number = 7")
+    with pytest.raises(CountermarkError, match="row 7 cannot be read"):
+        list(QueryLog(str(path)).rows(whole[1]))
+
+
+def test_any_flipped_bit_of_the_file_is_an_error_with_a_reason(whole: tuple[Path, Head], tmp_path: Path) -> None:
+    """Or it is in a place that holds nothing."""
+    intact = list(QueryLog(str(whole[0])).rows(whole[1]))
+    content, generator = whole[0].read_bytes(), random.Random(3)
+    for number in range(150):
+        path = tmp_path / f"{number}.db"
+        place = generator.randrange(len(content) * 8)
+        path.write_bytes(content[: place // 8] + bytes([content[place // 8] ^ (1 << place % 8)]) + content[place // 8 + 1 :])
+        try:
+            with QueryLog(str(path), create=False) as log:
+                found = list(log.rows(whole[1]))
+        except CountermarkError:
+            continue
+        assert found == intact
 
 
 def test_a_log_written_anew_does_not_lead_to_the_published_head(tmp_path: Path, whole: tuple[Path, Head]) -> None:

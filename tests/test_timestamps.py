@@ -1,6 +1,7 @@
 """Timestamps from a real authority on loopback, and every way in which one can be wrong."""
 
 import itertools
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ from asn1crypto import cms, core, tsp
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from authority import Authority, stamped
+from countermark.cli import main
 from countermark.errors import CountermarkError
-from countermark.files import sha256
+from countermark.files import read_json, sha256, write_json
+from countermark.guard import load_guarded
 from countermark.timestamps import UntrustedError, check_token, decode_token, encode_token, load_roots, read_token, request_token
 
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of the curve P-256
@@ -160,3 +163,30 @@ def test_roots_that_are_none_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "roots.pem").write_text("-----BEGIN CERTIFICATE-----\nYWJj\n-----END CERTIFICATE-----\n")
     with pytest.raises(CountermarkError, match="no certificates"):
         load_roots(tmp_path / "roots.pem")
+
+
+def test_a_guards_timestamp_is_not_lost(authority: Authority, owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(owner, folder)
+    before = read_json(folder / "commitment.json")
+    stamping = ["--roots", str(authority.root), "--tsa"]
+    assert main(["guard", str(folder), "--cost", "4", *stamping, "http://127.0.0.1:9/"]) == 2
+    assert not (folder / "guard.json").exists()  # nothing is half-written where the authority cannot be asked
+    assert read_json(folder / "commitment.json") == before
+    assert main(["guard", str(folder), "--cost", "4", *stamping, authority.url]) == 0
+    stamped = read_json(folder / "commitment.json")
+    assert stamped["t3"] is not None
+    assert main(["guard", str(folder), "--cost", "4"]) == 0  # the very same
+    assert read_json(folder / "commitment.json") == stamped
+    capsys.readouterr()
+    assert main(["guard", str(folder), "--cost", "5"]) == 2
+    assert "another guard, which was timestamped" in capsys.readouterr().err
+    assert read_json(folder / "commitment.json") == stamped
+    guard = read_json(folder / "guard.json")
+    load_guarded(folder, folder / "key")
+    (folder / "guard.json").unlink()
+    assert main(["guard", str(folder), "--cost", "5"]) == 0
+    assert read_json(folder / "commitment.json")["t3"] is None
+    write_json(folder / "guard.json", guard)
+    with pytest.raises(CountermarkError, match=r"not the guard that .*commitment\.json commits to"):
+        load_guarded(folder, folder / "key")

@@ -5,7 +5,7 @@ from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent
 from countermark.guard.foreign import Familiar, familiar, strangeness
 from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
 from countermark.guard.model import Answers, ExpectedCost, GuardedModel, calibrate_model, expected_cost
-from countermark.guard.settings import guard_sha256, load_guarded, read_guard, weights_sha256, write_guard
+from countermark.guard.settings import guard_record, guard_sha256, load_guarded, read_guard, weights_sha256
 from countermark.guard.tracing import Trace, Traced, images_of, trace_accounts
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "consistent_scores",
     "expected_cost",
     "familiar",
+    "guard_record",
     "guard_sha256",
     "images_of",
     "load_guarded",
@@ -37,5 +38,4 @@ __all__ = [
     "strangeness",
     "trace_accounts",
     "weights_sha256",
-    "write_guard",
 ]

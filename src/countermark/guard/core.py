@@ -246,6 +246,8 @@ def consistent_scores(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tens
     swapped = scores.clone()
     rows = torch.arange(len(scores), device=scores.device)
     swapped[rows, first], swapped[rows, answers] = scores[rows, answers], scores[rows, first]
+    highest, even = swapped.max(1).values, swapped.argmax(1) != answers  # of equal ones the first would be taken for the answer
+    swapped[rows[even], answers[even]] = torch.nextafter(highest[even], highest.new_full((), 2.0))
     return swapped
 
 

@@ -122,8 +122,10 @@ class QueryLog:
     def append(self, rows: Sequence[Row]) -> list[bool]:
         """Store rows in one durable transaction; a row of a model, client and cell that the log has is left out.
 
+        So is every row of a client that was erased: he may know his coins, so what he asks is no trial any more.
+
         Returns:
-            For each row, whether it is new.
+            For each row, whether it is new and stored.
 
         Raises:
             CountermarkError: the database cannot be written; nothing of this call is stored.
@@ -132,10 +134,10 @@ class QueryLog:
         with self._using() as connection:
             head = _head(connection)
             number, link = head.rows, bytes.fromhex(head.hash)
-            known = _known(connection, rows)
+            known, gone = _known(connection, rows), _gone(connection, {row.client for row in rows})
             for row in rows:
-                fresh.append(row.place not in known)
-                if row.place in known:
+                fresh.append(row.place not in known and row.client not in gone)
+                if not fresh[-1]:
                     continue
                 known.add(row.place)
                 salt = secrets.token_bytes(16)
@@ -169,15 +171,13 @@ class QueryLog:
         number, link = 0, _ORIGIN
         while True:
             self._compare(number, link, published)
-            wanted = sa.select(_TRIALS).where(_TRIALS.c.number > number).order_by(_TRIALS.c.number).limit(_PAGE)
-            with self._using() as connection:
-                page = connection.execute(wanted).mappings().all()
+            page = self._page(number)
             for found in page:
                 row, link = self._checked(dict(found), number + 1, link)
                 number += 1
                 self._compare(number, link, published)
                 yield row
-            if len(page) < _PAGE:
+            if not page:
                 break
         if published is not None and number < published.rows:
             raise CountermarkError(f"{self.shown} has {number} rows, the published head has {published.rows}; the log's tail was cut off")
@@ -185,13 +185,31 @@ class QueryLog:
     def erase(self, client: str) -> int:
         """Erase what the log holds of a client: name, queries, answers. The rows' digests stay, so the chain still checks.
 
+        So does a salted digest of the name: no row of this client is stored again (`append`), and his account keeps its place among
+        those that a trace corrects for.
+
         Returns:
             How many rows were erased.
+
+        Raises:
+            CountermarkError: the database cannot be written, or still keeps what was erased in a file of its own.
         """
         emptied = dict.fromkeys((*(field.name for field in fields(Row)), "salt"))
         with self._using() as connection:
-            count = connection.execute(_TRIALS.update().where(_TRIALS.c.client == client).values(emptied)).rowcount
-        return int(count)
+            count = int(connection.execute(_TRIALS.update().where(_TRIALS.c.client == client).values(emptied)).rowcount)
+            if count:
+                salt = secrets.token_bytes(16)
+                connection.execute(_ERASED.insert().values(salt=salt, digest=_name_digest(salt, client), rows=count))
+        if self._engine.dialect.name == "sqlite":
+            self._empty_journal()
+        return count
+
+    def erased(self) -> int:
+        """How many accounts were erased, at most: rows that a release erased which did not count accounts are each held for one."""
+        with self._using() as connection:
+            accounts, counted = connection.execute(sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(_ERASED.c.rows), 0))).one()
+            rows = connection.scalar(sa.select(sa.func.count()).where(_TRIALS.c.salt.is_(None)))
+        return int(accounts) + max(0, int(rows or 0) - int(counted))
 
     def __enter__(self) -> "QueryLog":
         return self
@@ -209,11 +227,35 @@ class QueryLog:
         try:
             with self._engine.begin() as connection:
                 if self._engine.dialect.name == "postgresql":
+                    connection.exec_driver_sql("SET LOCAL synchronous_commit = on")  # whatever the server's default is
                     connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
                 yield connection
-        except sa.exc.SQLAlchemyError as error:
+        except (sa.exc.SQLAlchemyError, UnicodeDecodeError) as error:
             reason = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
             raise CountermarkError(f"the query log {self.shown} cannot be used: {reason}; check the database and its space") from error
+
+    def _page(self, number: int) -> Sequence[Mapping[Any, Any]]:
+        """The rows after a number, some at once; where they cannot be read, one by one to find out which."""
+        wanted = sa.select(_TRIALS).where(_TRIALS.c.number > number).order_by(_TRIALS.c.number)
+        try:
+            with self._using() as connection:
+                return connection.execute(wanted.limit(_PAGE)).mappings().all()
+        except CountermarkError:
+            pass
+        try:
+            with self._using() as connection:
+                return connection.execute(wanted.limit(1)).mappings().all()
+        except CountermarkError as error:
+            raise CountermarkError(f"{self.shown}: row {number + 1} cannot be read; it was changed after it was written") from error
+
+    def _empty_journal(self) -> None:
+        """Bring all of SQLite's write-ahead log into the database and cut it to nothing: it still holds the pages as they were."""
+        with contextlib.closing(self._engine.raw_connection()) as connection:
+            (busy, *_) = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise CountermarkError(
+                f"the rows are erased, but {self.shown}-wal still holds them while other programs read the log; run the same again"
+            )
 
     def _compare(self, number: int, link: bytes, published: Head | None) -> None:
         if published is not None and number == published.rows and link.hex() != published.hash:
@@ -252,6 +294,13 @@ _TRIALS = sa.Table(
     sa.Column("digest", sa.LargeBinary, nullable=False),
     sa.Column("link", sa.LargeBinary, nullable=False),
     sa.UniqueConstraint("model", "client", "cell"),
+)
+_ERASED = sa.Table(
+    "erased",
+    _METADATA,
+    sa.Column("digest", sa.LargeBinary, primary_key=True),
+    sa.Column("salt", sa.LargeBinary, nullable=False),
+    sa.Column("rows", sa.BigInteger, nullable=False),
 )
 
 
@@ -301,6 +350,16 @@ def _known(connection: sa.Connection, rows: Sequence[Row]) -> set[tuple[str, str
         wanted = sa.select(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell).where(place.in_(asked))
         found |= {(model, client, _binary(cell)) for model, client, cell in connection.execute(wanted)}
     return found
+
+
+def _gone(connection: sa.Connection, clients: set[str]) -> set[str]:
+    """Those clients that were erased."""
+    erased = [(_binary(salt), _binary(digest)) for salt, digest in connection.execute(sa.select(_ERASED.c.salt, _ERASED.c.digest))]
+    return {client for client in clients if any(_name_digest(salt, client) == digest for salt, digest in erased)}
+
+
+def _name_digest(salt: bytes, client: str) -> bytes:
+    return hashlib.sha256(salt + client.encode()).digest()
 
 
 def _next(link: bytes, number: int, digest: bytes) -> bytes:

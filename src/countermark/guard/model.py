@@ -90,10 +90,10 @@ class GuardedModel:
 
 
 class Split:
-    """Run a network and keep what enters its last linear layer: `images -> (logits, features)`, on the CPU."""
+    """Run a network and keep what enters the linear layer that runs last: `images -> (logits, features)`, on the CPU."""
 
     def __init__(self, network: nn.Module) -> None:
-        """Find the last linear layer.
+        """Find the linear layers.
 
         Raises:
             CountermarkError: there is none; the features of such a network are for its owner to name.
@@ -101,17 +101,20 @@ class Split:
         linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise CountermarkError("the network has no linear layer to take features from; use countermark.guard.Guard with your own")
-        self._network, self._last, self._lock = network, linear[-1], threading.Lock()
+        self._network, self._linear, self._lock = network, linear, threading.Lock()
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `(n, classes)` and features `(n, d)` of images, uint8 or pixels."""
         kept: list[torch.Tensor] = []
         with self._lock, torch.no_grad():
-            hook = self._last.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+            hooks = [layer.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0])) for layer in self._linear]
             try:
                 logits = self._network(pixels(x.to(device_of(self._network))))
             finally:
-                hook.remove()
+                for hook in hooks:
+                    hook.remove()
+        if not kept:
+            raise CountermarkError("no linear layer of the network ran; use countermark.guard.Guard with features of your own")
         return logits.cpu(), kept[-1].flatten(1).cpu()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from countermark.bundle import load_with_data
 from countermark.errors import CountermarkError
-from countermark.files import canonical_json, read_json, sha256, write_json
+from countermark.files import canonical_json, read_json, sha256
 from countermark.guard.calibration import Calibration
 from countermark.guard.core import WHOLE, Guard, GuardSettings
 from countermark.guard.foreign import Familiar
@@ -19,12 +19,11 @@ GUARD_FORMAT = "countermark guard 1"
 _LARGEST = {"offsets": 64, "features": 1 << 20}
 
 
-def write_guard(folder: Path, calibration: Calibration, pool_sha256: str) -> dict[str, Any]:
-    """Write `guard.json` into a model folder and return it."""
+def guard_record(calibration: Calibration, pool_sha256: str) -> dict[str, Any]:
+    """What `guard.json` holds."""
     record = {"format": GUARD_FORMAT, **asdict(calibration), "validation_sha256": pool_sha256}
     for name in ("offsets", "outlines"):
         record["settings"][name] = list(record["settings"][name])
-    write_json(folder / "guard.json", record)
     return record
 
 
@@ -93,9 +92,14 @@ def load_guarded(folder: Path, key: Path) -> GuardedModel:
         key: the owner's key folder, for its secret.
 
     Raises:
-        CountermarkError: something is missing or damaged, or the guard was calibrated for other weights.
+        CountermarkError: something is missing or damaged, or the guard was calibrated for other weights, or is not the one committed to.
     """
     settings = read_guard(folder)
+    committed = read_json(folder / "commitment.json").get("c3") if (folder / "commitment.json").exists() else None
+    if isinstance(committed, dict) and committed.get("guard_sha256") != guard_sha256(read_json(folder / "guard.json")):
+        raise CountermarkError(
+            f"{folder / 'guard.json'} is not the guard that {folder / 'commitment.json'} commits to; restore it, or calibrate again"
+        )
     network, description, _ = load_with_data(folder)
     if weights_sha256(folder) != settings.model_sha256:
         raise CountermarkError(f"{folder / 'guard.json'} was calibrated for other weights; run countermark guard {folder} again")

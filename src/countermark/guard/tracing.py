@@ -2,7 +2,12 @@
 
 Under the null ("the suspect does not depend on this client's coins") each agreement is a coin of known chance, given all that came
 before, however the client chose his queries and whenever he stopped. How many trials there are may depend on coins, so the count is not
-binomial: the verdict is the e-process's anytime p, times the number of clients.
+binomial: the verdict is the e-process's anytime p.
+
+How many accounts there are may depend on coins as well (who was not lucky with one account opens another), so p is not multiplied by
+their number. The level is spent in an order that was settled before any coin of an account: half of it, 1/(1 x 2), on all accounts
+together, 1/(2 x 3) on the account whose first trial came first, 1/(3 x 4) on the second, and so on; in sum that is never more than
+all of it (a union bound).
 """
 
 import math
@@ -27,7 +32,8 @@ class Traced:
     Attributes:
         client: name of the account.
         verdict: `match` (p <= alpha), `no evidence`, or `inconclusive` (too few usable trials to ever reach alpha).
-        log10_p_value: decimal logarithm of the anytime p-value, times the number of clients.
+        log10_p_value: decimal logarithm of the anytime p-value, corrected: times (n + 1)(n + 2) for the n-th account of the log.
+        log10_p_alone: the same without the correction, for an account that was suspected before anything was asked.
         agreements: trials that the suspect answers as the coin chose.
         disagreements: trials that it answers with the other class.
         neither: trials that it answers with a third class, or not at all.
@@ -38,6 +44,7 @@ class Traced:
     client: str
     verdict: str
     log10_p_value: float
+    log10_p_alone: float
     agreements: int
     disagreements: int
     neither: int
@@ -53,8 +60,8 @@ class Trace:
         accounts: every client of the log, the strongest evidence first.
         named: the clients whose own trials prove the copy, at the level alpha for all of them together.
         together: verdict on all accounts as one, `match` where the suspect depends on the coins of some of them.
-        together_log10_p_value: decimal logarithm of its anytime p-value.
-        alpha: the level.
+        together_log10_p_value: decimal logarithm of its anytime p-value, corrected: times two.
+        alpha: probability that a stranger gets anybody named, or is held for a copy at all.
     """
 
     accounts: tuple[Traced, ...]
@@ -64,14 +71,16 @@ class Trace:
     alpha: float
 
 
-def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, alpha: float = ALPHA) -> Trace:
+def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, alpha: float = ALPHA, erased: int = 0) -> Trace:
     """Find the accounts whose coins a suspect remembers.
 
     Args:
         rows: the log's rows, in order, all clients mixed as they came.
         answers: int64 `(n,)`, what the suspect answers to their images; anything that is no class of the two counts as neither.
         secret: the owner's, from which every coin is drawn again.
-        alpha: probability that a stranger gets anybody named.
+        alpha: probability that a stranger gets anybody named, or is held for a copy at all.
+        erased: accounts that were erased from the log, at most (`QueryLog.erased`). They may have been erased because of what they said, so
+            each keeps its place in the order, and counts in all accounts together as one whose bets were all lost.
 
     Raises:
         CountermarkError: a row's answer is not what this key's coin chose, or answers and rows differ in number.
@@ -80,7 +89,7 @@ def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, al
         raise CountermarkError(f"{len(rows)} trials and {len(answers)} answers; give one answer for each trial")
     keys: dict[tuple[str, str], bytes] = {}
     books: dict[str, _Book] = {}
-    pool, best = _Pool(), _Pool()
+    pool, best = _Pool(erased), _Pool(erased)
     for row, answer in zip(rows, answers.tolist(), strict=True):
         account = (row.model, row.client)
         if account not in keys:
@@ -88,17 +97,24 @@ def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, al
         tails = coin(keys[account], row.cell) < row.chance
         if row.answer != (row.tails if tails else row.heads):
             raise CountermarkError(
-                f"a trial of {row.client!r} was answered otherwise than this key's coin says; the log belongs to another key"
+                f"a trial of {row.client!r} was answered otherwise than this key's coin says; the log belongs to another key, "
+                "or to other models too (give each model a log of its own)"
             )
         book = books.setdefault(row.client, _Book())
         book.settle(row, answer, tails)
         pool.update(row.client, book.process)
         best.update(row.client, book.best)
-    accounts = sorted((book.traced(client, len(books), alpha) for client, book in books.items()), key=lambda found: found.log10_p_value)
-    together = pool.log10_p_value
-    verdict = decide(together, best.log10_p_value, math.log10(alpha))
-    named = tuple(found.client for found in accounts if found.verdict == "match")
+    found = [book.traced(client, _spent(erased + number), alpha) for number, (client, book) in enumerate(books.items(), 1)]
+    accounts = sorted(found, key=lambda account: account.log10_p_value)
+    together = min(0.0, pool.log10_p_value + _spent(0))
+    verdict = decide(together, best.log10_p_value + _spent(0), math.log10(alpha))
+    named = tuple(account.client for account in accounts if account.verdict == "match")
     return Trace(tuple(accounts), named, verdict, together, alpha)
+
+
+def _spent(place: int) -> float:
+    """Decimal logarithm of what p is multiplied by at a place, from 0; the inverses of 1 x 2, 2 x 3, 3 x 4, ... add up to 1."""
+    return math.log10((place + 1) * (place + 2))
 
 
 class _Book:
@@ -120,13 +136,13 @@ class _Book:
         self.process.update(outcome, chance)
         self.best.update(1, chance)
 
-    def traced(self, client: str, clients: int, alpha: float) -> Traced:
-        p = min(0.0, self.process.log10_p_value + math.log10(clients))
-        reachable = self.best.log10_p_value + math.log10(clients)
-        verdict = decide(p, reachable, math.log10(alpha))
+    def traced(self, client: str, spent: float, alpha: float) -> Traced:
+        alone = self.process.log10_p_value
+        p = min(0.0, alone + spent)
+        verdict = decide(p, self.best.log10_p_value + spent, math.log10(alpha))
         wealth = self.process.log_e / math.log(10)
         counts = self.counts
-        return Traced(client, verdict, p, counts[1], counts[-1], counts[0], self.expected, wealth)
+        return Traced(client, verdict, p, alone, counts[1], counts[-1], counts[0], self.expected, wealth)
 
 
 class _Pool:
@@ -136,9 +152,9 @@ class _Pool:
     product over the accounts is a wealth, since their coins are independent, and the mean over gamblers and shares is one too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lost: int) -> None:
         self._factors: dict[str, np.ndarray] = {}
-        self._logs = np.zeros(1)
+        self._logs = lost * np.log1p(-_SHARES)
         self._highest = 0.0
 
     def update(self, account: str, process: EProcess) -> None:

@@ -7,15 +7,7 @@ from countermark.config import GuardConfig
 from countermark.data import load_pools
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, write_json
-from countermark.guard import (
-    Guard,
-    GuardedModel,
-    calibrate_model,
-    expected_cost,
-    guard_sha256,
-    weights_sha256,
-    write_guard,
-)
+from countermark.guard import Guard, GuardedModel, calibrate_model, expected_cost, guard_record, guard_sha256, weights_sha256
 from countermark.report import print_lines, print_table
 from countermark.timestamps import encode_token
 from countermark.verbs.stamping import timestamping
@@ -53,7 +45,8 @@ def guard(config: GuardConfig) -> Calibrated:
     """Calibrate a guard on the validation pool and write guard.json; a third commitment ties it to the second, which stays as it is.
 
     Raises:
-        CountermarkError: the model or the key cannot be read, or the key's commitment is for other weights.
+        CountermarkError: the model or the key cannot be read, the key's commitment is for other weights, or the folder has another guard
+            that was timestamped.
     """
     network, description, _ = load_with_data(config.model)
     stamp = timestamping(config.tsa, config.roots)
@@ -74,12 +67,24 @@ def guard(config: GuardConfig) -> Calibrated:
     record = read_json(commitment) if commitment.exists() else None
     if record is not None and record.get("c2", {}).get("model_sha256") != digest:
         raise CountermarkError(f"{commitment} commits to other weights than those in the folder; restore it from a backup")
-    written = write_guard(config.model, found, pools.validation.digest)
-    if record is not None:
-        c3 = third_commitment(record["c2"], guard_sha256(written))
+    made = guard_record(found, pools.validation.digest)
+    if record is not None:  # what the authority may refuse comes before anything is written
+        c3 = third_commitment(record["c2"], guard_sha256(made))
+        same, t3 = record.get("c3") == c3, record.get("t3")
+        if t3 is not None and not same and (config.model / "guard.json").exists():
+            raise CountermarkError(
+                f"{config.model} has another guard, which was timestamped; keep guard.json and a copy of commitment.json elsewhere, "
+                "as evidence for what it answered, and move guard.json away before you calibrate again"
+            )
         signature = sign(read_bytes(key / "signing-key", 32), c3)
-        t3 = None if stamp is None else encode_token(stamp(canonical_json(c3)))
+        if stamp is not None:
+            t3 = encode_token(stamp(canonical_json(c3)))
+        elif not same:
+            t3 = None
+        write_json(config.model / "guard.json", made)
         write_json(commitment, {**record, "c3": c3, "c3_signature": signature, "t3": t3})
+    else:
+        write_json(config.model / "guard.json", made)
     measured = expected_cost(GuardedModel(network, Guard(found.settings, secret)), pools.test)
     needed = round(20 / found.entropy) if found.entropy else 0
     made_up = found.settings.familiar is not None

@@ -28,3 +28,5 @@ def log_erase(config: LogEraseConfig) -> Erased:
 def show(result: Erased) -> None:
     """Print what was erased."""
     print_lines(f"erased {result.rows} trials of {result.client}; their digests stay, so the chain still checks")
+    if result.rows:
+        print_lines(f"this log takes no trials of {result.client} any more: remove the account, and give its owner a new name")

@@ -58,12 +58,12 @@ def trace(config: TraceConfig) -> Tracing:
     key = load_key(config.key)
     published = None if config.head is None else read_head(config.head)
     with QueryLog(config.log, create=False) as log:
-        rows = list(log.rows(published))
+        rows, erased = list(log.rows(published)), log.erased()
     kept = [row for row in rows if row is not None]
     if not kept:
         raise CountermarkError(f"the log {config.log} holds no trials; nobody has asked near a coin yet")
     answers = ask(config, images_of(kept, tuple(key.watermarks.x.shape[1:])), str(key.c1.get("data")))
-    found = trace_accounts(kept, answers.labels, load_secret(config.key), config.alpha)
+    found = trace_accounts(kept, answers.labels, load_secret(config.key), config.alpha, erased)
     verdict = "match" if found.named else found.together
     return Tracing(
         suspect=str(config.suspect),
