@@ -1,7 +1,8 @@
 """Requests that a client signs, so that nobody, the owner least of all, can ask in the client's name.
 
 The owner knows the coins: he could ask his own service as anybody, train on the answers and frame the account. Where every query of
-the log is signed with a key that others tie to the client, he cannot.
+the log is signed with a key that others tie to the client, he cannot ask; but he has the answers that the client was given, and could train
+on those. A signature proves who asked, not who trained: that the copy was in the client's hands must be known from elsewhere.
 """
 
 import hashlib
