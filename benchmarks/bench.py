@@ -126,7 +126,7 @@ def speed(network: str, data: str, model: nn.Module, contenders: dict[str, Craft
     test = load_pools(data, 0).test[slice(0, images)]
     x, y = pixels(test.x), test.y
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    left: dict[str, float] = {}
+    left: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):  # the first is a warm-up
         for name, craft in contenders.items():
             torch.manual_seed(number)
@@ -136,7 +136,9 @@ def speed(network: str, data: str, model: nn.Module, contenders: dict[str, Craft
             if number:
                 seconds[name].append(took)
             with torch.no_grad():
-                left[name] = 100 * float((torch.cat([model(part) for part in torch.split(points, 250)]).argmax(1) == y).double().mean())
+                left[name].append(
+                    100 * float((torch.cat([model(part) for part in torch.split(points, 250)]).argmax(1) == y).double().mean())
+                )
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     peers = [name for name in contenders if "countermark" not in name]
     return {
@@ -147,7 +149,7 @@ def speed(network: str, data: str, model: nn.Module, contenders: dict[str, Craft
         "seconds": seconds,
         "image_steps_per_second": {name: images * attack.steps / took for name, took in middle.items()},
         "times_as_fast": {name: {peer: middle[peer] / middle[name] for peer in peers} for name in middle if name not in peers},
-        "accuracy_left": left,
+        "accuracy_left": {name: statistics.mean(rates) for name, rates in left.items()},
         "threads": torch.get_num_threads(),
     }
 
@@ -460,7 +462,7 @@ def main() -> None:
     """Make what is not there, or what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=[], choices=["gemm", "pgd", "strict", "recipe", "scaling", "strong"])
-    parser.add_argument("--images", type=int, default=1000, help="of the strict part; PGD takes half of them")
+    parser.add_argument("--images", type=int, default=1000, help="of the PGD and strict parts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--models", nargs="+", type=Path, default=[], help="model folders for the strict part, instead of models of its own"
@@ -474,7 +476,7 @@ def main() -> None:
     work: dict[str, Callable[[], Any]] = {
         "gemm": gemm,
         "recipe": lambda: recipes(20),
-        "pgd": lambda: pgd_part(options.images // 2, options.rounds),
+        "pgd": lambda: pgd_part(options.images, options.rounds),
         "strict": lambda: strict_part(options.models, options.images),
         "scaling": scaling_part,
         "strong": lambda: parts["strong"],
