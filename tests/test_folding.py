@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.nn.utils import prune
 
 from countermark.attacks import Prepared, pgd, prepare
+from countermark.errors import CountermarkError
 from countermark.layers import SpectralConv2d, hastened
 from countermark.models import NETWORKS, HalvingConv2d, Normalise, build
 
@@ -56,6 +57,12 @@ def test_nothing_but_cheap_layers_is_left_of_the_papers_network() -> None:
     assert kinds == ["PooledConv2d", "ShiftedConv2d", "Pool", "Flatten", "Linear", "ReLU", "Linear"]
 
 
+def twice(width: int) -> list[nn.Module]:
+    """Layers that stand in more than one place of a network."""
+    relu, convolution = nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
+    return [convolution, nn.BatchNorm2d(width), relu, convolution, nn.BatchNorm2d(width), relu]
+
+
 _BLOCKS = {
     "convolution": lambda c, n: [nn.Conv2d(c, n, 3, padding=1)],
     "without bias": lambda c, n: [nn.Conv2d(c, n, 3, padding=1, bias=False)],
@@ -73,6 +80,7 @@ _BLOCKS = {
     "pool and relu": lambda c, n: [nn.Conv2d(c, n, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(), nn.Upsample(scale_factor=2)],
     "other pool": lambda c, n: [nn.Conv2d(c, n, 1), nn.MaxPool2d(3, stride=1, padding=1)],
     "dropout": lambda c, n: [nn.Conv2d(c, n, 1), nn.Dropout(0.5), nn.Identity()],
+    "the same again": lambda c, n: [nn.Conv2d(c, n, 1), *2 * [nn.Sequential(*twice(n))]],
     "inner": lambda c, n: [nn.Sequential(nn.Conv2d(c, n, 1), nn.ReLU(), nn.Sequential(nn.BatchNorm2d(n)))],
 }
 
@@ -186,6 +194,24 @@ def test_networks_with_nothing_to_hasten_come_back() -> None:
         assert hastened(network) is network
     own = nn.Linear(3, 2)
     assert hastened(own) is own
+
+
+def test_a_layer_that_stands_in_several_places_stays_in_all() -> None:
+    pool, relu = nn.MaxPool2d(2), nn.ReLU()
+    body = [nn.Conv2d(1, 8, 3, padding=1), relu, pool, nn.Conv2d(8, 8, 5, padding=2), relu, pool, nn.Flatten(), nn.Linear(128, 9), relu]
+    network = nn.Sequential(*body, nn.Linear(9, 10))
+    same(network, (1, 16, 16))
+    x = torch.rand(4, 1, 16, 16)
+    torch.testing.assert_close(hastened(network)(x), network(x), rtol=1e-4, atol=2e-5)
+    own = nn.Sequential(*twice(4), nn.Flatten())
+    same(lived_in(own), (4, 8, 8))
+
+
+def test_a_prepared_copy_is_not_prepared_for_another_precision() -> None:
+    prepared = prepare(build("paper", (1, 8, 8), 10, seed=0))
+    prepared(torch.rand(2, 1, 8, 8))
+    with pytest.raises(CountermarkError, match="prepare the network itself"):
+        prepare(prepared, torch.bfloat16)
 
 
 def test_layers_that_hooks_or_subclasses_changed_stay_as_they_are() -> None:

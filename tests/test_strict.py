@@ -1,6 +1,8 @@
 """The strict attacks against closed forms, brute force and models that hide their gradients."""
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from countermark import evaluation
 from countermark.attacks import prepare
 from countermark.attacks.apgd import apgd_ce, apgd_targeted
 from countermark.attacks.fab import fab_targeted, project
@@ -16,7 +19,9 @@ from countermark.attacks.pgd import pgd
 from countermark.attacks.square import square
 from countermark.attacks.strict import STAGES, strict
 from countermark.data import Examples, pixels
+from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, predict, strict_accuracy
+from countermark.files import read_json, write_json
 from countermark.models import NETWORKS, build
 
 
@@ -285,6 +290,33 @@ def test_small_changes_are_computed_where_they_reach(name: str, shape: tuple[int
                 x = x[:4]
                 local.keep(torch.arange(7) < 4)
         assert torch.equal(local.x, x)
+
+
+def test_an_interrupted_strict_evaluation_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, kept = linear(2), tmp_path / "kept.json"
+    monkeypatch.setattr(evaluation, "_PART", 30)
+    images = torch.randint(0, 256, (100, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    measured, attack = Examples(images, predict(plain, images)), Attack(0.1, 5, 0.02)
+    whole = strict_accuracy(plain, measured, attack)
+    assert 20 < whole.strict_accuracy < 80
+    rest, parts = evaluation.strict, []
+
+    def interrupted(model: nn.Module, x: torch.Tensor, y: torch.Tensor, **options: Any) -> Any:
+        parts.append(len(x))
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+        return rest(model, x, y, **options)
+
+    monkeypatch.setattr(evaluation, "strict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        strict_accuracy(plain, measured, attack, checkpoint=kept)
+    assert len(read_json(kept)["broken_by"]) == 60
+    assert strict_accuracy(plain, measured, attack, checkpoint=kept) == whole
+    assert parts == [30, 30, 30, 30, 10]
+    for wrong in ([9] * 10, [0] * 101, ["x"], None):
+        write_json(kept, {"format": "countermark strict 1", "broken_by": wrong})
+        with pytest.raises(CountermarkError, match="delete it to begin anew"):
+            strict_accuracy(plain, measured, attack, checkpoint=kept)
 
 
 def test_strict_accuracy_shows_the_gap_and_names_gradient_masking() -> None:

@@ -348,15 +348,16 @@ def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(digits: Pools, qu
 
 
 def test_the_guard_sees_a_real_collapse(digits: Pools) -> None:
-    """A robust model trained on at a high rate and with single steps from the example itself loses its robustness in one epoch."""
+    """A robust model trained on at a high rate and with single steps from the example itself loses its robustness within a few epochs."""
     network = small()
     robust = recipe("digits", "fast", 0.2, epochs=15)
     before = train(network, digits.training, robust, validation=digits.validation)[-1].adversarial_accuracy
     weak = replace(robust, epochs=8, attack=Attack(0.2, 1, 0.1), carry=False, grow_budget=False, learning_rate=0.3, warmup=0.1)
     records = train(network, digits.training, weak, validation=digits.validation)
     assert before is not None
-    assert [(record.redone, record.attack_steps) for record in records][:2] == [(True, 1), (False, 2)]
-    fallen, after = (record.adversarial_accuracy or 0.0 for record in records[:2])
+    first = next(number for number, record in enumerate(records) if record.redone)  # which epoch it is depends on the precision
+    assert [record.attack_steps for record in records[: first + 2]] == [1] * (first + 1) + [2]
+    fallen, after = (record.adversarial_accuracy or 0.0 for record in records[first : first + 2])
     assert fallen < before / 3
     assert after > 2 * fallen
 

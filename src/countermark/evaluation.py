@@ -5,8 +5,10 @@ the accuracy at the last iterate. Strict accuracy is what PGD and four stronger 
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +17,15 @@ from torch import nn
 from countermark.attacks import computes_bf16, pgd, prepare, strict
 from countermark.attacks.strict import STAGES
 from countermark.data import Examples, pixels
+from countermark.errors import CountermarkError
+from countermark.files import read_json, write_json
 from countermark.progress import bar
 
 _BATCH = 250
+_STRICT_FORMAT = "countermark strict 1"
 LARGEST_HONEST_GAP = 5.0  # points between PGD and the strict attacks
 _PROGRESS = 1000  # parts of the strict attack that its bar counts
+_PART = 250  # images after which the strict attacks keep what they found
 _ATTACKED = 128  # images at a time: their activations stay in a processor's cache
 
 
@@ -58,8 +64,12 @@ class StrictAccuracy:
 
     @property
     def masked(self) -> bool:
-        """Whether the gap is beyond what honest models show (see docs/how-it-works.md): the model hides its gradients from PGD."""
-        return self.gap > LARGEST_HONEST_GAP
+        """Whether the gap is beyond what honest models show, by two standard errors: PGD is too short, or the model hides its gradients.
+
+        docs/how-it-works.md says how to tell which.
+        """
+        share = self.gap / 100
+        return self.gap - 200 * math.sqrt(share * (1 - share) / max(self.images, 1)) > LARGEST_HONEST_GAP
 
 
 @contextlib.contextmanager
@@ -141,9 +151,18 @@ def _lost(model: nn.Module, quick: nn.Module, x: torch.Tensor, y: torch.Tensor, 
 
 
 def strict_accuracy(
-    model: nn.Module, examples: Examples, attack: Attack, *, restarts: int = 1, seed: int = 0, title: str | None = None
+    model: nn.Module,
+    examples: Examples,
+    attack: Attack,
+    *,
+    restarts: int = 1,
+    seed: int = 0,
+    title: str | None = None,
+    checkpoint: Path | None = None,
 ) -> StrictAccuracy:
     """Accuracy that is left under PGD and then under the strict attacks of the same budget, example by example.
+
+    Images are attacked in parts, each with randomness of its own, so that a run which was interrupted goes on to the same result.
 
     Args:
         model: pixels to logits; attacked in evaluation mode.
@@ -152,24 +171,43 @@ def strict_accuracy(
         restarts: independent runs of the PGD.
         seed: seed of everything random.
         title: names the progress bar; none is shown without it.
+        checkpoint: file to keep finished parts in and to go on from; of this model, these examples and these arguments alone.
     """
-    device = device_of(model)
-    x, y = pixels(examples.x.to(device)), examples.y.to(device)
+    device, kept = device_of(model), _kept(checkpoint, len(examples))
     options: dict[str, Any] = {**asdict(attack), "restarts": restarts, "stop_when_lost": True}
     shown = bar(title, _PROGRESS) if title is not None else contextlib.nullcontext(None)
     with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), shown as progress:
-        torch.manual_seed(seed)
         told = 0
 
         def tell(done: float, standing: int) -> None:
             nonlocal told
+            reached = int((len(kept) + done * len(part)) / max(len(examples), 1) * _PROGRESS)
             if progress is not None:
-                progress.advance(int(done * _PROGRESS) - told)
-                progress.text(f"{100 * standing / max(len(y), 1):.2f} % survive")
-            told = int(done * _PROGRESS)
+                progress.advance(reached - told)
+                progress.text(f"{100 * (kept.count(-1) + standing) / (len(kept) + len(part)):.2f} % survive")
+            told = reached
 
-        found = strict(model, x, y, epsilon=attack.epsilon, opening=lambda *batch: pgd(*batch, **options), after=tell)
-    broken = {name: int((found.broken_by == number).sum()) for number, name in enumerate(STAGES)}
-    share = 100 / max(len(y), 1)
-    clean = len(y) - broken.pop(STAGES[0])
-    return StrictAccuracy(len(y), share * clean, share * (clean - broken["PGD"]), share * (clean - sum(broken.values())), broken)
+        while len(kept) < len(examples):
+            part = examples[slice(len(kept), len(kept) + _PART)]
+            torch.manual_seed((seed << 20) + len(kept))
+            x, y = pixels(part.x.to(device)), part.y.to(device)
+            found = strict(model, x, y, epsilon=attack.epsilon, opening=lambda *batch: pgd(*batch, **options), after=tell)
+            kept += found.broken_by.tolist()
+            if checkpoint is not None:
+                write_json(checkpoint, {"format": _STRICT_FORMAT, "broken_by": kept})
+    broken = {name: kept.count(number) for number, name in enumerate(STAGES)}
+    share = 100 / max(len(kept), 1)
+    clean = len(kept) - broken.pop(STAGES[0])
+    return StrictAccuracy(len(kept), share * clean, share * (clean - broken["PGD"]), share * (clean - sum(broken.values())), broken)
+
+
+def _kept(checkpoint: Path | None, images: int) -> list[int]:
+    """What broke the images of the parts that were finished before."""
+    if checkpoint is None or not checkpoint.exists():
+        return []
+    found = read_json(checkpoint)
+    kept = found.get("broken_by") if found.get("format") == _STRICT_FORMAT else None
+    known = isinstance(kept, list) and all(type(stage) is int and -1 <= stage < len(STAGES) for stage in kept)
+    if not isinstance(kept, list) or not known or len(kept) > images:
+        raise CountermarkError(f"{checkpoint} is not what an interrupted strict evaluation keeps; delete it to begin anew")
+    return list(kept)

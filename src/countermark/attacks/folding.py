@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from countermark.errors import CountermarkError
 from countermark.layers import (
     FEW,
     Pool,
@@ -55,12 +56,19 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
 
     Args:
         network: pixels `(n, c, h, w)` of [0, 1] to logits; it is not changed.
-        dtype: what the copy computes in; `torch.bfloat16` keeps 8 bits of each number and pays where `computes_bf16`.
+        dtype: what the copy computes in; `torch.bfloat16` keeps 8 bits of each number and pays where `computes_bf16`. An attack on
+            such a copy that stops when an example is lost takes some for lost that the network itself gets right: ask the network,
+            and attack those again on itself, as `evaluation.adversarial_accuracy` does.
+
+    Raises:
+        CountermarkError: `network` is a prepared copy that computes in something else.
     """
-    if isinstance(network, Prepared) and network.dtype is dtype:
+    if isinstance(network, Prepared):
+        if network.dtype is not dtype:
+            raise CountermarkError(f"this copy computes in {network.dtype}; prepare the network itself for {dtype}")
         return network
     with torch.no_grad():
-        layers = _fold_forward(join_pools(_fold_back(flat_layers(_copied(network).eval()))), by_frequency=dtype is torch.float32)
+        layers = _fold_forward(join_pools(_fold_back(_apart(flat_layers(_copied(network).eval())))), by_frequency=dtype is torch.float32)
         if dtype is not torch.float32:
             layers = _flatten_pixels(layers)
         return Prepared(nn.Sequential(*_in_place(layers)), dtype)
@@ -169,6 +177,11 @@ def _copied(network: nn.Module) -> nn.Module:
     """A deep copy; what hooks computed from parameters (pruning, weight norm) is no leaf of autograd and copied as a number."""
     values = [value for module in network.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
     return copy.deepcopy(network, {id(value): value.detach().clone() for value in values if not value.is_leaf})
+
+
+def _apart(layers: list[nn.Module]) -> list[nn.Module]:
+    """Copy each layer that came before, since what is folded into it in one place is not for the other."""
+    return [copy.deepcopy(layer) if any(layer is other for other in layers[:number]) else layer for number, layer in enumerate(layers)]
 
 
 def _fold_back(layers: list[nn.Module]) -> list[nn.Module]:

@@ -41,8 +41,7 @@ class Local:
 
     def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
         """Compute everything in full once; only a model from `prepare` that computes in float32 is known from inside."""
-        known = isinstance(model, Prepared) and model.dtype is torch.float32 and x.dim() == 4
-        layers = list(model.layers.children()) if known else [model]  # type: ignore[union-attr]
+        layers = list(model.layers) if isinstance(model, Prepared) and model.dtype is torch.float32 and x.dim() == 4 else [model]
         self._stages, rest = _stages(layers)
         # The input of each stage, and the result of the last. With the channels side by side a window is a few long rows.
         self._states = [x.clone(memory_format=torch.channels_last) if x.dim() == 4 else x.clone()]

@@ -6,10 +6,10 @@ from countermark.layers.pooling import Pool, by_two
 
 
 def flat_layers(network: nn.Module) -> list[nn.Module]:
-    """The layers of nested `nn.Sequential` in order; anything else is one layer."""
-    if not is_plain(network, nn.Sequential):
+    """The layers of nested `nn.Sequential` in order, one that stands in several places once for each; anything else is one layer."""
+    if not isinstance(network, nn.Sequential) or not is_plain(network, nn.Sequential):
         return [network]
-    return [layer for child in network.children() for layer in flat_layers(child)]
+    return [layer for child in network for layer in flat_layers(child)]  # `children()` would leave out what comes again
 
 
 def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:

@@ -1,13 +1,14 @@
 """`countermark evaluate`: test, adversarial, strict and watermark accuracy of a model folder."""
 
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from countermark.bundle import load_with_data
 from countermark.config import EvaluateConfig
-from countermark.data import load_pools
+from countermark.data import cache_folder, load_pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import (
     LARGEST_HONEST_GAP,
@@ -19,6 +20,7 @@ from countermark.evaluation import (
     predict,
     strict_accuracy,
 )
+from countermark.files import canonical_json, read_json, sha256
 from countermark.report import percent, print_lines, print_table
 from countermark.watermarks import load_key
 
@@ -34,7 +36,7 @@ class Evaluation:
         adversarial_accuracy: on these, under the PGD below.
         strict: on these, under the PGD and then the strict attacks; none unless asked for.
         gap: points between the two.
-        gradient_masking: whether the gap is beyond what honest models show.
+        gradient_masking: whether the gap is beyond what honest models show, so that it must be asked why.
         watermark_accuracy: agreement with the key; none without one.
         epsilon: L-inf budget of the PGD, in pixels of [0, 1].
         steps: its steps.
@@ -83,7 +85,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
     title, judged = "attacking the model", None
     if config.strict:
-        judged = strict_accuracy(network, test, attack, restarts=config.restarts, title=title)
+        weights = read_json(config.model / "model.json")["weights_sha256"]
+        asked = {"weights": weights, "images": test.digest, "attack": asdict(attack), "restarts": config.restarts}
+        checkpoint = (config.cache or cache_folder()) / f"strict-{sha256(canonical_json(asked))[:32]}.json"
+        judged = strict_accuracy(network, test, attack, restarts=config.restarts, title=title, checkpoint=checkpoint)
+        checkpoint.unlink(missing_ok=True)
         clean, adversarial = judged.test_accuracy, judged.adversarial_accuracy
     else:
         clean, adversarial = accuracy(network, test), adversarial_accuracy(network, test, attack, restarts=config.restarts, title=title)
@@ -115,10 +121,10 @@ def show(result: Evaluation) -> None:
         [["model", percent(result.test_accuracy), percent(result.adversarial_accuracy), percent(result.watermark_accuracy)]],
     )
     if result.strict is not None:
-        _show_strict(result.strict)
+        _show_strict(result, result.strict)
 
 
-def _show_strict(found: StrictAccuracy) -> None:
+def _show_strict(result: Evaluation, found: StrictAccuracy) -> None:
     """Print what each attack left of the images, and what that says about PGD."""
     left, rows = found.test_accuracy, [["none", "", percent(found.test_accuracy)]]
     for name, broken in found.broken.items():
@@ -129,6 +135,10 @@ def _show_strict(found: StrictAccuracy) -> None:
         f"strict accuracy {found.strict_accuracy:.2f} % of {found.images} images: quote this figure. PGD overstates it by {found.gap:.2f}."
     )
     if found.masked:
+        reach, enough = result.steps * result.step_size, math.ceil(8 * result.epsilon / result.step_size)
+        attack = f"PGD {result.steps} x {result.step_size:g}"
         print_lines(
-            f"WARNING: gradient masking: a gap above {LARGEST_HONEST_GAP:g} points means that the model hides from PGD what breaks it."
+            f"WARNING: gradient masking? The gap is above {LARGEST_HONEST_GAP:g} points: "
+            + (f"{attack} cannot cross the budget's ball (try --steps {enough}), or " if reach < 2 * result.epsilon else "")
+            + f"the model hides from PGD what breaks it. Square, which needs no gradients, broke {found.broken['Square']} of the rest."
         )
