@@ -51,7 +51,7 @@ class Randomising(nn.Module):
 
 
 def interleaved(accounts: list[Account]) -> list[Row]:
-    """The log of a service that all accounts asked at the same time; the thief's was opened last, so the least of the level is spent on it."""
+    """The log of a service that all accounts asked at the same time; the thief's account is the last, with the least of the level."""
     columns = [list(account.rows.values()) for account in reversed(accounts)]
     longest = max(map(len, columns))
     return [column[i] for i in range(longest) for column in columns if i < len(column)]

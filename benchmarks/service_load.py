@@ -98,11 +98,8 @@ def load(model: Path, x: torch.Tensor, seconds: int, connections: int, clients: 
         command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(folder / "load.lua"), service.url]
         subprocess.run([*command[:3], "-d2s", *command[4:]], check=True, capture_output=True)  # warm
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        trials = 0
-        if guarded:
-            found = re.search(r"^countermark_trials (\S+)", requests.get(f"{service.url}/metrics", timeout=5).text, re.MULTILINE)
-            trials = int(float(found[1])) if found else 0
         service.stop()
+        trials = sum(1 for _ in QueryLog(str(folder / "log.db")).rows()) if guarded else 0
     p50, p99, rate, errors = (float(value) for value in re.search(r"RESULT (\S+) (\S+) (\S+) (\S+)", said).groups())  # type: ignore[union-attr]
     print(
         f"{'guarded' if guarded else 'bare':8} p50 {p50:.1f} ms, p99 {p99:.1f} ms, {rate:.0f}/s, {trials} trials, {errors:.0f} errors",

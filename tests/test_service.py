@@ -1,17 +1,21 @@
 """The guarded service as its clients meet it: a real process on loopback, honest and hostile requests, kill and drain."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +31,7 @@ from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import read_json, write_json
-from countermark.guard import QueryLog, guard_sha256, load_guarded
+from countermark.guard import QueryLog, Row, guard_sha256, load_guarded
 from countermark.guard.requests import is_signed, sign_request
 from countermark.service.clients import Clients, add_client
 from countermark.service.engine import BusyError, Engine
@@ -102,6 +106,13 @@ def start(guarded_folder: Path, tmp_path: Path) -> Iterator[Start]:
         service.process.communicate()
 
 
+def tied_and_untied(folder: Path, digits: Pools, count: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image whose answer a coin of anna's chooses, and others that meet no coin."""
+    trials = load_guarded(folder, folder / "key")(digits.thief.x, "anna").trials
+    rows = {trial.row for trial in trials}
+    return digits.thief.x[trials[0].row][None], digits.thief.x[[row for row in range(len(digits.thief.x)) if row not in rows][:count]]
+
+
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, object]]:
     status = main([*map(str, arguments), "--json"])
     return status, json.loads(capsys.readouterr().out)
@@ -130,8 +141,25 @@ def test_the_service_answers_as_the_guard_does_and_logs_first_trials(start: Star
     assert described["inputs"][0]["shape"] == [-1, 1, 8, 8]
     assert described["parameters"]["model_sha256"] == read_json(service.folder / "model.json")["weights_sha256"]
     metrics = requests.get(f"{service.url}/metrics", timeout=5).text
-    assert f"countermark_trials {len(rows)}.0" in metrics
     assert 'countermark_requests_total{status="200"}' in metrics
+
+
+def test_metrics_do_not_tell_which_queries_are_trials(start: Start, digits: Pools) -> None:
+    service = start()
+    tied, untied = tied_and_untied(service.folder, digits)
+
+    def metrics() -> dict[str, float]:
+        lines = requests.get(f"{service.url}/metrics", timeout=5).text.splitlines()
+        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+
+    changes = []
+    for image in (untied[:1], tied, untied[1:2]):  # the first one makes the series of status 200
+        before = metrics()
+        assert service.infer(image).status_code == 200
+        changes.append({name: value - before.get(name, 0.0) for name, value in metrics().items()})
+    assert changes[1] == changes[2]
+    assert changes[1]["countermark_images_total"] == 1
+    assert sum(row is not None for row in QueryLog(str(service.log)).rows()) == 1
 
 
 def test_answers_stay_the_same_after_a_restart(start: Start, digits: Pools) -> None:
@@ -182,6 +210,11 @@ BAD = {
     "a list": (b"[]", 400, "list of one tensor"),
     "no input": (b'{"inputs": []}', 400, "list of one tensor"),
     "identity": (b'{"id": 3, "inputs": [{}]}', 400, "id is a string"),
+    "half a character": (
+        b'{"id": "\\ud800", "inputs": [{"shape": [1,1,8,8], "datatype": "UINT8", "data": [' + b"0," * 63 + b"0]}]}",
+        400,
+        "id is a string",
+    ),
     "datatype": ({"datatype": "INT64"}, 400, "datatype is one of"),
     "shape": ({"shape": [1, 8, 8]}, 400, r"shape is \[n, 1, 8, 8\]"),
     "fractional shape": ({"shape": [1.0, 1, 8, 8]}, 400, "shape is"),
@@ -223,22 +256,110 @@ def test_bad_requests_get_a_reason_and_the_service_stays_up(start: Start, digits
 
 
 def test_slow_clients_are_cut_off(start: Start, digits: Pools) -> None:
+    """Each sends a byte now and then for ever, before or after it was answered; all are gone in a few seconds and others are served."""
+    service = start("--timeout", "1", "--max-waiting", "2")  # at most 8 connections
+    signed = f"Host: x\r\nAuthorization: Bearer {service.keys['anna']}\r\n"
+    address = "POST /v2/models/model/infer HTTP/1.1\r\n"
+    cases = {
+        "": b"",
+        "half a line": b"",
+        f"{address}Host: x\r\nX-A: b": b"",
+        f"{address}{signed}Content-Length: 1000\r\n\r\n{{": b"408",
+        f"{address}{signed}Content-Length: 99999999\r\n\r\n": b"413",
+        f"{address}Host: x\r\nContent-Length: 1000\r\n\r\n": b"401",
+        "POST /nowhere HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3e8\r\n": b"404",
+    }
+    slow = [connected(service) for _ in cases]
+    for connection, sent in zip(slow, cases, strict=True):
+        connection.sendall(sent.encode())
+    received = drip(slow)
+    for answer, status in zip(received, cases.values(), strict=True):
+        assert answer.startswith(b"HTTP/1.1 " + status if status else b""), answer
+        assert bool(answer) == bool(status), answer
+    assert service.infer(digits.test.x[:1]).status_code == 200
+    silent, asked_too_much = connected(service), connected(service)  # the one GETs with a body
+    asked_too_much.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+    assert drip([asked_too_much])[0].startswith(b"HTTP/1.1 200")
+    assert silent.recv(100) == b""
+    assert "Traceback" not in ended(service)
+
+
+def test_clients_who_do_not_read_are_cut_off(start: Start) -> None:
     service = start("--timeout", "1")
+    deaf = connected(service)
+    deaf.settimeout(1)
+    begun, cut_off = time.monotonic(), False
+    while not cut_off:
+        assert time.monotonic() - begun < 20
+        try:
+            deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+        except TimeoutError:
+            continue
+        except ConnectionError:
+            cut_off = True
+    assert "Traceback" not in ended(service)
+
+
+def test_an_honest_client_may_send_its_body_after_the_answer(start: Start) -> None:
+    service = start("--timeout", "2")
+    late = connected(service)
+    for _ in range(2):
+        late.sendall(b"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        answer = b""
+        while not answer.endswith(b"}"):
+            answer += late.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 401")
+        late.sendall(b"123456789")
+
+
+def test_broken_requests_make_no_traceback(start: Start, digits: Pools) -> None:
+    service = start()
+    signed = f"Host: x\r\nAuthorization: Bearer {service.keys['anna']}\r\n"
+    for head in (signed, "Host: x\r\n"):
+        for pause in (0, 0.2):
+            for body in ("Content-Length: 1000\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
+                broken = connected(service)
+                lines, _, rest = body.rpartition("\r\n\r\n")
+                broken.sendall(f"POST /v2/models/model/infer HTTP/1.1\r\n{head}{lines}\r\n\r\n".encode())
+                time.sleep(pause)
+                with contextlib.suppress(ConnectionError):
+                    broken.sendall(rest.encode())
+                time.sleep(pause)
+                broken.close()
+    assert service.infer(digits.test.x[:1]).status_code == 200
+    assert "Traceback" not in ended(service)
+
+
+def connected(service: Running) -> socket.socket:
     host, port = service.url.removeprefix("http://").split(":")
-    loris = []
-    for sent in (b"", b"POST /v2/models/model/infer HT", b"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nX-A: b\r\n"):
-        loris.append(socket.create_connection((host, int(port)), timeout=10))
-        loris[-1].sendall(sent)
-    assert service.infer(digits.test.x[:1]).status_code == 200
-    for connection in loris:
-        assert connection.recv(100) == b""
-    slow = socket.create_connection((host, int(port)), timeout=10)
-    head = (
-        f"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {service.keys['anna']}\r\nContent-Length: 1000\r\n\r\n"
-    )
-    slow.sendall(head.encode() + b"{")
-    assert b"408" in slow.recv(100)
-    assert service.infer(digits.test.x[:1]).status_code == 200
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+def drip(connections: list[socket.socket], seconds: float = 6) -> list[bytes]:
+    """Send each connection a byte now and then until the service has closed them all; what it answered."""
+    received, is_open, begun = [b""] * len(connections), set(range(len(connections))), time.monotonic()
+    while is_open:
+        assert time.monotonic() - begun < seconds, (is_open, received)
+        for number in sorted(is_open):
+            try:
+                if select.select([connections[number]], [], [], 0)[0]:
+                    more = connections[number].recv(10000)
+                    received[number] += more
+                    if not more:
+                        is_open.remove(number)
+                connections[number].sendall(b"x")
+            except ConnectionError:
+                is_open.discard(number)
+        time.sleep(0.2)
+    return received
+
+
+def ended(service: Running) -> str:
+    """Stop a service; what it said on standard error."""
+    service.process.send_signal(signal.SIGTERM)
+    _, errors = service.process.communicate(timeout=20)
+    assert service.process.returncode == 0
+    return errors
 
 
 def test_a_kill_loses_no_answered_trial(start: Start, digits: Pools) -> None:
@@ -324,36 +445,161 @@ def test_the_unguarded_service_is_the_model_itself(start: Start, digits: Pools) 
     assert not service.log.exists()
 
 
+def test_while_the_log_is_away_only_queries_with_a_coin_fail(start: Start, digits: Pools) -> None:
+    """Its table is gone: nobody is known. Clients learn nothing of the database; the service recovers by itself."""
+    service = start()
+    tied, untied = tied_and_untied(service.folder, digits)
+    rename(service.log, "trials", "away")
+
+    def ready() -> int:
+        return requests.get(f"{service.url}/v2/health/ready", timeout=5).status_code
+
+    for _ in range(2):
+        assert service.infer(untied).status_code == 200
+        answer = service.infer(tied)
+        assert (answer.status_code, answer.json()) == (500, {"error": "the query could not be answered; try again later"})
+        assert service.infer(untied).status_code == 200
+        assert ready() == 503
+    rename(service.log, "away", "trials")
+    begun = time.monotonic()
+    while ready() != 200:
+        assert time.monotonic() - begun < 10
+        time.sleep(0.1)
+    assert service.infer(tied).status_code == 200
+    assert len(list(QueryLog(str(service.log)).rows())) == 1
+    errors = ended(service)
+    assert errors.count(f"countermark: the query log sqlite:///{service.log} cannot be used: no such table") == 1
+
+
+def rename(log: Path, table: str, to: str) -> None:
+    with contextlib.closing(sqlite3.connect(log, timeout=30)) as database:
+        database.execute(f"ALTER TABLE {table} RENAME TO {to}")
+        database.commit()
+
+
 class Broken:
-    """A log on a disk that is full."""
+    """A log on a disk that is full, until it is mended."""
 
-    def cells(self, *_names: str) -> set[bytes]:
-        return set()
+    def __init__(self) -> None:
+        self.full, self.rows = True, list[Row]()
 
-    def append(self, _rows: object) -> list[bool]:
-        raise CountermarkError("no space left")
+    def append(self, rows: list[Row]) -> list[bool]:
+        if self.full:
+            raise CountermarkError("no space left")
+        fresh = [row.place not in {known.place for known in self.rows} for row in rows]
+        self.rows += [row for row, new in zip(rows, fresh, strict=True) if new]
+        return fresh
 
 
 def test_without_its_log_the_service_answers_nothing_that_a_coin_chose(guarded_folder: Path, digits: Pools) -> None:
-    model = load_guarded(guarded_folder, guarded_folder / "key")
-    trials = model(digits.thief.x, "anna").trials
-    tied, untied = digits.thief.x[trials[0].row][None], digits.thief.x[[i for i in range(9) if i not in {t.row for t in trials}]]
+    model, log = load_guarded(guarded_folder, guarded_folder / "key"), Broken()
+    tied, untied = tied_and_untied(guarded_folder, digits)
 
     async def ask() -> None:
-        engine = Engine(model, Broken(), max_batch=8, max_waiting=2)  # type: ignore[arg-type]
+        engine = Engine(model, log, max_batch=64, max_waiting=2)  # type: ignore[arg-type]
         await engine.start()
         with pytest.raises(CountermarkError, match="no space"):
             await engine.answer(tied, "anna")
         assert engine.failed == "no space left"
-        assert len(await engine.answer(untied, "anna")) == len(untied)
+        together = await asyncio.gather(engine.answer(tied, "anna"), engine.answer(untied, "anna"), return_exceptions=True)
+        assert isinstance(together[0], CountermarkError)
+        assert together[1] == model(untied, "anna").labels.tolist()
+        assert engine.waiting == 0
         busy = [asyncio.create_task(engine.answer(untied, "anna")) for _ in range(3)]
         results = await asyncio.gather(*busy, return_exceptions=True)
         assert sum(isinstance(result, BusyError) for result in results) == 1
+        assert engine.failed == "no space left"  # a pass of the model does not mend the log
+        log.full = False
+        async with asyncio.timeout(10):
+            while engine.failed:
+                await asyncio.sleep(0.05)
+        assert await engine.answer(tied, "anna") == model(tied, "anna").labels.tolist()
+        assert len(log.rows) == engine.trials == 1
         await engine.stop()
 
     asyncio.run(ask())
     with pytest.raises(CountermarkError, match="needs a query log"):
         Engine(model, None, 8, 2)
+
+
+class Stuck(Broken):
+    """A log whose database does not answer until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full, self.let_go = False, threading.Event()
+
+    def append(self, rows: list[Row]) -> list[bool]:
+        self.let_go.wait(20)
+        return super().append(rows)
+
+
+def test_queries_that_nobody_waits_for_wait_no_more(guarded_folder: Path, digits: Pools) -> None:
+    """Three clients give up while the log hangs: one is in its hands, the others leave, and what they asked is never stored."""
+    model, log = load_guarded(guarded_folder, guarded_folder / "key"), Stuck()
+    _, untied = tied_and_untied(guarded_folder, digits)
+    tied_of = {client: digits.thief.x[[model(digits.thief.x, client).trials[0].row]] for client in ("anna", "bob", "carol")}
+
+    async def ask() -> None:
+        engine = Engine(model, log, max_batch=64, max_waiting=2)  # type: ignore[arg-type]
+        await engine.start()
+        for client in ("anna", "bob", "carol"):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(engine.answer(tied_of[client], client), 0.5)
+            assert engine.waiting == 1  # anna's
+        assert len(await engine.answer(untied, "anna")) == len(untied)
+        log.let_go.set()
+        await engine.stop()
+        assert engine.waiting == 0
+        assert {row.client for row in log.rows} == {"anna"}
+
+    asyncio.run(ask())
+
+
+class Slow(torch.nn.Module):
+    """A network that notes how many images a pass has, and hangs until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.let_go = list[int](), threading.Event()
+        self.last = torch.nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(x))
+        self.let_go.wait(20)
+        return self.last(x.flatten(1))
+
+
+def test_a_pass_has_no_more_images_than_it_may_and_none_that_nobody_waits_for(digits: Pools) -> None:
+    network = Slow()
+
+    async def ask() -> None:
+        engine = Engine(network, None, max_batch=64, max_waiting=8)
+        await engine.start()
+        left = [asyncio.create_task(engine.answer(digits.training.x[:1], "anna")) for _ in range(8)]
+        await asyncio.sleep(0.1)
+        with pytest.raises(BusyError):
+            await engine.answer(digits.training.x[:1], "anna")
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        assert network.sizes == [8] == [engine.waiting]  # these are in the network's hands
+        network.let_go.set()
+        while engine.waiting:
+            await asyncio.sleep(0.01)
+        network.let_go.clear()
+        sizes = [1, 63, 63, 1, 32, 32, 64, 10]
+        asked = [asyncio.create_task(engine.answer(digits.training.x[:size], "anna")) for size in sizes]
+        await asyncio.sleep(0.1)
+        asked[-1].cancel()
+        await asyncio.sleep(0)
+        assert engine.waiting == 7
+        network.let_go.set()
+        assert [len(labels) for labels in await asyncio.gather(*asked[:-1])] == sizes[:-1]
+        await engine.stop()
+        assert network.sizes[1:] == [64, 64, 64, 64]
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize(
@@ -395,6 +641,20 @@ def test_the_file_of_clients(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for again in (["anna"], ["bob", "--public-key", "xyz"], [""], ["a\nb"]):
         assert main(["client", "add", *again, "--clients", str(path)]) == 2
     assert read_json(path)["clients"].keys() == {"anna"}
+
+
+def test_clients_added_side_by_side_are_all_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, names = tmp_path / "clients.json", [f"client {k}" for k in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        keys = list(threads.map(lambda name: add_client(path, name, None), names))
+    found = [Clients(path).find(key) for key in keys]
+    assert [client and client.name for client in found] == names
+    assert main(["client", "add", "anna", "--clients", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert Clients(path).find(out.strip())
+    assert "only after it is started again" in err
+    assert main(["client", "add", "anna", "--clients", str(tmp_path / "none" / "clients.json")]) == 2
+    assert "cannot write" in capsys.readouterr().err
 
 
 def test_the_guards_digest_is_in_the_commitment(

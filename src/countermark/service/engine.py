@@ -1,13 +1,14 @@
 """What happens to a query inside the service: micro-batches through the model, then trials into the log, then the answer.
 
 Two threads, one behind the other: one computes, one writes. Each takes everything that waits, so under load a pass of the model and a
-commit of the log serve many requests.
+commit of the log serve many requests. Only the writer needs the database: while it is away, queries without a coin are answered.
 """
 
 import asyncio
 import contextlib
+import sys
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,13 +23,14 @@ from countermark.guard.requests import pack_request
 
 _DAY = 86_400
 _REMEMBERED = 1000  # clients whose cells are kept in memory
+_AGAIN = 1.0  # seconds until a log that could not be written is tried again
 
 
 class BusyError(CountermarkError):
     """Too many requests wait already."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Query:
     images: torch.Tensor
     client: str
@@ -37,6 +39,36 @@ class _Query:
     done: asyncio.Future[list[int]]
     labels: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+
+
+class _Queue:
+    """Queries that wait for a thread; they may leave."""
+
+    def __init__(self) -> None:
+        self._queries: deque[_Query] = deque()
+        self._some = asyncio.Event()
+
+    def put(self, query: _Query) -> None:
+        self._queries.append(query)
+        self._some.set()
+
+    def leave(self, query: _Query) -> bool:
+        """Take one out; whether it was here."""
+        if query not in self._queries:
+            return False
+        self._queries.remove(query)
+        return True
+
+    async def take(self, most: int) -> list[_Query]:
+        """Everything that waits, up to `most` images, and at least one query."""
+        while not self._queries:
+            self._some.clear()
+            await self._some.wait()
+        queries = [self._queries.popleft()]
+        size = len(queries[0].images)
+        while self._queries and (size := size + len(self._queries[0].images)) <= most:
+            queries.append(self._queries.popleft())
+        return queries
 
 
 class Engine:
@@ -48,14 +80,19 @@ class Engine:
             raise CountermarkError("a guarded model needs a query log, a bare network has no use for one")
         self._model, self._log = model, log
         self._max_batch, self._max_waiting = max_batch, max_waiting
-        self._computing: asyncio.Queue[_Query] = asyncio.Queue()
-        self._writing: asyncio.Queue[_Query] = asyncio.Queue()
-        self._seen: OrderedDict[str, set[bytes]] = OrderedDict()
+        self._computing, self._writing = _Queue(), _Queue()
+        self._seen: OrderedDict[str, set[bytes]] = OrderedDict()  # cells that the log has for certain; it may have more
+        self._unwritten: list[Row] = []
+        self._failures: list[str | None] = [None, None]
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("compute", "write")]
         self._tasks: list[asyncio.Task[None]] = []
         self.waiting = 0
         self.trials = 0
-        self.failed: str | None = None
+
+    @property
+    def failed(self) -> str | None:
+        """Why the last pass of the model or the last write of the log failed; none if both went well."""
+        return self._failures[0] or self._failures[1]
 
     async def start(self) -> None:
         """Begin to take queries."""
@@ -83,41 +120,60 @@ class Engine:
             raise BusyError("the service is busy; try again later")
         query = _Query(images, client, signature, hashes, asyncio.get_running_loop().create_future())
         self.waiting += 1
+        self._computing.put(query)
         try:
-            self._computing.put_nowait(query)
-            return await asyncio.shield(query.done)
-        finally:
-            self.waiting -= 1
+            return await query.done
+        except asyncio.CancelledError:  # nobody waits for it any more
+            if self._computing.leave(query) or self._writing.leave(query):
+                self.waiting -= 1
+            raise
 
     async def _compute(self) -> None:
         while True:
-            queries = await _take(self._computing, self._max_batch)
+            queries = await self._computing.take(self._max_batch)
             if await self._in_thread(0, queries, self._pass):
                 for query in queries:
-                    if query.rows:
-                        self._writing.put_nowait(query)
+                    if query.rows and not query.done.done():
+                        self._writing.put(query)
                     else:
-                        _settle(query)
+                        self._settle(query)
 
     async def _write(self) -> None:
         while True:
-            queries = await _take(self._writing, 1 << 30)
+            queries: list[_Query] = []
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_AGAIN if self._unwritten else None):
+                    queries = await self._writing.take(1 << 30)
             if await self._in_thread(1, queries, self._store):
                 for query in queries:
                     self._seen.setdefault(query.client, set()).update(row.cell for row in query.rows)
-                    _settle(query)
+                    if len(self._seen) > _REMEMBERED:
+                        self._seen.popitem(last=False)
+                    self._settle(query)
 
     async def _in_thread(self, number: int, queries: list[_Query], work: Callable[[list[_Query]], None]) -> bool:
         try:
             await asyncio.get_running_loop().run_in_executor(self._threads[number], work, queries)
         except Exception as error:
-            self.failed = str(error)
+            reason = str(error) if isinstance(error, CountermarkError) else repr(error)
+            if reason != self._failures[number]:
+                with contextlib.suppress(OSError, ValueError):  # nobody reads standard error
+                    print(f"countermark: {reason}", file=sys.stderr, flush=True)
+            self._failures[number] = reason
             for query in queries:
-                if not query.done.done():
-                    query.done.set_exception(CountermarkError(str(error)))
+                self._settle(query, CountermarkError(reason))
             return False
-        self.failed = None
+        self._failures[number] = None
         return True
+
+    def _settle(self, query: _Query, error: CountermarkError | None = None) -> None:
+        self.waiting -= 1
+        if query.done.done():  # nobody waits for it any more
+            return
+        if error is None:
+            query.done.set_result(query.labels)
+        else:
+            query.done.set_exception(error)
 
     def _pass(self, queries: list[_Query]) -> None:
         images = torch.cat([query.images for query in queries])
@@ -131,7 +187,7 @@ class Engine:
             model = self._model.guard.settings.model_sha256
             for trial in found.trials:
                 query, row = owners[trial.row]
-                if trial.cell in self._known(query.client):
+                if trial.cell in self._seen.get(query.client, ()):
                     continue
                 request = pack_request(query.signature, query.hashes, row) if query.signature else b""
                 image = query.images[row].contiguous().numpy().tobytes()
@@ -141,31 +197,10 @@ class Engine:
         for query, part in zip(queries, parts, strict=True):
             query.labels = part.tolist()
 
-    def _known(self, client: str) -> set[bytes]:
-        """The cells of a client that the log has."""
-        assert isinstance(self._model, GuardedModel)
-        assert self._log is not None
-        if client not in self._seen:
-            self._seen[client] = self._log.cells(self._model.guard.settings.model_sha256, client)
-            if len(self._seen) > _REMEMBERED:
-                self._seen.popitem(last=False)
-        return self._seen[client]
-
     def _store(self, queries: list[_Query]) -> None:
+        """Append the trials, of which the log leaves out those that it has; a row that failed before where there are none."""
         assert self._log is not None
-        self.trials += sum(self._log.append([row for query in queries for row in query.rows]))
-
-
-def _settle(query: _Query) -> None:
-    if not query.done.done():
-        query.done.set_result(query.labels)
-
-
-async def _take(queue: "asyncio.Queue[_Query]", most: int) -> list[_Query]:
-    """Everything that waits, up to `most` images, and at least one query."""
-    queries = [await queue.get()]
-    size = len(queries[0].images)
-    while not queue.empty() and size < most:
-        queries.append(queue.get_nowait())
-        size += len(queries[-1].images)
-    return queries
+        rows = [row for query in queries for row in query.rows] or self._unwritten
+        self._unwritten = rows[:1]
+        self.trials += sum(self._log.append(rows))
+        self._unwritten = []

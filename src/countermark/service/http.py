@@ -1,19 +1,21 @@
-"""The HTTP face: the Open Inference Protocol v2 (health, metadata, infer) and Prometheus metrics, as an ASGI application."""
+"""The HTTP face: the Open Inference Protocol v2 (health, metadata, infer) and Prometheus metrics, as an ASGI application.
+
+What anybody can read here says nothing of trials: no count of them, no times of answers (a first trial waits for the log).
+"""
 
 import asyncio
 import contextlib
 import importlib.metadata
 import json
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -60,11 +62,8 @@ def application(
     registry = CollectorRegistry()
     requests = Counter("countermark_requests", "Requests to infer, by HTTP status", ["status"], registry=registry)
     images = Counter("countermark_images", "Images that were answered", registry=registry)
-    latency = Histogram("countermark_seconds", "Seconds from a request to infer to its answer", registry=registry)
     waiting = Gauge("countermark_waiting", "Requests that wait for an answer", registry=registry)
     waiting.set_function(lambda: engine.waiting)
-    trials = Gauge("countermark_trials", "Trials that this process put into the log", registry=registry)
-    trials.set_function(lambda: engine.trials)
 
     described = {
         "name": name,
@@ -76,7 +75,6 @@ def application(
     }
 
     async def infer(request: Request) -> Response:
-        begun = time.perf_counter()
         try:
             _named(request, name)
             client = _client(request, clients)
@@ -106,10 +104,11 @@ def application(
             response = _error(503, str(busy))
         except TimeoutError:
             response = _error(408, f"the request or its answer took longer than {limits.timeout:g} seconds")
-        except CountermarkError as error:
-            response = _error(500, f"the query could not be answered and was not logged: {error}")
+        except ClientDisconnect:
+            response = _error(400, "the request ended too early")
+        except CountermarkError:  # the engine says on standard error why
+            response = _error(500, "the query could not be answered; try again later")
         requests.labels(str(response.status_code)).inc()
-        latency.observe(time.perf_counter() - begun)
         return response
 
     async def live(_request: Request) -> Response:
@@ -204,8 +203,8 @@ def _images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[str | 
         raise RefusedError(400, "the body is not valid JSON") from error
     inputs = value.get("inputs") if isinstance(value, dict) else None
     identity = value.get("id") if isinstance(value, dict) else None
-    if identity is not None and not isinstance(identity, str):
-        raise RefusedError(400, "id is a string")
+    if identity is not None and not (isinstance(identity, str) and _encodes(identity)):
+        raise RefusedError(400, "id is a string of Unicode characters")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise RefusedError(400, "inputs is a list of one tensor: {name, shape, datatype, data}")
     given = inputs[0]
@@ -230,6 +229,15 @@ def _images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[str | 
         raise RefusedError(400, "pixels of UINT8 are whole numbers")
     x = torch.from_numpy(array.astype(np.uint8 if kind == "UINT8" else np.float32).reshape(declared))
     return identity, as_uint8(x)
+
+
+def _encodes(text: str) -> bool:
+    """Whether it can be sent; escapes of JSON may spell half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _signed(request: Request, client: Client, model_sha256: str, x: torch.Tensor) -> tuple[bytes, list[bytes]]:

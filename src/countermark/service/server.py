@@ -38,7 +38,7 @@ def run(application: Starlette, listening: socket.socket, *, timeout: float, dra
     Args:
         application: what to serve.
         listening: a socket from `listen`.
-        timeout: seconds that a client may take to send the head of a request.
+        timeout: seconds that the service waits for a client between requests: for a head, the rest of a body, the reading of answers.
         drain: seconds that open requests have to finish at the end.
         most: connections at a time.
     """
@@ -63,30 +63,60 @@ def run(application: Starlette, listening: socket.socket, *, timeout: float, dra
 
 
 class _Impatient(H11Protocol):
-    """Closes a connection that takes too long to send the head of a request ("slow loris"), or sends none."""
+    """Closes a connection whose client lets the service wait too long.
+
+    That is one who takes too long to send the head of a request ("slow loris"), the rest of a body whose answer it has, or nothing at all,
+    or to read its answers. How long a body and its answer may take is the application's business. No single byte gains time.
+    """
 
     patience = 10.0
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._restart()
+        self._watch()
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.conn.their_state is not h11.IDLE and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        elif self.conn.their_state is h11.IDLE and self._timer is None:
-            self._restart()
+    def handle_events(self) -> None:
+        super().handle_events()
+        self._watch()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._watch()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is not HTTP, unless an answer has begun, or is complete before the body that turns out to be none."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        """Let the time run while the service waits for the client, and only then."""
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and not self.flow.write_paused and not self.transport.is_closing():
+            self._stop()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.patience, self.transport.abort)
+
+    def _stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        super().connection_lost(exc)
-
-    def _restart(self) -> None:
-        self._timer = self.loop.call_later(self.patience, self.transport.close)
+            self._timer = None
 
 
 class _Server(uvicorn.Server):

@@ -1,5 +1,6 @@
 """`countermark client add`: an account for the guarded service."""
 
+import sys
 from dataclasses import dataclass
 
 from countermark.config import ClientAddConfig
@@ -30,5 +31,6 @@ def client_add(config: ClientAddConfig) -> Added:
 
 
 def show(result: Added) -> None:
-    """Print the API key, alone on its line."""
+    """Print the API key, alone on standard output."""
     print_lines(result.api_key)
+    print(f"a service that runs already knows {result.name} only after it is started again", file=sys.stderr)
