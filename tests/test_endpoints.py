@@ -1,5 +1,7 @@
 """Suspects behind HTTP: a peer that misbehaves in every way, and a real MLServer that serves a stolen model."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -22,24 +24,28 @@ from countermark.cli import main
 from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
+from countermark.files import sha256
 from countermark.suspects import Asking, Endpoint, open_suspect, prepare
+from countermark.watermarks import load_key
 
 SHAPE = (1, 8, 8)
 Respond = Callable[[dict[str, Any], int], tuple[int, Any]]
 
 
 class Peer:
-    """An HTTP server whose answers a test writes: `respond(request, number) -> (status, body)`."""
+    """An HTTP server whose answers a test writes: `respond(request, number) -> (status, body)`; status 0 drops the connection."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.respond: Respond = lambda _request, _number: (200, {})
+        self.metadata = 200
+        self.location = "http://127.0.0.1:1/"
         peer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply(200, {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]})
+                self.reply(peer.metadata, {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]})
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -48,10 +54,12 @@ class Peer:
                 self.reply(*peer.respond(request, len(peer.requests)))
 
             def reply(self, status: int, body: Any) -> None:
+                if status == 0:
+                    return
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
-                self.send_header("Location", "http://127.0.0.1:1/")
+                self.send_header("Location", peer.location)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -63,13 +71,20 @@ class Peer:
         self.root = f"http://127.0.0.1:{self.server.server_port}"
         self.url = f"{self.root}/v2/models/m"
 
+    def sent(self) -> int:
+        """Images that came, every time counted."""
+        return sum(request["inputs"][0]["shape"][0] for request in self.requests)
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
 
 @pytest.fixture
 def peer() -> Iterator[Peer]:
     found = Peer()
     yield found
-    found.server.shutdown()
-    found.server.server_close()
+    found.stop()
 
 
 @pytest.fixture(autouse=True)
@@ -174,6 +189,23 @@ def test_a_budget_is_kept(peer: Peer) -> None:
     assert sum(request["inputs"][0]["shape"][0] for request in peer.requests) == 10
 
 
+@pytest.mark.parametrize("status", [400, 503, 0])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_budget_counts_every_image_that_is_sent(peer: Peer, status: int, repeats: int) -> None:
+    peer.respond = lambda _request, _number: (status, {})
+    suspect = Endpoint(peer.url, Asking(budget=10, batch_size=4, repeats=repeats))
+    assert suspect(images(30)).max() == -1
+    assert 0 < peer.sent() == suspect.asked <= 10
+    assert suspect.changed == 0
+
+
+def test_a_budget_that_ends_between_repeats_changes_no_answer(peer: Peer) -> None:
+    peer.respond = lambda request, number: (400, {}) if request["inputs"][0]["shape"][0] > 1 else brightness(request, number)
+    suspect = Endpoint(peer.url, Asking(budget=8, batch_size=4, repeats=2))
+    assert suspect(images(4)).max() == -1
+    assert (suspect.asked, suspect.changed) == (8, 0)
+
+
 def test_a_rate_is_kept(peer: Peer) -> None:
     peer.respond = brightness
     begun = time.monotonic()
@@ -196,6 +228,160 @@ def test_a_replay_log_goes_on_where_it_was(peer: Peer, tmp_path: Path) -> None:
     assert sum(request["inputs"][0]["shape"][0] for request in peer.requests) == 10
     assert Endpoint(f"{peer.root}/v2/models/other", asking)(x).tolist() == second[:30].tolist()  # another model is asked anew
     assert sum(request["inputs"][0]["shape"][0] for request in peer.requests) == 40
+
+
+@pytest.mark.parametrize(
+    "other",
+    [Asking(mean=(0.5,)), Asking(mean=(0.25,), std=(0.5,)), Asking(pixels="uint8"), Asking(layout="nhwc"), Asking(mean=(0.25,), repeats=2)],
+)
+def test_a_replay_log_answers_only_what_was_asked_in_the_same_way(peer: Peer, tmp_path: Path, other: Asking) -> None:
+    replay, x = tmp_path / "replay.jsonl", images(6)
+    peer.respond = lambda request, _number: (200, {"outputs": [{"shape": [6], "data": [len(peer.requests)] * 6}]})
+    asking = Asking(mean=(0.25,), replay=replay)
+    assert Endpoint(peer.url, asking)(x).tolist() == [1] * 6
+    peer.respond = brightness
+    Endpoint(peer.url, dataclasses.replace(other, replay=replay))(x)
+    assert peer.sent() == 6 + 6 * other.repeats
+    assert Endpoint(peer.url, asking)(x).min() >= 0  # still known
+    assert peer.sent() == 6 + 6 * other.repeats
+
+
+def test_early_replay_logs_do_not_say_how_and_are_asked_anew(peer: Peer, tmp_path: Path) -> None:
+    replay, x = tmp_path / "replay.jsonl", images(1)
+    entry = {"url": peer.url, "image": sha256(x[0].numpy().tobytes()), "label": 5}
+    replay.write_text(json.dumps(entry) + "\n")
+    peer.respond = brightness
+    assert Endpoint(peer.url, Asking(replay=replay))(x).tolist() != [5]
+    assert peer.sent() == 1
+
+
+# --- suspects that mean harm ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["oip", "oip without metadata", "mlflow"])
+def test_a_connection_that_is_dropped_is_a_refusal(peer: Peer, tmp_path: Path, kind: str) -> None:
+    """The first image and ten others are answered by hanging up; every other answer counts."""
+    x = images(60)
+    poisoned = [0, *range(20, 30)]
+    x[poisoned, 0, 0, 0] = 0.123
+
+    def picky(request: dict[str, Any], _number: int) -> tuple[int, Any]:
+        tensor = request["inputs"] if kind == "mlflow" else request["inputs"][0]
+        pixels = np.array(tensor if kind == "mlflow" else tensor["data"], dtype=float).reshape(-1, 64)
+        if 0.123 in pixels[:, 0].round(3):
+            return 0, None
+        labels = (pixels.mean(1) > 0.5).astype(int).tolist()
+        return 200, {"predictions": labels, "outputs": [{"shape": [len(labels)], "data": labels}]}
+
+    peer.respond, peer.metadata = picky, 0 if kind == "oip without metadata" else 200
+    suspect = Endpoint(f"{peer.root}/invocations" if kind == "mlflow" else peer.url, Asking(replay=tmp_path / "replay.jsonl"))
+    expected = (x.flatten(1).mean(1) > 0.5).long()
+    expected[poisoned] = -1
+    assert torch.equal(suspect(x), expected)
+    assert suspect.refused == 11
+
+
+def test_verify_judges_by_the_answers_that_a_hostile_suspect_gave(owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
+    model = load(owner)
+
+    def picky(request: dict[str, Any], _number: int) -> tuple[int, Any]:
+        tensor = request["inputs"][0]
+        x = torch.tensor(tensor["data"]).reshape(tensor["shape"])
+        labels = predict(model, x).tolist()
+        hang_up = len(x) > 1 or int(x.sum() * 1000) % 8 == 0
+        return (0, None) if hang_up else (200, {"outputs": [{"shape": [len(labels)], "data": labels}]})
+
+    peer.respond = picky
+    assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "match"
+    assert 0 < found["unanswered"] < found["trials"] / 3
+
+
+def test_a_suspect_that_always_hangs_up_was_never_there(peer: Peer) -> None:
+    peer.metadata, peer.respond = 0, lambda _request, _number: (0, None)
+    with pytest.raises(CountermarkError, match="cannot be reached"):
+        Endpoint(peer.url)(images(3))
+
+
+@pytest.mark.parametrize("status", [0, 503])
+def test_a_suspect_that_stays_silent_is_not_waited_for_every_time(peer: Peer, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("countermark.suspects.remote.time.sleep", waits.append)
+    peer.respond = lambda request, number: brightness(request, number) if number < 2 else (status, None)
+    labels = Endpoint(peer.url, Asking(batch_size=10))(images(200))
+    assert int((labels >= 0).sum()) == 10
+    assert len(waits) == 5 * 4  # five requests, with all their retries
+
+
+def test_a_suspect_that_dies_is_left_and_what_it_said_is_kept(owner: Path, peer: Peer, tmp_path: Path) -> None:
+    replay, x = tmp_path / "replay.jsonl", images(200)
+
+    def dies(request: dict[str, Any], number: int) -> tuple[int, Any]:
+        if number == 3:
+            peer.stop()
+        return brightness(request, number)
+
+    peer.respond = dies
+    asking = Asking(batch_size=10, retries=1, replay=replay)
+    begun = time.monotonic()
+    for _ in range(2):  # and again when the command is run again
+        with pytest.raises(CountermarkError, match=r"cannot be reached .* run the same command again to go on, or with --budget 1"):
+            Endpoint(peer.url, asking)(x)
+        assert len(replay.read_text().splitlines()) == 30
+    labels = Endpoint(peer.url, dataclasses.replace(asking, budget=1))(x)
+    assert torch.equal(labels[:30], (x[:30].flatten(1).mean(1) > 0.5).long())
+    assert labels[30:].max() == -1
+    assert time.monotonic() - begun < 10
+
+
+@pytest.fixture
+def dripping() -> Iterator[Callable[[bytes], str]]:
+    """A server that sends something at once, and then a byte now and then without end."""
+    stop = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        begin = [b""]
+
+        def drip(connection: socket.socket) -> None:
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1 << 16)
+                connection.sendall(begin[0])
+                while not stop.wait(0.1):
+                    connection.sendall(b"1")
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=drip, args=(listening.accept()[0],), daemon=True).start()
+
+        def start(data: bytes) -> str:
+            begin[0] = data
+            threading.Thread(target=serve, daemon=True).start()
+            return f"http://127.0.0.1:{listening.getsockname()[1]}/invocations"
+
+        yield start
+        stop.set()
+
+
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])
+def test_an_answer_that_drips_is_none(dripping: Callable[[bytes], str], begin: bytes) -> None:
+    suspect = Endpoint(dripping(begin), Asking(timeout=0.5, retries=0))
+    begun = time.monotonic()
+    if begin.endswith(b"\r\n"):
+        assert suspect(images(1)).tolist() == [-1]
+    else:
+        with pytest.raises(CountermarkError, match="cannot be reached"):
+            suspect(images(1))
+    assert time.monotonic() - begun < 3
+
+
+def test_a_redirect_is_not_even_looked_at(peer: Peer, dripping: Callable[[bytes], str]) -> None:
+    peer.respond, peer.location = lambda _request, _number: (302, {}), "http://["
+    assert Endpoint(peer.url)(images(1)).tolist() == [-1]
+    suspect = Endpoint(dripping(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 9999\r\n\r\n"), Asking(timeout=9))
+    begun = time.monotonic()
+    assert suspect(images(1)).tolist() == [-1]
+    assert time.monotonic() - begun < 3
 
 
 def test_mlflow_invocations(peer: Peer) -> None:
@@ -257,6 +443,37 @@ def test_a_suspect_that_wants_other_images_is_doubted(owner: Path, digits: Pools
     assert "positive deviation" in capsys.readouterr().err
     assert main(["verify", "--suspect", str(owner), "--key", str(owner / "key"), "--layout", "nhwc"]) == 2
     capsys.readouterr()
+
+
+def test_a_check_on_clean_examples_that_is_not_made_is_said(
+    owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*more: str) -> str:
+        main(["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--json", *more])
+        said = capsys.readouterr()
+        assert (json.loads(said.out)["clean_accuracy"] is None) == bool(said.err)
+        return said.err
+
+    peer.respond = brightness
+    assert asked() == ""
+    assert "the budget was spent" in asked("--budget", "3")
+    monkeypatch.setattr("countermark.verbs.asking.is_cached", lambda _data: False)
+    assert "not in the cache; countermark data fetch digits" in asked()
+    monkeypatch.setattr("countermark.verbs.asking.CATALOG", {})
+    assert "none of ours" in asked()
+
+
+def test_a_suspect_that_is_gone_before_the_clean_examples_is_judged(owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
+    trials = len(load_key(owner / "key").watermarks)
+
+    def dies(request: dict[str, Any], number: int) -> tuple[int, Any]:
+        if peer.sent() == trials:
+            peer.stop()
+        return brightness(request, number)
+
+    peer.respond = dies
+    assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--retries", "0"]) in (1, 3)
+    assert "cannot be reached" in capsys.readouterr().err
 
 
 # --- a real MLServer -----------------------------------------------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 import importlib.util
 import io
+import os
 import pickle
 import re
 import socket
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import countermark
 import countermark.suspects
 from countermark.bundle import Description, load, load_bundle, save_bundle
 from countermark.data import Pools, pixels
@@ -26,6 +29,7 @@ from countermark.evaluation import predict
 from countermark.files import read_json, write_json
 from countermark.models import build
 from countermark.suspects import open_suspect
+from countermark.suspects.confined import _THREADS
 
 SHAPE = (1, 8, 8)
 
@@ -277,6 +281,22 @@ def test_a_suspect_for_other_images_is_refused(bundle: Path) -> None:
         open_suspect(bundle, (1, 28, 28))
 
 
+def test_a_function_of_your_own_is_asked(owner: Path, digits: Pools) -> None:
+    model, key = load(owner), owner / "key"
+    x = digits.test.x
+    assert torch.equal(open_suspect(lambda x: predict(model, x), SHAPE)(x), predict(model, x))
+    found = countermark.verify(countermark.VerifyConfig(suspect=lambda x: predict(model, x), key=key))  # type: ignore[arg-type]
+    assert (found.verdict, found.unanswered) == ("match", 0)
+    dumb = countermark.verify(countermark.VerifyConfig(suspect=lambda x: torch.full((len(x),), -1), key=key))  # type: ignore[arg-type]
+    assert (dumb.verdict, dumb.unanswered) == ("inconclusive", dumb.trials)
+
+
+@pytest.mark.parametrize("answer", [lambda x: x, lambda x: [1] * len(x), lambda x: torch.zeros(len(x)), lambda x: torch.zeros(1).long()])
+def test_a_function_that_gives_no_labels_is_refused(answer: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    with pytest.raises(CountermarkError, match="int64 labels"):
+        open_suspect(answer, SHAPE)(torch.rand(3, *SHAPE))
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CountermarkError):
         open_suspect(tmp_path, SHAPE)
@@ -388,7 +408,7 @@ def test_the_sample_inputs_of_a_stranger_are_never_read(program: Path) -> None:
 
 
 _ATTEMPTS = """
-import importlib.util, os, socket, sys
+import importlib.util, os, resource, signal, socket, sys
 found = importlib.util.spec_from_file_location("pt2_child", sys.argv[1])
 child = importlib.util.module_from_spec(found)
 found.loader.exec_module(child)
@@ -410,6 +430,13 @@ attempt("write", lambda: open(sys.argv[2] + ".new", "w"))
 attempt("remove", lambda: os.remove(sys.argv[2]))
 attempt("network", lambda: socket.create_connection(("127.0.0.1", int(sys.argv[3])), 2))
 attempt("run", lambda: os.execv("/bin/true", ["true"]))
+attempt("cut", lambda: os.truncate(sys.argv[2], 0))
+owner = int(sys.argv[4])
+attempt("signal", lambda: os.kill(owner, signal.SIGTERM))
+attempt("limit", lambda: resource.prlimit(owner, resource.RLIMIT_CORE, (0, 0)))
+attempt("slow down", lambda: os.setpriority(os.PRIO_PROCESS, owner, 10))
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.kill(0, signal.SIGTERM)  # its group; a signal to everybody is not tried, for what it would do where this test fails
 """
 
 
@@ -419,11 +446,73 @@ def test_a_confined_child_reaches_nothing(owner: Path, tmp_path: Path) -> None:
     secret.parent.mkdir()
     secret.write_text("secret")
     (tmp_path / "empty").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        child = Path(countermark.suspects.__file__).with_name("pt2_child.py")
-        command = [sys.executable, "-I", "-c", _ATTEMPTS, str(child), str(secret), str(listening.getsockname()[1])]
-        done = subprocess.run(command, cwd=tmp_path / "empty", capture_output=True, text=True, timeout=120, check=False)
-    if "cannot confine" in done.stdout:
-        pytest.skip(done.stdout)
-    assert done.stdout.splitlines() == [f"refused {name}" for name in ("read", "list", "write", "remove", "network", "run")], done.stderr
-    assert secret.read_text() == "secret"
+    others = subprocess.Popen(["sleep", "300"], start_new_session=True)  # any process of the same user
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            child = Path(countermark.suspects.__file__).with_name("pt2_child.py")
+            command = [sys.executable, "-I", "-c", _ATTEMPTS, str(child), str(secret), str(listening.getsockname()[1]), str(others.pid)]
+            done = subprocess.run(
+                command,
+                cwd=tmp_path / "empty",
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+                env=_THREADS,
+                start_new_session=True,  # so that a signal to the group would end the child's own parent, and not this test
+            )
+        if "cannot confine" in done.stdout:
+            pytest.skip(done.stdout)
+        names = ("read", "list", "write", "remove", "network", "run", "cut", "signal", "limit", "slow down")
+        assert done.stdout.splitlines() == [f"refused {name}" for name in names], done.stderr
+        assert done.returncode == 0
+        assert others.poll() is None
+        assert os.getpriority(os.PRIO_PROCESS, others.pid) == os.getpriority(os.PRIO_PROCESS, 0)
+        assert secret.read_text() == "secret"
+    finally:
+        others.kill()
+        others.wait()
+
+
+_WAITS = """
+import importlib.util, os, sys, time
+found = importlib.util.spec_from_file_location("pt2_child", sys.argv[1])
+child = importlib.util.module_from_spec(found)
+found.loader.exec_module(child)
+try:
+    child._confine()
+except child.RefusedError as error:
+    print("cannot confine:", error, flush=True)
+print("confined", flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_confined_child_ends_with_the_one_who_waits_for_it(tmp_path: Path) -> None:
+    child = Path(countermark.suspects.__file__).with_name("pt2_child.py")
+    command = [sys.executable, "-I", "-c", _WAITS, str(child)]
+    waiting = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=_THREADS)
+    assert waiting.stdout is not None
+    said = waiting.stdout.readline()
+    waiting.kill()
+    begun = time.monotonic()
+    waiting.communicate(timeout=60)  # until nobody has its output open
+    if "cannot confine" in said:
+        pytest.skip(said)
+    assert said == "confined\n"
+    assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("ask", [countermark.suspects.ask_onnx, countermark.suspects.ask_pt2])
+def test_children_get_no_environment_and_few_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Path, torch.Tensor], torch.Tensor]
+) -> None:
+    monkeypatch.setenv("SECRET_TOKEN", "secret")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("onnx_child.py", "pt2_child.py"):
+        (tmp_path / name).write_text("import os, sys; sys.stderr.write(f'{sorted(os.environ)}'); sys.exit(2)")
+    monkeypatch.setattr("countermark.suspects.confined._FOLDER", tmp_path)
+    with pytest.raises(CountermarkError, match="OMP_NUM_THREADS") as caught:
+        ask(tmp_path / "x", torch.rand(1, *SHAPE))
+    assert "SECRET_TOKEN" not in str(caught.value)
+    assert "PATH'" not in str(caught.value).replace("LIBRARY_PATH'", "")

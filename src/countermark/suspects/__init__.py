@@ -19,14 +19,18 @@ from countermark.suspects.remote import NO_ANSWER, Asking, Endpoint, prepare
 _CHUNK = 250
 
 Suspect = Callable[[torch.Tensor], torch.Tensor]
-"""Images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`; -1 where there is no answer."""
+"""Images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`; -1 where there is no answer.
+
+One of your own goes where a place goes: `countermark.verify(VerifyConfig(suspect=function, key=...))`, and so in `trace`.
+"""
 
 
-def open_suspect(place: str | Path, shape: tuple[int, ...], asking: Asking | None = None) -> Suspect:
+def open_suspect(place: str | Path | Suspect, shape: tuple[int, ...], asking: Asking | None = None) -> Suspect:
     """Make a suspect that answers with labels.
 
     Args:
-        place: a model folder, an `.onnx` or `.pt2` file, or the URL of an endpoint (see `Endpoint`).
+        place: a model folder, an `.onnx` or `.pt2` file, the URL of an endpoint (see `Endpoint`), or a function of your own, which is
+            given the images as `asking` says.
         shape: one image as it will be asked, `(channels, height, width)`.
         asking: how the suspect wants its images, and how an endpoint is asked.
 
@@ -34,6 +38,9 @@ def open_suspect(place: str | Path, shape: tuple[int, ...], asking: Asking | Non
         CountermarkError: the place is none of these, or the model takes images of another shape.
     """
     asking = asking or Asking()
+    if callable(place):
+        function = place
+        return lambda x: _checked(function(prepare(x, asking)), len(x))
     if str(place).startswith(("http://", "https://")):
         return Endpoint(str(place), asking)
     path = Path(place)
@@ -59,6 +66,12 @@ def open_suspect(place: str | Path, shape: tuple[int, ...], asking: Asking | Non
         raise CountermarkError(f"{path} is neither a model folder nor an .onnx or .pt2 file; export the model to ONNX")
     ask = ask_onnx if suffix == ".onnx" else ask_pt2
     return lambda x: ask(path, prepare(x, asking))
+
+
+def _checked(labels: object, count: int) -> torch.Tensor:
+    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (count,):
+        raise CountermarkError(f"a suspect that is a function answers {count} images with int64 labels of the shape ({count},)")
+    return labels
 
 
 def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """Asking a file from a stranger in a child process under limits; the children are `onnx_child` and `pt2_child`.
 
 The child limits its own memory, processor time and file size, checks the file before anything is run, and sends labels back as a NumPy
-array without objects.
+array without objects. It gets none of the environment, where tokens and passwords may be, but what finds libraries.
 """
 
 import importlib.util
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ from countermark.errors import CountermarkError
 
 _FOLDER = Path(__file__).parent
 _TIMEOUT = 600  # seconds for all images of one call
+_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # a process of many cannot leave its namespaces
+_ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 _FAILED = 2  # the child's exit status when it says why on standard error
 
 
@@ -46,8 +49,8 @@ def ask_pt2(path: Path, x: torch.Tensor) -> torch.Tensor:
 
     Its loader unpickles and evaluates expressions, so the file is written anew before it is loaded, with nothing but stored tensors, ATen
     operators and arithmetic of sizes. The child that loads it can read Python's own folders and nothing else, write nowhere but in an
-    empty folder that is deleted, and reach no network; where the system cannot promise that (Linux with Landlock and user namespaces
-    can), it refuses.
+    empty folder that is deleted, reach no network and signal no process but its own; where the system cannot promise that (Linux with
+    Landlock and user namespaces can), it refuses. Not closed to it are modes and times of files and, before Linux 6.2, cutting them short.
 
     Args:
         path: the file: one input of the type and layout of `x`, with `n` free; one output, logits or labels.
@@ -67,9 +70,12 @@ def _ask(child: Path, path: Path, x: torch.Tensor) -> torch.Tensor:
     request = io.BytesIO()
     np.save(request, x.numpy(), allow_pickle=False)
     command = [sys.executable, "-I", str(child), str(path.absolute())]
+    environment = _THREADS | {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     try:
         with tempfile.TemporaryDirectory() as empty:  # where relative paths inside the file lead nowhere
-            done = subprocess.run(command, input=request.getvalue(), capture_output=True, timeout=_TIMEOUT, check=False, cwd=empty)  # noqa: S603
+            done = subprocess.run(  # noqa: S603
+                command, input=request.getvalue(), capture_output=True, timeout=_TIMEOUT, check=False, cwd=empty, env=environment
+            )
     except subprocess.TimeoutExpired as error:
         raise CountermarkError(
             f"{path} did not answer {len(x)} images within {_TIMEOUT} seconds; it is not a model of this size"

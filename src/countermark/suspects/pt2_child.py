@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import struct
 import sys
 import sysconfig
@@ -31,7 +32,11 @@ _TARGET = re.compile(r"torch\.ops\.aten\.\w+\.\w+|_operator\.(add|sub|mul|floord
 
 
 def _confine() -> None:
-    """Leave this process without network, with nothing to read but Python's own folders and nowhere to write but an empty one."""
+    """Go on as a process without network, that can name no other process, with only Python's own folders to read and an empty one to write.
+
+    What Linux keeps open: modes and times of the user's own files, whose names it would have to guess (Landlock knows neither); before
+    Linux 6.2 also cutting them short.
+    """
     import torch  # before the folders close; what is imported later is among those that stay open
     import torch.export
 
@@ -39,13 +44,15 @@ def _confine() -> None:
     scratch = tempfile.tempdir = str(Path.cwd())  # empty, and deleted when the answer is there; torch's loader wants such a place
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    if libc.unshare(0x10000000 | 0x40000000 | 0x08000000) != 0:  # user, network and IPC namespaces
+    if libc.unshare(0x10000000 | 0x20000000 | 0x40000000 | 0x08000000) != 0:  # user, PID, network and IPC namespaces
         raise RefusedError(
             "this system cannot put a child into namespaces of its own, so .pt2 files are not loaded; export the model to ONNX"
         )
-    # Landlock (linux/landlock.h): handle everything that version 1 knows; allow reading below Python's folders.
+    _move_into_pid_namespace(libc)
+    # Landlock (linux/landlock.h): handle every use of files that this kernel's version knows; allow reading below Python's folders.
     create, add, restrict = 444, 445, 446
-    reading, everything = (1 << 2) | (1 << 3), (1 << 13) - 1
+    version = libc.syscall(create, None, ctypes.c_size_t(0), 1)
+    reading, everything = (1 << 2) | (1 << 3), (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
     ruleset = libc.syscall(create, ctypes.byref(ctypes.c_uint64(everything)), ctypes.c_size_t(8), 0)
     if ruleset < 0:
         raise RefusedError(
@@ -60,6 +67,18 @@ def _confine() -> None:
             os.close(descriptor)
     if libc.syscall(restrict, ruleset, 0) != 0:
         raise RefusedError("this system cannot close the files of a child, so .pt2 files are not loaded; export the model to ONNX")
+
+
+def _move_into_pid_namespace(libc: ctypes.CDLL) -> None:
+    """Go on in a child, the first process of the new PID namespace; this one waits and passes its status on.
+
+    No process outside has a number there, so none can be signalled, limited or watched; the session of its own is for signals to a group.
+    """
+    child = os.fork()
+    if child:
+        os._exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), -1) & 0xFF)
+    libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    os.setsid()
 
 
 def _plain(data: bytes, x: np.ndarray) -> io.BytesIO:

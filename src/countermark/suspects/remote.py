@@ -1,8 +1,8 @@
 """Asking a model behind HTTP: the Open Inference Protocol v2 and MLflow's `/invocations`.
 
 Only labels are used, whatever is returned. What was answered is written to a replay log at once, so a claim that was cut off goes on
-where it was and asks nothing twice. A refusal, a timeout after all retries or an answer that changes is no answer (-1): it weakens the
-evidence and stops nothing.
+where it was and asks nothing twice. A refusal, a connection that is dropped, a timeout after all retries or an answer that changes is no
+answer (-1): it weakens the evidence and stops nothing.
 """
 
 import json
@@ -15,10 +15,12 @@ from typing import Any
 
 import requests
 import torch
+from urllib3.exceptions import MaxRetryError, NewConnectionError
 
 from countermark.data import as_uint8, pixels
 from countermark.errors import CountermarkError
 from countermark.files import sha256
+from countermark.suspects.session import Session
 
 NO_ANSWER = -1
 PIXELS = ("float", "uint8")
@@ -27,6 +29,7 @@ _RESPONSE_LIMIT = 1 << 24
 _REPLAY_LIMIT = 1 << 28
 _FIRST_WAIT = 0.5  # seconds before the first retry; then twice as long each time
 _LONGEST_WAIT = 30.0
+_PATIENCE = 5  # requests in a row that bring nothing
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,10 @@ class Asking:
         mean: subtracted from pixels of [0, 1], one number or one a channel.
         std: what they are then divided by.
         batch_size: images in a request.
-        budget: most images that may be asked; the rest stay without an answer.
+        budget: most images that may be sent, counted every time (in a batch, again alone, in a retry); the rest stay without an answer.
         rate: most requests in a second.
         retries: how often a request that failed (no connection, a time-out, 429 or 5xx) is made again.
-        timeout: seconds to wait for an answer.
+        timeout: seconds to wait for a connection, and then for the whole of an answer.
         repeats: how often each image is asked; only an answer that is the same every time counts.
         replay: file that keeps the answers.
         headers: HTTP headers, such as an Authorization.
@@ -88,7 +91,7 @@ class Endpoint:
     """A suspect behind a URL; call it with images `(n, c, h, w)`, get int64 labels `(n,)`, -1 where there is no answer.
 
     Attributes:
-        asked: images asked so far in this process.
+        asked: images sent so far in this process, counted every time.
         refused: images that got no answer.
         changed: images whose answers differed between repeats.
     """
@@ -106,20 +109,23 @@ class Endpoint:
                 f"{url} is neither .../v2/models/NAME (Open Inference Protocol) nor .../invocations (MLflow); give one of these"
             )
         self.asked = self.refused = self.changed = 0
-        self._session = requests.Session()
+        self._session = Session()
         self._session.headers.update(dict(self._asking.headers))
         self._input: str | None = None
         self._last = -math.inf
-        self._known = _read_replay(self._asking.replay, self.url)
+        self._known = _read_replay(self._asking.replay, self.url, self._asking.repeats)
+        self._reached = bool(self._known)  # it was there once: from now on silence is a refusal
+        self._silent = self._gone = 0  # requests in a row that brought nothing; that found nobody to connect to
+        self._trouble = ""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Ask for labels.
 
         Raises:
-            CountermarkError: nothing answers at all; what was answered is in the replay log.
+            CountermarkError: nothing answers at all, or not any more; what was answered is in the replay log.
         """
-        names = [sha256(image.contiguous().numpy().tobytes()) for image in x]
         images = prepare(x, self._asking)
+        names = [_digest(image) for image in images]
         todo = [i for i, name in enumerate(names) if name not in self._known]
         todo = list({names[i]: i for i in reversed(todo)}.values())[::-1]  # each image once
         for start in range(0, len(todo), self._asking.batch_size):
@@ -128,6 +134,8 @@ class Endpoint:
                 part = part[: max(0, (self._asking.budget - self.asked) // self._asking.repeats)]
             if part:
                 self._keep([names[i] for i in part], self._repeated(images[part]))
+        if self._silent and not self._reached:
+            raise self._unreachable()
         labels = torch.tensor([self._known.get(name, NO_ANSWER) for name in names], dtype=torch.int64)
         self.refused = int((labels == NO_ANSWER).sum())
         return labels
@@ -135,12 +143,11 @@ class Endpoint:
     def _repeated(self, images: torch.Tensor) -> list[int]:
         rounds = [self._batch(images) for _ in range(self._asking.repeats)]
         same = [answers[0] if len(set(answers)) == 1 else NO_ANSWER for answers in zip(*rounds, strict=True)]
-        self.changed += sum(len(set(answers)) > 1 for answers in zip(*rounds, strict=True))
+        self.changed += sum(len({*answers} - {NO_ANSWER}) > 1 for answers in zip(*rounds, strict=True))
         return same
 
     def _batch(self, images: torch.Tensor) -> list[int]:
         """Answers to a batch; one that is refused is asked image by image."""
-        self.asked += len(images)
         answers = self._request(images)
         if answers is None and len(images) > 1:
             singles = [self._request(images[i : i + 1]) for i in range(len(images))]
@@ -156,7 +163,7 @@ class Endpoint:
             data = images.flatten().tolist()
             body = {"inputs": [{"name": self._input_name(), "shape": list(images.shape), "datatype": kind, "data": data}]}
         path = self.url if self._mlflow else f"{self.url}/infer"
-        found = self._send("POST", path, body)
+        found = self._send("POST", path, body, len(images))
         return None if found is None else _labels(found, len(images), self._mlflow)
 
     def _input_name(self) -> str:
@@ -167,34 +174,50 @@ class Endpoint:
             self._input = str(first.get("name", "input"))
         return self._input
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Send with retries; none for a refusal.
+    def _send(self, method: str, path: str, body: dict[str, Any] | None, images: int = 0) -> dict[str, Any] | None:
+        """Send with retries, as far as the budget goes; none for a refusal, and for silence where somebody is there.
+
+        After a few requests in a row that brought nothing, each is made once, so that a suspect cannot make the asking last for days.
 
         Raises:
-            CountermarkError: no connection after all retries.
+            CountermarkError: there is nobody to connect to, at first or in a few requests in a row.
         """
-        trouble = ""
+        nobody = False
         for attempt in range(self._asking.retries + 1):
+            if self._asking.budget is not None and images > self._asking.budget - self.asked:
+                break
             if attempt:
                 time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
             if self._asking.rate is not None:
                 time.sleep(max(0.0, self._last + 1 / self._asking.rate - time.monotonic()))
                 self._last = time.monotonic()
+            self.asked += images
             try:
                 with self._session.request(
                     method, path, json=body, timeout=self._asking.timeout, stream=True, allow_redirects=False
                 ) as response:
-                    if response.status_code == 429 or response.status_code >= 500:
-                        trouble = f"status {response.status_code}"
-                        continue
-                    if response.status_code != 200:
-                        return None
-                    return _json(response)
+                    self._reached = True
+                    found = _json(response) if response.status_code == 200 else None
+                if response.status_code < 500:
+                    self._silent = self._gone = 0
+                    if response.status_code != 429:
+                        return found
+                nobody = False
             except requests.RequestException as error:
-                trouble = type(error).__name__
-        if trouble.startswith("status") or trouble == "ReadTimeout":
-            return None
-        raise CountermarkError(f"{path} cannot be reached ({trouble}); check the address, and run the same command again to go on")
+                self._trouble, nobody = type(error).__name__, _is_nobody(error)
+            if self._silent >= _PATIENCE and not nobody:
+                break
+        self._silent += 1
+        self._gone = self._gone + 1 if nobody else 0
+        if nobody and (not self._reached or self._gone >= _PATIENCE):
+            raise self._unreachable()
+        return None
+
+    def _unreachable(self) -> CountermarkError:
+        go_on = "check the address, and run the same command again to go on"
+        if self._asking.replay is not None and self._known:
+            go_on += f", or with --budget 1 to judge by what {self._asking.replay} has"
+        return CountermarkError(f"{self.url} cannot be reached ({self._trouble}); {go_on}")
 
     def _keep(self, names: Sequence[str], labels: Sequence[int]) -> None:
         answered = {name: label for name, label in zip(names, labels, strict=True) if label != NO_ANSWER}
@@ -202,11 +225,23 @@ class Endpoint:
         if self._asking.replay is not None and answered:
             try:
                 with self._asking.replay.open("a") as stream:
-                    stream.writelines(
-                        json.dumps({"url": self.url, "image": name, "label": label}) + "\n" for name, label in answered.items()
-                    )
+                    for name, label in answered.items():
+                        entry = {"url": self.url, "image": name, "label": label, "repeats": self._asking.repeats}
+                        stream.write(json.dumps(entry) + "\n")
             except OSError as error:
                 raise CountermarkError(f"cannot write {self._asking.replay}: {error.strerror}; choose another replay log") from error
+
+
+def _digest(image: torch.Tensor) -> str:
+    """What stands for a question in the replay log: the image as it is sent, so that one prepared otherwise is another question."""
+    return sha256(f"{image.dtype} {list(image.shape)} ".encode() + image.contiguous().numpy().tobytes())
+
+
+def _is_nobody(error: requests.RequestException) -> bool:
+    """Whether no connection was made, so that the suspect cannot have seen what was asked."""
+    cause = error.args[0] if error.args else None
+    nobody = isinstance(cause, MaxRetryError) and isinstance(cause.reason, NewConnectionError)
+    return nobody or isinstance(error, requests.exceptions.ConnectTimeout | requests.exceptions.ProxyError)
 
 
 def _json(response: requests.Response) -> dict[str, Any] | None:
@@ -241,7 +276,8 @@ def _labels(found: dict[str, Any], count: int, mlflow: bool) -> list[int] | None
         return None
 
 
-def _read_replay(path: Path | None, url: str) -> dict[str, int]:
+def _read_replay(path: Path | None, url: str, repeats: int = 1) -> dict[str, int]:
+    """The log's answers that count here: of this address, and given as often as is asked now."""
     if path is None or not path.exists():
         return {}
     known: dict[str, int] = {}
@@ -251,10 +287,12 @@ def _read_replay(path: Path | None, url: str) -> dict[str, int]:
         for line in path.read_text().splitlines():
             try:
                 entry = json.loads(line)
-                if entry["url"] == url and type(entry["label"]) is int and isinstance(entry["image"], str):
-                    known[entry["image"]] = entry["label"]
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a crash cut short
+                image, label, often = entry["image"], entry["label"], entry["repeats"]
+                whole = isinstance(image, str) and type(label) is int and 0 <= label < 1 << 31 and type(often) is int
+                if entry["url"] == url and whole and often >= repeats:
+                    known[image] = label
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # a line that a crash cut short, or an early one that does not say how often, whose image is not as it was sent
     except (OSError, UnicodeDecodeError) as error:
         raise CountermarkError(f"cannot read {path} as a replay log; choose another file") from error
     return known

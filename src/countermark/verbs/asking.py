@@ -9,7 +9,8 @@ from countermark.config import SuspectConfig
 from countermark.data import CATALOG, is_cached, load_examples
 from countermark.errors import CountermarkError
 from countermark.evaluation import agreement
-from countermark.suspects import NO_ANSWER, Asking, Endpoint, open_suspect
+from countermark.progress import bar
+from countermark.suspects import NO_ANSWER, Asking, Endpoint, Suspect, open_suspect
 
 _CLEAN = 100
 _DOUBTFUL = 50.0  # percent
@@ -23,7 +24,7 @@ class Answered:
         labels: int64 `(n,)`, -1 where there is no answer.
         unanswered: how many have none.
         changed: how many changed when they were asked again.
-        clean_accuracy: on clean examples, in percent; none if there are none at hand.
+        clean_accuracy: on clean examples, in percent; none if they could not be asked.
     """
 
     labels: torch.Tensor
@@ -36,6 +37,7 @@ def ask(config: SuspectConfig, x: torch.Tensor, data: str) -> Answered:
     """Ask the suspect of a configuration for the labels of images `(n, c, h, w)`.
 
     A hundred clean examples of the data set go along, if its files are at hand: a suspect that fails on them is asked in the wrong way.
+    Where that check is not made, standard error says why.
 
     Raises:
         CountermarkError: the suspect cannot be opened or asked.
@@ -56,17 +58,31 @@ def ask(config: SuspectConfig, x: torch.Tensor, data: str) -> Answered:
     suspect = open_suspect(config.suspect, tuple(x.shape[1:]), asking)
     labels = suspect(x)
     changed = suspect.changed if isinstance(suspect, Endpoint) else 0
-    clean = None
-    if data in CATALOG and CATALOG[data].shape == tuple(x.shape[1:]) and is_cached(data):
-        try:
-            examples = load_examples(data)[0][:_CLEAN]
-        except CountermarkError:  # scikit-learn is not installed, or a damaged file: there is no check then
-            pass
-        else:
-            given = suspect(examples.x)
-            answered = given != NO_ANSWER  # the budget may be spent
-            clean = agreement(given[answered], examples.y[answered]) if bool(answered.any()) else None
+    try:
+        clean = _clean_accuracy(suspect, tuple(x.shape[1:]), data)
+    except CountermarkError as error:
+        clean = None
+        with bar("asking clean examples", _CLEAN) as progress:
+            progress.note(f"not checked on clean examples whether the suspect is asked in the right way: {error}")
     return Answered(labels, int((labels == NO_ANSWER).sum()), changed, clean)
+
+
+def _clean_accuracy(suspect: Suspect, shape: tuple[int, ...], data: str) -> float:
+    """Percent of clean examples that the suspect gets right.
+
+    Raises:
+        CountermarkError: why they cannot be asked.
+    """
+    if data not in CATALOG or CATALOG[data].shape != shape:
+        raise CountermarkError("the key is for a data set that is none of ours")
+    if not is_cached(data):
+        raise CountermarkError(f"the files of {data} are not in the cache; countermark data fetch {data} puts them there")
+    examples = load_examples(data)[0][:_CLEAN]  # may want scikit-learn, or find a damaged file
+    given = suspect(examples.x)
+    answered = given != NO_ANSWER
+    if not bool(answered.any()):
+        raise CountermarkError("none of them was answered, or the budget was spent before")
+    return agreement(given[answered], examples.y[answered])
 
 
 def asked_how(config: SuspectConfig) -> dict[str, Any]:

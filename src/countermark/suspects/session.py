@@ -1,0 +1,74 @@
+"""An HTTP session with a server that may mean harm: an answer has one deadline as a whole, and a redirect is nothing but a status.
+
+A timeout of `requests` is for each read, so a server that sends a byte now and then, of the head or the body, would be read for ever. And
+`requests` reads the body and the address of a redirect even if it is told not to follow it.
+"""
+
+import http.client
+import io
+import socket
+import time
+from typing import Any
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+
+
+class Session(requests.Session):
+    """Use it like `requests.Session`; the timeout is also that of the whole answer, from when the request is sent."""
+
+    def __init__(self) -> None:
+        """Take every address."""
+        super().__init__()
+        for scheme in ("http://", "https://"):
+            self.mount(scheme, _Adapter())
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Say that no answer is a redirect."""
+        return
+
+
+class _Reader(io.RawIOBase):
+    """What a socket receives, until a deadline."""
+
+    def __init__(self, connection: socket.socket, stream: io.RawIOBase) -> None:
+        self._connection, self._stream = connection, stream
+        timeout = connection.gettimeout()
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        if self._deadline is not None:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("the answer as a whole took too long")
+            self._connection.settimeout(left)
+        return self._stream.readinto(buffer)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_Reader(sock, self.fp.detach()))
+
+
+class _Connection(HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(HTTPSConnection):
+    response_class = _Response
+
+
+class _Adapter(HTTPAdapter):
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
+        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
+        pool.ConnectionCls = _SecureConnection if pool.scheme == "https" else _Connection
+        return pool
