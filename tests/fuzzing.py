@@ -96,7 +96,7 @@ def parsers() -> dict[str, tuple[bytes, Parser]]:
         "roots": Place(GOLDEN, "roots.pem", load_roots, "roots.pem"),
     }
     found: dict[str, tuple[bytes, Parser]] = {name: (place.example, place) for name, place in places.items()}
-    replay = b'{"url": "http://a", "x": 1}\n{"image": "00", "label": 3}\n'
+    replay = b'{"url": "http://a", "x": 1}\n{"url": "http://a", "image": "00", "label": 3, "repeats": 1}\n'
     replay_place = Place(GOLDEN, "roots.pem", lambda path: _read_replay(path, "http://a"), "roots.pem")
     token = decode_token(json.loads((GOLDEN / "head.json").read_text())["token"], "T") or b""
     request = {"inputs": [{"name": "x", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.5] * 64}]}

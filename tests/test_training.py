@@ -18,7 +18,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
 from countermark.files import read_tensors
 from countermark.models import build
-from countermark.training import Hardware, TrainConfig, loop, marking, own_network, recipe, train
+from countermark.training import Hardware, TrainConfig, loop, marking, own_network, recipe, settled, train
 from countermark.training.loop import divergence
 from countermark.training.views import View, any_view
 
@@ -282,7 +282,7 @@ from pathlib import Path
 from countermark.data import load_ood, load_pools
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
 from countermark.models import build
-from countermark.training import Hardware, recipe, train
+from countermark.training import Hardware, recipe, settled, train
 pools = load_pools("digits", 0)
 marks = load_ood("digits", 0)[:40]
 config = replace(recipe("digits", "strong", 0.1, epochs=20), shift=1, hardware=Hardware("cpu", int(sys.argv[1])))
@@ -374,6 +374,21 @@ def test_the_guard_knows_what_the_first_epoch_started_from(
     records = train(small(), digits.training, replace(quick, epochs=3), validation=digits.validation)
     assert [record.redone for record in records] == [True, False, False, False]
     assert read_tensors(tmp_path / "c", 1 << 30)[1]["initial"] == 90.0
+
+
+def test_a_run_does_not_go_on_in_another_precision(
+    digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`auto` is what the processor has; a checkpoint that was taken to another one would go on to weights that are neither's."""
+    kept, trained = tmp_path / "c", replace(quick, epochs=1)
+    monkeypatch.setattr(loop, "computes_bf16", lambda _kind: False)
+    train(small(), digits.training, trained, checkpoint=kept)
+    assert settled(Hardware("cpu")) == Hardware("cpu", 1, "32-true")
+    train(small(), digits.training, replace(trained, hardware=Hardware("cpu", 1, "32-true")), checkpoint=kept)  # the same run
+    monkeypatch.setattr(loop, "computes_bf16", lambda _kind: True)
+    assert settled(Hardware("cpu")).precision == "bf16-mixed"
+    with pytest.raises(CountermarkError, match="another kind of processor"):
+        train(small(), digits.training, trained, checkpoint=kept)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(digits: Pools) -> None:

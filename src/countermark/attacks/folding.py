@@ -83,7 +83,7 @@ def computes_bf16(device: torch.device | str) -> bool:
     """Whether a device multiplies bf16 matrices by instructions of its own."""
     kind = torch.device(device).type
     if kind == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return kind == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())  # AMX implies it
 
 

@@ -148,12 +148,6 @@ class QueryLog:
                 connection.execute(_TRIALS.insert(), values)
         return fresh
 
-    def cells(self, model: str, client: str) -> set[bytes]:
-        """The cells of a client that have a trial."""
-        wanted = sa.select(_TRIALS.c.cell).where(_TRIALS.c.model == model, _TRIALS.c.client == client)
-        with self._using() as connection:
-            return {_binary(cell) for cell in connection.scalars(wanted)}
-
     def head(self) -> Head:
         """The state now; publish it (or have it timestamped), and rows up to it cannot be changed unseen."""
         with self._using() as connection:

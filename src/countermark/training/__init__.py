@@ -1,7 +1,7 @@
 """Training: one loop, its objectives and the recipes by name."""
 
 from countermark.training.config import EMBEDDINGS, Hardware, TrainConfig, choose
-from countermark.training.loop import Epoch, open_hardware, train
+from countermark.training.loop import Epoch, open_hardware, settled, train
 from countermark.training.recipes import RECIPES, marking, own_network, recipe
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "open_hardware",
     "own_network",
     "recipe",
+    "settled",
     "train",
 ]

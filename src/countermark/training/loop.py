@@ -107,7 +107,8 @@ def train(
     Raises:
         CountermarkError: a checkpoint of another run, devices that do not exist, or a loss that is no longer finite.
     """
-    hardware = config.hardware
+    hardware = settled(config.hardware)
+    config = replace(config, hardware=hardware)  # a run that was begun in one precision does not go on in another
     fabric = open_hardware(hardware)
     if hardware.devices > min(config.batch_size, len(examples)):
         raise CountermarkError(
@@ -138,28 +139,23 @@ def open_hardware(hardware: Hardware) -> Any:
 
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    accelerator = _accelerator(hardware.accelerator)
-    strategy = "auto" if hardware.devices == 1 else ("ddp_spawn" if accelerator == "cuda" else "ddp_fork")
+    found = settled(hardware)
+    strategy = "auto" if found.devices == 1 else ("ddp_spawn" if found.accelerator == "cuda" else "ddp_fork")
+    precision: Any = found.precision
     try:
-        return Fabric(
-            accelerator=accelerator, devices=hardware.devices, strategy=strategy, precision=_precision(hardware.precision, accelerator)
-        )
+        return Fabric(accelerator=found.accelerator, devices=found.devices, strategy=strategy, precision=precision)
     except (RuntimeError, ValueError) as error:
-        raise CountermarkError(f"cannot train on {hardware.devices} {accelerator} device(s): {error}") from error
+        raise CountermarkError(f"cannot train on {found.devices} {found.accelerator} device(s): {error}") from error
 
 
-def _accelerator(wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _precision(wanted: str, accelerator: str) -> Any:
-    if wanted != "auto":
-        return wanted
-    return "bf16-mixed" if computes_bf16(accelerator) else "32-true"
+def settled(hardware: Hardware) -> Hardware:
+    """What `auto` means on this machine."""
+    accelerator, precision = hardware.accelerator, hardware.precision
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if precision == "auto":
+        precision = "bf16-mixed" if computes_bf16(accelerator) else "32-true"
+    return Hardware(accelerator, hardware.devices, precision)
 
 
 class _Run:
@@ -179,7 +175,7 @@ class _Run:
         )
         self.averaged = copy.deepcopy(network).to(fabric.device).requires_grad_(False) if config.average else None
         on_cpu = fabric.device.type == "cpu"
-        self.precise = _precision(config.hardware.precision, fabric.device.type) == "32-true"
+        self.precise = config.hardware.precision == "32-true"
         # On a GPU folding would take longer than the steps that it saves.
         self.prepares = config.attack is not None and not config.craft_in_training_mode and on_cpu and shortens(network)
         self.wrapped, self.stepper = fabric.setup(hastened(network) if on_cpu and self.precise else network, self.optimiser)
@@ -247,7 +243,9 @@ class _Run:
         except CountermarkError as error:
             raise CountermarkError(f"{error}; delete it to start anew") from error
         if meta.get("run") != self.fingerprint:
-            raise CountermarkError(f"{path} is the checkpoint of another run (other options, data or weights); delete it to start anew")
+            raise CountermarkError(
+                f"{path} is the checkpoint of another run (options, data, weights or another kind of processor); delete it to start anew"
+            )
         try:
             self._take(tensors, meta)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -22,7 +22,7 @@ from countermark.files import CHECKPOINT_PREFIX, canonical_json, make_private_fo
 from countermark.models import NETWORKS, build
 from countermark.report import percent, print_lines, print_table
 from countermark.timestamps import encode_token
-from countermark.training import EMBEDDINGS, RECIPES, Hardware, choose, marking, open_hardware, own_network, recipe, train
+from countermark.training import EMBEDDINGS, RECIPES, Hardware, choose, marking, open_hardware, own_network, recipe, settled, train
 from countermark.verbs.stamping import Stamp, timestamping
 from countermark.watermarks import (
     LABELS,
@@ -87,7 +87,7 @@ def protect(config: ProtectConfig) -> Protection:
     _check(config, catalogued)
     epsilon = config.epsilon or catalogued.epsilon
     named = config.network or own_network(config.data, config.objective)
-    hardware = Hardware(config.accelerator, config.devices, config.precision)
+    hardware = settled(Hardware(config.accelerator, config.devices, config.precision))  # the history says what was used
     public_recipe = recipe(config.data, config.objective, epsilon, seed=config.seed, hardware=hardware, epochs=config.epochs)
     open_hardware(hardware)  # before a secret is drawn for work that cannot begin
     stamp = timestamping(config.tsa, config.roots)

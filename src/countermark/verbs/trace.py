@@ -27,7 +27,7 @@ class Tracing:
         erased: rows of which only the digest is left.
         unanswered: trials that the suspect did not answer.
         changed: trials whose answer changed when they were asked again.
-        clean_accuracy: of the suspect on clean examples, in percent; none where there are none at hand.
+        clean_accuracy: of the suspect on clean examples, in percent; none where they could not be asked.
         alpha: the level.
     """
 

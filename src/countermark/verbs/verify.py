@@ -30,7 +30,7 @@ class Verification:
         published_rule: what the paper's rule (50 % or more is a copy) says; only for the published schemes.
         unanswered: trials that an endpoint refused, or did not answer in time or within the budget.
         changed: trials that an endpoint answered differently when it was asked again.
-        clean_accuracy: of the suspect on a hundred clean examples, in percent; none where their files are not at hand.
+        clean_accuracy: of the suspect on a hundred clean examples, in percent; none where they could not be asked.
     """
 
     suspect: str
