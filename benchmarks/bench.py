@@ -188,10 +188,10 @@ def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) 
     return (time.process_time() - begun) / steps * (len(training) / 128)
 
 
-def trained(data: str, network: str) -> tuple[nn.Module, dict[str, Any]]:
+def trained(data: str, network: str, anew: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The recipe `fast`, unmarked, and how much of the processor's time it took; kept as a model folder in runs/bench."""
     catalogued, folder = spec(data), DONE / f"{network}-{data}"
-    if (folder / "metrics.json").exists():
+    if (folder / "metrics.json").exists() and not anew:
         return load_bundle(folder)[0], read_json(folder / "metrics.json")
     model = build(network, catalogued.shape, catalogued.classes, seed=0)
     pools = load_pools(data, 0)
@@ -220,7 +220,7 @@ def recipes(steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for data, wanted in PAPER.items():
         before = paper_recipe_epoch(data, "paper", load_pools(data, 0).training, steps)
-        _, made = trained(data, "paper")
+        _, made = trained(data, "paper", anew=True)  # a ratio is of one run
         after = paper_recipe_epoch(data, "paper", load_pools(data, 0).training, steps)
         epoch = (before + after) / 2
         found[data] = {
@@ -272,25 +272,37 @@ def summary(parts: dict[str, Any]) -> dict[str, Any]:
         top["pgd_paper_bf16_vs_torchattacks"] = None if bf16 is None else bf16["torchattacks"]
         top["pgd_paper_fp32_vs_torchattacks"] = paper["times_as_fast"]["countermark"]["torchattacks"]
         quickest = "countermark" if bf16 is None else "countermark, bf16"  # what evaluation takes on this processor
+        left = [(name, found["accuracy_left"]) for found in (paper, small) for name in found["accuracy_left"] if "countermark" in name]
+        top["pgd_disagreement"] = max(abs(rates[name] - rates["torchattacks"]) for name, rates in left)
         top["pgd_small_vs_torchattacks"] = small["times_as_fast"][quickest]["torchattacks"]
         if "gemm" in parts:
             rate = paper["image_steps_per_second"][quickest] * paper["flops_of_a_step"] / 1e9
             top["gemm_ceiling_fraction"] = rate / parts["gemm"]["float32" if bf16 is None else "bfloat16"]
     if "strict" in parts:
         top["strict_evaluation_speedup"] = min(one["times_ours"]["pyautoattack"] for one in parts["strict"])
+        top["strict_disagreement"] = max(abs(one["strict"]["countermark"] - one["strict"]["pyautoattack"]) for one in parts["strict"])
     for data, made in parts.get("recipe", {}).items():
         top[f"recipe_speedup_{data}"] = made["speedup"] if made["reached"] else None
-    for (data, epsilon, model), runs in strong_runs(parts).items():
-        if model == "marked":
+    protected = protected_runs(parts)
+    for (objective, data, epsilon, model), runs in protected.items():
+        if objective == "strong" and model == "marked":
             top[f"strict_accuracy_{data}_{epsilon:g}"] = statistics.mean(run["strict_accuracy_of_part"] for run in runs)
+    pairs = [
+        (runs, protected[objective, data, epsilon, "unmarked"])
+        for (objective, data, epsilon, model), runs in protected.items()
+        if model == "marked"
+    ]
+    gained = [one["strict_accuracy_of_part"] - other["strict_accuracy_of_part"] for pair in pairs for one, other in zip(*pair, strict=True)]
+    if gained:
+        top["strict_lost_by_marking"] = -min(gained)
     return top
 
 
-def strong_runs(parts: dict[str, Any]) -> dict[tuple[str, float, str], list[dict[str, Any]]]:
-    """The models of the recipe `strong`, seeds together, by data set, budget, and marked or not."""
-    found: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+def protected_runs(parts: dict[str, Any]) -> dict[tuple[str, str, float, str], list[dict[str, Any]]]:
+    """The models of benchmarks/strong.jsonl, seeds together, by recipe, data set, budget, and marked or not."""
+    found: dict[tuple[str, str, float, str], list[dict[str, Any]]] = {}
     for run in parts.get("strong", []):
-        found.setdefault((run["data"], run["epsilon"], run["model"]), []).append(run)
+        found.setdefault((run["objective"], run["data"], run["epsilon"], run["model"]), []).append(run)
     return found
 
 
@@ -305,6 +317,11 @@ TARGETS = {
     "strict_evaluation_speedup": (4.0, "strict evaluation, times pyautoattack (the slower of the models below)"),
     "recipe_speedup_mnist": (300.0, "time to the paper's adversarial accuracy, MNIST, times less than its recipe"),
     "recipe_speedup_fashion_mnist": (300.0, "the same, Fashion-MNIST"),
+}
+AT_MOST = {
+    "pgd_disagreement": (0.3, "what PGD leaves, furthest from torchattacks, points"),
+    "strict_disagreement": (0.3, "strict accuracy, furthest from pyautoattack, points"),
+    "strict_lost_by_marking": (0.5, "strict accuracy that marking costs, points, the worst of the models below"),
 }
 STRICT = {"strict_accuracy_mnist_0.3": 93.0, "strict_accuracy_mnist_0.25": 94.0, "strict_accuracy_fashion_mnist_0.15": 71.0}
 
@@ -334,6 +351,7 @@ def write_page(record: dict[str, Any]) -> None:
                 else f"{value:.2f}"
             )
             lines.append(f"| {what} | {wanted:g} | {shown} |")
+    lines += [f"| {what} | at most {most:g} | {record[name]:.2f} |" for name, (most, what) in AT_MOST.items() if name in record]
     for name, value in record.items():
         if name.startswith("strict_accuracy"):
             lines.append(f"| {name.replace('_', ' ')}, marked, mean over the seeds | {STRICT.get(name, '')} | {value:.1f} |")
@@ -407,6 +425,7 @@ def _strict_lines(parts: dict[str, Any]) -> list[str]:
 def _strong_lines(parts: dict[str, Any]) -> list[str]:
     rows = [
         [
+            objective,
             f"{data}, {epsilon:g}",
             model,
             run["network"],
@@ -420,7 +439,7 @@ def _strong_lines(parts: dict[str, Any]) -> list[str]:
             run["precision"],
             f"{'resumed' if run['seconds_to_protect'] is None else format(run['seconds_to_protect'], ',.0f')}, {run['threads']}",
         ]
-        for (data, epsilon, model), runs in strong_runs(parts).items()
+        for (objective, data, epsilon, model), runs in protected_runs(parts).items()
         for run in runs
     ]
     notes = [
@@ -428,10 +447,8 @@ def _strong_lines(parts: dict[str, Any]) -> list[str]:
         "up to three other programs. `benchmarks/strong.py`.",
         "",
     ]
-    columns = (
-        "data, budget | model | network | seed | test | PGD | PGD, part | strict, part | images | coins | precision | seconds, threads"
-    )
-    return _section("The recipe `strong`", notes, columns, rows)
+    columns = "recipe | data, budget | model | network | seed | test | PGD | PGD, part | strict, part | images | coins | precision"
+    return _section("Protected models, strict", notes, columns + " | seconds, threads", rows)
 
 
 def _scaling_lines(parts: dict[str, Any]) -> list[str]:
@@ -455,7 +472,8 @@ def _scaling_lines(parts: dict[str, Any]) -> list[str]:
 def about() -> dict[str, Any]:
     """The machine, as far as a ratio needs it."""
     names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__}
+    found = {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__}
+    return {**found, "bf16": computes_bf16("cpu")}
 
 
 def main() -> None:
@@ -473,6 +491,8 @@ def main() -> None:
     DONE.mkdir(parents=True, exist_ok=True)
     kept = DONE / "parts.json"
     parts: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    if parts.setdefault("machine", about()) != about():
+        raise SystemExit(f"{kept} is of another machine ({parts['machine']}); delete {DONE} to begin anew")
     work: dict[str, Callable[[], Any]] = {
         "gemm": gemm,
         "recipe": lambda: recipes(20),
@@ -486,7 +506,7 @@ def main() -> None:
         if name in options.parts or (not options.parts and (name not in parts or name == "strong")):
             parts[name] = make()
             write_bytes(kept, json.dumps(parts).encode())
-            record = {**summary(parts), "machine": about(), "runs": parts}
+            record = {**summary(parts), "machine": parts["machine"], "runs": {part: parts[part] for part in work if part in parts}}
             write_bytes(RESULTS, (json.dumps(record, indent=1) + "\n").encode())
             write_page(record)
             print(name, json.dumps(summary(parts)), flush=True)
