@@ -68,7 +68,7 @@ class StrictAccuracy:
 
         docs/how-it-works.md says how to tell which.
         """
-        share = self.gap / 100
+        share = max(0.0, self.gap) / 100
         return self.gap - 200 * math.sqrt(share * (1 - share) / max(self.images, 1)) > LARGEST_HONEST_GAP
 
 

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import secrets
+import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -235,7 +236,8 @@ class QueryLog:
             with self._using() as connection:
                 return connection.execute(wanted.limit(_PAGE)).mappings().all()
         except CountermarkError:
-            pass
+            with self._using() as connection:  # the database itself may be away: then this says so
+                connection.execute(wanted.with_only_columns(_TRIALS.c.number).limit(1)).all()
         try:
             with self._using() as connection:
                 return connection.execute(wanted.limit(1)).mappings().all()
@@ -244,8 +246,13 @@ class QueryLog:
 
     def _empty_journal(self) -> None:
         """Bring all of SQLite's write-ahead log into the database and cut it to nothing: it still holds the pages as they were."""
-        with contextlib.closing(self._engine.raw_connection()) as connection:
-            (busy, *_) = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        try:
+            with contextlib.closing(self._engine.raw_connection()) as connection:
+                (busy, *_) = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as error:
+            raise CountermarkError(
+                f"the rows are erased, but {self.shown}-wal may still hold them ({error}); run the same again"
+            ) from error
         if busy:
             raise CountermarkError(
                 f"the rows are erased, but {self.shown}-wal still holds them while other programs read the log; run the same again"
@@ -305,7 +312,8 @@ def _engine(url: str) -> sa.Engine:
             address = address.set(drivername="postgresql+psycopg")
         if address.drivername not in ("sqlite", "postgresql+psycopg"):
             raise CountermarkError(f"a query log is a path, sqlite:///PATH or postgresql://HOST/DATABASE, not {address.drivername}")
-        engine = sa.create_engine(address, pool_pre_ping=address.drivername != "sqlite")
+        options: dict[str, Any] = {} if address.drivername == "sqlite" else {"pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
+        engine = sa.create_engine(address, **options)
     except (sa.exc.ArgumentError, ValueError) as error:
         raise CountermarkError(f"{url!r} is no address of a query log; give a path or postgresql://HOST/DATABASE") from error
     except ImportError as error:

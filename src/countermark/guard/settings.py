@@ -114,5 +114,5 @@ def weights_sha256(folder: Path) -> str:
 
 
 def guard_sha256(record: Mapping[str, Any]) -> str:
-    """Digest of a guard's configuration, for the second commitment."""
+    """Digest of a guard's configuration, for the third commitment."""
     return sha256(canonical_json(record))

@@ -22,7 +22,7 @@ from countermark.evidence import ALPHA, EProcess, decide
 from countermark.guard.core import WHOLE, client_key, coin
 from countermark.guard.log import Row
 
-_SHARES = np.array([[0.02], [0.1], [0.5], [0.9]])  # of the accounts, as gamblers guess, that a copy came from
+_SHARES = np.array([[0.002], [0.02], [0.1], [0.5], [0.9]])  # of the accounts, as gamblers guess, that a copy came from
 
 
 @dataclass(frozen=True)

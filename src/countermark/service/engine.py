@@ -91,8 +91,8 @@ class Engine:
 
     @property
     def failed(self) -> str | None:
-        """Why the last pass of the model or the last write of the log failed; none if both went well."""
-        return self._failures[0] or self._failures[1]
+        """Why the last write of the log failed, if it did; a failed pass of the model may be one query's own."""
+        return self._failures[1]
 
     async def start(self) -> None:
         """Begin to take queries."""

@@ -30,6 +30,7 @@ _REPLAY_LIMIT = 1 << 28
 _FIRST_WAIT = 0.5  # seconds before the first retry; then twice as long each time
 _LONGEST_WAIT = 30.0
 _PATIENCE = 5  # requests in a row that bring nothing
+_WASTED = 30  # and in all
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Endpoint:
         self._known = _read_replay(self._asking.replay, self.url, self._asking.repeats)
         self._reached = bool(self._known)  # it was there once: from now on silence is a refusal
         self._silent = self._gone = 0  # requests in a row that brought nothing; that found nobody to connect to
+        self._wasted = 0  # requests in all that brought nothing, for all their retries
         self._trouble = ""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -177,7 +179,7 @@ class Endpoint:
     def _send(self, method: str, path: str, body: dict[str, Any] | None, images: int = 0) -> dict[str, Any] | None:
         """Send with retries, as far as the budget goes; none for a refusal, and for silence where somebody is there.
 
-        After a few requests in a row that brought nothing, each is made once, so that a suspect cannot make the asking last for days.
+        After a few requests in a row that brought nothing, or many in all, each is made once, so that retries do not multiply the time.
 
         Raises:
             CountermarkError: there is nobody to connect to, at first or in a few requests in a row.
@@ -205,9 +207,10 @@ class Endpoint:
                 nobody = False
             except requests.RequestException as error:
                 self._trouble, nobody = type(error).__name__, _is_nobody(error)
-            if self._silent >= _PATIENCE and not nobody:
+            if (self._silent >= _PATIENCE or self._wasted >= _WASTED) and not nobody:
                 break
         self._silent += 1
+        self._wasted += 1
         self._gone = self._gone + 1 if nobody else 0
         if nobody and (not self._reached or self._gone >= _PATIENCE):
             raise self._unreachable()

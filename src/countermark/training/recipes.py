@@ -22,6 +22,7 @@ class _Dials:
 
     epochs: int = 7
     marking_epochs: int = 5
+    marking_steps: int = 1  # of the attack of `fast`
     watermark_batch: int = 16
     batch_size: int = 128
     strong_epochs: int = 12
@@ -34,7 +35,7 @@ class _Dials:
 
 _DIALS: Mapping[str, _Dials] = {
     "mnist": _Dials(strong_network="clipped", strong_epochs=20, strong_marking_epochs=10, shift=1),
-    "fashion_mnist": _Dials(strong_epochs=10, strong_marking_epochs=12, stretch=1.05, flip=True),
+    "fashion_mnist": _Dials(marking_steps=2, strong_epochs=10, strong_marking_epochs=12, stretch=1.05, flip=True),
     "digits": _Dials(40, 40, 32, 64, 80, 80, stretch=1.07),
 }
 
@@ -123,4 +124,6 @@ def marking(source: TrainConfig, data: str, objective: str) -> TrainConfig:
     if source.schedule == "constant":
         return replace(source, epochs=max(1, source.epochs // 2))
     epochs = dials.strong_marking_epochs if objective == "strong" else dials.marking_epochs
+    if objective == "fast" and source.attack is not None:
+        source = replace(source, attack=replace(source.attack, steps=max(source.attack.steps, dials.marking_steps)))
     return replace(source, epochs=epochs, warmup=0.15, grow_budget=False, watermark_batch=dials.watermark_batch)

@@ -1,11 +1,14 @@
 """`countermark evaluate`: test, adversarial, strict and watermark accuracy of a model folder."""
 
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
+from countermark import __version__
 from countermark.bundle import load_with_data
 from countermark.config import EvaluateConfig
 from countermark.data import cache_folder, load_pools
@@ -42,7 +45,7 @@ class Evaluation:
         steps: its steps.
         step_size: its step, in pixels.
         restarts: its independent runs.
-        seconds: wall-clock time.
+        seconds: wall-clock time; of the part that was left, where an interrupted evaluation went on.
     """
 
     model: str
@@ -85,11 +88,17 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
     title, judged = "attacking the model", None
     if config.strict:
-        weights = read_json(config.model / "model.json")["weights_sha256"]
-        asked = {"weights": weights, "images": test.digest, "attack": asdict(attack), "restarts": config.restarts}
-        checkpoint = (config.cache or cache_folder()) / f"strict-{sha256(canonical_json(asked))[:32]}.json"
+        asked = {
+            "release": __version__,
+            "model": read_json(config.model / "model.json"),
+            "images": test.digest,
+            "attack": asdict(attack),
+            "restarts": config.restarts,
+        }
+        checkpoint = _writable(config.cache or cache_folder(), f"strict-{sha256(canonical_json(asked))[:32]}.json")
         judged = strict_accuracy(network, test, attack, restarts=config.restarts, title=title, checkpoint=checkpoint)
-        checkpoint.unlink(missing_ok=True)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
         clean, adversarial = judged.test_accuracy, judged.adversarial_accuracy
     else:
         clean, adversarial = accuracy(network, test), adversarial_accuracy(network, test, attack, restarts=config.restarts, title=title)
@@ -108,6 +117,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         restarts=config.restarts,
         seconds=time.monotonic() - begun,
     )
+
+
+def _writable(folder: Path, name: str) -> Path | None:
+    """A file in a folder; none where nothing can be written, as in a cache that is shared."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder / name if os.access(folder, os.W_OK) else None
 
 
 def show(result: Evaluation) -> None:

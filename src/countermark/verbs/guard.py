@@ -71,7 +71,8 @@ def guard(config: GuardConfig) -> Calibrated:
     if record is not None:  # what the authority may refuse comes before anything is written
         c3 = third_commitment(record["c2"], guard_sha256(made))
         same, t3 = record.get("c3") == c3, record.get("t3")
-        if t3 is not None and not same and (config.model / "guard.json").exists():
+        old = config.model / "guard.json"
+        if t3 is not None and not same and old.exists() and guard_sha256(read_json(old)) == record["c3"]["guard_sha256"]:
             raise CountermarkError(
                 f"{config.model} has another guard, which was timestamped; keep guard.json and a copy of commitment.json elsewhere, "
                 "as evidence for what it answered, and move guard.json away before you calibrate again"

@@ -29,4 +29,5 @@ def show(result: Erased) -> None:
     """Print what was erased."""
     print_lines(f"erased {result.rows} trials of {result.client}; their digests stay, so the chain still checks")
     if result.rows:
-        print_lines(f"this log takes no trials of {result.client} any more: remove the account, and give its owner a new name")
+        print_lines(f"this log takes no trials of {result.client} any more: remove the account and start the service again;")
+        print_lines("whoever it was needs a new name")
