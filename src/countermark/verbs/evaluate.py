@@ -4,11 +4,11 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from countermark import __version__
 from countermark.bundle import load_with_data
 from countermark.config import EvaluateConfig
 from countermark.data import cache_folder, load_pools
@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     title, judged = "attacking the model", None
     if config.strict:
         asked = {
-            "release": __version__,
+            "release": version("countermark"),
             "model": read_json(config.model / "model.json"),
             "images": test.digest,
             "attack": asdict(attack),
