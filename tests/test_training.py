@@ -440,6 +440,13 @@ def test_strong_is_fast_for_longer_with_an_average() -> None:
     assert own_network("mnist", "fast") == "small"
 
 
+def test_fast_marks_in_as_many_steps_as_the_data_set_needs() -> None:
+    steps = {data: marking(recipe(data, "fast", 0.1), data, "fast").attack for data in ("mnist", "fashion_mnist", "digits")}
+    assert {data: attack.steps for data, attack in steps.items() if attack} == {"mnist": 1, "fashion_mnist": 2, "digits": 1}
+    digits = recipe("digits", "fast", 0.1)
+    assert (digits.epochs, digits.batch_size, marking(digits, "digits", "fast").watermark_batch) == (40, 64, 32)
+
+
 def test_dropout_is_left_out_where_the_recipe_says_so(digits: Pools) -> None:
     seen: list[bool] = []
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 10))

@@ -16,7 +16,7 @@ from countermark.training.config import Hardware, TrainConfig, choose
 RECIPES = ("fast", "strong", "pgd", "standard")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Dials:
     """What differs from data set to data set."""
 
@@ -36,7 +36,9 @@ class _Dials:
 _DIALS: Mapping[str, _Dials] = {
     "mnist": _Dials(strong_network="clipped", strong_epochs=20, strong_marking_epochs=10, shift=1),
     "fashion_mnist": _Dials(marking_steps=2, strong_epochs=10, strong_marking_epochs=12, stretch=1.05, flip=True),
-    "digits": _Dials(40, 40, 32, 64, 80, 80, stretch=1.07),
+    "digits": _Dials(
+        epochs=40, marking_epochs=40, watermark_batch=32, batch_size=64, strong_epochs=80, strong_marking_epochs=80, stretch=1.07
+    ),
 }
 
 
