@@ -156,15 +156,19 @@ def make_private_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Be alone with a folder among all processes that ask for the same.
+
+    Args:
+        path: the folder.
+        wait: for the others, instead of an error.
 
     Raises:
         FolderBusyError: another one is.
     """
     lock = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     except BlockingIOError as error:
         raise FolderBusyError(f"another process is at work with {path}; wait for it") from error

@@ -1,16 +1,12 @@
 """Who may ask: a file of accounts, each with the digest of its API key."""
 
-import contextlib
-import fcntl
 import hashlib
-import os
 import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from countermark.errors import CountermarkError
-from countermark.files import read_json, write_json
+from countermark.files import locked, read_json, write_json
 
 CLIENTS_FORMAT = "countermark clients 1"
 _PRIVATE = 0o600
@@ -54,7 +50,9 @@ def add_client(path: Path, name: str, public_key: str | None) -> str:
     if public_key is not None and (len(public_key) != 64 or set(public_key) - set("0123456789abcdef")):
         raise CountermarkError("--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits")
     api_key = secrets.token_urlsafe(32)
-    with _alone(path):
+    if not path.parent.is_dir():
+        raise CountermarkError(f"cannot write {path}: there is no such folder; check the path")
+    with locked(path.parent, wait=True):  # the file itself is replaced and cannot be locked
         known = _read(path) if path.exists() else {}
         if name in known:
             raise CountermarkError(f"{path} has a client {name!r} already; choose another name")
@@ -62,20 +60,6 @@ def add_client(path: Path, name: str, public_key: str | None) -> str:
         accounts = {name: {"key_sha256": digest, "public_key": public} for name, (digest, public) in known.items()}
         write_json(path, {"format": CLIENTS_FORMAT, "clients": accounts}, _PRIVATE)
     return api_key
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Wait until no other process adds to a file of this folder; the file itself is replaced and cannot be locked."""
-    try:
-        folder = os.open(path.parent, os.O_RDONLY)
-    except OSError as error:
-        raise CountermarkError(f"cannot write {path}: {error.strerror}; check the path") from error
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(folder)
 
 
 def _read(path: Path) -> dict[str, tuple[str, str | None]]:

@@ -67,7 +67,7 @@ def guard(config: GuardConfig) -> Calibrated:
     record = read_json(commitment) if commitment.exists() else None
     if record is not None and record.get("c2", {}).get("model_sha256") != digest:
         raise CountermarkError(f"{commitment} commits to other weights than those in the folder; restore it from a backup")
-    made = guard_record(found, pools.validation.digest)
+    made, committed = guard_record(found, pools.validation.digest), None
     if record is not None:  # what the authority may refuse comes before anything is written
         c3 = third_commitment(record["c2"], guard_sha256(made))
         same, t3 = record.get("c3") == c3, record.get("t3")
@@ -82,10 +82,10 @@ def guard(config: GuardConfig) -> Calibrated:
             t3 = encode_token(stamp(canonical_json(c3)))
         elif not same:
             t3 = None
-        write_json(config.model / "guard.json", made)
-        write_json(commitment, {**record, "c3": c3, "c3_signature": signature, "t3": t3})
-    else:
-        write_json(config.model / "guard.json", made)
+        committed = {**record, "c3": c3, "c3_signature": signature, "t3": t3}
+    write_json(config.model / "guard.json", made)
+    if committed is not None:
+        write_json(commitment, committed)
     measured = expected_cost(GuardedModel(network, Guard(found.settings, secret)), pools.test)
     needed = round(20 / found.entropy) if found.entropy else 0
     made_up = found.settings.familiar is not None
