@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from countermark.bundle import load_bundle
 from countermark.config import ProtectConfig
-from countermark.data import Pools
+from countermark.data import Examples, Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.evidence import sign_flip_test
@@ -151,6 +151,56 @@ def test_a_key_with_one_byte_changed_is_refused(tmp_path: Path) -> None:
             load_key(folder)
         path.write_bytes(whole)
     load_key(folder)
+
+
+def some_clean(count: int = 7) -> Examples:
+    x = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    return Examples(x, torch.arange(count))
+
+
+def test_clean_examples_are_kept_with_a_key_and_change_no_commitment(tmp_path: Path) -> None:
+    new_secrets(tmp_path / "key")
+    without = write_key(tmp_path / "key", "coin", some_set(), {"data": "digits"})
+    assert load_key(tmp_path / "key").clean is None
+    made = write_key(tmp_path / "key", "coin", some_set(), {"data": "digits"}, clean=some_clean())
+    read = load_key(tmp_path / "key")
+    assert made.clean is not None
+    assert read.clean is not None
+    assert read.clean.digest == made.clean.digest == some_clean().digest
+    assert (read.c1, read.signature) == (without.c1, without.signature)
+    assert torch.equal(read.labels, without.labels)
+    assert stat.S_IMODE((tmp_path / "key" / "clean.safetensors").stat().st_mode) == 0o600
+
+
+def test_clean_examples_with_one_byte_changed_are_refused_and_lost_ones_missed(tmp_path: Path) -> None:
+    new_secrets(tmp_path / "key")
+    write_key(tmp_path / "key", "coin", some_set(), {"data": "digits"}, clean=some_clean())
+    path = tmp_path / "key" / "clean.safetensors"
+    whole = path.read_bytes()
+    for position in random.Random(0).sample(range(len(whole)), 60):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(CountermarkError, match=r"clean\.safetensors"):
+            load_key(tmp_path / "key")
+    path.unlink()
+    assert load_key(tmp_path / "key").clean is None  # nothing is judged by them
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Examples(torch.zeros(3, 1, 9, 9, dtype=torch.uint8), torch.arange(3)),
+        Examples(torch.zeros(3, 1, 8, 8), torch.arange(3)),
+        Examples(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.arange(4)),
+        Examples(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 1 << 40])),
+        Examples(torch.zeros(0, 1, 8, 8, dtype=torch.uint8), torch.arange(0)),
+    ],
+    ids=["shape", "pixels", "count", "class", "none"],
+)
+def test_clean_examples_of_another_form_are_refused(tmp_path: Path, bad: Examples) -> None:
+    new_secrets(tmp_path / "key")
+    write_key(tmp_path / "key", "coin", some_set(), {"data": "digits"}, clean=bad)
+    with pytest.raises(CountermarkError, match="does not hold clean examples"):
+        load_key(tmp_path / "key")
 
 
 def test_commitment_binds_key_and_model(owner: Path) -> None:

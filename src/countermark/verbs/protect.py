@@ -25,6 +25,7 @@ from countermark.timestamps import encode_token
 from countermark.training import EMBEDDINGS, RECIPES, Hardware, choose, marking, open_hardware, own_network, recipe, settled, train
 from countermark.verbs.stamping import Stamp, timestamping
 from countermark.watermarks import (
+    CLEAN_EXAMPLES,
     LABELS,
     SCHEMES,
     Key,
@@ -159,7 +160,9 @@ def _make_key(
         "crafting": asdict(attack) if config.scheme != "ood" else None,
         "config_sha256": sha256(canonical_json(config.record())),
     }
-    return write_key(private, config.scheme, watermarks, provenance, stamp)
+    # Held out, used for no trial, and like what a suspect is shown anyway.
+    clean = pools.validation[:CLEAN_EXAMPLES]
+    return write_key(private, config.scheme, watermarks, provenance, stamp, clean)
 
 
 def _watermarks(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.Module, attack: Attack, seed: int) -> WatermarkSet:

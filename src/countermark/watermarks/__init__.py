@@ -15,7 +15,7 @@ from countermark.watermarks.commitment import (
     sign,
     third_commitment,
 )
-from countermark.watermarks.key import Key, load_key, load_secret, new_secrets, write_key
+from countermark.watermarks.key import CLEAN_EXAMPLES, Key, load_key, load_secret, new_secrets, write_key
 from countermark.watermarks.sets import (
     CRAFTING_STEPS,
     LABELS,
@@ -29,6 +29,7 @@ from countermark.watermarks.sets import (
 )
 
 __all__ = [
+    "CLEAN_EXAMPLES",
     "CRAFTING_STEPS",
     "LABELS",
     "SCHEMES",

@@ -6,12 +6,13 @@ load recomputes the Merkle root, so a key with one altered byte is refused and n
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from countermark.data import Examples
 from countermark.errors import CountermarkError
 from countermark.files import (
     canonical_json,
@@ -41,6 +42,10 @@ from countermark.watermarks.commitment import (
 from countermark.watermarks.sets import SCHEMES, WatermarkSet
 
 KEY_FORMAT = "countermark key 1"
+CLEAN_EXAMPLES = 100
+"""Most clean examples that `protect` keeps with a key."""
+_MOST_CLASSES = 1 << 16
+_CLEAN = "clean.safetensors"
 _PRIVATE = 0o600
 _TRIALS_LIMIT = 1 << 30
 
@@ -56,6 +61,9 @@ class Key:
         c1: the first commitment.
         signature: its signature.
         t1: the timestamp over C1 that the coins were drawn from; none for a private mark.
+        clean: clean examples, which show whether a suspect is asked in the right way; none in keys
+            that were made before there were any, and where the file was lost. Nothing is judged by
+            them.
     """
 
     watermarks: WatermarkSet
@@ -64,6 +72,7 @@ class Key:
     c1: Mapping[str, Any]
     signature: str
     t1: bytes | None
+    clean: Examples | None = None
 
     @property
     def scheme(self) -> str:
@@ -94,6 +103,7 @@ def write_key(
     watermarks: WatermarkSet,
     provenance: Mapping[str, Any],
     stamp: Callable[[bytes], bytes] | None = None,
+    clean: Examples | None = None,
 ) -> Key:
     """Commit to a watermark set under the secrets in `folder`, draw the coins and write the key.
 
@@ -103,6 +113,7 @@ def write_key(
         watermarks: the set; it must not depend on the secrets.
         provenance: what else C1 fixes (data set, configuration and pool digests), JSON-ready.
         stamp: has a message timestamped and returns the token; without it the mark is private.
+        clean: clean examples that a suspect may see, of no pool that the trials come from.
     """
     secret, signing_key = _read_secret(folder / "secret"), _read_secret(folder / "signing-key")
     tensors = {name: getattr(watermarks, name) for name in ("x", "answers", "batch", "cell")}
@@ -111,8 +122,11 @@ def write_key(
     signature = sign(signing_key, c1)
     t1 = None if stamp is None else stamp(canonical_json(c1))
     signed = {"c1": c1, "c1_signature": signature, "t1": encode_token(t1), "trials_sha256": digest, "format": KEY_FORMAT}
+    if clean is not None:
+        shown = {"x": clean.x, "y": clean.y}
+        signed["clean_sha256"] = write_tensors(folder / _CLEAN, shown, mode=_PRIVATE)
     write_json(folder / "key.json", {"key": signed, "signature": sign(signing_key, signed)}, _PRIVATE)
-    return _key(watermarks, c1, signature, t1, secret)
+    return replace(_key(watermarks, c1, signature, t1, secret), clean=clean)
 
 
 def load_key(folder: Path) -> Key:
@@ -142,7 +156,29 @@ def load_key(folder: Path) -> Key:
     _check_fit(watermarks, c1, folder / "key.json")
     if merkle_root(leaves(watermarks, secret)).hex() != c1.get("root"):
         raise CountermarkError(f"{folder / 'secret'} does not belong to the committed trials; restore it from a backup")
-    return _key(watermarks, c1, str(signed["c1_signature"]), decode_token(signed.get("t1"), f"{folder / 'key.json'}: t1"), secret)
+    clean = _read_clean(folder / _CLEAN, signed, watermarks)
+    t1 = decode_token(signed.get("t1"), f"{folder / 'key.json'}: t1")
+    return replace(_key(watermarks, c1, str(signed["c1_signature"]), t1, secret), clean=clean)
+
+
+def _read_clean(path: Path, signed: Mapping[str, Any], watermarks: WatermarkSet) -> Examples | None:
+    """The key's clean examples, if it was made with some and still has them."""
+    if "clean_sha256" not in signed or not path.exists():
+        return None
+    tensors, _, digest = read_tensors(path, _TRIALS_LIMIT)
+    if digest != signed["clean_sha256"]:
+        raise CountermarkError(f"{path} was changed after the key was made; restore it from a backup or delete it")
+    x, y = tensors.get("x"), tensors.get("y")
+    if (
+        x is None
+        or y is None
+        or (x.dtype, y.dtype, y.dim()) != (torch.uint8, torch.int64, 1)
+        or x.shape != (len(y), *watermarks.x.shape[1:])
+        or not len(y)
+        or not 0 <= int(y.min()) <= int(y.max()) < _MOST_CLASSES
+    ):
+        raise CountermarkError(f"{path} does not hold clean examples (images, labels); delete it")
+    return Examples(x, y)
 
 
 def _watermarks(tensors: Mapping[str, torch.Tensor], path: Path) -> WatermarkSet:
