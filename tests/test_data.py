@@ -8,7 +8,9 @@ import os
 import stat
 import struct
 import tarfile
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +145,31 @@ def test_sources_are_tried_in_order_and_a_bad_one_is_passed_over(
     assert asked == [f"https://mirror.test/{name}.gz" for name in tiny]
     fetch("tiny", cache=tmp_path / "cache")
     assert len(asked) == 4  # the second call finds everything in the cache
+
+
+def test_no_password_of_a_netrc_goes_to_a_mirror(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(self.headers["Authorization"])
+            data = gzip.compress(tiny[self.path.strip("/").removesuffix(".gz")])
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_arguments: object) -> None: ...
+
+    (tmp_path / "netrc").write_text("default login me password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setitem(sources._MIRRORS, "tiny", (f"http://127.0.0.1:{server.server_port}/",))
+        fetch("tiny", cache=tmp_path / "cache")
+        server.shutdown()
+    assert seen == [None] * 4
 
 
 def test_a_cached_file_that_was_damaged_is_fetched_again(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

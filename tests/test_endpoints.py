@@ -476,6 +476,25 @@ def test_a_suspect_that_is_gone_before_the_clean_examples_is_judged(owner: Path,
     assert "cannot be reached" in capsys.readouterr().err
 
 
+# --- what the environment may add, and what not ----------------------------------------------------
+
+
+@pytest.fixture
+def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A password of the user's for every host."""
+    (tmp_path / "netrc").write_text("default login me password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+@pytest.mark.usefixtures("netrc")
+def test_the_header_of_the_user_wins_and_no_password_goes_to_a_suspect(peer: Peer) -> None:
+    peer.respond = brightness
+    Endpoint(peer.url, Asking(headers=(("Authorization", "Bearer k"),)))(images(1))
+    Endpoint(peer.url)(images(1))
+    assert [headers.get("Authorization") for headers in peer.headers] == ["Bearer k", None]
+
+
 # --- a real MLServer -----------------------------------------------------------------------------------------------------------------
 
 _MLSERVER = Path(__file__).parents[1] / ".venv-peers" / "bin" / "mlserver"

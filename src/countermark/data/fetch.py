@@ -165,7 +165,9 @@ def _from_mirror(mirror: str) -> Callable[[str, Path], None]:
     def copy(file: str, output: Path) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             packed = Path(temporary) / f"{file}.gz"
-            pooch.HTTPDownloader(timeout=_CONNECT_TIMEOUT)(f"{mirror}{file}.gz", str(packed), None)
+            # An `auth` of its own, or an entry in a .netrc would send a password to the mirror.
+            download = pooch.HTTPDownloader(timeout=_CONNECT_TIMEOUT, auth=lambda request: request)
+            download(f"{mirror}{file}.gz", str(packed), None)
             with gzip.open(packed) as stream:
                 _copy(stream, output)
 

@@ -19,14 +19,25 @@ class Session(requests.Session):
     """Use it like `requests.Session`; the timeout is also that of the whole answer, from when the request is sent."""
 
     def __init__(self) -> None:
-        """Take every address."""
+        """Take every address, and no password from a `.netrc`.
+
+        Its entry for the host, or its default, would replace an Authorization that the user gave,
+        and would be shown to the suspect.
+        The environment's proxies and certificates still count.
+        """
         super().__init__()
+        self.auth = _no_password
         for scheme in ("http://", "https://"):
             self.mount(scheme, _Adapter())
 
     def get_redirect_target(self, resp: requests.Response) -> None:
         """Say that no answer is a redirect."""
         return
+
+
+def _no_password(request: requests.PreparedRequest) -> requests.PreparedRequest:
+    """Leave a request as it is."""
+    return request
 
 
 class _Reader(io.RawIOBase):
