@@ -23,7 +23,8 @@ from countermark.guard.log import Row
 from countermark.guard.requests import is_signed
 from countermark.service.clients import Clients
 from countermark.service.http import RefusedError, _images
-from countermark.suspects.remote import _labels, _read_replay
+from countermark.suspects.asker import read_replay
+from countermark.suspects.remote import _labels
 from countermark.timestamps import decode_token, load_roots, read_token
 from countermark.verbs.claim import _spent
 from countermark.watermarks import load_key
@@ -97,7 +98,7 @@ def parsers() -> dict[str, tuple[bytes, Parser]]:
     }
     found: dict[str, tuple[bytes, Parser]] = {name: (place.example, place) for name, place in places.items()}
     replay = b'{"url": "http://a", "x": 1}\n{"url": "http://a", "image": "00", "label": 3, "repeats": 1}\n'
-    replay_place = Place(GOLDEN, "roots.pem", lambda path: _read_replay(path, "http://a"), "roots.pem")
+    replay_place = Place(GOLDEN, "roots.pem", lambda path: read_replay(path, "http://a"), "roots.pem")
     token = decode_token(json.loads((GOLDEN / "head.json").read_text())["token"], "T") or b""
     request = {"inputs": [{"name": "x", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.5] * 64}]}
     answer = {"outputs": [{"name": "y", "shape": [2], "datatype": "INT64", "data": [1, 2]}], "predictions": [1, 2]}

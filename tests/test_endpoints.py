@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,11 +23,13 @@ import torch
 
 from countermark.bundle import load
 from countermark.cli import main
+from countermark.config import VerifyConfig
 from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import sha256
 from countermark.suspects import Asking, Endpoint, open_suspect, prepare
+from countermark.suspects.session import Session
 from countermark.watermarks import load_key
 
 SHAPE = (1, 8, 8)
@@ -38,6 +42,7 @@ class Peer:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
         self.respond: Respond = lambda _request, _number: (200, {})
         self.metadata = 200
         self.location = "http://127.0.0.1:1/"
@@ -45,11 +50,13 @@ class Peer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                peer.paths.append(self.path)
                 self.reply(peer.metadata, {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]})
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 peer.requests.append(request)
+                peer.paths.append(self.path)
                 peer.headers.append(dict(self.headers))
                 self.reply(*peer.respond(request, len(peer.requests)))
 
@@ -89,7 +96,7 @@ def peer() -> Iterator[Peer]:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("countermark.suspects.remote._FIRST_WAIT", 0.01)
+    monkeypatch.setattr("countermark.suspects.asker._FIRST_WAIT", 0.01)
 
 
 def brightness(request: dict[str, Any], _number: int) -> tuple[int, Any]:
@@ -145,18 +152,27 @@ NONSENSE: dict[str, Any] = {
 @pytest.mark.parametrize("body", NONSENSE.values(), ids=NONSENSE.keys())
 @pytest.mark.parametrize("kind", ["oip", "mlflow"])
 def test_nonsense_is_no_answer(peer: Peer, body: Any, kind: str) -> None:
-    peer.respond = lambda _request, _number: (200, body)
-    suspect = Endpoint(peer.url if kind == "oip" else f"{peer.root}/invocations")
+    """From a suspect that answered before; from one that never did it is an error."""
+    sense = {"predictions": [1], "outputs": [{"shape": [1], "data": [1]}]}
+    peer.respond = lambda _request, number: (200, sense if number == 1 else body)
+    url = peer.url if kind == "oip" else f"{peer.root}/invocations"
+    suspect = Endpoint(url)
+    assert suspect(images(1, seed=1)).tolist() == [1]
     assert suspect(images(2)).tolist() == [-1, -1]
     assert suspect.refused == 2
+    with pytest.raises(CountermarkError, match="answers nothing: 200"):
+        Endpoint(url)(images(2))
 
 
 def test_trouble_is_retried_and_a_redirect_is_not_followed(peer: Peer) -> None:
     peer.respond = lambda request, number: (503, {}) if number == 1 else (429, {}) if number == 2 else brightness(request, number)
     assert Endpoint(peer.url)(images(2)).min() >= 0
     assert len(peer.requests) == 3
-    peer.respond = lambda _request, _number: (302, {})
-    assert Endpoint(peer.url)(images(1)).tolist() == [-1]
+    peer.respond = lambda request, number: brightness(request, number) if number == 4 else (302, {})
+    suspect = Endpoint(peer.url)
+    assert suspect(images(1)).min() >= 0
+    assert suspect(images(1, seed=1)).tolist() == [-1]
+    assert len(peer.requests) == 5
 
 
 def test_one_refused_image_does_not_spoil_its_batch(peer: Peer) -> None:
@@ -194,7 +210,8 @@ def test_a_budget_is_kept(peer: Peer) -> None:
 def test_a_budget_counts_every_image_that_is_sent(peer: Peer, status: int, repeats: int) -> None:
     peer.respond = lambda _request, _number: (status, {})
     suspect = Endpoint(peer.url, Asking(budget=10, batch_size=4, repeats=repeats))
-    assert suspect(images(30)).max() == -1
+    with pytest.raises(CountermarkError):  # nothing was ever answered
+        suspect(images(30))
     assert 0 < peer.sent() == suspect.asked <= 10
     assert suspect.changed == 0
 
@@ -307,7 +324,7 @@ def test_a_suspect_that_always_hangs_up_was_never_there(peer: Peer) -> None:
 @pytest.mark.parametrize("status", [0, 503])
 def test_a_suspect_that_stays_silent_is_not_waited_for_every_time(peer: Peer, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("countermark.suspects.remote.time.sleep", waits.append)
+    monkeypatch.setattr("countermark.suspects.asker.time.sleep", waits.append)
     peer.respond = lambda request, number: brightness(request, number) if number < 2 else (status, None)
     labels = Endpoint(peer.url, Asking(batch_size=10))(images(200))
     assert int((labels >= 0).sum()) == 10
@@ -367,20 +384,19 @@ def dripping() -> Iterator[Callable[[bytes], str]]:
 def test_an_answer_that_drips_is_none(dripping: Callable[[bytes], str], begin: bytes) -> None:
     suspect = Endpoint(dripping(begin), Asking(timeout=0.5, retries=0))
     begun = time.monotonic()
-    if begin.endswith(b"\r\n"):
-        assert suspect(images(1)).tolist() == [-1]
-    else:
-        with pytest.raises(CountermarkError, match="cannot be reached"):
-            suspect(images(1))
+    with pytest.raises(CountermarkError, match="cannot be reached"):
+        suspect(images(1))
     assert time.monotonic() - begun < 3
 
 
 def test_a_redirect_is_not_even_looked_at(peer: Peer, dripping: Callable[[bytes], str]) -> None:
     peer.respond, peer.location = lambda _request, _number: (302, {}), "http://["
-    assert Endpoint(peer.url)(images(1)).tolist() == [-1]
+    with pytest.raises(CountermarkError, match=r"302 Found, to http://\[;"):
+        Endpoint(peer.url)(images(1))
     suspect = Endpoint(dripping(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 9999\r\n\r\n"), Asking(timeout=9))
     begun = time.monotonic()
-    assert suspect(images(1)).tolist() == [-1]
+    with pytest.raises(CountermarkError, match="302 Found, to /;"):
+        suspect(images(1))
     assert time.monotonic() - begun < 3
 
 
@@ -446,10 +462,13 @@ def test_a_suspect_that_wants_other_images_is_doubted(owner: Path, digits: Pools
 
 
 def test_a_check_on_clean_examples_that_is_not_made_is_said(
-    owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    owner: Path, tmp_path: Path, peer: Peer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shutil.copytree(owner / "key", tmp_path / "key")
+    (tmp_path / "key" / "clean.safetensors").unlink()  # a key of 0.1.0 has none
+
     def asked(*more: str) -> str:
-        main(["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--json", *more])
+        main(["verify", "--suspect", peer.url, "--key", str(tmp_path / "key"), "--json", *more])
         said = capsys.readouterr()
         assert (json.loads(said.out)["clean_accuracy"] is None) == bool(said.err)
         return said.err
@@ -476,6 +495,133 @@ def test_a_suspect_that_is_gone_before_the_clean_examples_is_judged(owner: Path,
     assert "cannot be reached" in capsys.readouterr().err
 
 
+# --- addresses and answers as servers have them ----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "posted"),
+    [
+        ("/v2/models/m", "/v2/models/m/infer"),
+        ("/v2/models/m/", "/v2/models/m/infer"),
+        ("/v2/models/m/infer", "/v2/models/m/infer"),
+        ("/v2/models/m/versions/3/infer/", "/v2/models/m/versions/3/infer"),
+        ("/v2/models/infer", "/v2/models/infer/infer"),
+        ("/v2/models/m?code=a%2Fb&x=1", "/v2/models/m/infer?code=a%2Fb&x=1"),
+        ("/v2/models/m/infer?code=1#top", "/v2/models/m/infer?code=1"),
+        ("/serve/invocations?code=1", "/serve/invocations?code=1"),
+    ],
+)
+def test_an_address_is_asked_at_the_right_place(peer: Peer, address: str, posted: str) -> None:
+    peer.respond = lambda _request, _number: (200, {"predictions": [1], "outputs": [{"shape": [1], "data": [1]}]})
+    assert open_suspect(f"{peer.root}{address}", SHAPE)(images(1)).tolist() == [1]
+    assert peer.paths[-1] == posted
+    if posted.endswith("/infer?code=a%2Fb&x=1"):
+        assert peer.paths[0] == "/v2/models/m?code=a%2Fb&x=1"  # the metadata want the code too
+
+
+def test_an_address_with_and_without_infer_is_one_suspect(peer: Peer, tmp_path: Path) -> None:
+    peer.respond = brightness
+    asking = Asking(replay=tmp_path / "replay.jsonl")
+    first = Endpoint(peer.url, asking)(images(3))
+    assert torch.equal(Endpoint(f"{peer.url}/infer", asking)(images(3)), first)
+    assert peer.sent() == 3
+
+
+@pytest.mark.parametrize("url", ["http:///v2/models/m", "http://h:99999999/v2/models/m", "http://[/v2/models/m", "http://h/v2/models/"])
+def test_addresses_of_nobody_are_refused_at_once(url: str) -> None:
+    with pytest.raises(CountermarkError, match="neither"):
+        open_suspect(url, SHAPE)
+
+
+UNDERSTOOD: dict[str, Any] = {
+    "strings": {"shape": [2], "data": ["3", "7"]},
+    "a shape of strings": {"shape": ["2", "1"], "data": [3, 7]},
+    "nested strings": {"shape": [2, 1], "data": [["3"], ["7"]]},
+    "scores as strings": {"shape": [2, 8], "data": [*"00090000", *"00000009"]},
+    "maps of one pixel": {"shape": [2, 8, 1, 1], "data": [0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]},
+    "a row each": {"shape": [2, 1, 8], "data": [0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]},
+}
+
+
+@pytest.mark.parametrize("output", UNDERSTOOD.values(), ids=UNDERSTOOD.keys())
+@pytest.mark.parametrize("kind", ["oip", "mlflow"])
+def test_labels_are_read_as_servers_write_them(peer: Peer, output: dict[str, Any], kind: str) -> None:
+    nested = np.array(output["data"]).reshape([int(side) for side in output["shape"]]).tolist()
+    peer.respond = lambda _request, _number: (200, {"outputs": [output], "predictions": nested})
+    url = peer.url if kind == "oip" else f"{peer.root}/invocations"
+    assert Endpoint(url)(images(2)).tolist() == [3, 7]
+
+
+REFUSED_BY_NAME: dict[str, tuple[Any, str]] = {
+    "class names": ({"shape": [1], "data": ["cat"]}, "class name, 'cat'"),
+    "a map": ({"shape": [1, 2, 2], "data": [0] * 4}, r"shape \(1, 2, 2\) to 1 images"),
+    "too many": ({"shape": [3], "data": [3, 3, 3]}, r"shape \(3,\) to 1 images"),
+    "probabilities": ({"shape": [1, 1], "data": [0.25]}, "no label in it"),
+    "an endless number": ({"shape": [1], "data": ["1" * 999]}, "class name"),
+    "objects": ({"shape": [1], "data": [{"label": 3}]}, "neither labels nor scores"),
+}
+
+
+@pytest.mark.parametrize(("output", "words"), REFUSED_BY_NAME.values(), ids=REFUSED_BY_NAME.keys())
+def test_answers_that_are_no_labels_are_refused_by_name(peer: Peer, output: Any, words: str) -> None:
+    peer.respond = lambda _request, _number: (200, {"outputs": [output]})
+    with pytest.raises(CountermarkError, match=words):
+        Endpoint(peer.url)(images(1))
+
+
+# --- suspects that refuse everybody ------------------------------------------------------------------
+
+_PAGE = b"<html><head><style>p { color: red }</style></head><body><p>Please\n log in</p></body></html>"
+REFUSALS: dict[str, tuple[int, Any, str, int]] = {
+    "no credentials": (401, {"error": "no token"}, r'401 Unauthorized \(\{"error": "no token"\}\).*--headers', 1),
+    "forbidden": (403, b"blocked\x1b[2J", r"403 Forbidden \(blocked\?\[2J\).*--headers", 1),
+    "no such model": (404, {"error": "no model m"}, "404 Not Found .*no model m.*check the address", 1),
+    "moved": (301, {}, "301 Moved Permanently, to http://127.0.0.1:1/; .*give the address", 1),
+    "a login page": (200, _PAGE, r"JSON object \(Please log in\); check the address", 1),
+    "bad request": (400, {"error": "shape mismatch"}, "400 Bad Request .*shape mismatch", 5),
+    "an error in a 200": (200, {"error": "model not ready"}, "model not ready", 5),
+    "a crash": (500, {"error": "expected 3 channels"}, "500 .*expected 3 channels", 25),
+    "long words": (400, b"x" * 100_000, r"400 Bad Request \(x{200}\.\.\.\);", 5),
+}
+
+
+@pytest.mark.parametrize(("status", "body", "words", "most"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_a_suspect_that_refuses_everything_is_said_early(
+    owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str], status: int, body: Any, words: str, most: int
+) -> None:
+    peer.respond = lambda _request, _number: (status, body)
+    assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key")]) == 2
+    said = capsys.readouterr()
+    assert re.search(words, said.err)
+    assert len(said.err.splitlines()) == 1
+    assert len(peer.requests) <= most
+    assert said.out == ""
+
+
+def test_a_batch_that_is_too_large_is_asked_image_by_image(peer: Peer) -> None:
+    peer.respond = lambda request, number: brightness(request, number) if request["inputs"][0]["shape"][0] == 1 else (413, {})
+    assert Endpoint(peer.url)(images(20)).min() >= 0
+
+
+def test_a_suspect_that_blocks_half_way_is_judged_and_its_words_are_said(
+    owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = load(owner)
+
+    def blocks(request: dict[str, Any], number: int) -> tuple[int, Any]:
+        if number > 3:
+            return 403, {"error": "too many questions"}
+        tensor = request["inputs"][0]
+        labels = predict(model, torch.tensor(tensor["data"]).reshape(tensor["shape"])).tolist()
+        return 200, {"outputs": [{"shape": [len(labels)], "data": labels}]}
+
+    peer.respond = blocks
+    assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key")]) == 0
+    said = capsys.readouterr().out
+    assert "64 trials got no answer" in said
+    assert '403 Forbidden ({"error": "too many questions"})' in " ".join(said.split())
+
+
 # --- what the environment may add, and what not ----------------------------------------------------
 
 
@@ -493,6 +639,27 @@ def test_the_header_of_the_user_wins_and_no_password_goes_to_a_suspect(peer: Pee
     Endpoint(peer.url, Asking(headers=(("Authorization", "Bearer k"),)))(images(1))
     Endpoint(peer.url)(images(1))
     assert [headers.get("Authorization") for headers in peer.headers] == ["Bearer k", None]
+
+
+def test_proxies_and_certificates_of_the_environment_count(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HTTP_PROXY", peer.root)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/somewhere/roots.pem")
+    peer.respond = brightness
+    assert Endpoint("http://nowhere.invalid/v2/models/m")(images(2)).min() >= 0
+    assert peer.paths[-1] == "http://nowhere.invalid/v2/models/m/infer"
+    settings = Session().merge_environment_settings("https://nowhere.invalid/", {}, True, None, None)
+    assert settings["verify"] == "/somewhere/roots.pem"
+    monkeypatch.setenv("NO_PROXY", "nowhere.invalid")
+    with pytest.raises(CountermarkError, match="cannot be reached"):
+        Endpoint("http://nowhere.invalid/v2/models/m", Asking(retries=0))(images(1))
+
+
+@pytest.mark.parametrize("header", ["no colon", "a b: c", "X: a\nb", "X: \u20ac", ": x"])
+def test_headers_that_cannot_be_sent_are_refused(header: str) -> None:
+    with pytest.raises(CountermarkError, match="--headers"):
+        VerifyConfig(suspect="http://h/invocations", key=Path("key"), headers=(header,))
 
 
 # --- a real MLServer -----------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,12 +25,13 @@ from onnx import TensorProto, helper, numpy_helper
 import countermark
 import countermark.suspects
 from countermark.bundle import Description, load, load_bundle, save_bundle
+from countermark.config import AdjudicateConfig, ClaimConfig, place_name
 from countermark.data import Pools, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
-from countermark.files import read_json, write_json
+from countermark.files import canonical_json, read_json, write_json
 from countermark.models import build
-from countermark.suspects import open_suspect
+from countermark.suspects import Asking, open_suspect
 from countermark.suspects.confined import _THREADS
 
 SHAPE = (1, 8, 8)
@@ -285,9 +288,9 @@ def test_a_function_of_your_own_is_asked(owner: Path, digits: Pools) -> None:
     model, key = load(owner), owner / "key"
     x = digits.test.x
     assert torch.equal(open_suspect(lambda x: predict(model, x), SHAPE)(x), predict(model, x))
-    found = countermark.verify(countermark.VerifyConfig(suspect=lambda x: predict(model, x), key=key))  # type: ignore[arg-type]
+    found = countermark.verify(countermark.VerifyConfig(suspect=lambda x: predict(model, x), key=key))
     assert (found.verdict, found.unanswered) == ("match", 0)
-    dumb = countermark.verify(countermark.VerifyConfig(suspect=lambda x: torch.full((len(x),), -1), key=key))  # type: ignore[arg-type]
+    dumb = countermark.verify(countermark.VerifyConfig(suspect=lambda x: torch.full((len(x),), -1), key=key))
     assert (dumb.verdict, dumb.unanswered) == ("inconclusive", dumb.trials)
 
 
@@ -295,6 +298,148 @@ def test_a_function_of_your_own_is_asked(owner: Path, digits: Pools) -> None:
 def test_a_function_that_gives_no_labels_is_refused(answer: Callable[[torch.Tensor], torch.Tensor]) -> None:
     with pytest.raises(CountermarkError, match="int64 labels"):
         open_suspect(answer, SHAPE)(torch.rand(3, *SHAPE))
+
+
+class Flaky:
+    """A function that remembers how it was asked: `plan` says what each call does."""
+
+    def __init__(self, plan: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
+        self.plan, self.calls, self.times = plan, [], []  # type: ignore[var-annotated]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(x))
+        self.times.append(time.monotonic())
+        return self.plan(len(self.calls), x)
+
+
+def bright(_number: int, x: torch.Tensor) -> torch.Tensor:
+    return (x.flatten(1).mean(1) > 0.5).long()
+
+
+def failing_at(*numbers: int) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    def plan(number: int, x: torch.Tensor) -> torch.Tensor:
+        if number in numbers:
+            raise ConnectionResetError("gone for a moment")
+        return bright(number, x)
+
+    return plan
+
+
+@pytest.fixture
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("countermark.suspects.asker._FIRST_WAIT", 0.0)
+
+
+def test_a_function_is_asked_within_its_budget_and_rate() -> None:
+    function = Flaky(bright)
+    labels = open_suspect(function, SHAPE, Asking(budget=10, batch_size=4, rate=50))(torch.rand(30, *SHAPE))
+    assert function.calls == [4, 4, 2]
+    assert int((labels >= 0).sum()) == 10
+    assert function.times[2] - function.times[0] > 2 / 50 * 0.9
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_a_function_that_fails_is_asked_again() -> None:
+    x = torch.rand(8, *SHAPE)
+    function = Flaky(failing_at(2, 3))
+    assert torch.equal(open_suspect(function, SHAPE, Asking(batch_size=4, retries=2))(x), bright(0, x))
+    assert function.calls == [4, 4, 4, 4]
+    once = Flaky(failing_at(2, 4))
+    labels = open_suspect(once, SHAPE, Asking(batch_size=4, retries=0))(x)
+    assert once.calls == [4, 4, 1, 1, 1, 1]
+    assert (labels == -1).tolist() == [False] * 5 + [True] + [False] * 2
+
+
+@pytest.mark.usefixtures("_no_waiting")
+def test_a_function_that_always_fails_is_said_with_its_words() -> None:
+    function = Flaky(failing_at(*range(1, 1000)))
+    with pytest.raises(CountermarkError, match=r"test_suspects\.Flaky answers nothing: ConnectionResetError: gone for a moment"):
+        open_suspect(function, SHAPE)(torch.rand(200, *SHAPE))
+    assert len(function.calls) <= 5 * 5
+
+
+def test_a_function_whose_answers_change_gives_none() -> None:
+    function = Flaky(lambda number, x: torch.tensor([number % 2, *[7] * (len(x) - 1)]))
+    suspect = open_suspect(function, SHAPE, Asking(repeats=2))
+    assert suspect(torch.rand(4, *SHAPE)).tolist() == [-1, 7, 7, 7]
+    key_asks = countermark.VerifyConfig(suspect=function, key=Path("key"), repeats=2)
+    assert key_asks.record()["suspect"] == "python:test_suspects.Flaky"
+
+
+def test_what_a_function_does_to_its_images_reaches_no_repeat() -> None:
+    def spoils(x: torch.Tensor) -> torch.Tensor:
+        labels = bright(0, x)
+        x.zero_()
+        return labels
+
+    x = torch.ones(3, *SHAPE)
+    assert open_suspect(spoils, SHAPE, Asking(repeats=3))(x).tolist() == [1, 1, 1]
+    assert float(x.min()) == 1
+
+
+def test_a_functions_answers_are_replayed(tmp_path: Path) -> None:
+    x, function = torch.rand(8, *SHAPE), Flaky(bright)
+    asking = Asking(replay=tmp_path / "replay.jsonl")
+    first = open_suspect(function, SHAPE, asking)(x)
+    assert torch.equal(open_suspect(function, SHAPE, asking)(x), first)
+    assert sum(function.calls) == 8
+    assert '"url": "python:test_suspects.Flaky"' in (tmp_path / "replay.jsonl").read_text()
+    assert torch.equal(open_suspect(lambda x: bright(0, x), SHAPE, asking)(x), first)  # another name
+    assert len((tmp_path / "replay.jsonl").read_text().splitlines()) == 16
+
+
+def test_verify_heeds_how_a_function_is_to_be_asked(owner: Path) -> None:
+    function = Flaky(bright)
+    config = countermark.VerifyConfig(suspect=function, key=owner / "key", budget=50, repeats=2)
+    found = countermark.verify(config)
+    assert (found.suspect, found.unanswered) == ("python:test_suspects.Flaky", found.trials - 25)
+    assert sum(function.calls) == 50
+
+
+def test_names_of_functions() -> None:
+    assert place_name(bright) == "python:test_suspects.bright"
+    assert place_name(partial(bright, 0)) == "python:test_suspects.bright"
+    assert place_name(Flaky(bright).__call__) == "python:test_suspects.Flaky.__call__"
+    assert place_name(Path("a/b")) == "a/b"
+
+
+def test_a_configuration_is_recorded_without_copying_its_function() -> None:
+    class Locked(Flaky):
+        def __deepcopy__(self, _memo: object) -> None:
+            raise TypeError("cannot be copied")
+
+    record = countermark.VerifyConfig(suspect=Locked(bright), key=Path("k"), replay=Path("r")).record()
+    assert (record["suspect"].rpartition(".")[2], record["key"], record["replay"]) == ("Locked", "k", "r")
+    canonical_json(record)
+
+
+@pytest.mark.parametrize("make", [ClaimConfig, AdjudicateConfig])
+def test_a_judge_cannot_ask_a_function(make: Callable[..., object]) -> None:
+    names = {"key": Path("k"), "out": Path("o")} if make is ClaimConfig else {"claim": Path("c"), "roots": Path("r")}
+    with pytest.raises(CountermarkError, match=r"not about a function \(python:test_suspects\.bright\)"):
+        make(suspect=bright, **names)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"budget": 5},
+        {"rate": 1.0},
+        {"retries": 0},
+        {"timeout": 1.0},
+        {"repeats": 2},
+        {"replay": Path("replay.jsonl")},
+        {"headers": (("X", "y"),)},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_options_that_a_suspect_has_no_use_for_are_refused(bundle: Path, tmp_path: Path, option: dict[str, Any]) -> None:
+    for place in (bundle, linear_onnx(tmp_path / "model.onnx")):
+        with pytest.raises(CountermarkError, match=f"--{next(iter(option))} has no meaning for a file"):
+            open_suspect(place, SHAPE, Asking(**option))
+    if option.keys() & {"timeout", "headers"}:
+        with pytest.raises(CountermarkError, match="has no meaning for a function"):
+            open_suspect(Flaky(bright), SHAPE, Asking(**option))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

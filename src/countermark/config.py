@@ -5,11 +5,36 @@ heavy is imported here, so `countermark --help` is quick. Names (data sets, netw
 ranges are checked here.
 """
 
-from dataclasses import asdict, dataclass, fields
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from countermark.errors import CountermarkError
+
+if TYPE_CHECKING:
+    import torch
+
+    Place = str | Path | Callable[[torch.Tensor], torch.Tensor]
+else:
+    Place = str | Path  # a command line knows no functions, and torch is heavy
+
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ *: *[ -~\xa0-\xff]*")
+
+
+def place_name(place: Place) -> str:
+    """What a suspect is called: its path or address; for a function `python:MODULE.QUALIFIED_NAME`.
+
+    A callable object is called by its type.
+    """
+    while isinstance(place, partial):
+        place = place.func
+    if not callable(place):
+        return str(place)
+    named = place if hasattr(place, "__qualname__") else type(place)
+    return f"python:{named.__module__}.{named.__qualname__}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +47,12 @@ class VerbConfig:
     def record(self) -> dict[str, Any]:
         """The configuration as JSON-ready values, without what does not change the result (where it goes, how it is shown)."""
         left_out = {"json", "out", "cache", "roots"}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items() if name not in left_out}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: place_name(value) if isinstance(value, Path) or callable(value) else value
+            for name, value in values.items()
+            if name not in left_out
+        }
 
     def _open_interval(self, *names: str) -> None:
         for name in names:
@@ -152,7 +182,7 @@ class EvaluateConfig(VerbConfig):
 class SuspectConfig(VerbConfig):
     """What every verb has that asks a suspect."""
 
-    suspect: str | Path
+    suspect: Place
     """Model folder, .onnx file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or .../invocations (MLflow)."""
     pixels: str = "float"
     """What the suspect takes: float (pixels of [0, 1]) or uint8."""
@@ -163,17 +193,17 @@ class SuspectConfig(VerbConfig):
     std: tuple[float, ...] = ()
     """What they are then divided by."""
     budget: int | None = None
-    """Most images to ask of an endpoint; the rest count as not answered."""
+    """Most images to ask of an endpoint or a function; the rest count as not answered."""
     rate: float | None = None
-    """Most requests a second to an endpoint."""
+    """Most requests a second to an endpoint, or calls of a function."""
     repeats: int = 1
-    """How often an endpoint is asked the same image; an answer that changes counts as none."""
+    """How often the same image is asked; an answer that changes counts as none."""
     retries: int = 4
     """How often a failed request is made again, with longer and longer pauses."""
     timeout: float = 30.0
     """Seconds to wait for an endpoint."""
     replay: Path | None = None
-    """File that keeps an endpoint's answers; the same command goes on from it and asks nothing twice."""
+    """File that keeps the answers; the same command goes on from it and asks nothing twice."""
     headers: tuple[str, ...] = ()
     """HTTP headers for an endpoint, each as 'Name: value'."""
 
@@ -183,8 +213,15 @@ class SuspectConfig(VerbConfig):
         if not 0 <= self.retries <= 100:
             raise CountermarkError(f"--retries is a whole number from 0 to 100, not {self.retries}")
         self._positive("number", "rate", "timeout")
-        if any(":" not in header or not header.isprintable() for header in self.headers):
-            raise CountermarkError("--headers are words of the form 'Name: value'")
+        if not all(_HEADER.fullmatch(header.strip()) for header in self.headers):
+            raise CountermarkError("--headers are words of the form 'Name: value', in Latin-1")
+
+    def _place_only(self) -> None:
+        """Refuse a function: a judge could not ask it."""
+        if callable(self.suspect):
+            raise CountermarkError(
+                f"a claim is about a file or an address that a judge can ask, not about a function ({place_name(self.suspect)})"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +243,8 @@ class VerifyConfig(SuspectConfig):
 class ClaimConfig(SuspectConfig):
     """Open one batch of a key against a suspect: a folder that a judge can check."""
 
+    suspect: str | Path
+    """Model folder, .onnx file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or .../invocations (MLflow)."""
     key: Path
     """Key folder; it remembers which batches were shown."""
     out: Path
@@ -224,6 +263,7 @@ class ClaimConfig(SuspectConfig):
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         super().__post_init__()
+        self._place_only()
         if self.batch is not None and self.batch < 0:
             raise CountermarkError(f"--batch is a number from 0, not {self.batch}")
         self._only_for(self.tsa is not None, "--tsa", "roots")
@@ -233,6 +273,8 @@ class ClaimConfig(SuspectConfig):
 class AdjudicateConfig(SuspectConfig):
     """Judge a claim as a third party: check everything, ask the suspect, and write the judgement as a page and as JSON."""
 
+    suspect: str | Path
+    """Model folder, .onnx file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or .../invocations (MLflow)."""
     claim: Path
     """The claim's folder."""
     roots: Path
@@ -251,6 +293,7 @@ class AdjudicateConfig(SuspectConfig):
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         super().__post_init__()
+        self._place_only()
         self._open_interval("alpha")
 
 

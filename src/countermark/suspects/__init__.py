@@ -4,19 +4,34 @@ A suspect is a model folder of ours (numbers for a network that we build), an ON
 endpoint behind HTTP, or any function of your own from images to labels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from countermark.bundle import load_bundle
+from countermark.config import place_name
 from countermark.data import pixels
 from countermark.errors import CountermarkError
+from countermark.suspects.asker import (
+    MOST_LABELS,
+    NO_ANSWER,
+    Asker,
+    Asking,
+    FailureError,
+    plain,
+    prepare,
+)
 from countermark.suspects.confined import ask_onnx, ask_pt2
-from countermark.suspects.remote import NO_ANSWER, Asking, Endpoint, prepare
+from countermark.suspects.remote import Endpoint
 
 _CHUNK = 250
+_NOT_HEEDED: Mapping[str, tuple[str, ...]] = {
+    "a file": ("budget", "rate", "retries", "timeout", "repeats", "replay", "headers"),
+    "a function": ("timeout", "headers"),
+}
+"""Options of `Asking` that a kind of suspect has no use for."""
 
 Suspect = Callable[[torch.Tensor], torch.Tensor]
 """Images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`; -1 where there is no answer.
@@ -30,19 +45,22 @@ def open_suspect(place: str | Path | Suspect, shape: tuple[int, ...], asking: As
 
     Args:
         place: a model folder, an `.onnx` or `.pt2` file, the URL of an endpoint (see `Endpoint`), or a function of your own, which is
-            given the images as `asking` says.
+            given the images in batches as `asking` says; an exception of it is a failure that is
+            retried, and a replay log knows it by its module and qualified name.
         shape: one image as it will be asked, `(channels, height, width)`.
-        asking: how the suspect wants its images, and how an endpoint is asked.
+        asking: how the suspect wants its images, and how an endpoint or a function is asked.
 
     Raises:
-        CountermarkError: the place is none of these, or the model takes images of another shape.
+        CountermarkError: the place is none of these, the model takes images of another shape, or
+            `asking` says what such a suspect has no use for.
     """
     asking = asking or Asking()
     if callable(place):
-        function = place
-        return lambda x: _checked(function(prepare(x, asking)), len(x))
+        _check_heeded(asking, "a function")
+        return Asker(place_name(place), _answers_of(place), asking)
     if str(place).startswith(("http://", "https://")):
         return Endpoint(str(place), asking)
+    _check_heeded(asking, "a file")
     path = Path(place)
     if path.is_dir():
         network, description = load_bundle(path)
@@ -68,10 +86,42 @@ def open_suspect(place: str | Path | Suspect, shape: tuple[int, ...], asking: As
     return lambda x: ask(path, prepare(x, asking))
 
 
-def _checked(labels: object, count: int) -> torch.Tensor:
-    if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or labels.shape != (count,):
-        raise CountermarkError(f"a suspect that is a function answers {count} images with int64 labels of the shape ({count},)")
-    return labels
+def _check_heeded(asking: Asking, kind: str) -> None:
+    """Refuse options that would be ignored."""
+    plain_asking = Asking()
+    for name in _NOT_HEEDED[kind]:
+        if getattr(asking, name) != getattr(plain_asking, name):
+            raise CountermarkError(f"--{name} has no meaning for {kind} as suspect, which is asked on this machine; leave it out")
+
+
+def _answers_of(function: Suspect) -> Callable[[torch.Tensor], list[int]]:
+    """A function of the user's as an `Asker` wants it."""
+
+    def answer(images: torch.Tensor) -> list[int]:
+        try:
+            labels = function(images.clone())  # what it does to them must not reach a repeat
+        except CountermarkError:
+            raise
+        except Exception as error:
+            raise FailureError(plain(f"{type(error).__name__}: {error}")) from error
+        return _checked(labels, len(images))
+
+    return answer
+
+
+def _checked(labels: object, count: int) -> list[int]:
+    fits = (
+        isinstance(labels, torch.Tensor)
+        and labels.dtype == torch.int64
+        and labels.shape == (count,)
+        and bool(((labels >= NO_ANSWER) & (labels < MOST_LABELS)).all())
+    )
+    if not isinstance(labels, torch.Tensor) or not fits:
+        raise CountermarkError(
+            f"a suspect that is a function answers {count} images with int64 labels of the shape "
+            f"({count},), each a class number or -1 for no answer"
+        )
+    return labels.tolist()
 
 
 def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
@@ -82,4 +132,4 @@ def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
     return logits.argmax(1)
 
 
-__all__ = ["NO_ANSWER", "Asking", "Endpoint", "Suspect", "ask_onnx", "ask_pt2", "open_suspect", "prepare"]
+__all__ = ["NO_ANSWER", "Asker", "Asking", "Endpoint", "Suspect", "ask_onnx", "ask_pt2", "open_suspect", "prepare"]

@@ -1,301 +1,258 @@
-"""Asking a model behind HTTP: the Open Inference Protocol v2 and MLflow's `/invocations`.
+"""A model behind HTTP: the Open Inference Protocol v2 and MLflow's `/invocations`.
 
-Only labels are used, whatever is returned. What was answered is written to a replay log at once, so a claim that was cut off goes on
-where it was and asks nothing twice. A refusal, a connection that is dropped, a timeout after all retries or an answer that changes is no
-answer (-1): it weakens the evidence and stops nothing.
+`Asker` does the asking; here is what one request and one answer look like.
+An answer that is none says why: the status, what the server wrote, or what its labels lack.
 """
 
 import json
-import math
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import re
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import requests
 import torch
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
-from countermark.data import as_uint8, pixels
 from countermark.errors import CountermarkError
-from countermark.files import sha256
+from countermark.suspects.asker import (
+    MOST_LABELS,
+    NO_ANSWER,
+    Asker,
+    Asking,
+    FailureError,
+    RefusalError,
+    plain,
+)
 from countermark.suspects.session import Session
 
-NO_ANSWER = -1
-PIXELS = ("float", "uint8")
-LAYOUTS = ("nchw", "nhwc")
 _RESPONSE_LIMIT = 1 << 24
-_REPLAY_LIMIT = 1 << 28
-_FIRST_WAIT = 0.5  # seconds before the first retry; then twice as long each time
-_LONGEST_WAIT = 30.0
-_PATIENCE = 5  # requests in a row that bring nothing
-_WASTED = 30  # and in all
+_WORDS_LIMIT = 1 << 12
+_LONGEST_NUMBER = 32  # characters of a number that is written as a string
+_OIP = re.compile(r"(.*/v2/models/[^/].*?)(/infer)?")
+_MARKUP = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
+_CREDENTIALS = "give it what it wants with --headers, such as 'Authorization: Bearer ...'"
+_ADDRESS = "check the address: .../v2/models/NAME or .../invocations"
+_FINAL = {
+    401: _CREDENTIALS,
+    403: _CREDENTIALS,
+    404: _ADDRESS,
+    405: _ADDRESS,
+    407: "check the proxy in HTTP_PROXY and HTTPS_PROXY",
+    410: _ADDRESS,
+}
+"""Statuses that are about the address or the client and not about the images: what to do."""
 
 
-@dataclass(frozen=True)
-class Asking:
-    """How a suspect wants to be asked, and how much.
-
-    Attributes:
-        pixels: `float` (of [0, 1]) or `uint8` (whole numbers from 0 to 255).
-        layout: `nchw` or `nhwc`.
-        mean: subtracted from pixels of [0, 1], one number or one a channel.
-        std: what they are then divided by.
-        batch_size: images in a request.
-        budget: most images that may be sent, counted every time (in a batch, again alone, in a retry); the rest stay without an answer.
-        rate: most requests in a second.
-        retries: how often a request that failed (no connection, a time-out, 429 or 5xx) is made again.
-        timeout: seconds to wait for a connection, and then for the whole of an answer.
-        repeats: how often each image is asked; only an answer that is the same every time counts.
-        replay: file that keeps the answers.
-        headers: HTTP headers, such as an Authorization.
-    """
-
-    pixels: str = "float"
-    layout: str = "nchw"
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    batch_size: int = 32
-    budget: int | None = None
-    rate: float | None = None
-    retries: int = 4
-    timeout: float = 30.0
-    repeats: int = 1
-    replay: Path | None = None
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-def prepare(x: torch.Tensor, asking: Asking) -> torch.Tensor:
-    """Images `(n, c, h, w)` as the suspect wants them.
-
-    Raises:
-        CountermarkError: an unknown kind of pixels or layout, or as many means or deviations as there are no channels.
-    """
-    if asking.pixels not in PIXELS or asking.layout not in LAYOUTS:
-        raise CountermarkError(f"pixels are one of {', '.join(PIXELS)} and the layout is one of {', '.join(LAYOUTS)}")
-    if asking.pixels == "uint8":
-        if asking.mean or asking.std:
-            raise CountermarkError("mean and deviation go with float pixels; leave them out for uint8")
-        images = as_uint8(x)
-    else:
-        images = pixels(x)
-        for values, apply in ((asking.mean, torch.sub), (asking.std, torch.div)):
-            if values:
-                if len(values) not in (1, x.shape[1]) or (apply is torch.div and min(values) <= 0):
-                    raise CountermarkError(f"give one mean and one positive deviation, or {x.shape[1]} of each, not {values}")
-                images = apply(images, torch.tensor(values).reshape(1, -1, 1, 1))
-    return images.permute(0, 2, 3, 1).contiguous() if asking.layout == "nhwc" else images
-
-
-class Endpoint:
-    """A suspect behind a URL; call it with images `(n, c, h, w)`, get int64 labels `(n,)`, -1 where there is no answer.
-
-    Attributes:
-        asked: images sent so far in this process, counted every time.
-        refused: images that got no answer.
-        changed: images whose answers differed between repeats.
-    """
+class Endpoint(Asker):
+    """A suspect behind a URL; see `Asker` for how it is called and what it keeps."""
 
     def __init__(self, url: str, asking: Asking | None = None) -> None:
-        """Take `http(s)://HOST/v2/models/NAME[/versions/V]` as the Open Inference Protocol, `.../invocations` as MLflow.
+        """Take an address of the Open Inference Protocol or of MLflow.
+
+        Args:
+            url: `http(s)://HOST/v2/models/NAME[/versions/V][/infer]` or `.../invocations`, with
+                or without a query string.
+            asking: how, and how much.
 
         Raises:
             CountermarkError: the URL is neither, or the replay log cannot be read.
         """
-        self.url, self._asking = url.rstrip("/"), asking or Asking()
-        self._mlflow = self.url.endswith("/invocations")
-        if not self._mlflow and "/v2/models/" not in self.url:
-            raise CountermarkError(
-                f"{url} is neither .../v2/models/NAME (Open Inference Protocol) nor .../invocations (MLflow); give one of these"
-            )
-        self.asked = self.refused = self.changed = 0
+        asking = asking or Asking()
+        name, self._address, self._mlflow = _addresses(url)
+        super().__init__(name, self._infer, asking)
+        self._timeout = asking.timeout
         self._session = Session()
-        self._session.headers.update(dict(self._asking.headers))
+        self._session.headers.update(dict(asking.headers))
         self._input: str | None = None
-        self._last = -math.inf
-        self._known = _read_replay(self._asking.replay, self.url, self._asking.repeats)
-        self._reached = bool(self._known)  # it was there once: from now on silence is a refusal
-        self._silent = self._gone = 0  # requests in a row that brought nothing; that found nobody to connect to
-        self._wasted = 0  # requests in all that brought nothing, for all their retries
-        self._trouble = ""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Ask for labels.
-
-        Raises:
-            CountermarkError: nothing answers at all, or not any more; what was answered is in the replay log.
-        """
-        images = prepare(x, self._asking)
-        names = [_digest(image) for image in images]
-        todo = [i for i, name in enumerate(names) if name not in self._known]
-        todo = list({names[i]: i for i in reversed(todo)}.values())[::-1]  # each image once
-        for start in range(0, len(todo), self._asking.batch_size):
-            part = todo[start : start + self._asking.batch_size]
-            if self._asking.budget is not None:
-                part = part[: max(0, (self._asking.budget - self.asked) // self._asking.repeats)]
-            if part:
-                self._keep([names[i] for i in part], self._repeated(images[part]))
-        if self._silent and not self._reached:
-            raise self._unreachable()
-        labels = torch.tensor([self._known.get(name, NO_ANSWER) for name in names], dtype=torch.int64)
-        self.refused = int((labels == NO_ANSWER).sum())
-        return labels
-
-    def _repeated(self, images: torch.Tensor) -> list[int]:
-        rounds = [self._batch(images) for _ in range(self._asking.repeats)]
-        same = [answers[0] if len(set(answers)) == 1 else NO_ANSWER for answers in zip(*rounds, strict=True)]
-        self.changed += sum(len({*answers} - {NO_ANSWER}) > 1 for answers in zip(*rounds, strict=True))
-        return same
-
-    def _batch(self, images: torch.Tensor) -> list[int]:
-        """Answers to a batch; one that is refused is asked image by image."""
-        answers = self._request(images)
-        if answers is None and len(images) > 1:
-            singles = [self._request(images[i : i + 1]) for i in range(len(images))]
-            return [NO_ANSWER if single is None else single[0] for single in singles]
-        return [NO_ANSWER] * len(images) if answers is None else answers
-
-    def _request(self, images: torch.Tensor) -> list[int] | None:
-        """One request; none if it is refused or makes no sense."""
+    def _infer(self, images: torch.Tensor) -> list[int]:
         if self._mlflow:
             body: dict[str, Any] = {"inputs": images.tolist()}
         else:
-            kind = "UINT8" if images.dtype == torch.uint8 else "FP32"
-            data = images.flatten().tolist()
-            body = {"inputs": [{"name": self._input_name(), "shape": list(images.shape), "datatype": kind, "data": data}]}
-        path = self.url if self._mlflow else f"{self.url}/infer"
-        found = self._send("POST", path, body, len(images))
-        return None if found is None else _labels(found, len(images), self._mlflow)
+            tensor = {
+                "name": self._input_name(),
+                "shape": list(images.shape),
+                "datatype": "UINT8" if images.dtype == torch.uint8 else "FP32",
+                "data": images.flatten().tolist(),
+            }
+            body = {"inputs": [tensor]}
+        return _labels(self._exchange("POST", self._address, body), len(images), self._mlflow)
 
     def _input_name(self) -> str:
-        """The name of the model's input, from its metadata."""
+        """The name of the model's input, from its metadata; `input` where there are none."""
         if self._input is None:
-            inputs = (self._send("GET", self.url, None) or {}).get("inputs")
-            first = inputs[0] if isinstance(inputs, list) and inputs and isinstance(inputs[0], dict) else {}
-            self._input = str(first.get("name", "input"))
+            found = self._attempt(lambda: self._exchange("GET", self.name)) or {}
+            inputs = found.get("inputs")
+            first = inputs[0] if isinstance(inputs, list) and inputs else {}
+            self._input = str(first.get("name", "input") if isinstance(first, dict) else "input")
         return self._input
 
-    def _send(self, method: str, path: str, body: dict[str, Any] | None, images: int = 0) -> dict[str, Any] | None:
-        """Send with retries, as far as the budget goes; none for a refusal, and for silence where somebody is there.
-
-        After a few requests in a row that brought nothing, or many in all, each is made once, so that retries do not multiply the time.
+    def _exchange(self, method: str, address: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One request and its answer, a JSON object.
 
         Raises:
-            CountermarkError: there is nobody to connect to, at first or in a few requests in a row.
+            RefusalError: it was refused, or the answer is something else.
+            FailureError: there was none, or the server asks to come again.
         """
-        nobody = False
-        for attempt in range(self._asking.retries + 1):
-            if self._asking.budget is not None and images > self._asking.budget - self.asked:
-                break
-            if attempt:
-                time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
-            if self._asking.rate is not None:
-                time.sleep(max(0.0, self._last + 1 / self._asking.rate - time.monotonic()))
-                self._last = time.monotonic()
-            self.asked += images
-            try:
-                with self._session.request(
-                    method, path, json=body, timeout=self._asking.timeout, stream=True, allow_redirects=False
-                ) as response:
-                    self._reached = True
-                    found = _json(response) if response.status_code == 200 else None
-                if response.status_code < 500:
-                    self._silent = self._gone = 0
-                    if response.status_code != 429:
-                        return found
-                nobody = False
-            except requests.RequestException as error:
-                self._trouble, nobody = type(error).__name__, _is_nobody(error)
-            if (self._silent >= _PATIENCE or self._wasted >= _WASTED) and not nobody:
-                break
-        self._silent += 1
-        self._wasted += 1
-        self._gone = self._gone + 1 if nobody else 0
-        if nobody and (not self._reached or self._gone >= _PATIENCE):
-            raise self._unreachable()
-        return None
-
-    def _unreachable(self) -> CountermarkError:
-        go_on = "check the address, and run the same command again to go on"
-        if self._asking.replay is not None and self._known:
-            go_on += f", or with --budget 1 to judge by what {self._asking.replay} has"
-        return CountermarkError(f"{self.url} cannot be reached ({self._trouble}); {go_on}")
-
-    def _keep(self, names: Sequence[str], labels: Sequence[int]) -> None:
-        answered = {name: label for name, label in zip(names, labels, strict=True) if label != NO_ANSWER}
-        self._known.update(answered)
-        if self._asking.replay is not None and answered:
-            try:
-                with self._asking.replay.open("a") as stream:
-                    for name, label in answered.items():
-                        entry = {"url": self.url, "image": name, "label": label, "repeats": self._asking.repeats}
-                        stream.write(json.dumps(entry) + "\n")
-            except OSError as error:
-                raise CountermarkError(f"cannot write {self._asking.replay}: {error.strerror}; choose another replay log") from error
+        try:
+            with self._session.request(
+                method,
+                address,
+                json=body,
+                timeout=self._timeout,
+                stream=True,
+                allow_redirects=False,
+            ) as response:
+                return _object(response)
+        except (requests.RequestException, UnicodeError) as error:
+            if isinstance(error, ValueError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
+                # An address or a header that cannot be sent, or a certificate that does not hold.
+                advice = "check the address, --headers, and REQUESTS_CA_BUNDLE for its certificate"
+                words = plain(f"{type(error).__name__}: {error}")
+                raise RefusalError(words, advice, final=True) from error
+            nobody = _is_nobody(error)
+            raise FailureError(type(error).__name__, there=False, nobody=nobody) from error
 
 
-def _digest(image: torch.Tensor) -> str:
-    """What stands for a question in the replay log: the image as it is sent, so that one prepared otherwise is another question."""
-    return sha256(f"{image.dtype} {list(image.shape)} ".encode() + image.contiguous().numpy().tobytes())
+def _addresses(url: str) -> tuple[str, str, bool]:
+    """The model's address, the one to ask, and whether that is MLflow's."""
+    try:
+        parts = urlsplit(url)
+        valid = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if valid:
+        path = parts.path.rstrip("/")
+        if path.endswith("/invocations"):
+            address = urlunsplit(parts._replace(path=path, fragment=""))
+            return address, address, True
+        found = _OIP.fullmatch(path)
+        if found:
+            every = (found[1], f"{found[1]}/infer")
+            name, address = (urlunsplit(parts._replace(path=each, fragment="")) for each in every)
+            return name, address, False
+    raise CountermarkError(
+        f"{plain(url)} is neither .../v2/models/NAME (Open Inference Protocol) nor .../invocations (MLflow); give one of these"
+    )
 
 
 def _is_nobody(error: requests.RequestException) -> bool:
     """Whether no connection was made, so that the suspect cannot have seen what was asked."""
     cause = error.args[0] if error.args else None
     nobody = isinstance(cause, MaxRetryError) and isinstance(cause.reason, NewConnectionError)
-    return nobody or isinstance(error, requests.exceptions.ConnectTimeout | requests.exceptions.ProxyError)
+    kinds = requests.exceptions.ConnectTimeout | requests.exceptions.ProxyError
+    return nobody or isinstance(error, kinds)
 
 
-def _json(response: requests.Response) -> dict[str, Any] | None:
-    data = b""
-    for chunk in response.iter_content(1 << 16):
-        data += chunk
-        if len(data) > _RESPONSE_LIMIT:
-            return None
+def _object(response: requests.Response) -> dict[str, Any]:
+    """The JSON object of a response."""
+    status = response.status_code
+    said = plain(f"{status} {response.reason or ''}")
+    if 300 <= status < 400:  # its body is not even looked at
+        where = plain(response.headers.get("Location", "nowhere"))
+        advice = "redirects are not followed; give the address that it leads to, if you trust it"
+        raise RefusalError(f"{said}, to {where}", advice, final=True)
+    if status != 200:
+        words = _words(_body(response, _WORDS_LIMIT))
+        said += f" ({words})" if words else ""
+        if status == 429 or status >= 500:
+            raise FailureError(said, busy=status == 429)
+        raise RefusalError(said, _FINAL.get(status, ""), final=status in _FINAL)
+    data = _body(response, _RESPONSE_LIMIT + 1)
+    if len(data) > _RESPONSE_LIMIT:
+        raise RefusalError(f"{said} with an answer of more than {_RESPONSE_LIMIT} bytes")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        value = None
+    if not isinstance(value, dict):
+        words = f"{said} with something else than a JSON object ({_words(data)})"
+        raise RefusalError(words, _ADDRESS, final=True)
+    return value
 
 
-def _labels(found: dict[str, Any], count: int, mlflow: bool) -> list[int] | None:
-    """Labels out of a response: integers `(n,)` or `(n, 1)`, or one row of scores for each image."""
+def _body(response: requests.Response, limit: int) -> bytes:
+    data = b""
+    for chunk in response.iter_content(min(limit, 1 << 16)):
+        data += chunk
+        if len(data) >= limit:
+            break
+    return data
+
+
+def _words(data: bytes) -> str:
+    """The first words of a body, without the markup of a page."""
+    text = data[:_WORDS_LIMIT].decode(errors="replace")
+    return plain(_MARKUP.sub(" ", text) if text.lstrip()[:1] == "<" else text)
+
+
+def _labels(found: dict[str, Any], count: int, mlflow: bool) -> list[int]:
+    """Labels out of a response: integers for each image, or one row of scores.
+
+    Sides of 1 after the first do not matter, and a number may be written as a string.
+
+    Raises:
+        RefusalError: the response holds something else.
+    """
     try:
         if mlflow:
-            values = torch.tensor(found["predictions"], dtype=torch.float64)
+            values = _numbers(found["predictions"])
         else:
             output = found["outputs"][0]
-            values = torch.tensor(output["data"], dtype=torch.float64).reshape(output["shape"])
-        if values.dim() == 2 and values.shape[1] > 1:
-            values = torch.where(torch.isfinite(values).all(1), values.argmax(1), NO_ANSWER)
-        values = values.reshape(-1)
-        if len(values) != count:
-            return None
-        whole = torch.isfinite(values) & (values == values.round()) & (values >= 0) & (values < 1 << 31)
-        return torch.where(whole, values, NO_ANSWER).long().tolist()
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError):
-        return None
+            values = _numbers(output["data"]).reshape([int(side) for side in output["shape"]])
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError, RecursionError):
+        raise RefusalError(f"200 with neither labels nor scores ({_shown(found)})") from None
+    shape = [side for i, side in enumerate(values.shape) if i == 0 or side != 1]
+    if not values.numel() or not shape or len(values) != count or len(shape) > 2:
+        raise RefusalError(
+            f"200 with answers of the shape {tuple(values.shape)} to {count} images, where labels "
+            f"({count},) or scores ({count}, classes) are expected"
+        )
+    values = values.reshape(shape)
+    if values.dim() == 2:
+        scored = torch.isfinite(values).all(1)
+        values = torch.where(scored, values.argmax(1), NO_ANSWER)
+    whole = torch.isfinite(values) & (values == values.round())
+    whole &= (values >= 0) & (values < MOST_LABELS)
+    if not bool(whole.any()):
+        raise RefusalError(f"200 with no label in it ({_shown(found)})")
+    return torch.where(whole, values, NO_ANSWER).long().tolist()
 
 
-def _read_replay(path: Path | None, url: str, repeats: int = 1) -> dict[str, int]:
-    """The log's answers that count here: of this address, and given as often as is asked now."""
-    if path is None or not path.exists():
-        return {}
-    known: dict[str, int] = {}
+def _numbers(data: Any) -> torch.Tensor:
+    """A list of numbers as a float64 tensor.
+
+    Raises:
+        RefusalError: class names.
+        ValueError: and other errors of a list that is no array of numbers.
+    """
     try:
-        if path.stat().st_size > _REPLAY_LIMIT:
-            raise CountermarkError(f"{path} is larger than any replay log; choose another file")
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-                image, label, often = entry["image"], entry["label"], entry["repeats"]
-                whole = isinstance(image, str) and type(label) is int and 0 <= label < 1 << 31 and type(often) is int
-                if entry["url"] == url and whole and often >= repeats:
-                    known[image] = label
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # a line that a crash cut short, or an early one that does not say how often, whose image is not as it was sent
-    except (OSError, UnicodeDecodeError) as error:
-        raise CountermarkError(f"cannot read {path} as a replay log; choose another file") from error
-    return known
+        return torch.tensor(data, dtype=torch.float64)
+    except (TypeError, ValueError):
+        return torch.tensor(_without_strings(data), dtype=torch.float64)
+
+
+def _without_strings(data: Any) -> Any:
+    if isinstance(data, list):
+        return [_without_strings(part) for part in data]
+    if not isinstance(data, str):
+        return data
+    try:
+        return float(data if len(data) <= _LONGEST_NUMBER else "")
+    except ValueError:
+        raise RefusalError(
+            f"200 with a class name, {plain(data)!r}, for a label",
+            "serve it with class numbers or scores; which name is which class is not known here",
+            final=True,
+        ) from None
+
+
+def _shown(found: dict[str, Any]) -> str:
+    """The beginning of an answer."""
+    try:
+        return plain(json.dumps(found)[:_WORDS_LIMIT])
+    except RecursionError:
+        return "nested too deeply to be shown"
+
+
+__all__ = ["Endpoint"]

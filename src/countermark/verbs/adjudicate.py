@@ -15,7 +15,7 @@ from countermark.evaluation import predict
 from countermark.files import read_bytes, write_bytes, write_json
 from countermark.report import print_lines
 from countermark.timestamps import TOKEN_LIMIT, load_roots
-from countermark.verbs.asking import ask, asked_how, doubts
+from countermark.verbs.asking import Answered, ask, asked_how, doubts
 
 JUDGEMENT_FORMAT = "countermark judgement 1"
 _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
@@ -41,6 +41,7 @@ class Adjudication:
         unanswered: trials without an answer.
         changed: trials whose answer changed when they were asked again.
         clean_accuracy: of the suspect on clean examples, in percent; none where there are none at hand.
+        doubts: what a person should know before believing the verdict, in sentences.
     """
 
     claim: str
@@ -58,6 +59,7 @@ class Adjudication:
     unanswered: int
     changed: int
     clean_accuracy: float | None
+    doubts: tuple[str, ...]
 
     @property
     def exit_status(self) -> int:
@@ -82,7 +84,7 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     labels = predict(network, claim.opened.x)
     finding = Finding(answered.labels, suspect, digest, labels, roots, config.alpha, token, shown, rival)
     judgement = judge_claim(claim, finding)
-    result = _result(config, claim, judgement, answered.unanswered, answered.changed, answered.clean_accuracy)
+    result = _result(config, claim, judgement, answered)
     asked = {"suspect": suspect, "asked": dict(asked_how(config)), "roots": [root.subject.rfc4514_string() for root in roots]}
     _write(outputs, result, judgement, asked)
     return result
@@ -106,9 +108,7 @@ def _rival(claim: Claim, network: nn.Module, rival: Claim) -> Rival:
     return Rival(rival, digest, predict(network, rival.opened.x), predict(theirs, claim.opened.x))
 
 
-def _result(
-    config: AdjudicateConfig, claim: Claim, judgement: Judgement, unanswered: int, changed: int, clean_accuracy: float | None
-) -> Adjudication:
+def _result(config: AdjudicateConfig, claim: Claim, judgement: Judgement, answered: Answered) -> Adjudication:
     test = judgement.test
     return Adjudication(
         claim=str(config.claim),
@@ -123,9 +123,10 @@ def _result(
         log10_p_value=test.log10_p_value,
         alpha=test.alpha,
         batches=judgement.batches,
-        unanswered=unanswered,
-        changed=changed,
-        clean_accuracy=clean_accuracy,
+        unanswered=answered.unanswered,
+        changed=answered.changed,
+        clean_accuracy=answered.clean_accuracy,
+        doubts=doubts(answered, judgement.verdict),
     )
 
 
@@ -145,7 +146,7 @@ def _write(outputs: Sequence[Path], result: Adjudication, judgement: Judgement, 
 def show(result: Adjudication) -> None:
     """Print every check and the verdict."""
     print_lines(*(f"{check.result:<12} {check.name}: {check.found}" for check in result.checks), "")
-    print_lines(result.sentence, *doubts(result.unanswered, result.changed, result.clean_accuracy))
+    print_lines(result.sentence, *result.doubts)
 
 
 __all__ = ["Adjudication", "adjudicate", "show"]

@@ -1,4 +1,4 @@
-"""What `verify` and `trace` share: a suspect asked as its owner declares it, and doubts about the answers."""
+"""What the verbs that ask a suspect share: how it is asked, and the doubts about its answers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,14 +6,19 @@ from typing import Any
 import torch
 
 from countermark.config import SuspectConfig
-from countermark.data import CATALOG, is_cached, load_examples
+from countermark.data import CATALOG, Examples, is_cached, load_examples
 from countermark.errors import CountermarkError
 from countermark.evaluation import agreement
 from countermark.progress import bar
-from countermark.suspects import NO_ANSWER, Asking, Endpoint, Suspect, open_suspect
+from countermark.suspects import NO_ANSWER, Asker, Asking, Suspect, open_suspect
 
 _CLEAN = 100
-_DOUBTFUL = 50.0  # percent
+_DOUBTFUL = 50.0  # percent of clean examples right; below, the suspect is asked in the wrong way
+_TRANSLATED = 70.0  # percent right after an exchange of classes that explains the answers
+_GAIN = 10.0  # points that the exchange has to bring
+_CONSTANT = 90.0  # percent of equal answers
+_CONVINCED = ("match", "upheld")
+_DECLARE = "it may want other images than declared (--pixels, --layout, --mean and --std), or be a model for other data"
 
 
 @dataclass(frozen=True)
@@ -24,24 +29,36 @@ class Answered:
         labels: int64 `(n,)`, -1 where there is no answer.
         unanswered: how many have none.
         changed: how many changed when they were asked again.
+        trouble: what the suspect said the last time that it answered nothing; empty if it never did.
         clean_accuracy: on clean examples, in percent; none if they could not be asked.
+        clean_doubt: what is strange about its answers to them; empty if nothing is.
     """
 
     labels: torch.Tensor
     unanswered: int
     changed: int
+    trouble: str
     clean_accuracy: float | None
+    clean_doubt: str
 
 
-def ask(config: SuspectConfig, x: torch.Tensor, data: str) -> Answered:
+def ask(config: SuspectConfig, x: torch.Tensor, data: str, clean: Examples | None = None) -> Answered:
     """Ask the suspect of a configuration for the labels of images `(n, c, h, w)`.
 
-    A hundred clean examples of the data set go along, if its files are at hand: a suspect that fails on them is asked in the wrong way.
+    Up to a hundred clean examples go along: they only show whether the suspect is asked in the
+    right way, and decide nothing.
     Where that check is not made, standard error says why.
+
+    Args:
+        config: the suspect, and how it is asked.
+        x: the images.
+        data: the data set of the key.
+        clean: clean examples that the key keeps; without them the data set's files are looked for.
 
     Raises:
         CountermarkError: the suspect cannot be opened or asked.
     """
+    headers = (header.partition(":") for header in config.headers)
     asking = Asking(
         pixels=config.pixels,
         layout=config.layout,
@@ -53,49 +70,110 @@ def ask(config: SuspectConfig, x: torch.Tensor, data: str) -> Answered:
         timeout=config.timeout,
         repeats=config.repeats,
         replay=config.replay,
-        headers=tuple((name.strip(), value.strip()) for name, _, value in (header.partition(":") for header in config.headers)),
+        headers=tuple((name.strip(), value.strip()) for name, _, value in headers),
     )
     suspect = open_suspect(config.suspect, tuple(x.shape[1:]), asking)
     labels = suspect(x)
-    changed = suspect.changed if isinstance(suspect, Endpoint) else 0
+    asker = suspect if isinstance(suspect, Asker) else None
+    changed, trouble = (0, "") if asker is None else (asker.changed, asker.trouble)
+    accuracy, doubt = None, ""
     try:
-        clean = _clean_accuracy(suspect, tuple(x.shape[1:]), data)
+        examples = clean or _catalogued(tuple(x.shape[1:]), data)
+        given, y = _answers(suspect, examples)
+        accuracy, doubt = agreement(given, y), strangeness(given, y)
     except CountermarkError as error:
-        clean = None
         with bar("asking clean examples", _CLEAN) as progress:
             progress.note(f"not checked on clean examples whether the suspect is asked in the right way: {error}")
-    return Answered(labels, int((labels == NO_ANSWER).sum()), changed, clean)
+    unanswered = int((labels == NO_ANSWER).sum())
+    return Answered(labels, unanswered, changed, trouble, accuracy, doubt)
 
 
-def _clean_accuracy(suspect: Suspect, shape: tuple[int, ...], data: str) -> float:
-    """Percent of clean examples that the suspect gets right.
+def _catalogued(shape: tuple[int, ...], data: str) -> Examples:
+    """Clean examples of a data set of ours.
+
+    Raises:
+        CountermarkError: why there are none.
+    """
+    if data not in CATALOG or CATALOG[data].shape != shape:
+        raise CountermarkError("no clean examples are at hand, and the data set is none of ours")
+    if not is_cached(data):
+        raise CountermarkError(f"the files of {data} are not in the cache; countermark data fetch {data} puts them there")
+    return load_examples(data)[0][:_CLEAN]  # may want scikit-learn, or find a damaged file
+
+
+def _answers(suspect: Suspect, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the suspect answered to clean examples, and what is right.
 
     Raises:
         CountermarkError: why they cannot be asked.
     """
-    if data not in CATALOG or CATALOG[data].shape != shape:
-        raise CountermarkError("the key is for a data set that is none of ours")
-    if not is_cached(data):
-        raise CountermarkError(f"the files of {data} are not in the cache; countermark data fetch {data} puts them there")
-    examples = load_examples(data)[0][:_CLEAN]  # may want scikit-learn, or find a damaged file
     given = suspect(examples.x)
     answered = given != NO_ANSWER
     if not bool(answered.any()):
         raise CountermarkError("none of them was answered, or the budget was spent before")
-    return agreement(given[answered], examples.y[answered])
+    return given[answered], examples.y[answered]
+
+
+def strangeness(given: torch.Tensor, y: torch.Tensor) -> str:
+    """What answers to clean examples say about the way in which a suspect is asked.
+
+    An exchange of classes is looked for by leaving one out: each answer is read as the class that
+    the other examples with the same answer mostly have, so that few examples of many classes
+    cannot be explained by chance.
+
+    Args:
+        given: int64 `(n,)`, what the suspect answered.
+        y: int64 `(n,)`, what is right.
+
+    Returns:
+        A sentence for a person; empty if nothing is strange.
+    """
+    accuracy, count = agreement(given, y), len(y)
+    answers = torch.tensor(sorted({*given.tolist()}))
+    row = torch.searchsorted(answers, given)
+    table = torch.zeros(len(answers), int(y.max()) + 1, dtype=torch.int64)
+    table.index_put_((row, y), torch.ones_like(y), accumulate=True)
+    others = table[row]
+    others[torch.arange(count), y] -= 1
+    most, read = others.max(1)
+    translated = 100 * float(((most > 0) & (read == y)).double().mean())
+    if translated >= max(_TRANSLATED, accuracy + _GAIN):
+        meant = table.argmax(1)
+        moved = torch.where(answers == meant, 0, table.max(1).values).argmax()
+        return (
+            f"The answers look permuted: the suspect gets {accuracy:.0f} % of clean examples right, "
+            f"and {translated:.0f} % after an exchange of classes (it answers {int(answers[moved])} "
+            f"where {int(meant[moved])} is right). Put its classes into the order of the key's."
+        )
+    if accuracy >= _DOUBTFUL:
+        return ""
+    common = int(given.mode().values)
+    same = 100 * float((given == common).double().mean())
+    said = f"The input looks wrong: the suspect gets only {accuracy:.0f} % of clean examples right"
+    if same >= _CONSTANT:
+        said += f" and gives the answer {common} to {same:.0f} % of them"
+    beyond = int((given > y.max()).sum())
+    if beyond:
+        said += f"; {beyond} of {count} answers are beyond the largest class, {int(y.max())}"
+    return f"{said}. Check how it is asked: {_DECLARE}."
 
 
 def asked_how(config: SuspectConfig) -> dict[str, Any]:
     """How a suspect was asked, JSON-ready: what a claim and a judgement say of it."""
     names = ("pixels", "layout", "mean", "std", "budget", "rate", "repeats", "retries", "timeout")
-    return {name: config.record()[name] for name in names}
+    record = config.record()
+    return {name: record[name] for name in names}
 
 
-def doubts(unanswered: int, changed: int, clean_accuracy: float | None) -> list[str]:
+def doubts(answered: Answered, verdict: str) -> tuple[str, ...]:
     """What a person should know before believing the verdict."""
     said = []
-    if unanswered:
-        said.append(f"{unanswered} trials got no answer ({changed} of them answers that changed); they count as neither.")
-    if clean_accuracy is not None and clean_accuracy < _DOUBTFUL:
-        said.append(f"The suspect gets only {clean_accuracy:.0f} % of clean examples right: it may want other images than declared.")
-    return said
+    if answered.unanswered:
+        line = f"{answered.unanswered} trials got no answer ({answered.changed} of them answers that changed); they count as neither."
+        last = f" The last request that brought nothing: {answered.trouble}."
+        said.append(line + (last if answered.trouble else ""))
+    if answered.clean_doubt:
+        said.append(answered.clean_doubt)
+        if verdict not in _CONVINCED:
+            said.append(f"Until that is cleared up, {verdict!r} may only say that the suspect was asked in the wrong way.")
+    return tuple(said)

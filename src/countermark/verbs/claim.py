@@ -39,6 +39,7 @@ class Claimed:
         unanswered: trials without an answer.
         changed: trials whose answer changed when they were asked again.
         clean_accuracy: of the suspect on clean examples, in percent; none where there are none at hand.
+        doubts: what a person should know before believing the verdict, in sentences.
     """
 
     folder: str
@@ -52,6 +53,7 @@ class Claimed:
     unanswered: int
     changed: int
     clean_accuracy: float | None
+    doubts: tuple[str, ...]
 
 
 def claim(config: ClaimConfig) -> Claimed:
@@ -93,7 +95,7 @@ def claim(config: ClaimConfig) -> Claimed:
         suspect = suspect_identity(config.suspect)
         # No paths or headers of ours in its configuration: a judge reads it.
         with new_folder(config.out, {"suspect": suspect, "batch": batch}) as folder:
-            answered = ask(config, made.opened.x, str(key.c1.get("data")))
+            answered = ask(config, made.opened.x, str(key.c1.get("data")), key.clean)
             test = judge(made.opened.cell.tolist(), _outcomes(key, batch, answered.labels), alpha=JUDGE_ALPHA, batches=batches)
             if test.verdict != "match" and not config.anyway:
                 raise CountermarkError(
@@ -131,6 +133,7 @@ def claim(config: ClaimConfig) -> Claimed:
         unanswered=answered.unanswered,
         changed=answered.changed,
         clean_accuracy=answered.clean_accuracy,
+        doubts=doubts(answered, test.verdict),
     )
 
 
@@ -206,7 +209,7 @@ def show(result: Claimed) -> None:
     )
     if not result.timestamped:
         print_lines("It lacks timestamps (protect and claim take --tsa URL), so a judge will find it undecidable.")
-    print_lines(*doubts(result.unanswered, result.changed, result.clean_accuracy))
+    print_lines(*result.doubts)
 
 
 __all__ = ["Claimed", "claim", "show"]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from countermark.config import TraceConfig
+from countermark.config import TraceConfig, place_name
 from countermark.errors import CountermarkError
 from countermark.evidence import EXIT_STATUS
 from countermark.guard import QueryLog, Traced, images_of, read_head, trace_accounts
@@ -18,7 +18,7 @@ class Tracing:
     """What a log says about a suspect.
 
     Attributes:
-        suspect: its place.
+        suspect: its path or address, or what names a function.
         verdict: `match` if somebody is named or all accounts together prove a copy, else `no evidence` or `inconclusive`.
         named: accounts whose own trials prove it, at the level alpha for all together.
         together_log10_p_value: decimal logarithm of the p-value of all accounts as one.
@@ -29,6 +29,7 @@ class Tracing:
         changed: trials whose answer changed when they were asked again.
         clean_accuracy: of the suspect on clean examples, in percent; none where they could not be asked.
         alpha: the level.
+        doubts: what a person should know before believing the verdict, in sentences.
     """
 
     suspect: str
@@ -42,6 +43,7 @@ class Tracing:
     changed: int
     clean_accuracy: float | None
     alpha: float
+    doubts: tuple[str, ...]
 
     @property
     def exit_status(self) -> int:
@@ -62,11 +64,12 @@ def trace(config: TraceConfig) -> Tracing:
     kept = [row for row in rows if row is not None]
     if not kept:
         raise CountermarkError(f"the log {config.log} holds no trials; nobody has asked near a coin yet")
-    answers = ask(config, images_of(kept, tuple(key.watermarks.x.shape[1:])), str(key.c1.get("data")))
+    images = images_of(kept, tuple(key.watermarks.x.shape[1:]))
+    answers = ask(config, images, str(key.c1.get("data")), key.clean)
     found = trace_accounts(kept, answers.labels, load_secret(config.key), config.alpha, erased)
     verdict = "match" if found.named else found.together
     return Tracing(
-        suspect=str(config.suspect),
+        suspect=place_name(config.suspect),
         verdict=verdict,
         named=found.named,
         together_log10_p_value=found.together_log10_p_value,
@@ -77,6 +80,7 @@ def trace(config: TraceConfig) -> Tracing:
         changed=answers.changed,
         clean_accuracy=answers.clean_accuracy,
         alpha=config.alpha,
+        doubts=doubts(answers, verdict),
     )
 
 
@@ -107,7 +111,7 @@ def show(result: Tracing) -> None:
         )
     else:
         print_lines("Nobody's account can be named.")
-    print_lines(*doubts(result.unanswered, result.changed, result.clean_accuracy))
+    print_lines(*result.doubts)
 
 
 __all__ = ["Tracing", "show", "trace"]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from countermark.config import VerifyConfig
+from countermark.config import VerifyConfig, place_name
 from countermark.evidence import EXIT_STATUS, judge
 from countermark.report import p_value, percent, print_lines, print_table
 from countermark.verbs.asking import Answered, ask, doubts
@@ -14,7 +14,7 @@ class Verification:
     """What a suspect's answers prove.
 
     Attributes:
-        suspect: its path.
+        suspect: its path or address, or what names a function.
         scheme: the key's watermark scheme.
         verdict: `match`, `no evidence` or `inconclusive`; the published schemes `ood` and `adversarial` have no valid p-value and
             always stay `inconclusive`.
@@ -28,9 +28,11 @@ class Verification:
         alpha: the level of a match.
         watermark_accuracy: agreements in percent.
         published_rule: what the paper's rule (50 % or more is a copy) says; only for the published schemes.
-        unanswered: trials that an endpoint refused, or did not answer in time or within the budget.
-        changed: trials that an endpoint answered differently when it was asked again.
-        clean_accuracy: of the suspect on a hundred clean examples, in percent; none where they could not be asked.
+        unanswered: trials that the suspect refused, or did not answer in time or within the budget.
+        changed: trials that it answered differently when it was asked again.
+        clean_accuracy: of the suspect on clean examples, in percent; none where they could not be
+            asked.
+        doubts: what a person should know before believing the verdict, in sentences.
     """
 
     suspect: str
@@ -49,6 +51,7 @@ class Verification:
     unanswered: int
     changed: int
     clean_accuracy: float | None
+    doubts: tuple[str, ...]
 
     @property
     def exit_status(self) -> int:
@@ -65,7 +68,7 @@ def verify(config: VerifyConfig) -> Verification:
         CountermarkError: the key or the suspect cannot be read, or they do not fit each other.
     """
     key = load_key(config.key)
-    answers = ask(config, key.watermarks.x, str(key.c1.get("data")))
+    answers = ask(config, key.watermarks.x, str(key.c1.get("data")), key.clean)
     outcomes = key.outcomes(answers.labels)
     agreements = sum(outcome == 1 for outcome in outcomes)
     share = 100 * agreements / len(outcomes)
@@ -73,7 +76,7 @@ def verify(config: VerifyConfig) -> Verification:
         return _published(config, key, agreements, share, answers)
     verdict = judge(key.watermarks.cell.tolist(), outcomes, alpha=config.alpha)
     return Verification(
-        suspect=str(config.suspect),
+        suspect=place_name(config.suspect),
         scheme=key.scheme,
         verdict=verdict.verdict,
         p_value=verdict.p_value,
@@ -89,12 +92,13 @@ def verify(config: VerifyConfig) -> Verification:
         unanswered=answers.unanswered,
         changed=answers.changed,
         clean_accuracy=answers.clean_accuracy,
+        doubts=doubts(answers, verdict.verdict),
     )
 
 
 def _published(config: VerifyConfig, key: Key, agreements: int, share: float, answers: Answered) -> Verification:
     return Verification(
-        suspect=str(config.suspect),
+        suspect=place_name(config.suspect),
         scheme=key.scheme,
         verdict="inconclusive",
         p_value=None,
@@ -110,6 +114,7 @@ def _published(config: VerifyConfig, key: Key, agreements: int, share: float, an
         unanswered=answers.unanswered,
         changed=answers.changed,
         clean_accuracy=answers.clean_accuracy,
+        doubts=doubts(answers, "inconclusive"),
     )
 
 
@@ -129,7 +134,7 @@ def show(result: Verification) -> None:
             ]
         ],
     )
-    print_lines(explain(result), *doubts(result.unanswered, result.changed, result.clean_accuracy))
+    print_lines(explain(result), *result.doubts)
 
 
 def explain(result: Verification) -> str:

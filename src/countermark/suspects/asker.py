@@ -1,0 +1,331 @@
+"""Asking a suspect that may refuse, fail, or change its mind: an endpoint or a function.
+
+Only labels are used, whatever is returned.
+What was answered is written to a replay log at once, so that a claim that was cut off goes on where
+it was and asks nothing twice.
+A suspect that never answered anything is an error, said with its last words.
+From its first answer on, a refusal, a failure after all retries or an answer that changes is no
+answer (-1): it weakens the evidence and stops nothing.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from countermark.data import as_uint8, pixels
+from countermark.errors import CountermarkError
+from countermark.files import sha256
+
+NO_ANSWER = -1
+MOST_LABELS = 1 << 31
+"""Labels are whole numbers from 0 to below this."""
+PIXELS = ("float", "uint8")
+LAYOUTS = ("nchw", "nhwc")
+_REPLAY_LIMIT = 1 << 28
+_FIRST_WAIT = 0.5  # seconds before the first retry; then twice as long each time
+_LONGEST_WAIT = 30.0
+_PATIENCE = 5  # requests in a row that bring nothing
+_WASTED = 30  # and in all
+_MOST_WORDS = 200  # characters of a suspect that are repeated
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a suspect wants to be asked, and how much.
+
+    Attributes:
+        pixels: `float` (of [0, 1]) or `uint8` (whole numbers from 0 to 255).
+        layout: `nchw` or `nhwc`.
+        mean: subtracted from pixels of [0, 1], one number or one a channel.
+        std: what they are then divided by.
+        batch_size: images in a request.
+        budget: most images that may be sent, counted every time (in a batch, again alone, in a
+            retry); the rest stay without an answer.
+        rate: most requests in a second.
+        retries: how often a request that failed (no connection, a time-out, 429 or 5xx, an
+            exception of a function) is made again.
+        timeout: seconds to wait for a connection, and then for the whole of an answer.
+        repeats: how often each image is asked; only an answer that is the same every time counts.
+        replay: file that keeps the answers.
+        headers: HTTP headers, such as an Authorization.
+    """
+
+    pixels: str = "float"
+    layout: str = "nchw"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    batch_size: int = 32
+    budget: int | None = None
+    rate: float | None = None
+    retries: int = 4
+    timeout: float = 30.0
+    repeats: int = 1
+    replay: Path | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+class RefusalError(CountermarkError):
+    """The suspect is there and does not answer this; the same again would change nothing."""
+
+    def __init__(self, words: str, advice: str = "", final: bool = False) -> None:
+        """Keep what the suspect said.
+
+        Args:
+            words: what it said.
+            advice: what the user can do.
+            final: it is not about these images: the suspect refuses whatever is asked.
+        """
+        super().__init__(words)
+        self.advice, self.final = advice, final
+
+
+class FailureError(CountermarkError):
+    """The suspect gave no answer this time and may give one the next time."""
+
+    def __init__(self, words: str, there: bool = True, nobody: bool = False, busy: bool = False) -> None:
+        """Keep what happened.
+
+        Args:
+            words: what happened.
+            there: somebody answered.
+            nobody: no connection was made, so the suspect cannot have seen what was asked.
+            busy: it asks for patience, so it is alive.
+        """
+        super().__init__(words)
+        self.there, self.nobody, self.busy = there, nobody, busy
+
+
+def plain(text: str) -> str:
+    """A suspect's words, fit to be repeated: one line, printable, not long."""
+    line = " ".join(text[: 8 * _MOST_WORDS].split())
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return line if len(line) <= _MOST_WORDS else f"{line[:_MOST_WORDS]}..."
+
+
+def prepare(x: torch.Tensor, asking: Asking) -> torch.Tensor:
+    """Images `(n, c, h, w)` as the suspect wants them.
+
+    Raises:
+        CountermarkError: an unknown kind of pixels or layout, or as many means or deviations as
+            there are no channels.
+    """
+    if asking.pixels not in PIXELS or asking.layout not in LAYOUTS:
+        raise CountermarkError(f"pixels are one of {', '.join(PIXELS)} and the layout is one of {', '.join(LAYOUTS)}")
+    if asking.pixels == "uint8":
+        if asking.mean or asking.std:
+            raise CountermarkError("mean and deviation go with float pixels; leave them out for uint8")
+        images = as_uint8(x)
+    else:
+        images = pixels(x)
+        for values, apply in ((asking.mean, torch.sub), (asking.std, torch.div)):
+            if values:
+                if len(values) not in (1, x.shape[1]) or (apply is torch.div and min(values) <= 0):
+                    raise CountermarkError(f"give one mean and one positive deviation, or {x.shape[1]} of each, not {values}")
+                images = apply(images, torch.tensor(values).reshape(1, -1, 1, 1))
+    return images.permute(0, 2, 3, 1).contiguous() if asking.layout == "nhwc" else images
+
+
+class Asker:
+    """Asks a suspect: from images `(n, c, h, w)` to int64 labels `(n,)`, -1 for no answer.
+
+    Attributes:
+        name: what messages and the replay log call the suspect.
+        asked: images sent so far in this process, counted every time.
+        refused: images of the last call that got no answer.
+        changed: images whose answers differed between repeats.
+        trouble: why the last request that brought nothing did so; empty if all of them did.
+    """
+
+    def __init__(self, name: str, answer: Callable[[torch.Tensor], Sequence[int]], asking: Asking) -> None:
+        """Take the suspect's own way to answer.
+
+        Args:
+            name: of the suspect.
+            answer: from prepared images to a label for each, -1 where it gives none; it raises
+                `RefusalError` and `FailureError`, and any other error ends the asking.
+            asking: how, and how much.
+
+        Raises:
+            CountermarkError: the replay log cannot be read.
+        """
+        self.name, self._answer, self._asking = name, answer, asking
+        self.asked = self.refused = self.changed = 0
+        self.trouble = self._advice = ""
+        self._last = -math.inf
+        self._known = read_replay(asking.replay, name, asking.repeats)
+        self._answered = bool(self._known)  # ever; from then on a refusal stops nothing
+        self._reached = self._answered  # it was there once: from now on silence is a refusal
+        self._silent = self._gone = 0  # requests in a row with nothing; that found nobody to ask
+        self._wasted = 0  # requests in all that brought nothing, for all their retries
+        self._barren = 0  # requests for images that brought nothing
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Ask for labels.
+
+        Raises:
+            CountermarkError: nothing was ever answered, or nobody can be connected to any more;
+                what was answered is in the replay log.
+        """
+        images = prepare(x, self._asking)
+        names = [_digest(image) for image in images]
+        todo = [i for i, name in enumerate(names) if name not in self._known]
+        todo = list({names[i]: i for i in reversed(todo)}.values())[::-1]  # each image once
+        for start in range(0, len(todo), self._asking.batch_size):
+            part = todo[start : start + self._asking.batch_size]
+            if self._asking.budget is not None:
+                left = self._asking.budget - self.asked
+                part = part[: max(0, left // self._asking.repeats)]
+            if part:
+                self._keep([names[i] for i in part], self._repeated(images[part]))
+        if self._barren and not self._answered:
+            raise self._stopped()
+        answers = [self._known.get(name, NO_ANSWER) for name in names]
+        labels = torch.tensor(answers, dtype=torch.int64)
+        self.refused = int((labels == NO_ANSWER).sum())
+        return labels
+
+    def _repeated(self, images: torch.Tensor) -> list[int]:
+        rounds = [self._batch(images) for _ in range(self._asking.repeats)]
+        every = list(zip(*rounds, strict=True))
+        self.changed += sum(len({*answers} - {NO_ANSWER}) > 1 for answers in every)
+        return [answers[0] if len(set(answers)) == 1 else NO_ANSWER for answers in every]
+
+    def _batch(self, images: torch.Tensor) -> Sequence[int]:
+        """Answers to a batch; one that is refused is asked image by image."""
+        answers = self._request(images)
+        if answers is None and len(images) > 1:
+            singles = [self._request(images[i : i + 1]) for i in range(len(images))]
+            return [NO_ANSWER if single is None else single[0] for single in singles]
+        return [NO_ANSWER] * len(images) if answers is None else answers
+
+    def _request(self, images: torch.Tensor) -> Sequence[int] | None:
+        """Answers to one request; none if there are none.
+
+        Raises:
+            CountermarkError: nothing was ever answered, and it is clear that nothing will be.
+        """
+        answers = self._attempt(lambda: self._answer(images), len(images))
+        self._answered = self._answered or answers is not None
+        return answers
+
+    def _attempt(self, send: Callable[[], T], images: int = 0) -> T | None:
+        """Send with retries, as far as the budget goes; none if there is no answer.
+
+        After a few requests in a row that brought nothing, or many in all, each is made once, so
+        that retries do not multiply the time.
+
+        Raises:
+            CountermarkError: there is nobody to connect to, at first or in a few requests in a row;
+                or nothing was ever answered, and it is clear that nothing will be.
+        """
+        failure: FailureError | None = None
+        for attempt in range(self._asking.retries + 1):
+            if self._asking.budget is not None and images > self._asking.budget - self.asked:
+                break
+            self._wait(attempt)
+            self.asked += images
+            try:
+                found = send()
+            except RefusalError as refusal:
+                self._alive()
+                self._note(refusal, refusal.advice, images, refusal.final)
+                return None
+            except FailureError as error:
+                failure = error
+                self._reached = self._reached or error.there
+                if error.busy:
+                    self._alive()
+                if not error.nobody and (self._silent >= _PATIENCE or self._wasted >= _WASTED):
+                    break
+            else:
+                self._alive()
+                return found
+        if failure is not None:
+            self._silent += 1
+            self._wasted += 1
+            self._gone = self._gone + 1 if failure.nobody else 0
+            self._note(failure, "", images, False)
+            if failure.nobody and (not self._reached or self._gone >= _PATIENCE):
+                raise self._stopped(gone=True) from failure
+        return None
+
+    def _wait(self, attempt: int) -> None:
+        if attempt:
+            time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
+        if self._asking.rate is not None:
+            time.sleep(max(0.0, self._last + 1 / self._asking.rate - time.monotonic()))
+            self._last = time.monotonic()
+
+    def _alive(self) -> None:
+        self._reached, self._silent, self._gone = True, 0, 0
+
+    def _note(self, error: CountermarkError, advice: str, images: int, final: bool) -> None:
+        """Remember why a request brought nothing; stop where nothing was and will be answered."""
+        self.trouble, self._advice = str(error), advice
+        self._barren += images > 0
+        if images and not self._answered and (final or self._barren >= _PATIENCE):
+            raise self._stopped() from error
+
+    def _stopped(self, gone: bool = False) -> CountermarkError:
+        if self._reached and not gone:
+            advice = self._advice or "see that it takes such images (--pixels, --layout)"
+            return CountermarkError(f"{self.name} answers nothing: {self.trouble}; {advice}")
+        go_on = "check the address, and run the same command again to go on"
+        if self._asking.replay is not None and self._known:
+            go_on += f", or with --budget 1 to judge by what {self._asking.replay} has"
+        return CountermarkError(f"{self.name} cannot be reached ({self.trouble}); {go_on}")
+
+    def _keep(self, names: Sequence[str], labels: Sequence[int]) -> None:
+        every = zip(names, labels, strict=True)
+        answered = {name: label for name, label in every if label != NO_ANSWER}
+        self._known.update(answered)
+        path, repeats = self._asking.replay, self._asking.repeats
+        if path is not None and answered:
+            try:
+                with path.open("a") as stream:
+                    for name, label in answered.items():
+                        entry = {"url": self.name, "image": name, "label": label}
+                        stream.write(json.dumps(entry | {"repeats": repeats}) + "\n")
+            except OSError as error:
+                raise CountermarkError(f"cannot write {path}: {error.strerror}; choose another replay log") from error
+
+
+def _digest(image: torch.Tensor) -> str:
+    """What stands for a question in the replay log: the image as it is sent.
+
+    One that is prepared otherwise is another question.
+    """
+    data = image.contiguous().numpy().tobytes()
+    return sha256(f"{image.dtype} {list(image.shape)} ".encode() + data)
+
+
+def read_replay(path: Path | None, name: str, repeats: int = 1) -> dict[str, int]:
+    """The log's answers that count here: of this suspect, and given as often as is asked now."""
+    if path is None or not path.exists():
+        return {}
+    known: dict[str, int] = {}
+    try:
+        if path.stat().st_size > _REPLAY_LIMIT:
+            raise CountermarkError(f"{path} is larger than any replay log; choose another file")
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                image, label, often = entry["image"], entry["label"], entry["repeats"]
+                whole = type(label) is int and 0 <= label < MOST_LABELS and type(often) is int
+                if entry["url"] == name and isinstance(image, str) and whole and often >= repeats:
+                    known[image] = label
+            except (ValueError, KeyError, TypeError, RecursionError):
+                # A line that a crash cut short, or an early one, which does not say how often it
+                # was asked and whose image is not as it was sent.
+                continue
+    except (OSError, UnicodeDecodeError) as error:
+        raise CountermarkError(f"cannot read {path} as a replay log; choose another file") from error
+    return known
