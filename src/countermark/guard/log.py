@@ -94,17 +94,18 @@ class Head:
 class QueryLog:
     """An open log."""
 
-    def __init__(self, url: str, create: bool = True) -> None:
+    def __init__(self, url: str, create: bool = True, wait: float = 5.0) -> None:
         """Open a log.
 
         Args:
             url: a path, `sqlite:///PATH`, or `postgresql://USER:PASSWORD@HOST/DATABASE`.
             create: make it if there is none; else that is an error.
+            wait: seconds that a transaction waits for another program that holds the log.
 
         Raises:
             CountermarkError: the database cannot be opened, or is not a log of this format.
         """
-        self._engine = _engine(url)
+        self._engine = _engine(url, wait)
         self.shown = self._engine.url.render_as_string(hide_password=True)
         database = self._engine.url.database
         missing = self._engine.dialect.name == "sqlite" and not Path(str(database)).exists()
@@ -305,7 +306,7 @@ _ERASED = sa.Table(
 )
 
 
-def _engine(url: str) -> sa.Engine:
+def _engine(url: str, wait: float) -> sa.Engine:
     try:
         address = sa.make_url(url if "://" in url else f"sqlite:///{url}")
         if address.drivername in ("postgres", "postgresql"):
@@ -321,15 +322,15 @@ def _engine(url: str) -> sa.Engine:
     if address.drivername == "sqlite":
         if address.database in (None, "", ":memory:"):
             raise CountermarkError("a query log in memory keeps nothing; give the path of a file")
-        sa.event.listen(engine, "connect", _set_up)
+        sa.event.listen(engine, "connect", lambda connection, _record: _set_up(connection, wait))
         sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
     return engine
 
 
-def _set_up(connection: Any, _record: Any) -> None:
+def _set_up(connection: Any, wait: float) -> None:
     """SQLite: transactions are begun by us, survive a loss of power, and wait for each other."""
     connection.isolation_level = None
-    for pragma in ("busy_timeout = 30000", "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
+    for pragma in (f"busy_timeout = {round(1000 * wait)}", "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
