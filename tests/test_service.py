@@ -33,7 +33,7 @@ from countermark.evaluation import predict
 from countermark.files import read_json, write_json
 from countermark.guard import QueryLog, Row, guard_sha256, load_guarded
 from countermark.guard.requests import is_signed, sign_request
-from countermark.service.clients import Clients, add_client
+from countermark.service.clients import CLIENTS_FORMAT, Clients, add_client
 from countermark.service.engine import BusyError, Engine
 from countermark.verbs.guard import guard
 
@@ -80,18 +80,28 @@ def start(guarded_folder: Path, tmp_path: Path) -> Iterator[Start]:
     clients = tmp_path / "clients.json"
     keys = {name: add_client(clients, name, None) for name in ("anna", "bob")}
 
-    def begin(*options: str, log: Path = tmp_path / "log.db") -> Running:
-        command = [sys.executable, "-m", "countermark", "serve", "--model", str(guarded_folder), "--log", str(log), "--port", "0"]
-        command += ["--clients", str(clients), *options]
+    def begin(
+        *options: str,
+        log: Path = tmp_path / "log.db",
+        limit: str = "",
+        program: tuple[str, ...] = ("-m", "countermark"),
+        wait: bool = True,
+    ) -> Running:
+        command = [sys.executable, *program, "serve", "--model", str(guarded_folder)]
+        command += ["--log", str(log), "--port", "0", "--clients", str(clients), *options]
+        if limit:
+            command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *command]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.search(r"http://\S+", line)
-        assert found, line + process.stderr.read()
-        service = Running(process, found[0], guarded_folder, log, keys)
+        found, lines = None, list[str]()
+        while found is None:
+            lines.append(process.stderr.readline())
+            assert lines[-1], lines
+            found = re.search(r"listening on (http://\S+)", lines[-1])
+        service = Running(process, found[1], guarded_folder, log, keys)
         running.append(service)
-        for _ in range(200):
+        for _ in range(200 if wait else 0):
             try:
                 if requests.get(f"{service.url}/v2/health/ready", timeout=5).ok:
                     break
@@ -678,3 +688,29 @@ def test_the_guards_digest_is_in_the_commitment(
         write_json(tmp_path / "other" / "guard.json", changed)
         with pytest.raises(CountermarkError, match=r"guard\.json lacks usable settings"):
             load_guarded(tmp_path / "other", tmp_path / "other" / "key")
+
+
+@pytest.mark.parametrize(
+    "account",
+    [
+        {"key_sha256": "0" * 64},
+        {"key_sha256": None, "public_key": None},
+        {"key_sha256": "0" * 63, "public_key": None},
+        {"key_sha256": "0" * 64, "public_key": 5},
+        {"key_sha256": "0" * 64, "public_key": "X" * 64},
+        [],
+        "account",
+    ],
+)
+def test_a_damaged_file_of_clients_is_told_at_the_start(tmp_path: Path, account: object) -> None:
+    write_json(tmp_path / "clients.json", {"format": CLIENTS_FORMAT, "clients": {"anna": account}})
+    with pytest.raises(CountermarkError, match=r"clients\.json: the account 'anna' .*backup"):
+        Clients(tmp_path / "clients.json")
+
+
+def test_a_file_of_clients_that_is_full_stays_readable(tmp_path: Path) -> None:
+    path, account = tmp_path / "clients.json", {"key_sha256": "0" * 64, "public_key": "0" * 64}
+    write_json(path, {"format": CLIENTS_FORMAT, "clients": {f"client {k}": account for k in range(5437)}})
+    with pytest.raises(CountermarkError, match="no room for another client"):
+        add_client(path, 50 * "\N{GRINNING FACE}", None)
+    Clients(path)

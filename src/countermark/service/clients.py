@@ -1,15 +1,17 @@
 """Who may ask: a file of accounts, each with the digest of its API key."""
 
 import hashlib
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
 from countermark.errors import CountermarkError
-from countermark.files import locked, read_json, write_json
+from countermark.files import JSON_LIMIT, canonical_json, locked, read_json, write_json
 
 CLIENTS_FORMAT = "countermark clients 1"
 _PRIVATE = 0o600
+_DIGITS = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ def add_client(path: Path, name: str, public_key: str | None) -> str:
     """Add an account to the file, which is made if it is new, and return its API key; the file keeps only a digest of it.
 
     Raises:
-        CountermarkError: the name is taken, the public key is none, or the file cannot be written.
+        CountermarkError: the name is taken, the public key is none, or the file is full or cannot
+            be written.
     """
-    if public_key is not None and (len(public_key) != 64 or set(public_key) - set("0123456789abcdef")):
+    if public_key is not None and not _is_digits(public_key):
         raise CountermarkError("--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits")
     api_key = secrets.token_urlsafe(32)
     if not path.parent.is_dir():
@@ -58,7 +61,10 @@ def add_client(path: Path, name: str, public_key: str | None) -> str:
             raise CountermarkError(f"{path} has a client {name!r} already; choose another name")
         known[name] = (hashlib.sha256(api_key.encode()).hexdigest(), public_key)
         accounts = {name: {"key_sha256": digest, "public_key": public} for name, (digest, public) in known.items()}
-        write_json(path, {"format": CLIENTS_FORMAT, "clients": accounts}, _PRIVATE)
+        record = {"format": CLIENTS_FORMAT, "clients": accounts}
+        if len(canonical_json(record)) > JSON_LIMIT:
+            raise CountermarkError(f"{path} has no room for another client; remove some that are gone")
+        write_json(path, record, _PRIVATE)
     return api_key
 
 
@@ -67,7 +73,15 @@ def _read(path: Path) -> dict[str, tuple[str, str | None]]:
     accounts = record.get("clients")
     if record.get("format") != CLIENTS_FORMAT or not isinstance(accounts, dict):
         raise CountermarkError(f"{path} is not a file of clients; make one with: countermark client add NAME --clients {path}")
-    try:
-        return {str(name): (str(account["key_sha256"]), account["public_key"]) for name, account in accounts.items()}
-    except (KeyError, TypeError) as error:
-        raise CountermarkError(f"{path} has an account without its digest; restore it from a backup") from error
+    for name, account in accounts.items():
+        if not (isinstance(account, dict) and account.keys() == {"key_sha256", "public_key"} and name.isprintable()):
+            raise CountermarkError(f"{path}: the account {name!r} is not complete; restore the file from a backup")
+        digest, public = account["key_sha256"], account["public_key"]
+        if not _is_digits(digest) or not (public is None or _is_digits(public)):
+            raise CountermarkError(f"{path}: the account {name!r} is damaged; restore the file from a backup")
+    return {name: (account["key_sha256"], account["public_key"]) for name, account in accounts.items()}
+
+
+def _is_digits(value: object) -> bool:
+    """Whether it is 32 bytes in lower-case hexadecimal."""
+    return isinstance(value, str) and _DIGITS.fullmatch(value) is not None
