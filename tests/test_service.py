@@ -216,7 +216,10 @@ def test_verify_and_trace_ask_the_service_itself(start: Start, digits: Pools, tm
 
 BAD = {
     "no JSON": (b"{", 400, "not valid JSON"),
-    "deep JSON": (b"[" * 20000, 400, "not valid JSON"),
+    "deep JSON": (b"[" * 1500, 400, "not valid JSON"),
+    "many lists": (b"[" * 20000, 400, "more values"),
+    "many objects": (b'{"inputs": [' + b"{}," * 20000 + b"{}]}", 400, "more values"),
+    "many values": ({"data": [0] * 20000}, 400, "more values"),
     "a list": (b"[]", 400, "list of one tensor"),
     "no input": (b'{"inputs": []}', 400, "list of one tensor"),
     "identity": (b'{"id": 3, "inputs": [{}]}', 400, "id is a string"),
@@ -234,6 +237,17 @@ BAD = {
     "words": ({"data": ["a"] * 64}, 400, "numbers"),
     "ragged": ({"data": [[0] * 63, [0]]}, 400, "numbers|tensor"),
     "truth": ({"data": [True] * 64}, 400, "numbers"),
+    "some truth": ({"data": [0] * 63 + [True]}, 400, "numbers"),
+    "one word": ({"data": [0] * 63 + ["0"]}, 400, "numbers"),
+    "numbers among lists": ({"data": [[0] * 63, 0]}, 400, "numbers"),
+    "lists of other lengths inside": ({"data": [[[0] * 8] * 7 + [[0] * 7, [0]]]}, 400, "numbers"),
+    "a deep number": (
+        b'{"inputs": [{"shape": [1,1,8,8], "datatype": "UINT8", "data": ' + b"[" * 400 + b"0" + b"]" * 403,
+        400,
+        "JSON|numbers",
+    ),
+    "a huge number": ({"data": [0] * 63 + [10**400]}, 400, "from 0 to 255"),
+    "a huger number": (b'{"inputs": [{"shape": [1,1,8,8], "datatype": "FP32", "data": [' + b"9" * 9000 + b"]}]}", 400, "not valid JSON"),
     "nothing": ({"data": None}, 400, "numbers"),
     "too dark": ({"data": [-1] * 64}, 400, "from 0 to 255"),
     "too bright": ({"data": [256] * 64}, 400, "from 0 to 255"),
@@ -688,6 +702,64 @@ def test_the_guards_digest_is_in_the_commitment(
         write_json(tmp_path / "other" / "guard.json", changed)
         with pytest.raises(CountermarkError, match=r"guard\.json lacks usable settings"):
             load_guarded(tmp_path / "other", tmp_path / "other" / "key")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's memory is read from /proc")
+def test_a_request_takes_memory_of_the_order_of_its_body(start: Start, digits: Pools) -> None:
+    """An array of strings has room for the longest in every place; an object is thirty times its text."""
+    service = start()
+    assert service.infer(digits.test.x[:64]).status_code == 200
+
+    def peak() -> int:
+        return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{service.process.pid}/status").read_text())[0]) << 10
+
+    def tensor(data: str) -> str:
+        return f'{{"inputs": [{{"name": "image", "shape": [64, 1, 8, 8], "datatype": "FP32", "data": {data}}}]}}'
+
+    hostile = {
+        "strings": tensor(f'["{"x" * 1747}"' + ', ""' * 200_000 + "]"),
+        "a long string": tensor(f'["{"x" * 1_000_000}"' + ', ""' * 700_000 + "]"),
+        "strings as many as pixels": tensor(f'["{"x" * 50_000}"' + ', ""' * 4095 + "]"),
+        "wide characters": tensor(f'["{"x" * 4_000_000}\N{GRINNING FACE}"]'),
+        "lists": tensor("[" + "[]," * 1_300_000 + "[]]"),
+        "objects": tensor("[" + "{}," * 1_300_000 + "{}]"),
+        "numbers": tensor("[" + "999," * 1_000_000 + "999]"),
+        "long numbers": tensor("[" + ",".join(["9" * 1000] * 4000) + "]"),
+    }
+    before = peak()
+    for name, body in hostile.items():
+        headers = {"Authorization": f"Bearer {service.keys['anna']}"}
+        answer = requests.post(f"{service.url}/v2/models/model/infer", data=body.encode(), headers=headers, timeout=30)
+        assert answer.status_code == 400, (name, answer.text)
+        assert peak() - before < 64 << 20, name
+    assert "Traceback" not in ended(service)
+
+
+def test_nobody_is_sent_elsewhere(start: Start) -> None:
+    service = start()
+    for path in ("/v2/", "/metrics/", "/v2/models/model/", "/v2/models/model/infer/", "//y/v2"):
+        for verb in (requests.get, requests.post):
+            answer = verb(service.url + path, headers={"Host": "elsewhere.example"}, allow_redirects=False, timeout=5)
+            assert answer.status_code == 404, path
+            assert "location" not in answer.headers
+
+
+def test_a_body_is_json_as_it_is(start: Start, digits: Pools) -> None:
+    service = start()
+    address = f"{service.url}/v2/models/model/infer"
+    tensor = {"name": "image", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": digits.test.x[0].tolist()}
+    cases = [
+        ({"Content-Encoding": "identity"}, 200, ""),
+        ({"Content-Encoding": ""}, 200, ""),
+        ({"Content-Encoding": "gzip"}, 415, "without a content encoding"),
+        ({"Content-Encoding": "identity, br"}, 415, "without a content encoding"),
+        ({"Inference-Header-Content-Length": "180"}, 400, "binary_data=False"),
+    ]
+    for headers, status, reason in cases:
+        signed = {**headers, "Authorization": f"Bearer {service.keys['anna']}"}
+        answer = requests.post(address, json={"inputs": [tensor]}, headers=signed, timeout=10)
+        assert answer.status_code == status, (headers, answer.text)
+        assert reason in answer.text
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ What anybody can read here says nothing of trials: no count of them, no times of
 import asyncio
 import contextlib
 import importlib.metadata
+import itertools
 import json
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +27,9 @@ from countermark.guard.requests import check_request, image_hashes
 from countermark.service.clients import Client, Clients
 from countermark.service.engine import BusyError, Engine
 
-_KINDS = {"UINT8": "u1", "FP32": "f4", "FP64": "f8"}
+_KINDS = {"UINT8": 255, "FP32": 1, "FP64": 1}
+"""Datatypes of a tensor, each with the value of a white pixel."""
+_SPARE = 1000  # commas and brackets of a body besides those of its data
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,10 @@ def application(
             client = _client(request, clients)
             async with asyncio.timeout(limits.timeout):
                 body = await _body(request, limits.max_body)
-            parsed = (
-                await asyncio.to_thread(_images, body, shape, limits.max_batch)
-                if len(body) > 1 << 16
-                else _images(body, shape, limits.max_batch)
-            )
-            identity, x = parsed
+            if len(body) > 1 << 16:
+                identity, x = await asyncio.to_thread(parse_images, body, shape, limits.max_batch)
+            else:
+                identity, x = parse_images(body, shape, limits.max_batch)
             signature, hashes = _signed(request, client, model_sha256, x)
             async with asyncio.timeout(limits.timeout):
                 labels = await engine.answer(x, client.name, signature, hashes)
@@ -160,7 +162,9 @@ def application(
         *(Route(place, metadata) for place in (model, model + "/versions/{version}")),
         Route("/metrics", metrics),
     ]
-    return Starlette(routes=routes, lifespan=running, exception_handlers={404: missing, 405: missing})
+    served = Starlette(routes=routes, lifespan=running, exception_handlers={404: missing, 405: missing})
+    served.router.redirect_slashes = False  # a redirect goes wherever the Host header says
+    return served
 
 
 def _error(status: int, reason: str) -> Response:
@@ -182,8 +186,12 @@ def _client(request: Request, clients: Clients) -> Client:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    if "content-encoding" in request.headers:
+    encodings = ",".join(request.headers.getlist("content-encoding")).lower().split(",")
+    if any(encoding.strip() not in ("", "identity") for encoding in encodings):
         raise RefusedError(415, "send the body without a content encoding")
+    if "inference-header-content-length" in request.headers:
+        taken = "binary tensors are not taken here; send JSON data (tritonclient: set binary_data=False)"
+        raise RefusedError(400, taken)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise RefusedError(413, f"the body has more than {limit} bytes")
@@ -195,8 +203,27 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[str | None, torch.Tensor]:
-    """The identity of a request and its images, uint8 `(n, c, h, w)`."""
+def parse_images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[str | None, torch.Tensor]:
+    """Read the JSON of a request.
+
+    Whatever the body is, this takes memory of the order of its length: what it could grow into is
+    counted before it is parsed, and only numbers become an array.
+
+    Args:
+        body: what the client sent.
+        shape: one image, `(channels, height, width)`.
+        most: images of a request.
+
+    Returns:
+        The identity of the request, none if it has none, and its images, uint8 `(n, c, h, w)`.
+
+    Raises:
+        RefusedError: it is no request of the protocol, or its pixels are none.
+    """
+    pixels, rows = math.prod(shape), 1 + shape[0] + shape[0] * shape[1]
+    wanted = f"[n, {', '.join(map(str, shape))}]"
+    if body.count(b",") > most * pixels + _SPARE or body.count(b"[") + body.count(b"{") > most * rows + _SPARE:
+        raise RefusedError(400, f"the body has more values than 1 to {most} images of the shape {wanted}")
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -211,24 +238,34 @@ def _images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[str | 
     declared, kind = given.get("shape"), given.get("datatype")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise RefusedError(400, f"datatype is one of {', '.join(_KINDS)}")
-    wanted = f"[n, {', '.join(map(str, shape))}]"
     if not isinstance(declared, list) or any(type(side) is not int for side in declared) or declared[1:] != list(shape):
         raise RefusedError(400, f"shape is {wanted}")
     if not 1 <= declared[0] <= most:
         raise RefusedError(400, f"a request has 1 to {most} images")
-    try:
-        array = np.asarray(given.get("data"))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise RefusedError(400, f"data is not a tensor of the shape {wanted}") from error
-    if array.dtype.kind not in "iuf" or array.size != np.prod(declared):
+    numbers = _numbers(given.get("data"))
+    if numbers is None or len(numbers) != math.prod(declared):
         raise RefusedError(400, f"data is not {'x'.join(map(str, declared))} numbers")
-    top = 255 if kind == "UINT8" else 1
-    if not np.isfinite(array).all() or array.min() < 0 or array.max() > top:
-        raise RefusedError(400, f"pixels of {kind} are numbers from 0 to {top}")
-    if kind == "UINT8" and array.dtype.kind == "f":
+    white = _KINDS[kind]
+    try:
+        array = np.array(numbers, np.float64)
+    except OverflowError:  # an integer of hundreds of digits
+        array = np.array([math.inf])
+    if not ((array >= 0) & (array <= white)).all():  # what is no number (NaN) is not there either
+        raise RefusedError(400, f"pixels of {kind} are numbers from 0 to {white}")
+    if kind == "UINT8" and float in set(map(type, numbers)):
         raise RefusedError(400, "pixels of UINT8 are whole numbers")
     x = torch.from_numpy(array.astype(np.uint8 if kind == "UINT8" else np.float32).reshape(declared))
     return identity, as_uint8(x)
+
+
+def _numbers(data: object) -> list[int | float] | None:
+    """The numbers in a list, or in lists of one length at each depth; none for anything else."""
+    level: list[Any] = data if isinstance(data, list) else []
+    while level and set(map(type, level)) == {list}:
+        if len(set(map(len, level))) > 1:
+            return None
+        level = list(itertools.chain.from_iterable(level))
+    return level if level and set(map(type, level)) <= {int, float} else None
 
 
 def _encodes(text: str) -> bool:
