@@ -35,6 +35,7 @@ from countermark.guard import QueryLog, Row, guard_sha256, load_guarded
 from countermark.guard.requests import is_signed, sign_request
 from countermark.service.clients import CLIENTS_FORMAT, Clients, add_client
 from countermark.service.engine import BusyError, Engine
+from countermark.service.server import listen
 from countermark.verbs.guard import guard
 
 
@@ -704,6 +705,32 @@ def test_the_guards_digest_is_in_the_commitment(
             load_guarded(tmp_path / "other", tmp_path / "other" / "key")
 
 
+# What a connection costs, and who gets one.
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_answers_do_not_wait_for_an_acknowledgement(host: str) -> None:
+    """Nagle's algorithm holds the second part of an answer until the first is acknowledged."""
+
+    async def accepted() -> int:
+        found: asyncio.Queue[int] = asyncio.Queue()
+
+        def note(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            found.put_nowait(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        try:
+            listening = listen(host, 0)
+        except CountermarkError:
+            pytest.skip(f"this machine has no {host}")
+        async with await asyncio.start_server(note, sock=listening):
+            _, writer = await asyncio.open_connection(host, listening.getsockname()[1])
+            writer.close()
+            return await asyncio.wait_for(found.get(), 10)
+
+    assert asyncio.run(accepted())
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's memory is read from /proc")
 def test_a_request_takes_memory_of_the_order_of_its_body(start: Start, digits: Pools) -> None:
     """An array of strings has room for the longest in every place; an object is thirty times its text."""
@@ -735,6 +762,117 @@ def test_a_request_takes_memory_of_the_order_of_its_body(start: Start, digits: P
     assert "Traceback" not in ended(service)
 
 
+@pytest.mark.parametrize(("options", "limit"), [(("--max-waiting", "4"), ""), ((), "-n 256"), ((), "-Sn 256")])
+def test_idle_connections_keep_nobody_out(start: Start, digits: Pools, options: tuple[str, ...], limit: str) -> None:
+    """They need no key. The one that waits longest makes room, and files never run out."""
+    service = start("--timeout", "60", *options, limit=limit)
+    with contextlib.ExitStack() as closing:
+        for number in range(300):
+            idle = closing.enter_context(connected(service))
+            with contextlib.suppress(ConnectionError):
+                idle.sendall(b"" if number % 2 else b"GET /v2 HTTP/1.1\r\nHo")
+        with requests.Session() as session:
+            for _ in range(20):
+                address = f"{service.url}/v2/models/model"
+                assert session.get(address, timeout=10).status_code == 200
+                assert service.infer(digits.test.x[:1]).status_code == 200
+    assert len(ended(service)) < 1000
+
+
+def test_a_new_connection_is_refused_where_all_others_are_being_answered(start: Start) -> None:
+    service = start("--timeout", "60", "--max-waiting", "1")  # at most 4 connections
+    head = "POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n"
+    with contextlib.ExitStack() as closing:
+        for _ in range(4):
+            busy = closing.enter_context(connected(service))
+            busy.sendall(f"{head}Authorization: Bearer {service.keys['anna']}\r\n\r\n".encode())
+            assert busy.recv(1000).startswith(b"HTTP/1.1 100")
+        assert whole(closing.enter_context(connected(service))).startswith(b"HTTP/1.1 503")
+        busy.sendall(b"{broken} ")
+        assert whole(busy, b"}").startswith(b"HTTP/1.1 400")
+        assert exchange(service, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def whole(connection: socket.socket, end: bytes = b"") -> bytes:
+    """What comes until the connection is closed, or until it ends so."""
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while more := connection.recv(10000):
+            received += more
+            if end and received.endswith(end):
+                break
+    return received
+
+
+def exchange(service: Running, sent: bytes) -> bytes:
+    """Send bytes on a connection of their own; what comes until it is closed."""
+    with connected(service) as connection:
+        connection.sendall(sent)
+        return whole(connection)
+
+
+# What a proxy in front may read otherwise.
+
+INFER, HIDDEN = b"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\n", b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+AMBIGUOUS = {
+    "both lengths": INFER + b"Content-Length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n",
+    "both lengths, the other way": INFER + CHUNKED + b"content-length: 5\r\n\r\n0\r\n\r\n",
+    "one length twice": INFER + b"Content-Length: 0\r\nContent-Length: 0\r\n\r\n",
+    "one length twice in a line": INFER + b"Content-Length: 0, 0\r\n\r\n",
+    "two lengths": INFER + b"Content-Length: 0\r\nContent-Length: 5\r\n\r\n",
+    "a signed length": INFER + b"Content-Length: +0\r\n\r\n",
+    "another coding": INFER + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "no coding": INFER + b"Transfer-Encoding: identity\r\n\r\n",
+    "two codings": INFER + CHUNKED + CHUNKED + b"\r\n0\r\n\r\n",
+    "a space before the colon": INFER + b"Content-Length : 0\r\n\r\n",
+    "a folded line": INFER + b"X-A: b\r\n Content-Length: 5\r\nContent-Length: 0\r\n\r\n",
+    "half an end of line": INFER + b"X-A: b\nContent-Length: 0\r\n\r\n",
+    "half an end of a head": INFER + b"Content-Length: 0\n\n",
+    "a control character": INFER + b"X-A: \x01\r\nContent-Length: 0\r\n\r\n",
+    "a carriage return": INFER + b"X-A: a\rb\r\nContent-Length: 0\r\n\r\n",
+    "chunks of HTTP/1.0": INFER.replace(b"1.1", b"1.0") + CHUNKED + b"\r\n0\r\n\r\n",
+    "HTTP/1.7": INFER.replace(b"1.1", b"1.7") + b"Content-Length: 0\r\n\r\n",
+    "HTTP/2.0": INFER.replace(b"1.1", b"2.0") + b"Content-Length: 0\r\n\r\n",
+    "two hosts": INFER + b"Host: y\r\n\r\n",
+    "no host": INFER.replace(b"Host: x\r\n", b"") + b"\r\n",
+    "a whole address": b"GET http://y/v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+    "an asterisk": b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a tunnel": b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
+}
+BAD_CHUNKS = (b"0x5\r\nhello\r\n0\r\n\r\n", b"-1\r\n", b"5;\n\r\nhello\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"5\r\nhello!0\r\n\r\n")
+
+
+def test_what_a_proxy_may_read_otherwise_is_refused(start: Start) -> None:
+    """Each is followed by a request that only one reader of the two would see; it is never answered."""
+    service = start()
+    for name, sent in AMBIGUOUS.items():
+        received = exchange(service, sent + HIDDEN)
+        assert received.startswith(b"HTTP/1.1 400"), (name, received)
+        assert received.count(b"HTTP/1.1 ") == 1, (name, received)
+    for chunks in (*BAD_CHUNKS, b"0\r\n\n", b"0\r\nX: y\n\n", b"0\r\n\r\n"):
+        received = exchange(service, INFER + CHUNKED + b"\r\n" + chunks + HIDDEN)
+        assert received.count(b"HTTP/1.1 ") == 1, (chunks, received)
+    old = HIDDEN.replace(b"1.1", b"1.0").replace(b"Host: x", b"Connection: keep-alive")
+    assert exchange(service, old + HIDDEN).count(b"HTTP/1.1 200") == 1
+    plain = exchange(service, HIDDEN + INFER + b"Content-Length: 5\r\n\r\nhello" + HIDDEN[:-2] + b"Connection: close\r\n\r\n")
+    assert [answer[:3] for answer in plain.split(b"HTTP/1.1 ")[1:]] == [b"200", b"401", b"200"]
+    assert ended(service).count("\n") == 0
+
+
+def test_chunks_are_taken_and_end_the_connection(start: Start, digits: Pools) -> None:
+    service = start()
+    image = digits.test.x[:1]
+    tensor = {"name": "image", "shape": list(image.shape), "datatype": "UINT8", "data": image.tolist()}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    parts = (body[k : k + 100] for k in range(0, len(body), 100))
+    headers = {"Authorization": f"Bearer {service.keys['anna']}"}
+    answer = requests.post(f"{service.url}/v2/models/model/infer", data=parts, headers=headers, timeout=10)
+    assert answer.status_code == 200
+    assert answer.headers["Connection"] == "close"
+    assert answer.json()["outputs"][0]["data"] == service.labels(image)
+
+
 def test_nobody_is_sent_elsewhere(start: Start) -> None:
     service = start()
     for path in ("/v2/", "/metrics/", "/v2/models/model/", "/v2/models/model/infer/", "//y/v2"):
@@ -762,6 +900,33 @@ def test_a_body_is_json_as_it_is(start: Start, digits: Pools) -> None:
         assert reason in answer.text
 
 
+def test_an_attack_says_little_on_standard_error(start: Start) -> None:
+    service = start()
+    for sent in (b"\x16\x03\x01 no HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n"):
+        for _ in range(100):
+            exchange(service, sent)
+    assert "\n" not in ended(service)
+
+
+def test_a_second_service_on_an_address_leaves_nothing_behind(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    service = start()
+    options = {"--log": tmp_path / "other.db", "--clients": tmp_path / "clients.json", "--port": service.url.rpartition(":")[2]}
+    assert main(["serve", str(service.folder), *(str(word) for pair in options.items() for word in pair)]) == 2
+    assert re.fullmatch(r"countermark: cannot listen on 127\.0\.0\.1:\d+: .*; choose another --port or --host\n", capsys.readouterr().err)
+    assert not (tmp_path / "other.db").exists()
+
+
+def test_a_stop_right_at_the_start_is_an_orderly_one(start: Start) -> None:
+    """The line that says where it listens comes when a signal ends the service in order."""
+    service = start(wait=False)
+    assert ended(service) == ""
+
+
+def test_too_few_files_are_told(start: Start) -> None:
+    with pytest.raises(AssertionError, match=r"may open 100 files .*ulimit -n"):
+        start(limit="-n 100")
+
+
 @pytest.mark.parametrize(
     "account",
     [
@@ -786,3 +951,23 @@ def test_a_file_of_clients_that_is_full_stays_readable(tmp_path: Path) -> None:
     with pytest.raises(CountermarkError, match="no room for another client"):
         add_client(path, 50 * "\N{GRINNING FACE}", None)
     Clients(path)
+
+
+BREAKS = """
+import sys
+from countermark.cli import main
+from countermark.service.engine import Engine
+async def answer(*arguments):
+    raise RuntimeError("first line\\nsecond line")
+Engine.answer = answer
+sys.exit(main())
+"""
+
+
+def test_an_exception_in_the_code_is_told_once_and_in_one_line(start: Start, digits: Pools) -> None:
+    service = start(program=("-c", BREAKS))
+    for _ in range(3):
+        assert service.infer(digits.test.x[:1]).status_code == 500
+    lines = ended(service).splitlines()
+    assert len(lines) == 1
+    assert re.search("RuntimeError: first line second line; set COUNTERMARK_TRACEBACK=1", lines[0])

@@ -28,7 +28,8 @@ def serve(config: ServeConfig) -> Served:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
-        CountermarkError: the model, its guard, the key, the clients or the log cannot be read, or the address is taken.
+        CountermarkError: the model, its guard, the key, the clients or the log cannot be read, the address is taken, or
+            this process may not open files enough.
     """
     missing = [name for name in ("starlette", "uvicorn", "prometheus_client", "sqlalchemy") if importlib.util.find_spec(name) is None]
     if missing:
@@ -37,14 +38,15 @@ def serve(config: ServeConfig) -> Served:
     from countermark.service.clients import Clients
     from countermark.service.engine import Engine
     from countermark.service.http import Limits, application
-    from countermark.service.server import listen, run
+    from countermark.service.server import connections_that_fit, listen, run
 
     network, description = load_bundle(config.model)
     clients = Clients(config.clients or config.model / "clients.json")
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is for the requests themselves
     model = network if config.unguarded else load_guarded(config.model, config.key or config.model / "key")
+    most = connections_that_fit(4 * config.max_waiting)
+    listening = listen(config.host, config.port)  # first: where the address is taken, no log is made
     log = None if config.unguarded else QueryLog(config.log)
-    listening = listen(config.host, config.port)
     engine = Engine(model, log, config.max_batch, config.max_waiting)
     app = application(
         engine,
@@ -55,7 +57,7 @@ def serve(config: ServeConfig) -> Served:
         limits=Limits(config.max_batch, config.max_body, config.timeout),
     )
     try:
-        run(app, listening, timeout=config.timeout, drain=config.drain, most=4 * config.max_waiting)
+        run(app, listening, timeout=config.timeout, drain=config.drain, most=most)
     finally:
         listening.close()
         if log is not None:
