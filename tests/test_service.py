@@ -31,7 +31,7 @@ from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import read_json, write_json
-from countermark.guard import QueryLog, Row, guard_sha256, load_guarded
+from countermark.guard import GuardedModel, QueryLog, Row, guard_sha256, load_guarded
 from countermark.guard.requests import is_signed, sign_request
 from countermark.service.clients import CLIENTS_FORMAT, Clients, add_client
 from countermark.service.engine import BusyError, Engine
@@ -908,6 +908,101 @@ def test_an_attack_says_little_on_standard_error(start: Start) -> None:
     assert "\n" not in ended(service)
 
 
+# A log that does not answer, and the end.
+
+
+def test_a_log_that_another_program_holds_is_told_and_holds_nobody(start: Start, digits: Pools) -> None:
+    service = start("--timeout", "2", "--drain", "1")
+    tied, untied = tied_and_untied(service.folder, digits)
+
+    def ready() -> int:
+        return requests.get(f"{service.url}/v2/health/ready", timeout=5).status_code
+
+    with contextlib.closing(sqlite3.connect(service.log, isolation_level=None)) as other:
+        for held in (True, False):
+            if held:
+                other.execute("BEGIN IMMEDIATE")
+                for _ in range(2):
+                    assert service.infer(tied).status_code == 500
+                    assert ready() == 503
+                    assert service.infer(untied).status_code == 200
+                other.execute("ROLLBACK")
+            begun = time.monotonic()
+            while ready() != 200:
+                assert time.monotonic() - begun < 10
+                time.sleep(0.1)
+        assert service.infer(tied).status_code == 200
+        other.execute("BEGIN IMMEDIATE")
+        begun = time.monotonic()
+        lines = ended(service).splitlines()
+        assert time.monotonic() - begun < 10
+    assert "is locked" in lines[0]
+    assert lines[1:] == ["countermark: the query log takes trials again"]
+
+
+HANGS = """
+import sys, time
+from countermark.cli import main
+from countermark.guard import QueryLog
+QueryLog.append = lambda self, rows: time.sleep(3600)
+QueryLog.close = lambda self: time.sleep(3600)
+sys.exit(main())
+"""
+
+
+def test_a_log_that_hangs_does_not_hold_the_end(start: Start, digits: Pools) -> None:
+    """Whatever the database does, the service ends with its drain, and who still waits is told."""
+    service = start("--timeout", "60", "--drain", "1", program=("-c", HANGS))
+    tied, untied = tied_and_untied(service.folder, digits)
+    with ThreadPoolExecutor(1) as threads:
+        waits = threads.submit(service.infer, tied)
+        begun = time.monotonic()
+        while requests.get(f"{service.url}/v2/health/ready", timeout=5).status_code != 503:
+            assert time.monotonic() - begun < 20
+            time.sleep(0.1)
+        assert service.infer(tied).status_code == 500  # at once
+        assert service.infer(untied).status_code == 200
+        service.process.send_signal(signal.SIGTERM)
+        out, errors = service.process.communicate(timeout=10)
+        assert waits.result().status_code == 503
+    assert service.process.returncode == 0
+    assert "stopped; 0 trials" in out
+    assert errors.splitlines() == ["countermark: the query log does not answer"]
+
+
+def test_standard_error_says_when_the_log_goes_and_when_it_is_back(
+    guarded_folder: Path, digits: Pools, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not once a request; and while it is away no query waits for it."""
+    model, log = load_guarded(guarded_folder, guarded_folder / "key"), Broken()
+    tied = {client: tied_of(model, digits, client) for client in ("anna", "bob")}
+
+    async def ask() -> None:
+        engine = Engine(model, log, max_batch=64, max_waiting=8)  # type: ignore[arg-type]
+        await engine.start()
+        for client, image in tied.items():
+            log.full = True
+            for _ in range(3):
+                with pytest.raises(CountermarkError, match="no space"):
+                    await engine.answer(image, client)
+            log.full = False
+            async with asyncio.timeout(10):
+                while engine.failed:
+                    await asyncio.sleep(0.05)
+            assert len(await engine.answer(image, client)) == 1
+        await engine.stop()
+        assert not engine.hangs
+
+    asyncio.run(ask())
+    said_ = ["countermark: no space left", "countermark: the query log takes trials again"]
+    assert capsys.readouterr().err.splitlines() == 2 * said_
+
+
+def tied_of(model: GuardedModel, digits: Pools, client: str) -> torch.Tensor:
+    """An image whose answer a coin of this client's chooses."""
+    return digits.thief.x[[model(digits.thief.x, client).trials[0].row]]
+
+
 def test_a_second_service_on_an_address_leaves_nothing_behind(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     service = start()
     options = {"--log": tmp_path / "other.db", "--clients": tmp_path / "clients.json", "--port": service.url.rpartition(":")[2]}
@@ -971,3 +1066,16 @@ def test_an_exception_in_the_code_is_told_once_and_in_one_line(start: Start, dig
     lines = ended(service).splitlines()
     assert len(lines) == 1
     assert re.search("RuntimeError: first line second line; set COUNTERMARK_TRACEBACK=1", lines[0])
+
+
+def test_passes_of_the_model_that_fail_are_told_once(digits: Pools, capsys: pytest.CaptureFixture[str]) -> None:
+    async def ask() -> None:
+        engine = Engine(torch.nn.Linear(3, 10), None, max_batch=64, max_waiting=8)
+        await engine.start()
+        for _ in range(3):
+            with pytest.raises(CountermarkError):
+                await engine.answer(digits.test.x[:1], "anna")
+        await engine.stop()
+
+    asyncio.run(ask())
+    assert len(capsys.readouterr().err.splitlines()) == 1

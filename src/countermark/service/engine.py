@@ -1,17 +1,21 @@
 """What happens to a query inside the service: micro-batches through the model, then trials into the log, then the answer.
 
 Two threads, one behind the other: one computes, one writes. Each takes everything that waits, so under load a pass of the model and a
-commit of the log serve many requests. Only the writer needs the database: while it is away, queries without a coin are answered.
+commit of the log serve many requests. Only the writer needs the database: while it is away,
+queries without a coin are answered, and trials are refused at once; the writer alone tries again.
 """
 
 import asyncio
 import contextlib
+import queue
 import sys
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,6 +28,10 @@ from countermark.guard.requests import pack_request
 _DAY = 86_400
 _REMEMBERED = 1000  # clients whose cells are kept in memory
 _AGAIN = 1.0  # seconds until a log that could not be written is tried again
+_HANGS = 2.0  # seconds after which a write is held for one that hangs
+_SILENT = "the query log does not answer"
+_QUIET = 60.0  # seconds until the model's failures are told again
+_END = 1.0  # seconds that the threads have to finish when nobody waits for them any more
 
 
 class BusyError(CountermarkError):
@@ -59,6 +67,12 @@ class _Queue:
         self._queries.remove(query)
         return True
 
+    def take_all(self) -> list[_Query]:
+        """Everything that waits, without waiting."""
+        queries = list(self._queries)
+        self._queries.clear()
+        return queries
+
     async def take(self, most: int) -> list[_Query]:
         """Everything that waits, up to `most` images, and at least one query."""
         while not self._queries:
@@ -71,8 +85,45 @@ class _Queue:
         return queries
 
 
+class _Worker:
+    """A thread that runs one function after another; the end of the process does not wait for it."""
+
+    def __init__(self, name: str) -> None:
+        self._work: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, function: Callable[[], None]) -> asyncio.Future[None]:
+        done: Future[None] = Future()
+        self._work.put((done, function))
+        return asyncio.wrap_future(done)
+
+    def end(self) -> bool:
+        """End the thread; whether it has ended, which it has not where its function hangs."""
+        self._work.put(None)
+        self._thread.join(0.1)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        for done, function in iter(self._work.get, None):
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(function())
+                except BaseException as error:
+                    done.set_exception(error)
+
+
 class Engine:
-    """Answers requests; start it in the event loop that serves them."""
+    """Answers requests; start it in the event loop that serves them.
+
+    Attributes:
+        waiting: queries that wait for an answer, and those in a thread's hands for which nobody
+            waits any more.
+        trials: trials that were stored.
+        failed: why the log takes no trials now; none where it takes them.
+        hangs: whether a thread was left behind at the end, since the database or the model did not
+            come back.
+    """
 
     def __init__(self, model: nn.Module | GuardedModel, log: QueryLog | None, max_batch: int, max_waiting: int) -> None:
         """Serve a guarded model with its log, or a bare network without one."""
@@ -83,31 +134,30 @@ class Engine:
         self._computing, self._writing = _Queue(), _Queue()
         self._seen: OrderedDict[str, set[bytes]] = OrderedDict()  # cells that the log has for certain; it may have more
         self._unwritten: list[Row] = []
-        self._failures: list[str | None] = [None, None]
-        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("compute", "write")]
+        self._workers: list[_Worker] = []
         self._tasks: list[asyncio.Task[None]] = []
+        self._quiet_until = 0.0
         self.waiting = 0
         self.trials = 0
-
-    @property
-    def failed(self) -> str | None:
-        """Why the last write of the log failed, if it did; a failed pass of the model may be one query's own."""
-        return self._failures[1]
+        self.failed: str | None = None
+        self.hangs = False
 
     async def start(self) -> None:
         """Begin to take queries."""
+        self._workers = [_Worker("compute"), _Worker("write")]
         self._tasks = [asyncio.create_task(self._compute()), asyncio.create_task(self._write())]
 
     async def stop(self) -> None:
-        """Finish what waits, then stop."""
-        while self.waiting:
-            await asyncio.sleep(0.01)
+        """Finish what waits, then stop; what is not finished in a second is left behind."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_END):
+                while self.waiting:
+                    await asyncio.sleep(0.01)
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
-        for thread in self._threads:
-            thread.shutdown()
+        self.hangs = bool([worker for worker in self._workers if not worker.end()])
 
     async def answer(self, images: torch.Tensor, client: str, signature: bytes = b"", hashes: Sequence[bytes] = ()) -> list[int]:
         """Labels of one client's images `(n, c, h, w)`, uint8, once every new trial among them is durable.
@@ -131,40 +181,59 @@ class Engine:
     async def _compute(self) -> None:
         while True:
             queries = await self._computing.take(self._max_batch)
-            if await self._in_thread(0, queries, self._pass):
-                for query in queries:
-                    if query.rows and not query.done.done():
-                        self._writing.put(query)
-                    else:
-                        self._settle(query)
+            try:
+                await self._workers[0].run(partial(self._pass, queries))
+            except Exception as error:
+                if time.monotonic() >= self._quiet_until:
+                    self._quiet_until = time.monotonic() + _QUIET
+                    _say(_reason(error))
+                self._refuse(queries, _reason(error))
+                continue
+            for query in queries:
+                if not query.rows or query.done.done():
+                    self._settle(query)
+                elif self.failed:
+                    self._refuse([query], self.failed)
+                else:
+                    self._writing.put(query)
 
     async def _write(self) -> None:
         while True:
             queries: list[_Query] = []
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_AGAIN if self._unwritten else None):
-                    queries = await self._writing.take(1 << 30)
-            if await self._in_thread(1, queries, self._store):
-                for query in queries:
-                    self._seen.setdefault(query.client, set()).update(row.cell for row in query.rows)
-                    if len(self._seen) > _REMEMBERED:
-                        self._seen.popitem(last=False)
-                    self._settle(query)
-
-    async def _in_thread(self, number: int, queries: list[_Query], work: Callable[[list[_Query]], None]) -> bool:
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._threads[number], work, queries)
-        except Exception as error:
-            reason = str(error) if isinstance(error, CountermarkError) else repr(error)
-            if reason != self._failures[number]:
-                with contextlib.suppress(OSError, ValueError):  # nobody reads standard error
-                    print(f"countermark: {reason}", file=sys.stderr, flush=True)
-            self._failures[number] = reason
+                    queries = await self._writing.take(sys.maxsize)
+            patience = asyncio.get_running_loop().call_later(_HANGS, self._log_fails, _SILENT)
+            try:
+                await self._workers[1].run(partial(self._store, queries))
+            except Exception as error:
+                self._log_fails(_reason(error))
+                self._refuse(queries, _reason(error))
+                continue
+            finally:
+                patience.cancel()
+            if self.failed:
+                _say("the query log takes trials again")
+            self.failed = None
             for query in queries:
-                self._settle(query, CountermarkError(reason))
-            return False
-        self._failures[number] = None
-        return True
+                self._seen.setdefault(query.client, set()).update(row.cell for row in query.rows)
+                if len(self._seen) > _REMEMBERED:
+                    self._seen.popitem(last=False)
+                self._settle(query)
+
+    def _log_fails(self, reason: str) -> None:
+        """Refuse trials until a write succeeds; say why.
+
+        It is said once, and once more where the log was only known to be silent.
+        """
+        if self.failed is None or (self.failed == _SILENT and reason != _SILENT):
+            _say(reason)
+            self.failed = reason
+        self._refuse(self._writing.take_all(), reason)
+
+    def _refuse(self, queries: Sequence[_Query], reason: str) -> None:
+        for query in queries:
+            self._settle(query, CountermarkError(reason))
 
     def _settle(self, query: _Query, error: CountermarkError | None = None) -> None:
         self.waiting -= 1
@@ -204,3 +273,13 @@ class Engine:
         self._unwritten = rows[:1]
         self.trials += sum(self._log.append(rows))
         self._unwritten = []
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, CountermarkError) else repr(error)
+
+
+def _say(reason: str) -> None:
+    line = " ".join(reason.split())
+    with contextlib.suppress(OSError, ValueError):  # nobody reads standard error
+        print(f"countermark: {line}", file=sys.stderr, flush=True)

@@ -110,6 +110,8 @@ def application(
             response = _error(400, "the request ended too early")
         except CountermarkError:  # the engine says on standard error why
             response = _error(500, "the query could not be answered; try again later")
+        except asyncio.CancelledError:  # the server was told to stop and has waited long enough
+            response = _error(503, "the service stops; try again later")
         requests.labels(str(response.status_code)).inc()
         return response
 

@@ -1,7 +1,13 @@
 """`countermark serve`: the model behind its guard, over HTTP."""
 
+import atexit
+import contextlib
 import importlib.util
+import os
+import sys
+import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,6 +15,11 @@ from countermark.bundle import load_bundle
 from countermark.config import ServeConfig
 from countermark.errors import CountermarkError
 from countermark.report import print_lines
+
+if TYPE_CHECKING:
+    from countermark.guard import QueryLog
+
+_LOCKED = 5.0  # seconds that a trial waits for another program that writes the log
 
 
 @dataclass(frozen=True)
@@ -46,25 +57,42 @@ def serve(config: ServeConfig) -> Served:
     model = network if config.unguarded else load_guarded(config.model, config.key or config.model / "key")
     most = connections_that_fit(4 * config.max_waiting)
     listening = listen(config.host, config.port)  # first: where the address is taken, no log is made
-    log = None if config.unguarded else QueryLog(config.log)
-    engine = Engine(model, log, config.max_batch, config.max_waiting)
-    app = application(
-        engine,
-        clients,
-        name=config.name,
-        shape=description.shape,
-        model_sha256=weights_sha256(config.model),
-        limits=Limits(config.max_batch, config.max_body, config.timeout),
-    )
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(listening.close)
+        log = None
+        if not config.unguarded:
+            log = QueryLog(config.log, wait=min(_LOCKED, config.timeout / 2))
+            ending.callback(_close, log)
+        engine = Engine(model, log, config.max_batch, config.max_waiting)
+        app = application(
+            engine,
+            clients,
+            name=config.name,
+            shape=description.shape,
+            model_sha256=weights_sha256(config.model),
+            limits=Limits(config.max_batch, config.max_body, config.timeout),
+        )
         run(app, listening, timeout=config.timeout, drain=config.drain, most=most)
-    finally:
-        listening.close()
-        if log is not None:
-            log.close()
+    if engine.hangs:  # the interpreter's end would pull the model or the database from under it
+        atexit.register(_leave)
     return Served(None if log is None else log.shown, engine.trials)
 
 
 def show(result: Served) -> None:
     """Print what was stored."""
     print_lines("stopped" if result.log is None else f"stopped; {result.trials} trials were stored in {result.log}")
+
+
+def _close(log: "QueryLog") -> None:
+    """Close a log; a database that does not answer does not hold the end of the service."""
+    closing = threading.Thread(target=log.close, daemon=True)
+    closing.start()
+    closing.join(1.0)
+
+
+def _leave() -> None:
+    """End the process at once, and leave its threads where they are."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+            stream.flush()
+    os._exit(0)
