@@ -3,11 +3,15 @@
     python benchmarks/service_load.py --model runs/guard/mnist-0 --seconds 10 --rounds 5
     python benchmarks/service_load.py --model runs/guard/mnist-0 --kills 20
 
-Load comes from `wrk` (it must be installed): keep-alive connections, one natural test image a request, every client with an account of its
-own, so that each run meets first trials that must be made durable as well as cells that are known. Guarded and bare runs alternate.
+The load is a closed loop: each connection is kept alive, has one natural test image a request,
+and asks again as soon as it has its answer. The requests come from many accounts, so that each run
+meets first trials that must be made durable as well as cells that are known. Guarded and bare runs
+alternate. To compare with the code of before, name its source tree: PYTHONPATH=OTHER/src.
 """
 
 import argparse
+import asyncio
+import itertools
 import json
 import os
 import random
@@ -30,24 +34,7 @@ from countermark.data import load_pools
 from countermark.guard import QueryLog, load_guarded
 from countermark.service.clients import add_client
 
-_SCRIPT = """
-local bodies, keys = {}, {}
-for line in io.lines("%s") do bodies[#bodies + 1] = line end
-for line in io.lines("%s") do keys[#keys + 1] = line end
-local n = 0
-function setup(thread) thread:set("offset", n); n = n + 997 end
-local i = 0
-function request()
-  i = i + 1
-  local k = offset + i
-  local headers = {["Content-Type"] = "application/json", ["Authorization"] = "Bearer " .. keys[k %% #keys + 1]}
-  return wrk.format("POST", "/v2/models/model/infer", headers, bodies[(k * 7919) %% #bodies + 1])
-end
-function done(summary, latency)
-  io.write(string.format("RESULT %%f %%f %%f %%d\\n", latency:percentile(50) / 1000, latency:percentile(99) / 1000,
-    summary.requests / summary.duration * 1e6, summary.errors.status + summary.errors.timeout))
-end
-"""
+_WARM = 2  # seconds of load before the measurement
 
 
 class Service:
@@ -61,9 +48,12 @@ class Service:
             command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
         assert self.process.stderr is not None
-        found = re.search(r"http://\S+", self.process.stderr.readline())
-        assert found
-        self.url = found[0]
+        found = None
+        while found is None:
+            line = self.process.stderr.readline()
+            assert line, "the service did not start"
+            found = re.search(r"listening on (http://\S+)", line)
+        self.url = found[1]
         while not _ready(self.url):
             time.sleep(0.05)
 
@@ -87,25 +77,53 @@ def bodies(x: torch.Tensor) -> list[str]:
 
 
 def load(model: Path, x: torch.Tensor, seconds: int, connections: int, clients: int, guarded: bool) -> tuple[float, float, float]:
-    """One run of wrk: p50 and p99 in milliseconds, requests a second."""
+    """One run: p50 and p99 in milliseconds, requests a second."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         keys = [add_client(folder / "clients.json", f"client {k}", None) for k in range(clients)]
-        (folder / "keys").write_text("\n".join(keys) + "\n")
-        (folder / "bodies").write_text("\n".join(bodies(x)) + "\n")
-        (folder / "load.lua").write_text(_SCRIPT % (folder / "bodies", folder / "keys"))
         service = Service(model, folder, *([] if guarded else ["--unguarded"]))
-        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "10s", "-s", str(folder / "load.lua"), service.url]
-        subprocess.run([*command[:3], "-d2s", *command[4:]], check=True, capture_output=True)  # warm
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        host, port = service.url.removeprefix("http://").split(":")
+        sent = [_request(body, keys[k % clients]) for k, body in enumerate(bodies(x))]
+        asyncio.run(_closed_loop(host, int(port), sent, _WARM, connections))
+        times, wrong = asyncio.run(_closed_loop(host, int(port), sent, seconds, connections))
         service.stop()
         trials = sum(1 for _ in QueryLog(str(folder / "log.db")).rows()) if guarded else 0
-    p50, p99, rate, errors = (float(value) for value in re.search(r"RESULT (\S+) (\S+) (\S+) (\S+)", said).groups())  # type: ignore[union-attr]
+    p50, p99 = (1000 * statistics.quantiles(times, n=100)[place] for place in (49, 98))
+    rate = len(times) / seconds
     print(
-        f"{'guarded' if guarded else 'bare':8} p50 {p50:.1f} ms, p99 {p99:.1f} ms, {rate:.0f}/s, {trials} trials, {errors:.0f} errors",
+        f"{'guarded' if guarded else 'bare':8} p50 {p50:.1f} ms, p99 {p99:.1f} ms, {rate:.0f}/s, {trials} trials, {wrong} errors",
         flush=True,
     )
     return p50, p99, rate
+
+
+def _request(body: str, key: str) -> bytes:
+    head = f"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
+    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+async def _closed_loop(host: str, port: int, sent: list[bytes], seconds: float, connections: int) -> tuple[list[float], int]:
+    """Times of the answers in seconds, and how many were not 200."""
+    times: list[float] = []
+    wrong = 0
+    end = time.perf_counter() + seconds
+
+    async def ask(number: int) -> None:
+        nonlocal wrong
+        reader, writer = await asyncio.open_connection(host, port)
+        for place in itertools.count(997 * number, 7919):
+            begun = time.perf_counter()
+            if begun >= end:
+                break
+            writer.write(sent[place % len(sent)])
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(re.findall(rb"(?i)content-length: (\d+)", head)[0]))
+            times.append(time.perf_counter() - begun)
+            wrong += not head.startswith(b"HTTP/1.1 200")
+        writer.close()
+
+    await asyncio.gather(*(ask(number) for number in range(connections)))
+    return times, wrong
 
 
 def kills(model: Path, x: torch.Tensor, times: int) -> None:
