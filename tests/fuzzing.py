@@ -22,7 +22,7 @@ from countermark.guard import QueryLog, read_guard, read_head
 from countermark.guard.log import Row
 from countermark.guard.requests import is_signed
 from countermark.service.clients import Clients
-from countermark.service.http import RefusedError, _images
+from countermark.service.http import RefusedError, parse_images
 from countermark.suspects.asker import read_replay
 from countermark.suspects.remote import _labels
 from countermark.timestamps import decode_token, load_roots, read_token
@@ -55,7 +55,7 @@ class Place:
 
 
 def _request(data: bytes) -> object:
-    return _images(data, (1, 8, 8), 64)
+    return parse_images(data, (1, 8, 8), 64)
 
 
 def _answer(data: bytes) -> object:
