@@ -559,8 +559,9 @@ class Stuck(Broken):
         return super().append(rows)
 
 
-def test_queries_that_nobody_waits_for_wait_no_more(guarded_folder: Path, digits: Pools) -> None:
+def test_queries_that_nobody_waits_for_wait_no_more(guarded_folder: Path, digits: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three clients give up while the log hangs: one is in its hands, the others leave, and what they asked is never stored."""
+    monkeypatch.setattr("countermark.service.engine._HANGS", 1000.0)
     model, log = load_guarded(guarded_folder, guarded_folder / "key"), Stuck()
     _, untied = tied_and_untied(guarded_folder, digits)
     tied_of = {client: digits.thief.x[[model(digits.thief.x, client).trials[0].row]] for client in ("anna", "bob", "carol")}
@@ -912,32 +913,33 @@ def test_an_attack_says_little_on_standard_error(start: Start) -> None:
 
 
 def test_a_log_that_another_program_holds_is_told_and_holds_nobody(start: Start, digits: Pools) -> None:
-    service = start("--timeout", "2", "--drain", "1")
+    """The first trial waits for the lock in vain, the next ones not at all."""
+    service = start("--drain", "1")
     tied, untied = tied_and_untied(service.folder, digits)
 
     def ready() -> int:
         return requests.get(f"{service.url}/v2/health/ready", timeout=5).status_code
 
     with contextlib.closing(sqlite3.connect(service.log, isolation_level=None)) as other:
-        for held in (True, False):
-            if held:
-                other.execute("BEGIN IMMEDIATE")
-                for _ in range(2):
-                    assert service.infer(tied).status_code == 500
-                    assert ready() == 503
-                    assert service.infer(untied).status_code == 200
-                other.execute("ROLLBACK")
-            begun = time.monotonic()
-            while ready() != 200:
-                assert time.monotonic() - begun < 10
-                time.sleep(0.1)
+        other.execute("BEGIN IMMEDIATE")
+        for _ in range(3):
+            assert service.infer(tied).status_code == 500
+            assert ready() == 503
+            assert service.infer(untied).status_code == 200
+        other.execute("ROLLBACK")
+        begun = time.monotonic()
+        while ready() != 200:
+            assert time.monotonic() - begun < 20
+            time.sleep(0.1)
         assert service.infer(tied).status_code == 200
         other.execute("BEGIN IMMEDIATE")
         begun = time.monotonic()
         lines = ended(service).splitlines()
         assert time.monotonic() - begun < 10
-    assert "is locked" in lines[0]
-    assert lines[1:] == ["countermark: the query log takes trials again"]
+    *why, locked, again = lines
+    assert "is locked" in locked
+    assert again == "countermark: the query log takes trials again"
+    assert why in ([], ["countermark: the query log does not answer"])
 
 
 HANGS = """
