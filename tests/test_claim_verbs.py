@@ -1,5 +1,6 @@
 """protect, claim and adjudicate as a user has them: a real authority, real files, and what a hostile one may contain."""
 
+import base64
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from countermark.bundle import Description, load_bundle, save_bundle
 from countermark.cli import main
 from countermark.config import AdjudicateConfig, ClaimConfig, LogCheckConfig, LogHeadConfig, ProtectConfig
 from countermark.errors import CountermarkError
-from countermark.files import locked, read_json, write_json
+from countermark.files import locked, read_json, sha256, write_json
 from countermark.guard import QueryLog, Row
 from countermark.models import build
 from countermark.removal import prune
@@ -238,6 +239,43 @@ def test_a_folder_is_signed_as_a_whole(pruned: Path, tmp_path: Path) -> None:
     (folder / "model.json").write_text(text)
     assert main(["bundle", "check", str(folder), "--public-key", str(tmp_path / "mine.pub")]) == 0
     assert main(["bundle", "sign", str(tmp_path), "--private-key", str(tmp_path / "mine.pem")]) == 2
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "mine", ".", "mine/", "other/../mine", "link"])
+def test_a_secret_is_in_no_signature_however_the_folder_is_spelled(
+    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each spelling signs the public files only, and each signature holds under every other one."""
+    pytest.importorskip("model_signing")
+    folder = tmp_path / "mine"
+    shutil.copytree(Path(__file__).parent / "golden" / "0.1.0" / "mine", folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "link").symlink_to(folder)
+    private, public = tmp_path / "k.pem", tmp_path / "k.pub"
+    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private], check=True)
+    subprocess.run(["openssl", "ec", "-in", private, "-pubout", "-out", public], check=True, capture_output=True)
+    monkeypatch.chdir(folder if spelling == "." else tmp_path)
+    given = str(folder) if spelling == "absolute" else spelling
+    assert main(["bundle", "sign", given, "--private-key", str(private)]) == 0
+    assert main(["bundle", "check", given, "--public-key", str(public)]) == 0
+    assert main(["bundle", "check", str(folder), "--public-key", str(public)]) == 0
+    capsys.readouterr()
+    envelope = json.loads((folder / "model.sig").read_text())["dsseEnvelope"]
+    statement = json.loads(base64.b64decode(envelope["payload"]))
+    resources = statement["predicate"]["resources"]
+    secret = [path for path in [*(folder / "key").rglob("*"), folder / "clients.json"] if path.is_file()]
+    assert {entry["name"] for entry in resources} == {
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path not in secret and path.name != "model.sig"
+    }
+    for path in secret:
+        assert str(path.relative_to(folder)) not in {entry["name"] for entry in resources}
+        assert sha256(path.read_bytes()) not in json.dumps(statement)
+    for path in secret:  # they are no part of what is published
+        path.unlink()
+    assert main(["bundle", "check", given, "--public-key", str(public)]) == 0
+    shutil.copy(private, folder / "k.pem")
+    assert main(["bundle", "sign", given, "--private-key", str(folder / "k.pem")]) == 2
+    assert "lies in the folder that it signs" in capsys.readouterr().err
 
 
 @settings(deadline=None, max_examples=60)

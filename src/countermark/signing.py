@@ -1,7 +1,8 @@
-"""The signature of a whole model folder, by OpenSSF model-signing: who published these files, and are they all as he did?
+"""The signature of a whole model folder, by OpenSSF model-signing.
 
-It says nothing of coins; those have their own commitments. What is secret or changes by itself is left out: the key, the service's
-accounts, and the signature.
+It tells who published these files, and whether they are all as they were then. It says nothing of
+coins; those have their own commitments. What is secret or changes by itself is left out: the key,
+the service's accounts, and the signature.
 """
 
 import contextlib
@@ -23,14 +24,17 @@ def sign_folder(folder: Path, private_key: Path) -> Path:
 
     Args:
         folder: a model folder.
-        private_key: elliptic-curve private key, PEM.
+        private_key: elliptic-curve private key, PEM; it may not lie in the folder, whose files are
+            those to publish.
 
     Raises:
-        CountermarkError: the folder or the key cannot be read.
+        CountermarkError: the folder or the key cannot be read, or the key lies in the folder.
     """
-    with _library(folder, private_key) as (signing, _, hashing):
+    with _library(folder, private_key) as (signing, _, hashing, place):
+        if private_key.resolve().is_relative_to(place):
+            raise CountermarkError(f"{private_key} lies in the folder that it signs, and would be published with it; move it elsewhere")
         config = signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(hashing)
-        config.sign(folder, folder / SIGNATURE)
+        config.sign(place, place / SIGNATURE)
     return folder / SIGNATURE
 
 
@@ -45,14 +49,18 @@ def check_folder(folder: Path, public_key: Path) -> None:
         CountermarkError: no signature, by another key, or a file was changed, removed or added.
     """
     read_bytes(folder / SIGNATURE, _LIMIT)
-    with _library(folder, public_key) as (_, verifying, hashing):
+    with _library(folder, public_key) as (_, verifying, hashing, place):
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(hashing)
-        config.verify(folder, folder / SIGNATURE)
+        config.verify(place, place / SIGNATURE)
 
 
 @contextlib.contextmanager
-def _library(folder: Path, key: Path) -> Iterator[tuple[Any, Any, Any]]:
-    """The library, which is an extra, told what to leave out; its errors become ours."""
+def _library(folder: Path, key: Path) -> Iterator[tuple[Any, Any, Any, Path]]:
+    """The library, which is an extra, told what to leave out, and the folder's one absolute name.
+
+    The library leaves out a path only if it is spelled as the folder is: of a relative folder, or one
+    behind a link, it would sign the secrets. Its errors become ours.
+    """
     if not (folder / "model.json").is_file():
         raise CountermarkError(f"{folder} is not a model folder; name the folder that holds model.json")
     read_bytes(key, _LIMIT)
@@ -60,8 +68,11 @@ def _library(folder: Path, key: Path) -> Iterator[tuple[Any, Any, Any]]:
         from model_signing import hashing, signing, verifying
     except ImportError as error:
         raise CountermarkError("signatures of folders need: pip install 'countermark[sign]'") from error
-    ignored = hashing.Config().set_ignored_paths(paths=[folder / name for name in _LEFT_OUT], ignore_git_paths=True)
+    place = folder.resolve()
+    ignored = hashing.Config().set_ignored_paths(paths=[place / name for name in _LEFT_OUT], ignore_git_paths=True)
     try:
-        yield signing, verifying, ignored
+        yield signing, verifying, ignored, place
+    except CountermarkError:
+        raise
     except Exception as error:  # the library and its own raise many kinds
         raise CountermarkError(f"{folder}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error

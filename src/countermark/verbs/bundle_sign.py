@@ -31,4 +31,4 @@ def bundle_sign(config: BundleSignConfig) -> SignedBundle:
 
 def show(result: SignedBundle) -> None:
     """Print what was written."""
-    print_lines(f"wrote {result.signature}; it covers every file of {result.folder} but key/ and clients.json")
+    print_lines(f"wrote {result.signature}; it covers every file of {result.folder} but key/, clients.json and those of git")
