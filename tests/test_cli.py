@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 import torch
 
-from countermark import cli, config
+from countermark import cli, config, html, progress, report
 from countermark.bundle import load, load_bundle, save_bundle
 from countermark.data import CATALOG
 from countermark.models import NETWORKS
+from countermark.text import visible
 from countermark.training import EMBEDDINGS, RECIPES, loop
 from countermark.verbs.steal import SETTINGS
 from countermark.watermarks import LABELS, SCHEMES, load_key
@@ -415,6 +417,47 @@ def test_a_suspects_words_cannot_steer_the_terminal(owner: Path, tmp_path: Path,
     )
     (tmp_path / "x.onnx").write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString())
     assert fails(capsys, "verify", "--suspect", tmp_path / "x.onnx", "--key", owner / "key").isprintable()
+
+
+HOSTILE = "a\x1b[2J\x07\nholds  The test \u202edleht\u2066\u200b[red]:smile: \ud800\x9b\u2028"
+"""Clears a terminal, forges a line, reorders it, colours it, and cannot be encoded."""
+
+
+def test_what_is_shown_is_printable_and_says_what_was_there() -> None:
+    assert visible("a picture.onnx: 98.8 % \u00fc \u6a21 [red]") == "a picture.onnx: 98.8 % \u00fc \u6a21 [red]"
+    assert visible("\x1b[2J\n\u202e\ud800\x7f") == r"\x1b[2J\n\u202e\ud800\x7f"
+    assert visible(HOSTILE).isprintable()
+    assert visible(visible(HOSTILE)) == visible(HOSTILE)
+
+
+@pytest.mark.parametrize("way", ["lines", "table", "note", "bar", "error"])
+def test_no_foreign_word_steers_a_terminal(way: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a real terminal too, where rich would colour, replace and wrap."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "300")
+    if way == "lines":
+        report.print_lines(HOSTILE)
+    elif way == "table":
+        report.print_table(HOSTILE, ["", "a"], [[HOSTILE, HOSTILE]])
+    elif way == "note":
+        progress.note(HOSTILE)
+    elif way == "bar":
+        with progress.bar(HOSTILE, 2) as running:
+            running.text(HOSTILE)
+            running.note(HOSTILE)
+    else:
+        cli._fail(HOSTILE)
+    said = "".join(capsys.readouterr())
+    ours = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.replace("\x1b[2J", "CLEARED"))  # the style of a title, the bar
+    words = " ".join(HOSTILE.split()) if way == "error" else HOSTILE  # an error is one line
+    assert visible(words) in ours
+    assert "CLEARED" not in ours
+    assert "".join(ours.split()).isprintable()
+
+
+def test_nothing_on_a_page_is_html_or_reorders_it() -> None:
+    assert html.escape(f"<b>{HOSTILE}") == f"&lt;b&gt;{visible(HOSTILE)}"
 
 
 def test_models_for_other_data_are_refused_by_every_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from countermark import config as configs
 from countermark.errors import CountermarkError
 from countermark.memory import keep_freed_memory
+from countermark.text import visible
 
 _VERBS: dict[type[configs.VerbConfig], str] = {
     configs.FetchConfig: "fetch",
@@ -200,7 +201,6 @@ def _parse(arguments: list[str]) -> Any:
 def _fail(message: str) -> int:
     line = " ".join(message.split())
     with contextlib.suppress(OSError, ValueError):  # nobody reads standard error either
-        # A suspect's words must not steer a terminal.
-        sys.stderr.write(f"countermark: {''.join(c if c.isprintable() else '?' for c in line)}\n")
+        sys.stderr.write(f"countermark: {visible(line)}\n")
         sys.stderr.flush()
     return 2

@@ -1,6 +1,8 @@
 """The frame of a page that asks nothing of the network and opens from disk, light and dark, on a desk and on a phone."""
 
-from html import escape
+from html import escape as _escape
+
+from countermark.text import visible
 
 _STYLE = """
 :root {
@@ -19,6 +21,11 @@ h2 { font-size: 1.2rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 table { border-collapse: collapse; } th, td { border-bottom: 1px solid var(--line); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; overflow-wrap: anywhere; }
 """
+
+
+def escape(text: object) -> str:
+    """Text for a page: nothing in it is HTML, and what is not printable is shown as its escape."""
+    return _escape(visible(text))
 
 
 def document(title: str, style: str, parts: list[str]) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from countermark.text import visible
+
 
 class Bar:
     """A running bar; see `bar`."""
@@ -21,7 +23,7 @@ class Bar:
         self._status: dict[str, Any] = {"what": title, "done": 0, "total": total, "text": ""}
         self._told = 0.0
         self._progress = progress
-        self._task = progress.add_task(title, total=total, text="") if progress is not None else None
+        self._task = progress.add_task(visible(title), total=total, text="") if progress is not None else None
 
     def advance(self, by: int = 1) -> None:
         """Count `by` units as done."""
@@ -34,21 +36,25 @@ class Bar:
         """Show `text` beside the bar."""
         self._status["text"] = text
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, text=text)
+            self._progress.update(self._task, text=visible(text))
 
     def note(self, line: str) -> None:
         """Print a line that stays."""
-        if self._console is None:
-            return
-        with contextlib.suppress(
-            OSError, SystemExit
-        ):  # a full log or a closed pipe must not end the work; rich turns the latter into an exit
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        if self._console is not None:
+            note(line, self._console)
 
     def _tell(self) -> None:
         if _listener is not None and time.monotonic() - self._told > _TELL_SECONDS:
             self._told = time.monotonic()
             _listener(dict(self._status))
+
+
+def note(line: str, console: Console | None = None) -> None:
+    """Print a line on standard error, above the bar of `console` if there is one; nothing in it is markup."""
+    # A full log or a closed pipe must not end the work; rich turns the latter into an exit.
+    with contextlib.suppress(OSError, SystemExit):
+        console = console or Console(stderr=True)
+        console.print(visible(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 _TELL_SECONDS = 1.0
@@ -77,10 +83,10 @@ def bar(title: str, total: int, done: int = 0) -> Iterator[Bar]:
         yield Bar(console, None, title, total)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
-        TextColumn("{task.fields[text]}"),
+        TextColumn("{task.fields[text]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

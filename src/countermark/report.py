@@ -8,6 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from countermark.text import visible
+
 
 def print_json(value: Any) -> None:
     """Print one JSON object, and nothing else, on standard output."""
@@ -15,20 +17,23 @@ def print_json(value: Any) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on standard output; all columns but the first are numbers or words of one line, right-aligned."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    """Print a table on standard output; all columns but the first are numbers or words of one line, right-aligned.
+
+    Nothing in a title or a cell is markup, and what is not printable is escaped.
+    """
+    table = Table(title=visible(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False, markup=False)
+        table.add_row(*map(visible, row))
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
 
 
 def print_lines(*lines: str) -> None:
-    """Print plain lines on standard output."""
+    """Print plain lines on standard output; what is not printable in them, a line end too, is escaped."""
     for line in lines:
-        print(line)
+        print(visible(line))
 
 
 def percent(value: float | None) -> str:

@@ -16,6 +16,7 @@ from countermark.claims.record import Claim
 from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, sha256
+from countermark.text import visible
 from countermark.timestamps import UntrustedError, check_token, read_token
 from countermark.watermarks import check_signature, draw_coins
 
@@ -389,8 +390,8 @@ def _coins(claim: Claim) -> list[int] | None:
 
 
 def _named(suspect: Mapping[str, object]) -> str:
-    named = str(suspect.get("url") or f"the file {str(suspect.get('sha256'))[:16]}")[:200]
-    return "".join(c if c.isprintable() else "?" for c in named)  # the claimant's words must not steer a terminal
+    """A suspect in a few words; the claimant wrote them, so they are made safe even for who prints them without us."""
+    return visible(str(suspect.get("url") or f"the file {str(suspect.get('sha256'))[:16]}")[:200])
 
 
 def _shown(time: datetime) -> str:

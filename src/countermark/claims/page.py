@@ -1,11 +1,10 @@
 """The judgement as one page that asks nothing of the network, for a reader who is no programmer."""
 
 from collections.abc import Mapping
-from html import escape
 from typing import Any
 
 from countermark.claims.judgement import FAILS, HOLDS, Judgement
-from countermark.html import document
+from countermark.html import document, escape
 from countermark.report import p_value
 
 _STYLE = """
@@ -53,7 +52,7 @@ def page(judgement: Judgement, about: Mapping[str, Any]) -> str:
         f"<td>{escape(check.meaning)}<br><span class='soft'>{escape(check.found)}</span></td></tr>"
         for check in judgement.checks
     )
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in about.items())
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items())
     story = (
         f"Asked for {test.trials} trials, each with two answers of which a secret coin had chosen one, the suspect gave the coin's answer "
         f"{test.agreements} times and the other one {test.disagreements} times ({test.neither} times neither). A model that does not "

@@ -2,10 +2,9 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-from countermark.html import document
+from countermark.html import document, escape
 from countermark.study.claims import Claim
 from countermark.study.tables import Table, shown
 
@@ -66,7 +65,7 @@ def page(
     for protocol, made in tables.items():
         parts += [_table(table, protocol) for table in made]
     parts.append("<h2>How it was made</h2><dl>")
-    parts += [f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in about.items()]
+    parts += [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items()]
     parts.append("</dl><footer>Each number names the unit of work it came from by the first 12 digits of its SHA-256.</footer>")
     return document("Countermark: the study", _STYLE, parts)
 
@@ -82,7 +81,7 @@ def _figure(name: str, svg: str) -> str:
     caption = next((text for start, text in _CAPTIONS.items() if name == start or name.startswith(f"{start}_")), name)
     plain = " class='plain'" if name.startswith("figure6") else ""
     encoded = base64.b64encode(svg.encode()).decode()
-    image = f"<img alt='{escape(caption, quote=True)}' src='data:image/svg+xml;base64,{encoded}'>"
+    image = f"<img alt='{escape(caption)}' src='data:image/svg+xml;base64,{encoded}'>"
     return f"<figure id='{escape(name)}'{plain}>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 

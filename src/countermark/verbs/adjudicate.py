@@ -139,7 +139,7 @@ def _write(outputs: Sequence[Path], result: Adjudication, judgement: Judgement, 
         "Trusted roots": "; ".join(asked["roots"]),
         "Judged by": f"Countermark {version('countermark')}",
     }
-    write_bytes(outputs[0], page(judgement, about).encode(errors="backslashreplace"))
+    write_bytes(outputs[0], page(judgement, about).encode())
     write_json(outputs[1], {"format": JUDGEMENT_FORMAT, "version": version("countermark"), **asdict(result), **asked})
 
 

@@ -1,9 +1,9 @@
 """`countermark client add`: an account for the guarded service."""
 
-import sys
 from dataclasses import dataclass
 
 from countermark.config import ClientAddConfig
+from countermark.progress import note
 from countermark.report import print_lines
 from countermark.service.clients import add_client
 
@@ -33,4 +33,4 @@ def client_add(config: ClientAddConfig) -> Added:
 def show(result: Added) -> None:
     """Print the API key, alone on standard output."""
     print_lines(result.api_key)
-    print(f"a service that runs already knows {result.name} only after it is started again", file=sys.stderr)
+    note(f"a service that runs already knows {result.name} only after it is started again")

@@ -42,4 +42,4 @@ def log_head(config: LogHeadConfig) -> PublishedHead:
 
 def show(result: PublishedHead) -> None:
     """Print the head as the file that `log check --head` and `trace --head` read."""
-    print_lines(canonical_json(asdict(result)).decode().rstrip("\n"))
+    print_lines(*canonical_json(asdict(result)).decode().splitlines())
