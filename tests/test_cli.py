@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from countermark.data import CATALOG
 from countermark.models import NETWORKS
 from countermark.text import visible
 from countermark.training import EMBEDDINGS, RECIPES, loop
+from countermark.verbs import plan
 from countermark.verbs.steal import SETTINGS
 from countermark.watermarks import LABELS, SCHEMES, load_key
 from countermark.watermarks import key as key_module
@@ -458,6 +460,63 @@ def test_no_foreign_word_steers_a_terminal(way: str, capsys: pytest.CaptureFixtu
 
 def test_nothing_on_a_page_is_html_or_reorders_it() -> None:
     assert html.escape(f"<b>{HOSTILE}") == f"&lt;b&gt;{visible(HOSTILE)}"
+
+
+class _Panic(BaseException):
+    """Like the panic of a library in Rust, which is no `Exception`."""
+
+
+def _raising(error: BaseException) -> Any:
+    def raises(*_arguments: object) -> None:
+        raise error
+
+    return raises
+
+
+@pytest.mark.parametrize("error", [SystemExit(0), SystemExit(1), SystemExit(3), SystemExit("x"), _Panic("x\n\x1b"), RecursionError()])
+@pytest.mark.parametrize("where", ["the verb", "showing", "JSON", "the status"])
+@pytest.mark.parametrize("traceback", [False, True])
+def test_nothing_but_a_verdict_ends_with_the_status_of_one(
+    error: BaseException, where: str, traceback: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if traceback:
+        monkeypatch.setenv("COUNTERMARK_TRACEBACK", "1")
+    if where == "the verb":
+        monkeypatch.setattr(plan, "plan", _raising(error))
+    elif where == "showing":
+        monkeypatch.setattr(plan, "show", _raising(error))
+    elif where == "JSON":
+        monkeypatch.setattr(report, "print_json", _raising(error))
+    else:
+        monkeypatch.setattr(plan.Plan, "exit_status", property(_raising(error)), raising=False)
+    status, _, err = run(capsys, "plan", "--p", "1e-9", *(["--json"] if where == "JSON" else []))
+    assert status == 2
+    assert err.rstrip("\n").split("\n")[-1].startswith("countermark: ")
+    assert "\x1b" not in err
+    if not traceback:
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("part", ["countermark.cli", "countermark.config", "tyro", "countermark.verbs.plan", "rich"])
+def test_an_installation_that_cannot_be_imported_is_an_error(part: str) -> None:
+    """Python itself would end with 1, which means "no evidence" or "dismissed"."""
+    code = f"import runpy, sys; sys.modules[{part!r}] = None; sys.argv = ['countermark', 'plan', '--p', '1e-9']; "
+    code += "runpy.run_module('countermark', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("countermark: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_help_is_a_success(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "plan", "--help")
+    assert status == 0
+    assert "--agreement" in out
+
+
+def test_the_command_is_the_one_that_catches_everything() -> None:
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"countermark": "countermark.__main__:main"}
 
 
 def test_models_for_other_data_are_refused_by_every_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,7 +1,8 @@
 """The command line: a thin skin over the verbs.
 
 Results go to standard output, progress and errors to standard error. Exit status 0 is success, 2 an error of one line, 130 an interruption;
-`verify` adds 1 (no evidence) and 3 (inconclusive), `adjudicate` 1 (dismissed) and 3 (undecidable).
+`verify` adds 1 (no evidence) and 3 (inconclusive), `adjudicate` 1 (dismissed) and 3 (undecidable). Only a verdict ends with a verdict's
+status: whatever is raised, by us or by a library, ends with 2.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -71,8 +73,8 @@ class _TerminatedError(BaseException):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
-    _prepare()
     try:
+        _prepare()
         return _run(list(sys.argv[1:] if arguments is None else arguments))
     except CountermarkError as error:
         return _fail(str(error))
@@ -90,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error.strerror or error}{where}; {'free some space' if full else 'check the path and its permissions'}")
     except MemoryError:
         return _fail(_NO_MEMORY)
-    except Exception as error:
+    except BaseException as error:  # a library's own exit, and the panic of one in Rust, are no `Exception`
         if os.environ.get("COUNTERMARK_TRACEBACK"):
-            raise
+            sys.stderr.writelines(f"{visible(line)}\n" for line in traceback.format_exc().splitlines())
         text = str(error)
         if any(
             word in text for word in ("memory", "bad_alloc", "create a primitive", "failed to map segment")
@@ -104,7 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    config = _parse(arguments)
+    try:
+        config = _parse(arguments)
+    except SystemExit:  # the help was shown; every other end of the parsing is an error of ours
+        return 0
     keep_freed_memory()
     verb = importlib.import_module(f"countermark.verbs.{_VERBS[type(config)]}")
     result = getattr(verb, _VERBS[type(config)])(config)
