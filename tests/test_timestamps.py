@@ -1,21 +1,28 @@
 """Timestamps from a real authority on loopback, and every way in which one can be wrong."""
 
+import base64
 import itertools
 import shutil
+import socketserver
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from asn1crypto import cms, core, tsp
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from authority import Authority, stamped
 from countermark.cli import main
+from countermark.config import ClaimConfig
 from countermark.errors import CountermarkError
 from countermark.files import read_json, sha256, write_json
-from countermark.guard import load_guarded
-from countermark.timestamps import UntrustedError, check_token, decode_token, encode_token, load_roots, read_token, request_token
+from countermark.guard import QueryLog, load_guarded
+from countermark.timestamps import UntrustedError, check_token, decode_token, encode_token, load_roots, read_token, request_token, root_name
+from countermark.verbs.claim import claim
 
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of the curve P-256
 
@@ -190,3 +197,197 @@ def test_a_guards_timestamp_is_not_lost(authority: Authority, owner: Path, tmp_p
     write_json(folder / "guard.json", guard)
     with pytest.raises(CountermarkError, match=r"not the guard that .*commitment\.json commits to"):
         load_guarded(folder, folder / "key")
+
+
+# What authorities that mean well do, and what goes wrong on the way
+
+
+def reordered(response: bytes) -> list[bytes]:
+    """The same response with its certificates in every order, byte for byte the same otherwise."""
+    content = tsp.TimeStampResp.load(response)["time_stamp_token"]["content"]
+    certificates = [each.dump() for each in content["certificates"]]
+    assert response.count(b"".join(certificates)) == 1
+    return [response.replace(b"".join(certificates), b"".join(order)) for order in itertools.permutations(certificates)]
+
+
+@pytest.mark.parametrize("chain", [("root.pem",), ("root.pem", "other.pem"), ("other.pem", "tsa.pem", "root.pem")])
+def test_a_chain_of_certificates_is_taken_in_any_order(tmp_path: Path, chain: tuple[str, ...]) -> None:
+    """The order of a set means nothing: `openssl ts -verify` takes them all, and they draw the same coins."""
+    authority = Authority(tmp_path / "tsa")
+    try:
+        authority._openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "other.key", "-out", "other.pem",
+                           "-subj", "/CN=other", "-config", "conf", "-extensions", "ca")  # fmt: skip
+        (authority.folder / "chain.pem").write_bytes(b"".join((authority.folder / name).read_bytes() for name in chain))
+        conf = (authority.folder / "conf").read_text()
+        (authority.folder / "conf").write_text(conf.replace("signer_key", f"certs = {authority.folder}/chain.pem\nsigner_key"))
+        roots = load_roots(authority.root)
+        token = request_token(authority.url, b"this", roots)
+        for response in reordered(token.response):
+            (authority.folder / "response").write_bytes(response)
+            authority._openssl("ts", "-verify", "-queryfile", "request", "-in", "response", "-CAfile", "root.pem")
+            again = check_token(response, sha256(b"this"), roots, "T")
+            assert (again.time, again.beacon) == (token.time, token.beacon)
+            assert again.response == response  # what is stored and committed to is what came
+    finally:
+        authority.close()
+
+
+def test_granted_with_modifications_is_granted(authority: Authority) -> None:
+    """RFC 3161: with the status 0 or 1 there is a token."""
+    response = stamped(authority, b"this")
+    changed = tsp.TimeStampResp.load(response)
+    changed["status"]["status"] = "granted_with_mods"
+    changed["status"]["status_string"] = ["another policy"]
+    modified = changed.dump(force=True)
+    assert modified != response
+    token = check_token(modified, sha256(b"this"), load_roots(authority.root), "T")
+    assert token.beacon == read_token(response, sha256(b"this"), "T").beacon
+    with pytest.raises(CountermarkError, match="of something else"):
+        read_token(modified, sha256(b"that"), "T")
+
+
+def refusal(words: str, status: str = "rejection") -> bytes:
+    body = tsp.PKIStatusInfo({"status": status, "status_string": [words]}).dump()
+    return b"\x30" + len(body).to_bytes() + body  # asn1crypto knows no response without a token
+
+
+@pytest.mark.parametrize("status", ["granted", "granted_with_mods", "rejection", "waiting"])
+def test_a_response_without_a_token_is_refused_with_its_reason(status: str) -> None:
+    with pytest.raises(CountermarkError, match="T.*" if "granted" in status else r"status \d \(too busy\)"):
+        read_token(refusal("too busy", status), sha256(b"this"), "T")
+
+
+class _Odd(socketserver.StreamRequestHandler):
+    """A server that answers everything with the same bytes and closes the connection."""
+
+    answer = b""
+
+    def handle(self) -> None:
+        while self.rfile.readline().strip():
+            pass
+        self.wfile.write(self.answer)
+
+
+ODD = {
+    "cut": b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n0123456789",
+    "cut in a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n0123456789",
+    "bad chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n0123456789",
+    "not packed": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 10\r\n\r\n0123456789",
+    "nothing": b"",
+    "no HTTP": b"\x1b[2J\r\n\r\n",
+    "error": b"HTTP/1.1 500 \x1b[2J\r\nContent-Length: 0\r\n\r\n",
+    "empty": b"HTTP/1.1 204 No Content\r\n\r\n",
+    "too much": b"HTTP/1.1 200 OK\r\nContent-Length: 70000\r\n\r\n" + bytes(70000),
+    "redirect": b"HTTP/1.1 307 Elsewhere\r\nLocation: https://elsewhere.example/tsa\r\nContent-Length: 0\r\n\r\n",
+    "bad redirect": b"HTTP/1.1 302 Found\r\nLocation: //[\x1b[2J\r\nContent-Length: 0\r\n\r\n",
+    "refusal": b"HTTP/1.1 200 OK\r\n\r\n" + refusal("\x1b[2J\nupheld"),
+}
+
+
+@pytest.mark.parametrize("fault", ODD)
+def test_a_fault_on_the_way_to_the_authority_is_one_line(fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with QueryLog(str(tmp_path / "log.db")):
+        pass
+    handler = type("Handler", (_Odd,), {"answer": ODD[fault]})
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        status = main(["log", "head", str(tmp_path / "log.db"), "--tsa", url])
+        server.shutdown()
+    said = capfd.readouterr()
+    assert (status, said.out, said.err.count("\n")) == (2, "", 1)
+    assert said.err.startswith("countermark: ")
+    assert url in said.err
+    assert "should not happen" not in said.err
+    assert said.err.strip().isprintable()
+    if fault == "redirect":
+        assert "https://elsewhere.example/tsa" in said.err
+
+
+# Roots
+
+
+def odd_root(root: Path) -> bytes:
+    """The root with a name that is no text, in PEM; OpenSSL cannot read it."""
+    der = x509.load_pem_x509_certificate(root.read_bytes()).public_bytes(Encoding.DER)
+    changed = der.replace(b"root", b"\xff" * 4)
+    assert changed != der
+    return b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(changed) + b"-----END CERTIFICATE-----\n"
+
+
+@pytest.fixture(scope="module")
+def claimed(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, bytes]:
+    """A claim of an earlier release's key against its own model, that model, and the right roots; nothing is trained."""
+    folder = tmp_path_factory.mktemp("claimed")
+    shutil.copytree(Path(__file__).parent / "golden" / "0.1.0", folder / "release")
+    mine = folder / "release" / "mine"
+    claim(ClaimConfig(key=mine / "key", suspect=mine, out=folder / "claim", tsa=authority.url))
+    return folder / "claim", mine, (folder / "release" / "roots.pem").read_bytes() + authority.root.read_bytes()
+
+
+@pytest.mark.parametrize("place", ["before", "after", "alone"])
+@pytest.mark.parametrize("kind", ["name", "rubbish", "cut"])
+def test_an_odd_root_beside_the_right_one_stops_no_judgement(
+    place: str, kind: str, claimed: tuple[Path, Path, bytes], authority: Authority, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is left out and named; alone it is an error and no verdict. A library in Rust panics over the first kind."""
+    folder, suspect, right = claimed
+    odd = {
+        "name": odd_root(authority.root),
+        "rubbish": b"-----BEGIN CERTIFICATE-----\nYWJj\n-----END CERTIFICATE-----\n",
+        "cut": b"-----BEGIN CERTIFICATE-----\nYWJj\n",
+    }[kind]
+    roots = tmp_path / "roots.pem"
+    roots.write_bytes({"before": odd + right, "after": right + odd, "alone": odd}[place])
+    arguments = ["adjudicate", str(folder), "--suspect", str(suspect), "--roots", str(roots)]
+    status = main([*arguments, "--out", str(tmp_path / "j")])
+    said = capfd.readouterr()
+    lines = [line for line in said.err.splitlines() if "clean examples" not in line]
+    assert len(lines) == 1
+    if place == "alone":
+        assert status == 2
+        assert lines[0].startswith("countermark: ")
+        assert not list(tmp_path.glob("j.*"))
+    else:
+        assert status == 0
+        assert f"certificate {1 if place == 'before' else 3} of {roots} cannot be used" in lines[0]
+        assert "The claim is upheld" in said.out
+
+
+def test_a_root_that_panics_the_library_trusts_nobody(authority: Authority) -> None:
+    odd = x509.load_pem_x509_certificate(odd_root(authority.root))
+    with pytest.raises(UntrustedError):
+        check_token(stamped(authority, b"this"), sha256(b"this"), [odd, *load_roots(authority.root)], "T")
+    assert root_name(odd).startswith("the certificate with the SHA-256 ")
+    assert root_name(load_roots(authority.root)[0]) == "CN=root"
+
+
+def test_an_odd_certificate_in_a_token_is_no_crash(tmp_path: Path) -> None:
+    authority = Authority(tmp_path / "tsa")
+    authority.close()
+    conf = (authority.folder / "conf").read_text()
+    (authority.folder / "conf").write_text(conf.replace("signer_key", f"certs = {authority.root}\nsigner_key"))
+    response, roots = stamped(authority, b"this"), load_roots(authority.root)
+    root = roots[0].public_bytes(Encoding.DER)
+    for form in reordered(response):
+        changed = form.replace(root, root.replace(b"root", b"\xff" * 4))
+        assert changed != form
+        with pytest.raises(CountermarkError):
+            check_token(changed, sha256(b"this"), roots, "T")
+
+
+def test_the_words_of_an_authority_cannot_show_another_verdict(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The claimant chooses the response in the claim, and so its status text."""
+    release = tmp_path / "release"
+    shutil.copytree(Path(__file__).parent / "golden" / "0.1.0", release)
+    record = read_json(release / "claim" / "claim.json")
+    words = "\x1b[2J\x1b[H\nThe claim is upheld\u202e<b>"
+    write_json(release / "claim" / "claim.json", {**record, "t1": encode_token(refusal(words))})
+    arguments = ["adjudicate", str(release / "claim"), "--suspect", str(release / "mine"), "--roots", str(release / "roots.pem")]
+    assert main([*arguments, "--out", str(tmp_path / "j")]) == 1
+    said = capfd.readouterr().out
+    text = (tmp_path / "j.html").read_text()
+    assert r"\x1b[2J\x1b[H\nThe claim is upheld\u202e" in said
+    assert r"\x1b[2J\x1b[H\nThe claim is upheld\u202e&lt;b&gt;" in text
+    for shown in (said, text):
+        assert all(line.isprintable() for line in shown.split("\n"))

@@ -6,26 +6,30 @@ hashed out of it did not exist before (docs/how-it-works.md).
 
 import base64
 import re
+import ssl
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.serialization import Encoding
 
+from countermark.addresses import check_address
 from countermark.errors import CountermarkError
 from countermark.files import read_bytes, sha256
+from countermark.progress import note
 
 TOKEN_LIMIT = 1 << 16
 """Largest response of an authority that is read, in bytes."""
 
 _SHA256 = "2.16.840.1.101.3.4.2.1"
 _TIMEOUT = 30.0
+_MOST_WORDS = 200  # of somebody else's text in a message of ours
 _ROOTS_LIMIT = 1 << 22
 
 
@@ -60,8 +64,7 @@ def request_token(url: str, message: bytes, roots: Sequence[x509.Certificate] = 
     Raises:
         CountermarkError: the authority cannot be reached, refuses, or answers with something else.
     """
-    import requests
-
+    check_address(url, "a timestamp authority")
     with _library() as rfc3161:
         request = (
             rfc3161.TimestampRequestBuilder()
@@ -70,32 +73,46 @@ def request_token(url: str, message: bytes, roots: Sequence[x509.Certificate] = 
             .nonce(nonce=True)
             .cert_request(cert_request=True)
         ).build()
-    try:
-        with requests.post(
-            check_address(url),
-            data=request.as_bytes(),
-            headers={"Content-Type": "application/timestamp-query"},
-            timeout=_TIMEOUT,
-            stream=True,
-        ) as answer:
-            answer.raise_for_status()
-            body = answer.raw.read(TOKEN_LIMIT + 1, decode_content=True)
-    except (requests.RequestException, OSError) as error:
-        raise CountermarkError(f"the timestamp authority {url} does not answer ({error}); run the same command again") from error
+    body = _post(url, request.as_bytes())
     token = read_token(body, sha256(message), url)
-    with _library() as rfc3161:
-        nonce = rfc3161.decode_timestamp_response(body).tst_info.nonce
-    if nonce != request.nonce:
+    if _parse(body, url).tst_info.nonce != request.nonce:
         raise CountermarkError(f"the timestamp authority {url} answered another request; run the same command again")
     return check_token(body, sha256(message), roots, url) if roots else token
 
 
-def check_address(url: str) -> str:
-    """Refuse an address that is no authority's, or that would put a password into saved files."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise CountermarkError(f"the address of a timestamp authority is http(s)://HOST/..., without a password, not {url}")
-    return url
+def _post(url: str, query: bytes) -> bytes:
+    """Send a query to an authority; its answer, or whatever of it is within the limit."""
+    import requests
+
+    from countermark.suspects.session import Session
+
+    body = b""
+    try:
+        with (
+            Session() as session,
+            session.post(
+                url,
+                data=query,
+                headers={"Content-Type": "application/timestamp-query"},
+                timeout=_TIMEOUT,
+                stream=True,
+                allow_redirects=False,
+            ) as answer,
+        ):
+            if answer.is_redirect:
+                raise CountermarkError(
+                    f"the timestamp authority {url} sends its callers on to {answer.headers['location'][:_MOST_WORDS]}; "
+                    "give that address if you trust it"
+                )
+            answer.raise_for_status()
+            for part in answer.iter_content(1 << 14):  # whose errors are those of `requests`
+                body += part
+                if len(body) > TOKEN_LIMIT:
+                    break
+    except (requests.RequestException, OSError, ValueError) as error:
+        reason = str(error)[:_MOST_WORDS]
+        raise CountermarkError(f"the timestamp authority {url} does not answer ({reason}); run the same command again") from error
+    return body
 
 
 def read_token(response: bytes, digest: str, origin: str) -> Token:
@@ -106,18 +123,16 @@ def read_token(response: bytes, digest: str, origin: str) -> Token:
     """
     if len(response) > TOKEN_LIMIT:
         raise CountermarkError(f"{origin}: a timestamp is at most {TOKEN_LIMIT} bytes; this is something else")
-    with _library() as rfc3161:
-        try:
-            parsed = rfc3161.decode_timestamp_response(response)
-            if parsed.status != 0:
-                raise CountermarkError(f"{origin}: the timestamp was refused ({', '.join(map(str, parsed.status_string)) or 'no reason'})")
-            information = parsed.tst_info
-            imprint = information.message_imprint
-            stamped, time = (imprint.hash_algorithm.dotted_string, imprint.message.hex()), information.gen_time
-            canonical = parsed.as_bytes() == response
-            beacon = _beacon(parsed.time_stamp_token())
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise CountermarkError(f"{origin} is not a timestamp of RFC 3161 that can be read; it is damaged or something else") from error
+    parsed = _parse(response, origin)
+    with _understood(f"{origin} is not a timestamp of RFC 3161 that can be read", "it is damaged or something else"):
+        if parsed.status != 0:
+            reason = ", ".join(map(str, parsed.status_string))[:_MOST_WORDS] or "no reason was given"
+            raise CountermarkError(f"{origin}: the timestamp was refused with the status {parsed.status} ({reason})")
+        information = parsed.tst_info
+        imprint = information.message_imprint
+        stamped, time = (imprint.hash_algorithm.dotted_string, imprint.message.hex()), information.gen_time
+        beacon = _beacon(parsed.time_stamp_token())
+        canonical = parsed.as_bytes() == _in_order(response)
     if not canonical:
         raise CountermarkError(f"{origin}: the timestamp holds more than a timestamp; it was changed")
     if stamped != (_SHA256, digest):
@@ -139,16 +154,47 @@ def check_token(response: bytes, digest: str, roots: Sequence[x509.Certificate],
         UntrustedError: the signature does not lead to one of the roots, through certificates that were valid then and are meant for it.
     """
     token = read_token(response, digest, origin)
-    with _library() as rfc3161:
-        builder = rfc3161.VerifierBuilder(roots=list(roots))
-        try:
-            builder.build().verify(rfc3161.decode_timestamp_response(response), bytes.fromhex(digest))
-        except (rfc3161.VerificationError, ValueError, TypeError) as error:
-            reason = re.search(r"Verify error: ([^\"]+)", str(error))
-            raise UntrustedError(
-                f"{origin}: no authority under the given roots signed this timestamp ({reason[1] if reason else str(error)[:200]})"
-            ) from error
+    parsed = _parse(response, origin)
+    with (
+        _library() as rfc3161,
+        _understood(f"{origin}: no authority under the given roots signed this timestamp", kind=UntrustedError),
+    ):
+        rfc3161.VerifierBuilder(roots=list(roots)).build().verify(parsed, bytes.fromhex(digest))
     return token
+
+
+def _parse(response: bytes, origin: str) -> Any:
+    """A response as the client library reads it.
+
+    Raises:
+        CountermarkError: it cannot be read.
+    """
+    with (
+        _library() as rfc3161,
+        _understood(f"{origin} is not a timestamp of RFC 3161 that can be read", "it is damaged or something else"),
+    ):
+        return rfc3161.decode_timestamp_response(_in_order(response))
+
+
+def _in_order(response: bytes) -> bytes:
+    """A response as the client library, which is stricter than RFC 3161, takes it.
+
+    Two things outside of what is signed are put right; nothing else is touched, and what is stored and
+    committed to stays the response as it came. The certificates are a set, whose order means nothing,
+    but authorities send them in the order of their chain: they are sorted as DER wants them. And the
+    status "granted with modifications" (1) grants a token as "granted" (0) does.
+    """
+    from asn1crypto import cms, core, tsp
+
+    whole = core.Sequence.load(response, strict=True)
+    parts = [whole[number].dump() for number in range(len(whole))]
+    if tsp.PKIStatusInfo.load(parts[0])["status"].native == "granted_with_mods":
+        response = response.replace(b"\x02\x01\x01", b"\x02\x01\x00", 1)  # the first number of all
+    if len(parts) == 1:  # refused
+        return response
+    certificates = [each.dump() for each in cms.ContentInfo.load(parts[1])["content"]["certificates"]]
+    as_sent, sorted_ = b"".join(certificates), b"".join(sorted(certificates))
+    return response.replace(as_sent, sorted_) if as_sent != sorted_ and response.count(as_sent) == 1 else response
 
 
 def encode_token(response: bytes | None) -> str | None:
@@ -178,15 +224,45 @@ def decode_token(text: object, origin: str) -> bytes | None:
 def load_roots(path: Path) -> list[x509.Certificate]:
     """Read the certificates of trusted authorities from a PEM file.
 
+    One that cannot be used is left out, and standard error says so: with fewer roots fewer timestamps are trusted, never more.
+
     Raises:
-        CountermarkError: not such a file.
+        CountermarkError: not such a file, or none of its certificates can be used.
     """
-    try:
-        return x509.load_pem_x509_certificates(read_bytes(path, _ROOTS_LIMIT))
-    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as error:
+    found = [b"-----BEGIN " + part for part in read_bytes(path, _ROOTS_LIMIT).split(b"-----BEGIN ")[1:]]
+    found = [part for part in found if part.startswith((b"-----BEGIN CERTIFICATE-----", b"-----BEGIN X509 CERTIFICATE-----"))]
+    roots, trouble = [], []
+    for number, part in enumerate(found, 1):
+        try:
+            roots.append(_root(part, f"certificate {number} of {path} cannot be used"))
+        except CountermarkError as error:
+            trouble.append(str(error))
+    if not roots:
+        reason = f" ({trouble[0]})" if trouble else ""
         raise CountermarkError(
-            f"{path} holds no certificates in PEM; give the roots of the timestamp authorities that you trust"
-        ) from error
+            f"{path} holds no certificates in PEM that can be used{reason}; give the roots of the timestamp authorities that you trust"
+        )
+    for line in trouble:
+        note(line)
+    return roots
+
+
+def root_name(certificate: x509.Certificate) -> str:
+    """What a root is called: its subject, or the SHA-256 of a certificate whose subject cannot be read."""
+    try:
+        with _understood("its name cannot be read"):
+            return certificate.subject.rfc4514_string()
+    except CountermarkError:
+        return f"the certificate with the SHA-256 {certificate.fingerprint(hashes.SHA256()).hex()}"
+
+
+def _root(pem: bytes, trouble: str) -> x509.Certificate:
+    """One certificate that the verification can read: it panics over one that OpenSSL cannot."""
+    with _understood(trouble, "it is left out"):
+        certificate = x509.load_pem_x509_certificate(pem)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.load_verify_locations(cadata=certificate.public_bytes(Encoding.DER))
+        return certificate
 
 
 def _beacon(signed: bytes) -> bytes:
@@ -195,14 +271,14 @@ def _beacon(signed: bytes) -> bytes:
 
     data = cms.ContentInfo.load(signed, strict=True)["content"]
     if len(data["signer_infos"]) != 1:
-        raise ValueError("a timestamp has one signature")
+        raise ValueError("it has not one signature")
     signer = data["signer_infos"][0]
     if signer["sid"].name != "issuer_and_serial_number":
-        raise ValueError("the signer is named by issuer and number")
+        raise ValueError("its signer is not named by issuer and number")
     # Were there two certificates of one number, two readers that compare names differently could each take another one.
     number = signer["sid"].chosen["serial_number"].native
-    if sum(certificate.chosen.serial_number == number for certificate in data["certificates"]) != 1:
-        raise ValueError("one certificate belongs to the signature")
+    if len({each.dump() for each in data["certificates"] if each.chosen.serial_number == number}) != 1:
+        raise ValueError("it holds no certificate of the signer's number, or several")
     signature = bytes(signer["signature"].native)
     # What the token says of the algorithm is not signed: the signature itself tells whether it is an ECDSA one, the only kind in DER.
     try:
@@ -210,8 +286,24 @@ def _beacon(signed: bytes) -> bytes:
     except ValueError:
         return signature
     if encode_dss_signature(r, s) != signature:
-        raise ValueError("a signature has one spelling")
+        raise ValueError("its signature is spelled otherwise than in DER")
     return r.to_bytes((r.bit_length() + 7) // 8, "big")
+
+
+@contextmanager
+def _understood(trouble: str, advice: str = "", kind: type[CountermarkError] = CountermarkError) -> Iterator[None]:
+    """Turn whatever a library raises over somebody's bytes into one line: `trouble`, the reason, `advice`."""
+    try:
+        yield
+    except CountermarkError:
+        raise
+    except BaseException as error:
+        # The panic of a library in Rust is no `Exception`. Lack of memory and an interruption say nothing of the bytes.
+        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"):
+            raise
+        reason = re.search(r"Verify error: ([^\"]+)", str(error))
+        words = " ".join((reason[1] if reason else str(error) or type(error).__name__).split())[:_MOST_WORDS]
+        raise kind(f"{trouble} ({words}){'; ' if advice else ''}{advice}") from error
 
 
 @contextmanager

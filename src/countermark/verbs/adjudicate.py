@@ -14,7 +14,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import read_bytes, write_bytes, write_json
 from countermark.report import print_lines
-from countermark.timestamps import TOKEN_LIMIT, load_roots
+from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
 from countermark.verbs.asking import Answered, ask, asked_how, doubts
 
 JUDGEMENT_FORMAT = "countermark judgement 1"
@@ -85,7 +85,7 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     finding = Finding(answered.labels, suspect, digest, labels, roots, config.alpha, token, shown, rival)
     judgement = judge_claim(claim, finding)
     result = _result(config, claim, judgement, answered)
-    asked = {"suspect": suspect, "asked": dict(asked_how(config)), "roots": [root.subject.rfc4514_string() for root in roots]}
+    asked = {"suspect": suspect, "asked": dict(asked_how(config)), "roots": [root_name(root) for root in roots]}
     _write(outputs, result, judgement, asked)
     return result
 

@@ -1,0 +1,35 @@
+"""Addresses that a user gives: of an endpoint, of a timestamp authority."""
+
+import re
+from urllib.parse import urlsplit
+
+from countermark.errors import CountermarkError
+
+
+def check_address(url: str, whose: str) -> str:
+    """Refuse an address that cannot be asked, or that would put a password into files that others read.
+
+    Addresses stand in claims, judgements, replay logs and configurations, and are shown as they are.
+    The message leaves out what may be the password.
+
+    Args:
+        url: the address.
+        whose: what messages call the place, such as "an endpoint".
+
+    Raises:
+        CountermarkError: not http(s)://HOST/..., or with a name or a password before the host.
+    """
+    hidden = re.sub(r"//.*@", "//...@", url, flags=re.DOTALL)
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number
+        usable = False
+    if not usable:
+        raise CountermarkError(f"the address of {whose} is http(s)://HOST[:PORT]/..., not {hidden}")
+    if "@" in parts.netloc:
+        raise CountermarkError(
+            f"the address of {whose} is saved and shown as it is, so it may hold no name or password, "
+            f"as {hidden} does; an endpoint takes them as --headers 'Authorization: ...'"
+        )
+    return url
