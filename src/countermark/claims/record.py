@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from countermark.addresses import check_address
 from countermark.bundle import load_bundle
 from countermark.errors import CountermarkError
 from countermark.files import read_bytes, read_json, read_tensors, write_bytes, write_json, write_tensors
@@ -135,9 +136,13 @@ class Claim:
 
 
 def suspect_identity(place: str | Path) -> dict[str, str]:
-    """What a suspect is to a claim: the address of an endpoint, or the SHA-256 of a file (of the weights, for a model folder)."""
+    """What a suspect is to a claim: the address of an endpoint, or the SHA-256 of a file (of the weights, for a model folder).
+
+    Raises:
+        CountermarkError: no file, or an address that cannot be asked or holds a password.
+    """
     if str(place).startswith(("http://", "https://")):
-        return {"kind": "endpoint", "url": str(place)}
+        return {"kind": "endpoint", "url": check_address(str(place), "an endpoint")}
     path = Path(place) / "model.safetensors" if Path(place).is_dir() else Path(place)
     digest = hashlib.sha256()
     try:

@@ -13,6 +13,7 @@ import requests
 import torch
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
+from countermark.addresses import check_address
 from countermark.errors import CountermarkError
 from countermark.suspects.asker import (
     MOST_LABELS,
@@ -55,8 +56,10 @@ class Endpoint(Asker):
             asking: how, and how much.
 
         Raises:
-            CountermarkError: the URL is neither, or the replay log cannot be read.
+            CountermarkError: the URL is neither or holds a password, or the replay log cannot be
+                read.
         """
+        check_address(url, "an endpoint")
         asking = asking or Asking()
         name, self._address, self._mlflow = _addresses(url)
         super().__init__(name, self._infer, asking)

@@ -91,8 +91,8 @@ def claim(config: ClaimConfig) -> Claimed:
             model=model,
         )
         _check_worth(config, made)
-        stamp = timestamping(config.tsa, config.roots)
         suspect = suspect_identity(config.suspect)
+        stamp = timestamping(config.tsa, config.roots)
         # No paths or headers of ours in its configuration: a judge reads it.
         with new_folder(config.out, {"suspect": suspect, "batch": batch}) as folder:
             answered = ask(config, made.opened.x, str(key.c1.get("data")), key.clean)
