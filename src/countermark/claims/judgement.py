@@ -251,28 +251,64 @@ def _owners_model(claim: Claim, finding: Finding) -> Check:
 
 
 def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
-    made: datetime | None = None  # by then at the latest
+    """Is what the judge asked the accused model, and is it older than the marked one?
+
+    A file that is not the accused one decides nothing, however old it is: whoever could choose the file would choose the verdict.
+    """
+    name, age = "The suspect", "Age of the suspect"
+    named, made = claim.answers["suspect"], None  # made: by then at the latest
     if finding.suspect_token is not None:
         try:
             made = check_token(finding.suspect_token, finding.suspect.get("sha256", ""), finding.roots, "the suspect's timestamp").time
         except CountermarkError as error:
-            yield Check("Age of the suspect", HOLDS, f"not shown: {error}", "The accused's timestamp proves nothing.")
+            yield Check(age, HOLDS, f"not shown: {error}", "The accused's timestamp proves nothing.")
     marked, accused = _known_time(claim, "t2", finding.roots), _known_time(claim, "answers_token", finding.roots)
-    if made is not None and marked is not None:
-        older = made < marked
-        meaning = "A model that is older than the marked one was not made from it." if older else "It may be a copy."
-        found = f"{_shown(made)}, {'before' if older else 'not before'} T2"
-        yield Check("Age of the suspect", FAILS if older else HOLDS, found, meaning)
-    named = claim.answers["suspect"]
-    if named == dict(finding.suspect) or (made is not None and accused is not None and made < accused):
-        yield Check("The suspect", HOLDS, _named(finding.suspect), "It is the model that the claim was fixed against.")
+    older = made is not None and marked is not None and made < marked
+    if _is_accused(claim, finding):
+        yield Check(name, HOLDS, _named(finding.suspect), "It is the model that the claim was fixed against.")
+    elif older and _stands_for_endpoint(claim, finding):
+        found = f"{_named(finding.suspect)} repeats every answer that the claim recorded of {_named(named)}"
+        meaning = "The claimant's own record shows what the endpoint ran, and that its answers agree with the coins."
+        yield Check(name, HOLDS, found, meaning)
     else:
         found = f"the claim was fixed against {_named(named)}, the judge asked {_named(finding.suspect)}"
-        meaning = "A model made after the trials were shown could have learned them; ask the one that the claim names."
-        yield Check("The suspect", OPEN, found, meaning)
-        accused = None
+        meaning = "Another model than the accused one, however old, decides nothing; ask the one that the claim names."
+        yield Check(name, OPEN, found, meaning)
+        return
+    if made is not None and marked is not None:
+        meaning = "A model that is older than the marked one was not made from it." if older else "It may be a copy."
+        found = f"{_shown(made)}, {'before' if older else 'not before'} T2"
+        yield Check(age, FAILS if older else HOLDS, found, meaning)
     dates = [date for date in (made, accused if finding.suspect.get("kind") == "file" else None) if date is not None]
     yield from _spent(claim, finding, min(dates, default=None))
+
+
+def _is_accused(claim: Claim, finding: Finding) -> bool:
+    """Whether the judge asked what the claim names: the very file, or the very address."""
+    return bool(claim.answers["suspect"] == dict(finding.suspect))
+
+
+def _stands_for_endpoint(claim: Claim, finding: Finding) -> bool:
+    """Whether a file gives every answer that the claim recorded of an accused endpoint, where these are enough to tell.
+
+    Such a file acquits if it is older than the marked model: one that does not depend on the coins repeats a record that matches them
+    with a probability of at most alpha, and a record that does not match proves nothing. It does not convict, whatever its age: the
+    record is the claimant's word, which binds the claimant and not the accused. Few answers could be repeated by chance.
+    """
+    recorded = _recorded(claim)
+    if recorded is None or (claim.answers["suspect"].get("kind"), finding.suspect.get("kind")) != ("endpoint", "file"):
+        return False
+    repeats = bool(((recorded == -1) | (recorded == finding.labels)).all())
+    return repeats and _test(claim, recorded, finding.alpha).verdict != "inconclusive"
+
+
+def _recorded(claim: Claim) -> torch.Tensor | None:
+    """What the claim says that the suspect answered to each shown trial `(n,)`; none if it does not say so of the whole batch."""
+    whole, labels = _expected(claim), claim.answers["labels"]
+    if len(labels) != len(whole):
+        return None
+    by_leaf = dict(zip(whole, labels, strict=True))
+    return torch.tensor([by_leaf.get(index, -1) for index in claim.opened.index.tolist()])
 
 
 def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Check]:
@@ -301,16 +337,12 @@ def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) ->
         )
     if test.verdict == "inconclusive":
         return Check(name, OPEN, found, "Too few trials were answered with one of their two answers.")
-    recorded = claim.answers["labels"]
-    if finding.suspect.get("kind") == "endpoint" and len(recorded) == len(claim.opened):
-        before = _test(claim, torch.tensor(recorded), finding.alpha)
-        if before.verdict == "match":
-            meaning = (
-                "The endpoint answers otherwise than the claim recorded: it was changed, or the record is wrong; which cannot be told."
-            )
-            return Check(name, OPEN, found, meaning)
+    recorded = _recorded(claim)
+    if finding.suspect.get("kind") == "endpoint" and recorded is not None and _test(claim, recorded, finding.alpha).verdict == "match":
+        meaning = "The endpoint answers otherwise than the claim recorded: it was changed, or the record is wrong; which cannot be told."
+        return Check(name, OPEN, found, meaning)
     if elsewhere:
-        return Check(name, OPEN, found, "Models that never saw the coins agree as often; but it is not known to be the accused model.")
+        return Check(name, OPEN, found, "Models that never saw the coins agree as often; but what was asked decides nothing, see above.")
     return Check(name, FAILS, found, "Models that never saw the coins agree as often.")
 
 
