@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, brief
 
 _LARGEST_IMAGE = 1 << 20  # values in one image; what a file may ask of us
 _LARGEST_CLASSES = 10_000
@@ -164,11 +164,11 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int | None
         CountermarkError: unknown name, or a shape that no image classifier of ours has.
     """
     if name not in NETWORKS:
-        raise CountermarkError(f"unknown network {name!r}; choose one of {', '.join(NETWORKS)}")
+        raise CountermarkError(f"unknown network {brief(name)}; choose one of {', '.join(NETWORKS)}")
     fits = len(shape) == 3 and min(shape) >= 1 and math.prod(shape) <= _LARGEST_IMAGE and not (shape[1] % 4 or shape[2] % 4)
     if not fits or not 2 <= classes <= _LARGEST_CLASSES:
         raise CountermarkError(
-            f"no network takes images of shape {tuple(shape)} to {classes} classes; "
+            f"no network takes images of shape {brief(tuple(shape))} to {brief(classes)} classes; "
             "give (channels, height, width), the last two in multiples of 4"
         )
     with torch.random.fork_rng(devices=[], enabled=seed is not None):

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from countermark.addresses import check_address
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, brief
 from countermark.files import read_bytes, sha256
 from countermark.progress import note
 
@@ -126,7 +126,7 @@ def read_token(response: bytes, digest: str, origin: str) -> Token:
     parsed = _parse(response, origin)
     with _understood(f"{origin} is not a timestamp of RFC 3161 that can be read", "it is damaged or something else"):
         if parsed.status != 0:
-            reason = ", ".join(map(str, parsed.status_string))[:_MOST_WORDS] or "no reason was given"
+            reason = brief(", ".join(map(str, parsed.status_string))) or "no reason was given"
             raise CountermarkError(f"{origin}: the timestamp was refused with the status {parsed.status} ({reason})")
         information = parsed.tst_info
         imprint = information.message_imprint

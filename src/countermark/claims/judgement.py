@@ -13,7 +13,7 @@ import torch
 from cryptography import x509
 
 from countermark.claims.record import Claim
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, brief
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, sha256
 from countermark.text import visible
@@ -232,7 +232,7 @@ def _batch(claim: Claim) -> Check:
     if missing:
         meaning = "A claim shows a whole batch: chosen trials would prove anything. Missing ones count against it."
         return Check(name, FAILS, f"{missing} of {len(whole)} trials are missing", meaning)
-    return Check(name, HOLDS, f"all {len(whole)} trials of batch {claim.answers['batch']}", "Nothing was left out or changed.")
+    return Check(name, HOLDS, f"all {len(whole)} trials of batch {brief(claim.answers['batch'])}", "Nothing was left out or changed.")
 
 
 def _model(claim: Claim, digest: str) -> Check:

@@ -6,7 +6,7 @@ The budgets of MNIST and Fashion-MNIST are those of Thakkar, Zizzo and Maffeis (
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, brief
 
 
 @dataclass(frozen=True)
@@ -118,5 +118,5 @@ def spec(name: str) -> Spec:
         CountermarkError: there is none; the message lists those that there are.
     """
     if name not in CATALOG:
-        raise CountermarkError(f"unknown data set {name!r}; choose one of {', '.join(CATALOG)}")
+        raise CountermarkError(f"unknown data set {brief(name)}; choose one of {', '.join(CATALOG)}")
     return CATALOG[name]

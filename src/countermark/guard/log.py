@@ -19,7 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, brief
 from countermark.files import JSON_LIMIT, canonical_json, read_bytes
 from countermark.timestamps import decode_token
 
@@ -119,7 +119,9 @@ class QueryLog:
             if found is None:
                 connection.execute(_FORMAT.insert().values(format=LOG_FORMAT))
             elif found != LOG_FORMAT:
-                raise CountermarkError(f"{self.shown} is a log of the format {found!r}, not {LOG_FORMAT!r}; use the release that wrote it")
+                raise CountermarkError(
+                    f"{self.shown} is a log of the format {brief(found)}, not {LOG_FORMAT!r}; use the release that wrote it"
+                )
 
     def append(self, rows: Sequence[Row]) -> list[bool]:
         """Store rows in one durable transaction; a row of a model, client and cell that the log has is left out.

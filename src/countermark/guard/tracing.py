@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, brief
 from countermark.evidence import ALPHA, EProcess, decide
 from countermark.guard.core import WHOLE, client_key, coin
 from countermark.guard.log import Row
@@ -97,7 +97,7 @@ def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, al
         tails = coin(keys[account], row.cell) < row.chance
         if row.answer != (row.tails if tails else row.heads):
             raise CountermarkError(
-                f"a trial of {row.client!r} was answered otherwise than this key's coin says; the log belongs to another key, "
+                f"a trial of {brief(row.client)} was answered otherwise than this key's coin says; the log belongs to another key, "
                 "or to other models too (give each model a log of its own)"
             )
         book = books.setdefault(row.client, _Book())
