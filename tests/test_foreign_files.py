@@ -1,6 +1,111 @@
 """Files from strangers that claim to be large, and words in them that are."""
 
-from countermark.errors import brief
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from countermark.bundle import Description, load_bundle, load_with_data, save_bundle
+from countermark.errors import CountermarkError, brief
+from countermark.files import read_json, write_json
+from countermark.models import build
+from countermark.suspects import open_suspect
+from countermark.watermarks import load_key
+
+SHAPE = (1, 8, 8)
+
+
+def sparse(folder: Path, side: int, entries: dict[str, list[int]] | None = None) -> Path:
+    """A model folder of a few kilobytes on disk whose weights would fill gigabytes."""
+    with torch.device("meta"):
+        state = build("wide", (1, side, side), 10).state_dict()
+    shapes = entries or {name: list(value.shape) for name, value in state.items()}
+    header, start = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * int(np.prod(shape, dtype=np.int64))
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, start + size]}
+        start += size
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + start)
+    save_bundle(folder / "small", build("small", SHAPE, 10), Description("small", SHAPE, 10, "digits", 0.1, 0))
+    record = read_json(folder / "small" / "model.json")
+    write_json(folder / "model.json", {**record, "network": "wide", "shape": [1, side, side]})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder: open_suspect(folder, SHAPE),
+        lambda folder: load_with_data(folder),
+        lambda folder: load_bundle(sparse_of_another_network(folder)),
+    ],
+)
+def test_sizes_are_compared_before_weights_are_read(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    (tmp_path / "small").mkdir()
+    folder = sparse(tmp_path, 400)
+    assert (folder / "model.safetensors").stat().st_size > 1 << 30
+    before = _peak()
+    with pytest.raises(CountermarkError, match=r"shape|does not fit"):
+        read(folder)
+    assert _peak() - before < 200 << 20
+
+
+def sparse_of_another_network(folder: Path) -> Path:
+    with torch.device("meta"):
+        state = build("wide", (1, 400, 400), 10).state_dict()
+    shapes = {name: list(value.shape)[::-1] for name, value in state.items()}
+    return sparse(folder, 400, shapes)
+
+
+def _peak() -> int:
+    """The most memory that this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def test_a_key_says_how_many_trials_before_they_are_read(owner: Path, tmp_path: Path) -> None:
+    shutil.copytree(owner / "key", tmp_path / "key")
+    path = tmp_path / "key" / "trials.safetensors"
+    count, start, header = 1 << 20, 0, {}
+    kinds = {"x": ("U8", [count, 1, 8, 8]), "answers": ("I64", [count, 2]), "batch": ("I64", [count]), "cell": ("I64", [count])}
+    for name, (kind, shape) in kinds.items():
+        size = int(np.prod(shape)) * {"U8": 1, "I64": 8}[kind]
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, start + size]}
+        start += size
+    text = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + start)
+    with pytest.raises(CountermarkError, match="other trials than were committed"):
+        load_key(tmp_path / "key")
+
+
+def test_foreign_words_in_messages_are_short(tmp_path: Path) -> None:
+    save_bundle(tmp_path, build("small", SHAPE, 10), Description("small", SHAPE, 10, "digits", 0.1, 0))
+    record = read_json(tmp_path / "model.json")
+    long = "a" * 900_000
+    huge = 10**4000
+    reads = (load_bundle, load_with_data, lambda folder: open_suspect(folder, SHAPE))
+    for change in ({"network": long}, {"data": long}, {"classes": huge}, {"shape": [huge, huge, huge]}):
+        write_json(tmp_path / "model.json", {**record, **change})
+        for read in reads[1:2] if "data" in change else reads:
+            with pytest.raises(CountermarkError) as caught:
+                read(tmp_path)
+            assert len(str(caught.value)) < 1000
+            assert str(caught.value).isprintable()
+    text = json.dumps({"w": {"dtype": long, "shape": [1], "data_offsets": [0, 4]}}).encode()
+    write_json(tmp_path / "model.json", record)
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(CountermarkError, match="not a whole safetensors file") as caught:
+        load_bundle(tmp_path)
+    assert len(str(caught.value)) < 1000
 
 
 def test_brief_is_brief() -> None:

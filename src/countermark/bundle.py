@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from countermark.data import Spec, spec
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, brief
 from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.models import build
 
@@ -64,8 +64,20 @@ def save_bundle(folder: Path, network: nn.Module, description: Description, mode
     return digest
 
 
+def describe(folder: Path) -> Description:
+    """Read what a model folder says of itself, `model.json`, and none of its weights.
+
+    Raises:
+        CountermarkError: the file is missing, foreign or damaged.
+    """
+    return _described(folder)[0]
+
+
 def load_bundle(folder: Path) -> tuple[nn.Module, Description]:
     """Read a model folder.
+
+    The names, types and shapes of the weights are compared with the network's before any of them is
+    read.
 
     Returns:
         The network in evaluation mode and its description.
@@ -73,29 +85,38 @@ def load_bundle(folder: Path) -> tuple[nn.Module, Description]:
     Raises:
         CountermarkError: a file is missing, foreign, changed or truncated, the weights do not fit the network or are not finite.
     """
-    if not folder.is_dir():
-        raise CountermarkError(f"{folder} is not a model folder; name the folder that holds model.json and model.safetensors")
-    record = read_json(folder / "model.json")
-    if record.get("format") != MODEL_FORMAT:
-        raise CountermarkError(f"{folder / 'model.json'} is not a model of the format {MODEL_FORMAT!r}; use the release that wrote it")
-    description = _description(record, folder / "model.json")
+    description, weights_sha256 = _described(folder)
     with torch.device("meta"):  # no memory yet: the sizes come from a file that may be hostile
         network = build(description.network, description.shape, description.classes)
     expected = network.state_dict()
     size = sum(value.numel() * value.element_size() for value in expected.values())
     path = folder / "model.safetensors"
-    tensors, _, digest = read_tensors(path, size + _HEADER_ALLOWANCE)
-    for name, value in expected.items():
-        if name not in tensors or tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
-            raise CountermarkError(f"{path} does not fit the network {description.network!r} (tensor {name}); it belongs to another model")
-    if len(tensors) != len(expected):
-        raise CountermarkError(f"{path} holds tensors that the network {description.network!r} does not have; it belongs to another model")
-    if digest != record.get("weights_sha256"):
+    named = brief(description.network)
+
+    def check(tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, value in expected.items():
+            if name not in tensors or tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
+                raise CountermarkError(f"{path} does not fit the network {named} (tensor {name}); it belongs to another model")
+        if len(tensors) != len(expected):
+            raise CountermarkError(f"{path} holds tensors that the network {named} does not have; it belongs to another model")
+
+    tensors, _, digest = read_tensors(path, size + _HEADER_ALLOWANCE, check)
+    if digest != weights_sha256:
         raise CountermarkError(f"{path} is not the file that model.json describes (SHA-256 differs); restore it from a backup")
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise CountermarkError(f"{path} holds weights that are not finite (NaN or infinity); such a model cannot be asked, restore it")
     network.load_state_dict(tensors, assign=True)
     return network.eval(), description
+
+
+def _described(folder: Path) -> tuple[Description, Any]:
+    """The description of a model folder, and what it says is the SHA-256 of its weights."""
+    if not folder.is_dir():
+        raise CountermarkError(f"{folder} is not a model folder; name the folder that holds model.json and model.safetensors")
+    record = read_json(folder / "model.json")
+    if record.get("format") != MODEL_FORMAT:
+        raise CountermarkError(f"{folder / 'model.json'} is not a model of the format {MODEL_FORMAT!r}; use the release that wrote it")
+    return _description(record, folder / "model.json"), record.get("weights_sha256")
 
 
 def load_with_data(folder: Path) -> tuple[nn.Module, Description, Spec]:
@@ -104,14 +125,14 @@ def load_with_data(folder: Path) -> tuple[nn.Module, Description, Spec]:
     Raises:
         CountermarkError: see `load_bundle`; or the model does not take that data set's images or classes.
     """
-    network, description = load_bundle(folder)
+    description = describe(folder)
     catalogued = spec(description.data)
     if (description.shape, description.classes) != (catalogued.shape, catalogued.classes):
         raise CountermarkError(
-            f"{folder} takes images of shape {description.shape} to {description.classes} classes, "
+            f"{folder} takes images of shape {brief(description.shape)} to {brief(description.classes)} classes, "
             f"{description.data} has {catalogued.shape} and {catalogued.classes}; it is for other data"
         )
-    return network, description, catalogued
+    return *load_bundle(folder), catalogued
 
 
 def _description(record: Mapping[str, Any], path: Path) -> Description:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, brief
 
 
 class FolderBusyError(CountermarkError):
@@ -30,6 +30,19 @@ class FolderBusyError(CountermarkError):
 JSON_LIMIT = 1 << 20
 """Largest JSON file that is read, in bytes."""
 
+_HEADER_LIMIT = 1 << 24  # bytes of a safetensors header
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
 _TEMPORARY_PREFIX = ".torn-"
 _METADATA_KEY = "countermark"  # one key only: with several, safetensors orders them at random
 
@@ -70,8 +83,8 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
         raise
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """Read a regular file of at most `limit` bytes.
+def read_bytes(path: Path, limit: int, first: int | None = None) -> bytes:
+    """Read a regular file of at most `limit` bytes, or only its `first` bytes.
 
     Raises:
         CountermarkError: the file is missing, unreadable, not a regular file, or larger than the limit.
@@ -81,10 +94,11 @@ def read_bytes(path: Path, limit: int) -> bytes:
             raise CountermarkError(f"{path} is not a file; check the path" if path.exists() else f"{path} does not exist; check the path")
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            data = stream.read(min(size, limit) + 1)  # not limit + 1: that much memory would be taken at once
+            most = min(size, limit) + 1  # not limit + 1: that much memory would be taken at once
+            data = b"" if size > limit else stream.read(most if first is None else min(most, first))
     except OSError as error:
         raise CountermarkError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
-    if len(data) > limit:
+    if max(size, len(data)) > limit:
         raise CountermarkError(f"{path} is larger than {limit} bytes, the most that such a file can need; it is not one of ours")
     return data
 
@@ -125,25 +139,56 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping
     return sha256(data)
 
 
-def read_tensors(path: Path, limit: int) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
+def read_tensors(
+    path: Path,
+    limit: int,
+    check: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
     """Read a safetensors file of at most `limit` bytes.
+
+    Args:
+        path: the file.
+        limit: the most bytes that such a file can need.
+        check: raises `CountermarkError` at tensors of names, types or shapes that are not wanted.
+            It is given them without their data (on the device `meta`) before any data is read, so
+            that a small file which claims to be a large one costs nothing.
 
     Returns:
         The tensors by name, the metadata object that `write_tensors` stored (empty for foreign files), the file's SHA-256.
 
     Raises:
-        CountermarkError: missing, too large, or not safetensors (a pickle, a truncated file); nothing is ever unpickled.
+        CountermarkError: missing, too large, or not safetensors (a pickle, a truncated file);
+            nothing is ever unpickled. Or see `check`.
     """
-    data = read_bytes(path, limit)
     try:
+        announced = _announced(path, limit)
+        if check is not None:
+            check(announced)
+        data = read_bytes(path, limit)
         tensors = parse_tensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         meta = json.loads(header.get("__metadata__", {}).get(_METADATA_KEY, "{}"))
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, OverflowError) as error:
         raise CountermarkError(
-            f"{path} is not a whole safetensors file ({error}); it is truncated, damaged or of another format"
+            f"{path} is not a whole safetensors file ({brief(str(error))}); it is truncated, damaged or of another format"
         ) from error
+    if check is not None:
+        check(tensors)  # what was read, not what was announced
     return tensors, meta if isinstance(meta, dict) else {}, sha256(data)
+
+
+def _announced(path: Path, limit: int) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file on the device `meta`, out of its header."""
+    length = int.from_bytes(read_bytes(path, limit, 8), "little")
+    if length > _HEADER_LIMIT:
+        raise ValueError(f"its header would have {length} bytes")
+    header = json.loads(read_bytes(path, limit, 8 + length)[8:])
+    header.pop("__metadata__", None)
+    announced = {name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta") for name, entry in header.items()}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in announced.values())
+    if 8 + length + size != path.stat().st_size:
+        raise ValueError(f"its tensors would have {size} bytes")
+    return announced
 
 
 def make_private_folder(path: Path) -> None:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from countermark.addresses import check_address
-from countermark.bundle import load_bundle
-from countermark.errors import CountermarkError
+from countermark.bundle import describe, load_bundle
+from countermark.errors import CountermarkError, brief
 from countermark.files import read_bytes, read_json, read_tensors, write_bytes, write_json, write_tensors
 from countermark.timestamps import decode_token, encode_token
 from countermark.watermarks import WatermarkSet, leaf_hash, leaf_secrets, leaves, merkle_paths, path_length, root_of_path
@@ -127,11 +127,12 @@ class Claim:
         Raises:
             CountermarkError: it cannot be read, or takes other images than the claim's.
         """
-        network, description = load_bundle(self.model)
+        description = describe(self.model)
         if description.shape != tuple(self.opened.x.shape[1:]):
             raise CountermarkError(
-                f"{self.model} takes images of shape {description.shape}, the claim asks with others; it is another model"
+                f"{self.model} takes images of shape {brief(description.shape)}, the claim asks with others; it is another model"
             )
+        network, _ = load_bundle(self.model)
         return network, suspect_identity(self.model)["sha256"]
 
 
@@ -207,9 +208,7 @@ def read_claim(folder: Path) -> Claim:
         raise CountermarkError(f"{path} has fields of other kinds than a claim; it is damaged or not one of ours")
     _check_commitments(record["c1"], record["c2"], record["answers"], path)
     tokens: dict[str, Any] = {name: decode_token(record[name], f"{path}: {name}") for name in _TOKENS}
-    opened = _read_opened(folder / "trials.safetensors")
-    if list(opened.x.shape[1:]) != record["c1"]["shape"]:
-        raise CountermarkError(f"{folder / 'trials.safetensors'} holds images of another shape than was committed to; it is damaged")
+    opened = _read_opened(folder / "trials.safetensors", record["c1"]["shape"])
     return Claim(**{name: record[name] for name in kinds}, **tokens, opened=opened, model=folder / "model")
 
 
@@ -242,15 +241,19 @@ def _is_hex(text: object) -> bool:
     return isinstance(text, str) and len(text) == 2 * _DIGEST and not set(text) - set("0123456789abcdef")
 
 
-def _read_opened(path: Path) -> Opened:
-    tensors, _, _ = read_tensors(path, _TRIALS_LIMIT)
-    fits = tensors.keys() == _TENSORS.keys() and all((tensors[n].dtype, tensors[n].dim()) == kind for n, kind in _TENSORS.items())
-    if fits:
-        fits = len({len(tensor) for tensor in tensors.values()}) == 1 and 0 < len(tensors["index"]) <= MOST_LEAVES
-        fits = fits and tensors["answers"].shape[1] == 2 and tensors["secrets"].shape[1] == _DIGEST and tensors["paths"].shape[2] == _DIGEST
-    if not fits:
-        raise CountermarkError(f"{path} does not hold the opened trials of a claim; it is damaged or not one of ours")
-    return Opened(**tensors)
+def _read_opened(path: Path, shape: list[int]) -> Opened:
+    def check(tensors: Mapping[str, torch.Tensor]) -> None:
+        fits = tensors.keys() == _TENSORS.keys() and all((tensors[n].dtype, tensors[n].dim()) == kind for n, kind in _TENSORS.items())
+        if fits:
+            fits = len({len(tensor) for tensor in tensors.values()}) == 1 and 0 < len(tensors["index"]) <= MOST_LEAVES
+            widths = (tensors["answers"].shape[1], tensors["secrets"].shape[1], tensors["paths"].shape[2])
+            fits = fits and widths == (2, _DIGEST, _DIGEST)
+        if not fits:
+            raise CountermarkError(f"{path} does not hold the opened trials of a claim; it is damaged or not one of ours")
+        if list(tensors["x"].shape[1:]) != shape:
+            raise CountermarkError(f"{path} holds images of another shape than was committed to; it is damaged")
+
+    return Opened(**read_tensors(path, _TRIALS_LIMIT, check)[0])
 
 
 def _tensor(data: bytes) -> torch.Tensor:

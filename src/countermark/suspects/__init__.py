@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from countermark.bundle import load_bundle
+from countermark.bundle import describe, load_bundle
 from countermark.config import place_name
 from countermark.data import pixels
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, brief
 from countermark.suspects.asker import (
     MOST_LABELS,
     NO_ANSWER,
@@ -63,15 +63,16 @@ def open_suspect(place: str | Path | Suspect, shape: tuple[int, ...], asking: As
     _check_heeded(asking, "a file")
     path = Path(place)
     if path.is_dir():
-        network, description = load_bundle(path)
+        description = describe(path)
         if description.shape != tuple(shape):
             raise CountermarkError(
-                f"{path} takes images of shape {description.shape}, the key asks with {tuple(shape)}; it is for other data"
+                f"{path} takes images of shape {brief(description.shape)}, the key asks with {tuple(shape)}; it is for other data"
             )
         if prepare(torch.zeros(1, *shape), asking).dtype != torch.float32 or asking.layout != "nchw" or asking.mean or asking.std:
             raise CountermarkError(
                 f"{path} is one of our model folders, which take float pixels in nchw; leave the declared differences out"
             )
+        network, _ = load_bundle(path)
         return lambda x: _labels(network, x, path)
     suffix = path.suffix.lower()
     if suffix in (".pt", ".pth", ".pkl", ".bin"):

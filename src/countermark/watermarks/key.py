@@ -149,10 +149,11 @@ def load_key(folder: Path) -> Key:
     secret = _read_secret(folder / "secret")
     if public_key(_read_secret(folder / "signing-key")) != c1["public_key"]:
         raise CountermarkError(f"{folder / 'signing-key'} does not belong to this key; restore it from a backup")
-    tensors, _, digest = read_tensors(folder / "trials.safetensors", _TRIALS_LIMIT)
+    trials = folder / "trials.safetensors"
+    tensors, _, digest = read_tensors(trials, _TRIALS_LIMIT, lambda found: _check_form(found, c1, trials))
     if digest != signed.get("trials_sha256"):
-        raise CountermarkError(f"{folder / 'trials.safetensors'} was changed after the key was made; restore it from a backup")
-    watermarks = _watermarks(tensors, folder / "trials.safetensors")
+        raise CountermarkError(f"{trials} was changed after the key was made; restore it from a backup")
+    watermarks = WatermarkSet(**tensors)
     _check_fit(watermarks, c1, folder / "key.json")
     if merkle_root(leaves(watermarks, secret)).hex() != c1.get("root"):
         raise CountermarkError(f"{folder / 'secret'} does not belong to the committed trials; restore it from a backup")
@@ -181,7 +182,8 @@ def _read_clean(path: Path, signed: Mapping[str, Any], watermarks: WatermarkSet)
     return Examples(x, y)
 
 
-def _watermarks(tensors: Mapping[str, torch.Tensor], path: Path) -> WatermarkSet:
+def _check_form(tensors: Mapping[str, torch.Tensor], c1: Mapping[str, Any], path: Path) -> None:
+    """Refuse tensors that are not the trials that C1 counts; those of the device `meta` will do."""
     names = {"x": (torch.uint8, 4), "answers": (torch.int64, 2), "batch": (torch.int64, 1), "cell": (torch.int64, 1)}
     fits = tensors.keys() == names.keys() and all((tensors[n].dtype, tensors[n].dim()) == kind for n, kind in names.items())
     if (
@@ -191,7 +193,8 @@ def _watermarks(tensors: Mapping[str, torch.Tensor], path: Path) -> WatermarkSet
         or tensors["answers"].shape[1] not in (1, 2)
     ):
         raise CountermarkError(f"{path} does not hold the trials of a key (images, answers, batches, cells); restore it from a backup")
-    return WatermarkSet(**tensors)
+    if (c1.get("leaves"), c1.get("shape")) != (len(tensors["x"]), list(tensors["x"].shape[1:])):
+        raise CountermarkError(f"{path} holds other trials than were committed to; restore it from a backup")
 
 
 def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> None:
