@@ -15,7 +15,8 @@ from torch import nn
 from countermark.addresses import check_address
 from countermark.bundle import describe, load_bundle
 from countermark.errors import CountermarkError, brief
-from countermark.files import read_bytes, read_json, read_tensors, write_bytes, write_json, write_tensors
+from countermark.files import canonical_json, read_bytes, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
+from countermark.suspects import onnx_data
 from countermark.timestamps import decode_token, encode_token
 from countermark.watermarks import WatermarkSet, leaf_hash, leaf_secrets, leaves, merkle_paths, path_length, root_of_path
 
@@ -137,7 +138,11 @@ class Claim:
 
 
 def suspect_identity(place: str | Path) -> dict[str, str]:
-    """What a suspect is to a claim: the address of an endpoint, or the SHA-256 of a file (of the weights, for a model folder).
+    """What a suspect is to a claim: the address of an endpoint, or a SHA-256.
+
+    For a model folder it is that of the weights, for any other model that of its file. For an ONNX
+    model with data in files beside it, it is that of the canonical JSON
+    `{"data": {place: SHA-256}, "model": SHA-256}`, so that it covers every file.
 
     Raises:
         CountermarkError: no file, or an address that cannot be asked or holds a password.
@@ -154,7 +159,10 @@ def suspect_identity(place: str | Path) -> dict[str, str]:
                 digest.update(part)
     except OSError as error:
         raise CountermarkError(f"cannot read {path}: {error.strerror}; name a model folder, a model's file or an address") from error
-    return {"kind": "file", "sha256": digest.hexdigest()}
+    named = digest.hexdigest()
+    if path.suffix.lower() == ".onnx" and (data := onnx_data(path)):
+        named = sha256(canonical_json({"data": data, "model": named}))
+    return {"kind": "file", "sha256": named}
 
 
 def open_batch(watermarks: WatermarkSet, secret: bytes, batch: int) -> Opened:

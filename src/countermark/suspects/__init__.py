@@ -23,7 +23,7 @@ from countermark.suspects.asker import (
     plain,
     prepare,
 )
-from countermark.suspects.confined import ask_onnx, ask_pt2
+from countermark.suspects.confined import ask_onnx, ask_pt2, onnx_data
 from countermark.suspects.remote import Endpoint
 
 _CHUNK = 250
@@ -133,4 +133,15 @@ def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
     return logits.argmax(1)
 
 
-__all__ = ["NO_ANSWER", "Asker", "Asking", "Endpoint", "Suspect", "ask_onnx", "ask_pt2", "open_suspect", "prepare"]
+__all__ = [
+    "NO_ANSWER",
+    "Asker",
+    "Asking",
+    "Endpoint",
+    "Suspect",
+    "ask_onnx",
+    "ask_pt2",
+    "onnx_data",
+    "open_suspect",
+    "prepare",
+]

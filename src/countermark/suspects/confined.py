@@ -1,11 +1,13 @@
 """Asking a file from a stranger in a child process under limits; the children are `onnx_child` and `pt2_child`.
 
-The child limits its own memory, processor time and file size, checks the file before anything is run, and sends labels back as a NumPy
-array without objects. It gets none of the environment, where tokens and passwords may be, but what finds libraries.
+The child limits its own memory, processor time and file size, checks the file before anything is
+run, and sends labels back as 64-bit integers. It gets none of the environment, where tokens and
+passwords may be, but what finds libraries.
 """
 
 import importlib.util
 import io
+import json
 import os
 import subprocess
 import sys
@@ -21,39 +23,64 @@ _FOLDER = Path(__file__).parent
 _TIMEOUT = 600  # seconds for all images of one call
 _THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # a process of many cannot leave its namespaces
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
+_REASON = 500  # characters
 _FAILED = 2  # the child's exit status when it says why on standard error
 
 
 def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
     """Ask an ONNX model for labels.
 
+    A model of a fixed batch is asked in batches of that size, the last one filled up. Data that
+    lies in other files is read if they are in the model's folder or below it. A float model is
+    given what it takes: `x` is cast to half precision, bfloat16 or double for it.
+
     Args:
-        path: the file: one input of the type and layout of `x`, with `n` free; first output logits `(n, classes)` or integer labels `(n,)`
-            or `(n, 1)`.
+        path: the file: one input of the layout of `x`, floats for floats and integers for integers;
+            its first output that is numbers is logits `(n, classes)` or integer labels `(n,)` or
+            `(n, 1)`, or a list of scores by integer label, as scikit-learn's have it.
         x: images as the model takes them, float32 or uint8 (see `prepare`).
 
     Returns:
         int64 labels `(n,)`.
 
     Raises:
-        CountermarkError: onnxruntime is not installed; the file is not ONNX, uses custom operators or external data, takes other
-            shapes, answers with anything but finite logits or labels, or needs more memory or time than it is given.
+        CountermarkError: onnxruntime is not installed; the file is not ONNX, uses custom operators,
+            has data outside its folder, takes other shapes, answers with anything but finite logits
+            or labels, or needs more memory or time than it is given.
     """
+    return _labels(path, len(x), _onnx(path, x))
+
+
+def onnx_data(path: Path) -> dict[str, str]:
+    """SHA-256 of every file beside an ONNX model that holds its tensors, by its place.
+
+    Raises:
+        CountermarkError: see `ask_onnx`.
+    """
+    found: dict[str, str] = json.loads(_onnx(path, torch.zeros(0), "--data"))
+    return found
+
+
+def _onnx(path: Path, x: torch.Tensor, *options: str) -> bytes:
     if not all(importlib.util.find_spec(module) for module in ("onnx", "onnxruntime")):
         raise CountermarkError("asking an .onnx file needs onnx and onnxruntime; pip install 'countermark[onnx]'")
-    return _ask(_FOLDER / "onnx_child.py", path, x)
+    return _run(_FOLDER / "onnx_child.py", path, x, *options)
 
 
 def ask_pt2(path: Path, x: torch.Tensor) -> torch.Tensor:
     """Ask a program of `torch.export` (.pt2) for labels.
 
-    Its loader unpickles and evaluates expressions, so the file is written anew before it is loaded, with nothing but stored tensors, ATen
-    operators and arithmetic of sizes. The child that loads it can read Python's own folders and nothing else, write nowhere but in an
-    empty folder that is deleted, reach no network and signal no process but its own; where the system cannot promise that (Linux with
-    Landlock and user namespaces can), it refuses. Not closed to it are modes and times of files and, before Linux 6.2, cutting them short.
+    Its loader imports modules by name, unpickles and evaluates expressions, so the file is written
+    anew before it is loaded, with nothing but stored tensors, ATen operators and arithmetic of
+    sizes. The child that loads it can read Python's own folders and nothing else, write nowhere but
+    in an empty folder that is deleted, and make none but the system calls of a computation: it
+    reaches no network, no socket, no keyring and no process, and starts none. Where the system
+    cannot promise that (Linux with Landlock, user namespaces and seccomp can, on x86-64 and arm64),
+    it refuses. What is left to it is said in docs/security.md.
 
     Args:
-        path: the file: one input of the type and layout of `x`, with `n` free; one output, logits or labels.
+        path: the file: one input of the layout of `x`, floats for floats and integers for integers;
+            its first output is logits or labels.
         x: images as the model takes them, float32 or uint8 (see `prepare`).
 
     Returns:
@@ -63,31 +90,52 @@ def ask_pt2(path: Path, x: torch.Tensor) -> torch.Tensor:
         CountermarkError: the file holds more than a plain program, takes other images, answers with anything but finite logits or labels,
             needs more memory or time than it is given, or this system cannot confine the child.
     """
-    return _ask(_FOLDER / "pt2_child.py", path, x)
+    return _labels(path, len(x), _run(_FOLDER / "pt2_child.py", path, x))
 
 
-def _ask(child: Path, path: Path, x: torch.Tensor) -> torch.Tensor:
+def _run(child: Path, path: Path, x: torch.Tensor, *options: str) -> bytes:
+    """What a child answers with."""
     request = io.BytesIO()
     np.save(request, x.numpy(), allow_pickle=False)
-    command = [sys.executable, "-I", str(child), str(path.absolute())]
+    command = [sys.executable, "-I", str(child), str(path.absolute()), *options]
     environment = _THREADS | {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    try:
-        with tempfile.TemporaryDirectory() as empty:  # where relative paths inside the file lead nowhere
-            done = subprocess.run(  # noqa: S603
-                command, input=request.getvalue(), capture_output=True, timeout=_TIMEOUT, check=False, cwd=empty, env=environment
-            )
-    except subprocess.TimeoutExpired as error:
-        raise CountermarkError(
-            f"{path} did not answer {len(x)} images within {_TIMEOUT} seconds; it is not a model of this size"
-        ) from error
-    if done.returncode == _FAILED:
-        raise CountermarkError(f"{path}: {done.stderr.decode(errors='replace').strip()[-500:]}")
-    if done.returncode != 0:
-        raise CountermarkError(f"{path} crashed or needed more memory or processor time than a suspect is given; it cannot be asked")
-    try:
-        labels = torch.from_numpy(np.load(io.BytesIO(done.stdout), allow_pickle=False))
-    except ValueError as error:
-        raise CountermarkError(f"{path} gave no readable answer; it cannot be asked") from error
-    if labels.dtype != torch.int64 or labels.shape != (len(x),):
-        raise CountermarkError(f"{path} gave {tuple(labels.shape)} answers to {len(x)} images; it cannot be asked")
-    return labels
+    # Files and no pipes: the child's limit on files then holds for what it says as well.
+    with (
+        tempfile.TemporaryDirectory() as empty,  # where relative paths inside the file lead nowhere
+        tempfile.TemporaryFile() as answer,
+        tempfile.TemporaryFile() as reason,
+    ):
+        try:
+            status = subprocess.run(  # noqa: S603
+                command,
+                input=request.getvalue(),
+                stdout=answer,
+                stderr=reason,
+                timeout=_TIMEOUT,
+                check=False,
+                cwd=empty,
+                env=environment,
+            ).returncode
+        except subprocess.TimeoutExpired as error:
+            raise CountermarkError(
+                f"{path} did not answer {len(x)} images within {_TIMEOUT} seconds; it is not a model of this size"
+            ) from error
+        if status == _FAILED:
+            reason.seek(max(0, reason.seek(0, os.SEEK_END) - 8 * _REASON))
+            raise CountermarkError(f"{path}: {_last_line(reason.read(8 * _REASON))}")
+        if status != 0:
+            raise CountermarkError(f"{path} crashed or needed more memory or processor time than a suspect is given; it cannot be asked")
+        answer.seek(0)
+        return answer.read()
+
+
+def _last_line(said: bytes) -> str:
+    """The reason: what libraries wrote lies before it."""
+    lines = said.decode(errors="replace").strip().splitlines() or ["it gave no reason"]
+    return "".join(c if c.isprintable() else " " for c in lines[-1])[:_REASON]
+
+
+def _labels(path: Path, count: int, answer: bytes) -> torch.Tensor:
+    if len(answer) != 8 * count:
+        raise CountermarkError(f"{path} gave {len(answer) // 8} answers to {count} images; it cannot be asked")
+    return torch.from_numpy(np.frombuffer(answer, dtype=np.int64).copy())

@@ -1,20 +1,45 @@
-"""The child process of `onnx` (see `child_frame`): checks the graph before anything is run, then asks onnxruntime."""
+"""The child process of `onnx` (see `child_frame`): checks the graph, then asks onnxruntime.
 
+With `--data` it answers with the names and digests of the files beside the model that hold its
+tensors (external data).
+"""
+
+import hashlib
+import json
+import os
+import stat
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # -I leaves it out
-from child_frame import BATCH, RefusedError, first_line, labels_of, serve  # type: ignore[import-not-found]
+from child_frame import (  # type: ignore[import-not-found]
+    BATCH,
+    FILE_LIMIT,
+    RefusedError,
+    first_line,
+    in_batches,
+    serve,
+)
 
 _TENSOR_LIMIT = 1 << 28  # values in one tensor of the file
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
+# onnxruntime may prefer operators of its own to functions of these domains.
+_BUILT_IN = ("ai.onnx", "com.", "org.pytorch")
+_FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
+_INTEGERS = ("UINT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64")
 
 
-def _check(data: bytes) -> None:
-    """Refuse what a plain classifier does not need: custom operators, functions, external data, tensors of absurd size."""
+def _read(data: bytes) -> tuple[Any, dict[str, bytes]]:
+    """The model with all its tensors in it, checked, and the files beside it that they came from.
+
+    Raises:
+        RefusedError: it is no ONNX, or holds what a plain classifier does not need: custom
+            operators, tensors of absurd size, data that lies outside the model's folder.
+    """
     import onnx
 
     try:
@@ -23,45 +48,37 @@ def _check(data: bytes) -> None:
         raise RefusedError("it is not an ONNX file (or a truncated one); export the model again") from error
     if not model.graph.output or not model.graph.node:
         raise RefusedError("it holds no graph; it is not an ONNX model or a truncated one")
-    for opset in model.opset_import:
-        if opset.domain not in _DOMAINS:
-            raise RefusedError(f"it uses operators of the domain {opset.domain[:80]!r}; only standard ONNX operators are run")
-    _check_graph(model.graph)
-    if model.functions:
-        raise RefusedError("it defines functions of its own; export the model with standard ONNX operators only")
+    model.DiscardUnknownFields()  # so that what is run is what is checked
+    files: dict[str, bytes] = {}
+    functions = {(f.domain, f.name) for f in model.functions if not f.domain.startswith(_BUILT_IN)}
+    for message in _messages(model):
+        if isinstance(message, onnx.NodeProto):
+            _check_node(message, functions)
+        elif isinstance(message, onnx.SparseTensorProto):
+            _check_extent(message.dims)
+        elif isinstance(message, onnx.TensorProto):
+            _check_extent(message.dims)
+            if message.data_location == message.EXTERNAL or message.external_data:
+                _take_in(message, files)
+    return model, files
 
 
-def _check_graph(graph: Any) -> None:
-    for tensor in graph.initializer:
-        _check_tensor(tensor)
-    for sparse in graph.sparse_initializer:
-        _check_sparse(sparse)
-    _check_nodes(graph.node)
+def _messages(message: Any) -> Iterator[Any]:
+    """A message and all messages in it, however deep: branches, functions, attributes."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in [value] if hasattr(value, "ListFields") else list(value):
+                yield from _messages(part)
 
 
-def _check_nodes(nodes: Any) -> None:
-    for node in nodes:
-        if node.domain not in _DOMAINS:
-            raise RefusedError(f"it uses the custom operator {node.domain[:80]}.{node.op_type[:80]}; only standard ONNX operators are run")
-        for attribute in node.attribute:
-            for tensor in [attribute.t, *attribute.tensors]:
-                _check_tensor(tensor)
-            for sparse in [attribute.sparse_tensor, *attribute.sparse_tensors]:
-                _check_sparse(sparse)
-            for graph in [attribute.g, *attribute.graphs]:
-                _check_graph(graph)
+def _check_node(node: Any, functions: set[tuple[str, str]]) -> None:
+    """Refuse an operator that is neither standard nor a function of the model itself.
 
-
-def _check_tensor(tensor: Any) -> None:
-    if tensor.data_location == tensor.EXTERNAL or tensor.external_data:
-        raise RefusedError(f"its tensor {tensor.name[:80]!r} lies in another file (external data); export the model as one file")
-    _check_extent(tensor.dims)
-
-
-def _check_sparse(sparse: Any) -> None:
-    _check_tensor(sparse.values)
-    _check_tensor(sparse.indices)
-    _check_extent(sparse.dims)
+    The nodes of a function are checked like all others.
+    """
+    if node.domain not in _DOMAINS and (node.domain, node.op_type) not in functions:
+        raise RefusedError(f"it uses the custom operator {node.domain[:80]}.{node.op_type[:80]}; only standard ONNX operators are run")
 
 
 def _check_extent(dims: Any) -> None:
@@ -72,8 +89,94 @@ def _check_extent(dims: Any) -> None:
             raise RefusedError(f"it declares a tensor of the shape {list(dims)[:8]}, more than a suspect may have; it cannot be asked")
 
 
-def _ask(data: bytes, x: np.ndarray) -> np.ndarray:
-    _check(data)
+def _take_in(tensor: Any, files: dict[str, bytes]) -> None:
+    """Put values that lie in another file into the tensor; `files` keeps what was read."""
+    said = {entry.key: entry.value for entry in tensor.external_data}
+    location = said.get("location", "")
+    if location not in files:
+        files[location] = _beside(location, FILE_LIMIT - sum(map(len, files.values())))
+    content = files[location]
+    start, length = (int(said[name]) if said.get(name, "").isdecimal() and len(said[name]) < 20 else None for name in ("offset", "length"))
+    start = start or 0
+    end = len(content) if length is None else start + length
+    if not start <= end <= len(content):
+        raise RefusedError(
+            f"its tensor {tensor.name[:80]!r} lies beyond the end of {location[:80]!r}; the file beside it is truncated or another one"
+        )
+    tensor.raw_data = content[start:end]
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+
+
+def _beside(location: str, limit: int) -> bytes:
+    """A file that the model names as its data: in the model's folder or below it."""
+    folder = Path(sys.argv[1]).parent
+    named = PurePosixPath(location)
+    outside = RefusedError(
+        f"it wants data from {location[:80]!r}, which does not lie in its own folder (external data); "
+        "put the file there, or export the model as one file"
+    )
+    if named.is_absolute() or ".." in named.parts or not named.parts or set("\\:\0") & set(location):
+        raise outside
+    try:
+        place = (folder / named).resolve(strict=True)
+        if not place.is_relative_to(folder.resolve(strict=True)):
+            raise outside
+        descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        with os.fdopen(descriptor, "rb") as stream:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > limit:
+                raise RefusedError(
+                    f"its data in {location[:80]!r} is no regular file or, "
+                    f"with what else it has, larger than {FILE_LIMIT >> 20} MiB; it is not asked"
+                )
+            return stream.read(limit)
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or "it leads nowhere"
+        raise RefusedError(
+            f"it wants data from {location[:80]!r} in its folder (external data), which cannot be read ({reason}); put the file there"
+        ) from error
+
+
+def _adapt(model: Any, x: np.ndarray) -> None:
+    """Cast images to the type that the model takes, and bfloat16, which NumPy lacks, to float32."""
+    import onnx
+    from onnx import helper
+
+    graph = model.graph
+    filled = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in filled]
+    types = _INTEGERS if x.dtype == np.uint8 else _FLOATS
+    kinds = [onnx.TensorProto.DataType.Name(i.type.tensor_type.elem_type) for i in inputs]
+    if len(inputs) != 1 or kinds[0] not in types:
+        shown = [(value.name[:80], kind) for value, kind in zip(inputs[:4], kinds, strict=False)]
+        raise RefusedError(f"it takes {shown}; a suspect takes one input of images, here {x.dtype}")
+    names = {name for node in graph.node for name in [*node.input, *node.output]}
+    names |= {value.name for value in [*graph.input, *graph.output, *graph.initializer]}
+    if kinds[0] != types[0]:
+        wanted, images = inputs[0].name, _fresh("images", names)
+        cast = helper.make_node("Cast", [images], [wanted], to=inputs[0].type.tensor_type.elem_type)
+        graph.node.insert(0, cast)
+        inputs[0].name = images
+        inputs[0].type.tensor_type.elem_type = onnx.TensorProto.DataType.Value(types[0])
+    for output in graph.output:
+        if output.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16:
+            wider = _fresh(output.name, names)
+            graph.node.append(helper.make_node("Cast", [output.name], [wider], to=onnx.TensorProto.FLOAT))
+            output.name = wider
+            output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def _ask(data: bytes, x: np.ndarray) -> bytes:
+    model, _ = _read(data)
+    _adapt(model, x)
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
@@ -81,28 +184,44 @@ def _ask(data: bytes, x: np.ndarray) -> np.ndarray:
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
+    # Otherwise bytes that look like a file of onnxruntime's own format are read as one.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise RefusedError(f"onnxruntime cannot load it: {first_line(error)}") from error
-    inputs = session.get_inputs()
-    kind = "tensor(uint8)" if x.dtype == np.uint8 else "tensor(float)"
-    if len(inputs) != 1 or inputs[0].type != kind:
-        raise RefusedError(f"it takes {[(i.name, i.type) for i in inputs][:4]}; a suspect takes one input of images, here {x.dtype}")
-    declared = inputs[0].shape
-    fits = len(declared) == 4 and all(not isinstance(d, int) or d == s for d, s in zip(declared[1:], x.shape[1:], strict=True))
-    if not fits or isinstance(declared[0], int):
-        raise RefusedError(f"it takes images of shape {declared}; the key asks with (n, {', '.join(map(str, x.shape[1:]))}), n free")
-    labels = []
-    for start in range(0, len(x), BATCH):
-        batch = x[start : start + BATCH]
-        try:
-            output = session.run([session.get_outputs()[0].name], {inputs[0].name: batch})[0]
-        except Exception as error:
-            raise RefusedError(f"it failed on valid images: {first_line(error)}") from error
-        labels.append(labels_of(output, len(batch)))
-    return np.concatenate(labels) if labels else np.empty(0, dtype=np.int64)
+    declared = session.get_inputs()[0].shape
+    if declared and (
+        len(declared) != 4 or any(isinstance(d, int) and d != s for d, s in zip(declared[1:], x.shape[1:], strict=True)) or declared[0] == 0
+    ):
+        images = ", ".join(map(str, x.shape[1:]))
+        raise RefusedError(f"it takes images of shape {declared}; the key asks with (n, {images})")
+    output = _first_answer(session.get_outputs())
+    if declared and isinstance(declared[0], int):
+        sizes = [declared[0]]
+    else:  # some exporters fix the batch within the graph and say so of the output, or nowhere
+        told = [size for size in output.shape[:1] if isinstance(size, int) and size > 0]
+        sizes = [min(BATCH, max(len(x), 1)), *told, 1]
+    name = session.get_inputs()[0].name
+    answer: bytes = in_batches(x, sizes, lambda images: session.run([output.name], {name: images})[0])
+    return answer
+
+
+def _first_answer(outputs: list[Any]) -> Any:
+    """The first output that may be labels or scores."""
+    for output in outputs:
+        numbers = output.type.startswith(("tensor(float", "tensor(double", "tensor(int", "tensor(uint"))
+        if numbers or output.type.startswith("seq(map(int64,"):
+            return output
+    raise RefusedError(f"it answers with {[output.type for output in outputs][:4]}; a suspect answers with logits or labels")
+
+
+def _data(data: bytes, _: np.ndarray) -> bytes:
+    """The digests of the files beside the model by their location, as JSON."""
+    _, files = _read(data)
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return json.dumps(digests).encode()
 
 
 if __name__ == "__main__":
-    sys.exit(serve(lambda: None, _ask))
+    sys.exit(serve(lambda: None, _data if sys.argv[2:] == ["--data"] else _ask))

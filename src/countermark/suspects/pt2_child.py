@@ -11,13 +11,20 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # -I leaves it out
-from child_frame import BATCH, RefusedError, first_line, labels_of, serve  # type: ignore[import-not-found]
+from child_frame import (  # type: ignore[import-not-found]
+    BATCH,
+    RefusedError,
+    first_line,
+    in_batches,
+    serve,
+)
 
 _KNOWN = re.compile(
     r"(data/(weights/(weight_\d+|model_weights_config\.json)|constants/(tensor_\d+|model_constants_config\.json)|sample_inputs/model\.pt)"
@@ -25,10 +32,19 @@ _KNOWN = re.compile(
 )
 _SIZE_LIMIT = 1 << 29
 _JSON_LIMIT = 1 << 24
+_MOST_OUTPUTS = 1000
+_LONGEST_EXPRESSION = 1000  # characters
+# An expression has one reading, so that matching takes linear time: a word ends where no letter or
+# digit follows.
 _EXPRESSION = re.compile(
-    r"(Symbol\('[su]\d{1,9}'(, (positive|integer)=True)*\)|[su]\d{1,9}|\d{1,9}|Mul|Add|Max|Min|FloorDiv|Mod|[ ,()+\-])*"
+    r"(?:Symbol\('[su]\d{1,9}'(?:, (?:positive|integer)=True)*\)"
+    r"|(?:[su]?\d{1,9}|Integer|Mul|Add|Max|Min|FloorDiv|Mod)(?![0-9A-Za-z_])|[ ,()+\-])*",
+    re.ASCII,
 )
-_TARGET = re.compile(r"torch\.ops\.aten\.\w+\.\w+|_operator\.(add|sub|mul|floordiv|mod|getitem|eq|ge|gt|le|lt|ne)")
+_SYMBOL = re.compile(r"[su]\d{1,9}", re.ASCII)
+_ARITHMETIC = re.compile(r"_operator\.(add|sub|mul|floordiv|mod|getitem|eq|ge|gt|le|lt|ne)")
+_WORDS = re.compile(r"[\w .+-]{0,300}", re.ASCII)  # names; torch makes Python source of some
+_TEXTS = ("as_string", "as_strings")  # arguments of operators, which stay strings
 
 
 def _confine() -> None:
@@ -41,6 +57,7 @@ def _confine() -> None:
     import torch.export
 
     torch.set_num_threads(1)
+    torch.ones(4).half()  # torch reads what processor this is where it first needs it
     scratch = tempfile.tempdir = str(Path.cwd())  # empty, and deleted when the answer is there; torch's loader wants such a place
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
@@ -52,7 +69,8 @@ def _confine() -> None:
     # Landlock (linux/landlock.h): handle every use of files that this kernel's version knows; allow reading below Python's folders.
     create, add, restrict = 444, 445, 446
     version = libc.syscall(create, None, ctypes.c_size_t(0), 1)
-    reading, everything = (1 << 2) | (1 << 3), (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
+    reading, writing = (1 << 2) | (1 << 3), everything & ~1  # all but executing
     ruleset = libc.syscall(create, ctypes.byref(ctypes.c_uint64(everything)), ctypes.c_size_t(8), 0)
     if ruleset < 0:
         raise RefusedError(
@@ -62,7 +80,7 @@ def _confine() -> None:
     for place in sorted({*places, scratch}):
         if place and Path(place).is_dir():
             descriptor = os.open(place, os.O_PATH)
-            rule = struct.pack("=Qi", everything if place == scratch else reading, descriptor)
+            rule = struct.pack("=Qi", writing if place == scratch else reading, descriptor)
             libc.syscall(add, ruleset, 1, rule, 0)
             os.close(descriptor)
     if libc.syscall(restrict, ruleset, 0) != 0:
@@ -103,7 +121,7 @@ def _plain(data: bytes, x: np.ndarray) -> io.BytesIO:
     for name in names:
         if not _KNOWN.fullmatch(name):
             raise RefusedError(f"its archive holds {name[:80]!r}, which a plain program does not need; export the model to ONNX")
-    contents = {name: archive.read(member) for name, member in zip(names, members, strict=True)}
+    contents = {name: _content(archive, member) for name, member in zip(names, members, strict=True)}
     sample = io.BytesIO()
     torch.save(((torch.from_numpy(np.zeros((2, *x.shape[1:]), dtype=x.dtype)),), {}), sample)
     contents["data/sample_inputs/model.pt"] = sample.getvalue()
@@ -111,9 +129,7 @@ def _plain(data: bytes, x: np.ndarray) -> io.BytesIO:
         name = f"data/{part}/model_{part}_config.json"
         config = _json(contents, name)
         _check_tensors(config, name)
-    program = _json(contents, "models/model.json")
-    _check_program(program)
-    program["guards_code"] = []
+    program = _plain_program(_json(contents, "models/model.json"))
     contents["models/model.json"] = json.dumps(program).encode()
     plain = io.BytesIO()
     with zipfile.ZipFile(plain, "w") as written:
@@ -145,33 +161,124 @@ def _check_tensors(config: dict[str, Any], name: str) -> None:
             raise RefusedError(f"its member {name} has a value that is pickled or no tensor; pickles are never loaded")
 
 
-def _check_program(value: Any) -> None:
-    """Every expression that torch would evaluate, and every name that it would look up."""
+def _plain_program(program: dict[str, Any]) -> dict[str, Any]:
+    """The program as one from a tensor to a tuple, without what names modules and classes.
+
+    Those are how its input and output were packed and where its operators came from; its guards,
+    which are source, go too.
+    """
+    from torch.utils._pytree import tree_structure, treespec_dumps
+
+    try:
+        module = program["graph_module"]
+        signature = module["signature"]
+        inputs = sum("user_input" in spec for spec in signature["input_specs"])
+        outputs = sum("user_output" in spec for spec in signature["output_specs"])
+        for node in module["graph"]["nodes"]:
+            node["metadata"] = {}
+        ranges = program["range_constraints"].items()
+        program["range_constraints"] = {k: v for k, v in ranges if _SYMBOL.fullmatch(k)}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RefusedError("its models/model.json holds no program; export the model again") from error
+    if inputs != 1 or not 1 <= outputs <= _MOST_OUTPUTS:
+        raise RefusedError(f"it takes {inputs} inputs to {outputs} outputs; a suspect takes one, of images")
+    packed = {
+        "inputs": [],
+        "outputs": [],
+        "in_spec": treespec_dumps(tree_structure(((0,), {}))),
+        "out_spec": treespec_dumps(tree_structure((0,) * outputs)),
+        "forward_arg_names": ["x"],
+    }
+    module["module_call_graph"] = [{"fqn": "", "signature": packed}]
+    module["metadata"] = module["treespec_namedtuple_fields"] = {}
+    program["guards_code"] = []
+    for name, value in program.items():
+        if name != "graph_module":
+            _check_program(value)
+    for name, value in module.items():
+        if name != "module_call_graph":
+            _check_program(value)
+    return program
+
+
+def _check_program(value: Any, place: str = "") -> None:
+    """Check what torch would evaluate, look up by name or make source of."""
     if isinstance(value, list):
         for item in value:
-            _check_program(item)
+            _check_program(item, place)
     elif isinstance(value, dict):
         for name, item in value.items():
-            if name == "expr_str" and not (isinstance(item, str) and len(item) < 200 and _EXPRESSION.fullmatch(item)):
-                raise RefusedError(f"it has an expression that is more than arithmetic of sizes: {str(item)[:60]!r}; it is not evaluated")
-            if name == "target" and isinstance(item, str) and not _TARGET.fullmatch(item):
-                raise RefusedError(f"it calls {item[:80]!r}; only ATen operators are run")
-            _check_program(item)
+            _check_program(name)
+            _check_program(item, name)
+    elif isinstance(value, str) and place == "expr_str":
+        if len(value) >= _LONGEST_EXPRESSION or not _EXPRESSION.fullmatch(value):
+            raise RefusedError(f"it has an expression that is more than arithmetic of sizes: {value[:60]!r}; it is not evaluated")
+    elif isinstance(value, str) and place == "target":
+        if not _ARITHMETIC.fullmatch(value) and not _is_operator(value):
+            raise RefusedError(f"it calls {value[:80]!r}; only ATen operators are run")
+    elif isinstance(value, str) and place not in _TEXTS and not _WORDS.fullmatch(value):
+        raise RefusedError(f"it has the name {value[:60]!r}, which is more than letters and digits; export the model again")
 
 
-def _ask(data: bytes, x: np.ndarray) -> np.ndarray:
+def _is_operator(name: str) -> bool:
+    """Whether a name is that of an ATen operator and of nothing else in the same place."""
+    import torch
+
+    found: Any = torch.ops.aten
+    *_, packet, overload = ["", "", *name.split(".")]
+    if name != f"torch.ops.aten.{packet}.{overload}" or packet == "from_file":
+        return False
+    for part in (packet, overload):
+        found = getattr(found, part, None)
+    return isinstance(found, torch._ops.OpOverload)
+
+
+def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(member)
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, struct.error) as error:
+        raise RefusedError(
+            f"its member {member.filename[:80]!r} is damaged or encrypted ({first_line(error)}); get the file again"
+        ) from error
+
+
+def _ask(data: bytes, x: np.ndarray) -> bytes:
     import torch
 
     plain = _plain(data, x)
     try:
-        module = torch.export.load(plain).module()
-        with torch.no_grad():
-            labels = [labels_of(module(torch.from_numpy(x[i : i + BATCH])).numpy(), len(x[i : i + BATCH])) for i in range(0, len(x), BATCH)]
-    except RefusedError:
-        raise
+        program = torch.export.load(plain)
+        module = program.module()
+        images = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs).meta["val"]
+        declared = [side if isinstance(side, int) else None for side in images.shape]
+        limits = [program.range_constraints.get(side.node.expr) for side in images.shape[:1] if not isinstance(side, int)]
     except Exception as error:
-        raise RefusedError(f"torch cannot load or run it: {first_line(error)}") from error
-    return np.concatenate(labels) if labels else np.empty(0, dtype=np.int64)
+        raise RefusedError(f"torch cannot load it: {first_line(error)}") from error
+    given = torch.from_numpy(x)
+    if images.dtype.is_floating_point != given.dtype.is_floating_point:
+        raise RefusedError(f"it takes images of {images.dtype}; the key asks with {given.dtype}")
+    if len(declared) != x.ndim or any(d not in (None, s) for d, s in zip(declared[1:], x.shape[1:], strict=True)):
+        raise RefusedError(f"it takes images of shape {declared}; the key asks with (n, {', '.join(map(str, x.shape[1:]))})")
+
+    def run(part: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            output = module(torch.from_numpy(part).to(images.dtype))
+        first = next(value for value in output if isinstance(value, torch.Tensor))
+        return (first.double() if first.is_floating_point() else first).numpy()
+
+    answer: bytes = in_batches(x, _sizes(declared[0], limits, len(x)), run)
+    return answer
+
+
+def _sizes(declared: int | None, limits: Sequence[Any], count: int) -> list[int]:
+    """Sizes of a batch to try: the program's own, or one within the limits that it says."""
+    if declared is not None:
+        return [declared]
+    likely = min(BATCH, max(count, 1))
+    for limit in limits:
+        if limit is not None:
+            likely = int(max(min(likely, limit.upper), limit.lower))
+    return [likely, BATCH, 1]
 
 
 if __name__ == "__main__":
