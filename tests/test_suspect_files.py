@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import zipfile
@@ -20,6 +21,7 @@ from countermark.claims import suspect_identity
 from countermark.errors import CountermarkError
 from countermark.models import build
 from countermark.suspects import ask_onnx, ask_pt2, open_suspect
+from countermark.suspects.confined import _THREADS
 
 SHAPE = (1, 8, 8)
 WEIGHT = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
@@ -486,6 +488,151 @@ def test_a_pt2_with_words_that_would_run_is_refused(program: bytes, change: Call
     with pytest.raises(child.RefusedError, match=word):  # type: ignore[attr-defined]
         child._plain(changed(program, change), IMAGES[:2].numpy())  # type: ignore[attr-defined]
     assert MODULE not in sys.modules
+
+
+# Numbers of system calls on x86-64 and arm64, and arguments that would succeed or at least be looked at.
+_HOSTILE = """
+import ctypes, importlib.util, json, os, socket, sys, threading
+sys.path.insert(0, sys.argv[2])
+import pt2_child
+from child_frame import RefusedError
+place, path, inherited = json.loads(sys.argv[3])
+open("scratch", "w").write("x")
+try:
+    pt2_child._confine()
+except RefusedError as error:
+    print("cannot confine:", error)
+    sys.exit(0)
+libc = ctypes.CDLL(None, use_errno=True)
+column = {"x86_64": 0, "aarch64": 1}[os.uname().machine]
+name, buffer = ctypes.c_char_p(path.encode()), ctypes.create_string_buffer(4096)
+file = ctypes.c_char_p(b"scratch")
+def call(numbers, *arguments):
+    number = numbers[column]
+    if number is None:
+        raise OSError("no such call here")
+    ctypes.set_errno(0)
+    found = libc.syscall(*map(lambda a: a if not isinstance(a, int) else ctypes.c_long(a), (number, *arguments)))
+    if found < 0:
+        raise OSError(ctypes.get_errno(), "refused")
+    return found
+def unix():
+    with socket.socket(socket.AF_UNIX) as s:
+        s.connect(place)
+attempts = {
+    "unix socket": unix,
+    "socket pair": socket.socketpair,
+    "add_key": lambda: call((248, 217), ctypes.c_char_p(b"user"), ctypes.c_char_p(b"k"), ctypes.c_char_p(b"v"), 1, -4),
+    "keyctl": lambda: call((250, 219), 0, -4, 1),
+    "request_key": lambda: call((249, 218), ctypes.c_char_p(b"user"), ctypes.c_char_p(b"k"), None, -4),
+    "setxattr": lambda: call((188, 5), name, ctypes.c_char_p(b"user.x"), ctypes.c_char_p(b"1"), 1, 0),
+    "removexattr": lambda: call((197, 14), name, ctypes.c_char_p(b"user.kept")),
+    "getxattr": lambda: call((191, 8), name, ctypes.c_char_p(b"user.kept"), buffer, 100),
+    "chmod": lambda: os.chmod(path, 0o777),
+    "chmod scratch": lambda: os.chmod("scratch", 0o777),
+    "chown": lambda: os.chown(path, os.getuid(), os.getgid()),
+    "utime": lambda: os.utime(path, (1, 1)),
+    "truncate": lambda: os.truncate(path, 0),
+    "link": lambda: os.link(path, "linked"),
+    "symlink": lambda: os.symlink(path, "linked"),
+    "fifo": lambda: os.mkfifo("fifo"),
+    "chdir": lambda: os.chdir("/"),
+    "chroot": lambda: os.chroot("/"),
+    "umask": lambda: call((95, 166), 0),
+    "fork": os.fork,
+    "vfork by clone": lambda: call((56, 220), 17, 0, 0, 0, 0),
+    "clone3": lambda: call((435, 435), buffer, 88),
+    "exec": lambda: os.execv("/bin/true", ["true"]),
+    "memfd": lambda: call((319, 279), ctypes.c_char_p(b"m"), 0),
+    "execveat": lambda: call((322, 281), -100, ctypes.c_char_p(b"/bin/true"), None, None, 0),
+    "ptrace": lambda: call((101, 117), 0, 0, 0, 0),
+    "process_vm_readv": lambda: call((310, 270), 1, buffer, 0, buffer, 0, 0),
+    "pidfd_open": lambda: call((434, 434), os.getpid(), 0),
+    "kill": lambda: os.kill(0, 0),
+    "io_uring": lambda: call((425, 425), 4, buffer),
+    "bpf": lambda: call((321, 280), 0, buffer, 100),
+    "perf": lambda: call((298, 241), buffer, 0, -1, -1, 0),
+    "userfaultfd": lambda: call((323, 282), 1),
+    "mount": lambda: call((165, 40), None, file, ctypes.c_char_p(b"tmpfs"), 0, None),
+    "unshare": lambda: call((272, 97), 0x10000000),
+    "setns": lambda: call((308, 268), 0, 0),
+    "shmget": lambda: call((29, 194), 0, 4096, 0o1600),
+    "semget": lambda: call((64, 190), 0, 1, 0o1600),
+    "msgget": lambda: call((68, 186), 0, 0o1600),
+    "mq_open": lambda: call((240, 180), ctypes.c_char_p(b"q"), 0o102, 0o600, None),
+    "sched": lambda: call((144, 119), 0, 0, buffer),
+    "nice": lambda: os.setpriority(os.PRIO_PROCESS, 0, 19),
+    "affinity": lambda: os.sched_setaffinity(0, [0]),
+    "prctl": lambda: call((157, 167), 15, ctypes.c_char_p(b"other"), 0, 0, 0),
+    "limit of another": lambda: call((302, 261), 1, 7, None, buffer),
+    "tty": lambda: call((16, 29), 0, 0x5412, buffer),
+    "inotify": lambda: call((294, 26), 0),
+    "fanotify": lambda: call((300, 262), 0, 0),
+    "name_to_handle_at": lambda: call((303, 264), -100, name, buffer, buffer, 0),
+    "a pipe by its name": lambda: os.open(path + ".fifo", os.O_RDWR | os.O_NONBLOCK),
+    "proc": lambda: open("/proc/self/environ").read(),
+    "inherited": lambda: os.write(inherited, b"x"),
+    "32 bits": lambda: call((0x40000000 + 39, None)),
+}
+for attempt, action in attempts.items():
+    try:
+        action()
+        print("DONE", attempt)
+    except (OSError, ValueError):
+        pass
+thread = threading.Thread(target=print, args=("a thread runs",))
+thread.start()
+thread.join()
+print(len(attempts), "were tried", flush=True)
+"""
+
+
+def test_hostile_code_in_the_child_makes_no_other_calls(tmp_path: Path) -> None:
+    """Every row is something that Landlock and namespaces leave open, or a neighbour of it."""
+    target = tmp_path / "secret"
+    target.write_text("secret")
+    target.chmod(0o600)
+    os.utime(target, (1_000_000, 1_000_000))
+    os.mkfifo(f"{target}.fifo")
+    (tmp_path / "empty").mkdir()
+    reading, inherited = os.pipe()
+    os.set_inheritable(inherited, True)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        told = json.dumps([str(tmp_path / "s"), str(target), inherited])
+        folder = str(Path(countermark.suspects.__file__).parent)
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _HOSTILE, "unused", folder, told],
+            cwd=tmp_path / "empty",
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env=_THREADS,
+        )
+    os.close(reading)
+    os.close(inherited)
+    if "cannot confine" in done.stdout:
+        pytest.skip(done.stdout)
+    lines = done.stdout.splitlines()
+    assert lines[:1] == ["a thread runs"], done.stdout + done.stderr
+    assert lines[-1].endswith("were tried")
+    found = target.stat()
+    assert (found.st_mode & 0o777, found.st_mtime, found.st_size) == (0o600, 1_000_000, 6)
+
+
+def test_a_kernel_or_processor_without_the_list_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then the child refuses the file; half a confinement is none."""
+
+    class Old:
+        def prctl(self, *_: object) -> int:
+            return -1
+
+    calls = child_module("child_calls")
+    assert calls.allow_few_calls(Old()) is False  # type: ignore[attr-defined]
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    assert calls.allow_few_calls(None) is False  # type: ignore[attr-defined]
 
 
 def test_a_child_that_says_too_much_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

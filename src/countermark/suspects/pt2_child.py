@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # -I leaves it out
+from child_calls import allow_few_calls  # type: ignore[import-not-found]
 from child_frame import (  # type: ignore[import-not-found]
     BATCH,
     RefusedError,
@@ -48,10 +49,10 @@ _TEXTS = ("as_string", "as_strings")  # arguments of operators, which stay strin
 
 
 def _confine() -> None:
-    """Go on as a process without network, that can name no other process, with only Python's own folders to read and an empty one to write.
+    """Go on as a process that only computes.
 
-    What Linux keeps open: modes and times of the user's own files, whose names it would have to guess (Landlock knows neither); before
-    Linux 6.2 also cutting them short.
+    It has no network, can name no other process, has only Python's own folders to read and an empty
+    one to write, and makes no other system calls than those of a computation (see `child_calls`).
     """
     import torch  # before the folders close; what is imported later is among those that stay open
     import torch.export
@@ -85,6 +86,12 @@ def _confine() -> None:
             os.close(descriptor)
     if libc.syscall(restrict, ruleset, 0) != 0:
         raise RefusedError("this system cannot close the files of a child, so .pt2 files are not loaded; export the model to ONNX")
+    os.close(ruleset)
+    if not allow_few_calls(libc):
+        raise RefusedError(
+            "this system cannot filter the system calls of a child (seccomp, on x86-64 and arm64), "
+            "so .pt2 files are not loaded; export the model to ONNX"
+        )
 
 
 def _move_into_pid_namespace(libc: ctypes.CDLL) -> None:
