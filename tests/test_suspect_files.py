@@ -288,9 +288,26 @@ def built_in_function() -> onnx.ModelProto:
     return model([helper.make_node("Gelu", ["x"], ["y"], domain=domain)], domains=(domain,), functions=(function,))
 
 
+def calling_twice(depth: int, again: bool) -> onnx.ModelProto:
+    """Functions that each call the next one twice, and the last one, if so, the first."""
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    functions = []
+    for i in range(depth):
+        name = f"F{(i + 1) % depth}"
+        body = [helper.make_node(name, [a], [b], domain="mine") for a, b in ("ab", "bc")]
+        if i == depth - 1 and not again:
+            body = [helper.make_node("Relu", ["a"], ["c"])]
+        functions.append(helper.make_function("mine", f"F{i}", ["a"], ["c"], body, opsets))
+    steps = [helper.make_node("F0", ["x"], ["y"], domain="mine")]
+    return model(steps, domains=("mine",), functions=tuple(functions))
+
+
 @pytest.mark.parametrize(
     ("make", "word"),
     [
+        (lambda: calling_twice(40, False), "too many operators"),
+        (lambda: calling_twice(1, True), "too many operators"),
+        (lambda: calling_twice(3, True), "too many operators"),
         (evil_function, "evil.Run"),
         (built_in_function, "com.microsoft.Gelu"),
         (lambda: model(nodes(*LINEAR), kind=TensorProto.FLOAT, batch=0), "images of shape|failed"),

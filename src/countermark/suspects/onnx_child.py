@@ -29,8 +29,11 @@ _TENSOR_LIMIT = 1 << 28  # values in one tensor of the file
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 # onnxruntime may prefer operators of its own to functions of these domains.
 _BUILT_IN = ("ai.onnx", "com.", "org.pytorch")
+_MOST_NODES = 100_000
 _FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 _INTEGERS = ("UINT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64")
+
+Functions = dict[tuple[str, str], Any]  # a model's own, by domain and name
 
 
 def _read(data: bytes) -> tuple[Any, dict[str, bytes]]:
@@ -50,7 +53,7 @@ def _read(data: bytes) -> tuple[Any, dict[str, bytes]]:
         raise RefusedError("it holds no graph; it is not an ONNX model or a truncated one")
     model.DiscardUnknownFields()  # so that what is run is what is checked
     files: dict[str, bytes] = {}
-    functions = {(f.domain, f.name) for f in model.functions if not f.domain.startswith(_BUILT_IN)}
+    functions = {(f.domain, f.name): f for f in model.functions if not f.domain.startswith(_BUILT_IN)}
     for message in _messages(model):
         if isinstance(message, onnx.NodeProto):
             _check_node(message, functions)
@@ -60,6 +63,8 @@ def _read(data: bytes) -> tuple[Any, dict[str, bytes]]:
             _check_extent(message.dims)
             if message.data_location == message.EXTERNAL or message.external_data:
                 _take_in(message, files)
+    if _written_out(model.graph, functions, {}) > _MOST_NODES:
+        raise RefusedError("its functions are too many operators when they are written out; it cannot be asked")
     return model, files
 
 
@@ -72,7 +77,23 @@ def _messages(message: Any) -> Iterator[Any]:
                 yield from _messages(part)
 
 
-def _check_node(node: Any, functions: set[tuple[str, str]]) -> None:
+def _written_out(part: Any, functions: Functions, known: dict[tuple[str, str], int]) -> int:
+    """How many nodes a graph or function has when functions are replaced by their nodes.
+
+    A function that calls itself counts as too many; `known` keeps the numbers of the others.
+    """
+    count = 0
+    for node in _messages(part):
+        if hasattr(node, "op_type"):
+            key = (node.domain, node.op_type)
+            if key in functions and key not in known:
+                known[key] = _MOST_NODES + 1  # while it is counted
+                known[key] = _written_out(functions[key], functions, known)
+            count += known.get(key, 1)
+    return count
+
+
+def _check_node(node: Any, functions: Functions) -> None:
     """Refuse an operator that is neither standard nor a function of the model itself.
 
     The nodes of a function are checked like all others.
