@@ -260,8 +260,10 @@ def _root(pem: bytes, trouble: str) -> x509.Certificate:
     """One certificate that the verification can read: it panics over one that OpenSSL cannot."""
     with _understood(trouble, "it is left out"):
         certificate = x509.load_pem_x509_certificate(pem)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.load_verify_locations(cadata=certificate.public_bytes(Encoding.DER))
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=certificate.public_bytes(Encoding.DER))
+        except ssl.SSLError as error:
+            raise ValueError("OpenSSL cannot read it") from error
         return certificate
 
 
