@@ -5,10 +5,13 @@ import gzip
 import hashlib
 import io
 import os
+import resource
+import signal
 import stat
 import struct
 import tarfile
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from countermark.data import CATALOG, Pools, catalog, fetch, load_examples, load_ood, load_pools, pixels, spec
+from countermark.data import CATALOG, Pools, catalog, fetch, is_cached, load_examples, load_ood, load_pools, pixels, spec
 from countermark.data import fetch as fetch_package
 from countermark.data.idx import parse_idx
 from countermark.errors import CountermarkError
@@ -250,6 +253,76 @@ def test_when_nothing_can_be_reached_every_source_says_why(tiny: dict[str, bytes
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COUNTERMARK_CACHE", str(tmp_path))
     assert sources.cache_folder() == tmp_path
+
+
+def test_cache_folder_of_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("COUNTERMARK_CACHE", "~/x")
+    assert sources.cache_folder() == tmp_path / "x"
+    monkeypatch.delenv("COUNTERMARK_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert tmp_path in sources.cache_folder().parents
+
+
+@pytest.mark.parametrize("named", [None, "~/x"])
+def test_no_cache_folder_without_a_home_folder(named: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setenv("COUNTERMARK_CACHE", named or "")
+    monkeypatch.chdir(tmp_path)
+    for ask in (sources.cache_folder, lambda: fetch("mnist"), lambda: is_cached("mnist")):
+        with pytest.raises(CountermarkError, match=r"no home folder.*COUNTERMARK_CACHE"):
+            ask()
+    assert list(tmp_path.iterdir()) == []  # and none that is called ~
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_any_source_is_asked(
+    tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = write(tmp_path / "mine", tiny)
+    monkeypatch.setattr(sources, "_fetch_file", lambda *_: pytest.fail("a source was asked"))
+    with pytest.raises(CountermarkError, match=r"cannot keep data in /dev/null/tiny.*--cache"):
+        fetch("tiny", mine, Path("/dev/null"))
+    monkeypatch.setattr(sources.os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(CountermarkError, match=r"it cannot be written.*COUNTERMARK_CACHE"):
+        fetch("tiny", mine, tmp_path / "cache")
+    shared = write(tmp_path / "shared" / "tiny", tiny)
+    assert fetch("tiny", cache=tmp_path / "shared") == shared  # it has everything: nothing need be written
+
+
+def test_a_full_disk_is_not_the_fault_of_a_source(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on the size of files stands in for the disk; no further source is asked."""
+    write(tmp_path / "system", tiny)
+    asked = []
+
+    def copying(folder: Path) -> Callable[[str, Path], None]:
+        honest = sources._from_folder(folder)
+
+        def copy(file: str, output: Path) -> None:
+            asked.append(file)
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+            try:
+                honest(file, output)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        return copy
+
+    two = [sources.Source(title, copying(tmp_path / "system")) for title in ("one", "two")]
+    monkeypatch.setattr(sources, "_sources", lambda *_: iter(two))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(CountermarkError, match=r"cannot keep data in .*cache/tiny: File too large; free some space"):
+            fetch("tiny", cache=tmp_path / "cache")
+    finally:
+        signal.signal(signal.SIGXFSZ, handler)
+    assert len(asked) == 1
+    assert list((tmp_path / "cache" / "tiny").iterdir()) == []
 
 
 def test_unknown_data_set() -> None:

@@ -194,7 +194,8 @@ def strict_accuracy(
             found = strict(model, x, y, epsilon=attack.epsilon, opening=lambda *batch: pgd(*batch, **options), after=tell)
             kept += found.broken_by.tolist()
             if checkpoint is not None:
-                write_json(checkpoint, {"format": _STRICT_FORMAT, "broken_by": kept})
+                with contextlib.suppress(CountermarkError):  # a full disk costs the way back, not the work
+                    write_json(checkpoint, {"format": _STRICT_FORMAT, "broken_by": kept})
     broken = {name: kept.count(number) for number, name in enumerate(STAGES)}
     share = 100 / max(len(kept), 1)
     clean = len(kept) - broken.pop(STAGES[0])

@@ -28,6 +28,7 @@ from countermark.progress import Bar, bar
 _LIMIT = 1 << 26  # bytes; the largest of the files has 47 MB
 _CHUNK = 1 << 20
 _TIMEOUT = 300  # seconds that a package client may take
+_ELSEWHERE = "name another folder with --cache or COUNTERMARK_CACHE"
 _CONNECT_TIMEOUT = 10  # seconds without a byte from a mirror
 
 _MIRRORS: Mapping[str, tuple[str, ...]] = {
@@ -55,9 +56,29 @@ class Source:
     mandatory: bool = False
 
 
+class _FullError(CountermarkError):
+    """A file could not be written."""
+
+    def __init__(self, folder: Path, error: OSError) -> None:
+        super().__init__(f"cannot write in {folder}: {error.strerror}")
+        self.folder, self.reason = folder, error.strerror
+
+
+def _cannot_keep(folder: Path, reason: str | None) -> CountermarkError:
+    return CountermarkError(f"cannot keep data in {folder}: {reason}; free some space or {_ELSEWHERE}")
+
+
 def cache_folder() -> Path:
-    """The folder in which fetched files are kept: `$COUNTERMARK_CACHE`, or the system's place for caches."""
-    return Path(os.environ.get("COUNTERMARK_CACHE") or pooch.os_cache("countermark"))
+    """The folder of fetched files: `$COUNTERMARK_CACHE`, or the system's; `~` is expanded.
+
+    Raises:
+        CountermarkError: it is below a home folder, and there is none.
+    """
+    named = os.environ.get("COUNTERMARK_CACHE")
+    try:
+        return Path(named or pooch.os_cache("countermark")).expanduser()
+    except RuntimeError as error:
+        raise CountermarkError(f"there is no home folder for the data files; {_ELSEWHERE}") from error
 
 
 def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> Path:
@@ -79,13 +100,14 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CountermarkError(
-            f"cannot keep data in {folder}: {error.strerror}; name another folder with --cache or COUNTERMARK_CACHE"
-        ) from error
+        raise _cannot_keep(folder, error.strerror) from error
     pooch.get_logger().setLevel("WARNING")  # our bar says what is fetched
     with ExitStack() as stack:
         sources = list(_sources(name, source, stack))
         missing = [file for file, digest in files.items() if source is not None or not _cached(folder / file, digest)]
+        writable = os.access(folder, os.W_OK | os.X_OK)
+        if not writable and not all(_cached(folder / file, files[file]) for file in missing):
+            raise _cannot_keep(folder, "it cannot be written")
         progress = stack.enter_context(bar(f"fetching {name}", len(missing))) if missing else None
         for file in missing:
             _fetch_file(folder, file, files[file], sources, progress)
@@ -94,7 +116,8 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
 
 def is_cached(name: str, cache: Path | None = None) -> bool:
     """Whether all files of a data set are in the cache already."""
-    return all(((cache or cache_folder()) / name / file).exists() for file in spec(name).files)
+    found = ((cache or cache_folder()) / name / file for file in spec(name).files)
+    return all(os.path.isfile(path) for path in found)  # noqa: PTH113 (it says no where it may not look)
 
 
 def _cached(path: Path, digest: str) -> bool:
@@ -112,6 +135,10 @@ def _fetch_file(folder: Path, file: str, digest: str, sources: list[Source], pro
 
         try:
             pooch.retrieve(f"countermark:{file}", f"sha256:{digest}", fname=file, path=folder, downloader=download)
+        except _FullError as error:
+            if error.folder == folder:  # not a fault of the source
+                raise _cannot_keep(folder, error.reason) from error
+            failures.append(f"{source.title}: {error}")
         except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, subprocess.SubprocessError, CountermarkError) as error:
             failures.append(f"{source.title}: {_reason(error)}")
         except ValueError:  # pooch's word for a wrong hash
@@ -251,4 +278,8 @@ def _copy(stream: Any, output: Path) -> None:
             total += len(chunk)
             if total > _LIMIT:
                 raise CountermarkError(f"unpacks to more than {_LIMIT} bytes")
-            target.write(chunk)
+            try:
+                target.write(chunk)
+                target.flush()
+            except OSError as error:
+                raise _FullError(output.parent, error) from error

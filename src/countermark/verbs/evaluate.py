@@ -4,11 +4,11 @@ import math
 import os
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from countermark import __version__
 from countermark.bundle import load_with_data
 from countermark.config import EvaluateConfig
 from countermark.data import cache_folder, load_pools
@@ -89,13 +89,13 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     title, judged = "attacking the model", None
     if config.strict:
         asked = {
-            "release": version("countermark"),
+            "release": __version__,
             "model": read_json(config.model / "model.json"),
             "images": test.digest,
             "attack": asdict(attack),
             "restarts": config.restarts,
         }
-        checkpoint = _writable(config.cache or cache_folder(), f"strict-{sha256(canonical_json(asked))[:32]}.json")
+        checkpoint = _kept_in(config.cache, f"strict-{sha256(canonical_json(asked))[:32]}.json")
         judged = strict_accuracy(network, test, attack, restarts=config.restarts, title=title, checkpoint=checkpoint)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -119,13 +119,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
 
 
-def _writable(folder: Path, name: str) -> Path | None:
-    """A file in a folder; none where nothing can be written, as in a cache that is shared."""
+def _kept_in(cache: Path | None, name: str) -> Path | None:
+    """A file in the cache; none where nothing can be written: a shared cache, or no home folder for one."""
     try:
+        folder = cache or cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, CountermarkError):
         return None
-    return folder / name if os.access(folder, os.W_OK) else None
+    return folder / name if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def show(result: Evaluation) -> None:
