@@ -5,7 +5,6 @@ What anybody can read here says nothing of trials: no count of them, no times of
 
 import asyncio
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import math
@@ -21,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from countermark import __version__
 from countermark.data import as_uint8
 from countermark.errors import CountermarkError
 from countermark.guard.requests import check_request, image_hashes
@@ -125,7 +125,7 @@ def application(
         return await _guarded(request, ready)
 
     async def server(_request: Request) -> Response:
-        return JSONResponse({"name": "countermark", "version": importlib.metadata.version("countermark"), "extensions": []})
+        return JSONResponse({"name": "countermark", "version": __version__, "extensions": []})
 
     async def metadata(request: Request) -> Response:
         async def found(_request: Request) -> Response:

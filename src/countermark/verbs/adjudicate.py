@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from countermark import __version__
 from countermark.claims import Check, Claim, Finding, Judgement, Rival, judge_claim, page, read_claim, sentence, suspect_identity
 from countermark.config import AdjudicateConfig
 from countermark.errors import CountermarkError
@@ -137,10 +137,10 @@ def _write(outputs: Sequence[Path], result: Adjudication, judgement: Judgement, 
         "Suspect": result.suspect,
         "Suspect's identity": ", ".join(f"{name} {value}" for name, value in asked["suspect"].items()),
         "Trusted roots": "; ".join(asked["roots"]),
-        "Judged by": f"Countermark {version('countermark')}",
+        "Judged by": f"Countermark {__version__}",
     }
     write_bytes(outputs[0], page(judgement, about).encode())
-    write_json(outputs[1], {"format": JUDGEMENT_FORMAT, "version": version("countermark"), **asdict(result), **asked})
+    write_json(outputs[1], {"format": JUDGEMENT_FORMAT, "version": __version__, **asdict(result), **asked})
 
 
 def show(result: Adjudication) -> None:

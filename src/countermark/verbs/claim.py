@@ -2,12 +2,12 @@
 
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from countermark import __version__
 from countermark.claims import Claim, commitment_faults, open_batch, suspect_identity, write_claim
 from countermark.claims.record import ANSWERS_FORMAT
 from countermark.config import ClaimConfig
@@ -109,7 +109,7 @@ def claim(config: ClaimConfig) -> Claimed:
                 "suspect": suspect,
                 "asked": asked_how(config),
                 "labels": answered.labels.tolist(),
-                "version": version("countermark"),
+                "version": __version__,
             }
             made = replace(
                 made,
