@@ -19,16 +19,18 @@ import numpy as np
 import pytest
 import torch
 
-from countermark import cli, config, html, progress, report
+import countermark
+from countermark import cli, config, html, names, progress, report
 from countermark.bundle import load, load_bundle, save_bundle
 from countermark.data import CATALOG
 from countermark.models import NETWORKS
+from countermark.names import EMBEDDINGS, LABELS, RECIPES, SCHEMES, SETTINGS
+from countermark.study.grid import PROFILES
 from countermark.text import visible
-from countermark.training import EMBEDDINGS, RECIPES, loop
+from countermark.training import loop
 from countermark.verbs import plan
-from countermark.verbs.steal import SETTINGS
-from countermark.watermarks import LABELS, SCHEMES, load_key
 from countermark.watermarks import key as key_module
+from countermark.watermarks import load_key
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -588,11 +590,258 @@ def test_quickstart_tells_the_story_and_keeps_what_it_did(tmp_path: Path, owner:
 
 
 def test_the_library_says_what_the_command_line_says(owner: Path) -> None:
-    import countermark
-
     found = countermark.verify(countermark.VerifyConfig(suspect=owner, key=owner / "key"))
     assert found.verdict == "match"
     model = countermark.load(str(owner))
     key = load_key(owner / "key")
     with torch.no_grad():
         assert torch.equal(model(key.watermarks.x.float() / 255).argmax(1), key.labels) == (found.agreements == found.trials)
+
+
+def alone(*lines: str, prologue: str = "", **options: Any) -> list[tuple[int, str, str]]:
+    """Run command lines in one child process in which importing torch is an error; status, output and error of each."""
+    script = f"""
+import contextlib, io, json, shlex, sys
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ImportError("torch was imported")
+sys.meta_path.insert(0, NoTorch())
+from countermark import cli
+{prologue}
+found = []
+for line in json.load(sys.stdin):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.main(shlex.split(line))
+        except SystemExit as stop:
+            status = stop.code
+    found.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", script], input=json.dumps(lines), capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return [tuple(each) for each in json.loads(done.stdout)]
+
+
+VERBS = list(cli._VERBS)
+
+
+def test_the_version_is_said_without_torch() -> None:
+    assert alone("--version") == [(0, f"countermark {countermark.__version__}\n", "")]
+
+
+def test_help_lists_every_verb_and_a_groups_help_its_actions() -> None:
+    groups = ["data", "client", "log", "bundle"]
+    helps = alone("--help", "-h", *(f"{group} {option}" for group in groups for option in ("--help", "-h")))
+    assert all(status == 0 and err == "" for status, _, err in helps)
+    texts = [out for _, out, _ in helps]
+    assert texts[0] == texts[1]
+    assert [name for name in VERBS if f"\n  {name} " not in texts[0]] == []
+    for number, group in enumerate(groups):
+        assert texts[2 + 2 * number] == texts[3 + 2 * number]
+        for name in VERBS:
+            assert (f"  {name} " in texts[2 + 2 * number]) == name.startswith(f"{group} ")
+
+
+def test_nothing_to_do_lists_every_verb_in_one_line() -> None:
+    [(status, out, err)] = alone("")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert all(name in err for name in VERBS)
+    [(status, out, err)] = alone("log")
+    assert all(name in err for name in ("log head", "log check", "log erase"))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_needs_no_torch(verb: str) -> None:
+    [(status, out, err)] = alone(f"{verb} --help")
+    assert (status, err) == (0, "")
+    assert f"usage: countermark {verb}" in out
+    for field in fields(cli._VERBS[verb].config):
+        assert f"--{field.name.replace('_', '-')}" in out
+
+
+MISTAKES = {
+    "verfy --suspect x": "did you mean verify?",
+    "fetch mnist": "did you mean data fetch?",
+    "log chek x": "did you mean log check?",
+    "log drop": "log head, log check, log erase",
+    "destroy": "unknown verb 'destroy'; countermark --help",
+    "x" * 5000: "unknown verb 'xxx",
+    "--json verify": "first",
+    "verify --suspekt x --key y": "did you mean --suspect?",
+    f"plan --{'x' * 5000} 3": "unknown option",
+    "verify --suspect x": "--key is missing; see countermark verify --help",
+    "adjudicate": "--suspect, --claim, --roots are missing",
+    "protect --data digits --out {new} --epsilon much": "--epsilon takes a number, not 'much'",
+    "protect --data digits --out {new} --epochs 1.5": "--epochs takes a whole number, not '1.5'",
+    "protect --data digits --out {new} --epochs": "--epochs takes a whole number, and none is given",
+    f"protect --data digits --out {{new}} --seed {'9' * 6000}": "--seed takes a whole number",
+    "verify --suspect {full} --key {full} --mean 0.5 x": "--mean takes a number, not '0.5 x'",
+    "plan --p 0.1 extra": "'extra' belongs to no option",
+    "plan --json=no": "'no' belongs to no option",
+    "plan --p_ 1": "unknown option",
+}
+
+
+def test_mistakes_in_options_are_one_short_line(tmp_path: Path) -> None:
+    places = {"new": tmp_path / "new", "full": tmp_path}
+    for line, (status, out, err) in zip(MISTAKES, alone(*(line.format(**places) for line in MISTAKES)), strict=True):
+        assert (status, out, err.count("\n")) == (2, "", 1), line
+        assert MISTAKES[line] in err
+        assert len(err) < 200
+        assert "--help" in err
+
+
+NAMED = {
+    "data fetch cifar": "choose one of mnist, fashion_mnist, digits",
+    "protect --data cifar --out {new}": "choose one of mnist, fashion_mnist, digits",
+    "quickstart --data cifar --out {new}": "data set",
+    "reproduce --data digits cifar --out {new}": "data set",
+    "reproduce --profile vast": "quick, standard, paper",
+    "reproduce --protocol dirty": "clean, as-published",
+    **{
+        f"protect --data digits --out {{new}} --{option} magic": f"unknown {option} 'magic'"
+        for option in ("network", "scheme", "objective", "embedding", "labels", "accelerator", "precision")
+    },
+    "protect --data digits --out {new} --epsilon 2": "--epsilon is a number in (0, 1)",
+    "protect --data digits --out {new} --watermark-epsilon 0.05": "above the training budget 0.1",
+    "protect --data digits --out {new} --tsa ftp://x": "http(s)://HOST",
+    "protect --data digits --out {full}": "not empty",
+    "protect --data digits --out {full}/file": "is a file",
+    "steal --victim {full} --setting clear --out {new}": "white, black, grey",
+    "steal --victim {new} --setting white --out {new}": "check --victim",
+    "remove --model {full} --prune 0.5 --out {full}": "not empty",
+    "claim --suspect {full} --key {full} --out {full}": "not empty",
+    "evaluate --model {new}": "{new} does not exist; check --model",
+    "evaluate --model {full} --key {new}": "check --key",
+    "verify --suspect {new} --key {full}": "check --suspect",
+    "verify --suspect http://127.0.0.1:9/v2/models/m --key {new}": "check --key",
+    "verify --suspect {full} --key {full} --pixels rgb": "float, uint8",
+    "verify --suspect {full} --key {full} --layout chw": "nchw, nhwc",
+    "adjudicate {new} --suspect {full} --roots {full}": "check --claim",
+    "adjudicate {full} --suspect {full} --roots {full} --shown {full} {new}": "check --shown",
+    "guard {new}": "check --model",
+    "serve {full} --log {new} --port 99999": "65535",
+    "trace --suspect {full} --key {full} --log {new}": "check --log",
+    "log check {new}": "check --log",
+    "bundle check {full} --public-key {new}": "check --public-key",
+    "client add anna --clients {new} --public-key zz": "64 lower-case hexadecimal",
+    f"evaluate --model {'x' * 300}": "check the path",
+    "evaluate --model ~nobody-at-all/x": "without ~",
+}
+
+
+def test_options_are_checked_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    places = {"new": tmp_path / "new", "full": tmp_path}
+    for line, (status, out, err) in zip(NAMED, alone(*(line.format(**places) for line in NAMED)), strict=True):
+        assert (status, out, err.count("\n")) == (2, "", 1), (line, err)
+        assert NAMED[line].format(**places) in err, line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_names_of_options_are_those_of_the_code() -> None:
+    assert tuple(NETWORKS) == names.NETWORKS
+    assert tuple(PROFILES) == names.PROFILES
+
+
+def test_a_configuration_in_python_refuses_the_same_names(tmp_path: Path) -> None:
+    with pytest.raises(countermark.CountermarkError, match="choose one of coin"):
+        countermark.ProtectConfig(data="digits", out=tmp_path, scheme="magic")
+    assert countermark.EvaluateConfig(model=Path("~/x")).model == Path("~/x")  # only the command line expands
+
+
+def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves the `~` of `--out=~/x` as it is, so the command line expands it, in every path or in none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "there").mkdir()
+    (tmp_path / "log.db").write_text("")
+    protect = cli._parse("protect", ["--data", "digits", "--out=~/new", "--cache=~/c"]).placed()
+    assert (protect.out, protect.cache) == (tmp_path / "new", tmp_path / "c")  # type: ignore[attr-defined]
+    judged = cli._parse("adjudicate", ["~/there", "--suspect=~/there", "--roots=~/log.db", "--shown", "~/there", "~/log.db"]).placed()
+    assert judged.claim == tmp_path / "there"  # type: ignore[attr-defined]
+    assert str(judged.suspect) == str(tmp_path / "there")  # type: ignore[attr-defined]
+    assert judged.shown == (tmp_path / "there", tmp_path / "log.db")  # type: ignore[attr-defined]
+    assert judged.out == Path("judgement")  # type: ignore[attr-defined]
+    assert cli._parse("log check", ["--log=~/log.db"]).placed().log == str(tmp_path / "log.db")  # type: ignore[attr-defined]
+    address = "postgresql://anna:~/@host/log"
+    assert cli._parse("log check", ["--log", address]).placed().log == address  # type: ignore[attr-defined]
+
+
+def test_every_path_of_a_verb_has_its_place() -> None:
+    """Or it would be neither expanded nor looked for."""
+    for verb in cli._VERBS.values():
+        for field in fields(verb.config):
+            if "Path" in str(field.type) or field.name == "log":
+                assert "Place." in str(field.type), (verb, field.name)
+
+
+def test_help_says_what_the_code_takes() -> None:
+    [(_, verify, _), (_, judged, _)] = alone("verify --help", "adjudicate --help")
+    for text in (verify, judged):
+        assert all(word in " ".join(text.split()) for word in (".onnx", ".pt2", "http(s)://", "/invocations", "function"))
+
+
+NO_HOME = """
+import os, pwd
+os.environ.pop("HOME", None)
+pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid))
+"""
+
+
+def without_home(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a child whose user has no home folder."""
+    variables = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("XDG", "HOME", "COUNTERMARK"))}
+    command = [sys.executable, "-c", NO_HOME + body]
+    return subprocess.run(command, capture_output=True, text=True, env=variables | environment, check=False)
+
+
+def test_without_a_home_folder_only_what_needs_a_cache_is_refused(owner: Path, tmp_path: Path) -> None:
+    main = "from countermark import cli\nraise SystemExit(cli.main({!r}))"
+    strict = ["evaluate", "--model", str(owner), "--strict", "--images", "2"]
+    for environment in (
+        {},
+        {"HOME": "/nonexistent"},
+        {"HOME": "/dev/null"},
+        {"COUNTERMARK_CACHE": "~/x"},
+        {"COUNTERMARK_CACHE": "/dev/null"},
+    ):
+        done = without_home(main.format(strict), **environment)
+        assert done.returncode == 0, (environment, done.stderr)
+        assert "strict accuracy" in done.stdout
+    done = without_home(main.format(["data", "fetch", "mnist"]))
+    assert done.returncode == 2
+    assert done.stderr.startswith("countermark: there is no home folder for the data files; name another folder")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_source_folder_without_metadata_of_the_package_knows_its_version(owner: Path) -> None:
+    source = Path(countermark.__file__).parents[1]
+    script = f"""
+import importlib.metadata, sys
+def gone(name):
+    if name == "countermark":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+found, importlib.metadata.version = importlib.metadata.version, gone
+sys.path.insert(0, {str(source)!r})
+from countermark import cli
+raise SystemExit(cli.main(["evaluate", "--model", {str(owner)!r}, "--strict", "--images", "2", "--json"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    for path in source.rglob("*.py"):
+        assert "importlib.metadata" not in path.read_text()
+
+
+def test_a_full_disk_does_not_stop_a_strict_evaluation(owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it keeps to go on from is a convenience."""
+
+    def full(*_: object, **__: object) -> None:
+        raise countermark.CountermarkError("cannot write: No space left on device")
+
+    monkeypatch.setattr("countermark.evaluation.write_json", full)
+    found = countermark.evaluate(countermark.EvaluateConfig(model=owner, strict=True, images=2, cache=tmp_path))
+    assert found.strict is not None

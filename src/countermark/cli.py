@@ -8,63 +8,74 @@ status: whatever is raised, by us or by a library, ends with 2.
 import contextlib
 import errno
 import importlib
+import inspect
 import io
 import os
 import re
 import shutil
 import signal
 import sys
+import textwrap
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
+from countermark import __version__
 from countermark import config as configs
 from countermark.errors import CountermarkError
 from countermark.memory import keep_freed_memory
+from countermark.names import nearest, shown
 from countermark.text import visible
 
-_VERBS: dict[type[configs.VerbConfig], str] = {
-    configs.FetchConfig: "fetch",
-    configs.ProtectConfig: "protect",
-    configs.EvaluateConfig: "evaluate",
-    configs.VerifyConfig: "verify",
-    configs.ClaimConfig: "claim",
-    configs.AdjudicateConfig: "adjudicate",
-    configs.StealConfig: "steal",
-    configs.RemoveConfig: "remove",
-    configs.PlanConfig: "plan",
-    configs.QuickstartConfig: "quickstart",
-    configs.ReproduceConfig: "reproduce",
-    configs.GuardConfig: "guard",
-    configs.ServeConfig: "serve",
-    configs.TraceConfig: "trace",
-    configs.ClientAddConfig: "client_add",
-    configs.LogHeadConfig: "log_head",
-    configs.LogCheckConfig: "log_check",
-    configs.LogEraseConfig: "log_erase",
-    configs.BundleSignConfig: "bundle_sign",
-    configs.BundleCheckConfig: "bundle_check",
-}
-_GROUPS: dict[str, dict[str, tuple[type[configs.VerbConfig], str]]] = {
-    "data": {"fetch": (configs.FetchConfig, "--name")},
-    "client": {"add": (configs.ClientAddConfig, "--name")},
-    "log": {
-        "head": (configs.LogHeadConfig, "--log"),
-        "check": (configs.LogCheckConfig, "--log"),
-        "erase": (configs.LogEraseConfig, "--log"),
-    },
-    "bundle": {"sign": (configs.BundleSignConfig, "--model"), "check": (configs.BundleCheckConfig, "--model")},
-}
-"""Verbs of two words, and the option that their third word stands for."""
-_POSITIONAL = {"guard": "--model", "serve": "--model", "adjudicate": "--claim"}
-"""Verbs whose second word may be the value of an option."""
+
+@dataclass(frozen=True)
+class _Verb:
+    """A verb: its options, its module, and the option that a first word without one stands for."""
+
+    config: type[configs.VerbConfig]
+    module: str
+    first: str | None = None
+
+    @property
+    def summary(self) -> str:
+        """Its first line of help."""
+        return inspect.getdoc(self.config) or ""
 
 
+_VERBS = {
+    "data fetch": _Verb(configs.FetchConfig, "fetch", "--name"),
+    "protect": _Verb(configs.ProtectConfig, "protect"),
+    "evaluate": _Verb(configs.EvaluateConfig, "evaluate"),
+    "verify": _Verb(configs.VerifyConfig, "verify"),
+    "claim": _Verb(configs.ClaimConfig, "claim"),
+    "adjudicate": _Verb(configs.AdjudicateConfig, "adjudicate", "--claim"),
+    "steal": _Verb(configs.StealConfig, "steal"),
+    "remove": _Verb(configs.RemoveConfig, "remove"),
+    "plan": _Verb(configs.PlanConfig, "plan"),
+    "guard": _Verb(configs.GuardConfig, "guard", "--model"),
+    "client add": _Verb(configs.ClientAddConfig, "client_add", "--name"),
+    "serve": _Verb(configs.ServeConfig, "serve", "--model"),
+    "trace": _Verb(configs.TraceConfig, "trace"),
+    "log head": _Verb(configs.LogHeadConfig, "log_head", "--log"),
+    "log check": _Verb(configs.LogCheckConfig, "log_check", "--log"),
+    "log erase": _Verb(configs.LogEraseConfig, "log_erase", "--log"),
+    "bundle sign": _Verb(configs.BundleSignConfig, "bundle_sign", "--model"),
+    "bundle check": _Verb(configs.BundleCheckConfig, "bundle_check", "--model"),
+    "quickstart": _Verb(configs.QuickstartConfig, "quickstart"),
+    "reproduce": _Verb(configs.ReproduceConfig, "reproduce"),
+}
+"""Every verb, of one word or two, in the order of the help."""
+
+_ABOUT = """Train image classifiers that resist attack, mark them with keyed coins, and prove a
+stolen copy."""
+_HELP = ("--help", "-h")
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+_KINDS = {int: "a whole number", float: "a number"}
 _NO_MEMORY = "not enough memory; close other programs or take a smaller network"
 _NARROWEST = 20  # columns; below, help and tables would be wrapped letter by letter
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _TerminatedError(BaseException):
@@ -106,13 +117,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["--version"]:
+        print(f"countermark {__version__}", flush=True)
+        return 0
+    if arguments[:1] and arguments[0] in _HELP:
+        print(_overview(), flush=True)
+        return 0
+    if arguments[1:] and arguments[0] in _groups() and arguments[1] in _HELP:
+        print(_overview(f"{arguments[0]} "), flush=True)
+        return 0
+    name, rest = _named(arguments)
     try:
-        config = _parse(arguments)
+        config: Any = _parse(name, rest).placed()
     except SystemExit:  # the help was shown; every other end of the parsing is an error of ours
         return 0
     keep_freed_memory()
-    verb = importlib.import_module(f"countermark.verbs.{_VERBS[type(config)]}")
-    result = getattr(verb, _VERBS[type(config)])(config)
+    module = _VERBS[name].module
+    verb = importlib.import_module(f"countermark.verbs.{module}")
+    result = getattr(verb, module)(config)
     try:
         if config.json:
             from countermark.report import print_json
@@ -152,55 +174,118 @@ def _nobody_reads() -> int:
     return _fail("nobody reads standard output any more; finished work is kept")
 
 
-def _parse(arguments: list[str]) -> Any:
-    """Parse the options into a configuration; tyro's boxes become one line."""
-    import tyro
-    from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, subcommand
+def _groups() -> list[str]:
+    """The first words of verbs of two words."""
+    return list(dict.fromkeys(name.split()[0] for name in _VERBS if " " in name))
 
-    description: str | None
-    verbs: Any = (
-        Annotated[configs.ProtectConfig, subcommand("protect")]
-        | Annotated[configs.EvaluateConfig, subcommand("evaluate")]
-        | Annotated[configs.VerifyConfig, subcommand("verify")]
-        | Annotated[configs.ClaimConfig, subcommand("claim")]
-        | Annotated[configs.AdjudicateConfig, subcommand("adjudicate")]
-        | Annotated[configs.StealConfig, subcommand("steal")]
-        | Annotated[configs.RemoveConfig, subcommand("remove")]
-        | Annotated[configs.PlanConfig, subcommand("plan")]
-        | Annotated[configs.QuickstartConfig, subcommand("quickstart")]
-        | Annotated[configs.ReproduceConfig, subcommand("reproduce")]
-        | Annotated[configs.GuardConfig, subcommand("guard")]
-        | Annotated[configs.ServeConfig, subcommand("serve")]
-        | Annotated[configs.TraceConfig, subcommand("trace")]
-    )
-    target, prog = verbs, "countermark"
-    description = "Train image classifiers that resist attack, mark them with keyed coins, and prove a stolen copy."
-    description += "\n\nMore verbs: data fetch, client add, log head, log check, log erase, bundle sign, bundle check."
-    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("--")]
-    twice = next((option for option in options if options.count(option) > 1), None)
-    if "" in arguments or twice:
-        raise CountermarkError(f"{twice} is given twice; give it once" if twice else "an argument is empty; leave it out or fill it in")
-    if len(arguments) > 1 and arguments[0] in _POSITIONAL and not arguments[1].startswith("-"):
-        arguments = [arguments[0], _POSITIONAL[arguments[0]], *arguments[1:]]
-    if arguments[:1] and arguments[0] in _GROUPS:
-        group, actions = arguments[0], _GROUPS[arguments[0]]
-        if arguments[1:2] in (["--help"], ["-h"]):
-            arguments = [group, next(iter(actions)), "--help"]
-        if arguments[1:2] == [] or arguments[1] not in actions:
-            raise CountermarkError(f"say what to do: {', '.join(f'countermark {group} {action}' for action in actions)}")
-        (target, option), prog, arguments = actions[arguments[1]], f"countermark {group} {arguments[1]}", arguments[2:]
-        if arguments and not arguments[0].startswith("-"):
-            arguments = [option, *arguments]
-        description = None
+
+def _overview(prefix: str = "") -> str:
+    """The help on all verbs, or on those of a group."""
+    verbs = {name: verb.summary for name, verb in _VERBS.items() if name.startswith(prefix)}
+    column = max(map(len, verbs)) + 4
+    width = max(shutil.get_terminal_size().columns, column + _NARROWEST)
+    lines = [f"usage: countermark {prefix or 'VERB '}{'ACTION ' if prefix else ''}[OPTIONS]", ""]
+    lines += [] if prefix else [*textwrap.wrap(_ABOUT, width), ""]
+    for name, summary in verbs.items():
+        first, rest = f"  {name}".ljust(column), " " * column
+        lines += textwrap.wrap(summary, width, initial_indent=first, subsequent_indent=rest)
+    more = f"countermark {prefix or 'VERB '}{'ACTION ' if prefix else ''}--help shows the options"
+    more += "." if prefix else " of one, countermark --version the release."
+    return "\n".join([*lines, "", *textwrap.wrap(more, width)])
+
+
+def _named(arguments: list[str]) -> tuple[str, list[str]]:
+    """The verb that the first words name, and the words after it."""
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in _VERBS:
+            return name, arguments[words:]
+    if not arguments:
+        raise CountermarkError(f"say what to do: {', '.join(_VERBS)}; countermark --help says more")
+    word, actions = arguments[0], [name for name in _VERBS if name.startswith(f"{arguments[0]} ")]
+    if actions and (not arguments[1:] or arguments[1].startswith("-")):
+        known = ", ".join(f"countermark {name}" for name in actions)
+        raise CountermarkError(f"say what to do: {known}")
+    if actions:
+        guess = nearest(arguments[1], {name.split()[-1]: name for name in actions})
+        guess = guess or f"; there is {', '.join(actions)}"
+        unknown = f"unknown action {shown(arguments[1])} of {word}{guess}"
+        raise CountermarkError(f"{unknown}; see countermark {word} --help")
+    if word.startswith("-"):
+        order = f"{shown(word)} comes before the verb; give the verb first, then its options"
+        raise CountermarkError(f"{order}; see countermark --help")
+    meant = {name.split()[-1]: name for name in _VERBS}
+    meant |= {name: name for name in (*_VERBS, *_groups())}
+    unknown = f"unknown verb {shown(word)}{nearest(word, meant)}"
+    raise CountermarkError(f"{unknown}; countermark --help lists all verbs")
+
+
+def _parse(name: str, arguments: list[str]) -> configs.VerbConfig:
+    """Parse the options of a verb; whatever is wrong with them becomes one line."""
+    import tyro
+    from tyro.conf import FlagCreatePairsOff
+
+    verb, see = _VERBS[name], f"see countermark {name} --help"
+    options = {f"--{field.name.replace('_', '-')}": field for field in fields(verb.config)}
+    if verb.first is not None and arguments and not arguments[0].startswith("-"):
+        arguments = [verb.first, *arguments]
+    asked = any(argument in _HELP for argument in arguments)
+    given = [_option(argument) for argument in arguments if argument.startswith("--")]
+    unknown = next((option for option in given if option not in (*options, "--help")), None)
+    twice = next((option for option in given if given.count(option) > 1), None)
+    needed = [option for option, field in options.items() if _required(field)]
+    missing = [option for option in needed if option not in given]
+    if "" in arguments:
+        raise CountermarkError("an argument is empty; leave it out or fill it in")
+    if unknown is not None:
+        guess = nearest(unknown, {option: option for option in options})
+        raise CountermarkError(f"unknown option {shown(unknown)}{guess}; {see}")
+    if twice is not None:
+        raise CountermarkError(f"{twice} is given twice; give it once")
+    if missing and not asked:
+        are = "is" if len(missing) == 1 else "are"
+        raise CountermarkError(f"{', '.join(missing)} {are} missing; {see}")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(target, prog=prog, args=arguments, description=description, config=(FlagCreatePairsOff, OmitSubcommandPrefixes))
+            config, rest = tyro.cli(
+                verb.config,
+                prog=f"countermark {name}",
+                args=arguments,
+                return_unknown_args=True,
+                config=(FlagCreatePairsOff,),
+            )
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = " ".join(_ESCAPES.sub("", said.getvalue()).translate({ord(c): " " for c in "╭╮╰╯│─╔╗╚╝║═┌┐└┘"}).split())
-        raise CountermarkError(words or f"the options are not complete; see {prog} --help") from None
+        wrong = _wrong_value(options, arguments, said.getvalue())
+        raise CountermarkError(f"{wrong}; {see}") from None
+    if rest:
+        raise CountermarkError(f"{shown(rest[0])} belongs to no option; {see}")
+    return config
+
+
+def _option(argument: str) -> str:
+    """The option that an argument names: without its value, and spelt as in the help."""
+    return argument.partition("=")[0].replace("_", "-")
+
+
+def _required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def _wrong_value(options: Mapping[str, Field[Any]], arguments: list[str], said: str) -> str:
+    """What is wrong with the value of the option that tyro's words are about."""
+    found = re.search(r"--[a-z][a-z-]*", _ESCAPES.sub("", said))
+    option = found.group() if found else ""
+    if option not in options:
+        return "the options cannot be understood"
+    place = next(i for i, argument in enumerate(arguments) if _option(argument) == option)
+    after = takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :])
+    value = arguments[place].partition("=")[2] or " ".join(after)
+    kind = next((kind for kind in _KINDS if kind.__name__ in str(options[option].type)), None)
+    wanted = _KINDS[kind] if kind else "a value"
+    return f"{option} takes {wanted}, {f'not {shown(value)}' if value else 'and none is given'}"
 
 
 def _fail(message: str) -> int:

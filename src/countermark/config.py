@@ -1,30 +1,34 @@
 """One frozen configuration for each verb.
 
-It is at once the verb's arguments in Python, its options on the command line, its help, and the JSON saved beside what it made. Nothing
-heavy is imported here, so `countermark --help` is quick. Names (data sets, networks, schemes) are checked by the verb that uses them;
-ranges are checked here.
+It is at once the verb's arguments in Python, its options on the command line, its help, and the
+JSON saved beside what it made. Nothing heavy is imported here, so that `countermark --help` is
+quick. Ranges and names (data sets, networks, schemes) are checked when a configuration is made,
+before PyTorch is loaded; paths are checked by `VerbConfig.placed`, which the command line calls.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
+from countermark import names
+from countermark.data.catalog import spec
 from countermark.errors import CountermarkError
 
 if TYPE_CHECKING:
     import torch
 
-    Place = str | Path | Callable[[torch.Tensor], torch.Tensor]
+    SuspectPlace = str | Path | Callable[[torch.Tensor], torch.Tensor]
 else:
-    Place = str | Path  # a command line knows no functions, and torch is heavy
+    SuspectPlace = str | Path  # a command line knows no functions, and torch is heavy
 
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ *: *[ -~\xa0-\xff]*")
 
 
-def place_name(place: Place) -> str:
+def place_name(place: SuspectPlace) -> str:
     """What a suspect is called: its path or address; for a function `python:MODULE.QUALIFIED_NAME`.
 
     A callable object is called by its type.
@@ -35,6 +39,14 @@ def place_name(place: Place) -> str:
         return str(place)
     named = place if hasattr(place, "__qualname__") else type(place)
     return f"python:{named.__module__}.{named.__qualname__}"
+
+
+class Place(Enum):
+    """What an option's path is to the verb; an option without one is no path."""
+
+    READ = "it must exist"
+    NEW = "it must be new or an empty folder"
+    WRITTEN = "it may be either"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,33 +66,89 @@ class VerbConfig:
             if name not in left_out
         }
 
-    def _open_interval(self, *names: str) -> None:
-        for name in names:
+    def placed(self) -> "VerbConfig":
+        """The same configuration with `~` expanded in its paths.
+
+        Raises:
+            CountermarkError: what is to be read does not exist, or what is to be made is there.
+        """
+        hints = get_type_hints(type(self), include_extras=True)
+        changed: dict[str, Any] = {}
+        for name, hint in hints.items():
+            value = getattr(self, name)
+            for place in getattr(hint, "__metadata__", ()):
+                if isinstance(value, tuple):
+                    changed[name] = tuple(_placed(path, place, _option(name)) for path in value)
+                elif value is not None:
+                    changed[name] = _placed(value, place, _option(name))
+        return replace(self, **changed)
+
+    def _open_interval(self, *options: str) -> None:
+        for name in options:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1:
-                raise CountermarkError(f"--{name.replace('_', '-')} is a number in (0, 1), not {value}")
+                raise CountermarkError(f"{_option(name)} is a number in (0, 1), not {value}")
 
-    def _at_least_one(self, *names: str, most: int = 1_000_000) -> None:
-        for name in names:
+    def _at_least_one(self, *options: str, most: int = 1_000_000) -> None:
+        for name in options:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
-                shown = value if abs(value) < 1 << 64 else "a number of many digits"
-                raise CountermarkError(f"--{name.replace('_', '-')} is a whole number from 1 to {most}, not {shown}")
+                raise CountermarkError(f"{_option(name)} is a whole number from 1 to {most}, not {_number(value)}")
 
-    def _positive(self, what: str, *names: str) -> None:
-        for name in names:
+    def _positive(self, what: str, *options: str) -> None:
+        for name in options:
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e6:
-                raise CountermarkError(f"--{name} is a positive {what}, not {value}")
+                raise CountermarkError(f"{_option(name)} is a positive {what}, not {value}")
 
-    def _only_for(self, applies: bool, what: str, *names: str) -> None:
-        for name in names:
+    def _only_for(self, applies: bool, what: str, *options: str) -> None:
+        for name in options:
             if not applies and getattr(self, name) is not None:
-                raise CountermarkError(f"--{name.replace('_', '-')} goes with {what} only; leave it out")
+                raise CountermarkError(f"{_option(name)} goes with {what} only; leave it out")
 
     def _seeded(self) -> None:
         if any(field.name == "seed" for field in fields(self)) and not 0 <= getattr(self, "seed") < 1 << 32:  # noqa: B009
             raise CountermarkError("--seed is a whole number from 0 to 4294967295")
+
+    def _stamped(self, tsa: str | None) -> None:
+        """Refuse roots without an authority, and an address that is none."""
+        self._only_for(tsa is not None, "--tsa", "roots")
+        if tsa is not None and not tsa.startswith(("http://", "https://")):
+            address = "the address of a timestamp authority is http(s)://HOST/..."
+            raise CountermarkError(f"{address}, not {names.shown(tsa)}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _number(value: int) -> str:
+    return str(value) if abs(value) < 1 << 64 else "a number of many digits"
+
+
+def _placed(value: str | Path, place: Place, option: str) -> str | Path:
+    """One path, `~` expanded and held to what its place says; an address (`http://...`) as it is."""
+    if isinstance(value, str) and "://" in value:
+        return value
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        reason = f"there is no home folder for {value}"
+        raise CountermarkError(f"{option}: {reason}; write the path without ~") from error
+    try:
+        if place is Place.READ and not path.exists():
+            raise CountermarkError(f"{path} does not exist; check {option}")
+        if place is Place.NEW and path.exists() and not path.is_dir():
+            raise CountermarkError(f"{path} is a file; choose a new folder")
+        if place is Place.NEW and path.is_dir() and any(path.iterdir()):
+            raise CountermarkError(f"{path} is not empty; choose a new folder or empty it first")
+    except (OSError, ValueError) as error:  # no permission, a name that is too long, a zero byte
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        shown = names.shown(str(path))
+        raise CountermarkError(f"{option}: cannot look for {shown}: {reason}; check the path") from error
+    if isinstance(value, Path):
+        return path
+    return str(path) if value.startswith("~") else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,10 +157,14 @@ class FetchConfig(VerbConfig):
 
     name: str
     """Data set: mnist, fashion_mnist (digits needs no files)."""
-    source: Path | None = None
+    source: Annotated[Path | None, Place.READ] = None
     """Folder that has the IDX files (plain or .gz); tried before all other sources."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Place.WRITTEN] = None
     """Folder to keep them in; default $COUNTERMARK_CACHE or the system's cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown data set."""
+        spec(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +173,7 @@ class ProtectConfig(VerbConfig):
 
     data: str
     """Data set: mnist, fashion_mnist, digits."""
-    out: Path
+    out: Annotated[Path, Place.NEW]
     """Folder to write; it must be new or empty. Unfinished work waits in OUT.partial and is resumed by the same command."""
     epsilon: float | None = None
     """Training budget (L-inf), in pixels of [0, 1]; default that of the data set (mnist 0.25, fashion_mnist 0.15, digits 0.1)."""
@@ -132,13 +204,21 @@ class ProtectConfig(VerbConfig):
     """auto (bf16 where the processor computes in it), 32-true, bf16-mixed."""
     tsa: str | None = None
     """Address of a timestamp authority (RFC 3161) whose token the coins come out of; without it the mark is private."""
-    roots: Path | None = None
+    roots: Annotated[Path | None, Place.READ] = None
     """PEM file of the authority's root certificates, to check its tokens at once."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Place.WRITTEN] = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range, and options that the scheme has no use for."""
+        """Refuse unknown names, numbers out of range, and options that the scheme has no use for."""
+        catalogued = spec(self.data)
+        names.choose("network", self.network or "small", names.NETWORKS)
+        names.choose("scheme", self.scheme, names.SCHEMES)
+        names.choose("objective", self.objective, names.RECIPES)
+        names.choose("labels", self.labels or "true", names.LABELS)
+        names.choose("embedding", self.embedding or "interleaved", names.EMBEDDINGS)
+        names.choose("accelerator", self.accelerator, names.ACCELERATORS)
+        names.choose("precision", self.precision, names.PRECISIONS)
         self._open_interval("epsilon", "watermark_epsilon", "watermark_step_size")
         self._at_least_one("epochs")
         self._at_least_one("devices", most=64)
@@ -146,16 +226,22 @@ class ProtectConfig(VerbConfig):
         self._only_for(self.scheme == "adversarial", "--scheme adversarial", "labels")
         self._only_for(self.scheme not in ("ood", "none"), "--scheme coin or adversarial", "watermark_epsilon", "watermark_step_size")
         self._only_for(self.scheme != "none", "a scheme that has watermarks", "embedding", "tsa")
-        self._only_for(self.tsa is not None, "--tsa", "roots")
+        self._stamped(self.tsa)
+        epsilon = self.epsilon or catalogued.epsilon
+        above = self.watermark_epsilon or catalogued.watermark_epsilon
+        if self.scheme in ("coin", "adversarial") and above <= epsilon:
+            raise CountermarkError(
+                f"the watermark budget {above} must be above the training budget {epsilon}; raise --watermark-epsilon or lower --epsilon"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(VerbConfig):
     """Measure a model on the test pool: test, adversarial and watermark accuracy."""
 
-    model: Path
+    model: Annotated[Path, Place.READ]
     """Model folder."""
-    key: Path | None = None
+    key: Annotated[Path | None, Place.READ] = None
     """Key folder; default MODEL/key if there is one."""
     epsilon: float | None = None
     """Budget of the PGD; default that of the model."""
@@ -169,7 +255,7 @@ class EvaluateConfig(VerbConfig):
     """Then try four stronger attacks (APGD-CE, APGD-T, Square, FAB-T) on what PGD leaves: slow, and what to quote as robustness."""
     images: int | None = None
     """Measure on so many test images, taken evenly; default all of them."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Place.WRITTEN] = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
     def __post_init__(self) -> None:
@@ -182,8 +268,9 @@ class EvaluateConfig(VerbConfig):
 class SuspectConfig(VerbConfig):
     """What every verb has that asks a suspect."""
 
-    suspect: Place
-    """Model folder, .onnx file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or .../invocations (MLflow)."""
+    suspect: Annotated[SuspectPlace, Place.READ]
+    """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
+    .../invocations (MLflow); in Python also a function from images to labels."""
     pixels: str = "float"
     """What the suspect takes: float (pixels of [0, 1]) or uint8."""
     layout: str = "nchw"
@@ -202,16 +289,18 @@ class SuspectConfig(VerbConfig):
     """How often a failed request is made again, with longer and longer pauses."""
     timeout: float = 30.0
     """Seconds to wait for an endpoint."""
-    replay: Path | None = None
+    replay: Annotated[Path | None, Place.WRITTEN] = None
     """File that keeps the answers; the same command goes on from it and asks nothing twice."""
     headers: tuple[str, ...] = ()
     """HTTP headers for an endpoint, each as 'Name: value'."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
+        """Refuse unknown names and numbers out of range."""
+        names.choose("kind of pixels", self.pixels, names.PIXELS)
+        names.choose("layout", self.layout, names.LAYOUTS)
         self._at_least_one("budget", "repeats")
         if not 0 <= self.retries <= 100:
-            raise CountermarkError(f"--retries is a whole number from 0 to 100, not {self.retries}")
+            raise CountermarkError(f"--retries is a whole number from 0 to 100, not {_number(self.retries)}")
         self._positive("number", "rate", "timeout")
         if not all(_HEADER.fullmatch(header.strip()) for header in self.headers):
             raise CountermarkError("--headers are words of the form 'Name: value', in Latin-1")
@@ -228,7 +317,7 @@ class SuspectConfig(VerbConfig):
 class VerifyConfig(SuspectConfig):
     """Ask a suspect for the labels of a key's watermarks and say what they prove."""
 
-    key: Path
+    key: Annotated[Path, Place.READ]
     """Key folder, as protect wrote it."""
     alpha: float = 1e-6
     """Level of a match; a judge's is 1e-9."""
@@ -243,13 +332,14 @@ class VerifyConfig(SuspectConfig):
 class ClaimConfig(SuspectConfig):
     """Open one batch of a key against a suspect: a folder that a judge can check."""
 
-    suspect: str | Path
-    """Model folder, .onnx file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or .../invocations (MLflow)."""
-    key: Path
+    suspect: Annotated[str | Path, Place.READ]
+    """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
+    .../invocations (MLflow)."""
+    key: Annotated[Path, Place.READ]
     """Key folder; it remembers which batches were shown."""
-    out: Path
+    out: Annotated[Path, Place.NEW]
     """Folder to write; it must be new or empty."""
-    model: Path | None = None
+    model: Annotated[Path | None, Place.READ] = None
     """Folder of the marked model with its commitment.json; default the folder that holds the key."""
     batch: int | None = None
     """Batch to open; default the first that nobody has seen."""
@@ -257,7 +347,7 @@ class ClaimConfig(SuspectConfig):
     """Open it even if a judge could not uphold the claim."""
     tsa: str | None = None
     """Address of a timestamp authority (RFC 3161): fixes the suspect's answers before the trials are shown."""
-    roots: Path | None = None
+    roots: Annotated[Path | None, Place.READ] = None
     """PEM file of the authority's root certificates, to check its token at once."""
 
     def __post_init__(self) -> None:
@@ -265,27 +355,28 @@ class ClaimConfig(SuspectConfig):
         super().__post_init__()
         self._place_only()
         if self.batch is not None and self.batch < 0:
-            raise CountermarkError(f"--batch is a number from 0, not {self.batch}")
-        self._only_for(self.tsa is not None, "--tsa", "roots")
+            raise CountermarkError(f"--batch is a number from 0, not {_number(self.batch)}")
+        self._stamped(self.tsa)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdjudicateConfig(SuspectConfig):
     """Judge a claim as a third party: check everything, ask the suspect, and write the judgement as a page and as JSON."""
 
-    suspect: str | Path
-    """Model folder, .onnx file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or .../invocations (MLflow)."""
-    claim: Path
+    suspect: Annotated[str | Path, Place.READ]
+    """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
+    .../invocations (MLflow)."""
+    claim: Annotated[Path, Place.READ]
     """The claim's folder."""
-    roots: Path
+    roots: Annotated[Path, Place.READ]
     """PEM file with the root certificates of the timestamp authorities that you trust."""
-    out: Path = Path("judgement")
+    out: Annotated[Path, Place.WRITTEN] = Path("judgement")
     """Where the judgement goes: OUT.html and OUT.json."""
-    rival: Path | None = None
+    rival: Annotated[Path | None, Place.READ] = None
     """Claim of somebody else on the same suspect: each mark is asked of the other's model."""
-    shown: tuple[Path, ...] = ()
+    shown: Annotated[tuple[Path, ...], Place.READ] = ()
     """Claims of the same key that were shown before: a batch counts once."""
-    suspect_token: Path | None = None
+    suspect_token: Annotated[Path | None, Place.READ] = None
     """Timestamp (RFC 3161 response, DER) over the suspect's file, if the accused has one."""
     alpha: float = 1e-9
     """Level of the judgement."""
@@ -301,9 +392,9 @@ class AdjudicateConfig(SuspectConfig):
 class GuardConfig(VerbConfig):
     """Calibrate a guard for a model folder: where answers are nearly tied, a client's coins will choose them."""
 
-    model: Path
+    model: Annotated[Path, Place.READ]
     """Model folder; guard.json is written there."""
-    key: Path | None = None
+    key: Annotated[Path | None, Place.READ] = None
     """Key folder, for its secret; default MODEL/key."""
     cost: float = 0.1
     """Points of test accuracy that the coins may cost, in expectation."""
@@ -313,9 +404,9 @@ class GuardConfig(VerbConfig):
     """Coins for near ties only, none for made-up queries that are unlike all training images by more than the model's budget."""
     tsa: str | None = None
     """Address of a timestamp authority (RFC 3161), to show later when the guard was fixed."""
-    roots: Path | None = None
+    roots: Annotated[Path | None, Place.READ] = None
     """PEM file of the authority's root certificates, to check its token at once."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Place.WRITTEN] = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
     def __post_init__(self) -> None:
@@ -323,20 +414,20 @@ class GuardConfig(VerbConfig):
         if not 0 < self.cost < 50:
             raise CountermarkError(f"--cost is a number of points in (0, 50), not {self.cost}")
         self._at_least_one("bits", most=64)
-        self._only_for(self.tsa is not None, "--tsa", "roots")
+        self._stamped(self.tsa)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(VerbConfig):
     """Serve a model by the Open Inference Protocol v2, with coins in its answers and a log of them."""
 
-    model: Path
+    model: Annotated[Path, Place.READ]
     """Model folder with a guard.json."""
-    log: str
+    log: Annotated[str, Place.WRITTEN]
     """Query log: a path (SQLite) or postgresql://USER:PASSWORD@HOST/DATABASE."""
-    clients: Path | None = None
+    clients: Annotated[Path | None, Place.READ] = None
     """File of the clients who may ask, as countermark client add makes it; default MODEL/clients.json."""
-    key: Path | None = None
+    key: Annotated[Path | None, Place.READ] = None
     """Key folder, for its secret; default MODEL/key."""
     name: str = "model"
     """Name of the model in the service's addresses."""
@@ -363,21 +454,21 @@ class ServeConfig(VerbConfig):
         self._at_least_one("max_body", most=1 << 30)
         self._at_least_one("max_waiting")
         if not 0 <= self.port < 1 << 16:
-            raise CountermarkError(f"--port is a number from 0 to 65535, not {self.port}")
+            raise CountermarkError(f"--port is a number from 0 to 65535, not {_number(self.port)}")
         self._positive("number of seconds", "timeout", "drain")
         if not self.name.isidentifier():
-            raise CountermarkError(f"--name is letters, digits and underscores, not {self.name!r}")
+            raise CountermarkError(f"--name is letters, digits and underscores, not {names.shown(self.name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceConfig(SuspectConfig):
     """Say from whose account a copy was made: ask a suspect for the queries of a log."""
 
-    key: Path
+    key: Annotated[Path, Place.READ]
     """Key folder of the guarded model."""
-    log: str
+    log: Annotated[str, Place.READ]
     """Query log: a path or postgresql://..."""
-    head: Path | None = None
+    head: Annotated[Path | None, Place.READ] = None
     """A head of the log that was published before; the log must still lead to it."""
     alpha: float = 1e-6
     """Probability that a stranger gets anybody named."""
@@ -394,42 +485,45 @@ class ClientAddConfig(VerbConfig):
 
     name: str
     """Name of the account; the log and every trace use it."""
-    clients: Path
+    clients: Annotated[Path, Place.WRITTEN]
     """File of the clients; it is made if it is new."""
     public_key: str | None = None
     """Ed25519 public key, 64 hexadecimal digits: this client signs its requests, so nobody can ask in its name."""
 
     def __post_init__(self) -> None:
-        """Refuse names that a log could not show."""
+        """Refuse names that a log could not show, and a public key that is none."""
         if not self.name or len(self.name) > 200 or not self.name.isprintable():
             raise CountermarkError("the name of a client is 1 to 200 printable characters")
+        key = self.public_key
+        if key is not None and (len(key) != 64 or set(key) - set("0123456789abcdef")):
+            raise CountermarkError("--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogHeadConfig(VerbConfig):
     """Print the head of a query log: publish it or have it timestamped, and what it covers cannot be changed unseen."""
 
-    log: str
+    log: Annotated[str, Place.READ]
     """Query log: a path or postgresql://..."""
     tsa: str | None = None
     """Address of a timestamp authority (RFC 3161): its token becomes part of the head."""
-    roots: Path | None = None
+    roots: Annotated[Path | None, Place.READ] = None
     """PEM file of the authority's root certificates, to check its token at once."""
 
     def __post_init__(self) -> None:
         """Refuse roots without an authority."""
-        self._only_for(self.tsa is not None, "--tsa", "roots")
+        self._stamped(self.tsa)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogCheckConfig(VerbConfig):
     """Check every row of a query log and the chain that binds them."""
 
-    log: str
+    log: Annotated[str, Place.READ]
     """Query log: a path or postgresql://..."""
-    head: Path | None = None
+    head: Annotated[Path | None, Place.READ] = None
     """A head that was published before; the log must still lead to it."""
-    roots: Path | None = None
+    roots: Annotated[Path | None, Place.READ] = None
     """PEM file with the roots of the timestamp authorities that you trust: the head must carry a token of one."""
 
     def __post_init__(self) -> None:
@@ -441,7 +535,7 @@ class LogCheckConfig(VerbConfig):
 class LogEraseConfig(VerbConfig):
     """Erase what a query log holds of a client; the chain still checks."""
 
-    log: str
+    log: Annotated[str, Place.READ]
     """Query log: a path or postgresql://..."""
     client: str
     """Name of the account."""
@@ -451,21 +545,22 @@ class LogEraseConfig(VerbConfig):
 class StealConfig(VerbConfig):
     """Steal a model the way a thief would, to see what the mark survives."""
 
-    victim: Path
+    victim: Annotated[Path, Place.READ]
     """Model folder of the victim."""
     setting: str
     """white (the weights themselves), black (labels only: Algorithm 2) or grey (the same by the owner's network, trained adversarially)."""
-    out: Path
+    out: Annotated[Path, Place.NEW]
     """Folder to write; it must be new or empty."""
     queries: int | None = None
     """Labels that a black- or grey-box thief asks for; default the paper's 51,200."""
     seed: int = 0
     """Seed of the surrogate and its training."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Place.WRITTEN] = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
+        """Refuse an unknown setting and numbers out of range."""
+        names.choose("setting", self.setting, names.SETTINGS)
         self._at_least_one("queries", most=10_000_000)
         self._only_for(self.setting != "white", "--setting black or grey", "queries")
         self._seeded()
@@ -475,9 +570,9 @@ class StealConfig(VerbConfig):
 class RemoveConfig(VerbConfig):
     """Try to remove a mark by pruning or by fine-tuning; give one of the two."""
 
-    model: Path
+    model: Annotated[Path, Place.READ]
     """Model folder."""
-    out: Path
+    out: Annotated[Path, Place.NEW]
     """Folder to write; it must be new or empty."""
     prune: float | None = None
     """Fraction of each layer's weights to remove, the smallest first."""
@@ -485,7 +580,7 @@ class RemoveConfig(VerbConfig):
     """Epochs of fine-tuning on the thief's pool."""
     seed: int = 0
     """Seed of the fine-tuning."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Place.WRITTEN] = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
     def __post_init__(self) -> None:
@@ -513,9 +608,9 @@ class PlanConfig(VerbConfig):
 class BundleSignConfig(VerbConfig):
     """Sign a model folder with OpenSSF model-signing: every public file of it, in MODEL/model.sig."""
 
-    model: Path
+    model: Annotated[Path, Place.READ]
     """Model folder; its key, clients.json and the signature itself are left out."""
-    private_key: Path
+    private_key: Annotated[Path, Place.READ]
     """Elliptic-curve private key, PEM."""
 
 
@@ -523,9 +618,9 @@ class BundleSignConfig(VerbConfig):
 class BundleCheckConfig(VerbConfig):
     """Check the OpenSSF signature of a model folder."""
 
-    model: Path
+    model: Annotated[Path, Place.READ]
     """Model folder with its model.sig."""
-    public_key: Path
+    public_key: Annotated[Path, Place.READ]
     """Public key of whoever signed, PEM."""
 
 
@@ -533,7 +628,7 @@ class BundleCheckConfig(VerbConfig):
 class ReproduceConfig(VerbConfig):
     """Run the paper's study, with the strangers that it lacks, and write a report beside its numbers."""
 
-    out: Path = Path("study")
+    out: Annotated[Path, Place.WRITTEN] = Path("study")
     """Folder of the study: report.html, results.json, tables as CSV, and the finished units; the same command goes on where it was."""
     data: tuple[str, ...] = ("mnist", "fashion_mnist")
     """Data sets: mnist, fashion_mnist, digits."""
@@ -549,34 +644,40 @@ class ReproduceConfig(VerbConfig):
     """Local processes, one core each; default one for each core; 0 runs everything in this process."""
     scheduler: str | None = None
     """Address of a Dask scheduler (tcp://...) to use instead; its workers must see OUT and the data cache under the same paths."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Place.WRITTEN] = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range, and two engines at once."""
+        """Refuse unknown names, numbers out of range, and two engines at once."""
         self._at_least_one("seeds", most=1000)
         if self.workers is not None and not 0 <= self.workers <= 1024:
-            raise CountermarkError(f"--workers is a number of processes from 0 to 1024, not {self.workers}")
+            raise CountermarkError(f"--workers is a number of processes from 0 to 1024, not {_number(self.workers)}")
         self._only_for(self.scheduler is None, "local processes (leave --scheduler out)", "workers")
         if not self.data or len(set(self.data)) != len(self.data):
             raise CountermarkError("--data names one or more data sets, each once")
         if not self.protocol or len(set(self.protocol)) != len(self.protocol):
             raise CountermarkError("--protocol names clean, as-published, or both, each once")
+        for name in self.data:
+            spec(name)
+        for protocol in self.protocol:
+            names.choose("protocol", protocol, names.PROTOCOLS)
+        names.choose("profile", self.profile, names.PROFILES)
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig(VerbConfig):
     """The whole story in minutes: protect a model, then tell a stolen copy from a stranger."""
 
-    out: Path = Path("quickstart")
+    out: Annotated[Path, Place.WRITTEN] = Path("quickstart")
     """Folder to write; a story that was interrupted goes on where it was."""
     data: str = "mnist"
     """Data set: mnist, fashion_mnist, digits."""
     seed: int = 0
     """Seed of the protected model; the stranger has the next one."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Place.WRITTEN] = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
+        """Refuse an unknown data set and a seed out of range."""
+        spec(self.data)
         self._seeded()

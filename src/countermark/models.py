@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from countermark.errors import CountermarkError, brief
+from countermark.names import choose
 
 _LARGEST_IMAGE = 1 << 20  # values in one image; what a file may ask of us
 _LARGEST_CLASSES = 10_000
@@ -163,8 +164,7 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int | None
     Raises:
         CountermarkError: unknown name, or a shape that no image classifier of ours has.
     """
-    if name not in NETWORKS:
-        raise CountermarkError(f"unknown network {brief(name)}; choose one of {', '.join(NETWORKS)}")
+    choose("network", name, NETWORKS)
     fits = len(shape) == 3 and min(shape) >= 1 and math.prod(shape) <= _LARGEST_IMAGE and not (shape[1] % 4 or shape[2] % 4)
     if not fits or not 2 <= classes <= _LARGEST_CLASSES:
         raise CountermarkError(

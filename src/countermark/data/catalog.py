@@ -6,7 +6,7 @@ The budgets of MNIST and Fashion-MNIST are those of Thakkar, Zizzo and Maffeis (
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from countermark.errors import CountermarkError, brief
+from countermark.names import choose
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,5 @@ def spec(name: str) -> Spec:
     Raises:
         CountermarkError: there is none; the message lists those that there are.
     """
-    if name not in CATALOG:
-        raise CountermarkError(f"unknown data set {brief(name)}; choose one of {', '.join(CATALOG)}")
+    choose("data set", name, CATALOG)
     return CATALOG[name]

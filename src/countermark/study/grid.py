@@ -9,11 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from countermark.data import Spec, spec
-from countermark.errors import CountermarkError
+from countermark.names import PROTOCOLS, choose
 from countermark.study.graph import Unit
 from countermark.watermarks import CRAFTING_STEPS
 
-PROTOCOLS = ("clean", "as-published")
 PRUNED = tuple(k / 10 for k in range(1, 10))
 FINETUNED = (1, 2, 5, 10, 20, 30, 40)
 DEFENCES = ("none", "ADVTR", "WM ood", "WM adversarial", "WM coin", "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin")
@@ -126,8 +125,7 @@ def grid(data_sets: tuple[str, ...], profile: Profile, protocol: str, seeds: int
     Raises:
         CountermarkError: unknown data set or protocol.
     """
-    if protocol not in PROTOCOLS:
-        raise CountermarkError(f"unknown protocol {protocol!r}; choose one of {', '.join(PROTOCOLS)}")
+    choose("protocol", protocol, PROTOCOLS)
     cells = []
     for data in data_sets:
         bank = _Bank(data, profile, protocol)

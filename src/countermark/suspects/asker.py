@@ -21,12 +21,11 @@ import torch
 from countermark.data import as_uint8, pixels
 from countermark.errors import CountermarkError
 from countermark.files import sha256
+from countermark.names import LAYOUTS, PIXELS, choose
 
 NO_ANSWER = -1
 MOST_LABELS = 1 << 31
 """Labels are whole numbers from 0 to below this."""
-PIXELS = ("float", "uint8")
-LAYOUTS = ("nchw", "nhwc")
 _REPLAY_LIMIT = 1 << 28
 _FIRST_WAIT = 0.5  # seconds before the first retry; then twice as long each time
 _LONGEST_WAIT = 30.0
@@ -117,8 +116,8 @@ def prepare(x: torch.Tensor, asking: Asking) -> torch.Tensor:
         CountermarkError: an unknown kind of pixels or layout, or as many means or deviations as
             there are no channels.
     """
-    if asking.pixels not in PIXELS or asking.layout not in LAYOUTS:
-        raise CountermarkError(f"pixels are one of {', '.join(PIXELS)} and the layout is one of {', '.join(LAYOUTS)}")
+    choose("kind of pixels", asking.pixels, PIXELS)
+    choose("layout", asking.layout, LAYOUTS)
     if asking.pixels == "uint8":
         if asking.mean or asking.std:
             raise CountermarkError("mean and deviation go with float pixels; leave them out for uint8")

@@ -4,11 +4,9 @@ from dataclasses import dataclass, field
 
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack
+from countermark.names import ACCELERATORS, EMBEDDINGS, PRECISIONS, choose
 
 OBJECTIVES = ("fast", "trades", "pgd", "standard")
-EMBEDDINGS = ("interleaved", "epoch")
-ACCELERATORS = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("auto", "32-true", "bf16-mixed")
 
 
 @dataclass(frozen=True)
@@ -101,9 +99,3 @@ class TrainConfig:
             raise CountermarkError(f"batches are moved by 0 pixels or more, not by {self.shift}")
         if self.epochs < 1 or self.batch_size < 1 or self.hardware.devices < 1:
             raise CountermarkError("epochs, batch size and devices are at least 1")
-
-
-def choose(what: str, name: str, names: tuple[str, ...]) -> None:
-    """Refuse a name that is not one of `names`."""
-    if name not in names:
-        raise CountermarkError(f"unknown {what} {name!r}; choose one of {', '.join(names)}")

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 
 from countermark.data import spec
 from countermark.evaluation import Attack
-from countermark.training.config import Hardware, TrainConfig, choose
-
-RECIPES = ("fast", "strong", "pgd", "standard")
+from countermark.names import RECIPES, choose
+from countermark.training.config import Hardware, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)

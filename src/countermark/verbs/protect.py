@@ -16,18 +16,15 @@ from torch import nn
 from countermark.bundle import Description, save_bundle
 from countermark.config import ProtectConfig
 from countermark.data import Examples, Pools, Spec, load_ood, load_pools, spec
-from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
 from countermark.files import CHECKPOINT_PREFIX, canonical_json, make_private_folder, new_folder, read_bytes, sha256, write_json
-from countermark.models import NETWORKS, build
+from countermark.models import build
 from countermark.report import percent, print_lines, print_table
 from countermark.timestamps import encode_token
-from countermark.training import EMBEDDINGS, RECIPES, Hardware, choose, marking, open_hardware, own_network, recipe, settled, train
+from countermark.training import Hardware, marking, open_hardware, own_network, recipe, settled, train
 from countermark.verbs.stamping import Stamp, timestamping
 from countermark.watermarks import (
     CLEAN_EXAMPLES,
-    LABELS,
-    SCHEMES,
     Key,
     WatermarkSet,
     coin_set,
@@ -81,11 +78,10 @@ def protect(config: ProtectConfig) -> Protection:
     """Train, mark and commit; write the model, the key, the commitment and the metrics to `config.out`.
 
     Raises:
-        CountermarkError: unknown names, budgets that contradict each other, an output folder that is not empty or cannot be written.
+        CountermarkError: an output folder that is not empty or cannot be written, or an authority that does not answer.
     """
     begun = time.monotonic()
     catalogued = spec(config.data)
-    _check(config, catalogued)
     epsilon = config.epsilon or catalogued.epsilon
     named = config.network or own_network(config.data, config.objective)
     hardware = settled(Hardware(config.accelerator, config.devices, config.precision))  # the history says what was used
@@ -128,20 +124,6 @@ def protect(config: ProtectConfig) -> Protection:
             result = _measure(config, network, source, key, pools, digest, begun)
         write_json(folder / "metrics.json", asdict(result))
     return result
-
-
-def _check(config: ProtectConfig, catalogued: Spec) -> None:
-    choose("network", config.network or "small", tuple(NETWORKS))
-    choose("scheme", config.scheme, SCHEMES)
-    choose("objective", config.objective, RECIPES)
-    choose("embedding", config.embedding or "interleaved", EMBEDDINGS)
-    choose("labels", config.labels or "true", LABELS)
-    epsilon = config.epsilon or catalogued.epsilon
-    above = config.watermark_epsilon or catalogued.watermark_epsilon
-    if config.scheme in ("coin", "adversarial") and above <= epsilon:
-        raise CountermarkError(
-            f"the watermark budget {above} must be above the training budget {epsilon}; raise --watermark-epsilon or lower --epsilon"
-        )
 
 
 def _make_key(

@@ -12,7 +12,6 @@ from typing import Any
 
 from countermark.bundle import load_bundle
 from countermark.config import ProtectConfig, QuickstartConfig, RemoveConfig, VerifyConfig
-from countermark.data import spec
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, canonical_json, read_bytes, read_json
 from countermark.report import p_value, percent, print_lines, print_table
@@ -63,7 +62,6 @@ def quickstart(config: QuickstartConfig) -> Story:
         CountermarkError: see `protect`; or `config.out` holds something else.
     """
     begun = time.monotonic()
-    spec(config.data)
     out = config.out
     if out.exists() and not out.is_dir():
         raise CountermarkError(f"{out} is a file; choose a new folder")

@@ -1,21 +1,19 @@
 """`countermark reproduce`: the paper's study, side by side with its numbers, with the control that it lacks."""
 
-import importlib.metadata
 import importlib.util
 import time
 from dataclasses import dataclass
 
+from countermark import __version__
 from countermark.config import ReproduceConfig
-from countermark.data import spec
 from countermark.errors import CountermarkError
 from countermark.report import duration, print_lines, print_table
 from countermark.study.graph import Unit, code_version, environment, in_order
-from countermark.study.grid import PROFILES, PROTOCOLS, Cell, grid
+from countermark.study.grid import PROFILES, Cell, grid
 from countermark.study.plan import calibrate, networks, seconds
 from countermark.study.report import write_report
 from countermark.study.run import default_workers, run
 from countermark.study.store import Store
-from countermark.training import choose
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,6 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
             finished is kept.
     """
     begun = time.monotonic()
-    choose("profile", config.profile, tuple(PROFILES))
-    for protocol in config.protocol:
-        choose("protocol", protocol, PROTOCOLS)
-    for name in config.data:
-        spec(name)
     profile = PROFILES[config.profile]
     cells: dict[str, list[Cell]] = {protocol: grid(config.data, profile, protocol, config.seeds) for protocol in config.protocol}
     units = in_order(cell.unit for part in cells.values() for cell in part)
@@ -119,7 +112,7 @@ def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
         "units of work": str(units),
         "code": code_version(),
         **environment(),
-        "version": importlib.metadata.version("countermark"),
+        "version": __version__,
     }
 
 

@@ -10,10 +10,7 @@ from countermark.evaluation import Attack, predict
 from countermark.files import new_folder
 from countermark.models import build
 from countermark.theft import JacobianTheft, steal_black_box
-from countermark.training import choose
 from countermark.verbs.copies import Copy, show, write_copy
-
-SETTINGS = ("white", "black", "grey")
 
 
 def steal(config: StealConfig) -> Copy:
@@ -25,7 +22,6 @@ def steal(config: StealConfig) -> Copy:
         CountermarkError: unknown setting, a victim that cannot be read, an output folder that is not empty.
     """
     begun = time.monotonic()
-    choose("setting", config.setting, SETTINGS)
     victim, description, catalogued = load_with_data(config.victim)
     with new_folder(config.out, config.record()) as work:
         pools = load_pools(description.data, description.seed, config.cache)

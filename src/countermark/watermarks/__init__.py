@@ -18,8 +18,6 @@ from countermark.watermarks.commitment import (
 from countermark.watermarks.key import CLEAN_EXAMPLES, Key, load_key, load_secret, new_secrets, write_key
 from countermark.watermarks.sets import (
     CRAFTING_STEPS,
-    LABELS,
-    SCHEMES,
     WatermarkSet,
     coin_set,
     craft_adversarial,
@@ -31,8 +29,6 @@ from countermark.watermarks.sets import (
 __all__ = [
     "CLEAN_EXAMPLES",
     "CRAFTING_STEPS",
-    "LABELS",
-    "SCHEMES",
     "Key",
     "WatermarkSet",
     "batch_of",

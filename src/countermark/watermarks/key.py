@@ -25,6 +25,7 @@ from countermark.files import (
     write_json,
     write_tensors,
 )
+from countermark.names import SCHEMES
 from countermark.timestamps import decode_token, encode_token, read_token
 from countermark.watermarks.commitment import (
     C1_FORMAT,
@@ -39,7 +40,7 @@ from countermark.watermarks.commitment import (
     public_key,
     sign,
 )
-from countermark.watermarks.sets import SCHEMES, WatermarkSet
+from countermark.watermarks.sets import WatermarkSet
 
 KEY_FORMAT = "countermark key 1"
 CLEAN_EXAMPLES = 100

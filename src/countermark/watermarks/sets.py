@@ -15,9 +15,6 @@ from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, device_of, evaluating, predict
 
-SCHEMES = ("coin", "adversarial", "ood", "none")
-LABELS = ("true", "source")
-
 _PUBLISHED_WATERMARKS = 100
 
 SMALLEST_BATCH = 40
