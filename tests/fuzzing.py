@@ -1,13 +1,23 @@
-"""Every parser of a file or message that may come from somebody else, with an honest example of its input; and ways to spoil examples.
+"""Every parser of a file or message that may come from somebody else: an example, and its spoiling.
 
-A parser may refuse with a CountermarkError (the service: with its own refusal). Anything else that escapes is a fault.
+A parser may refuse with a CountermarkError (the service and the children: with their own refusal).
+Anything else that escapes is a fault, be it a panic in Rust, which is no `Exception`, an exit, more
+memory than any honest input needs, or, of what is parsed in a process of its own, a crash or more
+time. `crafting` makes inputs that are well-formed where somebody would look and odd further in.
 """
 
+import contextlib
+import faulthandler
+import importlib.util
 import json
+import os
 import random
-import sqlite3
+import resource
+import signal
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +27,62 @@ from countermark.bundle import load_bundle
 from countermark.claims import read_claim
 from countermark.data.idx import parse_idx
 from countermark.errors import CountermarkError
-from countermark.files import canonical_json, read_tensors
-from countermark.guard import QueryLog, read_guard, read_head
+from countermark.files import canonical_json, read_tensors, sha256
+from countermark.guard import Guard, GuardedModel, QueryLog, read_guard, read_head
 from countermark.guard.log import Row
 from countermark.guard.requests import is_signed
 from countermark.service.clients import Clients
 from countermark.service.http import RefusedError, parse_images
 from countermark.suspects.asker import read_replay
 from countermark.suspects.remote import _labels
-from countermark.timestamps import decode_token, load_roots, read_token
+from countermark.timestamps import check_token, decode_token, load_roots, read_token, root_name
 from countermark.verbs.claim import _spent
 from countermark.watermarks import load_key
+from crafting import craft_body, craft_log, craft_onnx, craft_replay, craft_roots, craft_tensors, onnx_example
 
 GOLDEN = Path(__file__).parent / "golden" / "0.1.0"
 Parser = Callable[[bytes], object]
-REFUSALS = (CountermarkError, RefusedError)
+Spoiler = Callable[[bytes, random.Random], bytes]
 _MOST_BYTES = 1 << 18
+_MOST_MEMORY = 1 << 28  # bytes that one input may take
+_MOST_ADDRESSES = 1 << 32  # bytes of address space, where an input is stopped
+_MOST_SECONDS = 20  # of the processor
+_STOPPED = (signal.SIGPROF, signal.SIGALRM)
+
+
+def _child(name: str) -> Any:
+    """The module of a child process, which is run by its path, loaded into this process."""
+    place = Path(importlib.util.find_spec("countermark.suspects").origin or "").with_name(f"{name}.py")  # type: ignore[union-attr]
+    found = importlib.util.spec_from_file_location(name, place)
+    assert found is not None and found.loader is not None  # noqa: PT018
+    module = importlib.util.module_from_spec(found)
+    before = list(sys.path)
+    try:
+        found.loader.exec_module(module)
+    finally:
+        sys.path[:] = before
+    return module
+
+
+_ONNX = _child("onnx_child")
+REFUSALS = (CountermarkError, RefusedError, _ONNX.RefusedError)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of input.
+
+    Attributes:
+        example: an honest one.
+        parse: its parser.
+        spoil: makes another one out of one.
+        alone: whether it is parsed in a process of its own: what is written in C cannot be stopped.
+    """
+
+    example: bytes
+    parse: Parser
+    spoil: Spoiler
+    alone: bool = False
 
 
 class Place:
@@ -50,6 +100,8 @@ class Place:
         self.example = self.file.read_bytes()
 
     def __call__(self, data: bytes) -> object:
+        for suffix in ("-wal", "-shm", "-journal"):  # of an earlier input's process that was stopped
+            self.file.with_name(self.file.name + suffix).unlink(missing_ok=True)
         self.file.write_bytes(data)
         return self.read(self.argument)
 
@@ -75,12 +127,46 @@ def _row(data: bytes) -> object:
 
 
 def _log(path: Path) -> object:
+    """Everything that a verb or the service does with a log that is there."""
     with QueryLog(str(path), create=False) as log:
-        return list(log.rows())
+        rows = list(log.rows())
+        log.head()
+        log.erased()
+        log.erase("anna")
+    return rows
 
 
-def parsers() -> dict[str, tuple[bytes, Parser]]:
-    """Name, an honest input, and the parser."""
+def _roots(path: Path) -> object:
+    """What a judge does with the roots: they are named, and a token is checked against them."""
+    roots, head = load_roots(path), read_head(GOLDEN / "head.json")
+    assert head.token is not None
+    named = [root_name(root) for root in roots]
+    return named, check_token(head.token, sha256(head.message()), roots, "T")
+
+
+def _guard(folder: Path) -> object:
+    """The settings of a guard, and the answers that it gives by them."""
+    settings, (network, _) = read_guard(folder), load_bundle(folder)
+    x = torch.linspace(0, 1, 128).reshape(2, 1, 8, 8)
+    if settings.familiar is not None and settings.familiar.values != 64:
+        raise CountermarkError("`load_guarded` refuses a guard for images of another shape")
+    return GuardedModel(network, Guard(settings, bytes(32)))(x, "anna")
+
+
+def _onnx(data: bytes) -> object:
+    """The checks before a graph is run; data beside the file is looked for in an empty folder."""
+    before, sys.argv = sys.argv, ["onnx_child", str(Path(_EMPTY.name) / "model.onnx")]
+    try:
+        return _ONNX._read(data)
+    finally:
+        sys.argv = before
+
+
+_EMPTY = tempfile.TemporaryDirectory(prefix="fuzz-")
+
+
+def kinds() -> dict[str, Kind]:
+    """Every kind of input by name."""
     claim, mine, key = GOLDEN / "claim", GOLDEN / "mine", GOLDEN / "mine" / "key"
     places = {
         "claim.json": Place(claim, "claim.json", read_claim),
@@ -91,19 +177,20 @@ def parsers() -> dict[str, tuple[bytes, Parser]]:
         "spent.json": Place(key, "spent.json", _spent),
         "model.json": Place(claim / "model", "model.json", load_bundle),
         "weights": Place(claim / "model", "model.safetensors", lambda path: read_tensors(path, 1 << 20), "model.safetensors"),
-        "guard.json": Place(mine, "guard.json", read_guard),
+        "guard.json": Place(mine, "guard.json", _guard),
         "clients.json": Place(mine, "clients.json", Clients, "clients.json"),
         "head.json": Place(GOLDEN, "head.json", read_head, "head.json"),
-        "roots": Place(GOLDEN, "roots.pem", load_roots, "roots.pem"),
+        "roots": Place(GOLDEN, "roots.pem", _roots, "roots.pem"),
     }
-    found: dict[str, tuple[bytes, Parser]] = {name: (place.example, place) for name, place in places.items()}
+    found = {name: Kind(place.example, place, spoil) for name, place in places.items()}
     replay = b'{"url": "http://a", "x": 1}\n{"url": "http://a", "image": "00", "label": 3, "repeats": 1}\n'
     replay_place = Place(GOLDEN, "roots.pem", lambda path: read_replay(path, "http://a"), "roots.pem")
     token = decode_token(json.loads((GOLDEN / "head.json").read_text())["token"], "T") or b""
     request = {"inputs": [{"name": "x", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.5] * 64}]}
     answer = {"outputs": [{"name": "y", "shape": [2], "datatype": "INT64", "data": [1, 2]}], "predictions": [1, 2]}
     idx = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 3)) + bytes(18)
-    found |= {
+    log = Place(GOLDEN, "log.db", _log, "log.db")
+    messages: dict[str, tuple[bytes, Parser]] = {
         "replay": (replay, replay_place),
         "timestamp": (token, _token),
         "base64": (b"YWJj", lambda data: decode_token(data.decode("latin-1"), "T")),
@@ -112,30 +199,30 @@ def parsers() -> dict[str, tuple[bytes, Parser]]:
         "signed request": (bytes(64) + bytes(4) + bytes(32), _row),
         "idx": (idx, lambda data: parse_idx(data, 3, "x")),
     }
-    return found
+    found |= {name: Kind(example, parse, spoil) for name, (example, parse) in messages.items()}
+    crafted = {
+        "crafted roots": Kind(found["roots"].example, found["roots"].parse, craft_roots),
+        "crafted request": Kind(found["request"].example, _request, craft_body),
+        "crafted answer": Kind(found["answer"].example, _answer, craft_body),
+        "crafted replay": Kind(replay, replay_place, craft_replay),
+        "crafted weights": Kind(found["weights"].example, found["weights"].parse, craft_tensors),
+        "crafted trials": Kind(found["key trials"].example, found["key trials"].parse, craft_tensors),
+        "onnx": Kind(onnx_example(), _onnx, spoil),
+        "crafted onnx": Kind(onnx_example(), _onnx, craft_onnx),
+        "log": Kind(log.example, log, spoil, alone=True),
+        "crafted log": Kind(log.example, log, craft_log, alone=True),
+    }
+    return found | crafted
 
 
 def log_place() -> Place:
-    """The query log; slower than the others."""
-    return Place(GOLDEN, "log.db", _log, "log.db")
+    """The query log, to be read in this process."""
 
+    def rows(path: Path) -> object:
+        with QueryLog(str(path), create=False) as log:
+            return list(log.rows())
 
-def spoil_log(place: Place, rng: random.Random) -> None:
-    """Change cells of the log's tables to values of any kind, as somebody could who can write the file."""
-    place.file.write_bytes(place.example)
-    with sqlite3.connect(place.file) as connection:
-        connection.execute("pragma journal_mode=delete")
-        columns = [row[1] for row in connection.execute("pragma table_info(trials)")]
-        for _ in range(rng.randint(1, 3)):
-            value = rng.choice([None, -1, 0, 2**62, 1.5, "x", "", b"", b"\0" * 32, b"x" * 300])
-            try:
-                connection.execute(
-                    f"update trials set {rng.choice(columns)} = ? where number = ?",
-                    (value, rng.randint(1, 5)),
-                )
-            except sqlite3.IntegrityError:
-                continue
-    connection.close()
+    return Place(GOLDEN, "log.db", rows, "log.db")
 
 
 def spoil(data: bytes, rng: random.Random) -> bytes:
@@ -195,11 +282,79 @@ def _spoil_value(value: Any, rng: random.Random) -> None:
         place[name] = rng.choice(odd)
 
 
-def attempt(parser: Parser, data: bytes) -> bool:
-    """Parse; whether it was accepted."""
+def attempt(kind: Kind, data: bytes, *, alone: bool | None = None) -> bool:
+    """Parse; whether it was accepted.
+
+    Args:
+        kind: of input.
+        data: the input.
+        alone: whether in a process of its own; default as the kind says.
+
+    Raises:
+        AssertionError: something escaped that is no refusal, or it took too much.
+    """
+    accepted, fault = _alone(kind, data) if (kind.alone if alone is None else alone) else _parsed(kind, data)
+    assert fault is None, f"{fault} for {len(data)} bytes {data[:300]!r}"
+    return accepted
+
+
+def _parsed(kind: Kind, data: bytes) -> tuple[bool, str | None]:
+    """Whether it was accepted, and what is wrong with how it was parsed."""
+    with _limited_memory() as taken:
+        try:
+            with torch.no_grad():
+                kind.parse(data)
+            accepted, fault = True, None
+        except REFUSALS:
+            accepted, fault = False, None
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic in Rust is none of Exception's
+            accepted, fault = False, f"{type(error).__name__}: {str(error)[:300]}"
+    if fault is None and taken() > _MOST_MEMORY:
+        fault = f"{taken() >> 20} MiB of memory"
+    return accepted, fault
+
+
+def _alone(kind: Kind, data: bytes) -> tuple[bool, str | None]:
+    """The same in a child process, which is stopped when its time is over."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()  # a crash is told by the status
+        for number in _STOPPED:
+            signal.signal(number, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, _MOST_SECONDS)
+        signal.alarm(10 * _MOST_SECONDS)  # one that waits, or a machine with much to do
+        with contextlib.suppress(BaseException):
+            os.write(writing, json.dumps(_parsed(kind, data)).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        said = stream.read()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if said:
+        accepted, fault = json.loads(said)
+        return accepted, fault
+    return False, f"more than {_MOST_SECONDS} seconds" if -status in _STOPPED else f"a crash ({status})"
+
+
+@contextlib.contextmanager
+def _limited_memory() -> Iterator[Callable[[], int]]:
+    """Stop at `_MOST_ADDRESSES` more; gives a function that says how many bytes were taken at most."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _peak()
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _MOST_ADDRESSES, hard))
     try:
-        with torch.no_grad():
-            parser(data)
-    except REFUSALS:
-        return False
-    return True
+        yield lambda: _peak() - before
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _peak() -> int:
+    """Bytes of memory that this process had at most."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
