@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from countermark.errors import CountermarkError
 from countermark.evidence import EProcess, cell_differences, judge, sign_flip_test, trials_needed
+from countermark.evidence.sign_flip import log10
 
 cells = st.lists(st.tuples(st.integers(-5, 5), st.integers(1, 4)), max_size=10)
 
@@ -60,6 +61,38 @@ def test_small_p_values_do_not_underflow(count: int) -> None:
 def test_no_cells_prove_nothing() -> None:
     assert sign_flip_test([]).p == 1
     assert sign_flip_test([0, 0]).p == 1
+
+
+def test_the_logarithm_of_a_p_value_is_exact_from_1_down() -> None:
+    """Beside 1 - q, whose natural logarithm is -q - q^2/2 - ...; it never falls where p rises, and is 0 where p is 1.0."""
+    values = {Fraction((1 << cells) - lost, 1 << cells) for cells in range(1, 80) for lost in range(min(12, 1 << cells))}
+    values |= {Fraction(lost, 1 << cells) for cells in (2, 30, 60, 2000, 20000) for lost in (1, 2, 3)}
+    found = [log10(p) for p in sorted(values)]
+    assert found == sorted(found)
+    assert math.copysign(1, found[-1]) == 1
+    for p, logarithm in zip(sorted(values), found, strict=True):
+        lost = 1 - p
+        assert (logarithm == 0) == (float(p) == 1)
+        assert logarithm <= 0
+        if lost < Fraction(1, 1000) and logarithm:
+            series = sum(lost**power / power for power in range(1, 8))
+            assert logarithm == pytest.approx(-float(series) / math.log(10), rel=1e-15, abs=0)
+        elif not lost:
+            continue
+        else:
+            assert logarithm == pytest.approx(math.log10(p.numerator) - math.log10(p.denominator), rel=1e-13)
+    assert log10(Fraction(1, 1 << 20000)) == pytest.approx(-20000 * math.log10(2), rel=1e-15)
+
+
+def test_no_evidence_is_a_logarithm_of_0() -> None:
+    process = EProcess()
+    for outcome in (0, -1, -1):
+        assert repr(process.log10_p_value) == "0.0"
+        assert process.p_value == 1
+        process.update(outcome)
+    outcomes = [-1] * 80
+    assert repr(judge(range(80), outcomes, batches=2).log10_p_value) == "0.0"
+    assert judge(range(55), [1] + [-1] * 54).log10_p_value == 0  # 1 - 2^-55
 
 
 def test_scale_of_the_weights_does_not_matter() -> None:

@@ -62,7 +62,7 @@ class EProcess:
     @property
     def log10_p_value(self) -> float:
         """Decimal logarithm of the anytime p-value, 1 over the highest wealth so far."""
-        return -self._highest / math.log(10)
+        return 0.0 - self._highest / math.log(10)  # not -0.0
 
     @property
     def p_value(self) -> float:

@@ -9,9 +9,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal
 from fractions import Fraction
 
 from countermark.errors import CountermarkError
+
+_DIGITS = Context(prec=40, Emin=MIN_EMIN, Emax=MAX_EMAX)  # its quotients and logarithms are correctly rounded
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,14 @@ class SignFlip:
 
 
 def log10(p: Fraction) -> float:
-    """Decimal logarithm of a positive fraction of any size."""
-    return math.log10(p.numerator) - math.log10(p.denominator)
+    """Decimal logarithm of a probability above 0, however small; 0 where `float(p)` is 1.
+
+    It is the nearest float to the logarithm of p at 40 digits, so it never falls where p rises.
+    (The difference of two logarithms would lose all digits of a p near 1.)
+    """
+    if float(p) == 1:
+        return 0.0
+    return float(_DIGITS.log10(_DIGITS.divide(Decimal(p.numerator), Decimal(p.denominator))))
 
 
 def cell_differences(cells: Sequence[int], outcomes: Sequence[int]) -> dict[int, int]:

@@ -1,7 +1,7 @@
 """From a copy back to the account it was made from: each client's trials, asked of the suspect, in the order of the log.
 
 Under the null ("the suspect does not depend on this client's coins") each agreement is a coin of known chance, given all that came
-before, however the client chose his queries and whenever he stopped. How many trials there are may depend on coins, so the count is not
+before, however the client chose the queries and whenever they stopped. How many trials there are may depend on coins, so the count is not
 binomial: the verdict is the e-process's anytime p.
 
 How many accounts there are may depend on coins as well (who was not lucky with one account opens another), so p is not multiplied by
@@ -166,7 +166,7 @@ class _Pool:
 
     @property
     def log10_p_value(self) -> float:
-        return -self._highest / math.log(10)
+        return 0.0 - self._highest / math.log(10)
 
 
 def images_of(rows: Sequence[Row], shape: tuple[int, ...]) -> torch.Tensor:
