@@ -1,13 +1,16 @@
 """The query log: order, durability, tampering, erasure; on SQLite and on a real PostgreSQL."""
 
+import contextlib
 import os
 import random
 import shutil
 import sqlite3
+import stat
 import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from countermark.cli import main
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json
 from countermark.guard import LOG_FORMAT, Head, QueryLog, Row, read_head
@@ -125,9 +129,7 @@ def test_what_was_erased_is_not_on_the_disk_while_others_use_the_log(tmp_path: P
     reader = sqlite3.connect(path, isolation_level=None)
     reader.execute("BEGIN")
     reader.execute("SELECT * FROM trials").fetchone()
-    impatient = QueryLog(str(path))
-    with impatient._using() as connection:  # it would wait for half a minute
-        connection.exec_driver_sql("PRAGMA busy_timeout = 50")
+    impatient = QueryLog(str(path), wait=0.05)
     with pytest.raises(CountermarkError, match="other programs read the log; run the same again"):
         impatient.erase("anna")
     reader.close()
@@ -135,7 +137,7 @@ def test_what_was_erased_is_not_on_the_disk_while_others_use_the_log(tmp_path: P
 
 
 def test_an_erased_client_gets_no_trials_again(address: str) -> None:
-    """He may know his coins by now, and what he chose by them would be no evidence."""
+    """They may know their coins by now, and what they chose by them would be no evidence."""
     log = QueryLog(address)
     log.append([row_of(1), row_of(2, "bob"), row_of(3, "bob"), row_of(4, "carol")])
     assert log.erased() == 0
@@ -300,3 +302,351 @@ def test_a_head_that_is_none(tmp_path: Path, text: str) -> None:
         read_head(tmp_path / "head.json")
     (tmp_path / "good.json").write_bytes(canonical_json({"format": LOG_FORMAT, "rows": 2, "hash": "0" * 64}))
     assert read_head(tmp_path / "good.json") == Head(2, "0" * 64)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+NAMES = ["what?/now.db", "per%20cent.db", "per cent.db", "per%cent.db", "a#b.db", "x.db?mode=memory", "file:x.db", "-x.db", "日 é.db"]
+NAMES += ["'quo\"ted;.db", "new\nline.db", "back\\slash.db", "a://b.db", os.fsdecode(b"\xff.db")]
+
+
+@pytest.mark.parametrize("form", ["{relative}", "./{relative}", "{whole}", "sqlite:///{relative}", "sqlite:///{whole}"])
+def test_the_log_is_the_file_that_was_named(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(NAMES):
+        if name.startswith("a://") and form == "{relative}":
+            continue  # the address of a database called a
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        url = form.format(relative=name, whole=tmp_path / name)
+        with QueryLog(url) as log:
+            log.append([row_of(number)])
+        with QueryLog(url, create=False) as log:
+            assert list(log.rows()) == [row_of(number)]
+        assert contents(tmp_path).keys() == {str(Path(name))}
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "url", ["", ":memory:", "sqlite:///", "sqlite://host/x.db", "file:///tmp/x.db", "nul\0.db", "x" * 5000, "/dev/null", "."]
+)
+def test_what_names_no_file_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for create in (True, False):
+        with pytest.raises(CountermarkError) as caught:
+            QueryLog(url, create)
+        assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("away", ["removed", "renamed", "replaced", "journal removed"])
+def test_a_file_that_is_not_there_any_more_stores_nothing(away: str, tmp_path: Path) -> None:
+    """What is written to a file without a name is lost with the process that has it open."""
+    path, other = tmp_path / "log.db", tmp_path / "other.db"
+    log = QueryLog(str(path))
+    log.append([row_of(0)])
+    if away == "journal removed":
+        Path(f"{path}-wal").unlink()
+    elif away == "removed":
+        path.unlink()
+    else:
+        path.rename(other)
+    if away == "replaced":
+        QueryLog(str(tmp_path / "new.db")).close()
+        (tmp_path / "new.db").rename(path)
+    with pytest.raises(CountermarkError, match=r"removed|replaced"):
+        log.append([row_of(1)])
+    if away in ("renamed", "replaced"):
+        with pytest.raises(CountermarkError, match=r"removed|replaced"):
+            log.head()
+        other.rename(path)  # over the new one
+    if away == "removed":
+        log.close()
+        with pytest.raises(CountermarkError, match="wal still has the last of its rows"):
+            QueryLog(str(path))
+        assert not path.exists()
+        return
+    assert log.append([row_of(2)]) == [True]
+    log.close()
+    assert list(QueryLog(str(path), create=False).rows()) in ([row_of(0), row_of(2)], [row_of(0), row_of(1), row_of(2)])
+
+
+def test_a_lock_of_another_program_is_waited_for_so_long_and_no_longer(address: str) -> None:
+    log, impatient = QueryLog(address), QueryLog(address, wait=0.05)
+    log.append([row_of(0)])
+    with log._using():
+        for work in (lambda: impatient.append([row_of(1)]), lambda: impatient.erase("anna")):
+            with pytest.raises(CountermarkError, match=r"locked it for more than 0\.05 seconds"):
+                work()
+        assert list(impatient.rows()) == [row_of(0)]  # reading needs no lock
+        assert impatient.head().rows == 1
+    assert impatient.append([row_of(1)]) == [True]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"day": -365}, {"day": 1 << 40}, {"chance": 0}, {"chance": 65536}, {"answer": 3}, {"heads": 2}, {"heads": -1}]
+)
+def test_a_row_that_is_no_trial_is_not_stored(changes: dict[str, int], address: str) -> None:
+    """A machine whose clock says 1969 above all."""
+    log = QueryLog(address)
+    with pytest.raises(CountermarkError, match=r"1970-01-01; set the clock" if "day" in changes else "this is no trial"):
+        log.append([row_of(1), row_of(2, **changes)])
+    for other in ({"image": b"x" * (1 << 24)}, {"client": "half \ud800"}, {"image": b""}, {"image": "text"}, {"tails": True}):
+        with pytest.raises(CountermarkError, match="this is no trial"):
+            log.append([row_of(1), row_of(2, **other)])
+    assert list(log.rows()) == []
+
+
+def test_the_largest_row_that_is_stored_is_read(address: str) -> None:
+    log = QueryLog(address)
+    large = [row_of(number, image=bytes((1 << 24) - 8192)) for number in range(3)]
+    log.append(large)
+    assert list(log.rows()) == large
+
+
+@contextlib.contextmanager
+def no_rights_to(folder: Path) -> Iterator[None]:
+    """Nobody may write in a folder, not even who runs the tests."""
+    for path in folder.iterdir():
+        path.chmod(0o444)
+    folder.chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        assert not os.access(folder, os.W_OK, effective_ids=True)
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o755)
+
+
+@pytest.fixture
+def plain_folder() -> Iterator[Path]:
+    """A folder that every user can find."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def readings(path: Path) -> list[object]:
+    with QueryLog(str(path), create=False) as log:
+        return [list(log.rows(log.head())), log.erased(), log.head()]
+
+
+@pytest.mark.parametrize("release", ["this", "0.1.0"])
+def test_reading_writes_nothing_and_needs_no_right_to(release: str, plain_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = plain_folder / "log.db"
+    if release == "this":
+        with QueryLog(str(path)) as log:
+            log.append([row_of(cell) for cell in range(600)])
+            log.erase("bob")
+    else:
+        shutil.copy(Path(__file__).parent / "golden" / "0.1.0" / "log.db", path)
+    before = contents(plain_folder)
+    found = readings(path)
+    assert contents(plain_folder) == before
+    with no_rights_to(plain_folder):
+        assert readings(path) == found
+        assert [main(["log", verb, str(path)]) for verb in ("check", "head")] == [0, 0]
+    assert contents(plain_folder) == before
+    assert not capsys.readouterr().err
+
+
+def test_a_log_whose_journal_is_needed_and_cannot_be_used_says_so(plain_folder: Path, tmp_path: Path) -> None:
+    """Copied while the service ran: the last rows are in the journal. They are read where they can be, and never left out."""
+    log = QueryLog(str(tmp_path / "log.db"))
+    log.append([row_of(1)])
+    for suffix in ("", "-wal"):
+        shutil.copy(tmp_path / f"log.db{suffix}", plain_folder / f"log.db{suffix}")
+    with no_rights_to(plain_folder), pytest.raises(CountermarkError, match="-wal"):
+        readings(plain_folder / "log.db")
+    assert readings(plain_folder / "log.db")[0] == [row_of(1)]
+
+
+def test_a_log_is_read_while_it_is_written(address: str) -> None:
+    """Every reading is some state that the log had, whether the writer was there before or came in the middle."""
+    QueryLog(address).close()
+    reader, ended = QueryLog(address, create=False), threading.Event()
+
+    def write() -> None:
+        for cell in range(60):
+            with QueryLog(address) as log:  # the last connection ends SQLite's journal each time
+                log.append([row_of(2 * cell), row_of(2 * cell + 1)])
+        ended.set()
+
+    thread, seen = threading.Thread(target=write), 0
+    thread.start()
+    while not ended.is_set():
+        head = reader.head()
+        rows = list(reader.rows(head))
+        assert len(rows) >= head.rows >= seen
+        assert rows == [row_of(cell) for cell in range(len(rows))]
+        seen = head.rows
+    thread.join()
+    assert list(reader.rows()) == [row_of(cell) for cell in range(120)]
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o027, 0o077])
+def test_nobody_else_reads_the_log(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        log = QueryLog(str(tmp_path / "log.db"))
+        log.append([row_of(1)])
+        assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == dict.fromkeys(
+            ("log.db", "log.db-wal", "log.db-shm"), 0o600
+        )
+        log.close()
+        (tmp_path / "log.db").chmod(0o664)  # as a release before this one left it, or nearly
+        log = QueryLog(str(tmp_path / "log.db"))
+        log.append([row_of(2)])
+        assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o660}
+    finally:
+        os.umask(before)
+
+
+TRIALS = """CREATE TABLE trials (number BIGINT NOT NULL, model TEXT, client TEXT, cell BLOB, image BLOB, heads INTEGER, tails INTEGER,
+chance INTEGER, answer INTEGER, day INTEGER, request BLOB, salt BLOB, digest BLOB NOT NULL, link BLOB NOT NULL, PRIMARY KEY (number),
+UNIQUE (model, client, cell))"""
+COLUMNS = "number, model, client, cell, image, heads, tails, chance, answer, day, request, salt, digest, link"
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
+LARGE = f"CREATE VIEW trials({COLUMNS}) AS {ENDLESS} SELECT i, {', '.join(['zeroblob(500000000)'] * 13)} FROM n LIMIT 10"
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        [LARGE],
+        [LARGE.replace("500000000", "1").replace("LIMIT 10", "WHERE i < 0")],
+        [LARGE.replace("500000000", "32").replace("LIMIT 10", "")],
+        [TRIALS, "CREATE TRIGGER t AFTER INSERT ON log_format BEGIN DELETE FROM trials; END"],
+        [TRIALS, "CREATE VIEW erased AS SELECT 1"],
+        [TRIALS, "CREATE TABLE more (a)"],
+        [TRIALS, "CREATE INDEX more ON trials (day)"],
+        [TRIALS, "CREATE UNIQUE INDEX more ON trials (abs(day)) WHERE day > 0"],
+        [TRIALS.replace("day INTEGER", "day INTEGER CHECK (randomblob(1000000000) IS NULL)")],
+        [TRIALS.replace("day INTEGER", "day INTEGER AS (abs(heads))")],
+        [TRIALS.replace("day INTEGER", "day INTEGER DEFAULT (randomblob(1000000000))")],
+        [TRIALS.replace("client TEXT", "client TEXT COLLATE NOCASE")],
+        [TRIALS.replace("day INTEGER, ", "")],
+        [TRIALS.replace("number BIGINT", "number INTEGER")],
+        [TRIALS + " WITHOUT ROWID"],
+        ["CREATE VIRTUAL TABLE trials USING fts4(number)"],
+        ["CREATE TABLE other (a)"],
+        [],
+        [TRIALS, "DELETE FROM log_format"],
+        [TRIALS, "UPDATE log_format SET format = x'00ff'"],
+        [TRIALS, "INSERT INTO log_format VALUES ('countermark log 1')"],
+        [TRIALS, "DROP TABLE log_format"],
+        [TRIALS, f"CREATE TABLE wide ({', '.join(f'c{i}' for i in range(1900))})", "UPDATE log_format SET format = zeroblob(100000000)"],
+        [f"CREATE TABLE t{i} (a)" for i in range(3000)],
+    ],
+)
+def test_a_file_with_another_schema_is_no_log(statements: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        for statement in (
+            "CREATE TABLE log_format (format TEXT NOT NULL)",
+            "INSERT INTO log_format VALUES ('countermark log 1')",
+            *statements,
+        ):
+            connection.execute(statement)
+    before = contents(tmp_path)
+    for arguments in (["check"], ["head"], ["erase", "--client", "anna"]):
+        assert main(["log", arguments[0], str(path), *arguments[1:]]) == 2
+        said = capsys.readouterr()
+        assert said.err.count("\n") == 1
+        assert "should not happen" not in said.err
+        assert not said.out
+        assert len(said.err) < 1000
+    with pytest.raises(CountermarkError):
+        QueryLog(str(path))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("column", ["number", "heads", "day", "client", "cell", "image", "request", "salt", "digest", "link"])
+@pytest.mark.parametrize("value", ["'many'", "x'00'", "1e999", "-1e999", "2.5", "9223372036854775807", "zeroblob(30000000)", "-5"])
+def test_values_of_another_kind_are_found(whole: tuple[Path, Head], tmp_path: Path, column: str, value: str) -> None:
+    """Row 12 is the last one, whose number and link are the head's."""
+    path = tmp_path / "log.db"
+    shutil.copy(whole[0], path)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        (before,) = connection.execute(f"SELECT {column} FROM trials WHERE number = 12").fetchone()
+        connection.execute(f"UPDATE trials SET {column} = {value} WHERE number = 12")
+        (after,) = connection.execute(f"SELECT {column} FROM trials ORDER BY rowid DESC").fetchone()
+    assert before != after
+    log = QueryLog(str(path), create=False)
+    with pytest.raises(
+        CountermarkError, match="row 3 is missing" if (column, after) == ("number", 2.5) else "row 12 |tail was cut off|too big"
+    ):
+        list(log.rows(whole[1]))
+    with contextlib.suppress(CountermarkError):
+        log.head()
+    with contextlib.suppress(CountermarkError):
+        log.append([row_of(100)])
+
+
+@pytest.mark.parametrize("changes", [{"chance": 70000}, {"heads": 3}, {"answer": 7}, {"day": 1 << 40}])
+def test_a_chain_of_rows_that_are_no_trials_does_not_hold(tmp_path: Path, changes: dict[str, int]) -> None:
+    """Whoever makes up a log can calculate its hashes as well."""
+    path, row, salt = tmp_path / "log.db", replace(row_of(1), **changes), b"s" * 16
+    QueryLog(str(path)).close()
+    digest = row.digest(salt)
+    link = sha256(b"\x04" + sha256(b"\x04countermark log 1").digest() + (1).to_bytes(8, "big") + digest).digest()
+    values = (1, *(vars(row)[name] for name in COLUMNS.split(", ")[1:-3]), salt, digest, link)
+    tampered(path, f"INSERT INTO trials ({COLUMNS}) VALUES ({', '.join('?' * 14)})", *values)
+    with pytest.raises(CountermarkError, match="row 1 was changed"):
+        list(QueryLog(str(path), create=False).rows())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE erased SET rows = 'many'",
+        "UPDATE erased SET rows = 1e999",
+        "UPDATE erased SET rows = 3",
+        "UPDATE erased SET rows = -1",
+        "UPDATE erased SET salt = 'text'",
+        "UPDATE erased SET digest = zeroblob(30000000)",
+    ],
+)
+def test_a_changed_table_of_erased_clients_is_found(tmp_path: Path, statement: str) -> None:
+    path = tmp_path / "log.db"
+    log = QueryLog(str(path))
+    log.append([row_of(1), row_of(2, "bob"), row_of(3, "bob")])
+    log.erase("bob")
+    log.close()
+    assert QueryLog(str(path), create=False).erased() == 1
+    tampered(path, statement)
+    with pytest.raises(CountermarkError):
+        QueryLog(str(path), create=False).erased()
+
+
+def test_pages_that_lead_in_circles_end(whole: tuple[Path, Head], tmp_path: Path) -> None:
+    """A table of sixteen levels, each page with 200 ways to the next one: 10 to the 37 rows in a small file."""
+    path, levels, ways = tmp_path / "log.db", 16, 200
+    content = bytearray(whole[0].read_bytes())
+    size = int.from_bytes(content[16:18], "big")
+    with contextlib.closing(sqlite3.connect(whole[0])) as connection:
+        (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'trials'").fetchone()
+    leaf = bytes(content[(root - 1) * size : root * size])
+    pages = len(content) // size
+
+    def inner(child: int) -> bytes:
+        cells = [child.to_bytes(4, "big") + bytes([1])] * ways
+        places = [size - 5 * (number + 1) for number in range(ways)]
+        header = bytes([5, 0, 0]) + ways.to_bytes(2, "big") + places[-1].to_bytes(2, "big") + bytes(1) + child.to_bytes(4, "big")
+        return (header + b"".join(place.to_bytes(2, "big") for place in places)).ljust(places[-1], b"\0") + b"".join(cells)
+
+    content[(root - 1) * size : root * size] = inner(pages + 1)
+    for level in range(1, levels):
+        content += inner(pages + level + 1)
+    content += leaf
+    content[28:32] = (len(content) // size).to_bytes(4, "big")
+    path.write_bytes(content)
+    log = QueryLog(str(path), create=False)
+    assert len(list(log.rows(whole[1]))) == 12  # found by the index
+    for work in (log.erased, lambda: log.erase("anna")):
+        with pytest.raises(CountermarkError, match="more work than a log of its size"):
+            work()

@@ -2,38 +2,35 @@
 
 It is the owner's evidence. Only a client's first trial in a cell is stored, durable before its answer leaves. Each row has a digest of its
 own (with a salt), and the chain runs over the digests: a client's rows can be erased on request and the chain still checks. Whoever can
-write the database can write a whole new chain; what he cannot change is a head that was published before (`countermark log head`).
+write the database can write a whole new chain; what they cannot change is a head that was published before (`countermark log head`).
 
-SQLite (a file) or PostgreSQL (several replicas of the service write one log).
+This module says what the rows mean; `countermark.guard.database` keeps them, in SQLite (a file) or PostgreSQL (several replicas of the
+service write one log).
 """
 
 import contextlib
 import hashlib
 import json
 import secrets
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
-
-import sqlalchemy as sa
+from typing import TYPE_CHECKING, Any
 
 from countermark.errors import CountermarkError, brief
 from countermark.files import JSON_LIMIT, canonical_json, read_bytes
+from countermark.guard.sqlite import LARGEST
 from countermark.timestamps import decode_token
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
 
 LOG_FORMAT = "countermark log 1"
 _ROW, _LINK = b"\x03", b"\x04"
 _ORIGIN = hashlib.sha256(_LINK + LOG_FORMAT.encode()).digest()
-_COLUMNS = {
-    **dict.fromkeys(("model", "client"), sa.Text),
-    **dict.fromkeys(("cell", "image"), sa.LargeBinary),
-    **dict.fromkeys(("heads", "tails", "chance", "answer", "day"), sa.Integer),
-    "request": sa.LargeBinary,
-}
-_PAGE = 500  # rows at once
-_LOCK = 0x636F756E7465726D  # of PostgreSQL's advisory locks
+_OVERHEAD = 1 << 12  # bytes of a row beside its image and its request
+_MOST = 1 << 62  # rows
+_KINDS = {"model": str, "client": str, "cell": bytes, "image": bytes, "request": bytes}
 
 
 @dataclass(frozen=True)
@@ -98,47 +95,50 @@ class QueryLog:
         """Open a log.
 
         Args:
-            url: a path, `sqlite:///PATH`, or `postgresql://USER:PASSWORD@HOST/DATABASE`.
-            create: make it if there is none; else that is an error.
-            wait: seconds that a transaction waits for another program that holds the log.
+            url: a path (taken as it is), `sqlite:///PATH`, or `postgresql://USER:PASSWORD@HOST/DATABASE`.
+            create: make it if there is none; else that is an error, and nothing is written before `append` or `erase`.
+            wait: seconds that a transaction waits for a lock that another program has.
 
         Raises:
             CountermarkError: the database cannot be opened, or is not a log of this format.
         """
-        self._engine = _engine(url, wait)
-        self.shown = self._engine.url.render_as_string(hide_password=True)
-        database = self._engine.url.database
-        missing = self._engine.dialect.name == "sqlite" and not Path(str(database)).exists()
-        if missing and not create:
-            raise CountermarkError(f"there is no query log {database}; check the path")
-        with self._using() as connection:
-            if not create and not sa.inspect(connection).has_table("log_format"):
-                raise CountermarkError(f"{self.shown} holds no query log; check the address")
-            _METADATA.create_all(connection)
-            found = connection.scalar(sa.select(_FORMAT.c.format))
-            if found is None:
-                connection.execute(_FORMAT.insert().values(format=LOG_FORMAT))
-            elif found != LOG_FORMAT:
-                raise CountermarkError(
-                    f"{self.shown} is a log of the format {brief(found)}, not {LOG_FORMAT!r}; use the release that wrote it"
-                )
+        try:
+            from countermark.guard import database
+        except ImportError as error:
+            raise CountermarkError("a query log needs SQLAlchemy; pip install 'countermark[serve]'") from error
+        self._sql, self._database = database, database.Database(url, wait)
+        self._engine, self.shown = self._database.engine, self._database.shown
+        self._prepared = False
+        if create:
+            self._database.create()
+        found = self._database.reading(database.read_format)
+        if found is not None or not create:
+            self._check_format(found)
+        if create:
+            with self._using():
+                pass
 
     def append(self, rows: Sequence[Row]) -> list[bool]:
         """Store rows in one durable transaction; a row of a model, client and cell that the log has is left out.
 
-        So is every row of a client that was erased: he may know his coins, so what he asks is no trial any more.
+        So is every row of a client that was erased: they may know their coins, so what they ask is no trial any more.
 
         Returns:
             For each row, whether it is new and stored.
 
         Raises:
-            CountermarkError: the database cannot be written; nothing of this call is stored.
+            CountermarkError: a row is none that a log can have, or the database cannot be written; nothing of this call is stored.
         """
+        for row in rows:
+            flaw = _flaw(row)
+            if flaw is not None:
+                raise CountermarkError(f"this is no trial for the query log {self.shown}: {flaw}")
         fresh, values = [], []
         with self._using() as connection:
-            head = _head(connection)
+            head = self._last(connection)
             number, link = head.rows, bytes.fromhex(head.hash)
-            known, gone = _known(connection, rows), _gone(connection, {row.client for row in rows})
+            known = self._sql.known(connection, sorted({row.place for row in rows}))
+            gone = self._gone(connection, {row.client for row in rows})
             for row in rows:
                 fresh.append(row.place not in known and row.client not in gone)
                 if not fresh[-1]:
@@ -149,13 +149,12 @@ class QueryLog:
                 number, link = number + 1, _next(link, number + 1, digest)
                 values.append({"number": number, **asdict(row), "salt": salt, "digest": digest, "link": link})
             if values:
-                connection.execute(_TRIALS.insert(), values)
+                self._sql.insert(connection, values)
         return fresh
 
     def head(self) -> Head:
         """The state now; publish it (or have it timestamped), and rows up to it cannot be changed unseen."""
-        with self._using() as connection:
-            return _head(connection)
+        return self._database.reading(self._last)
 
     def rows(self, published: Head | None = None) -> Iterator[Row | None]:
         """All rows in order, the chain checked on the way; none for an erased row.
@@ -171,7 +170,7 @@ class QueryLog:
             self._compare(number, link, published)
             page = self._page(number)
             for found in page:
-                row, link = self._checked(dict(found), number + 1, link)
+                row, link = self._checked(found, number + 1, link)
                 number += 1
                 self._compare(number, link, published)
                 yield row
@@ -183,7 +182,7 @@ class QueryLog:
     def erase(self, client: str) -> int:
         """Erase what the log holds of a client: name, queries, answers. The rows' digests stay, so the chain still checks.
 
-        So does a salted digest of the name: no row of this client is stored again (`append`), and his account keeps its place among
+        So does a salted digest of the name: no row of this client is stored again (`append`), and the account keeps its place among
         those that a trace corrects for.
 
         Returns:
@@ -192,22 +191,29 @@ class QueryLog:
         Raises:
             CountermarkError: the database cannot be written, or still keeps what was erased in a file of its own.
         """
-        emptied = dict.fromkeys((*(field.name for field in fields(Row)), "salt"))
         with self._using() as connection:
-            count = int(connection.execute(_TRIALS.update().where(_TRIALS.c.client == client).values(emptied)).rowcount)
+            count = self._sql.erase(connection, client, [*(field.name for field in fields(Row)), "salt"])
             if count:
                 salt = secrets.token_bytes(16)
-                connection.execute(_ERASED.insert().values(salt=salt, digest=_name_digest(salt, client), rows=count))
-        if self._engine.dialect.name == "sqlite":
-            self._empty_journal()
+                self._sql.add_erased(connection, salt, _name_digest(salt, client), count)
+        self._database.empty_journal()
         return count
 
     def erased(self) -> int:
-        """How many accounts were erased, at most: rows that a release erased which did not count accounts are each held for one."""
-        with self._using() as connection:
-            accounts, counted = connection.execute(sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(_ERASED.c.rows), 0))).one()
-            rows = connection.scalar(sa.select(sa.func.count()).where(_TRIALS.c.salt.is_(None)))
-        return int(accounts) + max(0, int(rows or 0) - int(counted))
+        """How many accounts were erased, at most: rows that a release erased which did not count accounts are each held for one.
+
+        Raises:
+            CountermarkError: the log cannot be read, or what it says of erased clients does not fit its rows.
+        """
+
+        def count(connection: "sa.Connection") -> tuple[int, int, int]:
+            sizes = [rows for _, _, rows in self._erased(connection)]
+            return len(sizes), sum(sizes), self._sql.erased_rows(connection)
+
+        accounts, counted, rows = self._database.reading(count)
+        if counted > rows:
+            raise CountermarkError(f"{self.shown}: the table of erased clients was changed; it counts {counted} rows, {rows} are erased")
+        return accounts + rows - counted
 
     def __enter__(self) -> "QueryLog":
         return self
@@ -217,49 +223,60 @@ class QueryLog:
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        self._database.close()
 
     @contextlib.contextmanager
-    def _using(self) -> Iterator[sa.Connection]:
-        """One transaction, alone among those of all processes."""
-        try:
-            with self._engine.begin() as connection:
-                if self._engine.dialect.name == "postgresql":
-                    connection.exec_driver_sql("SET LOCAL synchronous_commit = on")  # whatever the server's default is
-                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
-                yield connection
-        except (sa.exc.SQLAlchemyError, UnicodeDecodeError) as error:
-            reason = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
-            raise CountermarkError(f"the query log {self.shown} cannot be used: {reason}; check the database and its space") from error
+    def _using(self) -> Iterator["sa.Connection"]:
+        """A transaction that writes; the first one makes what is missing."""
+        with self._database.writing() as connection:
+            if not self._prepared:
+                found = self._sql.read_format(connection)
+                self._sql.prepare(connection)
+                if found is None:
+                    self._sql.write_format(connection, LOG_FORMAT)
+            yield connection
+        self._prepared = True
 
-    def _page(self, number: int) -> Sequence[Mapping[Any, Any]]:
-        """The rows after a number, some at once; where they cannot be read, one by one to find out which."""
-        wanted = sa.select(_TRIALS).where(_TRIALS.c.number > number).order_by(_TRIALS.c.number)
+    def _check_format(self, found: Sequence[Any] | None) -> None:
+        if not found:
+            raise CountermarkError(f"{self.shown} holds no query log; check the address")
+        if found != [LOG_FORMAT]:
+            raise CountermarkError(
+                f"{self.shown} is a log of the format {brief(found[0])}, not {LOG_FORMAT!r}; use the release that wrote it"
+            )
+
+    def _last(self, connection: "sa.Connection") -> Head:
+        found = self._sql.last(connection)
+        if found is None:
+            return Head(0, _ORIGIN.hex())
+        number, link = found
+        if type(number) is not int or not 0 < number < _MOST or len(_binary(link)) != len(_ORIGIN):
+            raise CountermarkError(f"{self.shown}: the last row was changed after it was written; see countermark log check")
+        return Head(number, _binary(link).hex())
+
+    def _erased(self, connection: "sa.Connection") -> list[tuple[bytes, bytes, int]]:
+        """Salt and digest of each erased name, and how many rows it had."""
+        found = self._sql.erased_names(connection)
+        if any(not _binary(salt) or not _binary(digest) or type(rows) is not int or rows < 1 for salt, digest, rows in found):
+            raise CountermarkError(f"{self.shown}: the table of erased clients was changed; restore the log from a backup")
+        return [(_binary(salt), _binary(digest), rows) for salt, digest, rows in found]
+
+    def _gone(self, connection: "sa.Connection", clients: set[str]) -> set[str]:
+        """Those clients that were erased."""
+        erased = self._erased(connection)
+        return {client for client in clients if any(_name_digest(salt, client) == digest for salt, digest, _ in erased)}
+
+    def _page(self, number: int) -> list[dict[str, Any]]:
+        """Some rows after a number; where they cannot be read, one alone to find out which."""
         try:
-            with self._using() as connection:
-                return connection.execute(wanted.limit(_PAGE)).mappings().all()
+            return self._database.reading(lambda connection: self._sql.page(connection, number))
         except CountermarkError:
-            with self._using() as connection:  # the database itself may be away: then this says so
-                connection.execute(wanted.with_only_columns(_TRIALS.c.number).limit(1)).all()
+            if not self._database.reading(lambda connection: self._sql.has_more(connection, number)):  # it may be away: this says so
+                raise
         try:
-            with self._using() as connection:
-                return connection.execute(wanted.limit(1)).mappings().all()
+            return self._database.reading(lambda connection: self._sql.page(connection, number, 1))
         except CountermarkError as error:
             raise CountermarkError(f"{self.shown}: row {number + 1} cannot be read; it was changed after it was written") from error
-
-    def _empty_journal(self) -> None:
-        """Bring all of SQLite's write-ahead log into the database and cut it to nothing: it still holds the pages as they were."""
-        try:
-            with contextlib.closing(self._engine.raw_connection()) as connection:
-                (busy, *_) = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        except sqlite3.Error as error:
-            raise CountermarkError(
-                f"the rows are erased, but {self.shown}-wal may still hold them ({error}); run the same again"
-            ) from error
-        if busy:
-            raise CountermarkError(
-                f"the rows are erased, but {self.shown}-wal still holds them while other programs read the log; run the same again"
-            )
 
     def _compare(self, number: int, link: bytes, published: Head | None) -> None:
         if published is not None and number == published.rows and link.hex() != published.hash:
@@ -267,7 +284,7 @@ class QueryLog:
 
     def _checked(self, found: Mapping[str, Any], expected: int, link: bytes) -> tuple[Row | None, bytes]:
         number = found["number"]
-        if number != expected:
+        if type(number) is not int or number != expected:
             raise CountermarkError(f"{self.shown}: row {expected} is missing; it was removed")
         following = _next(link, number, _binary(found["digest"]))
         if _binary(found["link"]) != following:
@@ -277,90 +294,39 @@ class QueryLog:
             if any(value is not None for value in values.values()):
                 raise CountermarkError(f"{self.shown}: row {number} is erased in part; it was changed after it was written")
             return None, following
-        try:
-            row = Row(**values)
-            same = row.digest(found["salt"]) == found["digest"]
-        except (TypeError, AttributeError, OverflowError, ValueError):  # a value of another kind
-            same = False
-        if not same:
-            raise CountermarkError(f"{self.shown}: row {number} was changed after it was written")
+        row = Row(**values)
+        flaw = _flaw(row)
+        if flaw is not None or row.digest(_binary(found["salt"])) != found["digest"]:
+            raise CountermarkError(f"{self.shown}: row {number} was changed after it was written{f' ({flaw})' if flaw else ''}")
         return row, following
 
 
-_METADATA = sa.MetaData()
-_FORMAT = sa.Table("log_format", _METADATA, sa.Column("format", sa.Text, nullable=False))
-_TRIALS = sa.Table(
-    "trials",
-    _METADATA,
-    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
-    *(sa.Column(name, kind) for name, kind in _COLUMNS.items()),
-    sa.Column("salt", sa.LargeBinary),
-    sa.Column("digest", sa.LargeBinary, nullable=False),
-    sa.Column("link", sa.LargeBinary, nullable=False),
-    sa.UniqueConstraint("model", "client", "cell"),
-)
-_ERASED = sa.Table(
-    "erased",
-    _METADATA,
-    sa.Column("digest", sa.LargeBinary, primary_key=True),
-    sa.Column("salt", sa.LargeBinary, nullable=False),
-    sa.Column("rows", sa.BigInteger, nullable=False),
-)
-
-
-def _engine(url: str, wait: float) -> sa.Engine:
+def _flaw(row: Row) -> str | None:
+    """Why a row is no trial, whoever wrote it; none if it may be one."""
+    values = vars(row)
+    for name, value in values.items():
+        if type(value) is not _KINDS.get(name, int):
+            return f"its {name} is of another kind than a {name} can be"
     try:
-        address = sa.make_url(url if "://" in url else f"sqlite:///{url}")
-        if address.drivername in ("postgres", "postgresql"):
-            address = address.set(drivername="postgresql+psycopg")
-        if address.drivername not in ("sqlite", "postgresql+psycopg"):
-            raise CountermarkError(f"a query log is a path, sqlite:///PATH or postgresql://HOST/DATABASE, not {address.drivername}")
-        options: dict[str, Any] = {} if address.drivername == "sqlite" else {"pool_pre_ping": True, "isolation_level": "READ COMMITTED"}
-        engine = sa.create_engine(address, **options)
-    except (sa.exc.ArgumentError, ValueError) as error:
-        raise CountermarkError(f"{url!r} is no address of a query log; give a path or postgresql://HOST/DATABASE") from error
-    except ImportError as error:
-        raise CountermarkError("a query log in PostgreSQL needs psycopg; pip install 'countermark[serve]'") from error
-    if address.drivername == "sqlite":
-        if address.database in (None, "", ":memory:"):
-            raise CountermarkError("a query log in memory keeps nothing; give the path of a file")
-        sa.event.listen(engine, "connect", lambda connection, _record: _set_up(connection, wait))
-        sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    return engine
-
-
-def _set_up(connection: Any, wait: float) -> None:
-    """SQLite: transactions are begun by us, survive a loss of power, and wait for each other."""
-    connection.isolation_level = None
-    for pragma in (f"busy_timeout = {round(1000 * wait)}", "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _head(connection: sa.Connection) -> Head:
-    found = connection.execute(sa.select(_TRIALS.c.number, _TRIALS.c.link).order_by(_TRIALS.c.number.desc()).limit(1)).first()
-    return Head(0, _ORIGIN.hex()) if found is None else Head(int(found.number), _binary(found.link).hex())
+        size = sum(len(value.encode()) for value in (row.model, row.client))
+    except UnicodeEncodeError:
+        return "a name is not Unicode text"
+    if not (row.model and row.client and row.cell and row.image):
+        return "a name, its cell or its image is empty"
+    if not 0 <= row.heads < row.tails < 1 << 16 or row.answer not in (row.heads, row.tails):
+        return f"{row.answer} is not one of two classes {row.heads} < {row.tails}"
+    if not 0 < row.chance < 1 << 16:
+        return f"its chance is {row.chance} of 65536, and not between them"
+    if not 0 <= row.day < 1 << 31:
+        return f"its day is {row.day}, and none since 1970-01-01; set the clock of the machine that wrote it"
+    if size + len(row.cell) + len(row.image) + len(row.request) > LARGEST - _OVERHEAD:
+        return f"it has more than {LARGEST} bytes"
+    return None
 
 
 def _binary(value: object) -> bytes:
     """A binary column; nothing for a value of another kind, which a damaged file may hold."""
-    return bytes(value) if isinstance(value, bytes | bytearray | memoryview) else b""
-
-
-def _known(connection: sa.Connection, rows: Sequence[Row]) -> set[tuple[str, str, bytes]]:
-    """Those places of `rows` that the log has."""
-    place = sa.tuple_(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell)
-    found: set[tuple[str, str, bytes]] = set()
-    for start in range(0, len(rows), _PAGE):
-        asked = sorted({row.place for row in rows[start : start + _PAGE]})
-        wanted = sa.select(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell).where(place.in_(asked))
-        found |= {(model, client, _binary(cell)) for model, client, cell in connection.execute(wanted)}
-    return found
-
-
-def _gone(connection: sa.Connection, clients: set[str]) -> set[str]:
-    """Those clients that were erased."""
-    erased = [(_binary(salt), _binary(digest)) for salt, digest in connection.execute(sa.select(_ERASED.c.salt, _ERASED.c.digest))]
-    return {client for client in clients if any(_name_digest(salt, client) == digest for salt, digest in erased)}
+    return value if isinstance(value, bytes) else b""
 
 
 def _name_digest(salt: bytes, client: str) -> bytes:

@@ -1,0 +1,294 @@
+"""Where the rows of a query log are kept: SQLite or PostgreSQL, by way of SQLAlchemy, which only this module needs.
+
+One transaction writes at a time, among all processes. Reading takes no lock and writes nothing.
+"""
+
+import contextlib
+import functools
+import math
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import sqlite
+
+from countermark.errors import CountermarkError
+from countermark.guard.sqlite import LARGEST, DatabaseFile
+
+_COLUMNS = {
+    **dict.fromkeys(("model", "client"), sa.Text),
+    **dict.fromkeys(("cell", "image"), sa.LargeBinary),
+    **dict.fromkeys(("heads", "tails", "chance", "answer", "day"), sa.Integer),
+    "request": sa.LargeBinary,
+}
+_PAGE = 500  # rows at once, or fewer that have LARGEST bytes
+_LOCK = 0x636F756E7465726D  # of PostgreSQL's advisory locks
+_Found = TypeVar("_Found")
+Place = tuple[str, str, bytes]
+
+_METADATA = sa.MetaData()
+_FORMAT = sa.Table("log_format", _METADATA, sa.Column("format", sa.Text, nullable=False))
+_TRIALS = sa.Table(
+    "trials",
+    _METADATA,
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    *(sa.Column(name, kind) for name, kind in _COLUMNS.items()),
+    sa.Column("salt", sa.LargeBinary),
+    sa.Column("digest", sa.LargeBinary, nullable=False),
+    sa.Column("link", sa.LargeBinary, nullable=False),
+    sa.UniqueConstraint("model", "client", "cell"),
+)
+_ERASED = sa.Table(
+    "erased",
+    _METADATA,
+    sa.Column("digest", sa.LargeBinary, primary_key=True),
+    sa.Column("salt", sa.LargeBinary, nullable=False),
+    sa.Column("rows", sa.BigInteger, nullable=False),
+)
+_OPTIONAL = ("erased",)  # 0.1.0 made logs without it
+
+
+class Database:
+    """The database of one log."""
+
+    def __init__(self, url: str, wait: float) -> None:
+        """Find out which database is meant; nothing is opened yet.
+
+        Args:
+            url: a path, `sqlite:///PATH`, or `postgresql://USER:PASSWORD@HOST/DATABASE`.
+            wait: seconds that a transaction waits for those of other programs.
+
+        Raises:
+            CountermarkError: the address is none.
+        """
+        name, self._wait = _path_in(url), wait
+        self.file: DatabaseFile | None = None
+        if name is None:
+            address = _postgresql(url)
+            self.shown = address.render_as_string(hide_password=True)
+            patience = {"connect_timeout": max(2, math.ceil(wait))} if "connect_timeout" not in address.query else {}
+            options: dict[str, Any] = {"pool_pre_ping": True, "isolation_level": "READ COMMITTED", "connect_args": patience}
+            try:
+                self.engine = sa.create_engine(address, **options)
+            except ImportError as error:
+                raise CountermarkError("a query log in PostgreSQL needs psycopg; pip install 'countermark[serve]'") from error
+            return
+        self.shown = f"sqlite:///{name}"
+        statements = {table.name: str(sa.schema.CreateTable(table).compile(dialect=sqlite.dialect())) for table in _METADATA.sorted_tables}
+        self.file = file = DatabaseFile(name, statements, _OPTIONAL, wait)
+        self.engine = _engine(file, file.writer, sa.pool.QueuePool, "BEGIN IMMEDIATE")
+        self._readers = [_engine(file, functools.partial(file.reader, at_rest), sa.pool.NullPool, "BEGIN") for at_rest in (False, True)]
+
+    def create(self) -> None:
+        """Make the file of a log, empty, if there is none."""
+        if self.file is not None:
+            with self._named_errors():
+                self.file.create()
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """One transaction, alone among those that write, of all processes; durable where it ends well."""
+        file = self.file
+        if file is not None:
+            file.check()
+        with self._named_errors(), self.engine.begin() as connection:
+            if file is None:
+                connection.exec_driver_sql("SET LOCAL synchronous_commit = on")  # whatever the server's default is
+                self._limit_waiting(connection)
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+            yield connection
+        if file is None:
+            return
+        file.check()  # what was written to a file without a name is lost with this process
+        try:
+            file.check_journal()
+        except CountermarkError:
+            self.close()  # SQLite brings what it has into the file, and the next connection makes another journal
+            raise
+
+    def reading(self, work: Callable[[sa.Connection], _Found], at_rest: bool = True) -> _Found:
+        """What `work` finds in one transaction that only reads.
+
+        A SQLite file that nobody uses is read as it lies there, without locks and files beside it; if somebody has begun to use it
+        meanwhile, the work is done once more as one among others.
+        """
+        if self.file is None:
+            with self._named_errors(), self.engine.begin() as connection:
+                connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+                self._limit_waiting(connection)
+                return work(connection)
+        before = self.file.state()
+        at_rest = at_rest and not any(before[1:])
+        try:
+            with self._named_errors(), self._readers[at_rest].begin() as connection:
+                found = work(connection)
+        except CountermarkError:
+            if not at_rest or self.file.state() == before:
+                raise
+        else:
+            if not at_rest or self.file.state() == before:
+                return found
+        return self.reading(work, at_rest=False)
+
+    def empty_journal(self) -> None:
+        """Bring all of SQLite's write-ahead log into the database and cut it to nothing: it still holds the pages as they were.
+
+        Raises:
+            CountermarkError: it cannot be done now.
+        """
+        if self.file is None:
+            return
+        try:
+            with contextlib.closing(self.engine.raw_connection()) as connection:
+                (busy, *_) = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as error:
+            raise CountermarkError(
+                f"the rows are erased, but {self.shown}-wal may still hold them ({error}); run the same again"
+            ) from error
+        if busy:
+            raise CountermarkError(
+                f"the rows are erased, but {self.shown}-wal still holds them while other programs read the log; run the same again"
+            )
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+        if self.file is not None:
+            self.file.forget_journal()
+
+    def _limit_waiting(self, connection: sa.Connection) -> None:
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {max(1, round(1000 * self._wait))}")  # milliseconds
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sa.exc.SQLAlchemyError, UnicodeDecodeError, OSError) as error:
+            cause = getattr(error, "orig", None) or error
+            reason, advice = " ".join(str(cause).split())[:300], "check the database and its space"
+            state = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorcode", 0) & 0xFF
+            if state in _LOCKED:
+                reason, advice = f"another program has locked it for more than {self._wait:g} seconds", "end that program, or wait for it"
+            advice = _ADVICE.get(state, advice)
+            raise CountermarkError(f"the query log {self.shown} cannot be used: {reason}; {advice}") from error
+
+
+_LOCKED = {sqlite3.SQLITE_BUSY, "55P03"}
+_ADVICE = {
+    sqlite3.SQLITE_INTERRUPT: "reading it takes more work than a log of its size can, so it is damaged or was made up",
+    sqlite3.SQLITE_CANTOPEN: "check that it can be read; a copy needs its -wal beside it, in a folder that can be written",
+}
+
+
+def prepare(connection: sa.Connection) -> None:
+    """Make the tables that are missing."""
+    _METADATA.create_all(connection)
+
+
+def read_format(connection: sa.Connection) -> list[Any] | None:
+    """What the log says of its format, up to two values; None if it is no log."""
+    if not sa.inspect(connection).has_table("log_format"):
+        return None
+    return list(connection.scalars(sa.select(_FORMAT.c.format).limit(2)))
+
+
+def write_format(connection: sa.Connection, name: str) -> None:
+    """Say which format the log has."""
+    connection.execute(_FORMAT.insert().values(format=name))
+
+
+def insert(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows."""
+    connection.execute(_TRIALS.insert(), rows)
+
+
+def last(connection: sa.Connection) -> tuple[Any, Any] | None:
+    """Number and link of the last row."""
+    found = connection.execute(sa.select(_TRIALS.c.number, _TRIALS.c.link).order_by(_TRIALS.c.number.desc()).limit(1)).first()
+    return None if found is None else (found.number, found.link)
+
+
+def known(connection: sa.Connection, places: Sequence[Place]) -> set[Place]:
+    """Those places that the log has."""
+    place = sa.tuple_(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell)
+    found: set[Place] = set()
+    for start in range(0, len(places), _PAGE):
+        wanted = sa.select(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell).where(place.in_(places[start : start + _PAGE]))
+        found |= {(model, client, bytes(cell)) for model, client, cell in connection.execute(wanted)}
+    return found
+
+
+def page(connection: sa.Connection, after: int, most: int = _PAGE) -> list[dict[str, Any]]:
+    """Some rows after a number."""
+    wanted = sa.select(_TRIALS).where(_TRIALS.c.number > after).order_by(_TRIALS.c.number).limit(most)
+    found: list[dict[str, Any]] = []
+    size = 0
+    with connection.execution_options(stream_results=True, max_row_buffer=20).execute(wanted) as result:
+        for row in result.mappings():
+            found.append(dict(row))
+            size += sum(len(value) for value in row.values() if isinstance(value, bytes | str))
+            if size >= LARGEST:
+                break
+    return found
+
+
+def has_more(connection: sa.Connection, after: int) -> bool:
+    """Whether there is a row after a number; reads nothing else of it."""
+    return connection.execute(sa.select(_TRIALS.c.number).where(_TRIALS.c.number > after).limit(1)).first() is not None
+
+
+def erase(connection: sa.Connection, client: str, columns: Sequence[str]) -> int:
+    """Empty some columns of a client's rows, and count those."""
+    emptied = dict.fromkeys(columns)
+    return int(connection.execute(_TRIALS.update().where(_TRIALS.c.client == client).values(emptied)).rowcount)
+
+
+def add_erased(connection: sa.Connection, salt: bytes, digest: bytes, rows: int) -> None:
+    """Remember a client who was erased."""
+    connection.execute(_ERASED.insert().values(salt=salt, digest=digest, rows=rows))
+
+
+def erased_names(connection: sa.Connection) -> list[tuple[Any, Any, Any]]:
+    """Salt, digest and number of rows of each client who was erased."""
+    if not sa.inspect(connection).has_table("erased"):
+        return []
+    return [tuple(row) for row in connection.execute(sa.select(_ERASED.c.salt, _ERASED.c.digest, _ERASED.c.rows))]
+
+
+def erased_rows(connection: sa.Connection) -> int:
+    """How many rows have nothing left but their digests."""
+    return int(connection.scalar(sa.select(sa.func.count()).where(_TRIALS.c.salt.is_(None))) or 0)
+
+
+def _path_in(url: str) -> str | None:
+    """The path of a SQLite file, to the letter; None for an address of another kind."""
+    scheme, marked, rest = url.partition("://")
+    path = url if not marked or "/" in scheme else rest[1:] if scheme == "sqlite" and rest[:1] in ("", "/") else None
+    if path in ("", ":memory:"):
+        raise CountermarkError("a query log in memory keeps nothing; give the path of a file")
+    return path
+
+
+def _postgresql(url: str) -> sa.URL:
+    try:
+        address = sa.make_url(url)
+    except (sa.exc.ArgumentError, ValueError) as error:
+        raise CountermarkError(f"{url!r} is no address of a query log; give a path or postgresql://HOST/DATABASE") from error
+    if address.drivername not in ("postgres", "postgresql", "postgresql+psycopg"):
+        raise CountermarkError(f"a query log is a path, sqlite:///PATH or postgresql://HOST/DATABASE, not {address.drivername}")
+    return address.set(drivername="postgresql+psycopg")
+
+
+def _engine(file: DatabaseFile, opened: Callable[[], sqlite3.Connection], pool: type[sa.Pool], begin: str) -> sa.Engine:
+    """An engine of connections that begin their transactions themselves."""
+    engine = sa.create_engine("sqlite://", creator=opened, poolclass=pool)
+
+    def begun(connection: sa.Connection) -> None:
+        driver = connection.connection.driver_connection
+        assert isinstance(driver, sqlite3.Connection)
+        file.limit_work(driver)
+        connection.exec_driver_sql(begin)
+
+    sa.event.listen(engine, "begin", begun)
+    return engine

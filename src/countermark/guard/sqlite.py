@@ -1,0 +1,206 @@
+"""A SQLite file as data: the file that was named, and nothing in it is believed.
+
+A database can hold programs (views, triggers, expressions in its schema), values of any size, and
+pages that lead in circles. So a file is used only if its schema is exactly the expected one; every
+value has a limit, and so has the work of a transaction. Whoever only reads changes nothing, leaves
+nothing behind, and needs no permission to write.
+"""
+
+import contextlib
+import os
+import re
+import sqlite3
+import stat
+from collections.abc import Collection, Mapping
+from itertools import count
+from pathlib import Path
+from urllib.parse import quote
+
+from countermark.errors import CountermarkError
+
+LARGEST = 1 << 24
+"""Bytes of the largest row that is read or written."""
+_LARGEST_STATEMENT, _MOST_OBJECTS = 1 << 16, 32  # of a schema
+_EVERY = 1_000  # steps of SQLite's machine between two looks at how many there were
+_AT_LEAST, _EACH_BYTE = 1_000_000, 4  # steps that a transaction may take, and more for each byte of the file
+_PRIVATE = 0o600
+_WORD = re.compile(r"\w+|\S")
+_RENAMED = re.compile(r'^CREATE TABLE "(\w+)"')  # as ALTER TABLE ... RENAME leaves it
+_Identity = tuple[int, int] | None
+
+
+class DatabaseFile:
+    """The file that a path led to when it was first used."""
+
+    def __init__(self, name: str, tables: Mapping[str, str], optional: Collection[str], wait: float) -> None:
+        """Remember how to open a file.
+
+        Args:
+            name: its path, taken as it is.
+            tables: the statement that creates each table that it may have.
+            optional: those tables that it need not have.
+            wait: seconds to wait for the locks of other programs.
+
+        Raises:
+            CountermarkError: the path is none, or leads to something that is not a file.
+        """
+        self.path = Path(name).absolute()
+        try:
+            if not stat.S_ISREG(self.path.stat().st_mode):
+                raise CountermarkError(f"{name} is not a file; a query log is a file of its own")
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CountermarkError(f"the query log {name!r} cannot be used: {reason}; give the path of a file") from error
+        self._statements = {table: _words(statement) for table, statement in tables.items()}
+        self._optional, self._wait = optional, wait
+        self._identity: _Identity = None
+        self._journal: _Identity = None
+
+    def create(self) -> None:
+        """Make an empty file that only its owner can read, if there is none; SQLite gives its journals the same mode.
+
+        Raises:
+            CountermarkError: a journal was left of a file that is gone; SQLite would take it for that of the new one.
+            OSError: it cannot be made.
+        """
+        if _identity(self.path) is None and (status := _status(self._beside("-wal"))) and status.st_size:
+            raise CountermarkError(
+                f"{self.path} is gone, and {self.path.name}-wal still has the last of its rows; put the file back, or move both away"
+            )
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(os.path.realpath(self.path), os.O_CREAT | os.O_EXCL | os.O_WRONLY, _PRIVATE))
+
+    def writer(self) -> sqlite3.Connection:
+        """A connection that writes; what other users could read is closed to them.
+
+        Raises:
+            CountermarkError: the path leads to another file than before, or the file holds anything but a query log.
+            sqlite3.Error: it cannot be opened.
+        """
+        connection = self._open("mode=rw")
+        for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
+            connection.execute(f"PRAGMA {setting}")
+        for suffix in ("", "-wal", "-shm"):
+            path = self._beside(suffix)
+            with contextlib.suppress(OSError):
+                path.chmod(stat.S_IMODE(path.stat().st_mode) & ~stat.S_IRWXO)
+        return connection
+
+    def reader(self, at_rest: bool) -> sqlite3.Connection:
+        """A connection that only reads.
+
+        Args:
+            at_rest: nobody else writes, so that neither locks nor other files are needed (see `state`).
+
+        Raises:
+            CountermarkError: as `writer`.
+            sqlite3.Error: as `writer`.
+        """
+        return self._open("mode=ro&immutable=1" if at_rest else "mode=ro")
+
+    def state(self) -> tuple[tuple[int, ...], ...]:
+        """What differs once the file was written to: of itself, its write-ahead log and its rollback journal.
+
+        The latter two are empty where nothing waits in them, so that the file has all there is.
+        """
+        self.check()
+        found = []
+        for suffix in ("", "-wal", "-journal"):
+            status = _status(self._beside(suffix))
+            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) if status and status.st_size else ())
+        return tuple(found)
+
+    def check(self) -> None:
+        """See that the path still leads to the file that was first used.
+
+        Raises:
+            CountermarkError: it leads nowhere, or to another file.
+        """
+        found = _identity(self.path)
+        if found is None and self._identity is None:
+            raise CountermarkError(f"there is no query log {self.path}; check the path")
+        self._identity = self._identity or found
+        if found is None:
+            raise CountermarkError(f"the query log {self.path} is gone, it was removed or renamed; put it back")
+        if found != self._identity:
+            raise CountermarkError(f"the query log {self.path} was replaced while it was in use; put the first file back, or start again")
+
+    def check_journal(self) -> None:
+        """See that the write-ahead log is still the one that open connections write to.
+
+        Raises:
+            CountermarkError: it was removed.
+        """
+        found = _identity(self._beside("-wal"))
+        self._journal = self._journal or found
+        if found != self._journal:
+            raise CountermarkError(f"{self.path}-wal was removed while the query log was in use; leave it to the service")
+
+    def forget_journal(self) -> None:
+        """Say that no connection writes any more: whoever comes next may make another write-ahead log."""
+        self._journal = None
+
+    def limit_work(self, connection: sqlite3.Connection) -> None:
+        """Let the transaction that begins take as many steps as a file of this size can need, and no more."""
+        status = _status(self.path)
+        _limit_steps(connection, _AT_LEAST + _EACH_BYTE * (status.st_size if status else 0))
+
+    def _beside(self, suffix: str) -> Path:
+        return Path(f"{os.path.realpath(self.path)}{suffix}")  # SQLite follows links first
+
+    def _open(self, how: str) -> sqlite3.Connection:
+        self.check()
+        address = f"file://{quote(os.fsencode(self.path))}?{how}"
+        connection = sqlite3.connect(address, uri=True, timeout=self._wait, isolation_level=None, check_same_thread=False)
+        try:
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST_STATEMENT)
+            connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+            _limit_steps(connection, _EVERY * _MOST_OBJECTS)
+            for setting in ("trusted_schema = OFF", "cell_size_check = ON"):
+                connection.execute(f"PRAGMA {setting}")
+            self._check_schema(connection)
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, LARGEST)
+            connection.set_progress_handler(None, 0)
+            self.check()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _check_schema(self, connection: sqlite3.Connection) -> None:
+        """See that there are our tables with their automatic indexes, or nothing at all yet."""
+        tables = set()
+        for kind, name, table, statement in connection.execute(
+            f"SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT {_MOST_OBJECTS}"  # noqa: S608 (a constant)
+        ):
+            index = kind == "index" and statement is None and table in self._statements
+            if not index and (kind != "table" or self._statements.get(name) != _words(statement)):
+                raise CountermarkError(f"{self.path} is no query log of ours: the {kind} {str(name)[:80]!r} does not belong in one")
+            tables |= {name} if kind == "table" else set()
+        missing = self._statements.keys() - tables - set(self._optional)
+        if tables and missing:
+            raise CountermarkError(f"{self.path} is no query log: the table {min(missing)!r} is missing; restore it from a backup")
+
+
+def _words(statement: object) -> list[str]:
+    """A statement without its spaces."""
+    return _WORD.findall(_RENAMED.sub(r"CREATE TABLE \1", statement)) if isinstance(statement, str) else []
+
+
+def _limit_steps(connection: sqlite3.Connection, most: int) -> None:
+    looks = count(1)
+    connection.set_progress_handler(lambda: next(looks) * _EVERY > most, _EVERY)
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except OSError:
+        return None
+
+
+def _identity(path: Path) -> _Identity:
+    status = _status(path)
+    return None if status is None or not stat.S_ISREG(status.st_mode) else (status.st_dev, status.st_ino)
