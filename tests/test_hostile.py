@@ -3,6 +3,8 @@
 import os
 import pty
 import shlex
+import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 from countermark.bundle import load_bundle, save_bundle
 from countermark.data import Pools
 from countermark.errors import CountermarkError
-from countermark.files import read_tensors, write_tensors
+from countermark.files import read_bytes, read_json, read_tensors, write_bytes, write_json, write_tensors
 from countermark.models import build
 from countermark.training import recipe, train
 
@@ -142,3 +144,68 @@ def test_logits_that_are_not_finite_are_no_answer(owner: Path, tmp_path: Path) -
     done = shell(f"countermark verify --suspect . --key {owner}/key", tmp_path)
     one_line_of_two(done)
     assert "not finite" in done.stderr
+
+
+@pytest.mark.parametrize(("mask", "new"), [(0o000, 0o666), (0o002, 0o664), (0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_new_files_follow_the_umask_and_replaced_ones_stay_as_they_are(mask: int, new: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_json(tmp_path / "a", {})
+        write_bytes(tmp_path / "b", b"")
+        write_tensors(tmp_path / "c", {})
+        save_bundle(tmp_path, *load_bundle(Path(__file__).parent / "golden" / "0.1.0" / "mine"))
+        assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {new}
+        write_json(tmp_path / "secret", {}, 0o600)
+        (tmp_path / "a").chmod(0o640)
+        (tmp_path / "b").chmod(0o444)
+        write_json(tmp_path / "a", {"again": 1})
+        write_bytes(tmp_path / "b", b"again")
+        write_json(tmp_path / "c", {}, 0o600)
+    finally:
+        os.umask(before)
+    assert read_bytes(tmp_path / "b", 9) == b"again"
+    modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "b", "c", "secret")}
+    assert modes == {"a": 0o640, "b": 0o444, "c": 0o600, "secret": 0o600}
+
+
+def test_no_json_is_written_that_could_not_be_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "a", {"x": "a" * 1000}, limit=2000)
+    with pytest.raises(CountermarkError, match="nothing was written"):
+        write_json(tmp_path / "a", {"x": "b" * 2000}, limit=2000)
+    assert read_json(tmp_path / "a", limit=2000) == {"x": "a" * 1000}
+    with pytest.raises(CountermarkError, match="larger than"):
+        read_json(tmp_path / "a", limit=900)
+
+
+def without_the_extra(folder: Path) -> str:
+    """A folder for PYTHONPATH in whose presence nothing of the extra `serve` can be imported."""
+    names = ("sqlalchemy", "psycopg", "starlette", "uvicorn", "prometheus_client", "h11")
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({names}))\n")
+    return f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "serve {mine} --log x.db",
+        "trace --suspect {mine} --key {mine}/key --log {log}",
+        *(f"log {verb} {{log}}" for verb in ("check", "head")),
+    ],
+)
+def test_what_needs_the_extra_serve_says_so(words: str, tmp_path: Path) -> None:
+    golden = Path(__file__).parent / "golden" / "0.1.0"
+    place = without_the_extra(tmp_path)
+    done = shell(f"countermark {words.format(mine=golden / 'mine', log=golden / 'log.db')}", tmp_path, PYTHONPATH=place)
+    one_line_of_two(done)
+    assert "pip install 'countermark[serve]'" in done.stderr
+    assert not (tmp_path / "x.db").exists()
+
+
+def test_a_guard_is_calibrated_without_the_extra_serve(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(Path(__file__).parent / "golden" / "0.1.0" / "mine", mine)
+    for name in ("guard.json", "commitment.json"):
+        (mine / name).unlink()
+    done = shell("countermark guard mine --cost 2", tmp_path, PYTHONPATH=without_the_extra(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (mine / "guard.json").exists()

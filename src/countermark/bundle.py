@@ -43,8 +43,8 @@ class Description:
     history: tuple[Mapping[str, Any], ...] = field(default=())
 
 
-def save_bundle(folder: Path, network: nn.Module, description: Description, mode: int = 0o644) -> str:
-    """Write a model into an existing folder, its files with `mode`, and return the SHA-256 of its weights file."""
+def save_bundle(folder: Path, network: nn.Module, description: Description, mode: int | None = None) -> str:
+    """Write a model into an existing folder, its files with `mode` (see `write_bytes`), and return the SHA-256 of its weights file."""
     digest = write_tensors(folder / "model.safetensors", network.state_dict(), mode=mode)
     write_json(
         folder / "model.json",

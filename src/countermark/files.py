@@ -9,8 +9,9 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class FolderBusyError(CountermarkError):
 
 
 JSON_LIMIT = 1 << 20
-"""Largest JSON file that is read, in bytes."""
+"""Largest JSON file that is read or written where nobody says otherwise, in bytes."""
 
 _HEADER_LIMIT = 1 << 24  # bytes of a safetensors header
 _DTYPES = {
@@ -57,25 +58,36 @@ def canonical_json(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
-def write_bytes(path: Path, data: bytes, mode: int = 0o644) -> None:
+def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
     """Write `data` to `path` whole or not at all.
+
+    Args:
+        path: of the file.
+        data: what it will hold.
+        mode: its permissions. None: those of the file that it replaces, or what the umask leaves
+            of 0666 for a new one.
 
     Raises:
         CountermarkError: the folder cannot be written or the disk is full; nothing is left behind.
     """
-    temporary: Path | None = None
+    temporary = path.parent / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    made = False
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{_TEMPORARY_PREFIX}{path.name}.")
-        temporary = Path(name)
+        if mode is None and path.is_file():
+            mode = stat.S_IMODE(path.stat().st_mode) & 0o777
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        descriptor = os.open(temporary, flags, 0o666 if mode is None else mode & 0o600)
+        made = True
         with os.fdopen(descriptor, "wb") as stream:
+            if mode is not None:
+                os.fchmod(stream.fileno(), mode)
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        temporary.chmod(mode)
         temporary.replace(path)
         _sync_folder(path.parent)
     except BaseException as error:
-        if temporary is not None:
+        if made:
             with contextlib.suppress(OSError):
                 temporary.unlink()
         if isinstance(error, OSError):
@@ -103,9 +115,16 @@ def read_bytes(path: Path, limit: int, first: int | None = None) -> bytes:
     return data
 
 
-def write_json(path: Path, value: Any, mode: int = 0o644) -> None:
-    """Write `value` as canonical JSON, whole or not at all."""
-    write_bytes(path, canonical_json(value), mode)
+def write_json(path: Path, value: Any, mode: int | None = None, limit: int = JSON_LIMIT) -> None:
+    """Write `value` as canonical JSON, whole or not at all, if `read_json` can read it with the same `limit`.
+
+    Raises:
+        CountermarkError: it would have more than `limit` bytes, or cannot be written.
+    """
+    data = canonical_json(value)
+    if len(data) > limit:
+        raise CountermarkError(f"{path} would have {len(data)} bytes, and no more than {limit} could be read back; nothing was written")
+    write_bytes(path, data, mode)
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
@@ -126,12 +145,12 @@ def parse_json(data: bytes, origin: str) -> dict[str, Any]:
     return value
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object that `write_json` wrote (see `parse_json` for what is refused)."""
-    return parse_json(read_bytes(path, JSON_LIMIT), str(path))
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """Read a JSON object of at most `limit` bytes that `write_json` wrote (see `parse_json` for what is refused)."""
+    return parse_json(read_bytes(path, limit), str(path))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any] | None = None, mode: int = 0o644) -> str:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any] | None = None, mode: int | None = None) -> str:
     """Write named tensors as safetensors, whole or not at all, and return the SHA-256 of the file."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = serialise_tensors(contiguous, {_METADATA_KEY: json.dumps(meta or {}, sort_keys=True)})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from countermark.data import spec
-from countermark.files import write_bytes, write_json
+from countermark.files import canonical_json, write_bytes
 from countermark.study.claims import Claim, claims
 from countermark.study.figures import figures
 from countermark.study.grid import Cell
@@ -45,16 +45,14 @@ def write_report(
         for name, svg in drawn[protocol].items():
             write_bytes(out / "figures" / f"{name}-{protocol}.svg", svg.encode())
     found = verdicts(judged)
-    write_json(
-        out / "results.json",
-        {
-            "format": RESULTS_FORMAT,
-            "about": dict(about),
-            "claims": [{"claim": claim.text, "verdict": claim.verdict, **_findings(claim)} for claim in judged],
-            "measurements": measured,
-            "tables": {protocol: [asdict(table) for table in part] for protocol, part in made.items()},
-        },
-    )
+    results = {
+        "format": RESULTS_FORMAT,
+        "about": dict(about),
+        "claims": [{"claim": claim.text, "verdict": claim.verdict, **_findings(claim)} for claim in judged],
+        "measurements": measured,
+        "tables": {protocol: [asdict(table) for table in part] for protocol, part in made.items()},
+    }
+    write_bytes(out / "results.json", canonical_json(results))  # of any size: nothing here reads it back
     write_bytes(out / "results.md", markdown(found, judged, made, about, command).encode())
     write_bytes(out / "report.html", page(found, judged, made, drawn, about).encode())
     return found
