@@ -4,6 +4,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from countermark.data import Examples, Pools, as_uint8, pixels, spec
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.evidence import EProcess
+from countermark.files import canonical_json
 from countermark.guard import (
     Calibration,
     Familiar,
@@ -30,9 +32,13 @@ from countermark.guard import (
     consistent_scores,
     expected_cost,
     familiar,
+    guard_record,
     images_of,
+    read_guard,
+    read_guard_record,
     strangeness,
     trace_accounts,
+    write_guard,
 )
 from countermark.guard.core import STEPS, WHOLE, boundary, client_key, coin, projections, tails_chance
 from countermark.guard.model import Split
@@ -746,3 +752,22 @@ def test_a_copy_made_through_the_guard_is_traced(guarded: GuardedModel, digits: 
     assert found["copy"].named == ("bob",)
     assert found["stranger"].named == ()
     assert boundary(torch.zeros(1, 3))[0].item() == 0
+
+
+def test_a_guard_of_large_images_can_be_read_back(tmp_path: Path) -> None:
+    """Three channels of 512 x 512: the ranges alone have 3 MiB."""
+    training = torch.randint(0, 256, (2, 3, 512, 512), dtype=torch.uint8)
+    chosen = GuardSettings("ab" * 32, 1.0, 1.0, (0.0,), 8, familiar(training, 0.1), (0.5,))
+    calibration = Calibration(chosen, 0.1, 0.1, 1.0, 1.0)
+    write_guard(tmp_path, guard_record(calibration, "cd" * 32))
+    assert read_guard(tmp_path) == chosen
+    assert chosen.familiar is not None
+    assert not chosen.familiar.foreign(training).any()
+    with pytest.raises(CountermarkError, match="natural-only"):
+        familiar(torch.zeros(1, 3, 1200, 1200, dtype=torch.uint8), 0.1)
+    record = read_guard_record(tmp_path)
+    for side in ("lowest", "highest"):
+        record["settings"]["familiar"][side] = "00" * ((1 << 22) + 1)
+    (tmp_path / "guard.json").write_bytes(canonical_json(record))
+    with pytest.raises(CountermarkError, match="usable settings"):
+        read_guard(tmp_path)

@@ -5,7 +5,7 @@ from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent
 from countermark.guard.foreign import Familiar, familiar, strangeness
 from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
 from countermark.guard.model import Answers, ExpectedCost, GuardedModel, calibrate_model, expected_cost
-from countermark.guard.settings import guard_record, guard_sha256, load_guarded, read_guard, weights_sha256
+from countermark.guard.settings import guard_record, guard_sha256, load_guarded, read_guard, read_guard_record, weights_sha256, write_guard
 from countermark.guard.tracing import Trace, Traced, images_of, trace_accounts
 
 __all__ = [
@@ -34,8 +34,10 @@ __all__ = [
     "images_of",
     "load_guarded",
     "read_guard",
+    "read_guard_record",
     "read_head",
     "strangeness",
     "trace_accounts",
     "weights_sha256",
+    "write_guard",
 ]

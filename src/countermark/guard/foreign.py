@@ -1,7 +1,7 @@
 """Queries that no honest client sends: images that no perturbation within the budget makes out of anything like the training data.
 
 Each pixel has a range over the training images. A query is foreign if one of its pixels is outside by more than the budget. An honest image
-whose pixels are in range cannot be made foreign within the budget, by anybody: that is arithmetic, not learned. A thief who makes his
+whose pixels are in range cannot be made foreign within the budget, by anybody: that is arithmetic, not learned. A thief who makes
 queries up by steps (Algorithm 2 and its kin) leaves the ranges soon. What is foreign depends on the query alone, never on a coin.
 """
 
@@ -15,6 +15,8 @@ from torch.nn import functional
 from countermark.data import pixels
 from countermark.errors import CountermarkError
 
+MOST_VALUES = 1 << 22
+"""Values of the largest image whose ranges are written down, three channels of 1182 x 1182 for example."""
 _FIELDS = 7
 
 
@@ -57,7 +59,15 @@ def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
     Args:
         training: uint8 `(n, c, h, w)`, whose values set the ranges.
         epsilon: the budget by which ranges are widened, in pixels of [0, 1].
+
+    Raises:
+        CountermarkError: an image has more than `MOST_VALUES` values.
     """
+    if training[0].numel() > MOST_VALUES:
+        raise CountermarkError(
+            f"images of {training[0].numel()} values are too large for coins on made-up queries, {MOST_VALUES} are the most; "
+            "guard near ties alone (--natural-only)"
+        )
     margin = _margin(epsilon)
     lowest = (training.amin(0).int() - margin).clamp(0, 255).to(torch.uint8)
     highest = (training.amax(0).int() + margin).clamp(0, 255).to(torch.uint8)

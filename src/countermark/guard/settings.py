@@ -8,14 +8,16 @@ from typing import Any
 
 from countermark.bundle import load_with_data
 from countermark.errors import CountermarkError
-from countermark.files import canonical_json, read_json, sha256
+from countermark.files import JSON_LIMIT, canonical_json, read_json, sha256, write_json
 from countermark.guard.calibration import Calibration
 from countermark.guard.core import WHOLE, Guard, GuardSettings
-from countermark.guard.foreign import Familiar
+from countermark.guard.foreign import MOST_VALUES, Familiar
 from countermark.guard.model import GuardedModel
 from countermark.watermarks import load_secret
 
 GUARD_FORMAT = "countermark guard 1"
+_NAME = "guard.json"
+_LIMIT = JSON_LIMIT + 4 * MOST_VALUES  # bytes: two hexadecimal digits for each end of each range
 _LARGEST = {"offsets": 64, "features": 1 << 20}
 
 
@@ -27,18 +29,33 @@ def guard_record(calibration: Calibration, pool_sha256: str) -> dict[str, Any]:
     return record
 
 
+def write_guard(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of a guard as a model folder's `guard.json`."""
+    write_json(folder / _NAME, record, limit=_LIMIT)
+
+
+def read_guard_record(folder: Path) -> dict[str, Any]:
+    """What a model folder's `guard.json` holds.
+
+    Raises:
+        CountermarkError: the folder has none, or it is not one of ours.
+    """
+    path = folder / _NAME
+    if not path.exists():
+        raise CountermarkError(f"{folder} has no guard; calibrate one with: countermark guard {folder}")
+    record = read_json(path, _LIMIT)
+    if record.get("format") != GUARD_FORMAT:
+        raise CountermarkError(f"{path} is not a guard of the format {GUARD_FORMAT!r}; use the release that wrote it")
+    return record
+
+
 def read_guard(folder: Path) -> GuardSettings:
     """The settings of a model folder's guard.
 
     Raises:
         CountermarkError: the folder has none, or it is not one of ours.
     """
-    path = folder / "guard.json"
-    if not path.exists():
-        raise CountermarkError(f"{folder} has no guard; calibrate one with: countermark guard {folder}")
-    record = read_json(path)
-    if record.get("format") != GUARD_FORMAT:
-        raise CountermarkError(f"{path} is not a guard of the format {GUARD_FORMAT!r}; use the release that wrote it")
+    path, record = folder / _NAME, read_guard_record(folder)
     settings = record.get("settings")
     if isinstance(settings, dict):
         # A guard of near ties alone may say nothing of the others, one from before chances were rounded coarsely nothing of steps.
@@ -73,7 +90,14 @@ def _fits_familiar(usual: object, outlines: object) -> bool:
     if not isinstance(usual, dict) or usual.keys() != {"lowest", "highest"}:
         return False
     low, high = usual["lowest"], usual["highest"]
-    return _is_hexadecimal(low) and _is_hexadecimal(high) and len(low) == len(high) and len(low) % 2 == 0 and _are_offsets(outlines)
+    return (
+        _is_hexadecimal(low)
+        and _is_hexadecimal(high)
+        and len(low) == len(high)
+        and len(low) % 2 == 0
+        and len(low) <= 2 * MOST_VALUES
+        and _are_offsets(outlines)
+    )
 
 
 def _is_hexadecimal(value: object) -> bool:
@@ -96,15 +120,15 @@ def load_guarded(folder: Path, key: Path) -> GuardedModel:
     """
     settings = read_guard(folder)
     committed = read_json(folder / "commitment.json").get("c3") if (folder / "commitment.json").exists() else None
-    if isinstance(committed, dict) and committed.get("guard_sha256") != guard_sha256(read_json(folder / "guard.json")):
+    if isinstance(committed, dict) and committed.get("guard_sha256") != guard_sha256(read_guard_record(folder)):
         raise CountermarkError(
-            f"{folder / 'guard.json'} is not the guard that {folder / 'commitment.json'} commits to; restore it, or calibrate again"
+            f"{folder / _NAME} is not the guard that {folder / 'commitment.json'} commits to; restore it, or calibrate again"
         )
     network, description, _ = load_with_data(folder)
     if weights_sha256(folder) != settings.model_sha256:
-        raise CountermarkError(f"{folder / 'guard.json'} was calibrated for other weights; run countermark guard {folder} again")
+        raise CountermarkError(f"{folder / _NAME} was calibrated for other weights; run countermark guard {folder} again")
     if settings.familiar is not None and settings.familiar.values != math.prod(description.shape):
-        raise CountermarkError(f"{folder / 'guard.json'} was calibrated for images of another shape; calibrate again")
+        raise CountermarkError(f"{folder / _NAME} was calibrated for images of another shape; calibrate again")
     return GuardedModel(network, Guard(settings, load_secret(key)))
 
 

@@ -7,7 +7,17 @@ from countermark.config import GuardConfig
 from countermark.data import load_pools
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, write_json
-from countermark.guard import Guard, GuardedModel, calibrate_model, expected_cost, guard_record, guard_sha256, weights_sha256
+from countermark.guard import (
+    Guard,
+    GuardedModel,
+    calibrate_model,
+    expected_cost,
+    guard_record,
+    guard_sha256,
+    read_guard_record,
+    weights_sha256,
+    write_guard,
+)
 from countermark.report import print_lines, print_table
 from countermark.timestamps import encode_token
 from countermark.verbs.stamping import timestamping
@@ -71,8 +81,8 @@ def guard(config: GuardConfig) -> Calibrated:
     if record is not None:  # what the authority may refuse comes before anything is written
         c3 = third_commitment(record["c2"], guard_sha256(made))
         same, t3 = record.get("c3") == c3, record.get("t3")
-        old = config.model / "guard.json"
-        if t3 is not None and not same and old.exists() and guard_sha256(read_json(old)) == record["c3"]["guard_sha256"]:
+        kept = (config.model / "guard.json").exists()
+        if t3 is not None and not same and kept and guard_sha256(read_guard_record(config.model)) == record["c3"]["guard_sha256"]:
             raise CountermarkError(
                 f"{config.model} has another guard, which was timestamped; keep guard.json and a copy of commitment.json elsewhere, "
                 "as evidence for what it answered, and move guard.json away before you calibrate again"
@@ -83,7 +93,7 @@ def guard(config: GuardConfig) -> Calibrated:
         elif not same:
             t3 = None
         committed = {**record, "c3": c3, "c3_signature": signature, "t3": t3}
-    write_json(config.model / "guard.json", made)
+    write_guard(config.model, made)
     if committed is not None:
         write_json(commitment, committed)
     measured = expected_cost(GuardedModel(network, Guard(found.settings, secret)), pools.test)
