@@ -75,6 +75,63 @@ def test_a_unit_is_named_by_all_that_its_result_depends_on(monkeypatch: pytest.M
     assert len(names) == 6
 
 
+def test_every_file_that_a_units_code_imports_names_it_or_is_plumbing() -> None:
+    """What Python loads for the work, against what names its units: no new room can be forgotten."""
+    listing = """
+import sys, countermark.study.work
+ours = [module for name, module in sys.modules.items() if name.startswith("countermark.")]
+print(*(module.__file__ for module in ours if getattr(module, "__file__", None)))
+"""
+    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+    package = Path(graph.__file__).parents[1]
+    loaded = {str(Path(path).relative_to(package)) for path in done.stdout.split()}
+    named = set(graph.code_files())
+    assert {path for path in loaded - named if path.split("/")[0] not in graph._PLUMBING} == set()
+    assert {"layers/spectral.py", "layers/hastened.py", "attacks/asking.py", "study/work.py"} <= named
+    for name in graph._PLUMBING:
+        assert (package / name).exists()
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the package, to be changed."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    return shutil.copytree(Path(graph.__file__).parents[1], folder / "countermark", ignore=ignored)
+
+
+@pytest.mark.parametrize("changed", ["layers/spectral.py", "attacks/local.py", "theft.py", "study/work.py"])
+def test_a_changed_line_of_a_units_code_makes_another_unit(changed: str, tmp_path: Path) -> None:
+    package = copied(tmp_path)
+    before = graph.code_version(package)
+    assert before == graph.code_version()
+    graph.code_version.cache_clear()
+    with (package / changed).open("a") as stream:
+        stream.write("\n# a comment changes nothing\n")
+    assert graph.code_version(package) == before
+    graph.code_version.cache_clear()
+    with (package / changed).open("a") as stream:
+        stream.write("\nANOTHER = 1\n")
+    assert graph.code_version(package) != before
+    graph.code_version.cache_clear()
+
+
+def test_a_new_room_is_found_by_its_import(tmp_path: Path) -> None:
+    """Absolute and relative imports, in functions too, of modules and of packages."""
+    package = copied(tmp_path)
+    for name, source in {
+        "room/__init__.py": "from . import part",
+        "room/part.py": "def late():\n    import countermark.other.deep",
+        "other/__init__.py": "",
+        "other/deep.py": "from ..third import thing",
+        "third.py": "thing = 1",
+    }.items():
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).write_text(source)
+    with (package / "layers" / "spectral.py").open("a") as stream:
+        stream.write("\nfrom countermark import room\n")
+    new = set(graph.code_files(package)) - set(graph.code_files())
+    assert new == {"room/__init__.py", "room/part.py", "other/__init__.py", "other/deep.py", "third.py"}
+
+
 def test_comments_and_docstrings_are_not_code() -> None:
     one = 'def f(x):\n    """Say."""\n    return x + 1\n'
     same = 'def f(x):  # twice\n    """Say more."""\n\n    return (x + 1)\n'

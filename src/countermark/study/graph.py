@@ -1,12 +1,14 @@
 """Units of work: what is done, with which options, to which other units.
 
-A unit is named by the SHA-256 of everything that its result depends on: its kind, its options, the units that it starts from, the code of
-the numerical rooms and the release of PyTorch. Two studies that need the same unit share it, and a changed line of numerical code makes a
+A unit is named by the SHA-256 of everything that its result depends on: its kind, its options, the
+units that it starts from, the code of the work and of all that it imports, and the release of
+PyTorch. Two studies that need the same unit share it, and a changed line of numerical code makes a
 new one.
 """
 
 import ast
 import functools
+import importlib.util
 import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +21,10 @@ from countermark.files import canonical_json, sha256
 
 UNIT_FORMAT = "countermark unit 1"
 
-_ROOMS = ("data", "training", "watermarks", "evidence", "models.py", "attacks", "evaluation.py", "bundle.py", "theft.py", "removal.py")
-_OWN = ("study/work.py",)
+_PACKAGE = Path(__file__).parents[1]
+_WORK = "countermark.study.work"  # where the code of units begins
+_PLUMBING = ("errors.py", "files.py", "progress.py", "suspects", "timestamps.py")
+"""What the work imports and no number depends on: messages, files, progress bars, suspects, time."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,55 @@ def environment() -> dict[str, str]:
 
 
 @functools.cache
-def code_version() -> str:
-    """SHA-256 over the syntax trees of the numerical rooms: comments, docstrings and layout do not count."""
-    root = Path(__file__).parents[1]
-    files = [path for room in (*_ROOMS, *_OWN) for path in ([root / room] if room.endswith(".py") else sorted((root / room).glob("*.py")))]
-    return sha256("\n".join(f"{path.relative_to(root)} {_meaning(path.read_text())}" for path in files).encode())
+def code_version(package: Path = _PACKAGE) -> str:
+    """SHA-256 over the syntax trees of a unit's code; comments, docstrings and layout do not count."""
+    trees = [f"{path} {_meaning((package / path).read_text())}" for path in code_files(package)]
+    return sha256("\n".join(trees).encode())
+
+
+def code_files(package: Path = _PACKAGE) -> list[str]:
+    """The files, relative to the package, that a unit's numbers come out of.
+
+    They are the work and all that it imports, but for the plumbing.
+    """
+    found: dict[str, None] = {}
+    waiting = [_WORK]
+    while waiting:
+        module = waiting.pop()
+        path = _file_of(module, package)
+        if path is None or path in found or path.split("/")[0] in _PLUMBING:
+            continue
+        found[path] = None
+        inside = module if path.endswith("__init__.py") else module.rpartition(".")[0]
+        waiting.append(inside)  # a package runs before what is in it
+        waiting += _imported((package / path).read_text(), inside)
+    return sorted(found)
+
+
+def _file_of(module: str, package: Path) -> str | None:
+    """The file of a module of ours below `package`.
+
+    There is none for other modules, for names within a module, and for the package itself.
+    """
+    first, *parts = module.split(".")
+    if first != "countermark" or not parts:
+        return None
+    places = ("/".join((*parts, "__init__.py")), "/".join(parts) + ".py")
+    return next((place for place in places if (package / place).is_file()), None)
+
+
+def _imported(source: str, package: str) -> Iterator[str]:
+    """The modules that a source of `package` imports anywhere.
+
+    The names that it takes from them are among the result, since they may be modules too.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
 def _meaning(source: str) -> str:
