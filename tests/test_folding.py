@@ -1,6 +1,7 @@
 """Prepared networks: the same logits and gradients as the network in evaluation mode."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune, weight_norm
 
 from countermark.attacks import Prepared, pgd, prepare
+from countermark.attacks.local import Local
 from countermark.errors import CountermarkError
 from countermark.layers import SpectralConv2d, hastened
 from countermark.models import NETWORKS, HalvingConv2d, Normalise, build
-
+from countermark.removal import quantise
 
 def lived_in(network: nn.Module, seed: int = 0) -> nn.Module:
     """Give every batch norm weights and statistics of a network that has been trained, some scales negative."""
@@ -257,3 +259,89 @@ def test_bf16_agrees_with_float32() -> None:
         assert float((found - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
         one, other = gradient(network, x), gradient(prepare(network, torch.bfloat16), x)
         assert float(functional.cosine_similarity(one.flatten(), other.flatten(), dim=0)) > 0.98
+
+
+def _patched(layer: nn.Module) -> None:
+    before = layer.forward
+    layer.forward = lambda x: 1 - before(x)  # type: ignore[method-assign]
+
+
+def _as_accelerate_does(layer: nn.Module) -> None:
+    layer._old_forward = layer.forward  # type: ignore[assignment]
+
+    def forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return 1 - module._old_forward(x)  # type: ignore[operator]
+
+    layer.forward = functools.update_wrapper(functools.partial(forward, layer), layer._old_forward)  # type: ignore[method-assign]
+
+
+def _called(layer: nn.Module) -> None:
+    before = layer._call_impl
+    layer._call_impl = lambda x: 1 - before(x)  # type: ignore[method-assign]
+
+
+def _subclassed(layer: nn.Module) -> None:
+    layer.__class__ = type("Other", (type(layer),), {"__call__": lambda self, x: 1 - type(self).__mro__[1].__call__(self, x)})
+
+
+_CHANGES = {
+    "forward": _patched,
+    "accelerate": _as_accelerate_does,
+    "call": _called,
+    "subclass": _subclassed,
+    "hook": lambda layer: layer.register_forward_hook(lambda *parts: 1 - parts[2]),
+}
+_PLACES = {"convolution": [1], "pool": [2], "relu": [3], "norm": [4], "flatten": [7], "linear": [8], "inner": [0], "whole": []}
+
+
+def changeable() -> nn.Sequential:
+    torch.manual_seed(0)
+    first = nn.Sequential(Normalise(0.4, 0.5))
+    layers = [first, nn.Conv2d(1, 16, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 5, padding=2)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(16 * 4 * 4, 5))
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+@pytest.mark.parametrize("place", _PLACES)
+def test_a_layer_that_computes_something_else_is_not_taken_apart(place: str, change: str) -> None:
+    """Whatever hangs on a layer or on the whole network, its copies compute what it computes."""
+    network, plain = lived_in(changeable()), lived_in(changeable())
+    layer: nn.Module = network
+    for number in _PLACES[place]:
+        layer = network[number]
+    _CHANGES[change](layer)
+    x = torch.rand(4, 1, 8, 8)
+    assert not torch.allclose(network(x), plain(x), atol=1e-2)
+    same(network, (1, 8, 8))
+    torch.testing.assert_close(hastened(network)(x), network(x), rtol=1e-4, atol=2e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(Local(prepare(network), x).logits, network(x), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("wrap", [weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_weights_that_are_computed_are_computed_in_copies_too(wrap: object) -> None:
+    network = lived_in(changeable())
+    for number in (1, 5, 8):
+        wrap(network[number])  # type: ignore[operator]
+    same(network.eval(), (1, 8, 8))
+
+
+def test_a_hook_around_every_module_runs_around_every_layer() -> None:
+    network, seen = lived_in(changeable()), []
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: seen.append(type(layer)))
+    try:
+        prepare(network)(torch.rand(1, 1, 8, 8))
+    finally:
+        handle.remove()
+    assert {nn.Conv2d, nn.MaxPool2d, nn.BatchNorm2d} <= set(seen)
+
+
+def test_quantised_weights_are_left_alone() -> None:
+    """Weights of a tensor subclass compute what they like; no batch norm is folded into them."""
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    network = lived_in(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 5)))
+    quantised, x = quantise(network), torch.rand(3, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(prepare(quantised)(x), quantised(x), rtol=1e-4, atol=2e-5)

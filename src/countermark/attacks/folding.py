@@ -195,7 +195,7 @@ def _fold_back(layers: list[nn.Module]) -> list[nn.Module]:
         before = done[-1] if done else None
         if affine is None:
             done.append(layer)
-            flatten = isinstance(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+            flatten = flattens(layer)
             flat = flatten or (flat and is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh))
         elif before is not None and is_plain(before, nn.Conv2d, HalvingConv2d, nn.Linear):
             assert isinstance(before, nn.Conv2d | nn.Linear)
@@ -244,7 +244,7 @@ def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module
             else:
                 done.append(layer if affine is None else ShiftedConv2d(affine, layer, by_frequency=False))
             continue
-        if affine is not None and isinstance(layer, nn.Flatten) and layer.start_dim == 1 and rest and is_plain(rest[-1], nn.Linear):
+        if affine is not None and flattens(layer) and rest and is_plain(rest[-1], nn.Linear):
             done.append(layer)
             affine, layer = Affine(affine.scale, affine.shift, flat=True), rest.pop()
         if affine is not None and affine.flat and isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
@@ -262,10 +262,10 @@ def _flatten_pixels(layers: list[nn.Module]) -> list[nn.Module]:
     done: list[nn.Module] = []
     channels: int | None = None  # of the tensors here, where that is certain
     for layer, after in zip(layers, [*layers[1:], None], strict=True):
-        flatten = isinstance(layer, nn.Flatten) and is_plain(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
-        if flatten and channels and isinstance(after, nn.Linear) and is_plain(after, nn.Linear) and after.in_features % channels == 0:
-            columns = after.weight.view(after.out_features, channels, -1)
-            after.weight = nn.Parameter(columns.transpose(1, 2).flatten(1))
+        linear = after if isinstance(after, nn.Linear) and is_plain(after, nn.Linear) else None
+        if linear and channels and flattens(layer) and linear.in_features % channels == 0:
+            columns = linear.weight.view(linear.out_features, channels, -1)
+            linear.weight = nn.Parameter(columns.transpose(1, 2).flatten(1))
             done.append(FlattenPixels())
         else:
             done.append(layer)
@@ -294,6 +294,11 @@ def _halves(layer: nn.Conv2d) -> bool:
 def _in_place(layers: list[nn.Module]) -> list[nn.Module]:
     """Let a ReLU overwrite a result that the layer before it does not need again."""
     fresh = nn.Conv2d, HalvingConv2d, ShiftedConv2d, nn.Linear
+def flattens(layer: nn.Module) -> bool:
+    """Whether a layer brings `(n, ...)` to `(n, features)` and nothing else."""
+    return isinstance(layer, nn.Flatten) and is_plain(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+
+
     return [
         nn.ReLU(inplace=True) if number and is_plain(layer, nn.ReLU) and is_plain(layers[number - 1], *fresh) else layer
         for number, layer in enumerate(layers)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from countermark.attacks.folding import Affine, PooledConv2d, Prepared, ShiftedConv2d
-from countermark.layers import Pool
+from countermark.attacks.folding import Affine, PooledConv2d, Prepared, ShiftedConv2d, flattens
+from countermark.layers import Pool, is_plain
 from countermark.models import Clip, HalvingConv2d
 
 Window = tuple[int, int, int, int]  # top, bottom, left, right; the ends are outside
@@ -47,7 +47,8 @@ class Local:
         self._states = [x.clone(memory_format=torch.channels_last) if x.dim() == 4 else x.clone()]
         for stage in self._stages:
             self._states.append(_result(stage, self._states[-1]).contiguous(memory_format=torch.channels_last))
-        self._linear = rest[1] if len(rest) > 1 and isinstance(rest[0], nn.Flatten) and type(rest[1]) is nn.Linear else None
+        first = rest[1] if len(rest) > 1 and flattens(rest[0]) else None
+        self._linear = first if isinstance(first, nn.Linear) and is_plain(first, nn.Linear) else None
         self._dense: torch.Tensor | None = None  # what the linear layer makes of the last state
         if self._linear is not None:
             self._dense = self._linear(self._states[-1].flatten(1))
@@ -113,18 +114,18 @@ def _stages(layers: list[nn.Module]) -> tuple[list[_Stage], list[nn.Module]]:
     """The stages that a network begins with, and the layers behind them."""
     stages: list[_Stage] = []
     for number, layer in enumerate(layers):
-        if stages and type(layer) in (nn.ReLU, nn.Tanh, Affine):
+        if stages and is_plain(layer, nn.ReLU, nn.Tanh, Affine):
             stages[-1].pointwise.append(layer)
-        elif type(layer) is Clip:
+        elif is_plain(layer, Clip):
             stages.append(_Stage(1, 1, 0, 0.0, None, None, None, [layer]))
-        elif isinstance(layer, Pool):
+        elif isinstance(layer, Pool) and is_plain(layer, Pool):
             stages.append(_pool(layer))
         elif isinstance(layer, PooledConv2d):
             stages += [_Stage(layer.kernel, 1, layer.padding, layer.value, layer.filters, layer.bias, None, []), _pool(layer)]
         elif isinstance(layer, ShiftedConv2d) and _square(layer.layer):
             stride, padding = layer.layer.stride[0], int(layer.layer.padding[0])
             stages.append(_Stage(layer.weight.shape[2], stride, padding, 0.0, layer.weight, None, layer, []))
-        elif type(layer) in (nn.Conv2d, HalvingConv2d) and isinstance(layer, nn.Conv2d) and _square(layer):
+        elif isinstance(layer, nn.Conv2d) and is_plain(layer, nn.Conv2d, HalvingConv2d) and _square(layer):
             stage = _Stage(layer.kernel_size[0], layer.stride[0], int(layer.padding[0]), 0.0, layer.weight, layer.bias, None, [])
             stages.append(stage)
         else:
