@@ -262,6 +262,20 @@ def test_bf16_agrees_with_float32() -> None:
 
 
 def _patched(layer: nn.Module) -> None:
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 12, 16)])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_and_its_copies_take_an_empty_batch(name: str, shape: tuple[int, int, int]) -> None:
+    """Gradients of the input pass through as well, and one image more is computed as ever."""
+    network = lived_in(build(name, shape, 7, seed=1))
+    for model in (network, hastened(network), prepare(network), prepare(network, torch.bfloat16)):
+        x = torch.empty(0, *shape, requires_grad=True)
+        logits = model(x)
+        assert logits.shape == (0, 7)
+        (found,) = torch.autograd.grad(logits.sum(), x)
+        assert found.shape == x.shape
+        assert model(torch.rand(1, *shape)).shape == (1, 7)
+
+
     before = layer.forward
     layer.forward = lambda x: 1 - before(x)  # type: ignore[method-assign]
 

@@ -336,3 +336,16 @@ def test_strict_accuracy_shows_the_gap_and_names_gradient_masking() -> None:
     assert hidden.gap > 20 > honest.gap
     assert hidden.broken["APGD-CE"] + hidden.broken["APGD-T"] > 20
     assert strict_accuracy(plain, measured, Attack(0.0, 10, 0.1)).strict_accuracy == 100
+
+
+@pytest.mark.parametrize("network", ["small", "paper"])
+def test_a_part_of_which_nothing_survives_ends_there(network: str) -> None:
+    """All examples fall before the first attack, or to it; the rest have nothing to do."""
+    model = build(network, (1, 8, 8), 10, seed=0).eval()
+    images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    right = predict(model, images)
+    none = strict_accuracy(model, Examples(images, (right + 1) % 10), Attack(0.1, 2, 0.05))
+    assert (none.test_accuracy, none.strict_accuracy) == (0, 0)
+    all_fall = strict_accuracy(model, Examples(images, right), Attack(0.9, 10, 0.2))
+    assert (all_fall.test_accuracy, all_fall.strict_accuracy) == (100, 0)
+    assert sum(all_fall.broken.values()) == 60

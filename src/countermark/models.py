@@ -69,8 +69,15 @@ class HalvingConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve `(n, c, h, w)` to `(n, filters, h/2, w/2)`."""
-        blocks = functional.pixel_unshuffle(functional.pad(x, (int(self.padding[0]),) * 4), 2)
+        blocks = blocks_of_pixels(functional.pad(x, (int(self.padding[0]),) * 4))
         return functional.conv2d(blocks, functional.pixel_unshuffle(self.weight, 2), self.bias)
+
+
+def blocks_of_pixels(x: torch.Tensor) -> torch.Tensor:
+    """Make channels of the pixels of each 2x2 block: `(n, c, h, w)` to `(n, 4 c, h/2, w/2)`."""
+    if len(x):
+        return functional.pixel_unshuffle(x, 2)
+    return x.reshape(0, 4 * x.shape[1], x.shape[2] // 2, x.shape[3] // 2)  # PyTorch would not
 
 
 def small(shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -101,6 +101,8 @@ def strict(
                 found.broken_by[rows[lost]] = STAGES.index(name)
                 done += _COSTS[name] / whole * len(rows) / len(standing)
                 if after is not None:
+            if len(standing) == 0:
+                return found
                     after(done, int((found.broken_by == -1).sum()))
     return found
 

@@ -8,6 +8,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from countermark.models import blocks_of_pixels
+
 FEW = 4  # input channels up to which blocks of pixels make a convolution faster
 
 
@@ -90,7 +92,7 @@ def pooled_blocks(
     height, width = (side + 2 * padding - kernel + 1 for side in x.shape[2:])
     below, right = (side + 2 * (blocks - 1) - padding for side in (height, width))
     padded = functional.pad(x, (padding, right - x.shape[3], padding, below - x.shape[2]), value=value)
-    each = functional.pixel_unshuffle(padded, 2).contiguous(memory_format=torch.channels_last)
+    each = blocks_of_pixels(padded).contiguous(memory_format=torch.channels_last)
     return _max_of_four(functional.conv2d(each, filters, bias), _groups, relu)
 
 

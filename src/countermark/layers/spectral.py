@@ -44,9 +44,12 @@ class SpectralConv2d(nn.Module):
         return every_pixel(layer) and same and pays
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve `(n, c, h, w)` to `(n, filters, h, w)`, with pixels outermost in memory (large images aside)."""
+        """Convolve `(n, c, h, w)` to `(n, filters, h, w)`.
+
+        The result has its pixels outermost in memory, large images and empty batches aside.
+        """
         size, kernel = (x.shape[2], x.shape[3]), self.weight.shape[2]
-        if max(size) > _LARGEST:
+        if max(size) > _LARGEST or len(x) == 0:
             return functional.conv2d(x, self.weight, self.bias, padding=kernel // 2)
         matrices = _matrices(*size, kernel, self.weight.dtype)
         spectrum = self._spectra.get(size)
