@@ -12,7 +12,7 @@ from countermark.bundle import load
 from countermark.data import Pools, pixels
 from countermark.evaluation import Attack, accuracy, agreement, predict
 from countermark.models import build
-from countermark.removal import add_noise, finetune, quantise
+from countermark.removal import add_noise, finetune, prune, quantise
 from countermark.study import work
 from countermark.theft import JacobianTheft, distil, steal_black_box
 from countermark.training import recipe, train
@@ -107,3 +107,18 @@ def test_the_published_protocol_picks_its_epoch_on_the_test_set(digits: Pools, t
     best = max(seen, key=lambda entry: entry[0])[1]
     assert len(seen) == 6
     assert all(torch.equal(value, best[name]) for name, value in load(tmp_path).state_dict().items())
+
+
+def test_removals_of_a_network_with_tied_weights_keep_them_tied(digits: Pools) -> None:
+    """Tied weights are pruned and disturbed once, not once for each layer that has them."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    network[3].weight = network[1].weight
+    noisy, pruned = add_noise(network, 0.5), prune(network, 0.25)
+    tuned = finetune(network, digits.thief[:64], 1)
+    for changed in (noisy, pruned, tuned):
+        assert changed[3].weight is changed[1].weight
+    noise = (noisy[1].weight - network[1].weight).std() / network[1].weight.std()
+    assert 0.45 < float(noise) < 0.55
+    assert int((pruned[1].weight == 0).sum()) == 64 * 64 // 4
+    assert not torch.equal(tuned[1].weight, network[1].weight)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from countermark.bundle import Description, load_bundle, save_bundle
 from countermark.data import Examples, Pools, load_ood
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
@@ -465,3 +466,87 @@ def test_the_pgd_recipe_is_the_papers() -> None:
     assert (config.epochs, config.learning_rate, config.momentum, config.weight_decay, config.batch_size) == (100, 0.005, 0.9, 5e-4, 128)
     assert config.schedule == "constant"
     assert asdict(marking(config, "mnist", "pgd"))["objective"] == "pgd"
+
+
+def tied_network() -> nn.Sequential:
+    """Two hidden layers of one weight, as embeddings and outputs share theirs."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    network[3].weight = network[1].weight
+    return network
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+@pytest.mark.parametrize("objective", ["standard", "fast"])
+def test_tied_weights_are_trained_kept_and_stay_tied(
+    digits: Pools, objective: str, average: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through checkpoints and resuming, with momentum and with an average of the weights."""
+    config = replace(recipe("digits", objective, 0.1, epochs=2), average=average, hardware=Hardware("cpu", precision="32-true"))
+    data = digits.training[:256]
+    network, resumed = tied_network(), tied_network()
+    before = network[1].weight.detach().clone()
+    train(network, data, config, validation=digits.validation)
+    end_epoch, calls = loop._end_epoch, []
+
+    def stops(*arguments: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return end_epoch(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "_end_epoch", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed, data, config, validation=digits.validation, checkpoint=tmp_path / "point")
+    resumed = tied_network()
+    train(resumed, data, config, validation=digits.validation, checkpoint=tmp_path / "point")
+    for trained in (network, resumed):
+        assert trained[3].weight is trained[1].weight
+        assert not torch.equal(trained[1].weight, before)
+    assert torch.equal(weights(network), weights(resumed))
+
+
+def test_the_average_of_tied_weights_moves_once_a_step(digits: Pools) -> None:
+    """One parameter that is used twice has the same average; a tied one that moved twice has not."""
+    config = TrainConfig(
+        "standard", None, 1, average=0.9, batch_size=32, momentum=0.0, weight_decay=0.0, learning_rate=0.05, schedule="constant",
+        hardware=Hardware("cpu", precision="32-true"),
+    )  # fmt: skip
+
+    class Unrolled(nn.Module):
+        """One parameter, used twice."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = tied_network()
+            del self.layers[3]._parameters["weight"]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            _, first, relu, second, _, last = self.layers
+            hidden = relu(first(x.flatten(1)))
+            return last(relu(nn.functional.linear(hidden, first.weight, second.bias)))
+
+    network, unrolled = tied_network(), Unrolled()
+    for each in (network, unrolled):
+        train(each, digits.training[:320], config)
+    torch.testing.assert_close(network[1].weight, unrolled.layers[1].weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes need fork")
+def test_tied_weights_come_back_from_two_processes(digits: Pools) -> None:
+    config = replace(recipe("digits", "standard", 0.1, epochs=1), hardware=Hardware("cpu", 2, "32-true"))
+    network = tied_network()
+    before = weights(network)
+    train(network, digits.training[:128], config)
+    assert network[3].weight is network[1].weight
+    assert not torch.equal(weights(network), before)
+
+
+def test_a_saved_model_may_have_had_tied_weights(tmp_path: Path) -> None:
+    """A model folder has one tensor for each name."""
+    network = small()
+    network[5].bias = nn.Parameter(network[5].bias.detach().clone())
+    network[2].bias = nn.Parameter(network[5].bias.detach()[:32])  # one storage
+    described = Description("small", (1, 8, 8), 10, "digits", 0.1, 0)
+    save_bundle(tmp_path, network, described)
+    assert torch.equal(weights(load_bundle(tmp_path)[0]), weights(network))

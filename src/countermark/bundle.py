@@ -45,7 +45,9 @@ class Description:
 
 def save_bundle(folder: Path, network: nn.Module, description: Description, mode: int | None = None) -> str:
     """Write a model into an existing folder, its files with `mode` (see `write_bytes`), and return the SHA-256 of its weights file."""
-    digest = write_tensors(folder / "model.safetensors", network.state_dict(), mode=mode)
+    # A file holds no tied weights: each name has a copy.
+    tensors = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+    digest = write_tensors(folder / "model.safetensors", tensors, mode=mode)
     write_json(
         folder / "model.json",
         {

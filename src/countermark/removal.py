@@ -90,9 +90,11 @@ def add_noise(network: nn.Module, scale: float, seed: int = 0) -> nn.Module:
     """
     noisy = copy.deepcopy(network)
     generator = torch.Generator().manual_seed(seed)
+    done: set[int] = set()  # tied weights are those of several layers and get their noise once
     with torch.no_grad():
         for layer in noisy.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
+            if isinstance(layer, nn.Conv2d | nn.Linear) and id(layer.weight) not in done:
+                done.add(id(layer.weight))
                 noise = torch.randn(layer.weight.shape, generator=generator).to(layer.weight)
                 layer.weight.add_(noise * (scale * layer.weight.std()))
     return noisy

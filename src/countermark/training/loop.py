@@ -91,8 +91,8 @@ def train(
     """Train `network` in place.
 
     Args:
-        network: pixels `(n, c, h, w)` of [0, 1] to logits.
-        examples: training images and labels.
+        network: pixels `(n, c, h, w)` of [0, 1] to logits, in float32; weights that it ties stay tied.
+        examples: training images, uint8 or pixels of [0, 1], and labels.
         config: objective, schedule, embedding, seed, devices.
         validation: held-out examples for the guard and the progress line; never the test pool.
         watermarks: watermark images and their labels, embedded as `config.embedding` says.
@@ -201,7 +201,9 @@ class _Run:
         if self.averaged is None:
             return
         share = 1 - min(self.config.average, (self.step + 1) / (self.step + 10))
-        for mean, value in zip(self.averaged.state_dict().values(), self.network.state_dict().values(), strict=True):
+        weights = self.network.state_dict()
+        for name, mean in _apart(self.averaged.state_dict()).items():
+            value = weights[name]
             if mean.is_floating_point():
                 mean.lerp_(value, share)
             else:
@@ -379,7 +381,15 @@ def _run(
             run.save(checkpoint)
             saved = time.monotonic()
     if fabric.global_rank == 0:
-        write_tensors(result, run.result.state_dict(), {"records": run.records}, mode=0o600)
+        # A file holds no tied weights: each name has a copy. Loading them in place keeps the ties.
+        state = {name: value.detach().cpu().clone() for name, value in run.result.state_dict().items()}
+        write_tensors(result, state, {"records": run.records}, mode=0o600)
+
+
+def _apart(state: State) -> State:
+    """Weights and buffers by name, tied ones by the first of their names alone."""
+    first = {(value.data_ptr(), value.numel()): name for name, value in reversed(state.items())}
+    return {name: value for name, value in state.items() if first[value.data_ptr(), value.numel()] == name}
 
 
 def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | None, done: float) -> float:
