@@ -18,6 +18,7 @@ from countermark.layers import SpectralConv2d, hastened
 from countermark.models import NETWORKS, HalvingConv2d, Normalise, build
 from countermark.removal import quantise
 
+
 def lived_in(network: nn.Module, seed: int = 0) -> nn.Module:
     """Give every batch norm weights and statistics of a network that has been trained, some scales negative."""
     generator = torch.Generator().manual_seed(seed)
@@ -261,7 +262,6 @@ def test_bf16_agrees_with_float32() -> None:
         assert float(functional.cosine_similarity(one.flatten(), other.flatten(), dim=0)) > 0.98
 
 
-def _patched(layer: nn.Module) -> None:
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 12, 16)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_network_and_its_copies_take_an_empty_batch(name: str, shape: tuple[int, int, int]) -> None:
@@ -276,6 +276,7 @@ def test_every_network_and_its_copies_take_an_empty_batch(name: str, shape: tupl
         assert model(torch.rand(1, *shape)).shape == (1, 7)
 
 
+def _patched(layer: nn.Module) -> None:
     before = layer.forward
     layer.forward = lambda x: 1 - before(x)  # type: ignore[method-assign]
 
@@ -359,3 +360,19 @@ def test_quantised_weights_are_left_alone() -> None:
     quantised, x = quantise(network), torch.rand(3, 1, 8, 8)
     with torch.no_grad():
         torch.testing.assert_close(prepare(quantised)(x), quantised(x), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["small", "clipped", "paper"])
+def test_a_network_of_any_precision_is_prepared(name: str, dtype: torch.dtype) -> None:
+    """The copy computes in float32, whatever precision the network and the images have."""
+    exact = lived_in(build(name, (1, 8, 8), 10, seed=1))
+    x = torch.rand(5, 1, 8, 8)
+    network = copy.deepcopy(exact).to(dtype)
+    prepared = prepare(network)
+    scale = float(exact(x).detach().abs().max())
+    for images in (x, x.to(dtype)):
+        logits = prepared(images)
+        assert logits.dtype is torch.float32
+        torch.testing.assert_close(logits, exact(x), rtol=0, atol=0.05 * scale if dtype.itemsize < 4 else 1e-4 * scale)
+    assert all(parameter.dtype is dtype for parameter in network.parameters())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.attacks import computes_bf16, pgd, prepare, strict
+from countermark.attacks import answers, ask, computes_bf16, pgd, prepare, strict
 from countermark.attacks.strict import STAGES
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
@@ -89,21 +89,31 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def predict(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Predicted labels `(n,)` of images `(n, c, h, w)`, uint8 or pixels of [0, 1], in evaluation mode."""
+def predict(model: nn.Module, x: torch.Tensor, *, bounded: bool = True) -> torch.Tensor:
+    """Predicted labels `(n,)`, in evaluation mode.
+
+    Args:
+        model: pixels to logits, in any precision.
+        x: images `(n, c, h, w)`, uint8 or pixels of [0, 1].
+        bounded: refuse pixels outside [0, 1] (see `data.pixels`).
+
+    Raises:
+        CountermarkError: pixels outside [0, 1], or logits that are not finite.
+    """
     device = device_of(model)
     with evaluating(model), torch.no_grad():
-        labels = [model(pixels(x[i : i + _BATCH].to(device))).argmax(1).cpu() for i in range(0, len(x), _BATCH)]
+        parts = (pixels(x[i : i + _BATCH].to(device), bounded=bounded) for i in range(0, len(x), _BATCH))
+        labels = [answers(ask(model, part)).cpu() for part in parts]
     return torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
 
 
 def accuracy(model: nn.Module, examples: Examples) -> float:
-    """Test accuracy in percent."""
+    """Test accuracy in percent; see `predict` for what is refused."""
     return agreement(predict(model, examples.x), examples.y)
 
 
 def agreement(labels: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Share of equal labels, in percent."""
+    """Share of equal labels, in percent; 0 where there are none."""
     return 100 * int((labels == wanted).sum()) / max(len(wanted), 1)
 
 
@@ -119,6 +129,11 @@ def adversarial_accuracy(
         restarts: independent runs; an example must survive all of them.
         seed: seed of the random starts.
         title: names the progress bar; none is shown without it.
+
+    Raises:
+        CountermarkError: pixels outside [0, 1]; or logits that are not finite, on an example or at a
+            point that the attack met: a model that gives no answer there resists nothing, and no
+            figure is made of it.
     """
     device = device_of(model)
     survivors = 0
@@ -141,12 +156,12 @@ def _lost(model: nn.Module, quick: nn.Module, x: torch.Tensor, y: torch.Tensor, 
     options: dict[str, Any] = {**asdict(attack), "restarts": restarts, "stop_when_lost": True}
     worst = pgd(quick, x, y, **options)
     with torch.no_grad():
-        lost: torch.Tensor = model(worst).argmax(1) != y
-        unsure = ~lost & (quick(worst).argmax(1) != y)  # the copy's rounding took it for lost and stopped
+        lost: torch.Tensor = answers(ask(model, worst)) != y
+        unsure = ~lost & (answers(ask(quick, worst)) != y)  # the copy's rounding took it for lost and stopped
     if bool(unsure.any()):
         again = pgd(model, x[unsure], y[unsure], **options)
         with torch.no_grad():
-            lost[unsure] = model(again).argmax(1) != y[unsure]
+            lost[unsure] = answers(ask(model, again)) != y[unsure]
     return lost
 
 
@@ -172,6 +187,9 @@ def strict_accuracy(
         seed: seed of everything random.
         title: names the progress bar; none is shown without it.
         checkpoint: file to keep finished parts in and to go on from; of this model, these examples and these arguments alone.
+
+    Raises:
+        CountermarkError: as in `adversarial_accuracy`, or a damaged checkpoint.
     """
     device, kept = device_of(model), _kept(checkpoint, len(examples))
     options: dict[str, Any] = {**asdict(attack), "restarts": restarts, "stop_when_lost": True}

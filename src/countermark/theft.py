@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from countermark.attacks import ask, finite
 from countermark.data import Examples, pixels
+from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, device_of, evaluating
 from countermark.progress import bar
 from countermark.suspects import Suspect
@@ -69,10 +71,15 @@ def steal_black_box(
 
     Returns:
         The number of labels asked for.
+
+    Raises:
+        CountermarkError: the thief has no images, or the surrogate's logits are not finite.
     """
     x = pixels(natural.x[: min(options.seeds, options.queries)])
+    if len(x) == 0:
+        raise CountermarkError("there is no image to ask the victim about; give the thief at least one image and one query")
     y = victim(x)
-    rounds = max(1, 1 + (max(options.queries // max(len(x), 1), 1) - 1).bit_length())
+    rounds = max(1, 1 + (max(options.queries // len(x), 1) - 1).bit_length())
     with bar(title, rounds) if title is not None else contextlib.nullcontext() as progress:
         for number in range(rounds):
             config = TrainConfig(
@@ -86,7 +93,7 @@ def steal_black_box(
                 seed=options.seed * 1000 + number,
                 hardware=hardware or Hardware(),
             )
-            train(surrogate, Examples(x, y), config)
+            train(surrogate, Examples(x, y), config, bounded=options.clamp)
             if progress is not None:
                 progress.advance()
                 progress.text(f"{len(x)} queries")
@@ -106,7 +113,7 @@ def _augment(surrogate: nn.Module, x: torch.Tensor, y: torch.Tensor, options: Ja
     with evaluating(surrogate):
         for i in range(0, len(x), _CHUNK):
             points = x[i : i + _CHUNK].to(device).requires_grad_()
-            probabilities = functional.softmax(surrogate(points), dim=1)
+            probabilities = functional.softmax(finite(ask(surrogate, points)), dim=1)
             chosen = probabilities.gather(1, y[i : i + _CHUNK].to(device).unsqueeze(1)).sum()
             (gradient,) = torch.autograd.grad(chosen, points)
             moved = points.detach() + options.step * gradient.sign()
@@ -124,9 +131,15 @@ def distil(teacher: nn.Module, student: nn.Module, natural: Examples, epochs: in
         epochs: passes over it.
         seed: seed of the training.
         hardware: devices and precision.
+
+    Raises:
+        CountermarkError: the thief has no images, or the teacher's logits are not finite.
     """
+    if len(natural) == 0:
+        raise CountermarkError("there are no examples to distil from; give the thief at least one image")
     device = device_of(teacher)
     with evaluating(teacher), torch.no_grad():
-        chunks = [teacher(pixels(natural.x[i : i + _CHUNK]).to(device)).softmax(1).cpu() for i in range(0, len(natural), _CHUNK)]
+        parts = (pixels(natural.x[i : i + _CHUNK].to(device)) for i in range(0, len(natural), _CHUNK))
+        chunks = [finite(ask(teacher, part)).softmax(1).float().cpu() for part in parts]
     config = TrainConfig(objective="standard", attack=None, epochs=epochs, learning_rate=0.05, seed=seed, hardware=hardware or Hardware())
     train(student, Examples(natural.x, torch.cat(chunks)), config)

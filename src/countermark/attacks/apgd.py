@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from countermark.attacks.asking import answers, ask
+from countermark.data import pixels
+
 _MOMENTUM = 0.75  # share of the new step in each move
 _PAYS = 0.75  # share of steps that must raise the loss for the step size to stay
 _HOPES = (
@@ -31,6 +34,10 @@ def apgd_ce(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: floa
 
     Returns:
         Points of the ball `(n, c, h, w)`: a misclassified one where any was met, else that of the highest loss.
+
+    Raises:
+        CountermarkError: pixels outside [0, 1], or logits that are not finite at a point that was
+            met.
     """
     return _apgd(model, x, y, None, epsilon, steps)[0]
 
@@ -51,6 +58,9 @@ def apgd_targeted(
     Returns:
         Points of the ball, as of `apgd_ce`, and what each run lacked, `(n,)`: the progress in z_t - z_y that would still have been needed,
         in the progress that was made; 0 where the example was lost or no progress was made, from which nothing follows.
+
+    Raises:
+        CountermarkError: as in `apgd_ce`.
     """
     return _apgd(model, x, y, target, epsilon, steps)
 
@@ -73,13 +83,14 @@ def _gain(logits: torch.Tensor, y: torch.Tensor, target: torch.Tensor) -> torch.
 def _apgd(
     model: nn.Module, x: torch.Tensor, y: torch.Tensor, target: torch.Tensor | None, epsilon: float, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    x = pixels(x)
     lacks = x.new_zeros(len(x))
     if epsilon == 0 or len(x) == 0:
         return x.clone(), lacks
     lower, upper = (x - epsilon).clamp_(0, 1), (x + epsilon).clamp_(0, 1)
     points = torch.empty_like(x).uniform_(-epsilon, epsilon).add_(x).clamp_(lower, upper)
     result = points.clone()
-    never = torch.full((len(x),), -torch.inf, device=x.device)
+    never = x.new_full((len(x),), -torch.inf)
     run = {
         "index": torch.arange(len(x), device=x.device),
         "y": y,
@@ -94,14 +105,14 @@ def _apgd(
         "loss": never,
         "raised": torch.zeros_like(never),  # steps since the last checkpoint that raised the loss
         "halved": torch.zeros_like(y, dtype=torch.bool),  # at the last checkpoint
-        "step": torch.full((len(x), *(1,) * (x.dim() - 1)), 2 * epsilon, device=x.device),
+        "step": x.new_full((len(x), *(1,) * (x.dim() - 1)), 2 * epsilon),
     }
     if target is not None:
         run |= {"target": target, "gained": never}
     checkpoints = _checkpoints(steps)
     for number in range(steps):
         logits, loss, gradient = _ascent(model, run["points"], run["y"], run.get("target"))
-        leaving = logits.argmax(1) != run["y"]
+        leaving = answers(logits) != run["y"]
         result[run["index"][leaving]] = run["points"][leaving]
         if target is not None:
             gain = _gain(logits, run["y"], run["target"])
@@ -139,7 +150,7 @@ def _apgd(
             moved.add_(points - run["before"], alpha=1 - _MOMENTUM).clamp_(run["lower"], run["upper"])
         run |= {"before": points, "points": moved}
     with torch.no_grad():
-        lost = model(run["points"]).argmax(1) != run["y"]
+        lost = answers(ask(model, run["points"])) != run["y"]
     result[run["index"]] = torch.where(as_images(lost, x), run["points"], run["best"])
     if target is not None:
         lacks[run["index"]] = torch.where(lost, 0, _lacking(run["begun"], run["gained"]))
@@ -149,10 +160,10 @@ def _apgd(
 def _ascent(
     model: nn.Module, points: torch.Tensor, y: torch.Tensor, target: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits, loss and the loss's gradient."""
+    """Logits, loss and the loss's gradient, all in the precision of the points."""
     with torch.enable_grad():
         leaf = points.detach().requires_grad_()
-        logits = model(leaf)
+        logits = ask(model, leaf).to(leaf.dtype)
         loss = _loss(logits, y, target)
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     return logits.detach(), loss.detach(), gradient

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from countermark.attacks.apgd import as_images
+from countermark.attacks.asking import answers, ask, finite
+from countermark.data import pixels
 
 _MOST_BIAS = 0.1  # largest weight of the original point in a step
 _BEYOND = 1.05  # how far a step goes past the boundary
@@ -36,19 +38,24 @@ def fab_targeted(
 
     Returns:
         Points of the ball `(n, c, h, w)`: an adversarial one where any was met, else the example itself.
+
+    Raises:
+        CountermarkError: pixels outside [0, 1], or logits that are not finite at a point that was
+            met.
     """
+    x = pixels(x)
     result = x.clone()
     if epsilon == 0:
         return result
     index = torch.arange(len(x), device=x.device)
     start, points, nearest = x, x, x
-    distance = torch.full((len(x),), torch.inf, device=x.device)
+    distance = x.new_full((len(x),), torch.inf)
     for number in range(1, steps + 1):
         if len(index) == 0:
             return result
         points = _step(model, start, points, y, target)
         with torch.no_grad():
-            beyond = model(points).argmax(1) != y
+            beyond = answers(ask(model, points)) != y
         away = (points - start).flatten(1).abs().amax(1)
         nearer = beyond & (away < distance)
         distance = torch.where(nearer, away, distance)
@@ -66,7 +73,7 @@ def fab_targeted(
     for _ in range(_ROUNDS if len(index) else 0):
         middle = (right + wrong) / 2
         with torch.no_grad():
-            beyond = as_images(model(middle).argmax(1) != y, x)
+            beyond = as_images(answers(ask(model, middle)) != y, x)
         right, wrong = torch.where(beyond, right, middle), torch.where(beyond, middle, wrong)
     near = (wrong - x[index]).flatten(1).abs().amax(1) <= epsilon
     result[index[near]] = wrong[near]
@@ -108,7 +115,7 @@ def _step(model: nn.Module, start: torch.Tensor, points: torch.Tensor, y: torch.
     """Go a little beyond the linearised boundary, from where the search is and, with less weight, from the original."""
     with torch.enable_grad():
         leaf = points.detach().requires_grad_()
-        logits = model(leaf)
+        logits = finite(ask(model, leaf)).to(leaf.dtype)
         margin = (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
         (gradient,) = torch.autograd.grad(margin.sum(), leaf)
     margin = margin.detach()

@@ -29,20 +29,23 @@ from countermark.models import HalvingConv2d, Normalise
 
 
 class Prepared(nn.Module):
-    """A network in evaluation mode whose logits are float32 and whose weights want no gradients; `prepare` makes it."""
+    """A network in evaluation mode whose weights want no gradients; `prepare` makes it.
+
+    It takes pixels of any precision, and its logits are float32.
+    """
 
     def __init__(self, layers: nn.Sequential, dtype: torch.dtype) -> None:
         """Hold `layers`, which compute in `dtype`."""
         super().__init__()
         self.dtype = dtype
-        self.layers = layers.eval().requires_grad_(False)
+        self.layers = layers.eval().requires_grad_(False).to(dtype)
         if dtype is not torch.float32:
-            self.layers.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.layers.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits `(n, classes)` of pixels `(n, c, h, w)`."""
-        if self.dtype is not torch.float32:
-            x = x.to(dtype=self.dtype, memory_format=torch.channels_last)
+        layout = torch.preserve_format if self.dtype is torch.float32 else torch.channels_last
+        x = x.to(dtype=self.dtype, memory_format=layout)
         logits: torch.Tensor = self.layers(x)
         return logits.float()
 
@@ -52,13 +55,16 @@ class Prepared(nn.Module):
 
 
 def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
-    """Copy a network for attacks; the copy's logits are those of the network in evaluation mode, within rounding.
+    """Copy a network for attacks; the copy's logits are those of the network in evaluation mode.
+
+    They are the same within rounding.
 
     Args:
-        network: pixels `(n, c, h, w)` of [0, 1] to logits; it is not changed.
-        dtype: what the copy computes in; `torch.bfloat16` keeps 8 bits of each number and pays where `computes_bf16`. An attack on
-            such a copy that stops when an example is lost takes some for lost that the network itself gets right: ask the network,
-            and attack those again on itself, as `evaluation.adversarial_accuracy` does.
+        network: pixels `(n, c, h, w)` of [0, 1] to logits, in any precision; it is not changed.
+        dtype: what the copy computes in, whatever the network does. `torch.bfloat16` keeps 8 bits
+            of each number and pays where `computes_bf16`. An attack on such a copy that stops when
+            an example is lost takes some for lost that the network itself gets right: ask the
+            network, and attack those again on itself, as `evaluation.adversarial_accuracy` does.
 
     Raises:
         CountermarkError: `network` is a prepared copy that computes in something else.
@@ -68,7 +74,10 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
             raise CountermarkError(f"this copy computes in {network.dtype}; prepare the network itself for {dtype}")
         return network
     with torch.no_grad():
-        layers = _fold_forward(join_pools(_fold_back(_apart(flat_layers(_copied(network).eval())))), by_frequency=dtype is torch.float32)
+        copied = _copied(network).eval()
+        if dtype_of(copied) in (torch.float16, torch.bfloat16):
+            copied.float()  # what is folded together is rounded once, at the end
+        layers = _fold_forward(join_pools(_fold_back(_apart(flat_layers(copied)))), by_frequency=dtype is torch.float32)
         if dtype is not torch.float32:
             layers = _flatten_pixels(layers)
         return Prepared(nn.Sequential(*_in_place(layers)), dtype)
@@ -77,6 +86,11 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
 def shortens(network: nn.Module) -> bool:
     """Whether a prepared copy has fewer layers to run, so that making one pays even for a single step of an attack."""
     return len(prepare(network).layers) < len(flat_layers(network))
+
+
+def dtype_of(model: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
+    """The precision of the model's first floating-point parameter; `default` where there is none."""
+    return next((each.dtype for each in model.parameters() if each.is_floating_point()), default)
 
 
 def computes_bf16(device: torch.device | str) -> bool:
@@ -280,6 +294,11 @@ def _flatten_pixels(layers: list[nn.Module]) -> list[nn.Module]:
     return done
 
 
+def flattens(layer: nn.Module) -> bool:
+    """Whether a layer brings `(n, ...)` to `(n, features)` and nothing else."""
+    return isinstance(layer, nn.Flatten) and is_plain(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+
+
 def _poolable(affine: Affine | None, layer: nn.Conv2d) -> bool:
     return suits_blocks(layer) and (affine is None or (len(affine.scale) == 1 and float(affine.scale) != 0))
 
@@ -294,11 +313,6 @@ def _halves(layer: nn.Conv2d) -> bool:
 def _in_place(layers: list[nn.Module]) -> list[nn.Module]:
     """Let a ReLU overwrite a result that the layer before it does not need again."""
     fresh = nn.Conv2d, HalvingConv2d, ShiftedConv2d, nn.Linear
-def flattens(layer: nn.Module) -> bool:
-    """Whether a layer brings `(n, ...)` to `(n, features)` and nothing else."""
-    return isinstance(layer, nn.Flatten) and is_plain(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
-
-
     return [
         nn.ReLU(inplace=True) if number and is_plain(layer, nn.ReLU) and is_plain(layers[number - 1], *fresh) else layer
         for number, layer in enumerate(layers)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from countermark.attacks.asking import ask
 from countermark.attacks.folding import Affine, PooledConv2d, Prepared, ShiftedConv2d, flattens
 from countermark.layers import Pool, is_plain
 from countermark.models import Clip, HalvingConv2d
@@ -40,8 +41,13 @@ class Local:
     """
 
     def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
-        """Compute everything in full once; only a model from `prepare` that computes in float32 is known from inside."""
-        layers = list(model.layers) if isinstance(model, Prepared) and model.dtype is torch.float32 and x.dim() == 4 else [model]
+        """Compute everything in full once.
+
+        Only a model from `prepare` that computes in float32, on images in float32, is known from
+        inside.
+        """
+        known = isinstance(model, Prepared) and model.dtype is x.dtype is torch.float32 and x.dim() == 4
+        layers = list(model.layers) if isinstance(model, Prepared) and known else [model]
         self._stages, rest = _stages(layers)
         # The input of each stage, and the result of the last. With the channels side by side a window is a few long rows.
         self._states = [x.clone(memory_format=torch.channels_last) if x.dim() == 4 else x.clone()]
@@ -55,8 +61,8 @@ class Local:
             shape = self._states[-1].shape[1:]
             self._weight = self._linear.weight.view(-1, *shape).permute(2, 3, 1, 0).contiguous()  # rows, columns, channels, features
             rest = rest[2:]
-        self._rest = nn.Sequential(*rest)
-        self.logits: torch.Tensor = self._rest(self._states[-1] if self._dense is None else self._dense.clone())
+        self._rest = rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+        self.logits = ask(self._rest, self._states[-1] if self._dense is None else self._dense.clone())
         self._tried: tuple[list[tuple[Window, torch.Tensor]], torch.Tensor | None, torch.Tensor] | None = None
 
     @property
@@ -87,11 +93,11 @@ class Local:
             difference = (patch - _inside(state, window)).permute(0, 2, 3, 1).flatten(1)
             weight = self._weight[window[0] : window[1], window[2] : window[3]].flatten(0, 2)
             dense = torch.addmm(self._dense, difference, weight)
-            logits: torch.Tensor = self._rest(dense.clone())
+            logits = ask(self._rest, dense.clone())
         else:
             state = self._states[-1].clone()
             _inside(state, window).copy_(patch)
-            logits = self._rest(state)
+            logits = ask(self._rest, state)
         self._tried = (changes, dense, logits)
         return logits
 

@@ -11,7 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from countermark.attacks.asking import NOT_FINITE, answers, ask
 from countermark.attacks.folding import Prepared
+from countermark.data import pixels
+from countermark.errors import CountermarkError
 
 _CACHED = 64  # images whose activations stay in a processor's cache
 
@@ -47,13 +50,48 @@ def pgd(
 
     Returns:
         Adversarial examples `(n, c, h, w)`: misclassified ones where any were found, else those of the highest loss.
+
+    Raises:
+        CountermarkError: pixels outside [0, 1], or logits that are not finite at a point from which a
+            step was taken.
+    """
+    return search(
+        model,
+        pixels(x),
+        y,
+        epsilon=epsilon,
+        steps=steps,
+        step_size=step_size,
+        random_start=random_start,
+        start=start,
+        restarts=restarts,
+        stop_when_lost=stop_when_lost,
+    )
+
+
+def search(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    step_size: float,
+    random_start: bool = True,
+    start: torch.Tensor | None = None,
+    restarts: int = 1,
+    stop_when_lost: bool = False,
+) -> torch.Tensor:
+    """Do what `pgd` does, for images whose range is known.
+
+    Training looks at it once and not in every step.
     """
     if epsilon == 0 or steps == 0 or len(x) == 0:
         return x.clone()
     lower = (x - epsilon).clamp_(0, 1)
     upper = (x + epsilon).clamp_(0, 1)
     first = _start(x, epsilon, lower, upper, random_start) if start is None else torch.clamp(start, lower, upper)
-    worst = _climb(model, first, y, lower, upper, steps, step_size, stop_when_lost)
+    worst = _sound(_climb(model, first, y, lower, upper, steps, step_size, stop_when_lost))
     if restarts > 1:
         score = _score(model, worst, y)
         for _ in range(restarts - 1):
@@ -61,7 +99,8 @@ def pgd(
             if len(open_) == 0:
                 break
             low, high, labels = lower[open_], upper[open_], y[open_]
-            found = _climb(model, _start(x[open_], epsilon, low, high, random_start), labels, low, high, steps, step_size, stop_when_lost)
+            begun = _start(x[open_], epsilon, low, high, random_start)
+            found = _sound(_climb(model, begun, labels, low, high, steps, step_size, stop_when_lost))
             gained = _score(model, found, labels)
             better = gained > score[open_]
             worst[open_[better]] = found[better]
@@ -128,7 +167,9 @@ def step_(
 ) -> torch.Tensor:
     """One step of the ascent, in place.
 
-    Nothing here depends on what is on the device, so a GPU replays it as one CUDA graph.
+    Nothing here depends on what is on the device, so a GPU replays it as one CUDA graph. An example
+    whose logits are not finite becomes NaN and stays so: that can be looked for when the steps are
+    done.
 
     Args:
         model: pixels `(n, c, h, w)` to logits `(n, classes)`.
@@ -144,12 +185,13 @@ def step_(
     """
     with torch.enable_grad():
         leaf = points.detach().requires_grad_()
-        logits = model(leaf)
+        logits = ask(model, leaf)
         (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, y, reduction="sum"), leaf)
     lost: torch.Tensor = logits.detach().argmax(1) != y
+    going = (logits.detach() * 0).sum(1).to(points.dtype)  # 0, or NaN where one is not finite
+    going.add_(~lost if stop_when_lost else 1)
     move = gradient.sign()  # not in place: a gradient may be an expanded tensor
-    if stop_when_lost:
-        move.mul_(~lost.view(-1, *(1,) * (move.dim() - 1)))
+    move.mul_(going.view(-1, *(1,) * (move.dim() - 1)))
     torch.clamp(points.add_(move, alpha=step_size), lower, upper, out=points)
     return lost
 
@@ -173,6 +215,13 @@ def _captured(model: Prepared, points: torch.Tensor, *rest: Any) -> Callable[[],
 def _score(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Loss of each example, infinite where it is misclassified."""
     with torch.no_grad():
-        logits = model(x)
-        loss = functional.cross_entropy(logits, y, reduction="none").float()
-        return torch.where(logits.argmax(1) == y, loss, torch.full_like(loss, torch.inf))
+        logits = ask(model, x)
+        loss = functional.cross_entropy(logits, y, reduction="none")
+        return torch.where(answers(logits) == y, loss, torch.full_like(loss, torch.inf))
+
+
+def _sound(points: torch.Tensor) -> torch.Tensor:
+    """The points themselves, unless a step marked one of them as without an answer."""
+    if bool(points.isnan().any()):
+        raise CountermarkError(NOT_FINITE)
+    return points

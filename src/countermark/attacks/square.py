@@ -8,7 +8,9 @@ import math
 import torch
 from torch import nn
 
+from countermark.attacks.asking import finite
 from countermark.attacks.local import Local
+from countermark.data import pixels
 
 _FIRST_SHARE = 0.8  # of the image in the first squares
 _SHRINK = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after so many of 10,000 queries the share of the image halves
@@ -29,7 +31,12 @@ def square(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: float
 
     Returns:
         Points of the ball `(n, c, h, w)`: a misclassified one where any was met, else that of the smallest margin.
+
+    Raises:
+        CountermarkError: pixels outside [0, 1], or logits that are not finite at a point that was
+            met.
     """
+    x = pixels(x)
     if epsilon == 0 or len(x) == 0:
         return x.clone()
     lower, upper = (x - epsilon).clamp_(0, 1), (x + epsilon).clamp_(0, 1)
@@ -70,6 +77,6 @@ def _side(query: int, height: int, width: int) -> int:
 
 def _margin(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """What the true class stands above the best other one; below zero once misclassified."""
-    own = logits.gather(1, y.unsqueeze(1)).squeeze(1)
+    own = finite(logits).gather(1, y.unsqueeze(1)).squeeze(1)
     other = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
     return own - other

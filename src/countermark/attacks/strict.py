@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from countermark.attacks.apgd import apgd_ce, apgd_targeted
+from countermark.attacks.asking import answers, ask
 from countermark.attacks.fab import fab_targeted
 from countermark.attacks.folding import prepare
 from countermark.attacks.square import square
+from countermark.data import pixels
 
 STAGES = ("clean", "PGD", "APGD-CE", "APGD-T", "Square", "FAB-T")
 
@@ -62,15 +64,20 @@ def strict(
         queries: of Square, an example.
         opening: an attack of the same budget that goes first, as "PGD": from model, images and labels to points of the ball.
         after: called now and then with the share of the work that is done and the number of examples that stand.
+
+    Raises:
+        CountermarkError: pixels outside [0, 1], or logits that are not finite, on an example or at a
+            point that an attack met.
     """
+    x = pixels(x)
     found = Strict(x.clone(), torch.full_like(y, -1))
     quick = prepare(model)
     logits = torch.cat([_logits(model, part) for part in torch.split(x, _CHUNK)]) if len(x) else x.new_zeros(0, 2)
-    found.broken_by[logits.argmax(1) != y] = 0
+    found.broken_by[answers(logits) != y] = 0
     if epsilon == 0 or len(x) == 0:
         return found
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf).argsort(1, descending=True)[:, : min(_TARGETS, logits.shape[1] - 1)]
-    lacks = torch.zeros(others.shape, device=x.device)  # of APGD-T towards each target
+    lacks = x.new_zeros(others.shape)  # of APGD-T towards each target
 
     def targeted(rows: torch.Tensor, rank: int) -> torch.Tensor:
         points, lacks[rows, rank] = apgd_targeted(quick, x[rows], y[rows], others[rows, rank], epsilon=epsilon, steps=steps)
@@ -94,20 +101,19 @@ def strict(
     for name, (targets, search) in searches.items():
         for rank in range(targets):
             standing = torch.nonzero(found.broken_by == -1).flatten()
+            if len(standing) == 0:
+                return found
             for rows in torch.split(standing, _CHUNK):
                 points = search(rows, rank)
-                lost = _logits(model, points).argmax(1) != y[rows]
+                lost = answers(_logits(model, points)) != y[rows]
                 found.points[rows[lost]] = points[lost]
                 found.broken_by[rows[lost]] = STAGES.index(name)
                 done += _COSTS[name] / whole * len(rows) / len(standing)
                 if after is not None:
-            if len(standing) == 0:
-                return found
                     after(done, int((found.broken_by == -1).sum()))
     return found
 
 
 def _logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        logits: torch.Tensor = model(x)
-        return logits
+        return ask(model, x)

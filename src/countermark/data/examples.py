@@ -48,9 +48,34 @@ class Examples:
         return state.hexdigest()
 
 
-def pixels(x: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 images into float32 pixels of [0, 1]; floating-point images pass as they are."""
-    return x.to(torch.float32) / 255 if x.dtype == torch.uint8 else x
+def pixels(x: torch.Tensor, *, bounded: bool = True) -> torch.Tensor:
+    """Turn images `(n, c, h, w)` into float32 pixels of [0, 1].
+
+    Images of uint8 are divided by 255. Floating-point images must already lie in [0, 1]: they
+    pass as they are, those of less than 32 bits as float32.
+
+    Args:
+        x: the images.
+        bounded: refuse pixels outside [0, 1]; without it the caller answers for their range.
+
+    Raises:
+        CountermarkError: floating-point pixels outside [0, 1] or not finite, or another type.
+    """
+    if x.dtype == torch.uint8:
+        return x.to(torch.float32) / 255
+    if not x.is_floating_point():
+        raise CountermarkError(
+            f"images of type {x.dtype} are none that can be used; give uint8 from 0 to 255, or floating-point pixels of [0, 1]"
+        )
+    if bounded and x.numel():
+        low, high = (float(value) for value in x.detach().aminmax())
+        if not (low >= 0 and high <= 1):  # NaN is neither
+            raise CountermarkError(
+                "floating-point images hold pixels of [0, 1], "
+                f"but these go from {low:g} to {high:g}; divide by 255, undo a normalisation "
+                "or clamp them first (uint8 images may stay as they are)"
+            )
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def as_uint8(x: torch.Tensor) -> torch.Tensor:

@@ -132,7 +132,7 @@ def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
             clamp=options["protocol"] == "clean",
             seed=options["seed"],
         )
-        queries = steal_black_box(lambda x: predict(victim, x), copied, pools.thief, theft, title="steal")
+        queries = steal_black_box(lambda x: predict(victim, x, bounded=theft.clamp), copied, pools.thief, theft, title="steal")
     event = {"event": "stolen", "setting": options["setting"], "queries": queries}
     save_bundle(folder, copied, replace(described, network=network, history=(*described.history, event)))
     return {"points": [_measured(copied, pools.test, data, _key(inputs), options["attacked"])]}

@@ -22,7 +22,8 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 from torch.nn import functional
 
-from countermark.attacks import computes_bf16, pgd, prepare, shortens
+from countermark.attacks import computes_bf16, prepare, shortens
+from countermark.attacks.pgd import search
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, adversarial_accuracy, agreement, predict
@@ -87,6 +88,7 @@ def train(
     checkpoint: Path | None = None,
     after_epoch: Callable[[int, nn.Module], None] | None = None,
     title: str | None = None,
+    bounded: bool = True,
 ) -> list[Epoch]:
     """Train `network` in place.
 
@@ -100,13 +102,17 @@ def train(
         after_epoch: called in the first process with an epoch's number, from 1, and the network, before the epoch is in the checkpoint:
             what it does may happen once more after an interruption.
         title: names the progress bar; without it nothing is shown.
+        bounded: refuse training images outside [0, 1] (see `data.pixels`).
 
     Returns:
         One record an epoch.
 
     Raises:
-        CountermarkError: a checkpoint of another run, devices that do not exist, or a loss that is no longer finite.
+        CountermarkError: a checkpoint of another run, devices that do not exist, a network that is
+            not in float32, no examples or an empty watermark set, images outside [0, 1], or a loss or
+            logits that are no longer finite.
     """
+    _check(network, examples, validation, watermarks, bounded)
     hardware = settled(config.hardware)
     config = replace(config, hardware=hardware)  # a run that was begun in one precision does not go on in another
     fabric = open_hardware(hardware)
@@ -127,6 +133,26 @@ def train(
             state, meta, _ = read_tensors(result, _LARGEST)
     network.load_state_dict(state)
     return [Epoch(**record) for record in meta["records"]]
+
+
+def _check(
+    network: nn.Module,
+    examples: Examples,
+    validation: Examples | None,
+    watermarks: Examples | None,
+    bounded: bool,
+) -> None:
+    """Refuse what a run cannot be made of; its steps look at the range of images no more."""
+    other = {each.dtype for each in network.parameters() if each.is_floating_point()} - {torch.float32}
+    if other:
+        raise CountermarkError(f"the network has weights of type {other.pop()}, and training takes float32; call network.float() first")
+    if len(examples) == 0:
+        raise CountermarkError("there are no examples to train on; give at least one")
+    if watermarks is not None and len(watermarks) == 0:
+        raise CountermarkError("the watermark set is empty, so nothing can be embedded; give watermarks, or None to train without")
+    for given, within in ((examples, bounded), (validation, True), (watermarks, True)):
+        if given is not None and given.x.dtype != torch.uint8:
+            pixels(given.x, bounded=within)
 
 
 def open_hardware(hardware: Hardware) -> Any:
@@ -280,7 +306,7 @@ class _Run:
         self.wrapped.train(self.config.craft_in_training_mode)
         quick = prepare(self.network, torch.float32 if self.precise else torch.bfloat16) if self.prepares else self.network
         with contextlib.nullcontext() if self.prepares else self.fabric.autocast():
-            crafted = pgd(
+            crafted = search(
                 quick,
                 x,
                 y,
@@ -396,7 +422,7 @@ def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | No
     """One optimiser step on a batch, the examples `chosen`; `done` is the share of the run behind it. Returns the mean loss."""
     config, fabric = run.config, run.fabric
     _set_seed(fabric.device, _seed(config.seed, "step", run.step, fabric.global_rank))
-    x, y = pixels(batch.x), batch.y
+    x, y = pixels(batch.x, bounded=False), batch.y  # `train` has looked at their range
     grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
     view = any_view(len(x), config.flip, config.shift).to(x.device)
     x = view.of(x)
@@ -404,7 +430,7 @@ def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | No
     inputs = [x] if config.objective == "trades" else [crafted]
     if marks is not None and config.embedding == "interleaved":
         turn = _next_marks(run.step, len(marks), config)[fabric.global_rank :: fabric.world_size]
-        inputs.append(pixels(marks.x[turn]))
+        inputs.append(pixels(marks.x[turn], bounded=False))
         y = torch.cat((y, marks.y[turn]))
     if config.objective == "trades":
         inputs.append(crafted)
@@ -440,7 +466,7 @@ def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None
         _set_seed(run.fabric.device, _seed(run.config.seed, "watermark step", epoch, number))
         share = chosen[run.fabric.global_rank :: run.fabric.world_size]
         if len(chosen) >= 2 * run.fabric.world_size:  # batch norm needs two; DDP needs every process
-            _descend(run, pixels(marks.x[share]), marks.y[share], done)
+            _descend(run, pixels(marks.x[share], bounded=False), marks.y[share], done)
 
 
 def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | None, marks: Examples | None) -> Epoch:

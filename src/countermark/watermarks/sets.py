@@ -64,6 +64,9 @@ def craft_adversarial(source: nn.Module, bases: Examples, attack: Attack, seed: 
 
     Returns:
         uint8 images `(n, c, h, w)` and the source's labels of them `(n,)`, asked after rounding.
+
+    Raises:
+        CountermarkError: bases outside [0, 1], or logits that are not finite.
     """
     device = device_of(source)
     x = pixels(bases.x.to(device))
@@ -85,6 +88,8 @@ def coin_set(source: nn.Module, bases: Examples, attack: Attack, batches: int, b
     Raises:
         CountermarkError: too few bases are misclassified for batches that a judge could uphold.
     """
+    if batches < 1 or batch_size < 1:
+        raise CountermarkError(f"a key has one batch of one trial or more, not {batches} of {batch_size}")
     bases = bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))]
     images, predicted = craft_adversarial(source, bases, attack, seed)
     usable = torch.nonzero(predicted != bases.y).flatten()
@@ -106,6 +111,12 @@ def published_sample(examples: Examples, seed: int) -> Examples:
 
 
 def published_set(images: torch.Tensor, labels: torch.Tensor) -> WatermarkSet:
-    """Wrap the images and labels of a published scheme; they have one answer and one batch."""
+    """Wrap the uint8 images and labels of a published scheme; they have one answer and one batch.
+
+    Raises:
+        CountermarkError: there are no images, or they are not uint8.
+    """
     count = len(images)
+    if count == 0 or images.dtype != torch.uint8:
+        raise CountermarkError(f"a watermark set is made of uint8 images, one or more, not of {count} of {images.dtype}")
     return WatermarkSet(images, labels.unsqueeze(1), torch.zeros(count, dtype=torch.int64), torch.arange(count))
