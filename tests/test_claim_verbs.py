@@ -188,7 +188,8 @@ def _small_key(arguments: tuple) -> object:
     private, stamp = arguments[4], arguments[6]
     if (private / "key.json").exists():
         return load_key(private)
-    x = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    # Images that differ, so that the mark takes whatever the coins are.
+    x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     trials = WatermarkSet(x, torch.tensor([[0, 1]] * 4), torch.arange(4) // 2, torch.arange(4))
     return write_key(private, "coin", trials, {"data": "digits"}, stamp)
 

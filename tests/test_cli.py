@@ -192,14 +192,14 @@ def test_grey_box_theft_takes_the_owners_network_and_trains_adversarially(
 @pytest.mark.parametrize(
     "options",
     [
-        ["--scheme", "ood"],
-        ["--scheme", "adversarial", "--watermark-step-size", "0.01", "--labels", "source"],
-        ["--scheme", "ood", "--embedding", "epoch", "--objective", "standard"],
+        ["--scheme", "ood", "--epochs", 4],
+        ["--scheme", "adversarial", "--watermark-step-size", "0.01", "--labels", "source", "--epochs", 4],
+        ["--scheme", "ood", "--embedding", "epoch", "--objective", "standard", "--epochs", 20],
     ],
 )
-def test_published_schemes(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_schemes(options: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "published"
-    _, made = ask(capsys, "protect", "--data", "digits", "--epochs", 4, "--out", out, *options)
+    _, made = ask(capsys, "protect", "--data", "digits", "--out", out, *options)
     assert made["trials"] == 100
     status, found = ask(capsys, "verify", "--suspect", out, "--key", out / "key")
     assert (status, found["verdict"], found["p_value"]) == (3, "inconclusive", None)

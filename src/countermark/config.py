@@ -187,7 +187,8 @@ class ProtectConfig(VerbConfig):
     seed: int = 0
     """Seed of pools, weights and training; the key's secret is drawn apart from it, by the operating system."""
     epochs: int | None = None
-    """Epochs of the unmarked model; default that of the recipe."""
+    """Epochs of the unmarked model; default that of the recipe. Where a mark did not take, more of them
+    train the marked model on."""
     labels: str | None = None
     """Labels of the scheme adversarial: true (the paper's, default) or source (what the crafting model answers)."""
     watermark_epsilon: float | None = None
