@@ -75,9 +75,9 @@ class HalvingConv2d(nn.Conv2d):
 
 def blocks_of_pixels(x: torch.Tensor) -> torch.Tensor:
     """Make channels of the pixels of each 2x2 block: `(n, c, h, w)` to `(n, 4 c, h/2, w/2)`."""
-    if len(x):
-        return functional.pixel_unshuffle(x, 2)
-    return x.reshape(0, 4 * x.shape[1], x.shape[2] // 2, x.shape[3] // 2)  # PyTorch would not
+    if x.shape[0] == 0:  # which PyTorch leaves in its shape; `len` would fix the batch of an export
+        return x.reshape(0, 4 * x.shape[1], x.shape[2] // 2, x.shape[3] // 2)
+    return functional.pixel_unshuffle(x, 2)
 
 
 def small(shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -49,7 +49,7 @@ class SpectralConv2d(nn.Module):
         The result has its pixels outermost in memory, large images and empty batches aside.
         """
         size, kernel = (x.shape[2], x.shape[3]), self.weight.shape[2]
-        if max(size) > _LARGEST or len(x) == 0:
+        if max(size) > _LARGEST or x.shape[0] == 0:
             return functional.conv2d(x, self.weight, self.bias, padding=kernel // 2)
         matrices = _matrices(*size, kernel, self.weight.dtype)
         spectrum = self._spectra.get(size)
