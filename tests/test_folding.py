@@ -376,3 +376,10 @@ def test_a_network_of_any_precision_is_prepared(name: str, dtype: torch.dtype) -
         assert logits.dtype is torch.float32
         torch.testing.assert_close(logits, exact(x), rtol=0, atol=0.05 * scale if dtype.itemsize < 4 else 1e-4 * scale)
     assert all(parameter.dtype is dtype for parameter in network.parameters())
+
+
+def test_what_is_folded_lies_where_the_network_lies() -> None:
+    """A normaliser holds no tensor and so no device; the device without memory stands for a GPU."""
+    layers = [Normalise(0.4, 0.5), nn.Conv2d(2, 5, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3)]
+    network = nn.Sequential(*layers).to("meta")
+    assert prepare(network)(torch.rand(2, 2, 8, 8, device="meta")).shape == (2, 3)

@@ -77,7 +77,9 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
         copied = _copied(network).eval()
         if dtype_of(copied) in (torch.float16, torch.bfloat16):
             copied.float()  # what is folded together is rounded once, at the end
-        layers = _fold_forward(join_pools(_fold_back(_apart(flat_layers(copied)))), by_frequency=dtype is torch.float32)
+        place = next((value.device for value in copied.parameters()), None)
+        folded = _fold_back(_apart(flat_layers(copied)), place)
+        layers = _fold_forward(join_pools(folded), by_frequency=dtype is torch.float32)
         if dtype is not torch.float32:
             layers = _flatten_pixels(layers)
         return Prepared(nn.Sequential(*_in_place(layers)), dtype)
@@ -198,14 +200,18 @@ def _apart(layers: list[nn.Module]) -> list[nn.Module]:
     return [copy.deepcopy(layer) if any(layer is other for other in layers[:number]) else layer for number, layer in enumerate(layers)]
 
 
-def _fold_back(layers: list[nn.Module]) -> list[nn.Module]:
-    """Drop what does nothing; fold each constant map into the convolution or linear layer just before it, or leave an `Affine`."""
+def _fold_back(layers: list[nn.Module], place: torch.device | None) -> list[nn.Module]:
+    """Drop what does nothing; fold each constant map into the layer just before it.
+
+    That is done for convolutions and linear layers; behind others an `Affine` is left, on the device
+    `place` of the network's weights.
+    """
     done: list[nn.Module] = []
     flat = False  # whether tensors are (n, features) here, for certain
     for layer in layers:
         if is_plain(layer, nn.Dropout, nn.Dropout2d, nn.Identity):
             continue
-        affine = _affine(layer, flat)
+        affine = _affine(layer, flat, place)
         before = done[-1] if done else None
         if affine is None:
             done.append(layer)
@@ -221,11 +227,12 @@ def _fold_back(layers: list[nn.Module]) -> list[nn.Module]:
     return done
 
 
-def _affine(layer: nn.Module, flat: bool) -> Affine | None:
+def _affine(layer: nn.Module, flat: bool, place: torch.device | None) -> Affine | None:
     """The constant map that a layer is in evaluation mode, if it is one."""
     if is_plain(layer, Normalise):
         assert isinstance(layer, Normalise)
-        return Affine(torch.tensor([1 / layer.std]), torch.tensor([-layer.mean / layer.std]))
+        scale, shift = (torch.tensor([each], device=place) for each in (1 / layer.std, -layer.mean / layer.std))
+        return Affine(scale, shift)
     if not is_plain(layer, nn.BatchNorm2d, *((nn.BatchNorm1d,) if flat else ())):
         return None
     assert isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d)
