@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pooch
 
 from countermark.data.catalog import spec
 from countermark.errors import CountermarkError
-from countermark.progress import Bar, bar
+
+if TYPE_CHECKING:
+    from countermark.progress import Bar
 
 _LIMIT = 1 << 26  # bytes; the largest of the files has 47 MB
 _CHUNK = 1 << 20
@@ -95,6 +97,8 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
     Raises:
         CountermarkError: no source has the files, or a file has the wrong SHA-256; no half file stays behind.
     """
+    from countermark.progress import bar  # with rich, which no help needs
+
     files = spec(name).files
     folder = (cache or cache_folder()) / name
     try:
@@ -124,7 +128,7 @@ def _cached(path: Path, digest: str) -> bool:
     return path.is_file() and pooch.file_hash(str(path)) == digest
 
 
-def _fetch_file(folder: Path, file: str, digest: str, sources: list[Source], progress: Bar | None) -> None:
+def _fetch_file(folder: Path, file: str, digest: str, sources: list[Source], progress: "Bar | None") -> None:
     failures = []
     for source in sources:
         if progress is not None:
