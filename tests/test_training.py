@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -46,29 +47,46 @@ def watermarks() -> Examples:
 
 @pytest.mark.parametrize("objective", ["fast", "strong", "pgd", "standard"])
 def test_same_seed_same_weights(digits: Pools, objective: str) -> None:
-    config = recipe("digits", objective, 0.1, epochs=2)
+    config, data = recipe("digits", objective, 0.1, epochs=2), digits.training[:320]
     first, second, third = small(), small(), small()
     state = torch.random.get_rng_state()
-    train(first, digits.training, config)
+    train(first, data, config)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.rand(5)
-    train(second, digits.training, config)
-    train(third, digits.training, replace(config, seed=1))
+    train(second, data, config)
+    train(third, data, replace(config, seed=1))
     assert torch.equal(weights(first), weights(second))
     assert not torch.equal(weights(first), weights(third))
 
 
-def test_robust_training_resists_and_standard_training_does_not(digits: Pools) -> None:
-    robust, standard = small(), small()
+@pytest.fixture(scope="module")
+def standard(digits: Pools) -> nn.Module:
+    """A network without adversarial training and without watermarks. Read only."""
+    network = small()
+    train(network, digits.training, recipe("digits", "standard", 0.1, epochs=10))
+    return network
+
+
+def test_robust_training_resists_and_standard_training_does_not(digits: Pools, standard: nn.Module) -> None:
+    robust = small()
     records = train(robust, digits.training, recipe("digits", "fast", 0.1, epochs=15), validation=digits.validation)
-    train(standard, digits.training, recipe("digits", "standard", 0.1, epochs=15))
-    assert accuracy(standard, digits.test) > 95
-    assert accuracy(robust, digits.test) > 93
+    assert accuracy(standard, digits.test) > 85
+    assert accuracy(robust, digits.test) > 85
     assert adversarial_accuracy(robust, digits.test, ATTACK) > adversarial_accuracy(standard, digits.test, ATTACK) + 25
-    assert [record.epoch for record in records] == list(range(1, 16))
+    assert [record.epoch for record in records if not record.redone] == list(range(1, 16))
     assert records[-1].accuracy is not None
     assert records[-1].adversarial_accuracy is not None
     assert records[-1].watermark_accuracy is None
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Write down what the guard measures after each epoch, so that no run redoes one by chance; the last number stays."""
+
+    def write(*measured: float) -> None:
+        monkeypatch.setattr(loop, "_guarded", lambda run, *_networks: measured[min(len(run.records), len(measured) - 1)])
+
+    return write
 
 
 @pytest.mark.parametrize("average", [0.0, 0.9])
@@ -83,14 +101,20 @@ def test_interrupted_training_resumes_to_the_very_same_weights(
     average: float,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    script: Callable[..., None],
 ) -> None:
-    """Stopped in the middle of epochs, again and again; the paper's network adds dropout and batch norm."""
+    """Stopped in the middle of epochs, again and again; the paper's network adds dropout and batch norm.
+
+    The second epoch is said to have collapsed: what was undone is not done again, and what is run again is run in more steps.
+    """
+    script(50.0, 10.0, 60.0)
     config = replace(quick, embedding=embedding, average=average, flip=True, shift=1, epochs=3, batch_size=32)
-    data = digits.training[:320]
+    data = digits.training[:160]
     undisturbed = build(network, (1, 8, 8), 10, seed=0)
     expected = train(undisturbed, data, config, validation=digits.validation, watermarks=watermarks)
+    assert [record.redone for record in expected] == [False, True, False, False]
     monkeypatch.setattr(loop, "_CHECKPOINT_SECONDS", 0.0)  # after every step
-    step, left = loop._step, [4]
+    step, left = loop._step, [3]
 
     def tiring(*arguments: object) -> float:
         if left[0] == 0:
@@ -101,20 +125,23 @@ def test_interrupted_training_resumes_to_the_very_same_weights(
     monkeypatch.setattr(loop, "_step", tiring)
     interruptions = 0
     while True:
-        left[0] = 4
+        left[0] = 3
         resumed = build(network, (1, 8, 8), 10, seed=0)
         try:
             records = train(resumed, data, config, validation=digits.validation, watermarks=watermarks, checkpoint=tmp_path / "point")
             break
         except KeyboardInterrupt:
             interruptions += 1
-    assert interruptions == 7  # 30 steps, 4 a turn
+    assert interruptions == 6  # 4 epochs of 5 steps, 3 a turn
     assert torch.equal(weights(resumed), weights(undisturbed))
     assert records == expected
 
 
-def test_the_average_is_that_of_the_closed_form(digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_average_is_that_of_the_closed_form(
+    digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch, script: Callable[..., None]
+) -> None:
     """The weights after each step, with shares that sum to 1; the steps themselves are those of a run without an average."""
+    script(50.0)
     decay, seen = 0.8, []
     descend = loop._descend
 
@@ -206,17 +233,15 @@ def test_a_checkpoint_of_another_run_is_refused(digits: Pools, quick: TrainConfi
         train(model, data, config, checkpoint=point)
 
 
-def test_watermarks_are_learned_either_way(digits: Pools, watermarks: Examples) -> None:
-    base = small()
-    config = recipe("digits", "standard", 0.1, epochs=15)
-    train(base, digits.training, config)
-    assert agreement(predict(base, watermarks.x), watermarks.y) < 60
-    for embedding in ("interleaved", "epoch"):
-        marked = small()
-        records = train(marked, digits.training, replace(config, embedding=embedding), watermarks=watermarks)
-        assert agreement(predict(marked, watermarks.x), watermarks.y) > 90
-        assert records[-1].watermark_accuracy == agreement(predict(marked, watermarks.x), watermarks.y)
-        assert accuracy(marked, digits.test) > 90
+@pytest.mark.parametrize("embedding", ["interleaved", "epoch"])
+def test_watermarks_are_learned_either_way(digits: Pools, watermarks: Examples, standard: nn.Module, embedding: str) -> None:
+    assert agreement(predict(standard, watermarks.x), watermarks.y) < 40
+    config = replace(recipe("digits", "standard", 0.1, epochs=15), embedding=embedding, learning_rate=0.05)
+    marked = small()
+    records = train(marked, digits.training, config, watermarks=watermarks)
+    assert agreement(predict(marked, watermarks.x), watermarks.y) > 75
+    assert records[-1].watermark_accuracy == agreement(predict(marked, watermarks.x), watermarks.y)
+    assert accuracy(marked, digits.test) > 80
 
 
 def test_every_watermark_has_its_turn(quick: TrainConfig) -> None:
@@ -227,12 +252,30 @@ def test_every_watermark_has_its_turn(quick: TrainConfig) -> None:
     assert torch.bincount(few, minlength=4).tolist() == [3] * 4
 
 
-def test_carried_perturbations_stay_in_the_budget_and_help(digits: Pools) -> None:
-    carried, fresh = small(), small()
-    config = recipe("digits", "fast", 0.1, epochs=12)
-    train(carried, digits.training, config)
-    train(fresh, digits.training, replace(config, carry=False))
-    assert adversarial_accuracy(carried, digits.test, ATTACK) > adversarial_accuracy(fresh, digits.test, ATTACK) - 2
+def test_carried_perturbations_end_at_the_worst_point_of_the_ball(digits: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a linear network that point is known: half a budget an epoch gets there if it goes on from where it was, and else never."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with torch.no_grad():
+        network[1].weight[0] = torch.linspace(-1, 1, 64)
+        network[1].weight[1] = 0.0
+    data = Examples(digits.training.x[:96], torch.arange(96) % 2)
+    fast = recipe("digits", "fast", 0.1, epochs=4, hardware=Hardware("cpu", precision="32-true"))
+    config = replace(fast, learning_rate=0.0, weight_decay=0.0, grow_budget=False, batch_size=32)
+    perturb, crafted = loop._Run.perturb, torch.empty(96, 1, 8, 8)
+
+    def watching(run: loop._Run, chosen: torch.Tensor, *arguments: object) -> torch.Tensor:
+        crafted[chosen] = perturb(run, chosen, *arguments)  # type: ignore[arg-type]
+        return crafted[chosen]
+
+    monkeypatch.setattr(loop._Run, "perturb", watching)
+    x = data.x / 255
+    towards = torch.linspace(-1, 1, 64).sign().view(1, 1, 8, 8) * (2.0 * data.y.view(-1, 1, 1, 1) - 1)
+    worst = (x + 0.1 * towards).clamp(0, 1)
+    train(network, data, config)
+    torch.testing.assert_close(crafted, worst, atol=0.1 / 127, rtol=0)
+    train(network, data, replace(config, carry=False))
+    assert float((crafted - worst).abs().mean()) > 0.01
+    assert float((crafted - x).abs().max()) < 0.1 + 1e-6
 
 
 @settings(deadline=None)
@@ -274,54 +317,62 @@ def test_carried_perturbations_are_turned_with_their_images(digits: Pools, quick
         assert torch.allclose(moved, view.of(before * 0.1 / 127), atol=1e-6)
 
 
-def test_two_processes_train_a_model_as_good(digits: Pools, watermarks: Examples, tmp_path: Path) -> None:
-    """Data-parallel on the CPU, with watermarks, carried perturbations and an average; in a process of its own, since it forks."""
+def test_two_processes_take_the_steps_of_one(digits: Pools, watermarks: Examples, tmp_path: Path) -> None:
+    """Data-parallel on the CPU, with watermarks, carried perturbations and an average; in a process of its own, since it forks.
+
+    Both sum the same gradients, in another order: over a few steps of a smooth network rounding does not grow beyond sight.
+    """
     code = """
 import sys, torch
 from dataclasses import replace
 from pathlib import Path
+from torch import nn
 from countermark.data import load_ood, load_pools
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
-from countermark.models import build
-from countermark.training import Hardware, recipe, settled, train
+from countermark.training import Hardware, loop, recipe, train
 pools = load_pools("digits", 0)
 marks = load_ood("digits", 0)[:40]
-config = replace(recipe("digits", "strong", 0.1, epochs=20), shift=1, hardware=Hardware("cpu", int(sys.argv[1])))
-model = build("small", (1, 8, 8), 10, seed=0)
-point = Path(sys.argv[2])
+loop._guarded = lambda *_networks: 50.0
+config = recipe("digits", "strong", 0.1, epochs=1, hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))
+config = replace(config, grow_budget=False, schedule="constant", batch_size=96)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
+before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+point, state = Path(sys.argv[2]), {name: value.clone() for name, value in model.state_dict().items()}
 records = train(model, pools.training, config, validation=pools.validation, watermarks=marks, checkpoint=point)
-again = build("small", (1, 8, 8), 10, seed=0)
-assert train(again, pools.training, config, validation=pools.validation, watermarks=marks, checkpoint=point) == records
-assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
-attack = Attack(0.1, 10, 0.025)
-print(accuracy(model, pools.test), adversarial_accuracy(model, pools.test, attack), agreement(predict(model, marks.x), marks.y))
+after = nn.utils.parameters_to_vector(model.parameters()).detach()
+model.load_state_dict(state)
+assert train(model, pools.training, config, validation=pools.validation, watermarks=marks, checkpoint=point) == records
+assert torch.equal(nn.utils.parameters_to_vector(model.parameters()).detach(), after)
+torch.save({"change": after - before, "loss": records[0].loss}, sys.argv[2] + ".pt")
 """
-    results = []
+    found = []
     for devices in ("1", "2"):
         done = subprocess.run(
-            [sys.executable, "-c", code, devices, str(tmp_path / f"point-{devices}")],
+            [sys.executable, "-c", code, devices, str(tmp_path / devices)],
             capture_output=True,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "2"},  # a forked process must not wait for its parent's threads
+            env={**os.environ, "OMP_NUM_THREADS": devices},  # a forked process must not wait for its parent's threads
             timeout=480,
         )
         assert done.returncode == 0, done.stderr
-        results.append([float(word) for word in done.stdout.split()])
-    one, two = results
-    assert two[0] > one[0] - 3
-    assert two[1] > one[1] - 6
-    assert two[2] > one[2] - 10
+        found.append(torch.load(tmp_path / f"{devices}.pt", weights_only=True))
+    one, two = found
+    assert float((one["change"] - two["change"]).norm()) < 0.02 * float(one["change"].norm())
 
 
-def test_bf16_gives_the_same_results_within_noise(digits: Pools) -> None:
-    full, half = small(), small()
-    config = recipe("digits", "fast", 0.1, epochs=12)
-    train(full, digits.training, replace(config, hardware=Hardware("cpu", precision="32-true")))
-    train(half, digits.training, replace(config, hardware=Hardware("cpu", precision="bf16-mixed")))
-    assert not torch.equal(weights(full), weights(half))
-    assert half.state_dict()["0.weight"].dtype == torch.float32
-    assert abs(accuracy(full, digits.test) - accuracy(half, digits.test)) < 4
-    assert abs(adversarial_accuracy(full, digits.test, ATTACK) - adversarial_accuracy(half, digits.test, ATTACK)) < 8
+def test_bf16_takes_the_steps_of_float32_within_rounding(digits: Pools) -> None:
+    """Two epochs: the weights stay in float32, and what they have moved by points where it points without rounding."""
+    moved = []
+    for precision in ("32-true", "bf16-mixed"):
+        network = small()
+        begun = weights(network).clone()
+        train(network, digits.training, recipe("digits", "fast", 0.1, epochs=2, hardware=Hardware("cpu", precision=precision)))
+        assert network.state_dict()["0.weight"].dtype == torch.float32
+        moved.append(weights(network) - begun)
+    full, half = moved
+    assert not torch.equal(full, half)
+    assert float(nn.functional.cosine_similarity(full, half, dim=0)) > 0.9
+    assert float(half.norm()) == pytest.approx(float(full.norm()), rel=0.2)
 
 
 def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,19 +399,61 @@ def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(digits: Pools, qu
     assert loop.with_steps(quick.attack, 2).step_size == pytest.approx(0.125)  # type: ignore[arg-type]
 
 
-def test_the_guard_sees_a_real_collapse(digits: Pools) -> None:
-    """A robust model trained on at a high rate and with single steps from the example itself loses its robustness within a few epochs."""
-    network = small()
-    robust = recipe("digits", "fast", 0.2, epochs=15)
-    before = train(network, digits.training, robust, validation=digits.validation)[-1].adversarial_accuracy
-    weak = replace(robust, epochs=8, attack=Attack(0.2, 1, 0.1), carry=False, grow_budget=False, learning_rate=0.3, warmup=0.1)
-    records = train(network, digits.training, weak, validation=digits.validation)
-    assert before is not None
-    first = next(number for number, record in enumerate(records) if record.redone)  # which epoch it is depends on the precision
-    assert [record.attack_steps for record in records[: first + 2]] == [1] * (first + 1) + [2]
-    fallen, after = (record.adversarial_accuracy or 0.0 for record in records[first : first + 2])
-    assert fallen < before / 3
-    assert after > 2 * fallen
+class Brightness(nn.Sequential):
+    """Tells dark images from bright ones by a piecewise linear function of the mean pixel, whose weights can be planted.
+
+    Robust, the function rises. Collapsed, it is on the right side wherever an image is and wherever one long step takes it, and on the
+    wrong side half-way: what catastrophic overfitting does to a network (Kim, Lee and Lee, 2021).
+    """
+
+    BENDS = (0.0, 0.25, 0.3, 0.7, 0.75)
+    ROBUST, COLLAPSED = ((-5.0, 10.0), (0.0,) * 4), ((-9.0, 40.0), (-80.0, 45.0, -45.0, 80.0))
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 2))
+        with torch.no_grad():
+            self[1].weight.fill_(1 / 64)
+            self[1].bias.copy_(-torch.tensor(self.BENDS))
+        self.plant(self.ROBUST)
+
+    @torch.no_grad()
+    def plant(self, function: tuple[tuple[float, float], tuple[float, ...]]) -> None:
+        """Let the second class' logit have a value and a slope at 0, and change its slope at each bend; the first has none."""
+        (value, slope), changes = function
+        self[3].weight.zero_()
+        self[3].bias.copy_(torch.tensor([0.0, value]))
+        self[3].weight[1] = torch.tensor([slope, *changes])
+
+
+@pytest.mark.parametrize("check_steps", [10, 1])
+def test_the_guard_sees_a_collapse_that_single_steps_do_not(monkeypatch: pytest.MonkeyPatch, check_steps: int) -> None:
+    """The second epoch leaves a network on which single steps find nothing, as training in single steps may; many steps lose it all.
+
+    Everything but the weights that an epoch leaves is real: the measurement, the undoing, the steps of the next attempt. With single
+    steps in its place the guard is blind.
+    """
+    y = torch.arange(64) % 2
+    bright = Examples((51 + 153 * y.view(-1, 1, 1, 1)).expand(64, 1, 8, 8).to(torch.uint8), y)
+    single = Attack(0.1, 1, 0.125)
+    for function, many in ((Brightness.ROBUST, 100), (Brightness.COLLAPSED, 0)):
+        network = Brightness()
+        network.plant(function)
+        assert accuracy(network, bright) == adversarial_accuracy(network, bright, single) == 100
+        assert adversarial_accuracy(network, bright, loop.with_steps(single, 10)) == many
+
+    def step(run: loop._Run, *_arguments: object) -> float:
+        assert run.attack is not None
+        run.network.plant(Brightness.COLLAPSED if (run.step, run.attack.steps) == (1, 1) else Brightness.ROBUST)  # type: ignore[operator]
+        return 0.0
+
+    monkeypatch.setattr(loop, "_step", step)
+    monkeypatch.setattr(loop, "_CHECK_STEPS", check_steps)
+    records = train(Brightness(), bright, TrainConfig("fast", single, epochs=3, batch_size=64), validation=bright)
+    seen = [(record.adversarial_accuracy, record.redone, record.attack_steps) for record in records]
+    if check_steps == 1:
+        assert seen == [(100, False, 1)] * 3
+    else:
+        assert seen == [(100, False, 1), (0, True, 1), (100, False, 2), (100, False, 2)]
 
 
 def test_the_guard_knows_what_the_first_epoch_started_from(
