@@ -1,6 +1,8 @@
 """Fixtures: one protected digits model for the whole run, made once whatever the number of test processes."""
 
 import fcntl
+import random
+import secrets
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,9 @@ def _made_once(factory: pytest.TempPathFactory, name: str, **options: object) ->
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            protect(ProtectConfig(data="digits", out=folder, **options))  # type: ignore[arg-type]
+            with pytest.MonkeyPatch.context() as patch:  # what a drawn secret decides is the same in every run
+                patch.setattr(secrets, "token_bytes", random.Random(name).randbytes)
+                protect(ProtectConfig(data="digits", out=folder, **options))  # type: ignore[arg-type]
     return folder
 
 

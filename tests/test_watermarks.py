@@ -2,8 +2,10 @@
 
 import hashlib
 import hmac
+import math
 import random
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chances import RISK, most
 from countermark.bundle import load_bundle
 from countermark.config import ProtectConfig
 from countermark.data import Examples, Pools
@@ -18,6 +21,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.evidence import sign_flip_test
 from countermark.files import canonical_json, read_json
+from countermark.training import recipes
 from countermark.verbs.protect import protect
 from countermark.watermarks import WatermarkSet, coin_set, craft_adversarial, draw_coins, full_strength, load_key, new_secrets, write_key
 from countermark.watermarks.commitment import check_signature, leaf_secret, leaf_secrets, leaves, merkle_root, secret_seed
@@ -223,9 +227,10 @@ def test_the_commitment_tells_no_secret(owner: Path) -> None:
         assert (owner / "key" / name).read_bytes().hex().encode() not in public
 
 
-def test_the_trials_cannot_be_made_again_without_the_secret(owner: Path, tmp_path: Path) -> None:
+def test_the_trials_cannot_be_made_again_without_the_secret(owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same seed, same public options, another secret: another source model, other bases, other trials."""
-    protect(ProtectConfig(data="digits", out=tmp_path / "again", epochs=10))
+    monkeypatch.setitem(recipes._DIALS, "digits", replace(recipes._DIALS["digits"], marking_epochs=2))  # type: ignore[index]
+    protect(ProtectConfig(data="digits", out=tmp_path / "again", epochs=8))
     first, second = load_key(owner / "key"), load_key(tmp_path / "again" / "key")
     ours, theirs = (set(map(bytes, key.watermarks.x.flatten(1).numpy())) for key in (first, second))
     assert not ours & theirs
@@ -268,6 +273,6 @@ def test_two_thousand_random_keys_find_nothing_in_a_stranger(who: str, owner: Pa
         values.append(sign_flip_test((signed * flips).tolist()).randomised_p_value(generator.random()))
     values.sort()
     distance = max(max((i + 1) / 2000 - value, value - i / 2000) for i, value in enumerate(values))
-    assert distance < 1.95 / 2000**0.5  # Kolmogorov-Smirnov at .001
-    for alpha, most in ((0.05, 135), (0.01, 37), (0.001, 9)):  # Binomial(2000, alpha) exceeds these with probability < .001
-        assert sum(value <= alpha for value in values) <= most
+    assert distance < math.sqrt(math.log(2 / RISK) / 2 / 2000)  # Kolmogorov-Smirnov, by the bound of Massart (1990)
+    for alpha in (0.05, 0.01, 0.001):
+        assert sum(value <= alpha for value in values) <= most(2000, alpha)
