@@ -24,6 +24,7 @@ from countermark.study.results import auc, estimate, measurements, rate_interval
 from countermark.study.run import do, run
 from countermark.study.store import Store
 from countermark.study.tables import paper_value, tables
+from countermark.training import recipes
 
 pytest.importorskip("distributed")
 
@@ -341,12 +342,18 @@ def tiny_grid() -> list[Cell]:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Cell]], Store]:
-    """One owner on digits with next to no training, all cells, both protocols' code paths for a marked model; the report of it."""
+    """One owner on digits with next to no training, all cells, both protocols' code paths for a marked model; the report of it.
+
+    Two workers begin. The rest is done here, where the training with watermarks can be shortened.
+    """
     out = tmp_path_factory.mktemp("study")
     cells = {"clean": tiny_grid()}
+    units = in_order(cell.unit for cell in cells["clean"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("countermark.study.run._POLL", 0.1)
-        store = running(in_order(cell.unit for cell in cells["clean"]), out, workers=2)
+        patch.setitem(recipes._DIALS, "digits", replace(recipes._DIALS["digits"], marking_epochs=2))  # type: ignore[arg-type]
+        running([unit for unit in units if unit.kind == "model" and not unit.inputs], out, workers=2)
+        store = running(units, out)
     write_report(out, cells, store, {"profile": "tiny"})
     return out, cells, store
 
@@ -475,7 +482,7 @@ def test_kill_minus_nine_and_on(tmp_path: Path) -> None:
         "import test_study\nfrom pathlib import Path\nfrom countermark.study.graph import in_order\n"
         "if __name__ == '__main__':\n"
         "    cells = [c for c in test_study.tiny_grid() if c.place.get('defence') in ('ADVTR', 'none')]\n"
-        "    test_study.running(in_order(c.unit for c in cells)[:14], Path(sys.argv[1]), workers=1)\n"
+        "    test_study.running(in_order(c.unit for c in cells)[:14], Path(sys.argv[1]), workers=int(sys.argv[2]))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
@@ -485,12 +492,15 @@ def test_kill_minus_nine_and_on(tmp_path: Path) -> None:
 
     (tmp_path / "calm").mkdir()
     (tmp_path / "killed").mkdir()
-    subprocess.run([sys.executable, str(script), str(tmp_path / "calm")], check=True, timeout=200, **quiet)  # type: ignore[call-overload]
-    for wait in (6, 8):
-        process = subprocess.Popen([sys.executable, str(script), str(tmp_path / "killed")], start_new_session=True, **quiet)  # type: ignore[call-overload]
-        time.sleep(wait)
+    subprocess.run([sys.executable, str(script), str(tmp_path / "calm"), "0"], check=True, timeout=200, **quiet)  # type: ignore[call-overload]
+    command = [sys.executable, str(script), str(tmp_path / "killed"), "1"]
+    for finished in (2, 7):
+        process = subprocess.Popen(command, start_new_session=True, **quiet)  # type: ignore[call-overload]
+        while len(results(tmp_path / "killed")) < finished:
+            assert process.poll() is None
+            time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run([sys.executable, str(script), str(tmp_path / "killed")], check=True, timeout=200, **quiet)  # type: ignore[call-overload]
+    subprocess.run(command, check=True, timeout=200, **quiet)  # type: ignore[call-overload]
     assert len(results(tmp_path / "calm")) == 14
     assert results(tmp_path / "calm") == results(tmp_path / "killed")
