@@ -28,8 +28,8 @@ from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import sha256
+from countermark.session import Session
 from countermark.suspects import Asking, Endpoint, open_suspect, prepare
-from countermark.suspects.session import Session
 from countermark.watermarks import load_key
 
 SHAPE = (1, 8, 8)

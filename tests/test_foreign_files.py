@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from countermark.bundle import Description, load_bundle, load_with_data, save_bundle
-from countermark.errors import CountermarkError, brief
+from countermark.errors import CountermarkError
 from countermark.files import read_json, write_json
 from countermark.models import build
 from countermark.suspects import open_suspect
+from countermark.text import brief
 from countermark.watermarks import load_key
 
 SHAPE = (1, 8, 8)

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from countermark.data import Spec, spec
-from countermark.errors import CountermarkError, brief
+from countermark.errors import CountermarkError
 from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.models import build
+from countermark.text import brief
 
 MODEL_FORMAT = "countermark model 1"
 _HEADER_ALLOWANCE = 1 << 20

@@ -27,8 +27,8 @@ from countermark import __version__
 from countermark import config as configs
 from countermark.errors import CountermarkError
 from countermark.memory import keep_freed_memory
-from countermark.names import nearest, shown
-from countermark.text import visible
+from countermark.names import nearest
+from countermark.text import brief, complain, visible
 
 
 @dataclass(frozen=True)
@@ -209,14 +209,14 @@ def _named(arguments: list[str]) -> tuple[str, list[str]]:
     if actions:
         guess = nearest(arguments[1], {name.split()[-1]: name for name in actions})
         guess = guess or f"; there is {', '.join(actions)}"
-        unknown = f"unknown action {shown(arguments[1])} of {word}{guess}"
+        unknown = f"unknown action {brief(arguments[1])} of {word}{guess}"
         raise CountermarkError(f"{unknown}; see countermark {word} --help")
     if word.startswith("-"):
-        order = f"{shown(word)} comes before the verb; give the verb first, then its options"
+        order = f"{brief(word)} comes before the verb; give the verb first, then its options"
         raise CountermarkError(f"{order}; see countermark --help")
     meant = {name.split()[-1]: name for name in _VERBS}
     meant |= {name: name for name in (*_VERBS, *_groups())}
-    unknown = f"unknown verb {shown(word)}{nearest(word, meant)}"
+    unknown = f"unknown verb {brief(word)}{nearest(word, meant)}"
     raise CountermarkError(f"{unknown}; countermark --help lists all verbs")
 
 
@@ -239,7 +239,7 @@ def _parse(name: str, arguments: list[str]) -> configs.VerbConfig:
         raise CountermarkError("an argument is empty; leave it out or fill it in")
     if unknown is not None:
         guess = nearest(unknown, {option: option for option in options})
-        raise CountermarkError(f"unknown option {shown(unknown)}{guess}; {see}")
+        raise CountermarkError(f"unknown option {brief(unknown)}{guess}; {see}")
     if twice is not None:
         raise CountermarkError(f"{twice} is given twice; give it once")
     if missing and not asked:
@@ -261,7 +261,7 @@ def _parse(name: str, arguments: list[str]) -> configs.VerbConfig:
         wrong = _wrong_value(options, arguments, said.getvalue())
         raise CountermarkError(f"{wrong}; {see}") from None
     if rest:
-        raise CountermarkError(f"{shown(rest[0])} belongs to no option; {see}")
+        raise CountermarkError(f"{brief(rest[0])} belongs to no option; {see}")
     return config
 
 
@@ -285,12 +285,9 @@ def _wrong_value(options: Mapping[str, Field[Any]], arguments: list[str], said: 
     value = arguments[place].partition("=")[2] or " ".join(after)
     kind = next((kind for kind in _KINDS if kind.__name__ in str(options[option].type)), None)
     wanted = _KINDS[kind] if kind else "a value"
-    return f"{option} takes {wanted}, {f'not {shown(value)}' if value else 'and none is given'}"
+    return f"{option} takes {wanted}, {f'not {brief(value)}' if value else 'and none is given'}"
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
-    with contextlib.suppress(OSError, ValueError):  # nobody reads standard error either
-        sys.stderr.write(f"countermark: {visible(line)}\n")
-        sys.stderr.flush()
+    complain(message)
     return 2

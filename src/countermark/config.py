@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 from countermark import names
 from countermark.data.catalog import spec
 from countermark.errors import CountermarkError
+from countermark.places import check_address, check_free
+from countermark.text import brief
 
 if TYPE_CHECKING:
     import torch
@@ -113,9 +115,8 @@ class VerbConfig:
     def _stamped(self, tsa: str | None) -> None:
         """Refuse roots without an authority, and an address that is none."""
         self._only_for(tsa is not None, "--tsa", "roots")
-        if tsa is not None and not tsa.startswith(("http://", "https://")):
-            address = "the address of a timestamp authority is http(s)://HOST/..."
-            raise CountermarkError(f"{address}, not {names.shown(tsa)}")
+        if tsa is not None:
+            check_address(tsa, "a timestamp authority")
 
 
 def _option(name: str) -> str:
@@ -138,14 +139,11 @@ def _placed(value: str | Path, place: Place, option: str) -> str | Path:
     try:
         if place is Place.READ and not path.exists():
             raise CountermarkError(f"{path} does not exist; check {option}")
-        if place is Place.NEW and path.exists() and not path.is_dir():
-            raise CountermarkError(f"{path} is a file; choose a new folder")
-        if place is Place.NEW and path.is_dir() and any(path.iterdir()):
-            raise CountermarkError(f"{path} is not empty; choose a new folder or empty it first")
+        if place is Place.NEW:
+            check_free(path)
     except (OSError, ValueError) as error:  # no permission, a name that is too long, a zero byte
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        shown = names.shown(str(path))
-        raise CountermarkError(f"{option}: cannot look for {shown}: {reason}; check the path") from error
+        raise CountermarkError(f"{option}: cannot look for {brief(str(path))}: {reason}; check the path") from error
     if isinstance(value, Path):
         return path
     return str(path) if value.startswith("~") else value
@@ -458,7 +456,7 @@ class ServeConfig(VerbConfig):
             raise CountermarkError(f"--port is a number from 0 to 65535, not {_number(self.port)}")
         self._positive("number of seconds", "timeout", "drain")
         if not self.name.isidentifier():
-            raise CountermarkError(f"--name is letters, digits and underscores, not {names.shown(self.name)}")
+            raise CountermarkError(f"--name is letters, digits and underscores, not {brief(self.name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

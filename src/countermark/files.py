@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialise_tensors
 
-from countermark.errors import CountermarkError, brief
+from countermark.errors import CountermarkError
+from countermark.places import check_free
+from countermark.text import brief
 
 
 class FolderBusyError(CountermarkError):
@@ -262,7 +264,7 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial") if path.name else path
     record = canonical_json(run)
     try:
-        _check_free(path)
+        check_free(path)
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
@@ -273,7 +275,7 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
         os.close(lock)
         raise FolderBusyError(f"another process is writing {partial}; wait for it or choose another folder") from error
     try:
-        _check_free(path)  # another process may have finished it since
+        check_free(path)  # another process may have finished it since
         for torn in partial.rglob(f"{_TEMPORARY_PREFIX}*"):
             torn.unlink(missing_ok=True)
         config = partial / "config.json"
@@ -295,17 +297,6 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
         if partial.is_dir() and [entry.name for entry in partial.iterdir()] in ([], ["config.json"]):
             shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
-
-
-def _check_free(path: Path) -> None:
-    """Refuse a place that a finished folder could not be renamed to."""
-    if path.is_dir():
-        if any(path.iterdir()):
-            raise CountermarkError(f"{path} is not empty; choose a new folder or empty it first")
-        if path.is_mount() or not path.name:
-            raise CountermarkError(f"{path} is a mount point, which cannot be replaced; choose a folder below it")
-    elif path.exists():
-        raise CountermarkError(f"{path} is a file; choose a new folder")
 
 
 CHECKPOINT_PREFIX = "checkpoint-"

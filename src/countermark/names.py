@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from countermark.errors import CountermarkError
+from countermark.text import brief
 
 NETWORKS = ("small", "wide", "clipped", "paper", "surrogate")
 SCHEMES = ("coin", "adversarial", "ood", "none")
@@ -21,7 +22,7 @@ LAYOUTS = ("nchw", "nhwc")
 PROFILES = ("quick", "standard", "paper")
 PROTOCOLS = ("clean", "as-published")
 
-_SHOWN = 40  # characters of a word that a message repeats
+_COMPARED = 40  # characters of a word that is looked for among similar ones
 
 
 def choose(what: str, name: str, names: Iterable[str]) -> None:
@@ -31,12 +32,7 @@ def choose(what: str, name: str, names: Iterable[str]) -> None:
         CountermarkError: it is not; the message lists those that there are.
     """
     if name not in tuple(names):
-        raise CountermarkError(f"unknown {what} {shown(name)}; choose one of {', '.join(names)}")
-
-
-def shown(word: str) -> str:
-    """A word in quotes as a message repeats it: the beginning of a long one."""
-    return repr(word if len(word) <= _SHOWN else word[:_SHOWN] + "...")
+        raise CountermarkError(f"unknown {what} {brief(name)}; choose one of {', '.join(names)}")
 
 
 def nearest(word: str, meant: Mapping[str, str]) -> str:
@@ -46,5 +42,5 @@ def nearest(word: str, meant: Mapping[str, str]) -> str:
         word: as it was written.
         meant: what may have been meant, by the word for it.
     """
-    found = get_close_matches(word[:_SHOWN], list(meant), 1)
+    found = get_close_matches(word[:_COMPARED], list(meant), 1)
     return f" (did you mean {meant[found[0]]}?)" if found else ""

@@ -1,5 +1,13 @@
 """Text from outside made safe to show; everything that is printed or put on a page goes through here."""
 
+import contextlib
+import reprlib
+import sys
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80  # characters
+_MOST = 200  # characters
+
 
 def visible(text: object) -> str:
     r"""Text on one line in which every character that is not printable is written as its escape.
@@ -10,3 +18,34 @@ def visible(text: object) -> str:
     it twice changes nothing.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def brief(value: object) -> str:
+    """Shorten a foreign value for a message: one line, no control characters, never long.
+
+    Example:
+        >>> brief("paper"), len(brief("a" * 900_000)), len(brief(["a" * 900] * 900))
+        ("'paper'", 80, 200)
+    """
+    return _cut(_short.repr(value))
+
+
+def sentence(text: str) -> str:
+    r"""Somebody's sentence, fit to stand in a message of ours: one line, printable, not long.
+
+    Example:
+        >>> sentence("no\n  such model")
+        'no such model'
+    """
+    return _cut(visible(" ".join(text[: 8 * _MOST].split())))
+
+
+def complain(message: str) -> None:
+    """Write a message on standard error as one line that begins with our name."""
+    with contextlib.suppress(OSError, ValueError):  # nobody reads standard error
+        sys.stderr.write(f"countermark: {visible(' '.join(message.split()))}\n")
+        sys.stderr.flush()
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST else f"{text[: _MOST - 3]}..."

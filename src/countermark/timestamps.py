@@ -19,17 +19,17 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from countermark.addresses import check_address
-from countermark.errors import CountermarkError, brief
+from countermark.errors import CountermarkError
 from countermark.files import read_bytes, sha256
+from countermark.places import check_address
 from countermark.progress import note
+from countermark.text import sentence
 
 TOKEN_LIMIT = 1 << 16
 """Largest response of an authority that is read, in bytes."""
 
 _SHA256 = "2.16.840.1.101.3.4.2.1"
 _TIMEOUT = 30.0
-_MOST_WORDS = 200  # of somebody else's text in a message of ours
 _ROOTS_LIMIT = 1 << 22
 
 
@@ -84,7 +84,7 @@ def _post(url: str, query: bytes) -> bytes:
     """Send a query to an authority; its answer, or whatever of it is within the limit."""
     import requests
 
-    from countermark.suspects.session import Session
+    from countermark.session import Session
 
     body = b""
     try:
@@ -101,7 +101,7 @@ def _post(url: str, query: bytes) -> bytes:
         ):
             if answer.is_redirect:
                 raise CountermarkError(
-                    f"the timestamp authority {url} sends its callers on to {answer.headers['location'][:_MOST_WORDS]}; "
+                    f"the timestamp authority {url} sends its callers on to {sentence(answer.headers['location'])}; "
                     "give that address if you trust it"
                 )
             answer.raise_for_status()
@@ -110,7 +110,7 @@ def _post(url: str, query: bytes) -> bytes:
                 if len(body) > TOKEN_LIMIT:
                     break
     except (requests.RequestException, OSError, ValueError) as error:
-        reason = str(error)[:_MOST_WORDS]
+        reason = sentence(str(error))
         raise CountermarkError(f"the timestamp authority {url} does not answer ({reason}); run the same command again") from error
     return body
 
@@ -126,7 +126,7 @@ def read_token(response: bytes, digest: str, origin: str) -> Token:
     parsed = _parse(response, origin)
     with _understood(f"{origin} is not a timestamp of RFC 3161 that can be read", "it is damaged or something else"):
         if parsed.status != 0:
-            reason = brief(", ".join(map(str, parsed.status_string))) or "no reason was given"
+            reason = sentence(", ".join(map(str, parsed.status_string))) or "no reason was given"
             raise CountermarkError(f"{origin}: the timestamp was refused with the status {parsed.status} ({reason})")
         information = parsed.tst_info
         imprint = information.message_imprint
@@ -304,7 +304,7 @@ def _understood(trouble: str, advice: str = "", kind: type[CountermarkError] = C
         if isinstance(error, MemoryError) or not (isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"):
             raise
         reason = re.search(r"Verify error: ([^\"]+)", str(error))
-        words = " ".join((reason[1] if reason else str(error) or type(error).__name__).split())[:_MOST_WORDS]
+        words = sentence(reason[1] if reason else str(error) or type(error).__name__)
         raise kind(f"{trouble} ({words}){'; ' if advice else ''}{advice}") from error
 
 

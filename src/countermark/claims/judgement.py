@@ -13,10 +13,10 @@ import torch
 from cryptography import x509
 
 from countermark.claims.record import Claim
-from countermark.errors import CountermarkError, brief
+from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, sha256
-from countermark.text import visible
+from countermark.text import brief, visible
 from countermark.timestamps import UntrustedError, check_token, read_token
 from countermark.watermarks import check_signature, draw_coins
 

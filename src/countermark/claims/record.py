@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.addresses import check_address
 from countermark.bundle import describe, load_bundle
-from countermark.errors import CountermarkError, brief
+from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
+from countermark.places import check_address
 from countermark.suspects import onnx_data
+from countermark.text import brief
 from countermark.timestamps import decode_token, encode_token
 from countermark.watermarks import WatermarkSet, leaf_hash, leaf_secrets, leaves, merkle_paths, path_length, root_of_path
 

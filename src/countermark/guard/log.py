@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from countermark.errors import CountermarkError, brief
+from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, canonical_json, read_bytes
 from countermark.guard.sqlite import LARGEST
+from countermark.text import brief
 from countermark.timestamps import decode_token
 
 if TYPE_CHECKING:

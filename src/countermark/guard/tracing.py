@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from countermark.errors import CountermarkError, brief
+from countermark.errors import CountermarkError
 from countermark.evidence import ALPHA, EProcess, decide
 from countermark.guard.core import WHOLE, client_key, coin
 from countermark.guard.log import Row
+from countermark.text import brief
 
 _SHARES = np.array([[0.002], [0.02], [0.1], [0.5], [0.9]])  # of the accounts, as gamblers guess, that a copy came from
 

@@ -24,6 +24,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.guard import GuardedModel, QueryLog, Row
 from countermark.guard.requests import pack_request
+from countermark.text import complain
 
 _DAY = 86_400
 _REMEMBERED = 1000  # clients whose cells are kept in memory
@@ -186,7 +187,7 @@ class Engine:
             except Exception as error:
                 if time.monotonic() >= self._quiet_until:
                     self._quiet_until = time.monotonic() + _QUIET
-                    _say(_reason(error))
+                    complain(_reason(error))
                 self._refuse(queries, _reason(error))
                 continue
             for query in queries:
@@ -213,7 +214,7 @@ class Engine:
             finally:
                 patience.cancel()
             if self.failed:
-                _say("the query log takes trials again")
+                complain("the query log takes trials again")
             self.failed = None
             for query in queries:
                 self._seen.setdefault(query.client, set()).update(row.cell for row in query.rows)
@@ -227,7 +228,7 @@ class Engine:
         It is said once, and once more where the log was only known to be silent.
         """
         if self.failed is None or (self.failed == _SILENT and reason != _SILENT):
-            _say(reason)
+            complain(reason)
             self.failed = reason
         self._refuse(self._writing.take_all(), reason)
 
@@ -277,9 +278,3 @@ class Engine:
 
 def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, CountermarkError) else repr(error)
-
-
-def _say(reason: str) -> None:
-    line = " ".join(reason.split())
-    with contextlib.suppress(OSError, ValueError):  # nobody reads standard error
-        print(f"countermark: {line}", file=sys.stderr, flush=True)

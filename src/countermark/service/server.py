@@ -24,6 +24,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from countermark.errors import CountermarkError
+from countermark.text import complain, sentence
 
 _QUEUE = 1024  # connections that the system keeps until they are accepted
 _BURST = 8  # connections that are accepted at once, before any of them is looked at
@@ -76,7 +77,7 @@ def connections_that_fit(wanted: int) -> int:
         raise CountermarkError(f"this process may open {now} files and {needs}; raise the limit (ulimit -n)")
     if fit < wanted:
         said = f"at most {fit} connections at a time, not {wanted}; for more, raise the limit of open files (ulimit -n)"
-        print(f"countermark: {said}", file=sys.stderr, flush=True)
+        complain(said)
     return fit
 
 
@@ -265,8 +266,7 @@ class _Complaints(logging.Handler):
             return
         self._next[place] = now + _QUIET
         reason = f"{type(error).__name__}: {error}; set COUNTERMARK_TRACEBACK=1 to see where"
-        words = " ".join(f"{record.getMessage()[:200].strip()}: {reason}".split())[:600]
-        with contextlib.suppress(OSError, ValueError):  # nobody reads standard error
-            print("countermark:", "".join(c if c.isprintable() else "?" for c in words), file=sys.stderr, flush=True)
-            if os.environ.get("COUNTERMARK_TRACEBACK"):
+        complain(f"{sentence(record.getMessage())}: {reason}"[:600])
+        if os.environ.get("COUNTERMARK_TRACEBACK"):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads standard error
                 traceback.print_exception(error, file=sys.stderr)

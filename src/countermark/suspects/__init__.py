@@ -13,18 +13,18 @@ from torch import nn
 from countermark.bundle import describe, load_bundle
 from countermark.config import place_name
 from countermark.data import pixels
-from countermark.errors import CountermarkError, brief
+from countermark.errors import CountermarkError
 from countermark.suspects.asker import (
     MOST_LABELS,
     NO_ANSWER,
     Asker,
     Asking,
     FailureError,
-    plain,
     prepare,
 )
 from countermark.suspects.confined import ask_onnx, ask_pt2, onnx_data
 from countermark.suspects.remote import Endpoint
+from countermark.text import brief, sentence
 
 _CHUNK = 250
 _NOT_HEEDED: Mapping[str, tuple[str, ...]] = {
@@ -104,7 +104,7 @@ def _answers_of(function: Suspect) -> Callable[[torch.Tensor], list[int]]:
         except CountermarkError:
             raise
         except Exception as error:
-            raise FailureError(plain(f"{type(error).__name__}: {error}")) from error
+            raise FailureError(sentence(f"{type(error).__name__}: {error}")) from error
         return _checked(labels, len(images))
 
     return answer

@@ -31,7 +31,6 @@ _FIRST_WAIT = 0.5  # seconds before the first retry; then twice as long each tim
 _LONGEST_WAIT = 30.0
 _PATIENCE = 5  # requests in a row that bring nothing
 _WASTED = 30  # and in all
-_MOST_WORDS = 200  # characters of a suspect that are repeated
 
 T = TypeVar("T")
 
@@ -100,13 +99,6 @@ class FailureError(CountermarkError):
         """
         super().__init__(words)
         self.there, self.nobody, self.busy = there, nobody, busy
-
-
-def plain(text: str) -> str:
-    """A suspect's words, fit to be repeated: one line, printable, not long."""
-    line = " ".join(text[: 8 * _MOST_WORDS].split())
-    line = "".join(letter if letter.isprintable() else "?" for letter in line)
-    return line if len(line) <= _MOST_WORDS else f"{line[:_MOST_WORDS]}..."
 
 
 def prepare(x: torch.Tensor, asking: Asking) -> torch.Tensor:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from countermark.errors import CountermarkError
+from countermark.text import visible
 
 _FOLDER = Path(__file__).parent
 _TIMEOUT = 600  # seconds for all images of one call
@@ -132,7 +133,7 @@ def _run(child: Path, path: Path, x: torch.Tensor, *options: str) -> bytes:
 def _last_line(said: bytes) -> str:
     """The reason: what libraries wrote lies before it."""
     lines = said.decode(errors="replace").strip().splitlines() or ["it gave no reason"]
-    return "".join(c if c.isprintable() else " " for c in lines[-1])[:_REASON]
+    return visible(lines[-1])[:_REASON]
 
 
 def _labels(path: Path, count: int, answer: bytes) -> torch.Tensor:

@@ -13,8 +13,9 @@ import requests
 import torch
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
-from countermark.addresses import check_address
 from countermark.errors import CountermarkError
+from countermark.places import check_address
+from countermark.session import Session
 from countermark.suspects.asker import (
     MOST_LABELS,
     NO_ANSWER,
@@ -22,9 +23,8 @@ from countermark.suspects.asker import (
     Asking,
     FailureError,
     RefusalError,
-    plain,
 )
-from countermark.suspects.session import Session
+from countermark.text import sentence
 
 _RESPONSE_LIMIT = 1 << 24
 _WORDS_LIMIT = 1 << 12
@@ -111,7 +111,7 @@ class Endpoint(Asker):
             if isinstance(error, ValueError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
                 # An address or a header that cannot be sent, or a certificate that does not hold.
                 advice = "check the address, --headers, and REQUESTS_CA_BUNDLE for its certificate"
-                words = plain(f"{type(error).__name__}: {error}")
+                words = sentence(f"{type(error).__name__}: {error}")
                 raise RefusalError(words, advice, final=True) from error
             nobody = _is_nobody(error)
             raise FailureError(type(error).__name__, there=False, nobody=nobody) from error
@@ -135,7 +135,7 @@ def _addresses(url: str) -> tuple[str, str, bool]:
             name, address = (urlunsplit(parts._replace(path=each, fragment="")) for each in every)
             return name, address, False
     raise CountermarkError(
-        f"{plain(url)} is neither .../v2/models/NAME (Open Inference Protocol) nor .../invocations (MLflow); give one of these"
+        f"{sentence(url)} is neither .../v2/models/NAME (Open Inference Protocol) nor .../invocations (MLflow); give one of these"
     )
 
 
@@ -150,9 +150,9 @@ def _is_nobody(error: requests.RequestException) -> bool:
 def _object(response: requests.Response) -> dict[str, Any]:
     """The JSON object of a response."""
     status = response.status_code
-    said = plain(f"{status} {response.reason or ''}")
+    said = sentence(f"{status} {response.reason or ''}")
     if 300 <= status < 400:  # its body is not even looked at
-        where = plain(response.headers.get("Location", "nowhere"))
+        where = sentence(response.headers.get("Location", "nowhere"))
         advice = "redirects are not followed; give the address that it leads to, if you trust it"
         raise RefusalError(f"{said}, to {where}", advice, final=True)
     if status != 200:
@@ -186,7 +186,7 @@ def _body(response: requests.Response, limit: int) -> bytes:
 def _words(data: bytes) -> str:
     """The first words of a body, without the markup of a page."""
     text = data[:_WORDS_LIMIT].decode(errors="replace")
-    return plain(_MARKUP.sub(" ", text) if text.lstrip()[:1] == "<" else text)
+    return sentence(_MARKUP.sub(" ", text) if text.lstrip()[:1] == "<" else text)
 
 
 def _labels(found: dict[str, Any], count: int, mlflow: bool) -> list[int]:
@@ -244,7 +244,7 @@ def _without_strings(data: Any) -> Any:
         return float(data if len(data) <= _LONGEST_NUMBER else "")
     except ValueError:
         raise RefusalError(
-            f"200 with a class name, {plain(data)!r}, for a label",
+            f"200 with a class name, {sentence(data)!r}, for a label",
             "serve it with class numbers or scores; which name is which class is not known here",
             final=True,
         ) from None
@@ -253,7 +253,7 @@ def _without_strings(data: Any) -> Any:
 def _shown(found: dict[str, Any]) -> str:
     """The beginning of an answer."""
     try:
-        return plain(json.dumps(found)[:_WORDS_LIMIT])
+        return sentence(json.dumps(found)[:_WORDS_LIMIT])
     except RecursionError:
         return "nested too deeply to be shown"
 

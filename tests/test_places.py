@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from countermark.addresses import check_address
 from countermark.cli import main
 from countermark.errors import CountermarkError
+from countermark.places import check_address
 from countermark.suspects import Endpoint
 
 RELEASE = Path(__file__).parent / "golden" / "0.1.0"

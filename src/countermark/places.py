@@ -1,6 +1,7 @@
-"""Addresses that a user gives: of an endpoint, of a timestamp authority."""
+"""Places that a user gives: the address of an endpoint or of a timestamp authority, a folder to write."""
 
 import re
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from countermark.errors import CountermarkError
@@ -33,3 +34,14 @@ def check_address(url: str, whose: str) -> str:
             f"as {hidden} does; an endpoint takes them as --headers 'Authorization: ...'"
         )
     return url
+
+
+def check_free(path: Path) -> None:
+    """Refuse a place that a finished folder could not be renamed to."""
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise CountermarkError(f"{path} is not empty; choose a new folder or empty it first")
+        if path.is_mount() or not path.name:
+            raise CountermarkError(f"{path} is a mount point, which cannot be replaced; choose a folder below it")
+    elif path.exists():
+        raise CountermarkError(f"{path} is a file; choose a new folder")
