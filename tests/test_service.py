@@ -496,6 +496,31 @@ def test_while_the_log_is_away_only_queries_with_a_coin_fail(start: Start, digit
     assert errors.count(f"countermark: the query log sqlite:///{service.log} cannot be used: no such table") == 1
 
 
+@pytest.mark.parametrize("away", ["renamed", "removed"])
+def test_a_log_whose_file_is_away_stores_nothing_and_says_so(start: Start, digits: Pools, away: str) -> None:
+    """Its file is removed while the service has it open: what is written there would be lost."""
+    service = start()
+    tied, untied = tied_and_untied(service.folder, digits)
+    elsewhere = service.log.with_name("elsewhere.db")
+    service.log.rename(elsewhere)
+    if away == "removed":
+        elsewhere.unlink()
+    for _ in range(2):
+        assert service.infer(tied).status_code == 500
+        assert service.infer(untied).status_code == 200
+        assert requests.get(f"{service.url}/v2/health/ready", timeout=5).status_code == 503
+    if away == "renamed":
+        elsewhere.rename(service.log)
+        begun = time.monotonic()
+        while service.infer(tied).status_code != 200:
+            assert time.monotonic() - begun < 10
+            time.sleep(0.1)
+        assert requests.get(f"{service.url}/v2/health/ready", timeout=5).status_code == 200
+        assert len(list(QueryLog(str(service.log), create=False).rows())) == 1
+    errors = ended(service)
+    assert errors.count(f"countermark: the query log {service.log} is gone") == 1
+
+
 def rename(log: Path, table: str, to: str) -> None:
     with contextlib.closing(sqlite3.connect(log, timeout=30)) as database:
         database.execute(f"ALTER TABLE {table} RENAME TO {to}")

@@ -215,7 +215,7 @@ def known(connection: sa.Connection, places: Sequence[Place]) -> set[Place]:
     found: set[Place] = set()
     for start in range(0, len(places), _PAGE):
         wanted = sa.select(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell).where(place.in_(places[start : start + _PAGE]))
-        found |= {(model, client, bytes(cell)) for model, client, cell in connection.execute(wanted)}
+        found |= {(model, client, cell) for model, client, cell in connection.execute(wanted)}
     return found
 
 
@@ -249,11 +249,10 @@ def add_erased(connection: sa.Connection, salt: bytes, digest: bytes, rows: int)
     connection.execute(_ERASED.insert().values(salt=salt, digest=digest, rows=rows))
 
 
-def erased_names(connection: sa.Connection) -> list[tuple[Any, Any, Any]]:
+def erased_names(connection: sa.Connection) -> Iterator[Sequence[Any]]:
     """Salt, digest and number of rows of each client who was erased."""
-    if not sa.inspect(connection).has_table("erased"):
-        return []
-    return [tuple(row) for row in connection.execute(sa.select(_ERASED.c.salt, _ERASED.c.digest, _ERASED.c.rows))]
+    if sa.inspect(connection).has_table("erased"):
+        yield from connection.execute(sa.select(_ERASED.c.salt, _ERASED.c.digest, _ERASED.c.rows))
 
 
 def erased_rows(connection: sa.Connection) -> int:

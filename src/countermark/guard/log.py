@@ -30,6 +30,7 @@ LOG_FORMAT = "countermark log 1"
 _ROW, _LINK = b"\x03", b"\x04"
 _ORIGIN = hashlib.sha256(_LINK + LOG_FORMAT.encode()).digest()
 _OVERHEAD = 1 << 12  # bytes of a row beside its image and its request
+_SALT = 16  # bytes
 _MOST = 1 << 62  # rows
 _KINDS = {"model": str, "client": str, "cell": bytes, "image": bytes, "request": bytes}
 
@@ -145,7 +146,7 @@ class QueryLog:
                 if not fresh[-1]:
                     continue
                 known.add(row.place)
-                salt = secrets.token_bytes(16)
+                salt = secrets.token_bytes(_SALT)
                 digest = row.digest(salt)
                 number, link = number + 1, _next(link, number + 1, digest)
                 values.append({"number": number, **asdict(row), "salt": salt, "digest": digest, "link": link})
@@ -195,7 +196,7 @@ class QueryLog:
         with self._using() as connection:
             count = self._sql.erase(connection, client, [*(field.name for field in fields(Row)), "salt"])
             if count:
-                salt = secrets.token_bytes(16)
+                salt = secrets.token_bytes(_SALT)
                 self._sql.add_erased(connection, salt, _name_digest(salt, client), count)
         self._database.empty_journal()
         return count
@@ -257,10 +258,12 @@ class QueryLog:
 
     def _erased(self, connection: "sa.Connection") -> list[tuple[bytes, bytes, int]]:
         """Salt and digest of each erased name, and how many rows it had."""
-        found = self._sql.erased_names(connection)
-        if any(not _binary(salt) or not _binary(digest) or type(rows) is not int or rows < 1 for salt, digest, rows in found):
-            raise CountermarkError(f"{self.shown}: the table of erased clients was changed; restore the log from a backup")
-        return [(_binary(salt), _binary(digest), rows) for salt, digest, rows in found]
+        found = []
+        for salt, digest, rows in self._sql.erased_names(connection):
+            if (len(_binary(salt)), len(_binary(digest))) != (_SALT, len(_ORIGIN)) or type(rows) is not int or rows < 1:
+                raise CountermarkError(f"{self.shown}: the table of erased clients was changed; restore the log from a backup")
+            found.append((salt, digest, rows))
+        return found
 
     def _gone(self, connection: "sa.Connection", clients: set[str]) -> set[str]:
         """Those clients that were erased."""
