@@ -129,7 +129,7 @@ class ShiftedConv2d(nn.Module):
         """Compute `layer(affine(x))`, if wanted by way of its frequencies."""
         super().__init__()
         self.layer = layer
-        self.shift = affine.shift
+        self.shift = nn.Parameter(affine.shift.to(layer.weight))
         self.weight = nn.Parameter(layer.weight * affine.scale.view(1, -1, 1, 1))
         self.spectral = SpectralConv2d(self.weight, None) if by_frequency else None
         self._constants: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
