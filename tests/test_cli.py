@@ -152,17 +152,17 @@ def test_evaluate_measures_what_protect_measured(owner: Path, capsys: pytest.Cap
 
 
 def test_evaluate_strictly(owner: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = ask(capsys, "evaluate", "--model", owner, "--strict", "--images", "40")
+    status, found = ask(capsys, "evaluate", "--model", owner, "--strict", "--images", "20")
     judged: dict[str, Any] = found["strict"]  # type: ignore[assignment]
-    assert (status, found["images"], judged["images"]) == (0, 40, 40)
+    assert (status, found["images"], judged["images"]) == (0, 20, 20)
     assert judged["strict_accuracy"] <= judged["adversarial_accuracy"] <= judged["test_accuracy"]
     assert found["gap"] == judged["adversarial_accuracy"] - judged["strict_accuracy"]
     assert set(judged["broken"]) == {"PGD", "APGD-CE", "APGD-T", "Square", "FAB-T"}
     broken = judged["test_accuracy"] - judged["strict_accuracy"]
-    assert sum(judged["broken"].values()) == pytest.approx(broken * 40 / 100)
-    status, printed, _ = run(capsys, "evaluate", "--model", owner, "--strict", "--images", "40")
+    assert sum(judged["broken"].values()) == pytest.approx(broken * 20 / 100)
+    status, printed, _ = run(capsys, "evaluate", "--model", owner, "--strict", "--images", "20")
     assert status == 0
-    assert f"strict accuracy {judged['strict_accuracy']:.2f} % of 40 images" in printed
+    assert f"strict accuracy {judged['strict_accuracy']:.2f} % of 20 images" in printed
     assert ("gradient masking" in printed) is found["gradient_masking"]
     assert "0" in fails(capsys, "evaluate", "--model", owner, "--images", "0")
 
