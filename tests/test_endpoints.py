@@ -349,7 +349,7 @@ def test_a_suspect_that_dies_is_left_and_what_it_said_is_kept(owner: Path, peer:
     labels = Endpoint(peer.url, dataclasses.replace(asking, budget=1))(x)
     assert torch.equal(labels[:30], (x[:30].flatten(1).mean(1) > 0.5).long())
     assert labels[30:].max() == -1
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60
 
 
 @pytest.fixture
@@ -386,7 +386,7 @@ def test_an_answer_that_drips_is_none(dripping: Callable[[bytes], str], begin: b
     begun = time.monotonic()
     with pytest.raises(CountermarkError, match="cannot be reached"):
         suspect(images(1))
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 30  # it would go on for ever
 
 
 def test_a_redirect_is_not_even_looked_at(peer: Peer, dripping: Callable[[bytes], str]) -> None:
@@ -397,7 +397,7 @@ def test_a_redirect_is_not_even_looked_at(peer: Peer, dripping: Callable[[bytes]
     begun = time.monotonic()
     with pytest.raises(CountermarkError, match="302 Found, to /;"):
         suspect(images(1))
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 30  # it would go on for ever
 
 
 def test_mlflow_invocations(peer: Peer) -> None:
