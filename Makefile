@@ -1,5 +1,6 @@
 # make quickstart   train, mark and prove a model on real MNIST
 # make test         the test suite
+# make test-avx2    its numerical part once more, in the instructions of an older processor
 # make slow         the tests that need much room: a real Triton
 # make lint         format, lint, docstrings, types
 # make install      only .venv, with the command .venv/bin/countermark
@@ -22,7 +23,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION ?= $(TORCH)$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: quickstart study install test slow lint format bench first-light clean
+.PHONY: quickstart study install test test-avx2 slow lint format bench first-light clean
 
 quickstart: install
 	$(BIN)/countermark data fetch mnist
@@ -57,6 +58,11 @@ $(PEERS)/.installed:
 
 test: $(VENV)/.dev $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What a processor computes in decides how training goes; no test may. oneDNN can be told to do without newer instructions.
+NUMERICAL := training attacks folding strict guard theft_and_removal
+test-avx2: $(VENV)/.dev
+	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(NUMERICAL:%=tests/test_%.py)
 
 slow: $(VENV)/.dev  # a real Triton, half a gigabyte of it
 	test -x $(TRITON)/bin/python || $(TRITON_PYTHON) -m venv $(TRITON)
