@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from countermark.guard import QueryLog, Row
 from countermark.models import build
 from countermark.removal import prune
 from countermark.signing import check_folder, sign_folder
+from countermark.training import recipes
 from countermark.verbs.adjudicate import adjudicate
 from countermark.verbs.claim import claim
 from countermark.verbs.log_check import log_check
@@ -169,6 +171,7 @@ def test_an_interrupted_run_does_not_draw_its_coins_again(authority: Authority, 
             raise KeyboardInterrupt
         return true_train(*arguments, **options)  # type: ignore[arg-type]
 
+    monkeypatch.setitem(recipes._DIALS, "digits", replace(recipes._DIALS["digits"], marking_epochs=2))  # type: ignore[arg-type]
     monkeypatch.setattr(room, "_make_key", lambda *a: _small_key(a))
     monkeypatch.setattr(room, "train", stops)
     with pytest.raises(KeyboardInterrupt):

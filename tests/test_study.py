@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -247,9 +248,16 @@ def test_a_cluster_that_loses_a_worker_finishes_with_the_same_numbers(
     address, workers = scheduler
     leaves = [unit(k, sleep=0.7) for k in range(6)]
     units = [*leaves, unit(100, *leaves)]
-    killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(4); os.kill({workers[0].pid}, {signal.SIGKILL:d})"])
+
+    def kill_one_at_work() -> None:
+        while not any((tmp_path / "units").glob("*/result.json")):
+            time.sleep(0.02)
+        workers[0].kill()
+
+    killer = threading.Thread(target=kill_one_at_work, daemon=True)
+    killer.start()
     store = running(units, tmp_path, scheduler=address)
-    killer.wait()
+    killer.join()
     assert workers[0].wait() == -signal.SIGKILL
     assert store.result(units[-1])["value"] == 115
     there = {path.name: (path / "result.json").read_bytes() for path in (tmp_path / "units").iterdir() if (path / "result.json").exists()}
