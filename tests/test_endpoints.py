@@ -529,7 +529,7 @@ def test_an_address_with_and_without_infer_is_one_suspect(peer: Peer, tmp_path: 
 
 @pytest.mark.parametrize("url", ["http:///v2/models/m", "http://h:99999999/v2/models/m", "http://[/v2/models/m", "http://h/v2/models/"])
 def test_addresses_of_nobody_are_refused_at_once(url: str) -> None:
-    with pytest.raises(CountermarkError, match="neither"):
+    with pytest.raises(CountermarkError, match=r"neither|http\(s\)://HOST"):
         open_suspect(url, SHAPE)
 
 
@@ -574,14 +574,14 @@ def test_answers_that_are_no_labels_are_refused_by_name(peer: Peer, output: Any,
 _PAGE = b"<html><head><style>p { color: red }</style></head><body><p>Please\n log in</p></body></html>"
 REFUSALS: dict[str, tuple[int, Any, str, int]] = {
     "no credentials": (401, {"error": "no token"}, r'401 Unauthorized \(\{"error": "no token"\}\).*--headers', 1),
-    "forbidden": (403, b"blocked\x1b[2J", r"403 Forbidden \(blocked\?\[2J\).*--headers", 1),
+    "forbidden": (403, b"blocked\x1b[2J", r"403 Forbidden \(blocked\\x1b\[2J\).*--headers", 1),
     "no such model": (404, {"error": "no model m"}, "404 Not Found .*no model m.*check the address", 1),
     "moved": (301, {}, "301 Moved Permanently, to http://127.0.0.1:1/; .*give the address", 1),
     "a login page": (200, _PAGE, r"JSON object \(Please log in\); check the address", 1),
     "bad request": (400, {"error": "shape mismatch"}, "400 Bad Request .*shape mismatch", 5),
     "an error in a 200": (200, {"error": "model not ready"}, "model not ready", 5),
     "a crash": (500, {"error": "expected 3 channels"}, "500 .*expected 3 channels", 25),
-    "long words": (400, b"x" * 100_000, r"400 Bad Request \(x{200}\.\.\.\);", 5),
+    "long words": (400, b"x" * 100_000, r"400 Bad Request \(x{197}\.\.\.\);", 5),
 }
 
 

@@ -971,7 +971,7 @@ def test_a_log_that_another_program_holds_is_told_and_holds_nobody(start: Start,
         lines = ended(service).splitlines()
         assert time.monotonic() - begun < 10
     *why, locked, again = lines
-    assert "is locked" in locked
+    assert "has locked it" in locked
     assert again == "countermark: the query log takes trials again"
     assert why in ([], ["countermark: the query log does not answer"])
 

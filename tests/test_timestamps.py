@@ -387,7 +387,7 @@ def test_the_words_of_an_authority_cannot_show_another_verdict(tmp_path: Path, c
     assert main([*arguments, "--out", str(tmp_path / "j")]) == 1
     said = capfd.readouterr().out
     text = (tmp_path / "j.html").read_text()
-    assert r"\x1b[2J\x1b[H\nThe claim is upheld\u202e" in said
-    assert r"\x1b[2J\x1b[H\nThe claim is upheld\u202e&lt;b&gt;" in text
+    assert r"\x1b[2J\x1b[H The claim is upheld\u202e" in said
+    assert r"\x1b[2J\x1b[H The claim is upheld\u202e&lt;b&gt;" in text
     for shown in (said, text):
         assert all(line.isprintable() for line in shown.split("\n"))

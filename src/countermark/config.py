@@ -7,40 +7,18 @@ before PyTorch is loaded; paths are checked by `VerbConfig.placed`, which the co
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from countermark import names
 from countermark.data.catalog import spec
 from countermark.errors import CountermarkError
-from countermark.places import check_address, check_free
+from countermark.places import SuspectPlace, check_address, check_free, place_name
 from countermark.text import brief
 
-if TYPE_CHECKING:
-    import torch
-
-    SuspectPlace = str | Path | Callable[[torch.Tensor], torch.Tensor]
-else:
-    SuspectPlace = str | Path  # a command line knows no functions, and torch is heavy
-
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ *: *[ -~\xa0-\xff]*")
-
-
-def place_name(place: SuspectPlace) -> str:
-    """What a suspect is called: its path or address; for a function `python:MODULE.QUALIFIED_NAME`.
-
-    A callable object is called by its type.
-    """
-    while isinstance(place, partial):
-        place = place.func
-    if not callable(place):
-        return str(place)
-    named = place if hasattr(place, "__qualname__") else type(place)
-    return f"python:{named.__module__}.{named.__qualname__}"
 
 
 class Place(Enum):

@@ -1,10 +1,33 @@
-"""Places that a user gives: the address of an endpoint or of a timestamp authority, a folder to write."""
+"""Places that a user gives: a suspect, the address of an endpoint or of a timestamp authority, a folder to write."""
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from countermark.errors import CountermarkError
+
+if TYPE_CHECKING:
+    import torch
+
+    SuspectPlace = str | Path | Callable[[torch.Tensor], torch.Tensor]
+else:
+    SuspectPlace = str | Path  # a command line knows no functions, and torch is heavy
+
+
+def place_name(place: SuspectPlace) -> str:
+    """What a suspect is called: its path or address; for a function `python:MODULE.QUALIFIED_NAME`.
+
+    A callable object is called by its type.
+    """
+    while isinstance(place, partial):
+        place = place.func
+    if not callable(place):
+        return str(place)
+    named = place if hasattr(place, "__qualname__") else type(place)
+    return f"python:{named.__module__}.{named.__qualname__}"
 
 
 def check_address(url: str, whose: str) -> str:

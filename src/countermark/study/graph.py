@@ -23,7 +23,16 @@ UNIT_FORMAT = "countermark unit 1"
 
 _PACKAGE = Path(__file__).parents[1]
 _WORK = "countermark.study.work"  # where the code of units begins
-_PLUMBING = ("errors.py", "files.py", "progress.py", "suspects", "timestamps.py")
+_PLUMBING = (
+    "errors.py",
+    "files.py",
+    "places.py",
+    "progress.py",
+    "session.py",
+    "suspects",
+    "text.py",
+    "timestamps.py",
+)
 """What the work imports and no number depends on: messages, files, progress bars, suspects, time."""
 
 

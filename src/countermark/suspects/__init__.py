@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from countermark.bundle import describe, load_bundle
-from countermark.config import place_name
 from countermark.data import pixels
 from countermark.errors import CountermarkError
+from countermark.places import place_name
 from countermark.suspects.asker import (
     MOST_LABELS,
     NO_ANSWER,

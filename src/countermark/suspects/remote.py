@@ -59,7 +59,6 @@ class Endpoint(Asker):
             CountermarkError: the URL is neither or holds a password, or the replay log cannot be
                 read.
         """
-        check_address(url, "an endpoint")
         asking = asking or Asking()
         name, self._address, self._mlflow = _addresses(url)
         super().__init__(name, self._infer, asking)
@@ -119,24 +118,18 @@ class Endpoint(Asker):
 
 def _addresses(url: str) -> tuple[str, str, bool]:
     """The model's address, the one to ask, and whether that is MLflow's."""
-    try:
-        parts = urlsplit(url)
-        valid = bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        valid = False
-    if valid:
-        path = parts.path.rstrip("/")
-        if path.endswith("/invocations"):
-            address = urlunsplit(parts._replace(path=path, fragment=""))
-            return address, address, True
-        found = _OIP.fullmatch(path)
-        if found:
-            every = (found[1], f"{found[1]}/infer")
-            name, address = (urlunsplit(parts._replace(path=each, fragment="")) for each in every)
-            return name, address, False
-    raise CountermarkError(
-        f"{sentence(url)} is neither .../v2/models/NAME (Open Inference Protocol) nor .../invocations (MLflow); give one of these"
-    )
+    parts = urlsplit(check_address(url, "an endpoint"))
+    path = parts.path.rstrip("/")
+    if path.endswith("/invocations"):
+        address = urlunsplit(parts._replace(path=path, fragment=""))
+        return address, address, True
+    found = _OIP.fullmatch(path)
+    if found is None:
+        raise CountermarkError(
+            f"{sentence(url)} is neither .../v2/models/NAME (Open Inference Protocol) nor .../invocations (MLflow); give one of these"
+        )
+    name, address = (urlunsplit(parts._replace(path=each, fragment="")) for each in (found[1], f"{found[1]}/infer"))
+    return name, address, False
 
 
 def _is_nobody(error: requests.RequestException) -> bool:

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from countermark.config import TraceConfig, place_name
+from countermark.config import TraceConfig
 from countermark.errors import CountermarkError
 from countermark.evidence import EXIT_STATUS
 from countermark.guard import QueryLog, Traced, images_of, read_head, trace_accounts
+from countermark.places import place_name
 from countermark.report import p_value, print_lines, print_table
 from countermark.verbs.asking import ask, doubts
 from countermark.watermarks import load_key, load_secret

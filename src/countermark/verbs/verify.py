@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from countermark.config import VerifyConfig, place_name
+from countermark.config import VerifyConfig
 from countermark.evidence import EXIT_STATUS, judge
+from countermark.places import place_name
 from countermark.report import p_value, percent, print_lines, print_table
 from countermark.verbs.asking import Answered, ask, doubts
 from countermark.watermarks import Key, load_key
