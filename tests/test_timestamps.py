@@ -5,8 +5,10 @@ import itertools
 import shutil
 import socketserver
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -391,3 +393,40 @@ def test_the_words_of_an_authority_cannot_show_another_verdict(tmp_path: Path, c
     assert r"\x1b[2J\x1b[H The claim is upheld\u202e&lt;b&gt;" in text
     for shown in (said, text):
         assert all(line.isprintable() for line in shown.split("\n"))
+
+
+@pytest.mark.parametrize("library", ["asn1crypto", "rfc3161_client"])
+def test_a_missing_library_ends_in_no_verdict(
+    library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It says nothing of the token, and so nothing of the claim."""
+    release = Path(__file__).parent / "golden" / "0.1.0"
+    arguments = ["adjudicate", str(release / "claim"), "--suspect", str(release / "mine"), "--roots", str(release / "roots.pem")]
+    for name in [name for name in sys.modules if name.split(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)
+    assert main([*arguments, "--out", str(tmp_path / "j")]) == 2
+    assert not list(tmp_path.iterdir())
+    assert "countermark[judge]" in capfd.readouterr().err
+
+
+def test_an_authority_may_want_the_login_of_a_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user chose the authority, and has no other way to give a password for it."""
+    seen: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(self.headers.get("Authorization", ""))
+            self.send_error(403)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login anna password secret")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(CountermarkError):
+            request_token(f"http://127.0.0.1:{server.server_port}/", b"this")
+        server.shutdown()
+    assert seen[0].startswith("Basic ")

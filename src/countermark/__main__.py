@@ -1,5 +1,6 @@
 """The command `countermark`, and `python -m countermark`."""
 
+import contextlib
 import os
 import sys
 
@@ -16,8 +17,9 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except BaseException as error:
-        # The streams may be what failed.
-        os.write(2, f"countermark: it cannot be started or ended ({type(error).__name__}: {str(error)!a}); install it again\n".encode())
+        # The streams may be what failed, or closed.
+        with contextlib.suppress(OSError):
+            os.write(2, f"countermark: it cannot be started or ended ({type(error).__name__}: {str(error)!a}); install it again\n".encode())
         return 2
 
 

@@ -18,15 +18,17 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 class Session(requests.Session):
     """Use it like `requests.Session`; the timeout is also that of the whole answer, from when the request is sent."""
 
-    def __init__(self) -> None:
-        """Take every address, and no password from a `.netrc`.
+    def __init__(self, netrc: bool = False) -> None:
+        """Take every address.
 
-        Its entry for the host, or its default, would replace an Authorization that the user gave,
-        and would be shown to the suspect.
-        The environment's proxies and certificates still count.
+        The environment's proxies and certificates count.
+
+        Args:
+            netrc: whether a `.netrc` may give the password for the host. Its entry, or its default,
+                replaces an Authorization that the user gave, and would be shown to a suspect.
         """
         super().__init__()
-        self.auth = _no_password
+        self.auth = None if netrc else _no_password
         for scheme in ("http://", "https://"):
             self.mount(scheme, _Adapter())
 

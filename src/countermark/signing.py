@@ -24,14 +24,15 @@ def sign_folder(folder: Path, private_key: Path) -> Path:
 
     Args:
         folder: a model folder.
-        private_key: elliptic-curve private key, PEM; it may not lie in the folder, whose files are
-            those to publish.
+        private_key: elliptic-curve private key, PEM; it may not lie among the files of the folder
+            that are signed, which are those to publish.
 
     Raises:
         CountermarkError: the folder or the key cannot be read, or the key lies in the folder.
     """
     with _library(folder, private_key) as (signing, _, hashing, place):
-        if private_key.resolve().is_relative_to(place):
+        inside = private_key.resolve()
+        if inside.is_relative_to(place) and inside.relative_to(place).parts[0] not in _LEFT_OUT:
             raise CountermarkError(f"{private_key} lies in the folder that it signs, and would be published with it; move it elsewhere")
         config = signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(hashing)
         config.sign(place, place / SIGNATURE)

@@ -33,7 +33,11 @@ _TIMEOUT = 30.0
 _ROOTS_LIMIT = 1 << 22
 
 
-class UntrustedError(CountermarkError):
+class TokenError(CountermarkError):
+    """Bytes that are no token that can be read, or one of something else: a fault of whoever shows them."""
+
+
+class UntrustedError(TokenError):
     """A token that is not signed by an authority under the given roots, or not at a time when its certificate was valid."""
 
 
@@ -89,7 +93,7 @@ def _post(url: str, query: bytes) -> bytes:
     body = b""
     try:
         with (
-            Session() as session,
+            Session(netrc=True) as session,  # an authority that the user chose may want a login
             session.post(
                 url,
                 data=query,
@@ -119,24 +123,24 @@ def read_token(response: bytes, digest: str, origin: str) -> Token:
     """Read an authority's response and check that it stamps a SHA-256 `digest` (hexadecimal); not who signed it.
 
     Raises:
-        CountermarkError: not a response that grants a token, over another message, or signed in a way that is not ours to read.
+        TokenError: not a response that grants a token, over another message, or signed in a way that is not ours to read.
     """
     if len(response) > TOKEN_LIMIT:
-        raise CountermarkError(f"{origin}: a timestamp is at most {TOKEN_LIMIT} bytes; this is something else")
+        raise TokenError(f"{origin}: a timestamp is at most {TOKEN_LIMIT} bytes; this is something else")
     parsed = _parse(response, origin)
     with _understood(f"{origin} is not a timestamp of RFC 3161 that can be read", "it is damaged or something else"):
         if parsed.status != 0:
             reason = sentence(", ".join(map(str, parsed.status_string))) or "no reason was given"
-            raise CountermarkError(f"{origin}: the timestamp was refused with the status {parsed.status} ({reason})")
+            raise TokenError(f"{origin}: the timestamp was refused with the status {parsed.status} ({reason})")
         information = parsed.tst_info
         imprint = information.message_imprint
         stamped, time = (imprint.hash_algorithm.dotted_string, imprint.message.hex()), information.gen_time
         beacon = _beacon(parsed.time_stamp_token())
         canonical = parsed.as_bytes() == _in_order(response)
     if not canonical:
-        raise CountermarkError(f"{origin}: the timestamp holds more than a timestamp; it was changed")
+        raise TokenError(f"{origin}: the timestamp holds more than a timestamp; it was changed")
     if stamped != (_SHA256, digest):
-        raise CountermarkError(f"{origin}: the timestamp is one of something else")
+        raise TokenError(f"{origin}: the timestamp is one of something else")
     return Token(response, time, beacon)
 
 
@@ -150,7 +154,7 @@ def check_token(response: bytes, digest: str, roots: Sequence[x509.Certificate],
         origin: what messages call it.
 
     Raises:
-        CountermarkError: see `read_token`.
+        TokenError: see `read_token`.
         UntrustedError: the signature does not lead to one of the roots, through certificates that were valid then and are meant for it.
     """
     token = read_token(response, digest, origin)
@@ -167,7 +171,7 @@ def _parse(response: bytes, origin: str) -> Any:
     """A response as the client library reads it.
 
     Raises:
-        CountermarkError: it cannot be read.
+        TokenError: it cannot be read.
     """
     with (
         _library() as rfc3161,
@@ -293,15 +297,17 @@ def _beacon(signed: bytes) -> bytes:
 
 
 @contextmanager
-def _understood(trouble: str, advice: str = "", kind: type[CountermarkError] = CountermarkError) -> Iterator[None]:
+def _understood(trouble: str, advice: str = "", kind: type[TokenError] = TokenError) -> Iterator[None]:
     """Turn whatever a library raises over somebody's bytes into one line: `trouble`, the reason, `advice`."""
     try:
         yield
     except CountermarkError:
         raise
     except BaseException as error:
-        # The panic of a library in Rust is no `Exception`. Lack of memory and an interruption say nothing of the bytes.
-        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"):
+        # The panic of a library in Rust is no `Exception`. An interruption, a lack of memory or of a
+        # library, and a system that refuses something say nothing of the bytes.
+        whose = isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+        if not whose or isinstance(error, MemoryError | ImportError | OSError):
             raise
         reason = re.search(r"Verify error: ([^\"]+)", str(error))
         words = sentence(reason[1] if reason else str(error) or type(error).__name__)
@@ -310,8 +316,9 @@ def _understood(trouble: str, advice: str = "", kind: type[CountermarkError] = C
 
 @contextmanager
 def _library() -> Iterator[Any]:
-    """The client library, which is an extra."""
+    """The client library, which is an extra together with the reader of what it does not show."""
     try:
+        import asn1crypto.tsp  # noqa: F401
         import rfc3161_client
     except ImportError as error:
         raise CountermarkError("timestamps need: pip install 'countermark[judge]'") from error

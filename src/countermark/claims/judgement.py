@@ -16,8 +16,9 @@ from countermark.claims.record import Claim
 from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, sha256
+from countermark.places import endpoint_address
 from countermark.text import brief, visible
-from countermark.timestamps import UntrustedError, check_token, read_token
+from countermark.timestamps import TokenError, UntrustedError, check_token, read_token
 from countermark.watermarks import check_signature, draw_coins
 
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot tell"
@@ -128,7 +129,7 @@ def commitment_faults(claim: Claim, model_sha256: str, roots: Sequence[x509.Cert
                 faults.append(f"the mark is private: it has no {name.upper()}")
             elif roots is not None:
                 _time(claim, name, roots)
-        except CountermarkError as error:
+        except TokenError as error:
             faults.append(str(error))
     return faults
 
@@ -187,7 +188,7 @@ def _times(claim: Claim, roots: Sequence[x509.Certificate]) -> Iterator[Check]:
             time = _time(claim, name, roots)
         except UntrustedError as error:
             yield Check(title, OPEN, str(error), "No authority that the judge trusts vouches for the time.")
-        except CountermarkError as error:
+        except TokenError as error:
             yield Check(title, FAILS, str(error), "The timestamp belongs to something else.")
         else:
             if time is None:
@@ -211,7 +212,7 @@ def _known_time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> d
     """The same, or nothing where it cannot be trusted."""
     try:
         return _time(claim, name, roots)
-    except CountermarkError:
+    except TokenError:
         return None
 
 
@@ -260,7 +261,7 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
     if finding.suspect_token is not None:
         try:
             made = check_token(finding.suspect_token, finding.suspect.get("sha256", ""), finding.roots, "the suspect's timestamp").time
-        except CountermarkError as error:
+        except TokenError as error:
             yield Check(age, HOLDS, f"not shown: {error}", "The accused's timestamp proves nothing.")
     marked, accused = _known_time(claim, "t2", finding.roots), _known_time(claim, "answers_token", finding.roots)
     older = made is not None and marked is not None and made < marked
@@ -284,8 +285,17 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
 
 
 def _is_accused(claim: Claim, finding: Finding) -> bool:
-    """Whether the judge asked what the claim names: the very file, or the very address."""
-    return bool(claim.answers["suspect"] == dict(finding.suspect))
+    """Whether the judge asked what the claim names: the very file, or the very address.
+
+    Release 0.1.0 recorded addresses as they were typed.
+    """
+    named, asked = claim.answers["suspect"], dict(finding.suspect)
+    if (named.get("kind"), asked.get("kind")) != ("endpoint", "endpoint"):
+        return bool(named == asked)
+    try:
+        return endpoint_address(str(named.get("url"))).name == endpoint_address(asked["url"]).name
+    except CountermarkError:  # what the claim names is no address
+        return bool(named == asked)
 
 
 def _stands_for_endpoint(claim: Claim, finding: Finding) -> bool:
@@ -411,7 +421,7 @@ def _coins(claim: Claim) -> list[int] | None:
     if claim.t1 is not None:
         try:
             beacon = read_token(claim.t1, sha256(c1), "T1").beacon
-        except CountermarkError:
+        except TokenError:
             return None
     secrets = [bytes(row) for row in claim.opened.secrets.tolist()]
     indices = claim.opened.index.tolist()
