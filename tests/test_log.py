@@ -498,10 +498,10 @@ def test_nobody_else_reads_the_log(mask: int, tmp_path: Path) -> None:
             ("log.db", "log.db-wal", "log.db-shm"), 0o600
         )
         log.close()
-        (tmp_path / "log.db").chmod(0o664)  # as a release before this one left it, or nearly
+        (tmp_path / "log.db").chmod(0o644)  # as a release before this one left it
         log = QueryLog(str(tmp_path / "log.db"))
         log.append([row_of(2)])
-        assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o660}
+        assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
     finally:
         os.umask(before)
 
@@ -623,12 +623,12 @@ def test_a_changed_table_of_erased_clients_is_found(tmp_path: Path, statement: s
         QueryLog(str(path), create=False).erased()
 
 
-def test_pages_that_lead_in_circles_end(whole: tuple[Path, Head], tmp_path: Path) -> None:
-    """A table of sixteen levels, each page with 200 ways to the next one: 10 to the 37 rows in a small file."""
-    path, levels, ways = tmp_path / "log.db", 16, 200
-    content = bytearray(whole[0].read_bytes())
+def circular(log: Path, folder: Path) -> Path:
+    """A log whose table has sixteen levels, each page with 200 ways to the next one: 10 to the 37 rows in a small file."""
+    path, levels, ways = folder / "log.db", 16, 200
+    content = bytearray(log.read_bytes())
     size = int.from_bytes(content[16:18], "big")
-    with contextlib.closing(sqlite3.connect(whole[0])) as connection:
+    with contextlib.closing(sqlite3.connect(log)) as connection:
         (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'trials'").fetchone()
     leaf = bytes(content[(root - 1) * size : root * size])
     pages = len(content) // size
@@ -645,6 +645,11 @@ def test_pages_that_lead_in_circles_end(whole: tuple[Path, Head], tmp_path: Path
     content += leaf
     content[28:32] = (len(content) // size).to_bytes(4, "big")
     path.write_bytes(content)
+    return path
+
+
+def test_pages_that_lead_in_circles_end(whole: tuple[Path, Head], tmp_path: Path) -> None:
+    path = circular(whole[0], tmp_path)
     log = QueryLog(str(path), create=False)
     assert len(list(log.rows(whole[1]))) == 12  # found by the index
     for work in (log.erased, lambda: log.erase("anna")):

@@ -31,7 +31,7 @@ from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import read_json, write_json
-from countermark.guard import GuardedModel, QueryLog, Row, guard_sha256, load_guarded
+from countermark.guard import GuardedModel, QueryLog, Row, RowError, guard_sha256, load_guarded
 from countermark.guard.requests import is_signed, sign_request
 from countermark.service.clients import CLIENTS_FORMAT, Clients, add_client
 from countermark.service.engine import BusyError, Engine
@@ -535,12 +535,46 @@ class Broken:
     def __init__(self) -> None:
         self.full, self.rows = True, list[Row]()
 
+    def check(self) -> None:
+        pass
+
     def append(self, rows: list[Row]) -> list[bool]:
         if self.full:
             raise CountermarkError("no space left")
         fresh = [row.place not in {known.place for known in self.rows} for row in rows]
         self.rows += [row for row, new in zip(rows, fresh, strict=True) if new]
         return fresh
+
+
+class Choosy(Broken):
+    """A log that cannot store what one client asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = False
+
+    def append(self, rows: list[Row]) -> list[bool]:
+        if any(row.client == "anna" for row in rows):
+            raise RowError("no log can store this")
+        return super().append(rows)
+
+
+def test_a_row_that_cannot_be_stored_fails_its_own_query_alone(guarded_folder: Path, digits: Pools) -> None:
+    model, log = load_guarded(guarded_folder, guarded_folder / "key"), Choosy()
+    tied_of = {client: digits.thief.x[[model(digits.thief.x, client).trials[0].row]] for client in ("anna", "bob")}
+
+    async def ask() -> None:
+        engine = Engine(model, log, max_batch=64, max_waiting=8)  # type: ignore[arg-type]
+        await engine.start()
+        for _ in range(2):
+            asked = [engine.answer(tied_of[client], client) for client in ("anna", "bob", "anna")]
+            found = await asyncio.gather(*asked, return_exceptions=True)
+            assert [type(one) for one in found] == [RowError, list, RowError]
+            assert engine.failed is None
+        await engine.stop()
+
+    asyncio.run(ask())
+    assert [row.client for row in log.rows] == ["bob"]
 
 
 def test_without_its_log_the_service_answers_nothing_that_a_coin_chose(guarded_folder: Path, digits: Pools) -> None:

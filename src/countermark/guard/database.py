@@ -8,13 +8,15 @@ import functools
 import math
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import sqlite
 
 from countermark.errors import CountermarkError
-from countermark.guard.sqlite import LARGEST, DatabaseFile
+from countermark.guard.sqlite import LARGEST, DatabaseFile, RowError
+from countermark.text import sentence
 
 _COLUMNS = {
     **dict.fromkeys(("model", "client"), sa.Text),
@@ -62,7 +64,8 @@ class Database:
         Raises:
             CountermarkError: the address is none.
         """
-        name, self._wait = _path_in(url), wait
+        self._url, self._wait = url, wait
+        name = _path_in(url)
         self.file: DatabaseFile | None = None
         if name is None:
             address = _postgresql(url)
@@ -81,10 +84,26 @@ class Database:
         self._readers = [_engine(file, functools.partial(file.reader, at_rest), sa.pool.NullPool, "BEGIN") for at_rest in (False, True)]
 
     def create(self) -> None:
-        """Make the file of a log, empty, if there is none."""
+        """Make the file of a log, empty, if there is none.
+
+        Raises:
+            CountermarkError: 0.1.0 kept the log of this address elsewhere; a new one beside it would
+                make coins that clients know fresh again.
+        """
+        if self.file is None:
+            return
+        before = _path_of_0_1_0(self._url)
+        if before is not None and not self.file.path.exists() and before.is_file():
+            raise CountermarkError(
+                f"there is no {self.file.path}, and release 0.1.0 kept the log of this address in {before}; rename that file, or name it"
+            )
+        with self._named_errors():
+            self.file.create()
+
+    def check(self) -> None:
+        """See that a SQLite file is still where it was."""
         if self.file is not None:
-            with self._named_errors():
-                self.file.create()
+            self.file.check()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sa.Connection]:
@@ -164,6 +183,8 @@ class Database:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
+        except sa.exc.DataError as error:
+            raise RowError(f"the query log {self.shown} cannot store a row: {sentence(str(error.orig))}") from error
         except (sa.exc.SQLAlchemyError, UnicodeDecodeError, OSError) as error:
             cause = getattr(error, "orig", None) or error
             reason, advice = " ".join(str(cause).split())[:300], "check the database and its space"
@@ -267,6 +288,14 @@ def _path_in(url: str) -> str | None:
     if path in ("", ":memory:"):
         raise CountermarkError("a query log in memory keeps nothing; give the path of a file")
     return path
+
+
+def _path_of_0_1_0(url: str) -> Path | None:
+    """Where 0.1.0, which took a path for the address of a page, kept the log of an address."""
+    with contextlib.suppress(sa.exc.ArgumentError, ValueError):
+        database = sa.make_url(url if "://" in url else f"sqlite:///{url}").database
+        return Path(database).absolute() if database else None
+    return None
 
 
 def _postgresql(url: str) -> sa.URL:

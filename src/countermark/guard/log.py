@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, canonical_json, read_bytes
-from countermark.guard.sqlite import LARGEST
+from countermark.guard.sqlite import LARGEST, RowError
 from countermark.text import brief
 from countermark.timestamps import decode_token
 
@@ -129,12 +129,13 @@ class QueryLog:
             For each row, whether it is new and stored.
 
         Raises:
-            CountermarkError: a row is none that a log can have, or the database cannot be written; nothing of this call is stored.
+            RowError: a row is none that a log can have; nothing of this call is stored.
+            CountermarkError: the database cannot be written; nothing of this call is stored.
         """
         for row in rows:
             flaw = _flaw(row)
             if flaw is not None:
-                raise CountermarkError(f"this is no trial for the query log {self.shown}: {flaw}")
+                raise RowError(f"this is no trial for the query log {self.shown}: {flaw}")
         fresh, values = [], []
         with self._using() as connection:
             head = self._last(connection)
@@ -153,6 +154,14 @@ class QueryLog:
             if values:
                 self._sql.insert(connection, values)
         return fresh
+
+    def check(self) -> None:
+        """See, without a transaction, that the file of the log is still where it was.
+
+        Raises:
+            CountermarkError: it was removed, renamed or replaced.
+        """
+        self._database.check()
 
     def head(self) -> Head:
         """The state now; publish it (or have it timestamped), and rows up to it cannot be changed unseen."""

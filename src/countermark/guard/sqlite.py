@@ -22,11 +22,15 @@ LARGEST = 1 << 24
 """Bytes of the largest row that is read or written."""
 _LARGEST_STATEMENT, _MOST_OBJECTS = 1 << 16, 32  # of a schema
 _EVERY = 1_000  # steps of SQLite's machine between two looks at how many there were
-_AT_LEAST, _EACH_BYTE = 1_000_000, 4  # steps that a transaction may take, and more for each byte of the file
+_AT_LEAST, _EACH_BYTE = 20_000_000, 4  # steps that a transaction may take, and more for each byte of the file
 _PRIVATE = 0o600
 _WORD = re.compile(r"\w+|\S")
 _RENAMED = re.compile(r'^CREATE TABLE "(\w+)"')  # as ALTER TABLE ... RENAME leaves it
 _Identity = tuple[int, int] | None
+
+
+class RowError(CountermarkError):
+    """A row that no log can store; nothing is wrong with the log."""
 
 
 class DatabaseFile:
@@ -85,7 +89,9 @@ class DatabaseFile:
         for suffix in ("", "-wal", "-shm"):
             path = self._beside(suffix)
             with contextlib.suppress(OSError):
-                path.chmod(stat.S_IMODE(path.stat().st_mode) & ~stat.S_IRWXO)
+                mode = stat.S_IMODE(path.stat().st_mode)
+                if mode & stat.S_IRWXO:  # not the owner's choice of a group, but what a umask left
+                    path.chmod(mode & _PRIVATE)
         return connection
 
     def reader(self, at_rest: bool) -> sqlite3.Connection:
@@ -145,7 +151,8 @@ class DatabaseFile:
     def limit_work(self, connection: sqlite3.Connection) -> None:
         """Let the transaction that begins take as many steps as a file of this size can need, and no more."""
         status = _status(self.path)
-        _limit_steps(connection, _AT_LEAST + _EACH_BYTE * (status.st_size if status else 0))
+        size = min(status.st_size, 512 * status.st_blocks) if status else 0  # a hole in a file holds nothing
+        _limit_steps(connection, _AT_LEAST + _EACH_BYTE * size)
 
     def _beside(self, suffix: str) -> Path:
         return Path(f"{os.path.realpath(self.path)}{suffix}")  # SQLite follows links first

@@ -74,7 +74,7 @@ def _read(path: Path) -> dict[str, tuple[str, str | None]]:
     if record.get("format") != CLIENTS_FORMAT or not isinstance(accounts, dict):
         raise CountermarkError(f"{path} is not a file of clients; make one with: countermark client add NAME --clients {path}")
     for name, account in accounts.items():
-        if not (isinstance(account, dict) and account.keys() == {"key_sha256", "public_key"} and name.isprintable()):
+        if not (isinstance(account, dict) and account.keys() == {"key_sha256", "public_key"} and name and name.isprintable()):
             raise CountermarkError(f"{path}: the account {name!r} is not complete; restore the file from a backup")
         digest, public = account["key_sha256"], account["public_key"]
         if not _is_digits(digest) or not (public is None or _is_digits(public)):

@@ -22,7 +22,7 @@ from torch import nn
 
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
-from countermark.guard import GuardedModel, QueryLog, Row
+from countermark.guard import GuardedModel, QueryLog, Row, RowError
 from countermark.guard.requests import pack_request
 from countermark.text import complain
 
@@ -48,6 +48,8 @@ class _Query:
     done: asyncio.Future[list[int]]
     labels: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    flaw: CountermarkError | None = None
+    """Why no log can store a row of it."""
 
 
 class _Queue:
@@ -143,6 +145,15 @@ class Engine:
         self.failed: str | None = None
         self.hangs = False
 
+    def ready(self) -> bool:
+        """Whether trials can be stored, as far as that is known without storing one."""
+        try:
+            if self._log is not None:
+                self._log.check()
+        except CountermarkError:
+            return False
+        return self.failed is None
+
     async def start(self) -> None:
         """Begin to take queries."""
         self._workers = [_Worker("compute"), _Worker("write")]
@@ -185,9 +196,7 @@ class Engine:
             try:
                 await self._workers[0].run(partial(self._pass, queries))
             except Exception as error:
-                if time.monotonic() >= self._quiet_until:
-                    self._quiet_until = time.monotonic() + _QUIET
-                    complain(_reason(error))
+                self._tell(_reason(error))
                 self._refuse(queries, _reason(error))
                 continue
             for query in queries:
@@ -217,6 +226,10 @@ class Engine:
                 complain("the query log takes trials again")
             self.failed = None
             for query in queries:
+                if query.flaw is not None:
+                    self._tell(str(query.flaw))
+                    self._settle(query, query.flaw)
+                    continue
                 self._seen.setdefault(query.client, set()).update(row.cell for row in query.rows)
                 if len(self._seen) > _REMEMBERED:
                     self._seen.popitem(last=False)
@@ -231,6 +244,12 @@ class Engine:
             complain(reason)
             self.failed = reason
         self._refuse(self._writing.take_all(), reason)
+
+    def _tell(self, reason: str) -> None:
+        """Say why a query failed; not of every one, since clients can make many."""
+        if time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + _QUIET
+            complain(reason)
 
     def _refuse(self, queries: Sequence[_Query], reason: str) -> None:
         for query in queries:
@@ -268,11 +287,21 @@ class Engine:
             query.labels = part.tolist()
 
     def _store(self, queries: list[_Query]) -> None:
-        """Append the trials, of which the log leaves out those that it has; a row that failed before where there are none."""
+        """Append the trials, of which the log leaves out those that it has.
+
+        Where there are none, it is tried with a row that failed before. A row that no log can store
+        is the fault of its query alone.
+        """
         assert self._log is not None
         rows = [row for query in queries for row in query.rows] or self._unwritten
         self._unwritten = rows[:1]
-        self.trials += sum(self._log.append(rows))
+        try:
+            self.trials += sum(self._log.append(rows))
+        except RowError as error:
+            for query in queries if len(queries) > 1 else ():
+                self._store([query])
+            if len(queries) == 1:
+                queries[0].flaw = error
         self._unwritten = []
 
 

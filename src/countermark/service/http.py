@@ -119,7 +119,8 @@ def application(
         return JSONResponse({"live": True})
 
     async def ready(_request: Request) -> Response:
-        return JSONResponse({"ready": engine.failed is None}, status_code=200 if engine.failed is None else 503)
+        well = engine.ready()
+        return JSONResponse({"ready": well}, status_code=200 if well else 503)
 
     async def model_ready(request: Request) -> Response:
         return await _guarded(request, ready)
