@@ -22,12 +22,14 @@ import requests
 import torch
 
 from countermark.bundle import load
+from countermark.claims import suspect_identity
 from countermark.cli import main
 from countermark.config import VerifyConfig
 from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import sha256
+from countermark.places import place_name
 from countermark.session import Session
 from countermark.suspects import Asking, Endpoint, open_suspect, prepare
 from countermark.watermarks import load_key
@@ -469,9 +471,10 @@ def test_a_check_on_clean_examples_that_is_not_made_is_said(
 
     def asked(*more: str) -> str:
         main(["verify", "--suspect", peer.url, "--key", str(tmp_path / "key"), "--json", *more])
-        said = capsys.readouterr()
-        assert (json.loads(said.out)["clean_accuracy"] is None) == bool(said.err)
-        return said.err
+        found = json.loads(capsys.readouterr().out)
+        unchecked = [doubt for doubt in found["doubts"] if doubt.startswith("It was not checked on clean examples")]
+        assert (found["clean_accuracy"] is None) == bool(unchecked)
+        return " ".join(unchecked)
 
     peer.respond = brightness
     assert asked() == ""
@@ -492,7 +495,7 @@ def test_a_suspect_that_is_gone_before_the_clean_examples_is_judged(owner: Path,
 
     peer.respond = dies
     assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--retries", "0"]) in (1, 3)
-    assert "cannot be reached" in capsys.readouterr().err
+    assert "cannot be reached" in capsys.readouterr().out
 
 
 # --- addresses and answers as servers have them ----------------------------------------------------
@@ -531,6 +534,33 @@ def test_an_address_with_and_without_infer_is_one_suspect(peer: Peer, tmp_path: 
 def test_addresses_of_nobody_are_refused_at_once(url: str) -> None:
     with pytest.raises(CountermarkError, match=r"neither|http\(s\)://HOST"):
         open_suspect(url, SHAPE)
+
+
+@pytest.mark.parametrize("url", ["HTTP://owner:secret@h/v2/models/m", "ftp://owner:secret@h/m", "http://h/nothing?code=secret"])
+def test_no_spelling_of_an_address_lets_a_secret_out(url: str) -> None:
+    for refused in (lambda: open_suspect(url, SHAPE), lambda: suspect_identity(url)):
+        with pytest.raises(CountermarkError) as caught:
+            refused()
+        assert "secret" not in str(caught.value)
+
+
+def test_a_query_string_is_sent_and_kept_nowhere(peer: Peer, tmp_path: Path) -> None:
+    peer.respond = brightness
+    url = f"{peer.url}/infer?code=secret"
+    suspect = Endpoint(url, Asking(replay=tmp_path / "replay.jsonl"))
+    suspect(images(3))
+    assert all(path.endswith("?code=secret") for path in peer.paths)
+    assert "secret" not in (tmp_path / "replay.jsonl").read_text() + suspect.name + place_name(url)
+    assert suspect_identity(url) == suspect_identity(peer.url) == {"kind": "endpoint", "url": peer.url}
+
+
+def test_a_credential_that_expires_stops_the_asking_and_keeps_the_answers(peer: Peer) -> None:
+    peer.respond = lambda request, number: brightness(request, number) if number == 1 else (401, {"error": "expired"})
+    suspect = Endpoint(peer.url, Asking(batch_size=4))
+    labels = suspect(images(80))
+    assert (labels != -1).sum() == 4
+    assert len(peer.requests) == 1 + 5
+    assert "401" in suspect.trouble
 
 
 UNDERSTOOD: dict[str, Any] = {

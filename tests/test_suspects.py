@@ -339,6 +339,13 @@ def test_a_function_that_always_fails_is_said_with_its_words() -> None:
     assert len(function.calls) <= 5 * 5
 
 
+def test_a_function_with_a_mistake_in_it_is_called_once() -> None:
+    function = Flaky(lambda _number, x: x.no_such_thing)
+    with pytest.raises(CountermarkError, match=r"answers nothing: AttributeError: .*; mend the function"):
+        open_suspect(function, SHAPE)(torch.rand(200, *SHAPE))
+    assert len(function.calls) == 1
+
+
 def test_a_function_whose_answers_change_gives_none() -> None:
     function = Flaky(lambda number, x: torch.tensor([number % 2, *[7] * (len(x) - 1)]))
     suspect = open_suspect(function, SHAPE, Asking(repeats=2))

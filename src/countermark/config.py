@@ -15,7 +15,7 @@ from typing import Annotated, Any, get_type_hints
 from countermark import names
 from countermark.data.catalog import spec
 from countermark.errors import CountermarkError
-from countermark.places import SuspectPlace, check_address, check_free, place_name
+from countermark.places import SuspectPlace, check_address, check_free, is_address, place_name
 from countermark.text import brief
 
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ *: *[ -~\xa0-\xff]*")
@@ -107,7 +107,7 @@ def _number(value: int) -> str:
 
 def _placed(value: str | Path, place: Place, option: str) -> str | Path:
     """One path, `~` expanded and held to what its place says; an address (`http://...`) as it is."""
-    if isinstance(value, str) and "://" in value:
+    if is_address(value):
         return value
     try:
         path = Path(value).expanduser()

@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import urlsplit, urlunsplit
 
 from countermark.errors import CountermarkError
+from countermark.text import sentence
 
 if TYPE_CHECKING:
     import torch
@@ -17,11 +18,64 @@ else:
     SuspectPlace = str | Path  # a command line knows no functions, and torch is heavy
 
 
+class EndpointAddress(NamedTuple):
+    """How an endpoint is called and asked.
+
+    Attributes:
+        name: the model's address, without a query string, which may hold a secret.
+        metadata: where its metadata are asked for.
+        infer: where it is asked.
+        mlflow: whether that is MLflow's protocol, else the Open Inference Protocol.
+    """
+
+    name: str
+    metadata: str
+    infer: str
+    mlflow: bool
+
+
+_MODEL = re.compile(r"(.*/v2/models/[^/].*?)(/infer)?")
+
+
+def is_address(place: object) -> bool:
+    """Whether a place is an address and no path; whether it can be asked is another question."""
+    return isinstance(place, str) and "://" in place
+
+
+def endpoint_address(url: str) -> EndpointAddress:
+    """Read the address of an endpoint.
+
+    Args:
+        url: `http(s)://HOST/v2/models/NAME[/versions/V][/infer]` or `.../invocations`, with or
+            without a query string.
+
+    Raises:
+        CountermarkError: it is neither, or holds a password.
+    """
+    parts = urlsplit(check_address(url, "an endpoint"))._replace(fragment="")
+    path = parts.path.rstrip("/")
+    mlflow = path.endswith("/invocations")
+    found = None if mlflow else _MODEL.fullmatch(path)
+    if not mlflow and found is None:
+        raise CountermarkError(
+            f"{sentence(urlunsplit(parts._replace(query='')))} is neither .../v2/models/NAME (Open Inference "
+            "Protocol) nor .../invocations (MLflow); give one of these"
+        )
+    model = path if found is None else found[1]
+    asked = path if found is None else f"{model}/infer"
+    name = urlunsplit(parts._replace(path=model, query=""))
+    metadata, infer = (urlunsplit(parts._replace(path=each)) for each in (model, asked))
+    return EndpointAddress(name, metadata, infer, mlflow)
+
+
 def place_name(place: SuspectPlace) -> str:
     """What a suspect is called: its path or address; for a function `python:MODULE.QUALIFIED_NAME`.
 
-    A callable object is called by its type.
+    A callable object is called by its type, and an address has no query string, which may hold a
+    secret.
     """
+    if is_address(place):
+        return str(place).partition("?")[0]
     while isinstance(place, partial):
         place = place.func
     if not callable(place):
@@ -43,7 +97,7 @@ def check_address(url: str, whose: str) -> str:
     Raises:
         CountermarkError: not http(s)://HOST/..., or with a name or a password before the host.
     """
-    hidden = re.sub(r"//.*@", "//...@", url, flags=re.DOTALL)
+    hidden = sentence(re.sub(r"//.*@", "//...@", url, flags=re.DOTALL).partition("?")[0])
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

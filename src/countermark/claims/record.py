@@ -15,7 +15,7 @@ from torch import nn
 from countermark.bundle import describe, load_bundle
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
-from countermark.places import check_address
+from countermark.places import endpoint_address, is_address
 from countermark.suspects import onnx_data
 from countermark.text import brief
 from countermark.timestamps import decode_token, encode_token
@@ -148,8 +148,8 @@ def suspect_identity(place: str | Path) -> dict[str, str]:
     Raises:
         CountermarkError: no file, or an address that cannot be asked or holds a password.
     """
-    if str(place).startswith(("http://", "https://")):
-        return {"kind": "endpoint", "url": check_address(str(place), "an endpoint")}
+    if is_address(place):
+        return {"kind": "endpoint", "url": endpoint_address(str(place)).name}
     path = Path(place) / "model.safetensors" if Path(place).is_dir() else Path(place)
     digest = hashlib.sha256()
     try:

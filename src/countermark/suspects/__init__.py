@@ -13,13 +13,14 @@ from torch import nn
 from countermark.bundle import describe, load_bundle
 from countermark.data import pixels
 from countermark.errors import CountermarkError
-from countermark.places import place_name
+from countermark.places import is_address, place_name
 from countermark.suspects.asker import (
     MOST_LABELS,
     NO_ANSWER,
     Asker,
     Asking,
     FailureError,
+    RefusalError,
     prepare,
 )
 from countermark.suspects.confined import ask_onnx, ask_pt2, onnx_data
@@ -32,6 +33,9 @@ _NOT_HEEDED: Mapping[str, tuple[str, ...]] = {
     "a function": ("timeout", "headers"),
 }
 """Options of `Asking` that a kind of suspect has no use for."""
+
+_BUGS = (TypeError, NameError, AttributeError, ImportError, NotImplementedError, AssertionError)
+"""What a function raises that will not pass by itself."""
 
 Suspect = Callable[[torch.Tensor], torch.Tensor]
 """Images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`; -1 where there is no answer.
@@ -58,7 +62,7 @@ def open_suspect(place: str | Path | Suspect, shape: tuple[int, ...], asking: As
     if callable(place):
         _check_heeded(asking, "a function")
         return Asker(place_name(place), _answers_of(place), asking)
-    if str(place).startswith(("http://", "https://")):
+    if is_address(place):
         return Endpoint(str(place), asking)
     _check_heeded(asking, "a file")
     path = Path(place)
@@ -103,6 +107,9 @@ def _answers_of(function: Suspect) -> Callable[[torch.Tensor], list[int]]:
             labels = function(images.clone())  # what it does to them must not reach a repeat
         except CountermarkError:
             raise
+        except _BUGS as error:
+            words = sentence(f"{type(error).__name__}: {error}")
+            raise RefusalError(words, "mend the function", final=True) from error
         except Exception as error:
             raise FailureError(sentence(f"{type(error).__name__}: {error}")) from error
         return _checked(labels, len(images))

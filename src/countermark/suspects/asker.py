@@ -157,6 +157,7 @@ class Asker:
         self._silent = self._gone = 0  # requests in a row with nothing; that found nobody to ask
         self._wasted = 0  # requests in all that brought nothing, for all their retries
         self._barren = 0  # requests for images that brought nothing
+        self._closed = 0  # refusals in a row that are not about the images
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Ask for labels.
@@ -170,6 +171,8 @@ class Asker:
         todo = [i for i, name in enumerate(names) if name not in self._known]
         todo = list({names[i]: i for i in reversed(todo)}.values())[::-1]  # each image once
         for start in range(0, len(todo), self._asking.batch_size):
+            if self._closed >= _PATIENCE:  # such as a credential that has expired
+                break
             part = todo[start : start + self._asking.batch_size]
             if self._asking.budget is not None:
                 left = self._asking.budget - self.asked
@@ -190,9 +193,9 @@ class Asker:
         return [answers[0] if len(set(answers)) == 1 else NO_ANSWER for answers in every]
 
     def _batch(self, images: torch.Tensor) -> Sequence[int]:
-        """Answers to a batch; one that is refused is asked image by image."""
+        """Answers to a batch; one that is refused for what is in it is asked image by image."""
         answers = self._request(images)
-        if answers is None and len(images) > 1:
+        if answers is None and len(images) > 1 and not self._closed:
             singles = [self._request(images[i : i + 1]) for i in range(len(images))]
             return [NO_ANSWER if single is None else single[0] for single in singles]
         return [NO_ANSWER] * len(images) if answers is None else answers
@@ -227,6 +230,7 @@ class Asker:
                 found = send()
             except RefusalError as refusal:
                 self._alive()
+                self._closed = self._closed + 1 if refusal.final else 0
                 self._note(refusal, refusal.advice, images, refusal.final)
                 return None
             except FailureError as error:
@@ -238,6 +242,7 @@ class Asker:
                     break
             else:
                 self._alive()
+                self._closed = 0
                 return found
         if failure is not None:
             self._silent += 1

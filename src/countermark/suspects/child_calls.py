@@ -13,12 +13,13 @@ import struct
 _X86, _ARM = 0xC000003E, 0xC00000B7  # AUDIT_ARCH of linux/audit.h
 _KILL, _ERRNO, _ALLOW = 0x80000000, 0x00050000, 0x7FFF0000  # SECCOMP_RET of linux/seccomp.h
 _LOAD, _EQUAL, _AND, _RETURN = 0x20, 0x15, 0x54, 0x06  # instructions of linux/bpf_common.h
-_NUMBER, _ARCHITECTURE, _FIRST = 0, 4, 16  # struct seccomp_data: the first argument's lower half
+_NUMBER, _ARCHITECTURE, _FIRST, _SECOND, _THIRD = 0, 4, 16, 24, 32
+"""Places in struct seccomp_data: of the arguments the lower halves."""
 _THREAD, _NAMESPACES = 0x00010100, 0x7E020000  # clone: CLONE_THREAD and CLONE_VM; all CLONE_NEW
 
 # Numbers on x86-64 and arm64; none where an architecture does not have the call.
 _CALLS: dict[str, tuple[int | None, int | None]] = {
-    # open files: which ones can be opened is Landlock's business
+    # open files
     "read": (0, 63),
     "write": (1, 64),
     "readv": (19, 65),
@@ -26,8 +27,6 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "pread64": (17, 67),
     "pwrite64": (18, 68),
     "lseek": (8, 62),
-    "open": (2, None),
-    "openat": (257, 56),
     "close": (3, 57),
     "dup": (32, 23),
     "dup2": (33, None),
@@ -102,6 +101,8 @@ _CALLS: dict[str, tuple[int | None, int | None]] = {
     "sched_getaffinity": (204, 123),
 }
 _CLONE, _PRLIMIT, _IOCTL = (56, 220), (302, 261), (16, 29)
+_OPEN, _OPENAT = (2, None), (257, 56)
+_TRUNCATE, _MODE = 0o1000, 3  # O_TRUNC and O_ACCMODE of fcntl.h
 
 
 def allow_few_calls(libc: ctypes.CDLL) -> bool:
@@ -149,6 +150,19 @@ def _program(architecture: int, column: int) -> bytes:
         (_RETURN, 0, 0, answer["yes"]),
         (_RETURN, 0, 0, answer["no"]),
     ]
+    # Which files can be opened is Landlock's business, but before Linux 6.2 it lets whoever may read a
+    # file empty it as they open it (O_TRUNC).
+    for call, flags in ((_OPEN, _SECOND), (_OPENAT, _THIRD)):
+        if (number := call[column]) is not None:
+            steps += [
+                (_EQUAL, 0, 6, number),
+                (_LOAD, 0, 0, flags),
+                (_AND, 0, 0, _TRUNCATE | _MODE),
+                (_EQUAL, 2, 0, _TRUNCATE),  # for reading
+                (_EQUAL, 1, 0, _TRUNCATE | _MODE),  # for neither reading nor writing
+                (_RETURN, 0, 0, answer["yes"]),
+                (_RETURN, 0, 0, answer["no"]),
+            ]
     for numbers in _CALLS.values():
         if (number := numbers[column]) is not None:
             steps += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, answer["yes"])]

@@ -27,8 +27,8 @@ from child_frame import (  # type: ignore[import-not-found]
 
 _TENSOR_LIMIT = 1 << 28  # values in one tensor of the file
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
-# onnxruntime may prefer operators of its own to functions of these domains.
-_BUILT_IN = ("ai.onnx", "com.", "org.pytorch")
+# onnxruntime may prefer operators of its own to functions of these domains and those below them.
+_BUILT_IN = ("ai.onnx", "com.microsoft", "com.ms", "org.pytorch")
 _MOST_NODES = 100_000
 _FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 _INTEGERS = ("UINT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64")
@@ -52,8 +52,9 @@ def _read(data: bytes) -> tuple[Any, dict[str, bytes]]:
     if not model.graph.output or not model.graph.node:
         raise RefusedError("it holds no graph; it is not an ONNX model or a truncated one")
     model.DiscardUnknownFields()  # so that what is run is what is checked
+    _keep_called(model)
     files: dict[str, bytes] = {}
-    functions = {(f.domain, f.name): f for f in model.functions if not f.domain.startswith(_BUILT_IN)}
+    functions = {(f.domain, f.name): f for f in model.functions}
     for message in _messages(model):
         if isinstance(message, onnx.NodeProto):
             _check_node(message, functions)
@@ -66,6 +67,29 @@ def _read(data: bytes) -> tuple[Any, dict[str, bytes]]:
     if _written_out(model.graph, functions, {}) > _MOST_NODES:
         raise RefusedError("its functions are too many operators when they are written out; it cannot be asked")
     return model, files
+
+
+def _keep_called(model: Any) -> None:
+    """Drop the model's functions that nothing calls: what no node uses is neither run nor checked.
+
+    Raises:
+        RefusedError: a function takes the place of an operator of a runtime.
+    """
+    functions = {(f.domain, f.name): f for f in model.functions}
+    called: dict[tuple[str, str], Any] = {}
+    waiting = [model.graph]
+    while waiting:
+        for node in _messages(waiting.pop()):
+            key = (node.domain, node.op_type) if hasattr(node, "op_type") else None
+            if key in functions and key not in called:
+                called[key] = functions[key]
+                waiting.append(functions[key])
+    for domain, name in called:
+        if domain == "" or any(domain == taken or domain.startswith(f"{taken}.") for taken in _BUILT_IN):
+            raise RefusedError(f"its function {domain[:80]}.{name[:80]} takes the place of an operator; give its domain another name")
+    kept = list(called.values())
+    del model.functions[:]
+    model.functions.extend(kept)
 
 
 def _messages(message: Any) -> Iterator[Any]:

@@ -270,7 +270,9 @@ def _ask(data: bytes, x: np.ndarray) -> bytes:
     def run(part: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             output = module(torch.from_numpy(part).to(images.dtype))
-        first = next(value for value in output if isinstance(value, torch.Tensor))
+        first = next((value for value in output if isinstance(value, torch.Tensor)), None)
+        if first is None:
+            raise RefusedError("it answers with no tensor; export a model that answers with logits or labels")
         return (first.double() if first.is_floating_point() else first).numpy()
 
     answer: bytes = in_batches(x, _sizes(declared[0], limits, len(x)), run)

@@ -7,14 +7,12 @@ An answer that is none says why: the status, what the server wrote, or what its 
 import json
 import re
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import requests
 import torch
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
-from countermark.errors import CountermarkError
-from countermark.places import check_address
+from countermark.places import endpoint_address
 from countermark.session import Session
 from countermark.suspects.asker import (
     MOST_LABELS,
@@ -29,7 +27,6 @@ from countermark.text import sentence
 _RESPONSE_LIMIT = 1 << 24
 _WORDS_LIMIT = 1 << 12
 _LONGEST_NUMBER = 32  # characters of a number that is written as a string
-_OIP = re.compile(r"(.*/v2/models/[^/].*?)(/infer)?")
 _MARKUP = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 _CREDENTIALS = "give it what it wants with --headers, such as 'Authorization: Bearer ...'"
 _ADDRESS = "check the address: .../v2/models/NAME or .../invocations"
@@ -60,15 +57,15 @@ class Endpoint(Asker):
                 read.
         """
         asking = asking or Asking()
-        name, self._address, self._mlflow = _addresses(url)
-        super().__init__(name, self._infer, asking)
+        self._address = endpoint_address(url)
+        super().__init__(self._address.name, self._infer, asking)
         self._timeout = asking.timeout
         self._session = Session()
         self._session.headers.update(dict(asking.headers))
         self._input: str | None = None
 
     def _infer(self, images: torch.Tensor) -> list[int]:
-        if self._mlflow:
+        if self._address.mlflow:
             body: dict[str, Any] = {"inputs": images.tolist()}
         else:
             tensor = {
@@ -78,12 +75,12 @@ class Endpoint(Asker):
                 "data": images.flatten().tolist(),
             }
             body = {"inputs": [tensor]}
-        return _labels(self._exchange("POST", self._address, body), len(images), self._mlflow)
+        return _labels(self._exchange("POST", self._address.infer, body), len(images), self._address.mlflow)
 
     def _input_name(self) -> str:
         """The name of the model's input, from its metadata; `input` where there are none."""
         if self._input is None:
-            found = self._attempt(lambda: self._exchange("GET", self.name)) or {}
+            found = self._attempt(lambda: self._exchange("GET", self._address.metadata)) or {}
             inputs = found.get("inputs")
             first = inputs[0] if isinstance(inputs, list) and inputs else {}
             self._input = str(first.get("name", "input") if isinstance(first, dict) else "input")
@@ -114,22 +111,6 @@ class Endpoint(Asker):
                 raise RefusalError(words, advice, final=True) from error
             nobody = _is_nobody(error)
             raise FailureError(type(error).__name__, there=False, nobody=nobody) from error
-
-
-def _addresses(url: str) -> tuple[str, str, bool]:
-    """The model's address, the one to ask, and whether that is MLflow's."""
-    parts = urlsplit(check_address(url, "an endpoint"))
-    path = parts.path.rstrip("/")
-    if path.endswith("/invocations"):
-        address = urlunsplit(parts._replace(path=path, fragment=""))
-        return address, address, True
-    found = _OIP.fullmatch(path)
-    if found is None:
-        raise CountermarkError(
-            f"{sentence(url)} is neither .../v2/models/NAME (Open Inference Protocol) nor .../invocations (MLflow); give one of these"
-        )
-    name, address = (urlunsplit(parts._replace(path=each, fragment="")) for each in (found[1], f"{found[1]}/infer"))
-    return name, address, False
 
 
 def _is_nobody(error: requests.RequestException) -> bool:
