@@ -336,7 +336,7 @@ def test_interruption_is_clean_and_resumes_to_the_same_result(
     short(marking_epochs=8)
     monkeypatch.setattr(key_module.secrets, "token_bytes", lambda count: b"k" * count)
     monkeypatch.setattr(loop, "_guarded", lambda *_networks: 50.0)  # no epoch is redone, and the count is exact
-    monkeypatch.setattr(protecting, "TAKEN", 0.0)  # nor does it matter how much of the mark so few epochs leave
+    monkeypatch.setitem(protecting.TAKEN, "coin", 0.0)  # nor does it matter how much of the mark so few epochs leave
     arguments = ["protect", "--data", "digits", "--epochs", 3, "--json"]
     assert run(capsys, *arguments, "--out", tmp_path / "undisturbed")[0] == 0
     end_epoch, left = loop._end_epoch, [0]

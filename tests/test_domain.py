@@ -128,7 +128,7 @@ def test_images_outside_of_0_to_1_are_refused(entry: str, wrong: str, images: to
     elif wrong == "int64":
         x = (x * 255).long()
     else:
-        x[-1, 0, 3, 3] = {"nan": torch.nan, "infinite": torch.inf, "a little below 0": -1e-6}[wrong]
+        x[-1, 0, 3, 3] = {"nan": torch.nan, "infinite": torch.inf, "a little below 0": -1e-5}[wrong]
     with pytest.raises(CountermarkError, match=r"\[0, 1\]"):
         ENTRIES[entry](model, x, y)
 
@@ -249,3 +249,10 @@ def test_nothing_to_measure_is_measured_without_a_fault(model: nn.Module) -> Non
     assert strict_accuracy(model, nothing, PGD).images == 0
     made, labels = craft_adversarial(model, nothing, PGD, 0)
     assert len(made) == len(labels) == 0
+
+
+def test_what_rounding_put_outside_is_clamped() -> None:
+    x = torch.tensor([-1e-7, 0.0, 0.25, 1.0, 1 + 1.2e-7]).view(1, 1, 1, 5)
+    assert torch.equal(pixels(x), x.clamp(0, 1))
+    with pytest.raises(CountermarkError, match=r"from 0 to 1\.0000"):
+        pixels(x.clamp(0, 1) + 1e-5 * (x >= 1))

@@ -68,7 +68,7 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
             protect(replace(config, epochs=23))
     made = protect(replace(config, epochs=23))
     assert made.watermark_accuracy is not None
-    assert made.watermark_accuracy >= room.TAKEN
+    assert made.watermark_accuracy >= room.TAKEN["coin"]
     assert made.trials == 160
     assert files(out / "key") == committed  # no coin was drawn again and no trial dropped
     assert not partial.exists()
@@ -82,7 +82,7 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
 
 
 def test_a_published_watermark_that_did_not_take_is_refused(hardly_trained: None, tmp_path: Path) -> None:
-    with pytest.raises(CountermarkError, match=r"of its 100 watermarks where 90 % are needed"):
+    with pytest.raises(CountermarkError, match=r"of its 100 watermarks where 50 % are needed"):
         protect(ProtectConfig(data="digits", out=tmp_path / "mine", epochs=2, scheme="ood"))
     assert not (tmp_path / "mine").exists()
 

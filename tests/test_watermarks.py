@@ -231,7 +231,7 @@ def test_the_commitment_tells_no_secret(owner: Path) -> None:
 def test_the_trials_cannot_be_made_again_without_the_secret(owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same seed, same public options, another secret: another source model, other bases, other trials."""
     monkeypatch.setitem(recipes._DIALS, "digits", replace(recipes._DIALS["digits"], marking_epochs=2))  # type: ignore[index]
-    monkeypatch.setattr(protecting, "TAKEN", 0.0)  # how much of the mark so few epochs leave does not matter
+    monkeypatch.setitem(protecting.TAKEN, "coin", 0.0)  # how much of the mark so few epochs leave does not matter
     protect(ProtectConfig(data="digits", out=tmp_path / "again", epochs=8))
     first, second = load_key(owner / "key"), load_key(tmp_path / "again" / "key")
     ours, theirs = (set(map(bytes, key.watermarks.x.flatten(1).numpy())) for key in (first, second))

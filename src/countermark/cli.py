@@ -241,7 +241,9 @@ def _parse(name: str, arguments: list[str]) -> configs.VerbConfig:
         guess = nearest(unknown, {option: option for option in options})
         raise CountermarkError(f"unknown option {brief(unknown)}{guess}; {see}")
     if twice is not None:
-        raise CountermarkError(f"{twice} is given twice; give it once")
+        several = "tuple" in str(options[twice].type)
+        how = "with all its values behind it" if several else "once"
+        raise CountermarkError(f"{twice} is given twice; give it {how}")
     if missing and not asked:
         are = "is" if len(missing) == 1 else "are"
         raise CountermarkError(f"{', '.join(missing)} {are} missing; {see}")

@@ -14,6 +14,7 @@ from countermark.files import read_bytes
 
 _DIGITS_EACH = 6  # every sixth of the digits is a test example, so that all writers are in both sets
 _IDX_LIMIT = 1 << 26
+_ROUNDING = 1e-6  # of pixels, by arithmetic before they came here
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def pixels(x: torch.Tensor, *, bounded: bool = True) -> torch.Tensor:
     """Turn images `(n, c, h, w)` into float32 pixels of [0, 1].
 
     Images of uint8 are divided by 255. Floating-point images must already lie in [0, 1]: they
-    pass as they are, those of less than 32 bits as float32.
+    pass as they are, those of less than 32 bits as float32. What rounding put a millionth outside
+    is clamped.
 
     Args:
         x: the images.
@@ -69,12 +71,14 @@ def pixels(x: torch.Tensor, *, bounded: bool = True) -> torch.Tensor:
         )
     if bounded and x.numel():
         low, high = (float(value) for value in x.detach().aminmax())
-        if not (low >= 0 and high <= 1):  # NaN is neither
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN is neither
             raise CountermarkError(
                 "floating-point images hold pixels of [0, 1], "
-                f"but these go from {low:g} to {high:g}; divide by 255, undo a normalisation "
+                f"but these go from {low:.9g} to {high:.9g}; divide by 255, undo a normalisation "
                 "or clamp them first (uint8 images may stay as they are)"
             )
+        if low < 0 or high > 1:
+            x = x.clamp(0, 1)
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 

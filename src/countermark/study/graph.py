@@ -26,6 +26,7 @@ _WORK = "countermark.study.work"  # where the code of units begins
 _PLUMBING = (
     "errors.py",
     "files.py",
+    "names.py",
     "places.py",
     "progress.py",
     "session.py",
@@ -33,7 +34,7 @@ _PLUMBING = (
     "text.py",
     "timestamps.py",
 )
-"""What the work imports and no number depends on: messages, files, progress bars, suspects, time."""
+"""What the work imports and no number depends on: messages, files, names, progress, suspects, time."""
 
 
 @dataclass(frozen=True)

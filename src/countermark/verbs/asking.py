@@ -9,7 +9,6 @@ from countermark.config import SuspectConfig
 from countermark.data import CATALOG, Examples, is_cached, load_examples
 from countermark.errors import CountermarkError
 from countermark.evaluation import agreement
-from countermark.progress import bar
 from countermark.suspects import NO_ANSWER, Asker, Asking, Suspect, open_suspect
 
 _CLEAN = 100
@@ -32,6 +31,7 @@ class Answered:
         trouble: what the suspect said the last time that it answered nothing; empty if it never did.
         clean_accuracy: on clean examples, in percent; none if they could not be asked.
         clean_doubt: what is strange about its answers to them; empty if nothing is.
+        unchecked: why they could not be asked; empty if they were.
     """
 
     labels: torch.Tensor
@@ -40,6 +40,7 @@ class Answered:
     trouble: str
     clean_accuracy: float | None
     clean_doubt: str
+    unchecked: str
 
 
 def ask(config: SuspectConfig, x: torch.Tensor, data: str, clean: Examples | None = None) -> Answered:
@@ -47,7 +48,7 @@ def ask(config: SuspectConfig, x: torch.Tensor, data: str, clean: Examples | Non
 
     Up to a hundred clean examples go along: they only show whether the suspect is asked in the
     right way, and decide nothing.
-    Where that check is not made, standard error says why.
+    Where that check is not made, the doubts about a verdict say why.
 
     Args:
         config: the suspect, and how it is asked.
@@ -76,16 +77,15 @@ def ask(config: SuspectConfig, x: torch.Tensor, data: str, clean: Examples | Non
     labels = suspect(x)
     asker = suspect if isinstance(suspect, Asker) else None
     changed, trouble = (0, "") if asker is None else (asker.changed, asker.trouble)
-    accuracy, doubt = None, ""
+    accuracy, doubt, unchecked = None, "", ""
     try:
         examples = clean or _catalogued(tuple(x.shape[1:]), data)
         given, y = _answers(suspect, examples)
         accuracy, doubt = agreement(given, y), strangeness(given, y)
     except CountermarkError as error:
-        with bar("asking clean examples", _CLEAN) as progress:
-            progress.note(f"not checked on clean examples whether the suspect is asked in the right way: {error}")
+        unchecked = f"It was not checked on clean examples whether the suspect is asked in the right way: {error}."
     unanswered = int((labels == NO_ANSWER).sum())
-    return Answered(labels, unanswered, changed, trouble, accuracy, doubt)
+    return Answered(labels, unanswered, changed, trouble, accuracy, doubt, unchecked)
 
 
 def _catalogued(shape: tuple[int, ...], data: str) -> Examples:
@@ -172,6 +172,8 @@ def doubts(answered: Answered, verdict: str) -> tuple[str, ...]:
         line = f"{answered.unanswered} trials got no answer ({answered.changed} of them answers that changed); they count as neither."
         last = f" The last request that brought nothing: {answered.trouble}."
         said.append(line + (last if answered.trouble else ""))
+    if answered.unchecked and verdict not in _CONVINCED:
+        said.append(answered.unchecked)
     if answered.clean_doubt:
         said.append(answered.clean_doubt)
         if verdict not in _CONVINCED:

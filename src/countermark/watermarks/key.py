@@ -167,19 +167,21 @@ def _read_clean(path: Path, signed: Mapping[str, Any], watermarks: WatermarkSet)
     """The key's clean examples, if it was made with some and still has them."""
     if "clean_sha256" not in signed or not path.exists():
         return None
-    tensors, _, digest = read_tensors(path, _TRIALS_LIMIT)
+    none = CountermarkError(f"{path} does not hold clean examples (images, labels); delete it")
+
+    def check(found: Mapping[str, torch.Tensor]) -> None:
+        x, y = found.get("x"), found.get("y")
+        if x is None or y is None or (x.dtype, y.dtype, y.dim()) != (torch.uint8, torch.int64, 1):
+            raise none
+        if not 1 <= len(y) <= CLEAN_EXAMPLES or x.shape != (len(y), *watermarks.x.shape[1:]):
+            raise none
+
+    tensors, _, digest = read_tensors(path, _TRIALS_LIMIT, check)
     if digest != signed["clean_sha256"]:
         raise CountermarkError(f"{path} was changed after the key was made; restore it from a backup or delete it")
-    x, y = tensors.get("x"), tensors.get("y")
-    if (
-        x is None
-        or y is None
-        or (x.dtype, y.dtype, y.dim()) != (torch.uint8, torch.int64, 1)
-        or x.shape != (len(y), *watermarks.x.shape[1:])
-        or not len(y)
-        or not 0 <= int(y.min()) <= int(y.max()) < _MOST_CLASSES
-    ):
-        raise CountermarkError(f"{path} does not hold clean examples (images, labels); delete it")
+    x, y = tensors["x"], tensors["y"]
+    if not 0 <= int(y.min()) <= int(y.max()) < _MOST_CLASSES:
+        raise none
     return Examples(x, y)
 
 
