@@ -305,7 +305,7 @@ def test_carried_perturbations_are_turned_with_their_images(digits: Pools, quick
         seen.append((chosen, x, view, crafted - x, before))
         return crafted
 
-    monkeypatch.setattr(loop, "search", lambda _model, _x, _y, *, start, **_options: start)
+    monkeypatch.setattr(loop, "pgd", lambda _model, _x, _y, *, start, **_options: start)
     monkeypatch.setattr(loop._Run, "perturb", watching)
     train(small(), data, replace(quick, flip=True, shift=1, epochs=2, batch_size=32))
     assert all(carried)

@@ -31,6 +31,7 @@ def pgd(
     start: torch.Tensor | None = None,
     restarts: int = 1,
     stop_when_lost: bool = False,
+    bounded: bool = True,
 ) -> torch.Tensor:
     """Search the L-inf ball around each example for a point of high loss, by projected gradient ascent.
 
@@ -47,6 +48,8 @@ def pgd(
         start: start at these points `(n, c, h, w)` instead, brought into the ball; for the first run only.
         restarts: independent runs; each example keeps its worst point.
         stop_when_lost: spend no more steps on an example once it is misclassified.
+        bounded: refuse pixels outside [0, 1] (see `data.pixels`); training looks at their range once
+            and not in every step.
 
     Returns:
         Adversarial examples `(n, c, h, w)`: misclassified ones where any were found, else those of the highest loss.
@@ -55,37 +58,7 @@ def pgd(
         CountermarkError: pixels outside [0, 1], or logits that are not finite at a point from which a
             step was taken.
     """
-    return search(
-        model,
-        pixels(x),
-        y,
-        epsilon=epsilon,
-        steps=steps,
-        step_size=step_size,
-        random_start=random_start,
-        start=start,
-        restarts=restarts,
-        stop_when_lost=stop_when_lost,
-    )
-
-
-def search(
-    model: nn.Module,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    epsilon: float,
-    steps: int,
-    step_size: float,
-    random_start: bool = True,
-    start: torch.Tensor | None = None,
-    restarts: int = 1,
-    stop_when_lost: bool = False,
-) -> torch.Tensor:
-    """Do what `pgd` does, for images whose range is known.
-
-    Training looks at it once and not in every step.
-    """
+    x = pixels(x, bounded=bounded)
     if epsilon == 0 or steps == 0 or len(x) == 0:
         return x.clone()
     lower = (x - epsilon).clamp_(0, 1)

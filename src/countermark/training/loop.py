@@ -22,8 +22,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 from torch.nn import functional
 
-from countermark.attacks import computes_bf16, prepare, shortens
-from countermark.attacks.pgd import search
+from countermark.attacks import computes_bf16, pgd, prepare, shortens
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import Attack, adversarial_accuracy, agreement, predict
@@ -306,7 +305,7 @@ class _Run:
         self.wrapped.train(self.config.craft_in_training_mode)
         quick = prepare(self.network, torch.float32 if self.precise else torch.bfloat16) if self.prepares else self.network
         with contextlib.nullcontext() if self.prepares else self.fabric.autocast():
-            crafted = search(
+            crafted = pgd(
                 quick,
                 x,
                 y,
@@ -315,6 +314,7 @@ class _Run:
                 step_size=grown * attack.step_size,
                 random_start=attack.random_start,
                 start=start,
+                bounded=False,
             )
         if self.carried is not None:
             self.carried[chosen] = view.undo(((crafted - x) / unit).round_().to(torch.int8))
