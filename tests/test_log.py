@@ -39,20 +39,17 @@ def row_of(cell: int, client: str = "anna", **changes: object) -> Row:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The address of a PostgreSQL that the tests started."""
     found = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
     found += [Path(path).parent for path in [shutil.which("initdb")] if path]
     if not found:
         pytest.skip("PostgreSQL is not installed")
-    folder = tmp_path_factory.mktemp("postgres")
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest closes its own folders to other users again and again
     user: list[str] = []
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
         shutil.chown(folder, "postgres", "postgres")
-        for parent in folder.parents:
-            if parent.stat().st_mode & 0o005 != 0o005:
-                parent.chmod(parent.stat().st_mode | 0o011)
     data, run = folder / "data", {"check": True, "capture_output": True, "timeout": 120, "cwd": "/"}
     subprocess.run([*user, str(found[0] / "initdb"), "-D", str(data), "-U", "owner", "-A", "trust", "--no-sync"], **run)  # type: ignore[call-overload]
     options = f"-c listen_addresses='' -c unix_socket_directories={folder}"
@@ -60,6 +57,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     subprocess.run([*control, "-l", str(folder / "server.log"), "-o", options, "start"], **run)  # type: ignore[call-overload]
     yield f"postgresql://owner@/postgres?host={folder}"
     subprocess.run([*control, "-m", "immediate", "stop"], **run)  # type: ignore[call-overload]
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
