@@ -23,6 +23,7 @@ from countermark.training import recipe, train
 def shell(script: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     python = f"{shlex.quote(sys.executable)} -m countermark"
     whole = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    whole.pop("PYTHONUNBUFFERED", None)  # what a stream could not take would not come up again at Python's end
     return subprocess.run(
         ["bash", "-c", script.replace("countermark ", f"{python} ")],
         cwd=folder,

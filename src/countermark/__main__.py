@@ -21,6 +21,18 @@ def main() -> int:
         with contextlib.suppress(OSError):
             os.write(2, f"countermark: it cannot be started or ended ({type(error).__name__}: {str(error)!a}); install it again\n".encode())
         return 2
+    finally:
+        _let_go(sys.stdout)
+        _let_go(sys.stderr)
+
+
+def _let_go(stream: object) -> None:
+    """Let a stream drop what it could not write; Python would try again at its end, and end with status 120."""
+    try:
+        stream.flush()  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):  # there is none, it is full, it is closed
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":
