@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import stat
@@ -32,6 +33,7 @@ from countermark.verbs import plan
 from countermark.verbs import protect as protecting
 from countermark.watermarks import key as key_module
 from countermark.watermarks import load_key
+from warm import COLD, warm
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -320,13 +322,13 @@ def test_a_full_disk_is_an_error_and_the_command_can_be_run_again(owner: Path, t
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
-    command = [sys.executable, "-m", "countermark", "remove", "--model", str(owner), "--prune", "0.5", "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_disk, env=ENVIRONMENT)
+    line = ["remove", "--model", str(owner), "--prune", "0.5", "--out", str(tmp_path / "out")]
+    done = subprocess.run([*COLD, *line], capture_output=True, text=True, preexec_fn=small_disk, env=ENVIRONMENT)
     assert done.returncode == 2, done.stderr
     assert "cannot write" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
-    assert subprocess.run(command, capture_output=True, env=ENVIRONMENT).returncode == 0
+    assert subprocess.run([*warm(), *line], capture_output=True, env=ENVIRONMENT).returncode == 0
 
 
 def test_interruption_is_clean_and_resumes_to_the_same_result(
@@ -369,7 +371,7 @@ def test_interruption_is_clean_and_resumes_to_the_same_result(
 
 def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
     """SIGKILL while it trains, several times; the finished folder is that of an undisturbed run."""
-    base = [sys.executable, "-m", "countermark", "protect", "--data", "digits", "--scheme", "none", "--epochs", "10", "--out"]
+    base = [*warm(), "protect", "--data", "digits", "--scheme", "none", "--epochs", "10", "--out"]
     subprocess.run([*base, str(tmp_path / "whole")], check=True, capture_output=True, env=ENVIRONMENT)
     command = [*base, str(tmp_path / "killed")]
     for epoch in (1, 3, 6):
@@ -562,10 +564,10 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_help_names_every_name_that_there_is() -> None:
-    text = {}
-    for verb in ("protect", "steal", "evaluate"):
-        done = subprocess.run([sys.executable, "-m", "countermark", verb, "--help"], capture_output=True, text=True, check=True)
-        text[verb] = done.stdout
+    verbs = ("protect", "steal", "evaluate")
+    helps = alone(*(f"{verb} --help" for verb in verbs))
+    assert [status for status, _, _ in helps] == [0, 0, 0]
+    text = dict(zip(verbs, (out for _, out, _ in helps), strict=True))
     for name in (*CATALOG, *NETWORKS, *SCHEMES, *RECIPES, *EMBEDDINGS, *LABELS):
         assert name in text["protect"]
     assert all(setting in text["steal"] for setting in SETTINGS)
@@ -582,7 +584,7 @@ def test_every_option_has_a_word_of_help(verb: type) -> None:
 
 
 def test_a_closed_pipe_is_no_traceback(owner: Path) -> None:
-    command = f"{sys.executable} -m countermark verify --suspect {owner} --key {owner}/key | true"
+    command = f"{shlex.join(warm())} verify --suspect {owner} --key {owner}/key | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENVIRONMENT)
     assert "Traceback" not in done.stderr
 
@@ -804,37 +806,39 @@ def test_help_says_what_the_code_takes() -> None:
         assert all(word in " ".join(text.split()) for word in (".onnx", ".pt2", "http(s)://", "/invocations", "function"))
 
 
+QUICK = """
+import functools
+from countermark import evaluation
+evaluation.strict = functools.partial(evaluation.strict, steps=3, queries=20)
+"""
 NO_HOME = """
-import os, pwd
-os.environ.pop("HOME", None)
+import json, os, pwd, sys
 pwd.getpwuid = lambda uid: (_ for _ in ()).throw(KeyError(uid))
+from countermark import cli
+{quick}
+for environment, line in json.load(sys.stdin):
+    os.environ.update(environment)
+    print(cli.main(line), flush=True)
+    for name in environment:
+        del os.environ[name]
 """
 
 
-def without_home(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in a child whose user has no home folder."""
-    variables = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("XDG", "HOME", "COUNTERMARK"))}
-    command = [sys.executable, "-c", NO_HOME + body]
-    return subprocess.run(command, capture_output=True, text=True, env=variables | environment, check=False)
-
-
 def test_without_a_home_folder_only_what_needs_a_cache_is_refused(owner: Path, tmp_path: Path) -> None:
-    main = "from countermark import cli\nraise SystemExit(cli.main({!r}))"
+    """Several command lines in one process whose user has no home folder when Python starts, and nonsense for one later."""
     strict = ["evaluate", "--model", str(owner), "--strict", "--images", "2"]
-    for environment in (
-        {},
-        {"HOME": "/nonexistent"},
-        {"HOME": "/dev/null"},
-        {"COUNTERMARK_CACHE": "~/x"},
-        {"COUNTERMARK_CACHE": "/dev/null"},
-    ):
-        done = without_home(main.format(strict), **environment)
-        assert done.returncode == 0, (environment, done.stderr)
-        assert "strict accuracy" in done.stdout
-    done = without_home(main.format(["data", "fetch", "mnist"]))
-    assert done.returncode == 2
-    assert done.stderr.startswith("countermark: there is no home folder for the data files; name another folder")
-    assert done.stderr.count("\n") == 1
+    places = [{}, {"HOME": "/nonexistent"}, {"HOME": "/dev/null"}, {"COUNTERMARK_CACHE": "~/x"}, {"COUNTERMARK_CACHE": "/dev/null"}]
+    lines = [(place, strict) for place in places] + [({}, ["data", "fetch", "mnist"])]
+    variables = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("XDG", "HOME", "COUNTERMARK"))}
+    command = [sys.executable, "-c", NO_HOME.format(quick=QUICK)]
+    done = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, env=variables, check=True)
+    statuses = [line for line in done.stdout.splitlines() if line.isdigit()]
+    assert statuses == [*len(places) * ["0"], "2"], done.stderr
+    assert done.stdout.count("strict accuracy") == len(places)
+    refused = [line for line in done.stderr.splitlines() if line.startswith("countermark: ")]
+    assert len(refused) == 1
+    assert refused[0].startswith("countermark: there is no home folder for the data files; name another folder")
+    assert done.stderr.splitlines()[-1] == refused[0]
 
 
 def test_a_source_folder_without_metadata_of_the_package_knows_its_version(owner: Path) -> None:
@@ -848,6 +852,7 @@ def gone(name):
 found, importlib.metadata.version = importlib.metadata.version, gone
 sys.path.insert(0, {str(source)!r})
 from countermark import cli
+{QUICK}
 raise SystemExit(cli.main(["evaluate", "--model", {str(owner)!r}, "--strict", "--images", "2", "--json"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)

@@ -37,6 +37,7 @@ from countermark.service.clients import CLIENTS_FORMAT, Clients, add_client
 from countermark.service.engine import BusyError, Engine
 from countermark.service.server import listen
 from countermark.verbs.guard import guard
+from warm import COLD, warm
 
 
 @dataclass
@@ -85,10 +86,10 @@ def start(guarded_folder: Path, tmp_path: Path) -> Iterator[Start]:
         *options: str,
         log: Path = tmp_path / "log.db",
         limit: str = "",
-        program: tuple[str, ...] = ("-m", "countermark"),
+        command: list[str] | None = None,
         wait: bool = True,
     ) -> Running:
-        command = [sys.executable, *program, "serve", "--model", str(guarded_folder)]
+        command = [*(command or (COLD if limit else warm())), "serve", "--model", str(guarded_folder)]
         command += ["--log", str(log), "--port", "0", "--clients", str(clients), *options]
         if limit:
             command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *command]
@@ -419,7 +420,7 @@ def test_a_kill_loses_no_answered_trial(start: Start, digits: Pools) -> None:
 
 
 def test_open_requests_are_finished_before_the_end(start: Start, digits: Pools) -> None:
-    service = start()
+    service = start(command=COLD)
     answers: list[int] = []
 
     def ask() -> None:
@@ -803,7 +804,7 @@ def test_answers_do_not_wait_for_an_acknowledgement(host: str) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's memory is read from /proc")
 def test_a_request_takes_memory_of_the_order_of_its_body(start: Start, digits: Pools) -> None:
     """An array of strings has room for the longest in every place; an object is thirty times its text."""
-    service = start()
+    service = start(command=COLD)
     assert service.infer(digits.test.x[:64]).status_code == 200
 
     def peak() -> int:
@@ -1022,7 +1023,7 @@ sys.exit(main())
 
 def test_a_log_that_hangs_does_not_hold_the_end(start: Start, digits: Pools) -> None:
     """Whatever the database does, the service ends with its drain, and who still waits is told."""
-    service = start("--timeout", "60", "--drain", "1", program=("-c", HANGS))
+    service = start("--timeout", "60", "--drain", "1", command=[sys.executable, "-c", HANGS])
     tied, untied = tied_and_untied(service.folder, digits)
     with ThreadPoolExecutor(1) as threads:
         waits = threads.submit(service.infer, tied)
@@ -1130,7 +1131,7 @@ sys.exit(main())
 
 
 def test_an_exception_in_the_code_is_told_once_and_in_one_line(start: Start, digits: Pools) -> None:
-    service = start(program=("-c", BREAKS))
+    service = start(command=[sys.executable, "-c", BREAKS])
     for _ in range(3):
         assert service.infer(digits.test.x[:1]).status_code == 500
     lines = ended(service).splitlines()

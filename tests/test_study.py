@@ -26,6 +26,7 @@ from countermark.study.run import do, run
 from countermark.study.store import Store
 from countermark.study.tables import paper_value, tables
 from countermark.training import recipes
+from warm import warm
 
 pytest.importorskip("distributed")
 
@@ -449,7 +450,7 @@ def test_the_page_stands_alone(study: tuple[Path, dict[str, list[Cell]], Store],
 
 
 def countermark(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "countermark", "reproduce", *arguments]
+    command = [*warm(), "reproduce", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)  # type: ignore[call-overload, no-any-return]
 
 
