@@ -69,6 +69,13 @@ def test_a_verdict_is_never_mistaken_for_an_error(script: str, owner: Path, tmp_
     assert not (tmp_path / "d").exists()
 
 
+def test_a_verdict_is_the_status_of_a_real_process_and_of_a_warm_one(owner: Path, tmp_path: Path) -> None:
+    script = f"countermark verify --suspect {owner}/key/source --key {owner}/key --json"
+    real, forked = shell(script, tmp_path, COLD), shell(script, tmp_path)
+    assert (real.returncode, real.stderr) == (1, "")
+    assert (forked.returncode, forked.stdout, forked.stderr) == (real.returncode, real.stdout, real.stderr)
+
+
 @pytest.mark.parametrize("script", ["countermark plan >&-", "countermark plan 2>&-", "countermark plan --json >&- 2>&- <&-"])
 def test_closed_streams_do_not_change_the_outcome(script: str, tmp_path: Path) -> None:
     assert shell(script, tmp_path, COLD).returncode == 0
