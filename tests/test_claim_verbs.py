@@ -172,6 +172,7 @@ def test_an_interrupted_run_does_not_draw_its_coins_again(authority: Authority, 
         return true_train(*arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setitem(recipes._DIALS, "digits", replace(recipes._DIALS["digits"], marking_epochs=2))  # type: ignore[arg-type]
+    monkeypatch.setitem(room.TAKEN, "coin", 0.0)  # whether the mark took is another question
     monkeypatch.setattr(room, "_make_key", lambda *a: _small_key(a))
     monkeypatch.setattr(room, "train", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -191,7 +192,6 @@ def _small_key(arguments: tuple) -> object:
     private, stamp = arguments[4], arguments[6]
     if (private / "key.json").exists():
         return load_key(private)
-    # Images that differ, so that the mark takes whatever the coins are.
     x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     trials = WatermarkSet(x, torch.tensor([[0, 1]] * 4), torch.arange(4) // 2, torch.arange(4))
     return write_key(private, "coin", trials, {"data": "digits"}, stamp)
