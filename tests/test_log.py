@@ -286,7 +286,7 @@ def test_a_file_that_is_no_log(tmp_path: Path) -> None:
 def test_a_full_disk_stores_nothing_of_the_call(tmp_path: Path) -> None:
     log = QueryLog(str(tmp_path / "log.db"))
     log.append([row_of(0)])
-    with log._engine.connect() as connection:
+    with log._database.engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA max_page_count = 12")
     with pytest.raises(CountermarkError, match="space"):
         log.append([row_of(cell, image=bytes(60000)) for cell in range(1, 4)])

@@ -109,7 +109,7 @@ class QueryLog:
         except ImportError as error:
             raise CountermarkError("a query log needs SQLAlchemy; pip install 'countermark[serve]'") from error
         self._sql, self._database = database, database.Database(url, wait)
-        self._engine, self.shown = self._database.engine, self._database.shown
+        self.shown = self._database.shown
         self._prepared = False
         if create:
             self._database.create()
