@@ -28,12 +28,13 @@ import torch
 from torch import nn
 
 from countermark.attacks import computes_bf16, pgd, prepare
-from countermark.bundle import Description, load_bundle, save_bundle
-from countermark.data import Examples, load_pools, pixels, spec
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy
+from countermark.data import Examples, known, load_pools, open_data, pixels
+from countermark.evaluation import accuracy, adversarial_accuracy
 from countermark.files import read_json, write_bytes, write_json
 from countermark.memory import keep_freed_memory
-from countermark.models import build
+from countermark.networks import describing, load_model, save_model
+from countermark.networks.named import build
+from countermark.threat import Attack
 from countermark.training import recipe, train
 from stock import stock
 
@@ -121,8 +122,8 @@ def gemm() -> dict[str, Any]:
 
 def speed(network: str, data: str, model: nn.Module, contenders: dict[str, Crafting], images: int, rounds: int) -> dict[str, Any]:
     """Seconds of each contender's PGD, in turn, and the accuracy that it leaves."""
-    catalogued = spec(data)
-    attack = Attack(catalogued.epsilon, catalogued.steps, catalogued.step_size)
+    catalogued = known(data)
+    attack = Attack(catalogued.threat.epsilon, catalogued.threat.steps, catalogued.threat.step_size)
     test = load_pools(data, 0).test[slice(0, images)]
     x, y = pixels(test.x), test.y
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -172,9 +173,9 @@ def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) 
     """Seconds of the processor for an epoch of the paper's recipe as a torchattacks loop, from `steps` of its batches of 128."""
     import torchattacks
 
-    catalogued = spec(data)
+    catalogued = known(data)
     model = build(network, catalogued.shape, catalogued.classes, seed=1).train()
-    run = torchattacks.PGD(model, eps=catalogued.epsilon, alpha=catalogued.step_size, steps=catalogued.steps)
+    run = torchattacks.PGD(model, eps=catalogued.threat.epsilon, alpha=catalogued.threat.step_size, steps=catalogued.threat.steps)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9, weight_decay=5e-4)
     x, y = pixels(training.x[: 128 * (steps + 1)]), training.y[: 128 * (steps + 1)]
     begun = 0.0
@@ -190,19 +191,19 @@ def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) 
 
 def trained(data: str, network: str, anew: bool = False) -> tuple[nn.Module, dict[str, Any]]:
     """The recipe `fast`, unmarked, and how much of the processor's time it took; kept as a model folder in runs/bench."""
-    catalogued, folder = spec(data), DONE / f"{network}-{data}"
+    catalogued, folder = known(data), DONE / f"{network}-{data}"
     if (folder / "metrics.json").exists() and not anew:
-        return load_bundle(folder)[0], read_json(folder / "metrics.json")
+        return load_model(folder)[0], read_json(folder / "metrics.json")
     model = build(network, catalogued.shape, catalogued.classes, seed=0)
     pools = load_pools(data, 0)
-    config = recipe(data, "fast", catalogued.epsilon, seed=0)
+    config = recipe(data, "fast", catalogued.threat, seed=0)
     if network == "paper":  # so few passes want a higher rate and a longer step
-        attack = Attack(catalogued.epsilon, 1, 0.75 * catalogued.epsilon)
+        attack = Attack(catalogued.threat.epsilon, 1, 0.75 * catalogued.threat.epsilon)
         config = replace(config, attack=attack, epochs=EPOCHS[data], learning_rate=0.2, average=0.99)
     begun = time.process_time()
     records = train(model, pools.training, config, validation=pools.validation, title=f"{network}, {data}")
     took = time.process_time() - begun
-    attack = Attack(catalogued.epsilon, catalogued.steps, catalogued.step_size)
+    attack = Attack(catalogued.threat.epsilon, catalogued.threat.steps, catalogued.threat.step_size)
     made = {
         "seconds": took,
         "epochs": len(records),
@@ -210,7 +211,7 @@ def trained(data: str, network: str, anew: bool = False) -> tuple[nn.Module, dic
         "adversarial_accuracy": adversarial_accuracy(model, pools.test, attack, title="the paper's PGD"),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_bundle(folder, model, Description(network, catalogued.shape, catalogued.classes, data, catalogued.epsilon, 0, ()))
+    save_model(folder, model, describing(open_data(data), network))
     write_json(folder / "metrics.json", made)
     return model.eval(), made
 

@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from countermark import AdjudicateConfig, ClaimConfig, ProtectConfig, adjudicate, claim, protect
-from countermark.bundle import Description, load_bundle, save_bundle
 from countermark.claims import write_claim
-from countermark.data import Examples, load_pools
+from countermark.data import Examples, load_pools, open_data
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy
 from countermark.memory import keep_freed_memory
-from countermark.models import build
+from countermark.networks import Description, describing, load_model, open_declared, save_model
+from countermark.networks.named import build
 from countermark.removal import prune
 from countermark.training import TrainConfig, train
 from countermark.watermarks import load_key
@@ -45,7 +45,7 @@ def judged(
     """Claim one batch against a copy and judge it: the verdict, and log10 of p."""
     copy = work / "copy"
     copy.mkdir(parents=True, exist_ok=True)
-    save_bundle(copy, network, description)
+    save_model(copy, network, description)
     out = work / f"claim-{time.monotonic_ns()}"
     try:
         claim(ClaimConfig(key=mine / "key", suspect=copy, out=out, batch=batch, tsa=authority.url))
@@ -59,7 +59,7 @@ def unlearned(mine: Path, network: nn.Module, description: Description, batch: i
     """A thief who has seen one batch: he tunes his copy on it with the other answers, and on his own data."""
     key = load_key(mine / "key")
     seen = key.watermarks.batch == batch
-    pool = load_pools(description.data, description.seed).thief[slice(0, 4000)]
+    pool = open_declared(description).pools(description.seed).thief[slice(0, 4000)]
     wrong = Examples(key.watermarks.x[seen], key.others[seen])
     config = TrainConfig(objective="standard", attack=None, epochs=epochs, learning_rate=0.02, seed=5)
     train(network, pool, config, watermarks=wrong)
@@ -73,7 +73,7 @@ def play(runs: Path, data: str, seed: int, authority: Authority) -> None:
         protect(ProtectConfig(data=data, seed=seed, out=mine, tsa=authority.url, roots=authority.root))
     test = load_pools(data, seed).test
     for share in (0.0, *PRUNED):
-        network, description = load_bundle(mine)
+        network, description = load_model(mine)
         if share:
             network = prune(network, share)
         for batch in range(2):
@@ -81,7 +81,7 @@ def play(runs: Path, data: str, seed: int, authority: Authority) -> None:
             record = {"data": data, "seed": seed, "pruned": share, "batch": batch, "verdict": verdict, "log10_p": p}
             print(json.dumps({**record, "test_accuracy": accuracy(network, test)}), flush=True)
     for epochs in (1, 3):
-        network, description = load_bundle(mine)
+        network, description = load_model(mine)
         forgetful = unlearned(mine, network, description, 0, epochs)
         for batch in range(2):
             verdict, p = judged(mine, forgetful, description, batch, authority, work)
@@ -94,7 +94,7 @@ def prepare_timing(runs: Path, authority: Authority, trials: int = 1000) -> Path
     folder = runs / "timing"
     model = folder / "model"
     model.mkdir(parents=True, exist_ok=True)
-    digest = save_bundle(model, build("small", (1, 28, 28), 10, seed=0), Description("small", (1, 28, 28), 10, "mnist", 0.25, 0))
+    digest = save_model(model, build("small", (1, 28, 28), 10, seed=0), describing(open_data("mnist"), "small"))
     made = some_trials(2 * trials)
     made = replace(made, x=torch.randint(0, 256, (2 * trials, 1, 28, 28), dtype=torch.uint8))
     owner = claimant(made, authority)

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from countermark.bundle import load_bundle
-from countermark.data import Examples, load_pools, pixels, spec
+from countermark.data import Examples, known, load_pools, pixels
 from countermark.evaluation import accuracy, predict
 from countermark.files import write_json
 from countermark.guard import Guard, GuardedModel, Row, images_of, trace_accounts
 from countermark.guard.core import client_key, coin
 from countermark.memory import keep_freed_memory
+from countermark.networks import load_model
 from countermark.watermarks import load_secret
 from guard_power import COST, Account, _standard, calibrated
 
@@ -74,8 +74,8 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     data, seed, count = options.data, options.seed, options.queries
-    folder, pools, shape = options.runs / f"{data}-{seed}", load_pools(options.data, options.seed), spec(options.data).shape
-    network, secret = load_bundle(folder)[0], load_secret(folder / "key")
+    folder, pools, shape = options.runs / f"{data}-{seed}", load_pools(options.data, options.seed), known(options.data).shape
+    network, secret = load_model(folder)[0], load_secret(folder / "key")
     found = calibrated(folder, network, data, pools, COST[data])
     model = GuardedModel(network, Guard(found.settings, secret))
     generator = torch.Generator().manual_seed(seed)
@@ -104,7 +104,7 @@ def main() -> None:
     traced("two accounts that pool their answers", taught(asked[:2], answers[:2]))
     spread, log = service(tenths)
     traced("ten accounts, a tenth of the queries each", taught(tenths[:10], spread[:10]), log)
-    stranger = load_bundle(options.runs / f"{data}-{seed}-stranger")[0]
+    stranger = load_model(options.runs / f"{data}-{seed}-stranger")[0]
     traced("stranger", stranger)
     for share in (0.05, 0.1, 0.2, 0.4):
         evading = Randomising(copy, pools.validation.x, share, seed)

@@ -19,9 +19,8 @@ from torch import nn
 
 from countermark import ProtectConfig, protect
 from countermark.attacks import pgd
-from countermark.bundle import load_bundle
-from countermark.data import Examples, Pools, as_uint8, load_pools, pixels, spec
-from countermark.evaluation import Attack, accuracy, predict
+from countermark.data import Examples, Pools, as_uint8, known, load_pools, pixels
+from countermark.evaluation import accuracy, predict
 from countermark.files import write_json
 from countermark.guard import (
     CELL_BITS,
@@ -37,8 +36,10 @@ from countermark.guard import (
 )
 from countermark.guard.core import ELSEWHERE
 from countermark.memory import keep_freed_memory
-from countermark.models import build
+from countermark.networks import load_model
+from countermark.networks.named import build
 from countermark.theft import JacobianTheft, steal_black_box
+from countermark.threat import Attack
 from countermark.training import TrainConfig, recipe, train
 from countermark.watermarks import load_secret
 
@@ -80,8 +81,8 @@ def natural(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> n
 def robust(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
     """The same, adversarially trained at the owner's budget."""
     x = pools.thief.x[:count]
-    network = build("small", spec(data).shape, spec(data).classes, seed=900 + seed)
-    train(network, Examples(x, victim(x)), recipe(data, "fast", spec(data).epsilon, epochs=25, seed=seed))
+    network = build("small", known(data).shape, known(data).classes, seed=900 + seed)
+    train(network, Examples(x, victim(x)), recipe(data, "fast", known(data).threat, epochs=25, seed=seed))
     return network
 
 
@@ -111,21 +112,21 @@ def flipping(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> 
     y = victim(x)
     generator = torch.Generator().manual_seed(seed)
     flipped = torch.rand(count, generator=generator) < 0.05
-    other = (y + torch.randint(1, spec(data).classes, (count,), generator=generator)) % spec(data).classes
+    other = (y + torch.randint(1, known(data).classes, (count,), generator=generator)) % known(data).classes
     return _standard(Examples(x, torch.where(flipped, other, y)), data, seed)
 
 
 def black(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
     """Algorithm 2 with the paper's settings."""
-    network = build("surrogate", spec(data).shape, spec(data).classes, seed=900 + seed)
+    network = build("surrogate", known(data).shape, known(data).classes, seed=900 + seed)
     steal_black_box(victim, network, pools.thief, JacobianTheft(queries=count, seed=seed))
     return network
 
 
 def grey(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
     """Algorithm 2 with the owner's network, adversarially trained (single steps)."""
-    network = build("small", spec(data).shape, spec(data).classes, seed=900 + seed)
-    attack = Attack(spec(data).epsilon, 1, 1.25 * spec(data).epsilon)
+    network = build("small", known(data).shape, known(data).classes, seed=900 + seed)
+    attack = Attack(known(data).threat.epsilon, 1, 1.25 * known(data).threat.epsilon)
     options = JacobianTheft(queries=count, attack=attack, batch_size=128, learning_rate=0.05, epochs=5, seed=seed)
     steal_black_box(victim, network, pools.thief, options)
     return network
@@ -136,16 +137,16 @@ COUNTS = {"natural": NATURAL, "robust": (2000, 8500), "averaging": (2000,), "dro
 
 
 def _standard(examples: Examples, data: str, seed: int) -> nn.Module:
-    network = build("small", spec(data).shape, spec(data).classes, seed=900 + seed)
+    network = build("small", known(data).shape, known(data).classes, seed=900 + seed)
     train(network, examples, TrainConfig(objective="standard", attack=None, epochs=30, learning_rate=0.05, seed=seed))
     return network
 
 
 def attacked(network: nn.Module, data: str, test: Examples) -> Examples:
     """Adversarial examples of every fifth test image, as a client under attack would send them."""
-    part, catalogued = test[::5], spec(data)
+    part, catalogued = test[::5], known(data)
     parts = [
-        pgd(network, pixels(x), y, epsilon=catalogued.epsilon, steps=catalogued.steps, step_size=catalogued.step_size)
+        pgd(network, pixels(x), y, epsilon=catalogued.threat.epsilon, steps=catalogued.threat.steps, step_size=catalogued.threat.step_size)
         for x, y in zip(torch.split(part.x, 500), torch.split(part.y, 500), strict=True)
     ]
     return Examples(as_uint8(torch.cat(parts)), part.y)
@@ -163,7 +164,7 @@ def calibrated(
         cost=cost,
         bits=bits,
         training=pools.training if foreign else None,
-        epsilon=spec(data).epsilon,
+        epsilon=known(data).threat.epsilon,
     )
 
 
@@ -189,7 +190,7 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
     for place, options in ((folder, {}), (runs / f"{data}-{seed}-stranger", {"scheme": "none", "seed": seed + 500})):
         if not place.exists():
             protect(ProtectConfig(data=data, out=place, **{"seed": seed, **options}))  # type: ignore[arg-type]
-    network, _ = load_bundle(folder)
+    network, _ = load_model(folder)
     pools = load_pools(data, seed)
     secret = load_secret(folder / "key")
     found = calibrated(folder, network, data, pools, cost, bits, foreign)
@@ -197,10 +198,10 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
     account = Account(model, f"{thief} {count}")
     copy = THIEVES[thief](account, data, pools, seed, count)
     rows = list(account.rows.values())
-    shape = spec(data).shape
+    shape = known(data).shape
     strangers = {
-        "before the mark": load_bundle(folder / "key" / "source")[0],
-        "as robust": load_bundle(runs / f"{data}-{seed}-stranger")[0],
+        "before the mark": load_model(folder / "key" / "source")[0],
+        "as robust": load_model(runs / f"{data}-{seed}-stranger")[0],
         "theft of bare answers": THIEVES["natural"](lambda x: predict(network, x), data, pools, seed, min(count, 8500)),
     }
     cost_on_test = expected_cost(model, pools.test)

@@ -21,15 +21,16 @@ from typing import Any
 
 import torch
 
-from countermark.bundle import Description, save_bundle
 from countermark.config import VerifyConfig
-from countermark.data import Examples, load_pools
-from countermark.evaluation import Attack, adversarial_accuracy
+from countermark.data import Examples, load_pools, open_data
+from countermark.evaluation import adversarial_accuracy
 from countermark.evidence import sign_flip_test
 from countermark.guard import QueryLog, Row, trace_accounts
 from countermark.guard.core import client_key, coin
 from countermark.memory import keep_freed_memory
-from countermark.models import build
+from countermark.networks import describing, save_model
+from countermark.networks.named import build
+from countermark.threat import Attack
 from countermark.training import TrainConfig, train
 from countermark.verbs.verify import verify
 from countermark.watermarks import WatermarkSet, new_secrets, write_key
@@ -70,7 +71,7 @@ def _evaluate_steps(steps: int) -> Work:
 
 def _verify(trials: int) -> Work:
     folder = Path(tempfile.mkdtemp())
-    save_bundle(folder, _network(), Description("small", (1, 28, 28), 10, "mnist", 0.25, 0))
+    save_model(folder, _network(), describing(open_data("mnist"), "small"))
     x = torch.randint(0, 256, (trials, 1, 28, 28), dtype=torch.uint8)
     heads = torch.randint(0, 9, (trials,))
     made = WatermarkSet(x, torch.stack((heads, heads + 1), 1), torch.zeros(trials, dtype=torch.int64), torch.arange(trials))

@@ -29,9 +29,8 @@ import requests
 import torch
 
 from countermark import GuardConfig, calibrate
-from countermark.bundle import load_bundle
-from countermark.data import load_pools
 from countermark.guard import QueryLog, load_guarded
+from countermark.networks import load_model, open_declared
 from countermark.service.clients import add_client
 
 _WARM = 2  # seconds of load before the measurement
@@ -182,8 +181,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int)
     options = parser.parse_args()
     calibrate(GuardConfig(model=options.model, cost=options.cost))
-    _, description = load_bundle(options.model)
-    x = load_pools(description.data, description.seed).test.x[:2000]
+    _, description = load_model(options.model)
+    x = open_declared(description).test.x[:2000]
     if options.kills:
         kills(options.model, x, options.kills)
         return

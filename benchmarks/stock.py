@@ -4,7 +4,7 @@ import copy
 
 from torch import nn
 
-from countermark.models import HalvingConv2d
+from countermark.networks.named import HalvingConv2d
 
 
 def stock(network: nn.Module) -> nn.Module:

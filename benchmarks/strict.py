@@ -20,9 +20,9 @@ from torch import nn
 
 from countermark import load
 from countermark.attacks import pgd, strict
-from countermark.bundle import load_with_data
-from countermark.data import load_pools, pixels
+from countermark.data import pixels
 from countermark.memory import keep_freed_memory
+from countermark.networks import describe, open_declared
 from stock import stock
 
 Judge = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], torch.Tensor]  # model, x, y, epsilon to points
@@ -53,8 +53,8 @@ JUDGES: dict[str, Judge] = {"countermark": ours, "pyautoattack": pyautoattack, "
 
 def compare(folder: Path, images: int, names: list[str]) -> dict[str, Any]:
     model = stock(load(folder)).eval()
-    _, description, catalogued = load_with_data(folder)
-    test = load_pools(description.data, description.seed).test
+    description = describe(folder)
+    test = open_declared(description).test
     test = test[torch.arange(images) * len(test) // images]
     seconds = dict.fromkeys(names, 0.0)
     standing: dict[str, list[torch.Tensor]] = {name: [] for name in names}
@@ -63,8 +63,15 @@ def compare(folder: Path, images: int, names: list[str]) -> dict[str, Any]:
         part = test[slice(start, start + _CHUNK)]
         x, y = pixels(part.x), part.y
         torch.manual_seed(0)
-        steps, step_size = catalogued.steps, catalogued.step_size
-        points = pgd(model, x, y, epsilon=description.epsilon, steps=steps, step_size=step_size, stop_when_lost=True)
+        points = pgd(
+            model,
+            x,
+            y,
+            epsilon=description.epsilon,
+            steps=description.threat.steps,
+            step_size=description.threat.step_size,
+            stop_when_lost=True,
+        )
         weak += int((model(points).argmax(1) == y).sum())
         for name in names:
             begun = time.process_time()

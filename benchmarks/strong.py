@@ -16,16 +16,17 @@ from torch import nn
 
 from countermark import ProtectConfig, VerifyConfig, protect, verify
 from countermark.attacks import computes_bf16
-from countermark.bundle import load_bundle
-from countermark.data import Examples, load_pools, spec
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy, strict_accuracy
+from countermark.data import Examples, known, load_pools
+from countermark.evaluation import accuracy, adversarial_accuracy, strict_accuracy
 from countermark.files import read_json
 from countermark.memory import keep_freed_memory
+from countermark.networks import load_model
+from countermark.threat import Attack
 
 
 def measured(network: nn.Module, data: str, epsilon: float, test: Examples, images: int) -> dict[str, Any]:
     begun, part = time.monotonic(), test[:: max(1, len(test) // images)]
-    attack = Attack(epsilon, spec(data).steps, spec(data).step_size)
+    attack = Attack(epsilon, known(data).threat.steps, known(data).threat.step_size)
     strict = strict_accuracy(network, part, attack)
     return {
         "test_accuracy": accuracy(network, test),
@@ -47,7 +48,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/strong"))
     arguments = parser.parse_args()
     keep_freed_memory()
-    epsilon = arguments.epsilon or spec(arguments.data).epsilon
+    epsilon = arguments.epsilon or known(arguments.data).threat.epsilon
     for seed in arguments.seeds:
         folder = arguments.out / f"{arguments.data}-{epsilon:g}-{arguments.objective}-{seed}"
         if not folder.exists():
@@ -64,7 +65,7 @@ def main() -> int:
         made |= {"seconds_to_protect": read_json(folder / "metrics.json")["seconds"], "coins": f"{coins.agreements}:{coins.disagreements}"}
         test = load_pools(arguments.data, seed).test
         for name, place in (("unmarked", folder / "key" / "source"), ("marked", folder)):
-            network, description = load_bundle(place)
+            network, description = load_model(place)
             found = measured(network, arguments.data, epsilon, test, arguments.images)
             print(json.dumps({**made, "model": name, "network": description.network, **found}), flush=True)
     return 0

@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from countermark.bundle import load_bundle
 from countermark.claims import read_claim
 from countermark.data.idx import parse_idx
 from countermark.errors import CountermarkError
@@ -31,6 +30,7 @@ from countermark.files import canonical_json, read_tensors, sha256
 from countermark.guard import Guard, GuardedModel, QueryLog, read_guard, read_head
 from countermark.guard.log import Row
 from countermark.guard.requests import is_signed
+from countermark.networks import load_model
 from countermark.service.clients import Clients
 from countermark.service.http import RefusedError, parse_images
 from countermark.suspects.asker import read_replay
@@ -146,7 +146,7 @@ def _roots(path: Path) -> object:
 
 def _guard(folder: Path) -> object:
     """The settings of a guard, and the answers that it gives by them."""
-    settings, (network, _) = read_guard(folder), load_bundle(folder)
+    settings, (network, _) = read_guard(folder), load_model(folder)
     x = torch.linspace(0, 1, 128).reshape(2, 1, 8, 8)
     if settings.familiar is not None and settings.familiar.values != 64:
         raise CountermarkError("`load_guarded` refuses a guard for images of another shape")
@@ -175,7 +175,7 @@ def kinds() -> dict[str, Kind]:
         "key trials": Place(key, "trials.safetensors", load_key),
         "key secret": Place(key, "secret", load_key),
         "spent.json": Place(key, "spent.json", _spent),
-        "model.json": Place(claim / "model", "model.json", load_bundle),
+        "model.json": Place(claim / "model", "model.json", load_model),
         "weights": Place(claim / "model", "model.safetensors", lambda path: read_tensors(path, 1 << 20), "model.safetensors"),
         "guard.json": Place(mine, "guard.json", _guard),
         "clients.json": Place(mine, "clients.json", Clients, "clients.json"),

@@ -11,8 +11,9 @@ from countermark import evaluation
 from countermark.attacks import fgsm, pgd, prepare
 from countermark.attacks.pgd import step_
 from countermark.data import Examples, Pools, pixels
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy, predict
-from countermark.models import build
+from countermark.evaluation import accuracy, adversarial_accuracy, predict
+from countermark.networks.named import build
+from countermark.threat import Attack
 
 
 def linear(seed: int) -> nn.Module:

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from authority import Authority, stamped
-from countermark.bundle import Description, load_bundle, save_bundle
 from countermark.cli import main
 from countermark.config import AdjudicateConfig, ClaimConfig, LogCheckConfig, LogHeadConfig, ProtectConfig
 from countermark.errors import CountermarkError
 from countermark.files import locked, read_json, sha256, write_json
 from countermark.guard import QueryLog, Row
-from countermark.models import build
+from countermark.networks import load_model, save_model
+from countermark.networks.named import build
 from countermark.removal import prune
 from countermark.signing import check_folder, sign_folder
 from countermark.training import recipes
@@ -30,6 +30,7 @@ from countermark.verbs.claim import claim
 from countermark.verbs.log_check import log_check
 from countermark.verbs.log_head import log_head
 from countermark.verbs.protect import protect
+from described import described
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,11 @@ def marked(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Pa
 
 @pytest.fixture(scope="module")
 def pruned(marked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    network, description = load_bundle(marked)
+    network, description = load_model(marked)
     network = prune(network, 0.3)
     folder = tmp_path_factory.mktemp("pruned") / "theirs"
     folder.mkdir()
-    save_bundle(folder, network, description)
+    save_model(folder, network, description)
     return folder
 
 
@@ -320,7 +321,7 @@ def test_a_dishonest_claim_folder_is_an_error(claimed: Path, pruned: Path, autho
     config = AdjudicateConfig(claim=tmp_path / "claim", suspect=pruned, roots=authority.root, out=tmp_path / "j")
     weights, other = tmp_path / "claim" / "model" / "model.safetensors", tmp_path / "other"
     other.mkdir()
-    save_bundle(other, build("small", (3, 32, 32), 10, seed=0), Description("small", (3, 32, 32), 10, "digits", 0.1, 0))
+    save_model(other, build("small", (3, 32, 32), 10, seed=0), described("small", (3, 32, 32), 10, "digits", 0.1, 0))
     for spoil in (
         lambda: os.mkfifo(weights),
         lambda: weights.symlink_to("/dev/zero"),

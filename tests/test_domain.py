@@ -17,9 +17,10 @@ from countermark.attacks.fab import fab_targeted
 from countermark.attacks.square import square
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy, predict, strict_accuracy
-from countermark.models import build
+from countermark.evaluation import accuracy, adversarial_accuracy, predict, strict_accuracy
+from countermark.networks.named import build
 from countermark.theft import JacobianTheft, distil, steal_black_box
+from countermark.threat import Attack
 from countermark.training import Hardware, TrainConfig, train
 from countermark.watermarks import coin_set, craft_adversarial, published_set
 

@@ -21,7 +21,6 @@ import pytest
 import requests
 import torch
 
-from countermark.bundle import load
 from countermark.claims import suspect_identity
 from countermark.cli import main
 from countermark.config import VerifyConfig
@@ -29,6 +28,7 @@ from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import sha256
+from countermark.networks import load
 from countermark.places import place_name
 from countermark.session import Session
 from countermark.suspects import Asking, Endpoint, open_suspect, prepare
@@ -481,7 +481,7 @@ def test_a_check_on_clean_examples_that_is_not_made_is_said(
     assert "the budget was spent" in asked("--budget", "3")
     monkeypatch.setattr("countermark.verbs.asking.is_cached", lambda _data: False)
     assert "not in the cache; countermark data fetch digits" in asked()
-    monkeypatch.setattr("countermark.verbs.asking.CATALOG", {})
+    monkeypatch.setattr("countermark.verbs.asking.KNOWN", {})
     assert "none of ours" in asked()
 
 

@@ -17,7 +17,7 @@ from countermark.attacks.folding import dtype_of
 from countermark.attacks.local import Local
 from countermark.errors import CountermarkError
 from countermark.layers import SpectralConv2d, hastened
-from countermark.models import NETWORKS, HalvingConv2d, Normalise, build
+from countermark.networks.named import NETWORKS, HalvingConv2d, Normalise, build
 from countermark.removal import quantise
 
 

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from countermark.bundle import Description, load_bundle, load_with_data, save_bundle
 from countermark.errors import CountermarkError
 from countermark.files import read_json, write_json
-from countermark.models import build
+from countermark.networks import load_model, load_with_data, save_model
+from countermark.networks.named import build
 from countermark.suspects import open_suspect
 from countermark.text import brief
 from countermark.watermarks import load_key
+from described import described
 
 SHAPE = (1, 8, 8)
 
@@ -35,7 +36,7 @@ def sparse(folder: Path, side: int, entries: dict[str, list[int]] | None = None)
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + start)
-    save_bundle(folder / "small", build("small", SHAPE, 10), Description("small", SHAPE, 10, "digits", 0.1, 0))
+    save_model(folder / "small", build("small", SHAPE, 10), described("small", SHAPE, 10, "digits", 0.1, 0))
     record = read_json(folder / "small" / "model.json")
     write_json(folder / "model.json", {**record, "network": "wide", "shape": [1, side, side]})
     return folder
@@ -46,7 +47,7 @@ def sparse(folder: Path, side: int, entries: dict[str, list[int]] | None = None)
     [
         lambda folder: open_suspect(folder, SHAPE),
         lambda folder: load_with_data(folder),
-        lambda folder: load_bundle(sparse_of_another_network(folder)),
+        lambda folder: load_model(sparse_of_another_network(folder)),
     ],
 )
 def test_sizes_are_compared_before_weights_are_read(tmp_path: Path, read: Callable[[Path], object]) -> None:
@@ -89,11 +90,11 @@ def test_a_key_says_how_many_trials_before_they_are_read(owner: Path, tmp_path: 
 
 
 def test_foreign_words_in_messages_are_short(tmp_path: Path) -> None:
-    save_bundle(tmp_path, build("small", SHAPE, 10), Description("small", SHAPE, 10, "digits", 0.1, 0))
+    save_model(tmp_path, build("small", SHAPE, 10), described("small", SHAPE, 10, "digits", 0.1, 0))
     record = read_json(tmp_path / "model.json")
     long = "a" * 900_000
     huge = 10**4000
-    reads = (load_bundle, load_with_data, lambda folder: open_suspect(folder, SHAPE))
+    reads = (load_model, load_with_data, lambda folder: open_suspect(folder, SHAPE))
     for change in ({"network": long}, {"data": long}, {"classes": huge}, {"shape": [huge, huge, huge]}):
         write_json(tmp_path / "model.json", {**record, **change})
         for read in reads[1:2] if "data" in change else reads:
@@ -105,7 +106,7 @@ def test_foreign_words_in_messages_are_short(tmp_path: Path) -> None:
     write_json(tmp_path / "model.json", record)
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(CountermarkError, match="not a whole safetensors file") as caught:
-        load_bundle(tmp_path)
+        load_model(tmp_path)
     assert len(str(caught.value)) < 1000
 
 

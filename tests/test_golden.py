@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from countermark.bundle import load_bundle
 from countermark.claims import Finding, judge_claim, read_claim
 from countermark.config import VerifyConfig
 from countermark.data import load_pools
 from countermark.evaluation import predict
 from countermark.files import canonical_json, read_json, sha256
 from countermark.guard import QueryLog, guard_sha256, load_guarded, read_head
+from countermark.networks import load_model
 from countermark.service.clients import Clients
 from countermark.timestamps import check_token, decode_token, load_roots
 from countermark.verbs.verify import verify
@@ -30,7 +30,7 @@ def release(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_model_and_key_are_read_and_belong_together(release: Path) -> None:
     key = load_key(release / "mine" / "key")
-    network, description = load_bundle(release / "mine")
+    network, description = load_model(release / "mine")
     assert description.data == "digits"
     assert sum(outcome == 1 for outcome in key.outcomes(predict(network, key.watermarks.x))) >= 155
     found = verify(VerifyConfig(suspect=release / "mine", key=release / "mine" / "key"))

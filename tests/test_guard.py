@@ -15,8 +15,7 @@ from torch import nn
 
 from chances import most
 from countermark.attacks import pgd
-from countermark.bundle import load
-from countermark.data import Examples, Pools, as_uint8, pixels, spec
+from countermark.data import Examples, Pools, as_uint8, known, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.evidence import EProcess
@@ -43,7 +42,8 @@ from countermark.guard import (
 )
 from countermark.guard.core import STEPS, WHOLE, boundary, client_key, coin, projections, tails_chance
 from countermark.guard.model import Split
-from countermark.models import build
+from countermark.networks import load
+from countermark.networks.named import build
 from countermark.theft import JacobianTheft, steal_black_box
 from countermark.training import TrainConfig, train
 
@@ -398,7 +398,7 @@ def test_few_queries_are_computed_again(guarded: GuardedModel, digits: Pools) ->
 @pytest.fixture
 def far_sighted(owner_network: nn.Module, digits: Pools) -> GuardedModel:
     """The owner's model behind a guard with coins for foreign queries as well, and few others."""
-    options = {"training": digits.training, "epsilon": spec("digits").epsilon}
+    options = {"training": digits.training, "epsilon": known("digits").threat.epsilon}
     found = calibrate_model(owner_network, digits.validation, secret=SECRET, model_sha256=MODEL, cost=0.5, **options)
     return GuardedModel(owner_network, Guard(found.settings, SECRET))
 
@@ -444,7 +444,7 @@ def test_a_thiefs_walk_is_foreign_and_honest_queries_are_not(far_sighted: Guarde
 
     walk(victim, digits, 3200, seed=77)
     foreign = far_sighted.guard.foreign
-    x, y, epsilon = pixels(digits.test.x), digits.test.y, spec("digits").epsilon
+    x, y, epsilon = pixels(digits.test.x), digits.test.y, known("digits").threat.epsilon
     lost = pgd(far_sighted.network, x, y, epsilon=epsilon, steps=10, step_size=epsilon / 4)
     assert not foreign(digits.training.x).any()
     for honest in (x, lost):

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from countermark.bundle import load_bundle, save_bundle
-from countermark.data import Pools
+from countermark.data import Pools, known
 from countermark.errors import CountermarkError
 from countermark.files import read_bytes, read_json, read_tensors, write_bytes, write_json, write_tensors
-from countermark.models import build
+from countermark.networks import load_model, save_model
+from countermark.networks.named import build
 from countermark.training import recipe, train
 from warm import COLD, warm
 
@@ -139,7 +139,7 @@ def test_termination_is_orderly_and_takes_the_child_along(number: int, status: i
 
 @pytest.mark.parametrize("change", [{"step": None}, {"step": "a"}, {"step": -5}, {"attack_steps": "x"}, {"records": [{"a": 1}]}])
 def test_an_edited_checkpoint_is_refused(change: dict[str, object], tmp_path: Path, digits: Pools) -> None:
-    config = recipe("digits", "fast", 0.1, epochs=1)
+    config = recipe("digits", "fast", known("digits").threat, epochs=1)
     path = tmp_path / "checkpoint"
     train(build("small", (1, 8, 8), 10, seed=0), digits.training, config, checkpoint=path)
     tensors, meta, _ = read_tensors(path, 1 << 30)
@@ -150,11 +150,11 @@ def test_an_edited_checkpoint_is_refused(change: dict[str, object], tmp_path: Pa
 
 
 def test_logits_that_are_not_finite_are_no_answer(owner: Path, tmp_path: Path) -> None:
-    network, description = load_bundle(owner)
+    network, description = load_model(owner)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.fill_(3e38)
-    save_bundle(tmp_path, network, description)
+    save_model(tmp_path, network, description)
     done = shell(f"countermark verify --suspect . --key {owner}/key", tmp_path)
     one_line_of_two(done)
     assert "not finite" in done.stderr
@@ -167,7 +167,7 @@ def test_new_files_follow_the_umask_and_replaced_ones_stay_as_they_are(mask: int
         write_json(tmp_path / "a", {})
         write_bytes(tmp_path / "b", b"")
         write_tensors(tmp_path / "c", {})
-        save_bundle(tmp_path, *load_bundle(Path(__file__).parent / "golden" / "0.1.0" / "mine"))
+        save_model(tmp_path, *load_model(Path(__file__).parent / "golden" / "0.1.0" / "mine"))
         assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {new}
         write_json(tmp_path / "secret", {}, 0o600)
         (tmp_path / "a").chmod(0o640)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from countermark.attacks import pgd
 from countermark.errors import CountermarkError
-from countermark.models import NETWORKS, Clip, HalvingConv2d, build
+from countermark.networks.named import NETWORKS, Clip, HalvingConv2d, build
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -24,7 +24,6 @@ import requests
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from countermark.bundle import load
 from countermark.cli import main
 from countermark.config import GuardConfig
 from countermark.data import Pools
@@ -33,6 +32,7 @@ from countermark.evaluation import predict
 from countermark.files import read_json, write_json
 from countermark.guard import GuardedModel, QueryLog, Row, RowError, guard_sha256, load_guarded
 from countermark.guard.requests import is_signed, sign_request
+from countermark.networks import load
 from countermark.service.clients import CLIENTS_FORMAT, Clients, add_client
 from countermark.service.engine import BusyError, Engine
 from countermark.service.server import listen

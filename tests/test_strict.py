@@ -20,9 +20,10 @@ from countermark.attacks.square import square
 from countermark.attacks.strict import STAGES, strict
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
-from countermark.evaluation import Attack, predict, strict_accuracy
+from countermark.evaluation import predict, strict_accuracy
 from countermark.files import read_json, write_json
-from countermark.models import NETWORKS, build
+from countermark.networks.named import NETWORKS, build
+from countermark.threat import Attack
 
 
 class Scaled(nn.Module):

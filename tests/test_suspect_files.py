@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 import countermark.suspects
 from countermark.claims import suspect_identity
 from countermark.errors import CountermarkError
-from countermark.models import build
+from countermark.networks.named import build
 from countermark.suspects import ask_onnx, ask_pt2, open_suspect
 from countermark.suspects.confined import _THREADS
 

@@ -24,15 +24,16 @@ from onnx import TensorProto, helper, numpy_helper
 
 import countermark
 import countermark.suspects
-from countermark.bundle import Description, load, load_bundle, save_bundle
 from countermark.config import AdjudicateConfig, ClaimConfig, place_name
 from countermark.data import Pools, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import canonical_json, read_json, write_json
-from countermark.models import build
+from countermark.networks import load, load_model, save_model
+from countermark.networks.named import build
 from countermark.suspects import Asking, open_suspect
 from countermark.suspects.confined import _THREADS
+from described import described
 
 SHAPE = (1, 8, 8)
 
@@ -181,20 +182,20 @@ def test_files_that_are_not_asked(tmp_path: Path, name: str) -> None:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    save_bundle(tmp_path, build("small", SHAPE, 10, seed=0), Description("small", SHAPE, 10, "digits", 0.1, 0))
+    save_model(tmp_path, build("small", SHAPE, 10, seed=0), described("small", SHAPE, 10, "digits", 0.1, 0))
     return tmp_path
 
 
 def test_bundle_round_trip(bundle: Path) -> None:
-    model, description = load_bundle(bundle)
+    model, description = load_model(bundle)
     assert not model.training
-    assert description == Description("small", SHAPE, 10, "digits", 0.1, 0)
+    assert description == described("small", SHAPE, 10, "digits", 0.1, 0)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build("small", SHAPE, 10, seed=0).parameters(), strict=True))
 
 
 def test_same_weights_same_bytes(bundle: Path) -> None:
     whole = (bundle / "model.safetensors").read_bytes()
-    save_bundle(bundle, *load_bundle(bundle))
+    save_model(bundle, *load_model(bundle))
     assert (bundle / "model.safetensors").read_bytes() == whole
 
 
@@ -202,7 +203,7 @@ def test_same_weights_same_bytes(bundle: Path) -> None:
 def test_damaged_weights_are_refused_and_never_unpickled(bundle: Path, damage: str) -> None:
     path = bundle / "model.safetensors"
     whole = path.read_bytes()
-    description = load_bundle(bundle)[1]
+    description = load_model(bundle)[1]
     if damage == "pickle":
         path.write_bytes(pickle.dumps(Bomb()))
     elif damage == "cut":
@@ -212,7 +213,7 @@ def test_damaged_weights_are_refused_and_never_unpickled(bundle: Path, damage: s
     elif damage == "giant header":
         path.write_bytes(struct.pack("<Q", 1 << 62) + whole[8:])
     elif damage == "foreign":
-        save_bundle(bundle, build("paper", SHAPE, 10), description)
+        save_model(bundle, build("paper", SHAPE, 10), description)
     elif damage == "missing":
         path.unlink()
     else:
@@ -223,9 +224,9 @@ def test_damaged_weights_are_refused_and_never_unpickled(bundle: Path, damage: s
             broken.half()
         else:
             broken.register_buffer("more", torch.zeros(3))
-        save_bundle(bundle, broken, description)
+        save_model(bundle, broken, description)
     with pytest.raises(CountermarkError, match=r"model\.safetensors"):
-        load_bundle(bundle)
+        load_model(bundle)
     assert not Path("/tmp/countermark-was-unpickled").exists()
 
 
@@ -250,14 +251,14 @@ def test_damaged_weights_are_refused_and_never_unpickled(bundle: Path, damage: s
 def test_hostile_descriptions_are_refused(bundle: Path, change: dict[str, object]) -> None:
     write_json(bundle / "model.json", {**read_json(bundle / "model.json"), **change})
     with pytest.raises(CountermarkError):
-        load_bundle(bundle)
+        load_model(bundle)
 
 
 def test_json_bombs_and_foreign_files_are_refused(bundle: Path) -> None:
     for data in (b"[" * 100_000, b"\xff\xfe", b"{}", b"[1]", b" " * (2 << 20), b'{"format": 1e999}', b"null"):
         (bundle / "model.json").write_bytes(data)
         with pytest.raises(CountermarkError):
-            load_bundle(bundle)
+            load_model(bundle)
 
 
 def test_a_suspect_for_other_images_is_refused(bundle: Path) -> None:

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from countermark import theft as theft_room
-from countermark.bundle import load
-from countermark.data import Pools, pixels
-from countermark.evaluation import Attack, accuracy, agreement, predict
-from countermark.models import build
+from countermark.data import Pools, known, pixels
+from countermark.evaluation import accuracy, agreement, predict
+from countermark.networks import load
+from countermark.networks.named import build
 from countermark.removal import add_noise, finetune, prune, quantise
 from countermark.study import work
 from countermark.theft import JacobianTheft, distil, steal_black_box
+from countermark.threat import Attack
 from countermark.training import recipe, train
 
 
@@ -83,7 +84,7 @@ def test_fine_tuning_tells_after_each_epoch_and_keeps_the_model(owner: Path, dig
 
 def test_crafting_in_training_mode_lets_batch_statistics_move(digits: Pools) -> None:
     """The published code crafts with batch norm live: its running statistics then see crafted batches twice."""
-    config = recipe("digits", "fast", 0.1, epochs=1)
+    config = recipe("digits", "fast", known("digits").threat, epochs=1)
     statistics = []
     for live in (False, True):
         network = build("paper", (1, 8, 8), 10, seed=0)

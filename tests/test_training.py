@@ -14,17 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from countermark.bundle import Description, load_bundle, save_bundle
-from countermark.data import Examples, Pools, load_ood
+from countermark.data import Examples, Pools, known, load_ood
 from countermark.errors import CountermarkError
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
+from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
 from countermark.files import read_tensors
-from countermark.models import build
+from countermark.networks import load_model, save_model
+from countermark.networks.named import build
+from countermark.threat import Attack
 from countermark.training import Hardware, TrainConfig, loop, marking, own_network, recipe, settled, train
 from countermark.training.loop import divergence
 from countermark.training.views import View, any_view
+from described import described
 
 ATTACK = Attack(0.1, 10, 0.025)
+
+DIGITS = known("digits").threat
 
 
 def small(seed: int = 0) -> torch.nn.Module:
@@ -37,7 +41,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def quick() -> TrainConfig:
-    return recipe("digits", "fast", 0.1, epochs=4)
+    return recipe("digits", "fast", DIGITS, epochs=4)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def watermarks() -> Examples:
 
 @pytest.mark.parametrize("objective", ["fast", "strong", "pgd", "standard"])
 def test_same_seed_same_weights(digits: Pools, objective: str) -> None:
-    config, data = recipe("digits", objective, 0.1, epochs=2), digits.training[:320]
+    config, data = recipe("digits", objective, DIGITS, epochs=2), digits.training[:320]
     first, second, third = small(), small(), small()
     state = torch.random.get_rng_state()
     train(first, data, config)
@@ -63,13 +67,13 @@ def test_same_seed_same_weights(digits: Pools, objective: str) -> None:
 def standard(digits: Pools) -> nn.Module:
     """A network without adversarial training and without watermarks. Read only."""
     network = small()
-    train(network, digits.training, recipe("digits", "standard", 0.1, epochs=10))
+    train(network, digits.training, recipe("digits", "standard", DIGITS, epochs=10))
     return network
 
 
 def test_robust_training_resists_and_standard_training_does_not(digits: Pools, standard: nn.Module) -> None:
     robust = small()
-    records = train(robust, digits.training, recipe("digits", "fast", 0.1, epochs=15), validation=digits.validation)
+    records = train(robust, digits.training, recipe("digits", "fast", DIGITS, epochs=15), validation=digits.validation)
     assert accuracy(standard, digits.test) > 85
     assert accuracy(robust, digits.test) > 85
     assert adversarial_accuracy(robust, digits.test, ATTACK) > adversarial_accuracy(standard, digits.test, ATTACK) + 25
@@ -236,7 +240,7 @@ def test_a_checkpoint_of_another_run_is_refused(digits: Pools, quick: TrainConfi
 @pytest.mark.parametrize("embedding", ["interleaved", "epoch"])
 def test_watermarks_are_learned_either_way(digits: Pools, watermarks: Examples, standard: nn.Module, embedding: str) -> None:
     assert agreement(predict(standard, watermarks.x), watermarks.y) < 40
-    config = replace(recipe("digits", "standard", 0.1, epochs=15), embedding=embedding, learning_rate=0.05)
+    config = replace(recipe("digits", "standard", DIGITS, epochs=15), embedding=embedding, learning_rate=0.05)
     marked = small()
     records = train(marked, digits.training, config, watermarks=watermarks)
     assert agreement(predict(marked, watermarks.x), watermarks.y) > 75
@@ -259,7 +263,7 @@ def test_carried_perturbations_end_at_the_worst_point_of_the_ball(digits: Pools,
         network[1].weight[0] = torch.linspace(-1, 1, 64)
         network[1].weight[1] = 0.0
     data = Examples(digits.training.x[:96], torch.arange(96) % 2)
-    fast = recipe("digits", "fast", 0.1, epochs=4, hardware=Hardware("cpu", precision="32-true"))
+    fast = recipe("digits", "fast", DIGITS, epochs=4, hardware=Hardware("cpu", precision="32-true"))
     config = replace(fast, learning_rate=0.0, weight_decay=0.0, grow_budget=False, batch_size=32)
     perturb, crafted = loop._Run.perturb, torch.empty(96, 1, 8, 8)
 
@@ -332,7 +336,7 @@ from countermark.training import Hardware, loop, recipe, train
 pools = load_pools("digits", 0)
 marks = load_ood("digits", 0)[:40]
 loop._guarded = lambda *_networks: 50.0
-config = recipe("digits", "strong", 0.1, epochs=1, hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))
+config = recipe("digits", "strong", known("digits").threat, epochs=1, hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))
 config = replace(config, grow_budget=False, schedule="constant", batch_size=96)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
@@ -366,7 +370,11 @@ def test_bf16_takes_the_steps_of_float32_within_rounding(digits: Pools) -> None:
     for precision in ("32-true", "bf16-mixed"):
         network = small()
         begun = weights(network).clone()
-        train(network, digits.training, recipe("digits", "fast", 0.1, epochs=2, hardware=Hardware("cpu", precision=precision)))
+        train(
+            network,
+            digits.training,
+            recipe("digits", "fast", DIGITS, epochs=2, hardware=Hardware("cpu", precision=precision)),
+        )
         assert network.state_dict()["0.weight"].dtype == torch.float32
         moved.append(weights(network) - begun)
     full, half = moved
@@ -487,7 +495,7 @@ def test_a_run_does_not_go_on_in_another_precision(
 
 def test_a_loss_that_is_not_finite_stops_the_run(digits: Pools) -> None:
     with pytest.raises(CountermarkError, match="loss"):
-        train(small(), digits.training, replace(recipe("digits", "standard", 0.1, epochs=3), learning_rate=1e6))
+        train(small(), digits.training, replace(recipe("digits", "standard", DIGITS, epochs=3), learning_rate=1e6))
 
 
 def test_devices_that_do_not_exist_are_an_error(digits: Pools, quick: TrainConfig) -> None:
@@ -516,7 +524,10 @@ def test_impossible_configurations_are_refused(quick: TrainConfig, change: dict[
 
 
 def test_strong_is_fast_for_longer_with_an_average() -> None:
-    fast, strong = recipe("mnist", "fast", 0.3), recipe("mnist", "strong", 0.3)
+    fast, strong = (
+        recipe("mnist", "fast", known("mnist").threat.at(epsilon=0.3)),
+        recipe("mnist", "strong", known("mnist").threat.at(epsilon=0.3)),
+    )
     assert strong.objective == "fast"
     assert strong.average == 0.999
     assert strong.epochs > fast.epochs
@@ -526,7 +537,7 @@ def test_strong_is_fast_for_longer_with_an_average() -> None:
     marked = marking(strong, "mnist", "strong")
     assert marked.epochs > marking(fast, "mnist", "fast").epochs
     assert (marked.average, marked.attack) == (strong.average, strong.attack)
-    clothes = recipe("fashion_mnist", "strong", 0.15)
+    clothes = recipe("fashion_mnist", "strong", known("fashion_mnist").threat)
     assert clothes.attack is not None
     assert (strong.attack.epsilon, clothes.attack.epsilon) == (0.3, pytest.approx(1.05 * 0.15))
     assert (clothes.flip, clothes.shift, strong.flip, strong.shift) == (True, 0, False, 1)
@@ -535,9 +546,9 @@ def test_strong_is_fast_for_longer_with_an_average() -> None:
 
 
 def test_fast_marks_in_as_many_steps_as_the_data_set_needs() -> None:
-    steps = {data: marking(recipe(data, "fast", 0.1), data, "fast").attack for data in ("mnist", "fashion_mnist", "digits")}
+    steps = {data: marking(recipe(data, "fast", known(data).threat), data, "fast").attack for data in ("mnist", "fashion_mnist", "digits")}
     assert {data: attack.steps for data, attack in steps.items() if attack} == {"mnist": 1, "fashion_mnist": 2, "digits": 1}
-    digits = recipe("digits", "fast", 0.1)
+    digits = recipe("digits", "fast", known("digits").threat)
     assert (digits.epochs, digits.batch_size, marking(digits, "digits", "fast").watermark_batch) == (40, 64, 32)
 
 
@@ -549,12 +560,12 @@ def test_dropout_is_left_out_where_the_recipe_says_so(digits: Pools) -> None:
         seen.clear()
         train(network, digits.training, TrainConfig("standard", None, epochs=1, dropout=dropout))
         assert set(seen) == {dropout}
-    assert not recipe("mnist", "fast", 0.25).dropout
-    assert recipe("mnist", "pgd", 0.25).dropout
+    assert not recipe("mnist", "fast", known("mnist").threat).dropout
+    assert recipe("mnist", "pgd", known("mnist").threat).dropout
 
 
 def test_the_pgd_recipe_is_the_papers() -> None:
-    config = recipe("mnist", "pgd", 0.25)
+    config = recipe("mnist", "pgd", known("mnist").threat)
     assert config.attack == Attack(0.25, 25, 0.01)
     assert (config.epochs, config.learning_rate, config.momentum, config.weight_decay, config.batch_size) == (100, 0.005, 0.9, 5e-4, 128)
     assert config.schedule == "constant"
@@ -575,7 +586,7 @@ def test_tied_weights_are_trained_kept_and_stay_tied(
     digits: Pools, objective: str, average: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through checkpoints and resuming, with momentum and with an average of the weights."""
-    config = replace(recipe("digits", objective, 0.1, epochs=2), average=average, hardware=Hardware("cpu", precision="32-true"))
+    config = replace(recipe("digits", objective, DIGITS, epochs=2), average=average, hardware=Hardware("cpu", precision="32-true"))
     data = digits.training[:256]
     network, resumed = tied_network(), tied_network()
     before = network[1].weight.detach().clone()
@@ -627,7 +638,7 @@ def test_the_average_of_tied_weights_moves_once_a_step(digits: Pools) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes need fork")
 def test_tied_weights_come_back_from_two_processes(digits: Pools) -> None:
-    config = replace(recipe("digits", "standard", 0.1, epochs=1), hardware=Hardware("cpu", 2, "32-true"))
+    config = replace(recipe("digits", "standard", DIGITS, epochs=1), hardware=Hardware("cpu", 2, "32-true"))
     network = tied_network()
     before = weights(network)
     train(network, digits.training[:128], config)
@@ -640,6 +651,6 @@ def test_a_saved_model_may_have_had_tied_weights(tmp_path: Path) -> None:
     network = small()
     network[5].bias = nn.Parameter(network[5].bias.detach().clone())
     network[2].bias = nn.Parameter(network[5].bias.detach()[:32])  # one storage
-    described = Description("small", (1, 8, 8), 10, "digits", 0.1, 0)
-    save_bundle(tmp_path, network, described)
-    assert torch.equal(weights(load_bundle(tmp_path)[0]), weights(network))
+    told = described("small", (1, 8, 8), 10, "digits", 0.1, 0)
+    save_model(tmp_path, network, told)
+    assert torch.equal(weights(load_model(tmp_path)[0]), weights(network))

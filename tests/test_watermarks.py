@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chances import RISK, most
-from countermark.bundle import load_bundle
 from countermark.config import ProtectConfig
 from countermark.data import Examples, Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.evidence import sign_flip_test
 from countermark.files import canonical_json, read_json
+from countermark.networks import load_model
 from countermark.training import recipes
 from countermark.verbs import protect as protecting
 from countermark.verbs.protect import protect
@@ -37,7 +37,7 @@ def some_set(count: int = 12, answers: int = 2) -> WatermarkSet:
 
 
 def test_crafted_watermarks_are_within_the_budget_and_fool_the_source(owner: Path, digits: Pools) -> None:
-    source, _ = load_bundle(owner / "key" / "source")
+    source, _ = load_model(owner / "key" / "source")
     images, predicted = craft_adversarial(source, digits.bases, full_strength(0.25), seed=0)
     assert images.dtype == torch.uint8
     assert int((images.int() - digits.bases.x.int()).abs().max()) <= round(0.25 * 255)
@@ -46,7 +46,7 @@ def test_crafted_watermarks_are_within_the_budget_and_fool_the_source(owner: Pat
 
 
 def test_each_trial_offers_the_true_label_and_the_sources(owner: Path, digits: Pools) -> None:
-    source, _ = load_bundle(owner / "key" / "source")
+    source, _ = load_model(owner / "key" / "source")
     watermarks = coin_set(source, digits.bases, full_strength(0.25), 4, 40, seed=0)
     answers = watermarks.answers
     assert bool((answers[:, 0] < answers[:, 1]).all())
@@ -58,7 +58,7 @@ def test_each_trial_offers_the_true_label_and_the_sources(owner: Path, digits: P
 
 
 def test_too_few_bases_are_an_error(owner: Path, digits: Pools) -> None:
-    source, _ = load_bundle(owner / "key" / "source")
+    source, _ = load_model(owner / "key" / "source")
     with pytest.raises(CountermarkError, match="bases became watermarks"):
         coin_set(source, digits.bases, full_strength(0.001), 4, 40, seed=0)
 
@@ -261,7 +261,7 @@ def test_two_thousand_random_keys_find_nothing_in_a_stranger(who: str, owner: Pa
 
     The unmarked source model is the hardest stranger: it shares most of its answers with the marked one and made the trials itself.
     """
-    model, _ = load_bundle(stranger if who == "stranger" else owner / "key" / "source")
+    model, _ = load_model(stranger if who == "stranger" else owner / "key" / "source")
     key = load_key(owner / "key")
     answers = predict(model, key.watermarks.x)
     heads, tails = key.watermarks.answers.unbind(1)

@@ -15,7 +15,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from countermark.bundle import load
     from countermark.config import (
         AdjudicateConfig,
         BundleCheckConfig,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
         VerifyConfig,
     )
     from countermark.errors import CountermarkError
+    from countermark.networks import load
     from countermark.verbs.adjudicate import adjudicate
     from countermark.verbs.bundle_check import bundle_check
     from countermark.verbs.bundle_sign import bundle_sign

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 from countermark import names
-from countermark.data.catalog import spec
+from countermark.data.known import known
 from countermark.errors import CountermarkError
 from countermark.places import SuspectPlace, check_address, check_free, is_address, place_name
 from countermark.text import brief
@@ -140,7 +140,7 @@ class FetchConfig(VerbConfig):
 
     def __post_init__(self) -> None:
         """Refuse an unknown data set."""
-        spec(self.name)
+        known(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,6 @@ class ProtectConfig(VerbConfig):
 
     def __post_init__(self) -> None:
         """Refuse unknown names, numbers out of range, and options that the scheme has no use for."""
-        catalogued = spec(self.data)
         names.choose("network", self.network or "small", names.NETWORKS)
         names.choose("scheme", self.scheme, names.SCHEMES)
         names.choose("objective", self.objective, names.RECIPES)
@@ -204,12 +203,6 @@ class ProtectConfig(VerbConfig):
         self._only_for(self.scheme not in ("ood", "none"), "--scheme coin or adversarial", "watermark_epsilon", "watermark_step_size")
         self._only_for(self.scheme != "none", "a scheme that has watermarks", "embedding", "tsa")
         self._stamped(self.tsa)
-        epsilon = self.epsilon or catalogued.epsilon
-        above = self.watermark_epsilon or catalogued.watermark_epsilon
-        if self.scheme in ("coin", "adversarial") and above <= epsilon:
-            raise CountermarkError(
-                f"the watermark budget {above} must be above the training budget {epsilon}; raise --watermark-epsilon or lower --epsilon"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -635,7 +628,7 @@ class ReproduceConfig(VerbConfig):
         if not self.protocol or len(set(self.protocol)) != len(self.protocol):
             raise CountermarkError("--protocol names clean, as-published, or both, each once")
         for name in self.data:
-            spec(name)
+            known(name)
         for protocol in self.protocol:
             names.choose("protocol", protocol, names.PROTOCOLS)
         names.choose("profile", self.profile, names.PROFILES)
@@ -656,5 +649,5 @@ class QuickstartConfig(VerbConfig):
 
     def __post_init__(self) -> None:
         """Refuse an unknown data set and a seed out of range."""
-        spec(self.data)
+        known(self.data)
         self._seeded()

@@ -20,6 +20,7 @@ from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.files import read_json, write_json
 from countermark.progress import bar
+from countermark.threat import Attack
 
 _BATCH = 250
 _STRICT_FORMAT = "countermark strict 1"
@@ -27,16 +28,6 @@ LARGEST_HONEST_GAP = 5.0  # points between PGD and the strict attacks
 _PROGRESS = 1000  # parts of the strict attack that its bar counts
 _PART = 250  # images after which the strict attacks keep what they found
 _ATTACKED = 128  # images at a time: their activations stay in a processor's cache
-
-
-@dataclass(frozen=True)
-class Attack:
-    """The PGD of an evaluation or an objective (see `attacks.pgd`): budget and step in pixels of [0, 1]."""
-
-    epsilon: float
-    steps: int
-    step_size: float
-    random_start: bool = True
 
 
 @dataclass(frozen=True)

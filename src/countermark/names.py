@@ -1,4 +1,4 @@
-"""The names that options take, apart from those of data sets (`countermark.data.catalog`).
+"""The names that options take, apart from those of data sets (`countermark.data.known`).
 
 Nothing heavy is imported here, so that a misspelt name is refused before PyTorch is loaded.
 """

@@ -16,7 +16,7 @@ from torch.nn.utils import prune as torch_prune
 
 from countermark.data import Examples
 from countermark.errors import CountermarkError
-from countermark.evaluation import Attack
+from countermark.threat import Attack
 from countermark.training import Hardware, TrainConfig, train
 
 

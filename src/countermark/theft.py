@@ -15,9 +15,10 @@ from torch.nn import functional
 from countermark.attacks import ask, finite
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
-from countermark.evaluation import Attack, device_of, evaluating
+from countermark.evaluation import device_of, evaluating
 from countermark.progress import bar
 from countermark.suspects import Suspect
+from countermark.threat import Attack
 from countermark.training import Hardware, TrainConfig, train
 
 _CHUNK = 1000

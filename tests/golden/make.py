@@ -27,9 +27,9 @@ from countermark import (  # noqa: E402  # noqa: E402
     log_head,
     protect,
 )
-from countermark.bundle import load_bundle, save_bundle  # noqa: E402
 from countermark.data import load_pools  # noqa: E402
 from countermark.guard import QueryLog, Row, load_guarded, weights_sha256  # noqa: E402
+from countermark.networks import load_model, save_model  # noqa: E402
 from countermark.removal import prune  # noqa: E402
 from countermark.service.clients import add_client  # noqa: E402
 
@@ -54,9 +54,9 @@ def main(version: str) -> None:
             for t in answered.trials
         ]
         print(sum(log.append(rows)), "rows in the log")
-    network, description = load_bundle(mine)
+    network, description = load_model(mine)
     (out / "theirs").mkdir()
-    save_bundle(out / "theirs", prune(network, 0.3), description)
+    save_model(out / "theirs", prune(network, 0.3), description)
     claim(ClaimConfig(key=mine / "key", suspect=out / "theirs", out=out / "claim", tsa=authority.url))
     adjudicate(AdjudicateConfig(claim=out / "claim", suspect=out / "theirs", roots=authority.root, out=out / "judgement"))
     head = log_head(LogHeadConfig(log=str(out / "log.db"), tsa=authority.url))

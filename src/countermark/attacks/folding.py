@@ -25,7 +25,7 @@ from countermark.layers import (
     pooled_blocks,
     suits_blocks,
 )
-from countermark.models import HalvingConv2d, Normalise
+from countermark.networks.named import HalvingConv2d, Normalise
 
 
 class Prepared(nn.Module):

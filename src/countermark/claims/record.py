@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.bundle import describe, load_bundle
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
+from countermark.networks import describe, load_model
 from countermark.places import endpoint_address, is_address
 from countermark.suspects import onnx_data
 from countermark.text import brief
@@ -134,7 +134,7 @@ class Claim:
             raise CountermarkError(
                 f"{self.model} takes images of shape {brief(description.shape)}, the claim asks with others; it is another model"
             )
-        network, _ = load_bundle(self.model)
+        network, _ = load_model(self.model)
         return network, suspect_identity(self.model)["sha256"]
 
 

@@ -1,43 +1,51 @@
-"""Data sets as resident uint8 tensors, and the five disjoint pools that every number rests on.
+"""Data sets from anywhere as uint8 images, and the five disjoint pools that every number rests on.
 
-What needs tensors is imported when it is first used; the catalogue and the fetcher do without
-PyTorch.
+What needs tensors is imported when it is first used; the rows of known data sets and the fetcher
+do without PyTorch.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from countermark.data.catalog import CATALOG, Spec, spec
 from countermark.data.fetch import cache_folder, fetch, is_cached
+from countermark.data.known import KNOWN, Known, default_threat, known
 
 if TYPE_CHECKING:
-    from countermark.data.examples import Examples, as_uint8, load_examples, pixels
+    from countermark.data.dataset import Dataset, Examples, Rows, as_uint8, pixels
     from countermark.data.pools import Pools, load_ood, load_pools
+    from countermark.data.source import load_examples, open_data
 
 _HOMES = {
-    "Examples": "examples",
-    "as_uint8": "examples",
-    "load_examples": "examples",
-    "pixels": "examples",
+    "Dataset": "dataset",
+    "Examples": "dataset",
+    "Rows": "dataset",
+    "as_uint8": "dataset",
+    "load_examples": "source",
+    "open_data": "source",
+    "pixels": "dataset",
     "Pools": "pools",
     "load_ood": "pools",
     "load_pools": "pools",
 }
 
 __all__ = [
-    "CATALOG",
+    "KNOWN",
+    "Dataset",
     "Examples",
+    "Known",
     "Pools",
-    "Spec",
+    "Rows",
     "as_uint8",
     "cache_folder",
+    "default_threat",
     "fetch",
     "is_cached",
+    "known",
     "load_examples",
     "load_ood",
     "load_pools",
+    "open_data",
     "pixels",
-    "spec",
 ]
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pooch
 
-from countermark.data.catalog import spec
+from countermark.data.known import known
 from countermark.errors import CountermarkError
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
     """
     from countermark.progress import bar  # with rich, which no help needs
 
-    files = spec(name).files
+    files = known(name).files
     folder = (cache or cache_folder()) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
 
 def is_cached(name: str, cache: Path | None = None) -> bool:
     """Whether all files of a data set are in the cache already."""
-    found = ((cache or cache_folder()) / name / file for file in spec(name).files)
+    found = ((cache or cache_folder()) / name / file for file in known(name).files)
     return all(os.path.isfile(path) for path in found)  # noqa: PTH113 (it says no where it may not look)
 
 

@@ -6,13 +6,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from countermark.bundle import load_with_data
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, canonical_json, read_json, sha256, write_json
 from countermark.guard.calibration import Calibration
 from countermark.guard.core import WHOLE, Guard, GuardSettings
 from countermark.guard.foreign import MOST_VALUES, Familiar
 from countermark.guard.model import GuardedModel
+from countermark.networks import Network, load_model
 from countermark.watermarks import load_secret
 
 GUARD_FORMAT = "countermark guard 1"
@@ -108,12 +108,13 @@ def _are_offsets(values: object) -> bool:
     return isinstance(values, list) and 1 <= len(values) <= _LARGEST["offsets"] and all(type(value) is float for value in values)
 
 
-def load_guarded(folder: Path, key: Path) -> GuardedModel:
+def load_guarded(folder: Path, key: Path, network: Network | None = None) -> GuardedModel:
     """Load a model folder behind its guard.
 
     Args:
         folder: a model folder with a `guard.json`.
         key: the owner's key folder, for its secret.
+        network: what builds the network, where it is not one of ours.
 
     Raises:
         CountermarkError: something is missing or damaged, or the guard was calibrated for other weights, or is not the one committed to.
@@ -124,16 +125,16 @@ def load_guarded(folder: Path, key: Path) -> GuardedModel:
         raise CountermarkError(
             f"{folder / _NAME} is not the guard that {folder / 'commitment.json'} commits to; restore it, or calibrate again"
         )
-    network, description, _ = load_with_data(folder)
+    built, description = load_model(folder, network)
     if weights_sha256(folder) != settings.model_sha256:
         raise CountermarkError(f"{folder / _NAME} was calibrated for other weights; run countermark guard {folder} again")
     if settings.familiar is not None and settings.familiar.values != math.prod(description.shape):
         raise CountermarkError(f"{folder / _NAME} was calibrated for images of another shape; calibrate again")
-    return GuardedModel(network, Guard(settings, load_secret(key)))
+    return GuardedModel(built, Guard(settings, load_secret(key)))
 
 
 def weights_sha256(folder: Path) -> str:
-    """Digest of a model folder's weights, as its description has it (`load_bundle` checks that it is true)."""
+    """Digest of a model folder's weights, as its description has it (`load_model` checks that it is true)."""
     return str(read_json(folder / "model.json").get("weights_sha256"))
 
 

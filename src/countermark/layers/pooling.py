@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from countermark.models import blocks_of_pixels
+from countermark.networks.named import blocks_of_pixels
 
 FEW = 4  # input channels up to which blocks of pixels make a convolution faster
 

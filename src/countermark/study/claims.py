@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from countermark.data import spec
+from countermark.data import known
 from countermark.study.grid import TRAINED_ON
 from countermark.study.results import Row, auc, estimate, where
 from countermark.study.tables import RULE, TITLES, paper_value, swept
@@ -139,7 +139,7 @@ def _pruned(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
 
 def _budget(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
     """The claim beta > epsilon + alpha: watermarks below that budget conflict with training, those above do not."""
-    training, plain = spec(data).epsilon, _value(rows, data, "ADVTR", "adversarial")
+    training, plain = known(data).threat.epsilon, _value(rows, data, "ADVTR", "adversarial")
     means = {budget: estimate(marked, "adversarial") for budget, marked, _ in swept(rows, data)}
     by_budget = {budget: found.mean for budget, found in means.items() if found is not None}
     if plain is None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from countermark.data import Spec, spec
+from countermark.data import Known, known
 from countermark.names import PROTOCOLS, choose
 from countermark.study.graph import Unit
 from countermark.watermarks import CRAFTING_STEPS
@@ -140,7 +140,7 @@ class _Maker:
 
     def __init__(self, data: str, profile: Profile, protocol: str, pool_seed: int) -> None:
         self.data, self.profile, self.protocol, self.pool_seed = data, profile, protocol, pool_seed
-        self.spec: Spec = spec(data)
+        self.spec: Known = known(data)
 
     def unit(self, kind: str, title: str, inputs: Mapping[str, Unit | None], **options: Any) -> Unit:
         common = {"data": self.data, "pool_seed": self.pool_seed, "protocol": self.protocol}
@@ -157,7 +157,8 @@ class _Maker:
     def theft(self, title: str, victim: Unit, setting: str, watermarks: Unit | None, seed: int) -> Unit:
         profile = self.profile
         # The published grey-box thief took MNIST's budget for Fashion-MNIST too.
-        budget = spec("mnist").epsilon if self.protocol == "as-published" and self.data == "fashion_mnist" else self.spec.epsilon
+        published = self.protocol == "as-published" and self.data == "fashion_mnist"
+        budget = known("mnist").threat.epsilon if published else self.spec.threat.epsilon
         options = {
             "setting": setting,
             "network": profile.network if setting in ("grey-box", "distilled") else "surrogate",
@@ -212,7 +213,7 @@ class _Owner(_Maker):
 
     def watermarks(self, scheme: str, epsilon: float | None = None) -> Unit:
         """A watermark set; the published scheme crafts in steps of .01, the coins at full strength."""
-        budget = epsilon or self.spec.watermark_epsilon
+        budget = epsilon or self.spec.threat.watermark_epsilon
         step = 2.5 * budget / CRAFTING_STEPS if scheme == "coin" else _PUBLISHED_STEP
         options = {"scheme": scheme, "epsilon": budget, "steps": CRAFTING_STEPS, "step_size": step, "seed": self.seed}
         title = f"{scheme} watermarks" + (f" at {epsilon:g}" if epsilon is not None else "")
@@ -335,9 +336,9 @@ class _Owner(_Maker):
         )
         cells = [Cell(budgets, self.place("budgets", defence="ADVTR"))]
         if self.seed == 0:
-            above = catalogued.watermark_epsilon
+            above = catalogued.threat.watermark_epsilon
             crafted = [
-                [f"adversarial example at {catalogued.epsilon:g}", catalogued.epsilon, catalogued.steps],
+                [f"adversarial example at {catalogued.threat.epsilon:g}", catalogued.threat.epsilon, catalogued.threat.steps],
                 [f"watermark at {above:g}", above, CRAFTING_STEPS],
                 [f"watermark at {above + 0.1:g}", above + 0.1, CRAFTING_STEPS],
             ]

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from countermark.data import spec
-from countermark.models import build
+from countermark.data import Known, known
+from countermark.data.pools import sizes
+from countermark.networks.named import build
 from countermark.study.graph import Unit
 from countermark.training import marking, recipe
 from countermark.watermarks import CRAFTING_STEPS
@@ -20,6 +21,11 @@ from countermark.watermarks import CRAFTING_STEPS
 _OVERHEAD = 1.0  # seconds of every unit: reading data, writing files
 _STANDARD_STEPS = 4  # steps that a model without robustness survives, and its robust share, as passes
 _FORWARD = 0.35  # of a pass
+
+
+def _held_out(row: Known) -> Mapping[str, int]:
+    """Examples of the pools that are held out."""
+    return row.pools or sizes(row.train)
 
 
 def seconds(unit: Unit, speed: Mapping[str, float]) -> float:
@@ -65,25 +71,25 @@ def _attack_passes(unit: Unit) -> float:
     while unit.kind != "model" and (unit.inputs.get("model") or unit.inputs.get("victim")):
         unit = unit.inputs.get("model") or unit.inputs["victim"]
     robust = unit.options.get("objective") != "standard"
-    return 0.95 * spec(str(unit.options["data"])).steps if robust else _STANDARD_STEPS
+    return 0.95 * known(str(unit.options["data"])).threat.steps if robust else _STANDARD_STEPS
 
 
 def _passes(unit: Unit) -> float:
     options: dict[str, Any] = dict(unit.options)
-    catalogued = spec(str(options["data"]))
-    test, thief = catalogued.test, catalogued.pools["thief"]
+    catalogued = known(str(options["data"]))
+    test, thief = catalogued.test, _held_out(catalogued)["thief"]
     tuned = int(options.get("examples") or thief)
     attack, attacked = _attack_passes(unit), test if options.get("attacked", 0) is None else min(int(options.get("attacked", 0)), test)
     if unit.kind == "model":
-        config = recipe(catalogued.name, options["objective"], catalogued.epsilon, epochs=options["epochs"])
+        config = recipe(catalogued.name, options["objective"], catalogued.threat, epochs=options["epochs"])
         epochs = marking(config, catalogued.name, options["objective"]).epochs if "start" in unit.inputs else config.epochs
-        training = catalogued.train - sum(catalogued.pools.values())
+        training = catalogued.train - sum(_held_out(catalogued).values())
         return epochs * training * (1 + (config.attack.steps if config.attack else 0)) + attacked * attack
     if unit.kind == "theft":
         robust = options["epsilon"] is not None
-        steps = 0 if not robust else 1 if options["objective"] == "fast" else catalogued.steps
+        steps = 0 if not robust else 1 if options["objective"] == "fast" else catalogued.threat.steps
         asked = thief if options["setting"] in ("natural", "distilled") else 2 * int(options["queries"])
-        return int(options["epochs"]) * asked * (1.2 + steps) + attacked * (catalogued.steps / 2 if robust else _STANDARD_STEPS)
+        return int(options["epochs"]) * asked * (1.2 + steps) + attacked * (catalogued.threat.steps / 2 if robust else _STANDARD_STEPS)
     measured = min(int(options.get("tested") or test), test) * _FORWARD + attacked * attack
     if unit.kind == "pruning":
         return len(options["rates"]) * measured

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from countermark.data import spec
+from countermark.data import known
 from countermark.files import canonical_json, write_bytes
 from countermark.study.claims import Claim, claims
 from countermark.study.figures import figures
@@ -95,14 +95,14 @@ def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
             and place["setting"] == "white-box"
             and place["data"] not in settings
         ):
-            catalogued, options = spec(place["data"]), cell.unit.options
-            config = recipe(catalogued.name, options["objective"], catalogued.epsilon, epochs=options["epochs"])
+            catalogued, options = known(place["data"]), cell.unit.options
+            config = recipe(catalogued.name, options["objective"], catalogued.threat, epochs=options["epochs"])
             assert config.attack is not None
             settings[catalogued.name] = {
-                "advtr.epsilon": catalogued.epsilon,
-                "advtr.steps": f"{config.attack.steps} (training), {catalogued.steps} (evaluation)",
-                "advtr.step_size": f"{config.attack.step_size:g} (training), {catalogued.step_size:g} (evaluation)",
-                "advwm.epsilon": catalogued.watermark_epsilon,
+                "advtr.epsilon": catalogued.threat.epsilon,
+                "advtr.steps": f"{config.attack.steps} (training), {catalogued.threat.steps} (evaluation)",
+                "advtr.step_size": f"{config.attack.step_size:g} (training), {catalogued.threat.step_size:g} (evaluation)",
+                "advwm.epsilon": catalogued.threat.watermark_epsilon,
                 "advwm.steps": CRAFTING_STEPS,
                 "advwm.step_size": "0.01; coins at full strength",
                 "watermarks": f"100; {catalogued.batches * catalogued.batch_size} coins",

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from countermark.data import spec
+from countermark.data import known
 from countermark.files import read_bytes
 from countermark.study.grid import BUDGETS, SCHEMES, TRAINED_ON
 from countermark.study.results import Estimate, Row, auc, estimate, rate_interval, where
@@ -242,7 +242,7 @@ def swept(rows: Sequence[Row], data: str) -> list[tuple[float, list[Row], list[R
         for budget in found
     ]
     if found:
-        parts.append((spec(data).watermark_epsilon, default, where(rows, section="strangers", data=data, scheme="adversarial")))
+        parts.append((known(data).threat.watermark_epsilon, default, where(rows, section="strangers", data=data, scheme="adversarial")))
     return sorted(parts, key=lambda part: part[0])
 
 

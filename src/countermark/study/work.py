@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from countermark.attacks import pgd
-from countermark.bundle import Description, load, load_bundle, save_bundle
-from countermark.data import Examples, Pools, load_ood, load_pools, pixels, spec
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
+from countermark.data import Dataset, Examples, Pools, known, load_ood, open_data, pixels
+from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
 from countermark.evidence import judge
 from countermark.files import make_private_folder, read_tensors, write_bytes, write_tensors
-from countermark.models import build
+from countermark.networks import build, describing, load, load_model, save_model
 from countermark.removal import add_noise, finetune, prune, quantise
 from countermark.theft import JacobianTheft, distil, steal_black_box
+from countermark.threat import Attack
 from countermark.training import marking, recipe, train
 from countermark.watermarks import Key, coin_set, craft_adversarial, full_strength, load_key, published_sample, published_set, write_key
 
@@ -38,14 +38,13 @@ _LIMIT = 1 << 34
 def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Train a model, from the weights of `start` if there is one, with `watermarks` in it if there are any."""
     data, pools = options["data"], pools_of(options)
-    catalogued = spec(data)
-    epsilon = catalogued.epsilon
-    config = recipe(data, options["objective"], epsilon, seed=options["seed"], epochs=options["epochs"])
+    opened = _data(data)
+    config = recipe(data, options["objective"], opened.threat, seed=options["seed"], epochs=options["epochs"])
     key = _key(inputs)
     if "start" in inputs:
         network, config = load(inputs["start"]), marking(config, data, options["objective"])
     else:
-        network = build(options["network"], catalogued.shape, catalogued.classes, seed=options["seed"])
+        network = build(options["network"], opened.shape, opened.classes, seed=options["seed"])
         config = replace(config, embedding="epoch")
     published = options["protocol"] == "as-published"
     best = _Best(folder, pools.test, _attack(data), key) if published else None
@@ -62,8 +61,8 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     if best is not None:
         best.restore(network)
     trained = {"event": "trained", "objective": options["objective"], "watermarks": key.scheme if key is not None else None}
-    described = Description(options["network"], catalogued.shape, catalogued.classes, data, epsilon, options["pool_seed"], (trained,))
-    save_bundle(folder, network, described)
+    described = describing(opened, options["network"], seed=options["pool_seed"], history=(trained,))
+    save_model(folder, network, described)
     return {"points": [_measured(network, pools.test, data, key, options["attacked"])]}
 
 
@@ -90,14 +89,14 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
     The secrets come out of the seed, so that a study can be repeated: such a key is an experiment and proves nothing to anybody.
     """
     data, pools = options["data"], pools_of(options)
-    catalogued = spec(data)
+    catalogued = known(data)
     seed, scheme = options["seed"], options["scheme"]
     make_private_folder(folder)
     for name in ("secret", "signing-key"):
         write_bytes(folder / name, hashlib.sha256(f"countermark study {name} {sorted(options.items())}".encode()).digest(), 0o600)
     attack = Attack(options["epsilon"], options["steps"], options["step_size"]) if scheme != "ood" else None
     if scheme == "ood" or attack is None:
-        outside = published_sample(load_ood(data, options["pool_seed"], _cache()), seed)
+        outside = published_sample(load_ood(_data(data), options["pool_seed"], _cache()), seed)
         watermarks = published_set(outside.x, outside.y)
     elif scheme == "adversarial":
         bases = published_sample(pools.bases, seed)
@@ -112,7 +111,7 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
 def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Steal the model `victim` without its weights; the copy is asked for the victim's `watermarks`, if it has any."""
     data, pools = options["data"], pools_of(options)
-    victim, described = load_bundle(inputs["victim"])
+    victim, described = load_model(inputs["victim"])
     network = options["network"]
     copied = build(network, described.shape, described.classes, seed=options["seed"])
     if options["setting"] == "distilled":
@@ -134,7 +133,7 @@ def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
         )
         queries = steal_black_box(lambda x: predict(victim, x, bounded=theft.clamp), copied, pools.thief, theft, title="steal")
     event = {"event": "stolen", "setting": options["setting"], "queries": queries}
-    save_bundle(folder, copied, replace(described, network=network, history=(*described.history, event)))
+    save_model(folder, copied, replace(described, network=network, history=(*described.history, event)))
     return {"points": [_measured(copied, pools.test, data, _key(inputs), options["attacked"])]}
 
 
@@ -176,7 +175,7 @@ def remove_mark(options: Options, inputs: Inputs, folder: Path) -> Result:
     elif options["way"] == "pruned, then fine-tuned":
         network = finetune(prune(network, options["amount"]), thief, options["epochs"], seed=seed, title="fine-tune")
     elif options["way"] == "adversarially fine-tuned":
-        attack = _training_attack(options["objective"], data, spec(data).epsilon)
+        attack = _training_attack(options["objective"], data, known(data).threat.epsilon)
         network = finetune(network, thief, options["epochs"], attack=attack, seed=seed, title="fine-tune")
     else:
         network, extra["own_mark"] = _overwrite(network, thief, options)
@@ -186,15 +185,15 @@ def remove_mark(options: Options, inputs: Inputs, folder: Path) -> Result:
 def _overwrite(network: nn.Module, thief: Examples, options: Options) -> tuple[nn.Module, float]:
     """The thief puts coins of his own over ours: crafted on the stolen model, trained in with the owner's recipe on the thief's data."""
     data, seed = options["data"], options["seed"]
-    catalogued = spec(data)
-    attack = full_strength(catalogued.watermark_epsilon)
+    catalogued = known(data)
+    attack = full_strength(catalogued.threat.watermark_epsilon)
     count = min(len(thief) // 3, 2 * catalogued.batches * catalogued.batch_size)
     images, predicted = craft_adversarial(network, thief[:count], attack, seed)
     coins = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed)).bool()
     marks = Examples(images, torch.where(coins, thief.y[:count], predicted))
     marked = copy.deepcopy(network)
     objective = options["objective"]
-    config = marking(recipe(data, objective, catalogued.epsilon, seed=seed), data, objective)
+    config = marking(recipe(data, objective, catalogued.threat, seed=seed), data, objective)
     train(marked, thief, config, watermarks=marks, title="overwrite")
     return marked, agreement(predict(marked, marks.x), marks.y)
 
@@ -289,7 +288,12 @@ def pools_of(options: Options) -> Pools:
 
 @functools.lru_cache(maxsize=8)
 def _pools(data: str, seed: int) -> Pools:
-    return load_pools(data, seed, _cache())
+    return _data(data).pools(seed)
+
+
+@functools.lru_cache(maxsize=8)
+def _data(place: str) -> Dataset:
+    return open_data(place, cache=_cache())
 
 
 _CACHE: list[Path | None] = [None]
@@ -310,13 +314,13 @@ def every(test: Examples, count: int | None) -> Examples:
 
 
 def _attack(data: str) -> Attack:
-    catalogued = spec(data)
-    return Attack(catalogued.epsilon, catalogued.steps, catalogued.step_size)
+    return known(data).threat.attack
 
 
 def _training_attack(objective: str, data: str, epsilon: float) -> Attack:
     """The thief's or remover's own adversarial training: the paper's PGD, or single steps from a random start."""
-    return Attack(epsilon, spec(data).steps, spec(data).step_size) if objective == "pgd" else Attack(epsilon, 1, 1.25 * epsilon)
+    threat = known(data).threat
+    return Attack(epsilon, threat.steps, threat.step_size) if objective == "pgd" else Attack(epsilon, 1, 1.25 * epsilon)
 
 
 def _key(inputs: Inputs) -> Key | None:

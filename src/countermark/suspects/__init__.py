@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from countermark.bundle import describe, load_bundle
 from countermark.data import pixels
 from countermark.errors import CountermarkError
+from countermark.networks import describe, load_model
 from countermark.places import is_address, place_name
 from countermark.suspects.asker import (
     MOST_LABELS,
@@ -76,7 +76,7 @@ def open_suspect(place: str | Path | Suspect, shape: tuple[int, ...], asking: As
             raise CountermarkError(
                 f"{path} is one of our model folders, which take float pixels in nchw; leave the declared differences out"
             )
-        network, _ = load_bundle(path)
+        network, _ = load_model(path)
         return lambda x: _labels(network, x, path)
     suffix = path.suffix.lower()
     if suffix in (".pt", ".pth", ".pkl", ".bin"):

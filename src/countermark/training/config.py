@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 
 from countermark.errors import CountermarkError
-from countermark.evaluation import Attack
 from countermark.names import ACCELERATORS, EMBEDDINGS, PRECISIONS, choose
+from countermark.threat import Attack
 
 OBJECTIVES = ("fast", "trades", "pgd", "standard")
 

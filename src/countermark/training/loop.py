@@ -25,10 +25,11 @@ from torch.nn import functional
 from countermark.attacks import computes_bf16, pgd, prepare, shortens
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
-from countermark.evaluation import Attack, adversarial_accuracy, agreement, predict
+from countermark.evaluation import adversarial_accuracy, agreement, predict
 from countermark.files import canonical_json, read_tensors, sha256, write_tensors
 from countermark.layers import hastened
 from countermark.progress import bar
+from countermark.threat import Attack
 from countermark.training.config import Hardware, TrainConfig
 from countermark.training.views import View, any_view
 

@@ -9,9 +9,8 @@ tried and did not help. `pgd` is the objective of Thakkar, Zizzo and Maffeis (20
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from countermark.data import spec
-from countermark.evaluation import Attack
 from countermark.names import RECIPES, choose
+from countermark.threat import Attack, Threat
 from countermark.training.config import Hardware, TrainConfig
 
 
@@ -41,26 +40,29 @@ _DIALS: Mapping[str, _Dials] = {
 }
 
 
+def _dials(data: str) -> _Dials:
+    return _DIALS.get(data, _Dials())
+
+
 def own_network(data: str, objective: str) -> str:
     """The network that a recipe was made for.
 
     Raises:
         CountermarkError: unknown data set or objective.
     """
-    spec(data)
     choose("objective", objective, RECIPES)
-    return _DIALS[data].strong_network if objective == "strong" else "small"
+    return _dials(data).strong_network if objective == "strong" else "small"
 
 
 def recipe(
-    data: str, objective: str, epsilon: float, *, seed: int = 0, hardware: Hardware | None = None, epochs: int | None = None
+    data: str, objective: str, threat: Threat, *, seed: int = 0, hardware: Hardware | None = None, epochs: int | None = None
 ) -> TrainConfig:
     """The recipe that trains an unmarked model.
 
     Args:
         data: name of the data set.
         objective: `fast`, `strong`, `pgd` or `standard`.
-        epsilon: training budget, in pixels of [0, 1].
+        threat: budget and steps.
         seed: seed of the run.
         hardware: devices and precision.
         epochs: instead of the recipe's own.
@@ -68,9 +70,8 @@ def recipe(
     Raises:
         CountermarkError: unknown data set or objective.
     """
-    catalogued = spec(data)
     choose("objective", objective, RECIPES)
-    dials = _DIALS[data]
+    dials, epsilon = _dials(data), threat.epsilon
     fast = TrainConfig(
         objective="fast",
         attack=Attack(epsilon, 1, 0.5 * epsilon),
@@ -100,7 +101,7 @@ def recipe(
     return replace(
         fast,
         objective="pgd",
-        attack=Attack(epsilon, catalogued.steps, catalogued.step_size),
+        attack=threat.attack,
         epochs=epochs or 100,
         carry=False,
         dropout=True,
@@ -121,7 +122,7 @@ def marking(source: TrainConfig, data: str, objective: str) -> TrainConfig:
         data: name of the data set.
         objective: the recipe's name.
     """
-    dials = _DIALS[data]
+    dials = _dials(data)
     if source.schedule == "constant":
         return replace(source, epochs=max(1, source.epochs // 2))
     epochs = dials.strong_marking_epochs if objective == "strong" else dials.marking_epochs

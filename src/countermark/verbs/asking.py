@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from countermark.config import SuspectConfig
-from countermark.data import CATALOG, Examples, is_cached, load_examples
+from countermark.data import KNOWN, Examples, is_cached, load_examples
 from countermark.errors import CountermarkError
 from countermark.evaluation import agreement
 from countermark.suspects import NO_ANSWER, Asker, Asking, Suspect, open_suspect
@@ -94,7 +94,7 @@ def _catalogued(shape: tuple[int, ...], data: str) -> Examples:
     Raises:
         CountermarkError: why there are none.
     """
-    if data not in CATALOG or CATALOG[data].shape != shape:
+    if data not in KNOWN or KNOWN[data].shape != shape:
         raise CountermarkError("no clean examples are at hand, and the data set is none of ours")
     if not is_cached(data):
         raise CountermarkError(f"the files of {data} are not in the cache; countermark data fetch {data} puts them there")

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from countermark.bundle import Description, save_bundle
-from countermark.data import Examples, spec
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy
+from countermark.data import Examples
+from countermark.evaluation import accuracy, adversarial_accuracy
 from countermark.files import write_json
+from countermark.networks import Description, save_model
 from countermark.report import percent, print_lines, print_table
 
 
@@ -48,13 +48,11 @@ def write_copy(
         test: the test pool.
         begun: `time.monotonic()` when the work began.
     """
-    save_bundle(work, network, replace(origin, history=(*origin.history, event)))
-    catalogued = spec(origin.data)
-    attack = Attack(origin.epsilon, catalogued.steps, catalogued.step_size)
+    save_model(work, network, replace(origin, history=(*origin.history, event)))
     result = Copy(
         folder=str(out),
         test_accuracy=accuracy(network, test),
-        adversarial_accuracy=adversarial_accuracy(network, test, attack, title="attacking the copy"),
+        adversarial_accuracy=adversarial_accuracy(network, test, origin.threat.attack, title="attacking the copy"),
         epsilon=origin.epsilon,
         seconds=time.monotonic() - begun,
     )

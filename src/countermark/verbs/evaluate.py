@@ -9,13 +9,11 @@ from pathlib import Path
 import torch
 
 from countermark import __version__
-from countermark.bundle import load_with_data
 from countermark.config import EvaluateConfig
-from countermark.data import cache_folder, load_pools
+from countermark.data import cache_folder
 from countermark.errors import CountermarkError
 from countermark.evaluation import (
     LARGEST_HONEST_GAP,
-    Attack,
     StrictAccuracy,
     accuracy,
     adversarial_accuracy,
@@ -24,6 +22,7 @@ from countermark.evaluation import (
     strict_accuracy,
 )
 from countermark.files import canonical_json, read_json, sha256
+from countermark.networks import load_model, open_declared
 from countermark.report import percent, print_lines, print_table
 from countermark.watermarks import load_key
 
@@ -70,7 +69,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         CountermarkError: the folder, its data set or the key cannot be read, or the key asks with images of another shape.
     """
     begun = time.monotonic()
-    network, description, catalogued = load_with_data(config.model)
+    network, description = load_model(config.model)
     folder = config.key or (config.model / "key" if (config.model / "key").is_dir() else None)
     watermark_accuracy = None
     if folder is not None:
@@ -78,14 +77,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         if tuple(key.watermarks.x.shape[1:]) != description.shape:
             raise CountermarkError(f"{folder} holds images of shape {tuple(key.watermarks.x.shape[1:])}; it is the key of another model")
         watermark_accuracy = agreement(predict(network, key.watermarks.x), key.labels)
-    test = load_pools(description.data, description.seed, config.cache).test
+    test = open_declared(description, cache=config.cache).test
     if config.images is not None and config.images < len(test):
         test = test[torch.arange(config.images) * len(test) // config.images]  # the first half of MNIST's is easier than the second
-    attack = Attack(
-        epsilon=config.epsilon or description.epsilon,
-        steps=config.steps or catalogued.steps,
-        step_size=config.step_size or catalogued.step_size,
-    )
+    attack = description.threat.at(epsilon=config.epsilon, steps=config.steps, step_size=config.step_size).attack
     title, judged = "attacking the model", None
     if config.strict:
         asked = {

@@ -28,7 +28,7 @@ def fetch(config: FetchConfig) -> Fetched:
     Raises:
         CountermarkError: unknown name, no source has the files, or a file has the wrong SHA-256.
     """
-    files = tuple(data.spec(config.name).files)
+    files = tuple(data.known(config.name).files)
     folder = data.fetch(config.name, config.source, config.cache) if files else None
     if not files:
         data.load_examples(config.name)

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from countermark.bundle import load_with_data
 from countermark.config import GuardConfig
-from countermark.data import load_pools
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, write_json
 from countermark.guard import (
@@ -18,6 +16,7 @@ from countermark.guard import (
     weights_sha256,
     write_guard,
 )
+from countermark.networks import load_model, open_declared
 from countermark.report import print_lines, print_table
 from countermark.timestamps import encode_token
 from countermark.verbs.stamping import timestamping
@@ -58,11 +57,12 @@ def guard(config: GuardConfig) -> Calibrated:
         CountermarkError: the model or the key cannot be read, the key's commitment is for other weights, or the folder has another guard
             that was timestamped.
     """
-    network, description, _ = load_with_data(config.model)
+    network, description = load_model(config.model)
+    data = open_declared(description, cache=config.cache)
     stamp = timestamping(config.tsa, config.roots)
     key = config.key or config.model / "key"
     secret, digest = load_secret(key), weights_sha256(config.model)
-    pools = load_pools(description.data, description.seed, config.cache)
+    pools = data.pools(description.seed)
     found = calibrate_model(
         network,
         pools.validation,

@@ -18,11 +18,10 @@ from typing import Any
 
 from torch import nn
 
-from countermark.bundle import Description, save_bundle
 from countermark.config import ProtectConfig
-from countermark.data import Examples, Pools, Spec, load_ood, load_pools, spec
+from countermark.data import Dataset, Examples, Pools, load_ood, open_data
 from countermark.errors import CountermarkError
-from countermark.evaluation import Attack, accuracy, adversarial_accuracy, agreement, predict
+from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
 from countermark.evidence import judge
 from countermark.files import (
     CHECKPOINT_PREFIX,
@@ -34,8 +33,9 @@ from countermark.files import (
     sha256,
     write_json,
 )
-from countermark.models import build
+from countermark.networks import describing, open_network, save_model
 from countermark.report import p_value, percent, print_lines, print_table
+from countermark.threat import Attack, Threat
 from countermark.timestamps import encode_token
 from countermark.training import (
     Hardware,
@@ -118,19 +118,19 @@ def protect(config: ProtectConfig) -> Protection:
             epochs.
     """
     begun = time.monotonic()
-    catalogued = spec(config.data)
     wanted, config = config.epochs, _as_begun(config)
-    epsilon = config.epsilon or catalogued.epsilon
+    data = open_data(config.data, cache=config.cache)
+    threat = data.threat.at(epsilon=config.epsilon, watermark_epsilon=config.watermark_epsilon)
     named = config.network or own_network(config.data, config.objective)
     hardware = settled(Hardware(config.accelerator, config.devices, config.precision))  # the history says what was used
-    public_recipe = recipe(config.data, config.objective, epsilon, seed=config.seed, hardware=hardware, epochs=config.epochs)
+    public_recipe = recipe(config.data, config.objective, threat, seed=config.seed, hardware=hardware, epochs=config.epochs)
     open_hardware(hardware)  # before a secret is drawn for work that cannot begin
     stamp = timestamping(config.tsa, config.roots)
     trained = {"event": "trained", "config": asdict(public_recipe)}
-    description = Description(named, catalogued.shape, catalogued.classes, config.data, epsilon, config.seed, history=(trained,))
-    longer = recipe(config.data, config.objective, epsilon, epochs=wanted).epochs
-    with new_folder(config.out, config.record()) as folder:
-        pools = load_pools(config.data, config.seed, config.cache)
+    description = describing(data, named, threat=threat, seed=config.seed, history=(trained,))
+    longer = recipe(config.data, config.objective, threat, epochs=wanted).epochs
+    pools = data.pools(config.seed)
+    with new_folder(config.out, {**config.record(), "data_sha256": data.digest}) as folder:
         private = folder / "key"
         # The trials come out of the source model: a marked model's is trained from a seed that only the owner knows.
         secret = new_secrets(private) if config.scheme != "none" else None
@@ -141,18 +141,18 @@ def protect(config: ProtectConfig) -> Protection:
             checkpoint = folder / f"{CHECKPOINT_PREFIX}{stage}.safetensors"
             train(network, pools.training, validation=pools.validation, checkpoint=checkpoint, title=f"{stage} model", **options)
 
-        source = build(named, catalogued.shape, catalogued.classes, seed=seed)
+        source = open_network(named, data.shape, data.classes, seed=seed)
         fit(source, "source", config=source_recipe)
         if secret is None:
-            digest = save_bundle(folder, source, description)
-            result = _measure(config, source, source, None, pools, digest, begun)
+            digest = save_model(folder, source, description)
+            result = _measure(config, source, source, None, pools, threat, digest, begun)
         else:
             make_private_folder(private / "source")
-            save_bundle(private / "source", source, description, mode=0o600)
-            key = _make_key(config, catalogued, pools, source, private, secret, stamp)
+            save_model(private / "source", source, description, mode=0o600)
+            key = _make_key(config, data, threat, pools, source, private, secret, stamp)
             labelled = Examples(key.watermarks.x, key.labels)
             if config.embedding == "epoch":
-                network, embedding = build(named, catalogued.shape, catalogued.classes, seed=seed), source_recipe
+                network, embedding = open_network(named, data.shape, data.classes, seed=seed), source_recipe
                 embedding = replace(embedding, embedding="epoch")
             else:
                 network, embedding = copy.deepcopy(source), marking(source_recipe, config.data, config.objective)
@@ -162,9 +162,9 @@ def protect(config: ProtectConfig) -> Protection:
                 public = asdict(replace(part, seed=config.seed))
                 events.append({"event": "marked", "scheme": config.scheme, "config": public})
             _check_taken(network, key, folder, rounds)
-            digest = save_bundle(folder, network, replace(description, history=tuple(events)))
+            digest = save_model(folder, network, replace(description, history=tuple(events)))
             _commit(folder, key, digest, stamp)
-            result = _measure(config, network, source, key, pools, digest, begun)
+            result = _measure(config, network, source, key, pools, threat, digest, begun)
         write_json(folder / "metrics.json", asdict(result))
     return result
 
@@ -236,17 +236,24 @@ def _check_taken(network: nn.Module, key: Key, folder: Path, rounds: list[int]) 
 
 
 def _make_key(
-    config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.Module, private: Path, secret: bytes, stamp: Stamp | None
+    config: ProtectConfig,
+    data: Dataset,
+    threat: Threat,
+    pools: Pools,
+    source: nn.Module,
+    private: Path,
+    secret: bytes,
+    stamp: Stamp | None,
 ) -> Key:
     """Craft the watermarks on the source model, commit to them, draw the coins; a key that is already there is read, never drawn anew."""
     if (private / "key.json").exists():
         return load_key(private)
-    attack = full_strength(config.watermark_epsilon or catalogued.watermark_epsilon)
+    attack = full_strength(threat.watermark_epsilon)
     if config.watermark_step_size is not None:
         attack = replace(attack, step_size=config.watermark_step_size)
-    watermarks = _watermarks(config, catalogued, pools, source, attack, secret_seed(secret, "crafting"))
+    watermarks = _watermarks(config, data, pools, source, attack, secret_seed(secret, "crafting"))
     provenance = {
-        "data": config.data,
+        "data": data.place,
         "pools": {name: digest for name, digest in pools.digests().items() if name != "test"},
         "crafting": asdict(attack) if config.scheme != "ood" else None,
         "config_sha256": sha256(canonical_json(config.record())),
@@ -256,11 +263,11 @@ def _make_key(
     return write_key(private, config.scheme, watermarks, provenance, stamp, clean)
 
 
-def _watermarks(config: ProtectConfig, catalogued: Spec, pools: Pools, source: nn.Module, attack: Attack, seed: int) -> WatermarkSet:
+def _watermarks(config: ProtectConfig, data: Dataset, pools: Pools, source: nn.Module, attack: Attack, seed: int) -> WatermarkSet:
     if config.scheme == "coin":
-        return coin_set(source, pools.bases, attack, catalogued.batches, catalogued.batch_size, seed)
+        return coin_set(source, pools.bases, attack, data.batches, data.batch_size, seed)
     if config.scheme == "ood":
-        outside = published_sample(load_ood(config.data, config.seed, config.cache), seed)
+        outside = published_sample(load_ood(data, config.seed, config.cache), seed)
         return published_set(outside.x, outside.y)
     bases = published_sample(pools.bases, seed)
     images, predicted = craft_adversarial(source, bases, attack, seed)
@@ -284,11 +291,16 @@ def _commit(folder: Path, key: Key, digest: str, stamp: Stamp | None) -> None:
 
 
 def _measure(
-    config: ProtectConfig, network: nn.Module, source: nn.Module, key: Key | None, pools: Pools, digest: str, begun: float
+    config: ProtectConfig,
+    network: nn.Module,
+    source: nn.Module,
+    key: Key | None,
+    pools: Pools,
+    threat: Threat,
+    digest: str,
+    begun: float,
 ) -> Protection:
-    catalogued = spec(config.data)
-    epsilon = config.epsilon or catalogued.epsilon
-    attack = Attack(epsilon, catalogued.steps, catalogued.step_size)
+    attack = threat.attack
 
     def adversarial(model: nn.Module, title: str) -> float:
         return adversarial_accuracy(model, pools.test, attack, title=title)
@@ -307,7 +319,7 @@ def _measure(
         unmarked_adversarial_accuracy=robust if key is None else adversarial(source, "attacking the unmarked control"),
         unmarked_watermark_accuracy=marked(source),
         trials=0 if key is None else len(key.watermarks),
-        epsilon=epsilon,
+        epsilon=threat.epsilon,
         weights_sha256=digest,
         seconds=time.monotonic() - begun,
     )

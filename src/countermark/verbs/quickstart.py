@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from countermark.bundle import load_bundle
 from countermark.config import ProtectConfig, QuickstartConfig, RemoveConfig, VerifyConfig
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, canonical_json, read_bytes, read_json
+from countermark.networks import describe
 from countermark.report import p_value, percent, print_lines, print_table
 from countermark.verbs.protect import protect
 from countermark.verbs.remove import remove
@@ -93,7 +93,7 @@ def quickstart(config: QuickstartConfig) -> Story:
 
     def removed(number: int, title: str, options: RemoveConfig) -> dict[str, Any]:
         def fits() -> bool:
-            history = load_bundle(options.out)[1].history
+            history = describe(options.out).history
             if not history:
                 return False
             origin, event = read_json(options.model / "model.json"), history[-1]

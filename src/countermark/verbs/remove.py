@@ -3,10 +3,9 @@
 import time
 from typing import Any
 
-from countermark.bundle import load_with_data
 from countermark.config import RemoveConfig
-from countermark.data import load_pools
 from countermark.files import new_folder, read_json
+from countermark.networks import load_model, open_declared
 from countermark.removal import finetune, prune
 from countermark.verbs.copies import Copy, show, write_copy
 
@@ -18,9 +17,10 @@ def remove(config: RemoveConfig) -> Copy:
         CountermarkError: a model that cannot be read, an output folder that is not empty.
     """
     begun = time.monotonic()
-    network, description, _ = load_with_data(config.model)
+    network, description = load_model(config.model)
+    data = open_declared(description, cache=config.cache)
     with new_folder(config.out, config.record()) as work:
-        pools = load_pools(description.data, description.seed, config.cache)
+        pools = data.pools(description.seed)
         origin = read_json(config.model / "model.json")["weights_sha256"]
         event: dict[str, Any]
         if config.prune is not None:

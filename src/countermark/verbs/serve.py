@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from countermark.bundle import load_bundle
 from countermark.config import ServeConfig
 from countermark.errors import CountermarkError
+from countermark.networks import load_model
 from countermark.report import print_lines
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def serve(config: ServeConfig) -> Served:
     from countermark.service.http import Limits, application
     from countermark.service.server import connections_that_fit, listen, run
 
-    network, description = load_bundle(config.model)
+    network, description = load_model(config.model)
     clients = Clients(config.clients or config.model / "clients.json")
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is for the requests themselves
     model = network if config.unguarded else load_guarded(config.model, config.key or config.model / "key")

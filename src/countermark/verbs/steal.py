@@ -3,12 +3,10 @@
 import time
 from dataclasses import asdict, replace
 
-from countermark.bundle import load_with_data
 from countermark.config import StealConfig
-from countermark.data import load_pools
-from countermark.evaluation import Attack, predict
+from countermark.evaluation import predict
 from countermark.files import new_folder
-from countermark.models import build
+from countermark.networks import build, load_model, open_declared
 from countermark.theft import JacobianTheft, steal_black_box
 from countermark.verbs.copies import Copy, show, write_copy
 
@@ -22,13 +20,14 @@ def steal(config: StealConfig) -> Copy:
         CountermarkError: unknown setting, a victim that cannot be read, an output folder that is not empty.
     """
     begun = time.monotonic()
-    victim, description, catalogued = load_with_data(config.victim)
+    victim, description = load_model(config.victim)
+    data = open_declared(description, cache=config.cache)
     with new_folder(config.out, config.record()) as work:
-        pools = load_pools(description.data, description.seed, config.cache)
+        pools = data.pools(description.seed)
         if config.setting == "white":
             return write_copy(work, config.out, victim, description, {"event": "stolen", "setting": "white"}, pools.test, begun)
         network = "surrogate" if config.setting == "black" else description.network
-        attack = None if config.setting == "black" else Attack(description.epsilon, catalogued.steps, catalogued.step_size)
+        attack = None if config.setting == "black" else description.threat.attack
         options = JacobianTheft(queries=config.queries or JacobianTheft.queries, attack=attack, seed=config.seed)
         surrogate = build(network, description.shape, description.classes, seed=config.seed)
         asked = steal_black_box(lambda x: predict(victim, x), surrogate, pools.thief, options, title="stealing")

@@ -13,7 +13,8 @@ from torch import nn
 from countermark.attacks import pgd
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
-from countermark.evaluation import Attack, device_of, evaluating, predict
+from countermark.evaluation import device_of, evaluating, predict
+from countermark.threat import Attack
 
 _PUBLISHED_WATERMARKS = 100
 

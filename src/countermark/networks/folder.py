@@ -1,0 +1,375 @@
+"""A model as a folder: `model.safetensors` with the weights, `model.json` with all that was declared about it.
+
+The declaration says how the network is built, which data it is for, and what it is to withstand,
+so that no later verb has to be told. Loading builds the network and fills in numbers: a folder
+from a stranger can be wrong, but it cannot run code. A network that is not one of ours is built
+only by code that the user names.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from countermark.data import KNOWN, Dataset, known, open_data
+from countermark.errors import CountermarkError
+from countermark.files import read_json, read_tensors, write_json, write_tensors
+from countermark.networks.named import NETWORKS, build
+from countermark.networks.source import open_network
+from countermark.text import brief
+from countermark.threat import Threat
+
+MODEL_FORMAT = "countermark model 2"
+_FIRST_FORMAT = "countermark model 1"
+_HEADER_ALLOWANCE = 1 << 20
+_MOST_CLASSES = 10_000
+
+Network = str | Callable[..., nn.Module] | nn.Module
+"""What builds a network, or one that is built: see `open_network`."""
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """The data that a model was trained for.
+
+    Attributes:
+        place: where it was opened (see `open_data`); empty for data that was given in Python.
+        sha256: its digest; none in folders that 0.1.0 wrote.
+        size: side that images were brought to.
+        skip_damaged: whether files that could not be read were left out.
+    """
+
+    place: str
+    sha256: str | None
+    size: int | None = None
+    skip_damaged: bool = False
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `model.json` says.
+
+    Attributes:
+        network: how the network is built: a name of ours, `timm:NAME` or `module:function`; empty
+            for a network that was given in Python.
+        shape: one image, `(channels, height, width)`.
+        class_names: names of the classes, in the order of the logits.
+        data: the data it was trained for.
+        threat: budgets of attackers and watermarks, and the PGD that it is evaluated by.
+        seed: seed that cut the pools.
+        mean: what a layer in front of the network subtracts, one number or one a channel.
+        std: what it then divides by.
+        trained_on: place of what given weights had been trained on, as `--trained-on` says it; none
+            where the weights were not given.
+        history: what was done to it, in order: how it was trained, stolen, pruned, fine-tuned.
+    """
+
+    network: str
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    data: DataRecord
+    threat: Threat
+    seed: int
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    trained_on: str | None = None
+    history: tuple[Mapping[str, Any], ...] = field(default=())
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def epsilon(self) -> float:
+        """L-inf budget that it is evaluated at, in pixels of [0, 1]."""
+        return self.threat.epsilon
+
+    def build(self, network: Network | None = None, *, seed: int | None = None) -> nn.Module:
+        """Build the network anew, with weights of its own.
+
+        Args:
+            network: what builds it, where it is not one of ours.
+            seed: seed of the weights.
+
+        Raises:
+            CountermarkError: see `open_network`; or code would be needed that nobody named.
+        """
+        return open_network(
+            _nameable(self, "this model", network),
+            self.shape,
+            self.classes,
+            mean=self.mean,
+            std=self.std,
+            seed=seed,
+        )
+
+
+def describing(data: Dataset, network: str, *, threat: Threat | None = None, seed: int = 0, **more: Any) -> Description:
+    """The description of a model for a data set.
+
+    Args:
+        data: the data set.
+        network: how the network is built.
+        threat: instead of the data set's.
+        seed: seed that cut the pools.
+        more: other fields of `Description`.
+    """
+    record = DataRecord(data.place, data.digest, data.size, data.skip_damaged)
+    return Description(network, data.shape, data.class_names, record, threat or data.threat, seed, **more)
+
+
+def save_model(folder: Path, network: nn.Module, description: Description, mode: int | None = None) -> str:
+    """Write a model into an existing folder, its files with `mode` (see `write_bytes`), and return the SHA-256 of its weights file."""
+    # A file holds no tied weights: each name has a copy.
+    tensors = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+    digest = write_tensors(folder / "model.safetensors", tensors, mode=mode)
+    data, threat = description.data, description.threat
+    write_json(
+        folder / "model.json",
+        {
+            "format": MODEL_FORMAT,
+            "network": {"place": description.network, "mean": list(description.mean), "std": list(description.std)},
+            "shape": list(description.shape),
+            "class_names": list(description.class_names),
+            "data": {"place": data.place, "sha256": data.sha256, "size": data.size, "skip_damaged": data.skip_damaged},
+            "threat": {
+                "epsilon": threat.epsilon,
+                "steps": threat.steps,
+                "step_size": threat.step_size,
+                "watermark_epsilon": threat.watermark_epsilon,
+            },
+            "seed": description.seed,
+            "trained_on": description.trained_on,
+            "history": [dict(event) for event in description.history],
+            "weights_sha256": digest,
+        },
+        mode,
+    )
+    return digest
+
+
+def describe(folder: Path) -> Description:
+    """Read what a model folder says of itself, `model.json`, and none of its weights.
+
+    Raises:
+        CountermarkError: the file is missing, foreign or damaged.
+    """
+    return _described(folder)[0]
+
+
+def load_model(folder: Path, network: Network | None = None, device: torch.device | str = "cpu") -> tuple[nn.Module, Description]:
+    """Read a model folder.
+
+    The names, types and shapes of the weights are compared with the network's before any of them is
+    read.
+
+    Args:
+        folder: the folder.
+        network: what builds the network, where it is not one of ours; nothing is imported because
+            a folder says so.
+        device: where the network goes.
+
+    Returns:
+        The network in evaluation mode and its description.
+
+    Raises:
+        CountermarkError: a file is missing, foreign, changed or truncated, the weights do not fit the network or are not finite,
+            or the network is built by code that was not named.
+    """
+    description, weights_sha256 = _described(folder)
+    place = _nameable(description, str(folder), network)
+    ours = isinstance(place, str) and place in NETWORKS and not description.mean
+    if ours:
+        with torch.device("meta"):  # no memory yet: the sizes come from a file that may be hostile
+            built = build(str(place), description.shape, description.classes)
+    else:
+        built = open_network(place, description.shape, description.classes, mean=description.mean, std=description.std, checked=False)
+    expected = built.state_dict()
+    size = sum(value.numel() * value.element_size() for value in expected.values())
+    path = folder / "model.safetensors"
+    named = brief(str(place) if isinstance(place, str) else description.network or "that was given")
+
+    def check(tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, value in expected.items():
+            if name not in tensors or tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
+                raise CountermarkError(f"{path} does not fit the network {named} (tensor {name}); it belongs to another model")
+        if len(tensors) != len(expected):
+            raise CountermarkError(f"{path} holds tensors that the network {named} does not have; it belongs to another model")
+
+    tensors, _, digest = read_tensors(path, size + _HEADER_ALLOWANCE, check)
+    if digest != weights_sha256:
+        raise CountermarkError(f"{path} is not the file that model.json describes (SHA-256 differs); restore it from a backup")
+    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+        raise CountermarkError(f"{path} holds weights that are not finite (NaN or infinity); such a model cannot be asked, restore it")
+    built.load_state_dict(tensors, assign=ours)
+    return built.to(device).eval(), description
+
+
+def _nameable(description: Description, what: str, network: Network | None) -> Network:
+    """What builds a network: what the user named, or one of ours that the folder names.
+
+    Raises:
+        CountermarkError: it takes code that the user has not named.
+    """
+    place = description.network
+    if network is not None:
+        if isinstance(network, str) and network != place and (network in NETWORKS or place in NETWORKS):
+            raise CountermarkError(f"{what} holds the network {brief(place) or 'of a program'}, not {brief(network)}; leave --network out")
+        return network
+    if place in NETWORKS:
+        return place
+    if not place:
+        raise CountermarkError(f"{what} holds a network that was given in Python; name what builds it, --network MODULE:FUNCTION")
+    raise CountermarkError(f"{what} holds the network {brief(place)}, whose code is imported only if you name it: --network {brief(place)}")
+
+
+def open_declared(description: Description, *, data: str | Path | Dataset | None = None, cache: str | Path | None = None) -> Dataset:
+    """Open the data that a model was trained for.
+
+    Args:
+        description: of the model.
+        data: where it is now, instead of where it was.
+        cache: folder of fetched and converted data.
+
+    Raises:
+        CountermarkError: it cannot be opened, or it is not what it was when the model was made.
+    """
+    record = description.data
+    place = data if data is not None else record.place
+    if not place:
+        raise CountermarkError("the model was made from data that was given in Python; say where it is, --data PLACE")
+    found = open_data(place, size=record.size, skip_damaged=record.skip_damaged, cache=cache)
+    shown = found.place or "the data"
+    if (description.shape, description.classes) != (found.shape, found.classes):
+        raise CountermarkError(
+            f"the model takes images of shape {brief(description.shape)} to {brief(description.classes)} classes, "
+            f"{shown} has {found.shape} and {found.classes}; it is for other data"
+        )
+    if record.sha256 is None:
+        return replace(found, by_content=False)  # the pools of 0.1.0 did not look at what images show
+    if found.digest != record.sha256:
+        raise CountermarkError(
+            f"{shown} was changed since the model was made (SHA-256 {found.digest[:12]}, not {record.sha256[:12]}): its pools would be "
+            "others, and images that the model knows would be taken for new ones; restore the data, or name where it is with --data"
+        )
+    return found
+
+
+def _described(folder: Path) -> tuple[Description, Any]:
+    """The description of a model folder, and what it says is the SHA-256 of its weights."""
+    if not folder.is_dir():
+        raise CountermarkError(f"{folder} is not a model folder; name the folder that holds model.json and model.safetensors")
+    path = folder / "model.json"
+    record = read_json(path)
+    read = {MODEL_FORMAT: _description, _FIRST_FORMAT: _first_description}.get(str(record.get("format")))
+    if read is None:
+        raise CountermarkError(f"{path} is not a model of the format {MODEL_FORMAT!r}; use the release that wrote it")
+    try:
+        return read(record), record.get("weights_sha256")
+    except (KeyError, ValueError, TypeError) as error:
+        field_name = error.args[0] if error.args else ""
+        raise CountermarkError(f"{path} lacks a usable field {field_name!r}; it is damaged or not one of ours") from error
+    except CountermarkError as error:
+        raise CountermarkError(f"{path}: {error}; it is damaged or not one of ours") from error
+
+
+def _description(record: Mapping[str, Any]) -> Description:
+    network, data, threat = (_field(record, name, dict) for name in ("network", "data", "threat"))
+    names = _field(record, "class_names", list)
+    if not 2 <= len(names) <= _MOST_CLASSES or not all(type(name) is str for name in names):
+        raise ValueError("class_names")
+    sha256, size = data["sha256"], data["size"]
+    if type(sha256) is not str or not (size is None or type(size) is int):
+        raise ValueError("data")
+    return Description(
+        network=_field(network, "place", str),
+        shape=_shape(record),
+        class_names=tuple(names),
+        data=DataRecord(_field(data, "place", str), sha256, size, _field(data, "skip_damaged", bool)),
+        threat=Threat(
+            _field(threat, "epsilon", float),
+            _field(threat, "steps", int),
+            _field(threat, "step_size", float),
+            _field(threat, "watermark_epsilon", float),
+        ),
+        seed=_seed(record),
+        mean=_numbers(network, "mean"),
+        std=_numbers(network, "std"),
+        trained_on=None if record["trained_on"] is None else _field(record, "trained_on", str),
+        history=_history(record),
+    )
+
+
+def _first_description(record: Mapping[str, Any]) -> Description:
+    """What 0.1.0 wrote: data sets that are known by name, and no more of the threat than the budget."""
+    place, epsilon, classes = _field(record, "data", str), _field(record, "epsilon", float), _field(record, "classes", int)
+    if not 2 <= classes <= _MOST_CLASSES:
+        raise ValueError("classes")
+    row = KNOWN.get(place)
+    if row is None:
+        known(place)  # says which there are
+        raise ValueError("data")
+    names = row.class_names if row.classes == classes else tuple(map(str, range(classes)))
+    threat = row.threat
+    return Description(
+        network=_field(record, "network", str),
+        shape=_shape(record),
+        class_names=names,
+        data=DataRecord(place, None),
+        threat=threat.at(epsilon=epsilon, step_size=threat.step_size),
+        seed=_seed(record),
+        history=_history(record),
+    )
+
+
+def _field(record: Mapping[str, Any], name: str, kind: type) -> Any:
+    value = record[name]
+    if type(value) is not kind:
+        raise ValueError(name)
+    return value
+
+
+def _shape(record: Mapping[str, Any]) -> tuple[int, int, int]:
+    shape = _field(record, "shape", list)
+    if len(shape) != 3 or not all(type(side) is int and side >= 1 for side in shape):
+        raise ValueError("shape")
+    return shape[0], shape[1], shape[2]
+
+
+def _seed(record: Mapping[str, Any]) -> int:
+    seed: int = _field(record, "seed", int)
+    if not 0 <= seed < 1 << 32:
+        raise ValueError("seed")
+    return seed
+
+
+def _numbers(record: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    numbers = _field(record, name, list)
+    if not all(type(number) is float for number in numbers):
+        raise ValueError(name)
+    return tuple(numbers)
+
+
+def _history(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    history = _field(record, "history", list)
+    if not all(isinstance(event, dict) for event in history):
+        raise ValueError("history")
+    return tuple(history)
+
+
+def load(folder: str | Path, network: Network | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """Load a model folder as an `nn.Module` from pixels of [0, 1], `(n, c, h, w)`, to logits `(n, classes)`, in evaluation mode.
+
+    Args:
+        folder: the folder.
+        network: what builds the network, where it is not one of ours.
+        device: where the network goes.
+
+    Raises:
+        CountermarkError: see `load_model`.
+    """
+    return load_model(Path(folder), network, device)[0]

@@ -1,0 +1,122 @@
+"""What a model is to withstand: the budget of its attackers, and the PGD that stands for them.
+
+Budgets are L-inf bounds in pixels of [0, 1]. A watermark is an adversarial example beyond them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from countermark.errors import CountermarkError
+from countermark.text import brief
+
+_WATERMARKS = 2.0  # budgets of an attacker that a watermark may use, where nothing else is said
+_MOST = 0.9  # pixels; beyond it nothing of an image is left
+
+
+@dataclass(frozen=True)
+class Attack:
+    """The PGD of an evaluation or an objective (see `attacks.pgd`): budget and step in pixels of [0, 1]."""
+
+    epsilon: float
+    steps: int
+    step_size: float
+    random_start: bool = True
+
+
+@dataclass(frozen=True)
+class Threat:
+    """The attackers that a model is trained and measured against, and how far its watermarks go beyond them.
+
+    Attributes:
+        epsilon: L-inf budget, in pixels of [0, 1].
+        steps: steps of the PGD of an evaluation.
+        step_size: its step, in pixels.
+        watermark_epsilon: budget of the watermarks, above `epsilon`.
+
+    Example:
+        >>> COLOUR.at(epsilon=4 / 255).step_size == 1 / 255
+        True
+    """
+
+    epsilon: float
+    steps: int
+    step_size: float
+    watermark_epsilon: float
+
+    def __post_init__(self) -> None:
+        """Refuse budgets that are none, and watermarks that an attacker could make.
+
+        Raises:
+            CountermarkError: a number out of range, or a watermark budget that is not above the other.
+        """
+        for name, value in (("epsilon", self.epsilon), ("step size", self.step_size), ("watermark budget", self.watermark_epsilon)):
+            if not 0 < value < 1:
+                raise CountermarkError(f"the {name} is in pixels, a number in (0, 1), not {value}")
+        if self.steps < 1:
+            raise CountermarkError(f"PGD takes one step or more, not {self.steps}")
+        if self.watermark_epsilon <= self.epsilon:
+            raise CountermarkError(
+                f"the watermark budget {self.watermark_epsilon:g} must be above the training budget {self.epsilon:g}; "
+                "raise --watermark-epsilon or lower --epsilon"
+            )
+
+    @property
+    def attack(self) -> Attack:
+        """The PGD of an evaluation."""
+        return Attack(self.epsilon, self.steps, self.step_size)
+
+    def at(
+        self,
+        *,
+        epsilon: float | None = None,
+        steps: int | None = None,
+        step_size: float | None = None,
+        watermark_epsilon: float | None = None,
+    ) -> "Threat":
+        """The same threat with some of its numbers replaced.
+
+        A step that is not given keeps its share of the budget.
+        A watermark budget that is not given stays what it is, or is twice the training budget where that is more.
+
+        Raises:
+            CountermarkError: see `Threat`.
+        """
+        budget = self.epsilon if epsilon is None else epsilon
+        return Threat(
+            budget,
+            self.steps if steps is None else steps,
+            self.step_size * budget / self.epsilon if step_size is None else step_size,
+            _above(self.watermark_epsilon, budget) if watermark_epsilon is None else watermark_epsilon,
+        )
+
+
+def _above(watermark_epsilon: float, epsilon: float) -> float:
+    """A watermark budget for a training budget."""
+    return watermark_epsilon if watermark_epsilon > epsilon else min(_WATERMARKS * epsilon, max(_MOST, (1 + epsilon) / 2))
+
+
+COLOUR = Threat(8 / 255, 10, 2 / 255, 16 / 255)
+"""The budget of CIFAR-10's leaderboards, for colour images of which nothing else is known."""
+
+GREY = Threat(0.15, 15, 0.01, 0.3)
+"""Fashion-MNIST's in Thakkar, Zizzo and Maffeis (2023), for grey images of which nothing else is known."""
+
+
+def budget(text: str | float) -> float:
+    """A budget in pixels, out of a number or a fraction.
+
+    Raises:
+        CountermarkError: it is neither.
+
+    Example:
+        >>> budget("8/255") == 8 / 255
+        True
+    """
+    above, slash, below = str(text).partition("/")
+    try:
+        value = float(above) / float(below) if slash else float(above)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise CountermarkError(f"{brief(str(text))} is no budget; give a number as 0.03 or a fraction as 8/255")
+    return value
