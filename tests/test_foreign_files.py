@@ -99,11 +99,11 @@ def test_foreign_words_in_messages_are_short(tmp_path: Path) -> None:
         {"network": {**record["network"], "place": long}},
         {"data": long},
         {"data": {**record["data"], "place": 5}},
-        {"class_names": [long] * 20_000},
+        {"class_names": [long, 5]},
         {"shape": [huge, huge, huge]},
     )
     for change in changes:
-        write_json(tmp_path / "model.json", {**record, **change}, limit=1 << 35)
+        write_json(tmp_path / "model.json", {**record, **change})
         for read in reads:
             with pytest.raises(CountermarkError) as caught:
                 read(tmp_path)
