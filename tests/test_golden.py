@@ -31,7 +31,7 @@ def release(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_model_and_key_are_read_and_belong_together(release: Path) -> None:
     key = load_key(release / "mine" / "key")
     network, description = load_model(release / "mine")
-    assert description.data == "digits"
+    assert description.data.place == "digits"
     assert sum(outcome == 1 for outcome in key.outcomes(predict(network, key.watermarks.x))) >= 155
     found = verify(VerifyConfig(suspect=release / "mine", key=release / "mine" / "key"))
     assert (found.verdict, found.trials) == ("match", 160)
