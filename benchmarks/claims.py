@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from countermark import AdjudicateConfig, ClaimConfig, ProtectConfig, adjudicate, claim, protect
+from countermark import adjudicate, claim, protect
 from countermark.claims import write_claim
 from countermark.data import Examples, load_pools, open_data
 from countermark.errors import CountermarkError
@@ -48,10 +48,10 @@ def judged(
     save_model(copy, network, description)
     out = work / f"claim-{time.monotonic_ns()}"
     try:
-        claim(ClaimConfig(key=mine / "key", suspect=copy, out=out, batch=batch, tsa=authority.url))
+        claim(key=mine / "key", suspect=copy, out=out, batch=batch, tsa=authority.url)
     except CountermarkError as error:
         return f"not claimed: {error}", None
-    found = adjudicate(AdjudicateConfig(claim=out, suspect=copy, roots=authority.root, out=work / "judgement"))
+    found = adjudicate(out, suspect=copy, roots=authority.root, out=work / "judgement")
     return found.verdict, found.log10_p_value
 
 
@@ -70,7 +70,7 @@ def play(runs: Path, data: str, seed: int, authority: Authority) -> None:
     """Protect, steal, claim, judge."""
     mine, work = runs / f"{data}-{seed}", runs / f"work-{data}"
     if not mine.exists():
-        protect(ProtectConfig(data=data, seed=seed, out=mine, tsa=authority.url, roots=authority.root))
+        protect(data, seed=seed, out=mine, tsa=authority.url, roots=authority.root)
     test = load_pools(data, seed).test
     for share in (0.0, *PRUNED):
         network, description = load_model(mine)
@@ -109,11 +109,11 @@ import resource, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from countermark import AdjudicateConfig, adjudicate
+from countermark import adjudicate
 import countermark.claims, countermark.verbs.adjudicate, countermark.data.fetch, cryptography, asn1crypto.cms, rfc3161_client
 folder = Path(sys.argv[1])
 begun = time.perf_counter()
-found = adjudicate(AdjudicateConfig(claim=folder / "claim", suspect=folder / "model", roots=Path(sys.argv[2]), out=folder / "judgement"))
+found = adjudicate(folder / "claim", suspect=folder / "model", roots=sys.argv[2], out=folder / "judgement")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(time.perf_counter() - begun, peak, found.agreements + found.disagreements + found.neither)
 """

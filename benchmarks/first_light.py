@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from countermark import ProtectConfig, RemoveConfig, StealConfig, VerifyConfig, load, protect, remove, steal, verify
+from countermark import load, protect, remove, steal, verify
 from countermark.evaluation import predict
 from countermark.evidence import sign_flip_test
 from countermark.files import canonical_json, read_json
@@ -36,7 +36,7 @@ def once(folder: Path, make: Any) -> dict[str, Any]:
 
 
 def asked(suspect: Path, key: Path) -> dict[str, Any]:
-    found = verify(VerifyConfig(suspect=suspect, key=key))
+    found = verify(suspect, key=key)
     names = ("verdict", "agreements", "disagreements", "neither", "log10_p_value")
     return {name: getattr(found, name) for name in names}
 
@@ -63,25 +63,25 @@ def random_keys(suspect: Path, key_folder: Path) -> dict[str, Any]:
 def study(data: str, seed: int, out: Path) -> dict[str, Any]:
     base = out / f"{data}-{seed}"
     model, key = base / "model", base / "model" / "key"
-    made = once(model, lambda: protect(ProtectConfig(data=data, out=model, seed=seed)))
+    made = once(model, lambda: protect(data, out=model, seed=seed))
     suspects: dict[str, dict[str, Any]] = {"model": {**made, **asked(model, key)}}
     for rate in PRUNED:
         folder = base / f"pruned-{rate}"
-        metrics = once(folder, lambda rate=rate, folder=folder: remove(RemoveConfig(model=model, out=folder, prune=rate)))
+        metrics = once(folder, lambda rate=rate, folder=folder: remove(model, out=folder, prune=rate))
         suspects[f"pruned {rate:.0%}"] = {**metrics, **asked(folder, key)}
     tuned = base / "finetuned"
-    metrics = once(tuned, lambda: remove(RemoveConfig(model=model, out=tuned, finetune=FINETUNED)))
+    metrics = once(tuned, lambda: remove(model, out=tuned, finetune=FINETUNED))
     suspects[f"fine-tuned {FINETUNED} epochs"] = {**metrics, **asked(tuned, key)}
     strangers = {
-        "robust stranger": ProtectConfig(data=data, out=base / "robust", scheme="none", seed=seed + 100),
-        "standard stranger": ProtectConfig(data=data, out=base / "standard", scheme="none", objective="standard", seed=seed + 200),
+        "robust stranger": ("robust", {"seed": seed + 100}),
+        "standard stranger": ("standard", {"seed": seed + 200, "objective": "standard"}),
     }
-    for title, config in strangers.items():
-        metrics = once(config.out, lambda config=config: protect(config))
-        suspects[title] = {**metrics, **asked(config.out, key)}
+    for title, (name, options) in strangers.items():
+        place = base / name
+        metrics = once(place, lambda place=place, options=options: protect(data, out=place, scheme="none", **options))
+        suspects[title] = {**metrics, **asked(place, key)}
     stolen = base / "black"
-    options = StealConfig(victim=base / "robust", setting="black", out=stolen, queries=12_800)
-    metrics = once(stolen, lambda: steal(options))
+    metrics = once(stolen, lambda: steal(base / "robust", setting="black", out=stolen, queries=12_800))
     suspects["black-box theft of a stranger"] = {**metrics, **asked(stolen, key)}
     suspects["the source model, before the mark"] = {
         "test_accuracy": made["unmarked_test_accuracy"],

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from countermark import ProtectConfig, protect
+from countermark import protect
 from countermark.attacks import pgd
 from countermark.data import Examples, Pools, as_uint8, known, load_pools, pixels
 from countermark.evaluation import accuracy, predict
@@ -189,7 +189,7 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
     folder = runs / f"{data}-{seed}"
     for place, options in ((folder, {}), (runs / f"{data}-{seed}-stranger", {"scheme": "none", "seed": seed + 500})):
         if not place.exists():
-            protect(ProtectConfig(data=data, out=place, **{"seed": seed, **options}))  # type: ignore[arg-type]
+            protect(data, out=place, **{"seed": seed, **options})  # type: ignore[arg-type]
     network, _ = load_model(folder)
     pools = load_pools(data, seed)
     secret = load_secret(folder / "key")

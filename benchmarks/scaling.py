@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from countermark.config import VerifyConfig
 from countermark.data import Examples, load_pools, open_data
 from countermark.evaluation import adversarial_accuracy
 from countermark.evidence import sign_flip_test
@@ -77,7 +76,7 @@ def _verify(trials: int) -> Work:
     made = WatermarkSet(x, torch.stack((heads, heads + 1), 1), torch.zeros(trials, dtype=torch.int64), torch.arange(trials))
     new_secrets(folder / "key")
     write_key(folder / "key", "coin", made, {"data": "none"})
-    return lambda: verify(VerifyConfig(suspect=folder, key=folder / "key"))
+    return lambda: verify(folder, key=folder / "key")
 
 
 def _cells(cells: int) -> Work:

@@ -28,7 +28,7 @@ from pathlib import Path
 import requests
 import torch
 
-from countermark import GuardConfig, calibrate
+from countermark import calibrate
 from countermark.guard import QueryLog, load_guarded
 from countermark.networks import load_model, open_declared
 from countermark.service.clients import add_client
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--cost", type=float, default=0.1)
     parser.add_argument("--kills", type=int)
     options = parser.parse_args()
-    calibrate(GuardConfig(model=options.model, cost=options.cost))
+    calibrate(options.model, cost=options.cost)
     _, description = load_model(options.model)
     x = open_declared(description).test.x[:2000]
     if options.kills:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark import ProtectConfig, VerifyConfig, protect, verify
+from countermark import protect, verify
 from countermark.attacks import computes_bf16
 from countermark.data import Examples, known, load_pools
 from countermark.evaluation import accuracy, adversarial_accuracy, strict_accuracy
@@ -52,8 +52,8 @@ def main() -> int:
     for seed in arguments.seeds:
         folder = arguments.out / f"{arguments.data}-{epsilon:g}-{arguments.objective}-{seed}"
         if not folder.exists():
-            protect(ProtectConfig(data=arguments.data, epsilon=epsilon, objective=arguments.objective, seed=seed, out=folder))
-        coins = verify(VerifyConfig(suspect=folder, key=folder / "key"))
+            protect(arguments.data, epsilon=epsilon, objective=arguments.objective, seed=seed, out=folder)
+        coins = verify(folder, key=folder / "key")
         made = {
             "data": arguments.data,
             "epsilon": epsilon,

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from countermark.config import ProtectConfig
 from countermark.data import Pools, load_pools
 from countermark.memory import keep_freed_memory
 from countermark.verbs.protect import protect
@@ -28,7 +27,7 @@ def _made_once(factory: pytest.TempPathFactory, name: str, **options: object) ->
         if not folder.exists():
             with pytest.MonkeyPatch.context() as patch:  # what a drawn secret decides is the same in every run
                 patch.setattr(secrets, "token_bytes", random.Random(name).randbytes)
-                protect(ProtectConfig(data="digits", out=folder, **options))  # type: ignore[arg-type]
+                protect("digits", out=folder, **options)  # type: ignore[arg-type]
     return folder
 
 

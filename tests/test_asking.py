@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from countermark.cli import main
-from countermark.config import VerifyConfig
 from countermark.data import Examples, Pools, pixels
 from countermark.verbs.asking import strangeness
 from countermark.verbs.verify import Verification, show, verify
@@ -70,7 +69,7 @@ STRANGE: dict[str, tuple[Model, str]] = {
 def test_a_suspect_that_is_asked_in_the_wrong_way_is_doubted(
     key: Path, suspect: Model, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = verify(VerifyConfig(suspect=suspect, key=key))
+    found = verify(suspect, key=key)
     assert found.verdict != "match"
     show(found)
     said = " ".join(capsys.readouterr().out.split())
@@ -79,9 +78,9 @@ def test_a_suspect_that_is_asked_in_the_wrong_way_is_doubted(
 
 
 def test_a_suspect_that_is_asked_rightly_is_not_doubted(key: Path) -> None:
-    found = verify(VerifyConfig(suspect=brightest, key=key))
+    found = verify(brightest, key=key)
     assert (found.clean_accuracy, found.doubts) == (100.0, ())
-    declared = verify(VerifyConfig(suspect=wants_other_pixels, key=key, std=(1 / 255,)))
+    declared = verify(wants_other_pixels, key=key, std=(1 / 255,))
     assert (declared.clean_accuracy, declared.doubts) == (100.0, ())
 
 
@@ -90,7 +89,7 @@ def test_the_check_changes_no_verdict_and_asks_no_trial_for_it(key: Path, suspec
     """With clean examples, with strange ones, and without any the p-value is the same."""
 
     def judged() -> dict[str, object]:
-        found: Verification = verify(VerifyConfig(suspect=suspect, key=key))
+        found: Verification = verify(suspect, key=key)
         return asdict(replace(found, clean_accuracy=None, doubts=()))
 
     with_them = judged()
@@ -106,7 +105,7 @@ def test_a_match_stays_one_whatever_the_clean_examples_say(key: Path) -> None:
         rows = (x * 255).round().to(torch.uint8).flatten(1).tolist()
         return torch.tensor([answers.get(bytes(row), 0) for row in rows])
 
-    found = verify(VerifyConfig(suspect=copy, key=key))
+    found = verify(copy, key=key)
     assert found.verdict == "match"
     assert len(found.doubts) == 1
     assert "input looks wrong" in found.doubts[0]

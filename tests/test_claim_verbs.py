@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from authority import Authority, stamped
 from countermark.cli import main
-from countermark.config import AdjudicateConfig, ClaimConfig, LogCheckConfig, LogHeadConfig, ProtectConfig
 from countermark.errors import CountermarkError
 from countermark.files import locked, read_json, sha256, write_json
 from countermark.guard import QueryLog, Row
@@ -44,7 +43,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Authority]:
 def marked(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> Path:
     """A model that protect made with timestamps."""
     folder = tmp_path_factory.mktemp("marked") / "mine"
-    protect(ProtectConfig(data="digits", out=folder, epochs=12, tsa=authority.url, roots=authority.root))
+    protect("digits", out=folder, epochs=12, tsa=authority.url, roots=authority.root)
     return folder
 
 
@@ -62,7 +61,7 @@ def pruned(marked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def claimed(marked: Path, pruned: Path, authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A claim against the pruned copy, of the first batch."""
     out = tmp_path_factory.mktemp("claim") / "claim"
-    found = claim(ClaimConfig(key=marked / "key", suspect=pruned, out=out, tsa=authority.url, roots=authority.root))
+    found = claim(key=marked / "key", suspect=pruned, out=out, tsa=authority.url, roots=authority.root)
     assert (found.batch, found.left, found.timestamped) == (0, 1, True)
     return out
 
@@ -78,7 +77,7 @@ def test_protect_takes_its_coins_from_the_token(marked: Path) -> None:
 def test_a_claim_is_judged_from_its_files_alone(claimed: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(claimed, moved)
-    found = adjudicate(AdjudicateConfig(claim=moved, suspect=pruned, roots=authority.root, out=tmp_path / "out" / "j"))
+    found = adjudicate(moved, suspect=pruned, roots=authority.root, out=tmp_path / "out" / "j")
     assert (found.verdict, found.exit_status) == ("upheld", 0)
     record = json.loads((tmp_path / "out" / "j.json").read_text())
     assert record["verdict"] == "upheld"
@@ -98,20 +97,20 @@ def test_the_key_remembers_what_was_shown(marked: Path, pruned: Path, claimed: P
     key = tmp_path / "mine" / "key"
     shutil.copytree(marked, tmp_path / "mine")
     (key / "spent.json").write_bytes((marked / "key" / "spent.json").read_bytes())
-    second = claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "second", tsa=authority.url))
+    second = claim(key=key, suspect=pruned, out=tmp_path / "second", tsa=authority.url)
     assert (second.batch, second.left) == (1, 0)
     with pytest.raises(CountermarkError, match="were shown"):
-        claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "third", tsa=authority.url))
-    again = claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "again", batch=0, tsa=authority.url))
+        claim(key=key, suspect=pruned, out=tmp_path / "third", tsa=authority.url)
+    again = claim(key=key, suspect=pruned, out=tmp_path / "again", batch=0, tsa=authority.url)
     assert again.batch == 0
     options = {"suspect": pruned, "roots": authority.root, "out": tmp_path / "j"}
-    assert adjudicate(AdjudicateConfig(claim=tmp_path / "again", shown=(claimed,), **options)).verdict == "upheld"  # the same accusation
-    assert adjudicate(AdjudicateConfig(claim=tmp_path / "second", shown=(claimed,), **options)).verdict == "upheld"
+    assert adjudicate(tmp_path / "again", shown=(claimed,), **options).verdict == "upheld"  # the same accusation
+    assert adjudicate(tmp_path / "second", shown=(claimed,), **options).verdict == "upheld"
     with pytest.raises(CountermarkError, match="batches 0 to 1"):
-        claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "fifth", batch=9, tsa=authority.url))
+        claim(key=key, suspect=pruned, out=tmp_path / "fifth", batch=9, tsa=authority.url)
     (key / "spent.json").write_text("{}")
     with pytest.raises(CountermarkError):
-        claim(ClaimConfig(key=key, suspect=pruned, out=tmp_path / "sixth", tsa=authority.url))
+        claim(key=key, suspect=pruned, out=tmp_path / "sixth", tsa=authority.url)
 
 
 def test_a_stranger_is_not_claimed_against_and_nothing_is_opened(
@@ -120,7 +119,7 @@ def test_a_stranger_is_not_claimed_against_and_nothing_is_opened(
     shutil.copytree(marked, tmp_path / "mine")
     (tmp_path / "mine" / "key" / "spent.json").unlink(missing_ok=True)
     with pytest.raises(CountermarkError, match="nothing was opened"):
-        claim(ClaimConfig(key=tmp_path / "mine" / "key", suspect=stranger, out=tmp_path / "claim", tsa=authority.url))
+        claim(key=tmp_path / "mine" / "key", suspect=stranger, out=tmp_path / "claim", tsa=authority.url)
     assert not (tmp_path / "claim").exists()
     assert not (tmp_path / "mine" / "key" / "spent.json").exists()
 
@@ -128,9 +127,9 @@ def test_a_stranger_is_not_claimed_against_and_nothing_is_opened(
 def test_a_claim_without_timestamps_says_so(owner: Path, tmp_path: Path, authority: Authority) -> None:
     shutil.copytree(owner, tmp_path / "mine")
     with pytest.raises(CountermarkError, match=r"private: it has no T1.*Nothing was opened"):
-        claim(ClaimConfig(key=tmp_path / "mine" / "key", suspect=owner, out=tmp_path / "claim"))
+        claim(key=tmp_path / "mine" / "key", suspect=owner, out=tmp_path / "claim")
     assert not (tmp_path / "mine" / "key" / "spent.json").exists()
-    found = claim(ClaimConfig(key=tmp_path / "mine" / "key", suspect=owner, out=tmp_path / "claim", anyway=True))
+    found = claim(key=tmp_path / "mine" / "key", suspect=owner, out=tmp_path / "claim", anyway=True)
     assert not found.timestamped
     status = main(
         ["adjudicate", str(tmp_path / "claim"), "--suspect", str(owner), "--roots", str(authority.root), "--out", str(tmp_path / "j")]
@@ -153,7 +152,7 @@ def test_the_command_line_tells_the_verdict_by_its_status(
 
 def test_an_authority_that_does_not_answer_stops_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(CountermarkError, match="does not answer"):
-        protect(ProtectConfig(data="digits", out=tmp_path / "mine", tsa="http://127.0.0.1:9/"))
+        protect("digits", out=tmp_path / "mine", tsa="http://127.0.0.1:9/")
     assert not (tmp_path / "mine").exists()
     assert not (tmp_path / "mine.partial").exists()
 
@@ -162,7 +161,7 @@ def test_an_interrupted_run_does_not_draw_its_coins_again(authority: Authority, 
     """A second token would be a second draw: the resumed run reads the first one."""
     from countermark.verbs import protect as room
 
-    config = ProtectConfig(data="digits", out=tmp_path / "mine", epochs=2, tsa=authority.url)
+    options = {"out": tmp_path / "mine", "epochs": 2, "tsa": authority.url}
     true_train = room.train
     calls: list[int] = []
 
@@ -177,11 +176,11 @@ def test_an_interrupted_run_does_not_draw_its_coins_again(authority: Authority, 
     monkeypatch.setattr(room, "_make_key", lambda *a: _small_key(a))
     monkeypatch.setattr(room, "train", stops)
     with pytest.raises(KeyboardInterrupt):
-        protect(config)
+        protect("digits", **options)  # type: ignore[arg-type]
     first = read_json(tmp_path / "mine.partial" / "key" / "key.json")["key"]["t1"]
     monkeypatch.setattr(room, "train", true_train)
     served = authority.served
-    protect(config)
+    protect("digits", **options)  # type: ignore[arg-type]
     assert read_json(tmp_path / "mine" / "key" / "key.json")["key"]["t1"] == first
     assert authority.served == served + 2  # a trial, and T2
 
@@ -204,16 +203,16 @@ def test_a_head_with_a_token_shows_when_the_log_was_so(authority: Authority, tmp
         log.append([Row("aa" * 32, "anna", b"cell", b"image", 1, 2, 3, 1, 4)])
     assert main(["log", "head", str(path), "--tsa", authority.url, "--roots", str(authority.root)]) == 0
     head.write_text(capsys.readouterr().out)
-    found = log_check(LogCheckConfig(log=str(path), head=head, roots=authority.root))
+    found = log_check(str(path), head=head, roots=authority.root)
     assert found.stamped is not None
     record = json.loads(head.read_text())
     head.write_text(json.dumps({**record, "hash": "00" * 32}))
     with pytest.raises(CountermarkError):
-        log_check(LogCheckConfig(log=str(path), head=head, roots=authority.root))
-    bare = log_head(LogHeadConfig(log=str(path)))
+        log_check(str(path), head=head, roots=authority.root)
+    bare = log_head(str(path))
     head.write_text(json.dumps({"format": bare.format, "rows": bare.rows, "hash": bare.hash, "token": None}))
     with pytest.raises(CountermarkError, match="no timestamp"):
-        log_check(LogCheckConfig(log=str(path), head=head, roots=authority.root))
+        log_check(str(path), head=head, roots=authority.root)
 
 
 def test_a_folder_is_signed_as_a_whole(pruned: Path, tmp_path: Path) -> None:
@@ -295,9 +294,8 @@ def test_no_change_of_one_byte_makes_a_forged_claim_upheld(data: st.DataObject, 
     position = data.draw(st.integers(0, len(content) - 1))
     content[position] ^= 1 << data.draw(st.integers(0, 7))
     (folder / name).write_bytes(bytes(content))
-    config = AdjudicateConfig(claim=folder, suspect=_CLAIMED["suspect"], roots=_CLAIMED["roots"], out=folder.parent / "j")
     try:
-        found = adjudicate(config)
+        found = adjudicate(folder, suspect=_CLAIMED["suspect"], roots=_CLAIMED["roots"], out=folder.parent / "j")
     except CountermarkError:
         return
     assert found.verdict != "upheld"
@@ -318,7 +316,6 @@ def _known(claimed: Path, pruned: Path, authority: Authority, tmp_path_factory: 
 
 def test_a_dishonest_claim_folder_is_an_error(claimed: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
     """Files that never end, wait for ever, or are another model's."""
-    config = AdjudicateConfig(claim=tmp_path / "claim", suspect=pruned, roots=authority.root, out=tmp_path / "j")
     weights, other = tmp_path / "claim" / "model" / "model.safetensors", tmp_path / "other"
     other.mkdir()
     save_model(other, build("small", (3, 32, 32), 10, seed=0), described("small", (3, 32, 32), 10, "digits", 0.1, 0))
@@ -333,7 +330,7 @@ def test_a_dishonest_claim_folder_is_an_error(claimed: Path, pruned: Path, autho
         weights.unlink()
         spoil()
         with pytest.raises(CountermarkError):
-            adjudicate(config)
+            adjudicate(tmp_path / "claim", suspect=pruned, roots=authority.root, out=tmp_path / "j")
     assert not (tmp_path / "j.json").exists()
 
 
@@ -341,19 +338,19 @@ def test_a_judgement_leaves_nothing_of_an_earlier_one(claimed: Path, pruned: Pat
     for suffix in (".html", ".json"):
         (tmp_path / f"j{suffix}").write_text("upheld")
     with pytest.raises(CountermarkError):
-        adjudicate(AdjudicateConfig(claim=claimed, suspect=tmp_path / "none", roots=authority.root, out=tmp_path / "j"))
+        adjudicate(claimed, suspect=tmp_path / "none", roots=authority.root, out=tmp_path / "j")
     assert not list(tmp_path.glob("j.*"))
     with pytest.raises(CountermarkError, match="beginning of two files"):
-        adjudicate(AdjudicateConfig(claim=claimed, suspect=pruned, roots=authority.root, out=Path("/")))
+        adjudicate(claimed, suspect=pruned, roots=authority.root, out=Path("/"))
 
 
 def test_two_claims_at_once_do_not_spend_one_batch(marked: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
     with locked(marked / "key"), pytest.raises(CountermarkError, match="another process"):
-        claim(ClaimConfig(key=marked / "key", suspect=pruned, out=tmp_path / "claim", tsa=authority.url))
+        claim(key=marked / "key", suspect=pruned, out=tmp_path / "claim", tsa=authority.url)
 
 
 def test_a_timestamp_of_the_suspect_is_looked_at(marked: Path, authority: Authority, tmp_path: Path, claimed: Path, pruned: Path) -> None:
     token = tmp_path / "suspect.tsr"
     token.write_bytes(stamped(authority, (pruned / "model.safetensors").read_bytes()))
     options = {"claim": claimed, "suspect": pruned, "roots": authority.root, "out": tmp_path / "j"}
-    assert adjudicate(AdjudicateConfig(suspect_token=token, **options)).verdict == "upheld"  # stamped after T2: it frees nobody
+    assert adjudicate(suspect_token=token, **options).verdict == "upheld"  # stamped after T2: it frees nobody

@@ -1,5 +1,9 @@
 """The command line as a user meets it: JSON, exit statuses, one-line errors, nothing half-written."""
 
+import ast
+import dataclasses
+import importlib
+import inspect
 import json
 import os
 import re
@@ -14,23 +18,24 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 
 import countermark
-from countermark import cli, config, html, names, progress, report
+from countermark import cli, html, options, terminal
 from countermark.data import KNOWN
-from countermark.names import EMBEDDINGS, LABELS, RECIPES, SCHEMES, SETTINGS
 from countermark.networks import load, load_model, save_model
 from countermark.networks.named import NETWORKS
-from countermark.study.grid import PROFILES
+from countermark.study.grid import PROFILES, Size
 from countermark.text import visible
 from countermark.training import loop, recipes
+from countermark.training.config import PRECISIONS
 from countermark.verbs import plan
 from countermark.verbs import protect as protecting
+from countermark.verbs.protect import ProtectConfig
 from countermark.watermarks import key as key_module
 from countermark.watermarks import load_key
 from warm import COLD, warm
@@ -240,7 +245,7 @@ BAD = {
     "unknown embedding": ["protect", "--data", "digits", "--embedding", "magic", "--out", "{new}"],
     "unknown labels": ["protect", "--data", "digits", "--labels", "magic", "--out", "{new}"],
     "unknown precision": ["protect", "--data", "digits", "--precision", "fp4", "--out", "{new}"],
-    "unknown device": ["protect", "--data", "digits", "--accelerator", "abacus", "--out", "{new}"],
+    "unknown device": ["protect", "--data", "digits", "--device", "abacus", "--out", "{new}"],
     "budget 0": ["protect", "--data", "digits", "--epsilon", "0", "--out", "{new}"],
     "budget 1": ["protect", "--data", "digits", "--epsilon", "1", "--out", "{new}"],
     "budget 8 of 255": ["protect", "--data", "digits", "--epsilon", "8", "--out", "{new}"],
@@ -464,13 +469,13 @@ def test_no_foreign_word_steers_a_terminal(way: str, capsys: pytest.CaptureFixtu
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "300")
     if way == "lines":
-        report.print_lines(HOSTILE)
+        terminal.print_lines(HOSTILE)
     elif way == "table":
-        report.print_table(HOSTILE, ["", "a"], [[HOSTILE, HOSTILE]])
+        terminal.print_table(HOSTILE, ["", "a"], [[HOSTILE, HOSTILE]])
     elif way == "note":
-        progress.note(HOSTILE)
+        terminal.note(HOSTILE)
     elif way == "bar":
-        with progress.bar(HOSTILE, 2) as running:
+        with terminal.bar(HOSTILE, 2) as running:
             running.text(HOSTILE)
             running.note(HOSTILE)
     else:
@@ -507,11 +512,11 @@ def test_nothing_but_a_verdict_ends_with_the_status_of_one(
     if traceback:
         monkeypatch.setenv("COUNTERMARK_TRACEBACK", "1")
     if where == "the verb":
-        monkeypatch.setattr(plan, "plan", _raising(error))
+        monkeypatch.setattr(plan, "trials_needed", _raising(error))
     elif where == "showing":
         monkeypatch.setattr(plan, "show", _raising(error))
     elif where == "JSON":
-        monkeypatch.setattr(report, "print_json", _raising(error))
+        monkeypatch.setattr(terminal, "print_json", _raising(error))
     else:
         monkeypatch.setattr(plan.Plan, "exit_status", property(_raising(error)), raising=False)
     status, _, err = run(capsys, "plan", "--p", "1e-9", *(["--json"] if where == "JSON" else []))
@@ -522,7 +527,7 @@ def test_nothing_but_a_verdict_ends_with_the_status_of_one(
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("part", ["countermark.cli", "countermark.config", "tyro", "countermark.verbs.plan", "rich"])
+@pytest.mark.parametrize("part", ["countermark.cli", "countermark.options", "tyro", "countermark.verbs.plan", "rich"])
 def test_an_installation_that_cannot_be_imported_is_an_error(part: str) -> None:
     """Python itself would end with 1, which means "no evidence" or "dismissed"."""
     code = f"import runpy, sys; sys.modules[{part!r}] = None; sys.argv = ['countermark', 'plan', '--p', '1e-9']; "
@@ -569,19 +574,19 @@ def test_help_names_every_name_that_there_is() -> None:
     helps = alone(*(f"{verb} --help" for verb in verbs))
     assert [status for status, _, _ in helps] == [0, 0, 0]
     text = dict(zip(verbs, (out for _, out, _ in helps), strict=True))
-    for name in (*KNOWN, *NETWORKS, *SCHEMES, *RECIPES, *EMBEDDINGS, *LABELS):
+    for name in (*KNOWN, *NETWORKS):
         assert name in text["protect"]
-    assert all(setting in text["steal"] for setting in SETTINGS)
 
 
-@pytest.mark.parametrize("verb", [verb for verb in vars(config).values() if isinstance(verb, type) and verb.__name__.endswith("Config")])
-def test_every_option_has_a_word_of_help(verb: type) -> None:
-    source = Path(config.__file__).read_text()
-    body = source.split(f"class {verb.__name__}(")[1].split("\n@dataclass")[0] if f"class {verb.__name__}(" in source else source
-    for field in fields(verb):
-        if field.name in verb.__annotations__:
-            assert f"    {field.name}:" in body
-            assert body.split(f"    {field.name}:")[1].split("\n")[1].strip().startswith('"""')
+def config_of(verb: str) -> Any:
+    module = importlib.import_module(f"countermark.verbs.{cli._file(verb)}")
+    return getattr(module, cli._file(verb)).config
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_option_has_a_word_of_help(verb: str) -> None:
+    words = options._words(config_of(verb))
+    assert [field.name for field in fields(config_of(verb)) if not words.get(field.name)] == []
 
 
 def test_a_closed_pipe_is_no_traceback(owner: Path) -> None:
@@ -613,7 +618,7 @@ def test_quickstart_tells_the_story_and_keeps_what_it_did(tmp_path: Path, owner:
 
 
 def test_the_library_says_what_the_command_line_says(owner: Path) -> None:
-    found = countermark.verify(countermark.VerifyConfig(suspect=owner, key=owner / "key"))
+    found = countermark.verify(owner, key=owner / "key")
     assert found.verdict == "match"
     model = countermark.load(str(owner))
     key = load_key(owner / "key")
@@ -621,17 +626,19 @@ def test_the_library_says_what_the_command_line_says(owner: Path) -> None:
         assert torch.equal(model(key.watermarks.x.float() / 255).argmax(1), key.labels) == (found.agreements == found.trials)
 
 
-def alone(*lines: str, prologue: str = "", **options: Any) -> list[tuple[int, str, str]]:
-    """Run command lines in one child process in which importing torch is an error; status, output and error of each."""
+def alone(*lines: str, torch: bool = True, **options: Any) -> list[tuple[int, str, str]]:
+    """Run command lines in one child process; status, output and error of each.
+
+    Without `torch` importing it is an error there.
+    """
     script = f"""
 import contextlib, io, json, shlex, sys
 class NoTorch:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "torch":
+        if name.split(".")[0] == "torch" and not {torch}:
             raise ImportError("torch was imported")
 sys.meta_path.insert(0, NoTorch())
 from countermark import cli
-{prologue}
 found = []
 for line in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
@@ -648,16 +655,16 @@ print(json.dumps(found))
     return [tuple(each) for each in json.loads(done.stdout)]
 
 
-VERBS = list(cli._VERBS)
+VERBS = cli.VERBS
 
 
 def test_the_version_is_said_without_torch() -> None:
-    assert alone("--version") == [(0, f"countermark {countermark.__version__}\n", "")]
+    assert alone("--version", torch=False) == [(0, f"countermark {countermark.__version__}\n", "")]
 
 
 def test_help_lists_every_verb_and_a_groups_help_its_actions() -> None:
     groups = ["data", "client", "log", "bundle"]
-    helps = alone("--help", "-h", *(f"{group} {option}" for group in groups for option in ("--help", "-h")))
+    helps = alone("--help", "-h", *(f"{group} {option}" for group in groups for option in ("--help", "-h")), torch=False)
     assert all(status == 0 and err == "" for status, _, err in helps)
     texts = [out for _, out, _ in helps]
     assert texts[0] == texts[1]
@@ -669,20 +676,19 @@ def test_help_lists_every_verb_and_a_groups_help_its_actions() -> None:
 
 
 def test_nothing_to_do_lists_every_verb_in_one_line() -> None:
-    [(status, out, err)] = alone("")
+    [(status, out, err)] = alone("", torch=False)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert all(name in err for name in VERBS)
-    [(status, out, err)] = alone("log")
+    [(status, out, err)] = alone("log", torch=False)
     assert all(name in err for name in ("log head", "log check", "log erase"))
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb_needs_no_torch(verb: str) -> None:
-    [(status, out, err)] = alone(f"{verb} --help")
-    assert (status, err) == (0, "")
-    assert f"usage: countermark {verb}" in out
-    for field in fields(cli._VERBS[verb].config):
-        assert f"--{field.name.replace('_', '-')}" in out
+def test_help_of_a_verb_names_its_options() -> None:
+    for verb, (status, out, err) in zip(VERBS, alone(*(f"{verb} --help" for verb in VERBS)), strict=True):
+        assert (status, err) == (0, "")
+        assert f"usage: countermark {verb}" in out
+        for field in fields(config_of(verb)):
+            assert options.option(field.name) in out
 
 
 MISTAKES = {
@@ -697,11 +703,11 @@ MISTAKES = {
     f"plan --{'x' * 5000} 3": "unknown option",
     "verify --suspect x": "--key is missing; see countermark verify --help",
     "adjudicate": "--suspect, --claim, --roots are missing",
-    "protect --data digits --out {new} --epsilon much": "--epsilon takes a number, not 'much'",
+    "protect --data digits --out {new} --epsilon much": "--epsilon takes a number, or a fraction as 8/255, not 'much'",
     "protect --data digits --out {new} --epochs 1.5": "--epochs takes a whole number, not '1.5'",
     "protect --data digits --out {new} --epochs": "--epochs takes a whole number, and none is given",
     f"protect --data digits --out {{new}} --seed {'9' * 6000}": "--seed takes a whole number",
-    "verify --suspect {full} --key {full} --mean 0.5 x": "--mean takes a number, not '0.5 x'",
+    "verify --suspect {full} --key {full} --mean 0.5 x": "--mean takes a number, or a fraction as 8/255, not 'x'",
     "plan --p 0.1 extra": "'extra' belongs to no option",
     "plan --json=no": "'no' belongs to no option",
     "plan --p_ 1": "unknown option",
@@ -726,7 +732,7 @@ NAMED = {
     "reproduce --protocol dirty": "clean, as-published",
     **{
         f"protect --data digits --out {{new}} --{option} magic": f"unknown {option} 'magic'"
-        for option in ("network", "scheme", "objective", "embedding", "labels", "accelerator", "precision")
+        for option in ("network", "scheme", "objective", "embedding", "labels", "device", "precision")
     },
     "protect --data digits --out {new} --epsilon 2": "--epsilon is a number in (0, 1)",
     "protect --data digits --out {new} --watermark-epsilon 0.05": "above the training budget 0.1",
@@ -756,7 +762,7 @@ NAMED = {
 }
 
 
-def test_options_are_checked_before_torch_is_imported(tmp_path: Path) -> None:
+def test_options_are_checked_before_the_work_begins(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     places = {"new": tmp_path / "new", "full": tmp_path}
     for line, (status, out, err) in zip(NAMED, alone(*(line.format(**places) for line in NAMED)), strict=True):
@@ -765,15 +771,73 @@ def test_options_are_checked_before_torch_is_imported(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_names_of_options_are_those_of_the_code() -> None:
-    assert tuple(NETWORKS) == names.NETWORKS
-    assert tuple(PROFILES) == names.PROFILES
+def test_the_choices_of_options_are_the_tables() -> None:
+    assert set(get_args(Size)) == set(PROFILES)
+    assert get_args(options.Precision) == PRECISIONS
 
 
-def test_a_configuration_in_python_refuses_the_same_names(tmp_path: Path) -> None:
-    with pytest.raises(countermark.CountermarkError, match="choose one of coin"):
-        countermark.ProtectConfig(data="digits", out=tmp_path, scheme="magic")
-    assert countermark.EvaluateConfig(model=Path("~/x")).model == Path("~/x")  # only the command line expands
+def test_functions_refuse_what_the_command_line_refuses(tmp_path: Path) -> None:
+    wrong: dict[str, dict[str, Any]] = {
+        "choose one of coin": {"scheme": "magic"},
+        "--epochs takes a whole number, not '3'": {"epochs": "3"},
+        "--epochs takes a whole number, not True": {"epochs": True},
+        "--epsilon takes a number": {"epsilon": "much"},
+        "--network takes text, not 3": {"network": 3},
+        "--tsa takes text, not b'x'": {"tsa": b"x"},
+        "--json takes true or false": {"json": 1},
+        "--cache takes a path, not 3": {"cache": 3},
+    }
+    for words, given in wrong.items():
+        with pytest.raises(countermark.CountermarkError, match=words):
+            countermark.protect("digits", out=tmp_path / "new", **given)
+    with pytest.raises(countermark.CountermarkError, match="does not exist; check --model"):
+        countermark.evaluate(str(tmp_path / "none"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_functions_take_numbers_and_paths_as_they_come() -> None:
+    found = ProtectConfig("digits", out="a/b/", epsilon="8/255", epochs=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
+    assert (found.out, found.epsilon) == (Path("a/b"), 8 / 255)
+    assert (type(found.epochs), found.seed) == (int, 1)
+    assert ProtectConfig("digits", out=Path("a/b"), epsilon=8 / 255, epochs=3, seed=1) == found
+    assert json.loads(json.dumps(found.record())) == found.record()
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_a_function_says_what_it_takes(verb: str) -> None:
+    module = importlib.import_module(f"countermark.verbs.{cli._file(verb)}")
+    function, config = getattr(module, cli._file(verb)), config_of(verb)
+    parameters = inspect.signature(function).parameters
+    assert set(parameters) == {field.name for field in fields(config)}
+    assert [name for name in parameters if f"\n    {name}: " not in function.__doc__] == []
+    assert len([each for each in parameters.values() if each.kind is not each.KEYWORD_ONLY]) <= 1
+    assert dataclasses.is_dataclass(inspect.signature(function).return_annotation)
+    assert cli._summary(verb) == inspect.getdoc(config)
+
+
+def test_the_public_names_are_those_that_a_type_checker_sees() -> None:
+    tree = ast.parse(Path(countermark.__file__).read_text())
+    seen = {
+        alias.asname: f"{node.module.removeprefix('countermark.')}.{alias.name}"
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in ast.walk(block)
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        for alias in node.names
+    }
+    assert seen == countermark._PUBLIC
+    for name in countermark.__all__:
+        assert getattr(countermark, name) is not None
+    assert {name for name in countermark.__all__ if hasattr(getattr(countermark, name), "config")} >= {
+        "calibrate" if verb == "guard" else cli._file(verb) for verb in cli.VERBS
+    }
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'tyro', 'rich', 'numpy', 'lightning_fabric', 'onnx'}"
+    code = f"import sys, countermark.cli; print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -781,24 +845,28 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "there").mkdir()
     (tmp_path / "log.db").write_text("")
-    protect = cli._parse("protect", ["--data", "digits", "--out=~/new", "--cache=~/c"]).placed()
+
+    def parsed(verb: str, *words: str) -> Any:
+        return cli._parse(verb, config_of(verb), list(words)).placed()
+
+    protect = parsed("protect", "--data", "digits", "--out=~/new", "--cache=~/c")
     assert (protect.out, protect.cache) == (tmp_path / "new", tmp_path / "c")  # type: ignore[attr-defined]
-    judged = cli._parse("adjudicate", ["~/there", "--suspect=~/there", "--roots=~/log.db", "--shown", "~/there", "~/log.db"]).placed()
+    judged = parsed("adjudicate", "~/there", "--suspect=~/there", "--roots=~/log.db", "--shown", "~/there", "~/log.db")
     assert judged.claim == tmp_path / "there"  # type: ignore[attr-defined]
     assert str(judged.suspect) == str(tmp_path / "there")  # type: ignore[attr-defined]
     assert judged.shown == (tmp_path / "there", tmp_path / "log.db")  # type: ignore[attr-defined]
     assert judged.out == Path("judgement")  # type: ignore[attr-defined]
-    assert cli._parse("log check", ["--log=~/log.db"]).placed().log == str(tmp_path / "log.db")  # type: ignore[attr-defined]
+    assert parsed("log check", "--log=~/log.db").log == str(tmp_path / "log.db")  # type: ignore[attr-defined]
     address = "postgresql://anna:~/@host/log"
-    assert cli._parse("log check", ["--log", address]).placed().log == address  # type: ignore[attr-defined]
+    assert parsed("log check", "--log", address).log == address  # type: ignore[attr-defined]
 
 
 def test_every_path_of_a_verb_has_its_place() -> None:
     """Or it would be neither expanded nor looked for."""
-    for verb in cli._VERBS.values():
-        for field in fields(verb.config):
-            if "Path" in str(field.type) or field.name == "log":
-                assert "Place." in str(field.type), (verb, field.name)
+    for verb in VERBS:
+        for name, hint in options._hints(config_of(verb)).items():
+            if "Path" in str(hint) or name == "log":
+                assert list(options._places(hint)), (verb, name)
 
 
 def test_help_says_what_the_code_takes() -> None:
@@ -869,5 +937,5 @@ def test_a_full_disk_does_not_stop_a_strict_evaluation(owner: Path, tmp_path: Pa
         raise countermark.CountermarkError("cannot write: No space left on device")
 
     monkeypatch.setattr("countermark.evaluation.write_json", full)
-    found = countermark.evaluate(countermark.EvaluateConfig(model=owner, strict=True, images=2, cache=tmp_path))
+    found = countermark.evaluate(owner, strict=True, images=2, cache=tmp_path)
     assert found.strict is not None

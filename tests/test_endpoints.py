@@ -23,7 +23,6 @@ import torch
 
 from countermark.claims import suspect_identity
 from countermark.cli import main
-from countermark.config import VerifyConfig
 from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
@@ -32,6 +31,7 @@ from countermark.networks import load
 from countermark.places import place_name
 from countermark.session import Session
 from countermark.suspects import Asking, Endpoint, open_suspect, prepare
+from countermark.verbs.verify import VerifyConfig
 from countermark.watermarks import load_key
 
 SHAPE = (1, 8, 8)
@@ -689,7 +689,7 @@ def test_proxies_and_certificates_of_the_environment_count(peer: Peer, monkeypat
 @pytest.mark.parametrize("header", ["no colon", "a b: c", "X: a\nb", "X: \u20ac", ": x"])
 def test_headers_that_cannot_be_sent_are_refused(header: str) -> None:
     with pytest.raises(CountermarkError, match="--headers"):
-        VerifyConfig(suspect="http://h/invocations", key=Path("key"), headers=(header,))
+        VerifyConfig("http://h/invocations", key=Path("key"), headers=(header,))
 
 
 # --- a real MLServer -----------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from countermark.claims import Finding, judge_claim, read_claim
-from countermark.config import VerifyConfig
 from countermark.data import load_pools
 from countermark.evaluation import predict
 from countermark.files import canonical_json, read_json, sha256
@@ -33,7 +32,7 @@ def test_model_and_key_are_read_and_belong_together(release: Path) -> None:
     network, description = load_model(release / "mine")
     assert description.data.place == "digits"
     assert sum(outcome == 1 for outcome in key.outcomes(predict(network, key.watermarks.x))) >= 155
-    found = verify(VerifyConfig(suspect=release / "mine", key=release / "mine" / "key"))
+    found = verify(release / "mine", key=release / "mine" / "key")
     assert (found.verdict, found.trials) == ("match", 160)
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 
 from countermark.cli import main
-from countermark.config import ProtectConfig
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_json, sha256
 from countermark.training import TrainConfig, loop
 from countermark.verbs import protect as room
-from countermark.verbs.protect import protect
+from countermark.verbs.protect import ProtectConfig, protect
 from countermark.watermarks import load_key
 
 
@@ -35,7 +34,6 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     hardly_trained: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, partial = tmp_path / "mine", tmp_path / "mine.partial"
-    config = ProtectConfig(data="digits", out=out, epochs=3)
     assert main(["protect", "--data", "digits", "--out", str(out), "--epochs", "3"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "did not take" in line]
     for part in ("of its 160 coins", "p-value", "90 % are needed", "Nothing was published", "--epochs 6"):
@@ -47,12 +45,13 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     with monkeypatch.context() as patched:  # the same command finds what it found, and trains nothing
         patched.setattr(loop, "_step", None)
         with pytest.raises(CountermarkError, match=r"did not take: .*--epochs 6"):
-            protect(config)
+            protect("digits", out=out, epochs=3)
     with pytest.raises(CountermarkError, match="has come to 3 epochs already"):
-        protect(replace(config, epochs=2))
-    for other in (replace(config, seed=1, epochs=9), replace(config, scheme="ood", epochs=9)):
-        with pytest.raises(CountermarkError, match="other options"):
-            protect(other)
+        protect("digits", out=out, epochs=2)
+    with pytest.raises(CountermarkError, match="other options"):
+        protect("digits", out=out, seed=1, epochs=9)
+    with pytest.raises(CountermarkError, match="other options"):
+        protect("digits", out=out, scheme="ood", epochs=9)
 
     step, calls = loop._step, []
 
@@ -65,8 +64,8 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     with monkeypatch.context() as patched:  # the further attempt can be interrupted like any run
         patched.setattr(loop, "_step", stops)
         with pytest.raises(KeyboardInterrupt):
-            protect(replace(config, epochs=23))
-    made = protect(replace(config, epochs=23))
+            protect("digits", out=out, epochs=23)
+    made = protect("digits", out=out, epochs=23)
     assert made.watermark_accuracy is not None
     assert made.watermark_accuracy >= room.TAKEN["coin"]
     assert made.trials == 160
@@ -77,13 +76,17 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     assert [event["event"] for event in events] == ["trained", "marked", "marked"]
     assert [event["config"]["epochs"] for event in events] == [3, 1, 20]
     key = load_key(out / "key")
-    assert key.c1["config_sha256"] == sha256((out / "config.json").read_bytes()) == sha256(canonical_json(config.record()))
+    assert (
+        key.c1["config_sha256"]
+        == sha256((out / "config.json").read_bytes())
+        == sha256(canonical_json(ProtectConfig("digits", out=out, epochs=3).record()))
+    )
     assert read_json(out / "commitment.json")["c2"]["model_sha256"] == made.weights_sha256
 
 
 def test_a_published_watermark_that_did_not_take_is_refused(hardly_trained: None, tmp_path: Path) -> None:
     with pytest.raises(CountermarkError, match=r"of its 100 watermarks where 50 % are needed"):
-        protect(ProtectConfig(data="digits", out=tmp_path / "mine", epochs=2, scheme="ood"))
+        protect("digits", out=tmp_path / "mine", epochs=2, scheme="ood")
     assert not (tmp_path / "mine").exists()
 
 

@@ -25,7 +25,6 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from countermark.cli import main
-from countermark.config import GuardConfig
 from countermark.data import Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
@@ -71,7 +70,7 @@ def guarded_folder(owner: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The owner's model behind a dear guard, so that a small data set has many coins."""
     folder = tmp_path_factory.mktemp("guarded") / "model"
     shutil.copytree(owner, folder)
-    guard(GuardConfig(model=folder, cost=8.0))
+    guard(folder, cost=8.0)
     return folder
 
 

@@ -19,7 +19,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from authority import Authority, stamped
 from countermark.cli import main
-from countermark.config import ClaimConfig
 from countermark.errors import CountermarkError
 from countermark.files import read_json, sha256, write_json
 from countermark.guard import QueryLog, load_guarded
@@ -323,7 +322,7 @@ def claimed(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> t
     folder = tmp_path_factory.mktemp("claimed")
     shutil.copytree(Path(__file__).parent / "golden" / "0.1.0", folder / "release")
     mine = folder / "release" / "mine"
-    claim(ClaimConfig(key=mine / "key", suspect=mine, out=folder / "claim", tsa=authority.url))
+    claim(key=mine / "key", suspect=mine, out=folder / "claim", tsa=authority.url)
     return folder / "claim", mine, (folder / "release" / "roots.pem").read_bytes() + authority.root.read_bytes()
 
 

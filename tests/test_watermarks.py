@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chances import RISK, most
-from countermark.config import ProtectConfig
 from countermark.data import Examples, Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
@@ -232,7 +231,7 @@ def test_the_trials_cannot_be_made_again_without_the_secret(owner: Path, tmp_pat
     """Same seed, same public options, another secret: another source model, other bases, other trials."""
     monkeypatch.setitem(recipes._DIALS, "digits", replace(recipes._DIALS["digits"], marking_epochs=2))  # type: ignore[index]
     monkeypatch.setitem(protecting.TAKEN, "coin", 0.0)  # how much of the mark so few epochs leave does not matter
-    protect(ProtectConfig(data="digits", out=tmp_path / "again", epochs=8))
+    protect("digits", out=tmp_path / "again", epochs=8)
     first, second = load_key(owner / "key"), load_key(tmp_path / "again" / "key")
     ours, theirs = (set(map(bytes, key.watermarks.x.flatten(1).numpy())) for key in (first, second))
     assert not ours & theirs

@@ -146,7 +146,7 @@ def _import_everything() -> None:
     import importlib
     import pkgutil
 
-    names = ["countermark.cli", "countermark.report", "tyro", "sklearn.datasets", "sqlalchemy.dialects.sqlite", "uvicorn", "rich.table"]
+    names = ["countermark.cli", "countermark.terminal", "tyro", "sklearn.datasets", "sqlalchemy.dialects.sqlite", "uvicorn", "rich.table"]
     for package in ("countermark.verbs", "countermark.service"):
         names += [f"{package}.{module.name}" for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
     for name in names:

@@ -1,143 +1,88 @@
-"""Countermark: image classifiers that resist evasion, carry keyed coins, and can be proven to be yours.
+"""Countermark: image classifiers that resist evasion, carry keyed coins, and can be proven yours.
 
-A mark is a keyed coin flip between two answers that a stranger's model would give equally happily. A stolen copy remembers the coins; a
-stranger agrees with each with probability one half, so a match has an exact p-value.
+A mark is a keyed coin flip between two answers that a stranger's model would give equally happily.
+A stolen copy remembers the coins; a stranger agrees with each with probability one half, so a match
+has an exact p-value.
 
-    import countermark
-    countermark.protect(countermark.ProtectConfig(data="digits", out=Path("mine")))
-    model = countermark.load("mine")  # an nn.Module: pixels of [0, 1] to logits
-    countermark.verify(countermark.VerifyConfig(suspect=Path("theirs"), key=Path("mine/key"))).verdict
+    import countermark as cm
+    cm.protect("digits", out="mine")
+    model = cm.load("mine")  # an nn.Module: pixels of [0, 1] to logits
+    cm.verify("theirs", key="mine/key").verdict
 
-Everything here is imported when it is first used, so importing the package is quick.
+Every verb of the command line is a function of the same options as keywords. Everything here is
+imported when it is first used, so importing the package is quick.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from countermark.config import (
-        AdjudicateConfig,
-        BundleCheckConfig,
-        BundleSignConfig,
-        ClaimConfig,
-        ClientAddConfig,
-        EvaluateConfig,
-        FetchConfig,
-        GuardConfig,
-        LogCheckConfig,
-        LogEraseConfig,
-        LogHeadConfig,
-        PlanConfig,
-        ProtectConfig,
-        QuickstartConfig,
-        RemoveConfig,
-        ReproduceConfig,
-        ServeConfig,
-        StealConfig,
-        TraceConfig,
-        VerifyConfig,
-    )
-    from countermark.errors import CountermarkError
-    from countermark.networks import load
-    from countermark.verbs.adjudicate import adjudicate
-    from countermark.verbs.bundle_check import bundle_check
-    from countermark.verbs.bundle_sign import bundle_sign
-    from countermark.verbs.claim import claim
-    from countermark.verbs.client_add import client_add
-    from countermark.verbs.evaluate import evaluate
-    from countermark.verbs.fetch import fetch
-    from countermark.verbs.guard import guard as calibrate
-    from countermark.verbs.log_check import log_check
-    from countermark.verbs.log_erase import log_erase
-    from countermark.verbs.log_head import log_head
-    from countermark.verbs.plan import plan
-    from countermark.verbs.protect import protect
-    from countermark.verbs.quickstart import quickstart
-    from countermark.verbs.remove import remove
-    from countermark.verbs.reproduce import reproduce
-    from countermark.verbs.serve import serve
-    from countermark.verbs.steal import steal
-    from countermark.verbs.trace import trace
-    from countermark.verbs.verify import verify
+    from countermark.data import open_data as open_data
+    from countermark.errors import CountermarkError as CountermarkError
+    from countermark.networks import load as load
+    from countermark.networks import open_network as open_network
+    from countermark.threat import Threat as Threat
+    from countermark.verbs.adjudicate import adjudicate as adjudicate
+    from countermark.verbs.bundle_check import bundle_check as bundle_check
+    from countermark.verbs.bundle_sign import bundle_sign as bundle_sign
+    from countermark.verbs.claim import claim as claim
+    from countermark.verbs.client_add import client_add as client_add
+    from countermark.verbs.data_fetch import data_fetch as data_fetch
+    from countermark.verbs.evaluate import evaluate as evaluate
+    from countermark.verbs.guard import calibrate as calibrate
+    from countermark.verbs.log_check import log_check as log_check
+    from countermark.verbs.log_erase import log_erase as log_erase
+    from countermark.verbs.log_head import log_head as log_head
+    from countermark.verbs.plan import plan as plan
+    from countermark.verbs.protect import protect as protect
+    from countermark.verbs.quickstart import quickstart as quickstart
+    from countermark.verbs.remove import remove as remove
+    from countermark.verbs.reproduce import reproduce as reproduce
+    from countermark.verbs.serve import serve as serve
+    from countermark.verbs.steal import steal as steal
+    from countermark.verbs.trace import trace as trace
+    from countermark.verbs.verify import verify as verify
 
 __version__ = "0.1.0"
 
-_VERBS: tuple[str, ...] = (
-    "adjudicate",
-    "bundle_check",
-    "bundle_sign",
-    "claim",
-    "client_add",
-    "evaluate",
-    "fetch",
-    "guard",
-    "log_check",
-    "log_erase",
-    "log_head",
-    "plan",
-    "protect",
-)
-_VERBS += ("quickstart", "remove", "reproduce", "serve", "steal", "trace", "verify")
-_HOMES = {
-    "CountermarkError": ("errors", "CountermarkError"),
-    "load": ("networks", "load"),
-    **{name: ("config", name) for name in (f"{verb.title().replace('_', '')}Config" for verb in _VERBS)},
-    **{verb: (f"verbs.{verb}", verb) for verb in _VERBS if verb != "guard"},
-    "calibrate": ("verbs.guard", "guard"),  # `countermark.guard` is the room
+_PUBLIC = {
+    "CountermarkError": "errors.CountermarkError",
+    "Threat": "threat.Threat",
+    "adjudicate": "verbs.adjudicate.adjudicate",
+    "bundle_check": "verbs.bundle_check.bundle_check",
+    "bundle_sign": "verbs.bundle_sign.bundle_sign",
+    "calibrate": "verbs.guard.calibrate",  # `countermark.guard` is the room
+    "claim": "verbs.claim.claim",
+    "client_add": "verbs.client_add.client_add",
+    "data_fetch": "verbs.data_fetch.data_fetch",
+    "evaluate": "verbs.evaluate.evaluate",
+    "load": "networks.load",
+    "log_check": "verbs.log_check.log_check",
+    "log_erase": "verbs.log_erase.log_erase",
+    "log_head": "verbs.log_head.log_head",
+    "open_data": "data.open_data",
+    "open_network": "networks.open_network",
+    "plan": "verbs.plan.plan",
+    "protect": "verbs.protect.protect",
+    "quickstart": "verbs.quickstart.quickstart",
+    "remove": "verbs.remove.remove",
+    "reproduce": "verbs.reproduce.reproduce",
+    "serve": "verbs.serve.serve",
+    "steal": "verbs.steal.steal",
+    "trace": "verbs.trace.trace",
+    "verify": "verbs.verify.verify",
 }
+"""What is public, and where it is: the functions of the verbs, and what they take and give."""
 
-__all__ = [
-    "AdjudicateConfig",
-    "BundleCheckConfig",
-    "BundleSignConfig",
-    "ClaimConfig",
-    "ClientAddConfig",
-    "CountermarkError",
-    "EvaluateConfig",
-    "FetchConfig",
-    "GuardConfig",
-    "LogCheckConfig",
-    "LogEraseConfig",
-    "LogHeadConfig",
-    "PlanConfig",
-    "ProtectConfig",
-    "QuickstartConfig",
-    "RemoveConfig",
-    "ReproduceConfig",
-    "ServeConfig",
-    "StealConfig",
-    "TraceConfig",
-    "VerifyConfig",
-    "adjudicate",
-    "bundle_check",
-    "bundle_sign",
-    "calibrate",
-    "claim",
-    "client_add",
-    "evaluate",
-    "fetch",
-    "load",
-    "log_check",
-    "log_erase",
-    "log_head",
-    "plan",
-    "protect",
-    "quickstart",
-    "remove",
-    "reproduce",
-    "serve",
-    "steal",
-    "trace",
-    "verify",
-]
+__all__ = list(_PUBLIC)  # type checkers read the imports above, which a test holds equal to it
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home, there = _HOMES[name]
-    return getattr(importlib.import_module(f"{__name__}.{home}"), there)
+    module, _, there = _PUBLIC[name].rpartition(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), there)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_PUBLIC])

@@ -5,75 +5,68 @@ Results go to standard output, progress and errors to standard error. Exit statu
 status: whatever is raised, by us or by a library, ends with 2.
 """
 
+import ast
 import contextlib
 import errno
 import importlib
-import inspect
 import io
 import os
+import pkgutil
 import re
 import shutil
 import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, fields
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from countermark import __version__
-from countermark import config as configs
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, nearest
 from countermark.memory import keep_freed_memory
-from countermark.names import nearest
+from countermark.options import VerbConfig, option, takes_several, wrong
 from countermark.text import brief, complain, visible
+from countermark.threat import budget
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry
 
 
-@dataclass(frozen=True)
-class _Verb:
-    """A verb: its options, its module, and the option that a first word without one stands for."""
+VERBS = (
+    "data fetch",
+    "protect",
+    "evaluate",
+    "verify",
+    "claim",
+    "adjudicate",
+    "steal",
+    "remove",
+    "plan",
+    "guard",
+    "client add",
+    "serve",
+    "trace",
+    "log head",
+    "log check",
+    "log erase",
+    "bundle sign",
+    "bundle check",
+    "quickstart",
+    "reproduce",
+)
+"""Every verb, of one word or two, in the order of the help.
 
-    config: type[configs.VerbConfig]
-    module: str
-    first: str | None = None
-
-    @property
-    def summary(self) -> str:
-        """Its first line of help."""
-        return inspect.getdoc(self.config) or ""
-
-
-_VERBS = {
-    "data fetch": _Verb(configs.FetchConfig, "fetch", "--name"),
-    "protect": _Verb(configs.ProtectConfig, "protect"),
-    "evaluate": _Verb(configs.EvaluateConfig, "evaluate"),
-    "verify": _Verb(configs.VerifyConfig, "verify"),
-    "claim": _Verb(configs.ClaimConfig, "claim"),
-    "adjudicate": _Verb(configs.AdjudicateConfig, "adjudicate", "--claim"),
-    "steal": _Verb(configs.StealConfig, "steal"),
-    "remove": _Verb(configs.RemoveConfig, "remove"),
-    "plan": _Verb(configs.PlanConfig, "plan"),
-    "guard": _Verb(configs.GuardConfig, "guard", "--model"),
-    "client add": _Verb(configs.ClientAddConfig, "client_add", "--name"),
-    "serve": _Verb(configs.ServeConfig, "serve", "--model"),
-    "trace": _Verb(configs.TraceConfig, "trace"),
-    "log head": _Verb(configs.LogHeadConfig, "log_head", "--log"),
-    "log check": _Verb(configs.LogCheckConfig, "log_check", "--log"),
-    "log erase": _Verb(configs.LogEraseConfig, "log_erase", "--log"),
-    "bundle sign": _Verb(configs.BundleSignConfig, "bundle_sign", "--model"),
-    "bundle check": _Verb(configs.BundleCheckConfig, "bundle_check", "--model"),
-    "quickstart": _Verb(configs.QuickstartConfig, "quickstart"),
-    "reproduce": _Verb(configs.ReproduceConfig, "reproduce"),
-}
-"""Every verb, of one word or two, in the order of the help."""
+Each is a file of `verbs/` and a function of the same name in it, with an underscore for a space.
+"""
 
 _ABOUT = """Train image classifiers that resist attack, mark them with keyed coins, and prove a
 stolen copy."""
 _HELP = ("--help", "-h")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
-_KINDS = {int: "a whole number", float: "a number"}
 _NO_MEMORY = "not enough memory; close other programs or take a smaller network"
 _NARROWEST = 20  # columns; below, help and tables would be wrapped letter by letter
 
@@ -127,21 +120,21 @@ def _run(arguments: list[str]) -> int:
         print(_overview(f"{arguments[0]} "), flush=True)
         return 0
     name, rest = _named(arguments)
+    keep_freed_memory()
+    module = importlib.import_module(f"countermark.verbs.{_file(name)}")
+    verb = getattr(module, _file(name))
     try:
-        config: Any = _parse(name, rest).placed()
+        config = _parse(name, verb.config, rest)
     except SystemExit:  # the help was shown; every other end of the parsing is an error of ours
         return 0
-    keep_freed_memory()
-    module = _VERBS[name].module
-    verb = importlib.import_module(f"countermark.verbs.{module}")
-    result = getattr(verb, module)(config)
+    result = verb(**vars(config))
     try:
         if config.json:
-            from countermark.report import print_json
+            from countermark.terminal import print_json
 
             print_json(asdict(result))
         else:
-            verb.show(result)
+            module.show(result)
         sys.stdout.flush()
     except (OSError, SystemExit) as error:  # rich turns a closed pipe into an exit
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
@@ -174,14 +167,26 @@ def _nobody_reads() -> int:
     return _fail("nobody reads standard output any more; finished work is kept")
 
 
+def _file(name: str) -> str:
+    """The file of a verb, and its function in there."""
+    return name.replace(" ", "_")
+
+
+def _summary(name: str) -> str:
+    """A verb's first line of help, out of its source: what it imports may be slow."""
+    source = pkgutil.get_data("countermark.verbs", f"{_file(name)}.py") or b""
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return next((ast.get_docstring(each) or "" for each in classes if each.name.endswith("Config")), "")
+
+
 def _groups() -> list[str]:
     """The first words of verbs of two words."""
-    return list(dict.fromkeys(name.split()[0] for name in _VERBS if " " in name))
+    return list(dict.fromkeys(name.split()[0] for name in VERBS if " " in name))
 
 
 def _overview(prefix: str = "") -> str:
     """The help on all verbs, or on those of a group."""
-    verbs = {name: verb.summary for name, verb in _VERBS.items() if name.startswith(prefix)}
+    verbs = {name: _summary(name) for name in VERBS if name.startswith(prefix)}
     column = max(map(len, verbs)) + 4
     width = max(shutil.get_terminal_size().columns, column + _NARROWEST)
     lines = [f"usage: countermark {prefix or 'VERB '}{'ACTION ' if prefix else ''}[OPTIONS]", ""]
@@ -198,11 +203,11 @@ def _named(arguments: list[str]) -> tuple[str, list[str]]:
     """The verb that the first words name, and the words after it."""
     for words in (2, 1):
         name = " ".join(arguments[:words])
-        if name in _VERBS:
+        if name in VERBS:
             return name, arguments[words:]
     if not arguments:
-        raise CountermarkError(f"say what to do: {', '.join(_VERBS)}; countermark --help says more")
-    word, actions = arguments[0], [name for name in _VERBS if name.startswith(f"{arguments[0]} ")]
+        raise CountermarkError(f"say what to do: {', '.join(VERBS)}; countermark --help says more")
+    word, actions = arguments[0], [name for name in VERBS if name.startswith(f"{arguments[0]} ")]
     if actions and (not arguments[1:] or arguments[1].startswith("-")):
         known = ", ".join(f"countermark {name}" for name in actions)
         raise CountermarkError(f"say what to do: {known}")
@@ -214,44 +219,44 @@ def _named(arguments: list[str]) -> tuple[str, list[str]]:
     if word.startswith("-"):
         order = f"{brief(word)} comes before the verb; give the verb first, then its options"
         raise CountermarkError(f"{order}; see countermark --help")
-    meant = {name.split()[-1]: name for name in _VERBS}
-    meant |= {name: name for name in (*_VERBS, *_groups())}
+    meant = {name.split()[-1]: name for name in VERBS}
+    meant |= {name: name for name in (*VERBS, *_groups())}
     unknown = f"unknown verb {brief(word)}{nearest(word, meant)}"
     raise CountermarkError(f"{unknown}; countermark --help lists all verbs")
 
 
-def _parse(name: str, arguments: list[str]) -> configs.VerbConfig:
+def _parse(name: str, kind: type[VerbConfig], arguments: list[str]) -> VerbConfig:
     """Parse the options of a verb; whatever is wrong with them becomes one line."""
     import tyro
     from tyro.conf import FlagCreatePairsOff
 
-    verb, see = _VERBS[name], f"see countermark {name} --help"
-    options = {f"--{field.name.replace('_', '-')}": field for field in fields(verb.config)}
-    if verb.first is not None and arguments and not arguments[0].startswith("-"):
-        arguments = [verb.first, *arguments]
+    see = f"see countermark {name} --help"
+    known = {option(field.name): field for field in fields(kind)}
+    main = next((each for each, field in known.items() if not field.kw_only), None)
+    if main is not None and arguments and not arguments[0].startswith("-"):
+        arguments = [main, *arguments]
     asked = any(argument in _HELP for argument in arguments)
     given = [_option(argument) for argument in arguments if argument.startswith("--")]
-    unknown = next((option for option in given if option not in (*options, "--help")), None)
-    twice = next((option for option in given if given.count(option) > 1), None)
-    needed = [option for option, field in options.items() if _required(field)]
-    missing = [option for option in needed if option not in given]
+    unknown = next((each for each in given if each not in (*known, "--help")), None)
+    twice = next((each for each in given if given.count(each) > 1), None)
+    needed = [each for each, field in known.items() if _required(field)]
+    missing = [each for each in needed if each not in given]
     if "" in arguments:
         raise CountermarkError("an argument is empty; leave it out or fill it in")
     if unknown is not None:
-        guess = nearest(unknown, {option: option for option in options})
+        guess = nearest(unknown, {each: each for each in known})
         raise CountermarkError(f"unknown option {brief(unknown)}{guess}; {see}")
     if twice is not None:
-        several = "tuple" in str(options[twice].type)
-        how = "with all its values behind it" if several else "once"
+        how = "with all its values behind it" if takes_several(kind, known[twice].name) else "once"
         raise CountermarkError(f"{twice} is given twice; give it {how}")
     if missing and not asked:
         are = "is" if len(missing) == 1 else "are"
         raise CountermarkError(f"{', '.join(missing)} {are} missing; {see}")
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _types():
             config, rest = tyro.cli(
-                verb.config,
+                kind,
                 prog=f"countermark {name}",
                 args=arguments,
                 return_unknown_args=True,
@@ -260,11 +265,45 @@ def _parse(name: str, arguments: list[str]) -> configs.VerbConfig:
     except SystemExit as stop:
         if not stop.code:
             raise
-        wrong = _wrong_value(options, arguments, said.getvalue())
+        wrong = _wrong_value(kind, known, arguments, said.getvalue())
         raise CountermarkError(f"{wrong}; {see}") from None
     if rest:
         raise CountermarkError(f"{brief(rest[0])} belongs to no option; {see}")
     return config
+
+
+def _types() -> "ConstructorRegistry":
+    """How words become numbers, which may be fractions, and places."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    def spec(metavar: str, make: Callable[[str], Any], kinds: tuple[type, ...]) -> Any:
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=metavar,
+            instance_from_str=lambda words: make(words[0]),
+            is_instance=lambda value: isinstance(value, kinds),
+            str_from_instance=lambda value: [f"{value:g}" if isinstance(value, float) else str(value)],
+        )
+
+    def number(word: str) -> float:
+        try:
+            return budget(word)
+        except CountermarkError as error:
+            raise ValueError(str(error)) from error
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(known: Any) -> Any:
+        parts = [part for part in get_args(known.type) if part is not NoneType]
+        if known.type is float:
+            return spec("FLOAT", number, (int, float))
+        if known.type is str:
+            return spec("TEXT", str, (str,))
+        union = get_origin(known.type) in (Union, UnionType)
+        return spec("PATH", str, (str, Path)) if union and len(parts) > 1 and str in parts else None
+
+    return registry
 
 
 def _option(argument: str) -> str:
@@ -276,18 +315,17 @@ def _required(field: Field[Any]) -> bool:
     return field.default is MISSING and field.default_factory is MISSING
 
 
-def _wrong_value(options: Mapping[str, Field[Any]], arguments: list[str], said: str) -> str:
+def _wrong_value(kind: type[VerbConfig], known: Mapping[str, Field[Any]], arguments: list[str], said: str) -> str:
     """What is wrong with the value of the option that tyro's words are about."""
     found = re.search(r"--[a-z][a-z-]*", _ESCAPES.sub("", said))
-    option = found.group() if found else ""
-    if option not in options:
+    name = found.group() if found else ""
+    if name not in known:
         return "the options cannot be understood"
-    place = next(i for i, argument in enumerate(arguments) if _option(argument) == option)
+    place = next(i for i, argument in enumerate(arguments) if _option(argument) == name)
     after = takewhile(lambda word: not word.startswith("--"), arguments[place + 1 :])
-    value = arguments[place].partition("=")[2] or " ".join(after)
-    kind = next((kind for kind in _KINDS if kind.__name__ in str(options[option].type)), None)
-    wanted = _KINDS[kind] if kind else "a value"
-    return f"{option} takes {wanted}, {f'not {brief(value)}' if value else 'and none is given'}"
+    value = arguments[place].partition("=")[2]
+    words = [value] if value else list(after)
+    return wrong(kind, known[name].name, words)
 
 
 def _fail(message: str) -> int:

@@ -1,9 +1,38 @@
-"""The one family of errors that Countermark raises on purpose.
+"""The one family of errors that Countermark raises on purpose, and the refusal of a name that is none.
 
-A message says what was wrong, where, and what to do next, in one line. The command line prints that line and exits with
-status 2; anything else that escapes is a bug.
+A message says what was wrong, where, and what to do next, in one line.
+The command line prints that line and exits with status 2; anything else that escapes is a bug.
 """
+
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+
+from countermark.text import brief
+
+_COMPARED = 40  # characters of a word that is looked for among similar ones
 
 
 class CountermarkError(Exception):
     """Something the caller can put right: bad input, a damaged file, a full disk."""
+
+
+def choose(what: str, name: object, names: Iterable[object]) -> None:
+    """Refuse a name that is not one of `names`.
+
+    Raises:
+        CountermarkError: it is not; the message lists those that there are.
+    """
+    known = [str(each) for each in names]
+    if name not in known:
+        raise CountermarkError(f"unknown {what} {brief(name)}; choose one of {', '.join(known)}")
+
+
+def nearest(word: str, meant: Mapping[str, str]) -> str:
+    """The words that ask whether something similar was meant; empty where nothing is similar.
+
+    Args:
+        word: as it was written.
+        meant: what may have been meant, by the word for it.
+    """
+    found = get_close_matches(word[:_COMPARED], list(meant), 1)
+    return f" (did you mean {meant[found[0]]}?)" if found else ""

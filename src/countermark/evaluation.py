@@ -19,7 +19,7 @@ from countermark.attacks.strict import STAGES
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.files import read_json, write_json
-from countermark.progress import bar
+from countermark.terminal import bar
 from countermark.threat import Attack
 
 _BATCH = 250

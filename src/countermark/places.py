@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from countermark.errors import CountermarkError
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
     SuspectPlace = str | Path | Callable[[torch.Tensor], torch.Tensor]
 else:
-    SuspectPlace = str | Path  # a command line knows no functions, and torch is heavy
+    SuspectPlace = str | Path | Callable[..., Any]  # torch is heavy
+
+Pixels = Literal["float", "uint8"]
+"""What a suspect takes: pixels of [0, 1], or bytes."""
+Layout = Literal["nchw", "nhwc"]
+"""How it takes them."""
 
 
 class EndpointAddress(NamedTuple):

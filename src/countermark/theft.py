@@ -16,8 +16,8 @@ from countermark.attacks import ask, finite
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating
-from countermark.progress import bar
 from countermark.suspects import Suspect
+from countermark.terminal import bar
 from countermark.threat import Attack
 from countermark.training import Hardware, TrainConfig, train
 

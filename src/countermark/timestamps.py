@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from countermark.errors import CountermarkError
 from countermark.files import read_bytes, sha256
 from countermark.places import check_address
-from countermark.progress import note
+from countermark.terminal import note
 from countermark.text import sentence
 
 TOKEN_LIMIT = 1 << 16

@@ -15,18 +15,7 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 
 from authority import Authority  # noqa: E402
-from countermark import (  # noqa: E402  # noqa: E402
-    AdjudicateConfig,
-    ClaimConfig,
-    GuardConfig,
-    LogHeadConfig,
-    ProtectConfig,
-    adjudicate,
-    calibrate,
-    claim,
-    log_head,
-    protect,
-)
+from countermark import adjudicate, calibrate, claim, log_head, protect  # noqa: E402
 from countermark.data import load_pools  # noqa: E402
 from countermark.guard import QueryLog, Row, load_guarded, weights_sha256  # noqa: E402
 from countermark.networks import load_model, save_model  # noqa: E402
@@ -42,8 +31,8 @@ def main(version: str) -> None:
     out = Path()
     authority = Authority(place / "authority")
     mine = out / "mine"
-    protect(ProtectConfig(data="digits", out=mine, epochs=15, tsa=authority.url, roots=authority.root))
-    calibrate(GuardConfig(model=mine, cost=2.0, tsa=authority.url))
+    protect("digits", out=mine, epochs=15, tsa=authority.url, roots=authority.root)
+    calibrate(mine, cost=2.0, tsa=authority.url)
     add_client(mine / "clients.json", "anna", None)
     with QueryLog(str(out / "log.db")) as log:
         x = load_pools("digits", 0).thief.x
@@ -57,9 +46,9 @@ def main(version: str) -> None:
     network, description = load_model(mine)
     (out / "theirs").mkdir()
     save_model(out / "theirs", prune(network, 0.3), description)
-    claim(ClaimConfig(key=mine / "key", suspect=out / "theirs", out=out / "claim", tsa=authority.url))
-    adjudicate(AdjudicateConfig(claim=out / "claim", suspect=out / "theirs", roots=authority.root, out=out / "judgement"))
-    head = log_head(LogHeadConfig(log=str(out / "log.db"), tsa=authority.url))
+    claim(key=mine / "key", suspect=out / "theirs", out=out / "claim", tsa=authority.url)
+    adjudicate(out / "claim", suspect=out / "theirs", roots=authority.root, out=out / "judgement")
+    head = log_head(str(out / "log.db"), tsa=authority.url)
     (out / "head.json").write_text(json.dumps(vars(head)))
     shutil.copy(authority.root, out / "roots.pem")
     authority.close()

@@ -5,7 +5,7 @@ from typing import Any
 
 from countermark.claims.judgement import FAILS, HOLDS, Judgement
 from countermark.html import document, escape
-from countermark.report import p_value
+from countermark.terminal import p_value
 
 _STYLE = """
 body { max-width: 60rem; } h2 { margin-top: 2rem; }

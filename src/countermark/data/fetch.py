@@ -25,7 +25,7 @@ from countermark.data.known import known
 from countermark.errors import CountermarkError
 
 if TYPE_CHECKING:
-    from countermark.progress import Bar
+    from countermark.terminal import Bar
 
 _LIMIT = 1 << 26  # bytes; the largest of the files has 47 MB
 _CHUNK = 1 << 20
@@ -83,7 +83,7 @@ def cache_folder() -> Path:
         raise CountermarkError(f"there is no home folder for the data files; {_ELSEWHERE}") from error
 
 
-def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> Path:
+def fetch(name: str, source: str | Path | None = None, cache: str | Path | None = None) -> Path:
     """Make sure that the files of a data set are in the cache.
 
     Args:
@@ -97,17 +97,17 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
     Raises:
         CountermarkError: no source has the files, or a file has the wrong SHA-256; no half file stays behind.
     """
-    from countermark.progress import bar  # with rich, which no help needs
+    from countermark.terminal import bar  # with rich, which no help needs
 
     files = known(name).files
-    folder = (cache or cache_folder()) / name
+    folder = (Path(cache) if cache else cache_folder()) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_keep(folder, error.strerror) from error
     pooch.get_logger().setLevel("WARNING")  # our bar says what is fetched
     with ExitStack() as stack:
-        sources = list(_sources(name, source, stack))
+        sources = list(_sources(name, Path(source) if source else None, stack))
         missing = [file for file, digest in files.items() if source is not None or not _cached(folder / file, digest)]
         writable = os.access(folder, os.W_OK | os.X_OK)
         if not writable and not all(_cached(folder / file, files[file]) for file in missing):
@@ -118,9 +118,9 @@ def fetch(name: str, source: Path | None = None, cache: Path | None = None) -> P
     return folder
 
 
-def is_cached(name: str, cache: Path | None = None) -> bool:
+def is_cached(name: str, cache: str | Path | None = None) -> bool:
     """Whether all files of a data set are in the cache already."""
-    found = ((cache or cache_folder()) / name / file for file in known(name).files)
+    found = ((Path(cache) if cache else cache_folder()) / name / file for file in known(name).files)
     return all(os.path.isfile(path) for path in found)  # noqa: PTH113 (it says no where it may not look)
 
 

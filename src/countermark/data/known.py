@@ -7,8 +7,7 @@ those of `digits` are ours. What is not known by name gets defaults by kind of i
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from countermark.errors import CountermarkError
-from countermark.names import choose
+from countermark.errors import CountermarkError, choose
 from countermark.threat import COLOUR, GREY, Threat
 
 Shape = tuple[int, int, int]

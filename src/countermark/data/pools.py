@@ -106,7 +106,7 @@ def _first_of_each(numbers: torch.Tensor) -> torch.Tensor:
     return first.sort().values
 
 
-def load_pools(name: str, seed: int, cache: Path | None = None) -> Pools:
+def load_pools(name: str, seed: int, cache: str | Path | None = None) -> Pools:
     """Open the data set at a place and cut it into its pools by `seed`.
 
     Raises:
@@ -115,7 +115,7 @@ def load_pools(name: str, seed: int, cache: Path | None = None) -> Pools:
     return open_data(name, cache=cache).pools(seed)
 
 
-def load_ood(data: Dataset, seed: int, cache: Path | None = None) -> Examples:
+def load_ood(data: Dataset, seed: int, cache: str | Path | None = None) -> Examples:
     """Return the examples that are out of distribution for a data set, with their own labels.
 
     They are the watermark bases of another data set where one is known, or the own bases turned by

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from countermark.errors import CountermarkError
-from countermark.names import choose
+from countermark.errors import CountermarkError, choose
 from countermark.text import brief
 
 _LARGEST_IMAGE = 1 << 20  # values in one image; what a file may ask of us

@@ -26,15 +26,15 @@ _WORK = "countermark.study.work"  # where the code of units begins
 _PLUMBING = (
     "errors.py",
     "files.py",
-    "names.py",
+    "html.py",
     "places.py",
-    "progress.py",
     "session.py",
     "suspects",
+    "terminal.py",
     "text.py",
     "timestamps.py",
 )
-"""What the work imports and no number depends on: messages, files, names, progress, suspects, time."""
+"""What the work imports and no number depends on: messages, files, places, suspects, progress, time."""
 
 
 @dataclass(frozen=True)

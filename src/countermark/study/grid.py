@@ -6,10 +6,10 @@ list of measurements; every table, figure and sentence is made from that list.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from countermark.data import Known, known
-from countermark.names import PROTOCOLS, choose
+from countermark.errors import choose
 from countermark.study.graph import Unit
 from countermark.watermarks import CRAFTING_STEPS
 
@@ -103,7 +103,11 @@ _QUICK = replace(
     epochs={"mnist": 5, "fashion_mnist": 5},
     beyond_epochs=5,
 )
-PROFILES: Mapping[str, Profile] = {"quick": _QUICK, "standard": _STANDARD, "paper": _PAPER}
+Size = Literal["quick", "standard", "paper"]
+"""The profiles by name."""
+Protocol = Literal["clean", "as-published"]
+"""Disjoint pools, or the published runs' habits."""
+PROFILES: Mapping[Size, Profile] = {"quick": _QUICK, "standard": _STANDARD, "paper": _PAPER}
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ def grid(data_sets: tuple[str, ...], profile: Profile, protocol: str, seeds: int
     Raises:
         CountermarkError: unknown data set or protocol.
     """
-    choose("protocol", protocol, PROTOCOLS)
+    choose("protocol", protocol, get_args(Protocol))
     cells = []
     for data in data_sets:
         bank = _Bank(data, profile, protocol)

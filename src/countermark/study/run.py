@@ -22,11 +22,10 @@ from rich.text import Text
 from countermark.errors import CountermarkError
 from countermark.files import FolderBusyError
 from countermark.memory import keep_freed_memory
-from countermark.progress import told_to
-from countermark.report import duration
 from countermark.study.graph import Unit, code_version
 from countermark.study.store import Store
 from countermark.study.work import KINDS, use_cache
+from countermark.terminal import duration, told_to
 
 _POLL = 1.0  # seconds between looks at what runs
 _CONNECT = 20  # seconds for a scheduler to answer

@@ -40,7 +40,7 @@ _BUGS = (TypeError, NameError, AttributeError, ImportError, NotImplementedError,
 Suspect = Callable[[torch.Tensor], torch.Tensor]
 """Images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`; -1 where there is no answer.
 
-One of your own goes where a place goes: `countermark.verify(VerifyConfig(suspect=function, key=...))`, and so in `trace`.
+One of your own goes where a place goes: `countermark.verify(function, key=...)`, and so in `trace`.
 """
 
 

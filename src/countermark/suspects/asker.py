@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 
 from countermark.data import as_uint8, pixels
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, choose
 from countermark.files import sha256
-from countermark.names import LAYOUTS, PIXELS, choose
+from countermark.places import Layout, Pixels
 
 NO_ANSWER = -1
 MOST_LABELS = 1 << 31
@@ -108,8 +108,8 @@ def prepare(x: torch.Tensor, asking: Asking) -> torch.Tensor:
         CountermarkError: an unknown kind of pixels or layout, or as many means or deviations as
             there are no channels.
     """
-    choose("kind of pixels", asking.pixels, PIXELS)
-    choose("layout", asking.layout, LAYOUTS)
+    choose("pixels", asking.pixels, get_args(Pixels))
+    choose("layout", asking.layout, get_args(Layout))
     if asking.pixels == "uint8":
         if asking.mean or asking.std:
             raise CountermarkError("mean and deviation go with float pixels; leave them out for uint8")

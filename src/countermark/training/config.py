@@ -1,11 +1,15 @@
 """How a network is trained: one frozen configuration, and the recipes by name that fill it in."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
-from countermark.errors import CountermarkError
-from countermark.names import ACCELERATORS, EMBEDDINGS, PRECISIONS, choose
+from countermark.errors import CountermarkError, choose
 from countermark.threat import Attack
 
+Embedding = Literal["interleaved", "epoch"]
+"""How watermarks get in: some join every batch, or a pass after each epoch (the paper's Algorithm 1)."""
+ACCELERATORS = ("auto", "cpu", "cuda", "mps")
+PRECISIONS = ("auto", "32-true", "bf16-mixed")
 OBJECTIVES = ("fast", "trades", "pgd", "standard")
 
 
@@ -85,7 +89,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuse names that do not exist and an objective without its attack."""
         choose("objective", self.objective, OBJECTIVES)
-        choose("embedding", self.embedding, EMBEDDINGS)
+        choose("embedding", self.embedding, get_args(Embedding))
         choose("accelerator", self.hardware.accelerator, ACCELERATORS)
         choose("precision", self.hardware.precision, PRECISIONS)
         choose("schedule", self.schedule, ("constant", "triangular"))

@@ -28,7 +28,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import adversarial_accuracy, agreement, predict
 from countermark.files import canonical_json, read_tensors, sha256, write_tensors
 from countermark.layers import hastened
-from countermark.progress import bar
+from countermark.terminal import bar
 from countermark.threat import Attack
 from countermark.training.config import Hardware, TrainConfig
 from countermark.training.views import View, any_view

@@ -8,10 +8,14 @@ tried and did not help. `pgd` is the objective of Thakkar, Zizzo and Maffeis (20
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
-from countermark.names import RECIPES, choose
+from countermark.errors import choose
 from countermark.threat import Attack, Threat
 from countermark.training.config import Hardware, TrainConfig
+
+Recipe = Literal["fast", "strong", "pgd", "standard"]
+"""The recipes by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,7 @@ def own_network(data: str, objective: str) -> str:
     Raises:
         CountermarkError: unknown data set or objective.
     """
-    choose("objective", objective, RECIPES)
+    choose("objective", objective, get_args(Recipe))
     return _dials(data).strong_network if objective == "strong" else "small"
 
 
@@ -70,7 +74,7 @@ def recipe(
     Raises:
         CountermarkError: unknown data set or objective.
     """
-    choose("objective", objective, RECIPES)
+    choose("objective", objective, get_args(Recipe))
     dials, epsilon = _dials(data), threat.epsilon
     fast = TrainConfig(
         objective="fast",

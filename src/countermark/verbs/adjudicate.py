@@ -1,7 +1,7 @@
 """`countermark adjudicate`: a third party's judgement of a claim, from files alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,44 @@ from torch import nn
 
 from countermark import __version__
 from countermark.claims import Check, Claim, Finding, Judgement, Rival, judge_claim, page, read_claim, sentence, suspect_identity
-from countermark.config import AdjudicateConfig
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import read_bytes, write_bytes, write_json
-from countermark.report import print_lines
+from countermark.options import ReadPath, SuspectOptions, WrittenPath, verb
+from countermark.terminal import print_lines
 from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
 from countermark.verbs.asking import Answered, ask, asked_how, doubts
 
 JUDGEMENT_FORMAT = "countermark judgement 1"
 _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdjudicateConfig(SuspectOptions):
+    """Judge a claim as a third party: check everything, ask the suspect, and write the judgement as a page and as JSON."""
+
+    suspect: ReadPath
+    """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
+    .../invocations (MLflow)."""
+    claim: ReadPath = field(kw_only=False)
+    """The claim's folder."""
+    roots: ReadPath
+    """PEM file with the root certificates of the timestamp authorities that you trust."""
+    out: WrittenPath = "judgement"
+    """Where the judgement goes: OUT.html and OUT.json."""
+    rival: ReadPath | None = None
+    """Claim of somebody else on the same suspect: each mark is asked of the other's model."""
+    shown: tuple[ReadPath, ...] = ()
+    """Claims of the same key that were shown before: a batch counts once."""
+    suspect_token: ReadPath | None = None
+    """Timestamp (RFC 3161 response, DER) over the suspect's file, if the accused has one."""
+    alpha: float = 1e-9
+    """Level of the judgement."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        self._open_interval("alpha")
 
 
 @dataclass(frozen=True)
@@ -67,18 +95,19 @@ class Adjudication:
         return _EXIT_STATUS[self.verdict]
 
 
+@verb(AdjudicateConfig)
 def adjudicate(config: AdjudicateConfig) -> Adjudication:
     """Judge a claim and write the judgement as OUT.html and OUT.json.
 
     Raises:
         CountermarkError: the claim, the roots or the suspect cannot be read.
     """
-    claim, roots = read_claim(config.claim), load_roots(config.roots)
-    outputs = [_output(config.out, suffix) for suffix in (".html", ".json")]
+    claim, roots = read_claim(Path(config.claim)), load_roots(Path(config.roots))
+    outputs = [_output(Path(config.out), suffix) for suffix in (".html", ".json")]
     network, digest = claim.network()
-    token = None if config.suspect_token is None else read_bytes(config.suspect_token, TOKEN_LIMIT)
-    shown = tuple(read_claim(folder) for folder in config.shown)
-    rival = None if config.rival is None else _rival(claim, network, read_claim(config.rival))
+    token = None if config.suspect_token is None else read_bytes(Path(config.suspect_token), TOKEN_LIMIT)
+    shown = tuple(read_claim(Path(folder)) for folder in config.shown)
+    rival = None if config.rival is None else _rival(claim, network, read_claim(Path(config.rival)))
     suspect = suspect_identity(config.suspect)
     answered = ask(config, claim.opened.x, str(claim.c1.get("data")))  # only now: everything else could be read
     labels = predict(network, claim.opened.x)

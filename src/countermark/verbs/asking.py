@@ -1,14 +1,15 @@
 """What the verbs that ask a suspect share: how it is asked, and the doubts about its answers."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from countermark.config import SuspectConfig
 from countermark.data import KNOWN, Examples, is_cached, load_examples
 from countermark.errors import CountermarkError
 from countermark.evaluation import agreement
+from countermark.options import SuspectOptions
 from countermark.suspects import NO_ANSWER, Asker, Asking, Suspect, open_suspect
 
 _CLEAN = 100
@@ -43,7 +44,7 @@ class Answered:
     unchecked: str
 
 
-def ask(config: SuspectConfig, x: torch.Tensor, data: str, clean: Examples | None = None) -> Answered:
+def ask(config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | None = None) -> Answered:
     """Ask the suspect of a configuration for the labels of images `(n, c, h, w)`.
 
     Up to a hundred clean examples go along: they only show whether the suspect is asked in the
@@ -70,7 +71,7 @@ def ask(config: SuspectConfig, x: torch.Tensor, data: str, clean: Examples | Non
         retries=config.retries,
         timeout=config.timeout,
         repeats=config.repeats,
-        replay=config.replay,
+        replay=Path(config.replay) if config.replay else None,
         headers=tuple((name.strip(), value.strip()) for name, _, value in headers),
     )
     suspect = open_suspect(config.suspect, tuple(x.shape[1:]), asking)
@@ -158,7 +159,7 @@ def strangeness(given: torch.Tensor, y: torch.Tensor) -> str:
     return f"{said}. Check how it is asked: {_DECLARE}."
 
 
-def asked_how(config: SuspectConfig) -> dict[str, Any]:
+def asked_how(config: SuspectOptions) -> dict[str, Any]:
     """How a suspect was asked, JSON-ready: what a claim and a judgement say of it."""
     names = ("pixels", "layout", "mean", "std", "budget", "rate", "repeats", "retries", "timeout")
     record = config.record()

@@ -1,10 +1,21 @@
 """`countermark bundle check`: is a model folder as its publisher signed it?"""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from countermark.config import BundleCheckConfig
-from countermark.report import print_lines
+from countermark.options import ReadPath, VerbConfig, verb
 from countermark.signing import check_folder
+from countermark.terminal import print_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleCheckConfig(VerbConfig):
+    """Check the OpenSSF signature of a model folder."""
+
+    model: ReadPath = field(kw_only=False)
+    """Model folder with its model.sig."""
+    public_key: ReadPath
+    """Public key of whoever signed, PEM."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +29,14 @@ class CheckedBundle:
     folder: str
 
 
+@verb(BundleCheckConfig)
 def bundle_check(config: BundleCheckConfig) -> CheckedBundle:
     """Check the signature of a model folder.
 
     Raises:
         CountermarkError: it has none, or one by another key, or a file was changed, removed or added.
     """
-    check_folder(config.model, config.public_key)
+    check_folder(Path(config.model), Path(config.public_key))
     return CheckedBundle(str(config.model))
 
 

@@ -1,10 +1,21 @@
 """`countermark bundle sign`: an OpenSSF signature of a model folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from countermark.config import BundleSignConfig
-from countermark.report import print_lines
+from countermark.options import ReadPath, VerbConfig, verb
 from countermark.signing import sign_folder
+from countermark.terminal import print_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleSignConfig(VerbConfig):
+    """Sign a model folder with OpenSSF model-signing: every public file of it, in MODEL/model.sig."""
+
+    model: ReadPath = field(kw_only=False)
+    """Model folder; its key, clients.json and the signature itself are left out."""
+    private_key: ReadPath
+    """Elliptic-curve private key, PEM."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +31,14 @@ class SignedBundle:
     signature: str
 
 
+@verb(BundleSignConfig)
 def bundle_sign(config: BundleSignConfig) -> SignedBundle:
     """Sign every public file of a model folder.
 
     Raises:
         CountermarkError: the folder or the key cannot be read.
     """
-    return SignedBundle(str(config.model), str(sign_folder(config.model, config.private_key)))
+    return SignedBundle(str(config.model), str(sign_folder(Path(config.model), Path(config.private_key))))
 
 
 def show(result: SignedBundle) -> None:

@@ -1,7 +1,7 @@
 """`countermark claim`: fix a suspect's answers, then open one batch of the key for a judge."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,41 @@ import torch
 from countermark import __version__
 from countermark.claims import Claim, commitment_faults, open_batch, suspect_identity, write_claim
 from countermark.claims.record import ANSWERS_FORMAT
-from countermark.config import ClaimConfig
 from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, locked, new_folder, read_bytes, read_json, sha256, write_json
-from countermark.report import p_value, print_lines, print_table
+from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
+from countermark.terminal import p_value, print_lines, print_table
 from countermark.timestamps import decode_token, load_roots
 from countermark.verbs.asking import ask, asked_how, doubts
 from countermark.verbs.stamping import timestamping
 from countermark.watermarks import Key, load_key, load_secret, sign
 
 SPENT_FORMAT = "countermark spent 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClaimConfig(SuspectOptions, StampOptions):
+    """Open one batch of a key against a suspect: a folder that a judge can check."""
+
+    suspect: ReadPath = field(kw_only=False)
+    """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
+    .../invocations (MLflow)."""
+    key: ReadPath
+    """Key folder; it remembers which batches were shown."""
+    out: NewPath
+    """Folder to write; it must be new or empty."""
+    model: ReadPath | None = None
+    """Folder of the marked model with its commitment.json; default the folder that holds the key."""
+    batch: int | None = None
+    """Batch to open; default the first that nobody has seen."""
+    anyway: bool = False
+    """Open it even if a judge could not uphold the claim."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        self._whole("batch", 0, 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -56,6 +80,7 @@ class Claimed:
     doubts: tuple[str, ...]
 
 
+@verb(ClaimConfig)
 def claim(config: ClaimConfig) -> Claimed:
     """Ask the suspect for one batch of the key, have its answers timestamped, and write the claim.
 
@@ -65,16 +90,17 @@ def claim(config: ClaimConfig) -> Claimed:
         CountermarkError: the key, the model or the suspect cannot be read; the key has no batch left; the answers prove nothing; the
             timestamp authority does not answer.
     """
-    key, secret = load_key(config.key), load_secret(config.key)
+    folder, out = Path(config.key), Path(config.out)
+    key, secret = load_key(folder), load_secret(folder)
     if key.scheme != "coin":
         raise CountermarkError(
             f"the scheme {key.scheme!r} has no exact test, so a judge can do nothing with a claim; only coins can be claimed"
         )
-    model = config.model or config.key.parent
+    model = Path(config.model) if config.model else folder.parent
     commitment = _commitment(model / "commitment.json", key)
     batches = int(key.c1["batches"])
-    with locked(config.key):
-        spent = _spent(config.key)
+    with locked(folder):
+        spent = _spent(folder)
         batch = _choose(config, key, [int(entry["batch"]) for entry in spent])
         made = Claim(
             c1=key.c1,
@@ -94,7 +120,7 @@ def claim(config: ClaimConfig) -> Claimed:
         suspect = suspect_identity(config.suspect)
         stamp = timestamping(config.tsa, config.roots)
         # No paths or headers of ours in its configuration: a judge reads it.
-        with new_folder(config.out, {"suspect": suspect, "batch": batch}) as folder:
+        with new_folder(out, {"suspect": suspect, "batch": batch}) as work:
             answered = ask(config, made.opened.x, str(key.c1.get("data")), key.clean)
             test = judge(made.opened.cell.tolist(), _outcomes(key, batch, answered.labels), alpha=JUDGE_ALPHA, batches=batches)
             if test.verdict != "match" and not config.anyway:
@@ -114,15 +140,15 @@ def claim(config: ClaimConfig) -> Claimed:
             made = replace(
                 made,
                 answers=answers,
-                answers_signature=sign(read_bytes(config.key / "signing-key", 32), answers),
+                answers_signature=sign(read_bytes(folder / "signing-key", 32), answers),
                 answers_token=None if stamp is None else stamp(canonical_json(answers)),
                 found=_found(test, batches),
             )
             entry = {"batch": batch, "day": int(time.time() // 86400), "answers_sha256": sha256(canonical_json(answers))}
-            write_json(config.key / "spent.json", {"format": SPENT_FORMAT, "batches": [*spent, entry]}, 0o600)
-            write_claim(folder, made)
+            write_json(folder / "spent.json", {"format": SPENT_FORMAT, "batches": [*spent, entry]}, 0o600)
+            write_claim(work, made)
     return Claimed(
-        folder=str(config.out),
+        folder=str(out),
         batch=batch,
         left=batches - len({int(entry["batch"]) for entry in (*spent, entry)}),
         agreements=test.agreements,
@@ -157,7 +183,8 @@ def _spent(folder: Path) -> list[dict[str, Any]]:
 
 def _choose(config: ClaimConfig, key: Key, spent: list[int]) -> int:
     batches = int(key.c1["batches"])
-    unfinished = config.out.with_name(config.out.name + ".partial") / "config.json"
+    out = Path(config.out)
+    unfinished = out.with_name(out.name + ".partial") / "config.json"
     if config.batch is None and unfinished.exists():  # it was spent when the claim was interrupted
         batch = read_json(unfinished).get("batch")
         if type(batch) is int and 0 <= batch < batches:
@@ -177,7 +204,7 @@ def _choose(config: ClaimConfig, key: Key, spent: list[int]) -> int:
 def _check_worth(config: ClaimConfig, made: Claim) -> None:
     """Refuse to open a batch for a claim that a judge could not uphold whatever the suspect answers."""
     _, digest = made.network()
-    roots = None if config.roots is None else load_roots(config.roots)
+    roots = None if config.roots is None else load_roots(Path(config.roots))
     faults = commitment_faults(made, digest, roots)
     if config.tsa is None:
         faults.append("the answers would have no timestamp (--tsa URL)")

@@ -1,11 +1,33 @@
 """`countermark client add`: an account for the guarded service."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from countermark.config import ClientAddConfig
-from countermark.progress import note
-from countermark.report import print_lines
+from countermark.errors import CountermarkError
+from countermark.options import VerbConfig, WrittenPath, verb
 from countermark.service.clients import add_client
+from countermark.terminal import note, print_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientAddConfig(VerbConfig):
+    """Let a client ask the service: print a new API key, once, and keep only its digest."""
+
+    name: str = field(kw_only=False)
+    """Name of the account; the log and every trace use it."""
+    clients: WrittenPath
+    """File of the clients; it is made if it is new."""
+    public_key: str | None = None
+    """Ed25519 public key, 64 hexadecimal digits: this client signs its requests, so nobody can ask in its name."""
+
+    def __post_init__(self) -> None:
+        """Refuse names that a log could not show, and a public key that is none."""
+        super().__post_init__()
+        if not self.name or len(self.name) > 200 or not self.name.isprintable():
+            raise CountermarkError("the name of a client is 1 to 200 printable characters")
+        key = self.public_key
+        if key is not None and (len(key) != 64 or set(key) - set("0123456789abcdef")):
+            raise CountermarkError("--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits")
 
 
 @dataclass(frozen=True)
@@ -21,13 +43,14 @@ class Added:
     api_key: str
 
 
+@verb(ClientAddConfig)
 def client_add(config: ClientAddConfig) -> Added:
     """Add an account.
 
     Raises:
         CountermarkError: the name is taken, or the file cannot be written.
     """
-    return Added(config.name, add_client(config.clients, config.name, config.public_key))
+    return Added(config.name, add_client(Path(config.clients), config.name, config.public_key))
 
 
 def show(result: Added) -> None:

@@ -12,7 +12,7 @@ from countermark.data import Examples
 from countermark.evaluation import accuracy, adversarial_accuracy
 from countermark.files import write_json
 from countermark.networks import Description, save_model
-from countermark.report import percent, print_lines, print_table
+from countermark.terminal import percent, print_lines, print_table
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from countermark import __version__
-from countermark.config import EvaluateConfig
 from countermark.data import cache_folder
 from countermark.errors import CountermarkError
 from countermark.evaluation import (
@@ -23,8 +22,37 @@ from countermark.evaluation import (
 )
 from countermark.files import canonical_json, read_json, sha256
 from countermark.networks import load_model, open_declared
-from countermark.report import percent, print_lines, print_table
+from countermark.options import DataOptions, ReadPath, verb
+from countermark.terminal import percent, print_lines, print_table
 from countermark.watermarks import load_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(DataOptions):
+    """Measure a model on the test pool: test, adversarial and watermark accuracy."""
+
+    model: ReadPath = field(kw_only=False)
+    """Model folder."""
+    key: ReadPath | None = None
+    """Key folder; default MODEL/key if there is one."""
+    epsilon: float | None = None
+    """Budget of the PGD; default that of the model."""
+    steps: int | None = None
+    """Steps of the PGD; default those of the data set (mnist 25, fashion_mnist 15, digits 10)."""
+    step_size: float | None = None
+    """Step of the PGD, in pixels; default that of the data set."""
+    restarts: int = 1
+    """Independent runs; an example must survive all of them."""
+    strict: bool = False
+    """Then try four stronger attacks (APGD-CE, APGD-T, Square, FAB-T) on what PGD leaves: slow, and what to quote as robustness."""
+    images: int | None = None
+    """Measure on so many test images, taken evenly; default all of them."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        self._open_interval("epsilon", "step_size")
+        self._at_least_one("steps", "restarts", "images")
 
 
 @dataclass(frozen=True)
@@ -62,6 +90,7 @@ class Evaluation:
     seconds: float
 
 
+@verb(EvaluateConfig)
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Measure a model folder on the test pool of its data set.
 
@@ -69,8 +98,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         CountermarkError: the folder, its data set or the key cannot be read, or the key asks with images of another shape.
     """
     begun = time.monotonic()
-    network, description = load_model(config.model)
-    folder = config.key or (config.model / "key" if (config.model / "key").is_dir() else None)
+    model = Path(config.model)
+    network, description = load_model(model)
+    folder = Path(config.key) if config.key else model / "key" if (model / "key").is_dir() else None
     watermark_accuracy = None
     if folder is not None:
         key = load_key(folder)
@@ -85,7 +115,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.strict:
         asked = {
             "release": __version__,
-            "model": read_json(config.model / "model.json"),
+            "model": read_json(model / "model.json"),
             "images": test.digest,
             "attack": asdict(attack),
             "restarts": config.restarts,
@@ -98,7 +128,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     else:
         clean, adversarial = accuracy(network, test), adversarial_accuracy(network, test, attack, restarts=config.restarts, title=title)
     return Evaluation(
-        model=str(config.model),
+        model=str(model),
         images=len(test),
         test_accuracy=clean,
         adversarial_accuracy=adversarial,
@@ -114,10 +144,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     )
 
 
-def _kept_in(cache: Path | None, name: str) -> Path | None:
+def _kept_in(cache: str | Path | None, name: str) -> Path | None:
     """A file in the cache; none where nothing can be written: a shared cache, or no home folder for one."""
     try:
-        folder = cache or cache_folder()
+        folder = Path(cache) if cache else cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, CountermarkError):
         return None

@@ -1,8 +1,8 @@
 """`countermark guard`: calibrate the coins in a model's answers for a stated cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from countermark.config import GuardConfig
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, write_json
 from countermark.guard import (
@@ -17,10 +17,34 @@ from countermark.guard import (
     write_guard,
 )
 from countermark.networks import load_model, open_declared
-from countermark.report import print_lines, print_table
+from countermark.options import DataOptions, ReadPath, StampOptions, verb
+from countermark.terminal import print_lines, print_table
 from countermark.timestamps import encode_token
 from countermark.verbs.stamping import timestamping
 from countermark.watermarks import load_secret, sign, third_commitment
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig(DataOptions, StampOptions):
+    """Calibrate a guard for a model folder: where answers are nearly tied, a client's coins will choose them."""
+
+    model: ReadPath = field(kw_only=False)
+    """Model folder; guard.json is written there."""
+    key: ReadPath | None = None
+    """Key folder, for its secret; default MODEL/key."""
+    cost: float = 0.1
+    """Points of test accuracy that the coins may cost, in expectation."""
+    bits: int = 16
+    """Keyed projections that cut the cells; up to 2^bits cells for each pair of classes."""
+    natural_only: bool = False
+    """Coins for near ties only, none for made-up queries that are unlike all training images by more than the model's budget."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        if not 0 < self.cost < 50:
+            raise CountermarkError(f"--cost is a number of points in (0, 50), not {self.cost}")
+        self._at_least_one("bits", most=64)
 
 
 @dataclass(frozen=True)
@@ -50,6 +74,7 @@ class Calibrated:
     queries: int
 
 
+@verb(GuardConfig)
 def guard(config: GuardConfig) -> Calibrated:
     """Calibrate a guard on the validation pool and write guard.json; a third commitment ties it to the second, which stays as it is.
 
@@ -57,11 +82,12 @@ def guard(config: GuardConfig) -> Calibrated:
         CountermarkError: the model or the key cannot be read, the key's commitment is for other weights, or the folder has another guard
             that was timestamped.
     """
-    network, description = load_model(config.model)
+    folder = Path(config.model)
+    network, description = load_model(folder)
     data = open_declared(description, cache=config.cache)
     stamp = timestamping(config.tsa, config.roots)
-    key = config.key or config.model / "key"
-    secret, digest = load_secret(key), weights_sha256(config.model)
+    key = Path(config.key) if config.key else folder / "key"
+    secret, digest = load_secret(key), weights_sha256(folder)
     pools = data.pools(description.seed)
     found = calibrate_model(
         network,
@@ -73,7 +99,7 @@ def guard(config: GuardConfig) -> Calibrated:
         training=None if config.natural_only else pools.training,
         epsilon=description.epsilon,
     )
-    commitment = config.model / "commitment.json"
+    commitment = folder / "commitment.json"
     record = read_json(commitment) if commitment.exists() else None
     if record is not None and record.get("c2", {}).get("model_sha256") != digest:
         raise CountermarkError(f"{commitment} commits to other weights than those in the folder; restore it from a backup")
@@ -81,10 +107,10 @@ def guard(config: GuardConfig) -> Calibrated:
     if record is not None:  # what the authority may refuse comes before anything is written
         c3 = third_commitment(record["c2"], guard_sha256(made))
         same, t3 = record.get("c3") == c3, record.get("t3")
-        kept = (config.model / "guard.json").exists()
-        if t3 is not None and not same and kept and guard_sha256(read_guard_record(config.model)) == record["c3"]["guard_sha256"]:
+        kept = (folder / "guard.json").exists()
+        if t3 is not None and not same and kept and guard_sha256(read_guard_record(folder)) == record["c3"]["guard_sha256"]:
             raise CountermarkError(
-                f"{config.model} has another guard, which was timestamped; keep guard.json and a copy of commitment.json elsewhere, "
+                f"{folder} has another guard, which was timestamped; keep guard.json and a copy of commitment.json elsewhere, "
                 "as evidence for what it answered, and move guard.json away before you calibrate again"
             )
         signature = sign(read_bytes(key / "signing-key", 32), c3)
@@ -93,14 +119,14 @@ def guard(config: GuardConfig) -> Calibrated:
         elif not same:
             t3 = None
         committed = {**record, "c3": c3, "c3_signature": signature, "t3": t3}
-    write_guard(config.model, made)
+    write_guard(folder, made)
     if committed is not None:
         write_json(commitment, committed)
     measured = expected_cost(GuardedModel(network, Guard(found.settings, secret)), pools.test)
     needed = round(20 / found.entropy) if found.entropy else 0
     made_up = found.settings.familiar is not None
     return Calibrated(
-        folder=str(config.model),
+        folder=str(folder),
         cost=found.cost,
         made_up=made_up,
         foreign_cost=found.foreign_cost,
@@ -128,4 +154,4 @@ def show(result: Calibrated) -> None:
     print_lines(f"wrote {result.folder}/guard.json; a copy needs some {result.queries} natural queries or more to be proven at 1e-6")
 
 
-__all__ = ["Calibrated", "guard", "show"]
+calibrate = guard  # its public name, since `countermark.guard` is the room

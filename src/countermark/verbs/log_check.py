@@ -1,13 +1,31 @@
 """`countermark log check`: every row of a query log and the chain that binds them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from countermark.config import LogCheckConfig
 from countermark.errors import CountermarkError
 from countermark.files import sha256
 from countermark.guard import QueryLog, read_head
-from countermark.report import print_lines
+from countermark.options import LogPath, ReadPath, VerbConfig, verb
+from countermark.terminal import print_lines
 from countermark.timestamps import check_token, load_roots
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogCheckConfig(VerbConfig):
+    """Check every row of a query log and the chain that binds them."""
+
+    log: LogPath = field(kw_only=False)
+    """Query log: a path or postgresql://..."""
+    head: ReadPath | None = None
+    """A head that was published before; the log must still lead to it."""
+    roots: ReadPath | None = None
+    """PEM file with the roots of the timestamp authorities that you trust: the head must carry a token of one."""
+
+    def __post_init__(self) -> None:
+        """Refuse roots without a head."""
+        super().__post_init__()
+        self._only_for(self.head is not None, "--head", "roots")
 
 
 @dataclass(frozen=True)
@@ -29,18 +47,19 @@ class Checked:
     stamped: str | None
 
 
+@verb(LogCheckConfig)
 def log_check(config: LogCheckConfig) -> Checked:
     """Check a log.
 
     Raises:
         CountermarkError: a row was changed, removed, added or moved (it says which), or the log does not lead to the published head.
     """
-    published = None if config.head is None else read_head(config.head)
+    published = None if config.head is None else read_head(Path(config.head))
     stamped = None
     if config.roots is not None and published is not None:
         if published.token is None:
             raise CountermarkError(f"{config.head} carries no timestamp; make one with: countermark log head {config.log} --tsa URL")
-        stamped = check_token(published.token, sha256(published.message()), load_roots(config.roots), str(config.head)).time
+        stamped = check_token(published.token, sha256(published.message()), load_roots(Path(config.roots)), str(config.head)).time
     count = erased = 0
     clients = set()
     with QueryLog(config.log, create=False) as log:

@@ -1,10 +1,20 @@
 """`countermark log erase`: forget a client."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from countermark.config import LogEraseConfig
 from countermark.guard import QueryLog
-from countermark.report import print_lines
+from countermark.options import LogPath, VerbConfig, verb
+from countermark.terminal import print_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogEraseConfig(VerbConfig):
+    """Erase what a query log holds of a client; the chain still checks."""
+
+    log: LogPath = field(kw_only=False)
+    """Query log: a path or postgresql://..."""
+    client: str
+    """Name of the account."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +25,7 @@ class Erased:
     rows: int
 
 
+@verb(LogEraseConfig)
 def log_erase(config: LogEraseConfig) -> Erased:
     """Erase what a log holds of a client; the digests stay, so the chain still checks.
 

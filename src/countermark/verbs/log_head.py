@@ -1,13 +1,25 @@
 """`countermark log head`: the state of a query log, to be published or timestamped."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from countermark.config import LogHeadConfig
 from countermark.files import canonical_json
 from countermark.guard import LOG_FORMAT, QueryLog
-from countermark.report import print_lines
+from countermark.options import LogPath, StampOptions, verb
+from countermark.terminal import print_lines
 from countermark.timestamps import encode_token
 from countermark.verbs.stamping import timestamping
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogHeadConfig(StampOptions):
+    """Print the head of a query log: publish it or have it timestamped, and what it covers cannot be changed unseen."""
+
+    log: LogPath = field(kw_only=False)
+    """Query log: a path or postgresql://..."""
+
+    def __post_init__(self) -> None:
+        """Refuse roots without an authority."""
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
@@ -27,6 +39,7 @@ class PublishedHead:
     token: str | None
 
 
+@verb(LogHeadConfig)
 def log_head(config: LogHeadConfig) -> PublishedHead:
     """Read the head of a log, and have it timestamped if an authority is named.
 

@@ -2,9 +2,21 @@
 
 from dataclasses import dataclass
 
-from countermark.config import PlanConfig
 from countermark.evidence import trials_needed
-from countermark.report import print_lines
+from countermark.options import VerbConfig, verb
+from countermark.terminal import print_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(VerbConfig):
+    """Say how many trials a wished p-value takes."""
+
+    p: float = 1e-9
+    """The wished p-value."""
+    agreement: float = 0.9
+    """How often the suspect is expected to agree with a coin, above one half."""
+    power: float = 0.9
+    """Probability of getting there."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,7 @@ class Plan:
     power: float
 
 
+@verb(PlanConfig)
 def plan(config: PlanConfig) -> Plan:
     """Say how many trials a wished p-value takes (see `evidence.trials_needed`)."""
     return Plan(trials_needed(config.p, config.agreement, config.power), config.p, config.agreement, config.power)

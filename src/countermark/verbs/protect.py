@@ -12,13 +12,12 @@ import copy
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from countermark.config import ProtectConfig
 from countermark.data import Dataset, Examples, Pools, load_ood, open_data
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
@@ -34,7 +33,8 @@ from countermark.files import (
     write_json,
 )
 from countermark.networks import describing, open_network, save_model
-from countermark.report import p_value, percent, print_lines, print_table
+from countermark.options import DataOptions, DeviceOptions, NewPath, StampOptions, verb
+from countermark.terminal import p_value, percent, print_lines, print_table
 from countermark.threat import Attack, Threat
 from countermark.timestamps import encode_token
 from countermark.training import (
@@ -47,6 +47,8 @@ from countermark.training import (
     settled,
     train,
 )
+from countermark.training.config import Embedding
+from countermark.training.recipes import Recipe
 from countermark.verbs.stamping import Stamp, timestamping
 from countermark.watermarks import (
     CLEAN_EXAMPLES,
@@ -64,7 +66,10 @@ from countermark.watermarks import (
     sign,
     write_key,
 )
+from countermark.watermarks.key import Scheme
 
+Labels = Literal["true", "source"]
+"""Labels of the scheme `adversarial`: the true ones, or those that the source model gives."""
 TAKEN = {"coin": 90.0, "adversarial": 50.0, "ood": 50.0}
 """Percent of a key's trials that the marked model must answer as the key says, by scheme.
 
@@ -74,6 +79,48 @@ Of the 80 coins that the smallest key has, a stranger's model agrees with 90 % w
 
 _ROUNDS = f"{CHECKPOINT_PREFIX}rounds.json"
 _ROUNDS_FORMAT = "countermark rounds 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
+    """Train a robust model, mark it, and write model, key and commitment."""
+
+    data: str = field(kw_only=False)
+    """Data set: mnist, fashion_mnist, digits."""
+    out: NewPath
+    """Folder to write; it must be new or empty. Unfinished work waits in OUT.partial and is resumed by the same command."""
+    epsilon: float | None = None
+    """Training budget (L-inf), in pixels of [0, 1]; default that of the data set (mnist 0.25, fashion_mnist 0.15, digits 0.1)."""
+    network: str | None = None
+    """Network: small, wide, clipped, paper, surrogate; default that of the recipe (clipped or wide for strong, else small)."""
+    scheme: Literal[Scheme, "none"] = "coin"
+    """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
+    objective: Recipe = "fast"
+    """Training objective: fast (few-step, guarded), strong (the same on a wider network, in tens of minutes), pgd (the paper's), standard
+    (no adversary)."""
+    seed: int = 0
+    """Seed of pools, weights and training; the key's secret is drawn apart from it, by the operating system."""
+    epochs: int | None = None
+    """Epochs of the unmarked model; default that of the recipe. Where a mark did not take, more of them
+    train the marked model on."""
+    labels: Labels | None = None
+    """Labels of the scheme adversarial: true (the paper's, default) or source (what the crafting model answers)."""
+    watermark_epsilon: float | None = None
+    """Budget of the watermarks, above the training budget; default that of the data set."""
+    watermark_step_size: float | None = None
+    """Step of the crafting, 40 steps; default 2.5 budgets / 40, at full strength. The paper's is 0.01."""
+    embedding: Embedding | None = None
+    """How watermarks get in: interleaved (default: the unmarked model trains on, marks mixed in) or epoch (Algorithm 1, from scratch)."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names, numbers out of range, and options that the scheme has no use for."""
+        super().__post_init__()
+        self._open_interval("epsilon", "watermark_epsilon", "watermark_step_size")
+        self._at_least_one("epochs")
+        self._seeded()
+        self._only_for(self.scheme == "adversarial", "--scheme adversarial", "labels")
+        self._only_for(self.scheme not in ("ood", "none"), "--scheme coin or adversarial", "watermark_epsilon", "watermark_step_size")
+        self._only_for(self.scheme != "none", "a scheme that has watermarks", "embedding", "tsa")
 
 
 @dataclass(frozen=True)
@@ -109,6 +156,7 @@ class Protection:
     seconds: float
 
 
+@verb(ProtectConfig)
 def protect(config: ProtectConfig) -> Protection:
     """Train, mark and commit; write the model, the key, the commitment and the metrics to `config.out`.
 
@@ -122,15 +170,16 @@ def protect(config: ProtectConfig) -> Protection:
     data = open_data(config.data, cache=config.cache)
     threat = data.threat.at(epsilon=config.epsilon, watermark_epsilon=config.watermark_epsilon)
     named = config.network or own_network(config.data, config.objective)
-    hardware = settled(Hardware(config.accelerator, config.devices, config.precision))  # the history says what was used
+    hardware = settled(Hardware(config.device, config.devices, config.precision))  # the history says what was used
     public_recipe = recipe(config.data, config.objective, threat, seed=config.seed, hardware=hardware, epochs=config.epochs)
+    open_network(named, data.shape, data.classes)
     open_hardware(hardware)  # before a secret is drawn for work that cannot begin
     stamp = timestamping(config.tsa, config.roots)
     trained = {"event": "trained", "config": asdict(public_recipe)}
     description = describing(data, named, threat=threat, seed=config.seed, history=(trained,))
     longer = recipe(config.data, config.objective, threat, epochs=wanted).epochs
     pools = data.pools(config.seed)
-    with new_folder(config.out, {**config.record(), "data_sha256": data.digest}) as folder:
+    with new_folder(Path(config.out), {**config.record(), "data_sha256": data.digest}) as folder:
         private = folder / "key"
         # The trials come out of the source model: a marked model's is trained from a seed that only the owner knows.
         secret = new_secrets(private) if config.scheme != "none" else None
@@ -175,7 +224,7 @@ def _as_begun(config: ProtectConfig) -> ProtectConfig:
     They are those of `config`, unless a mark did not take there and only the epochs are others.
     """
     try:
-        out = config.out.resolve()
+        out = Path(config.out).resolve()
         if not (out.with_name(f"{out.name}.partial") / _ROUNDS).is_file():
             return config
     except (OSError, RuntimeError, ValueError):  # a path that `new_folder` refuses

@@ -10,17 +10,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from countermark.config import ProtectConfig, QuickstartConfig, RemoveConfig, VerifyConfig
+from countermark.data import open_data
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, canonical_json, read_bytes, read_json
 from countermark.networks import describe
-from countermark.report import p_value, percent, print_lines, print_table
-from countermark.verbs.protect import protect
-from countermark.verbs.remove import remove
+from countermark.options import DataOptions, WrittenPath, verb
+from countermark.terminal import p_value, percent, print_lines, print_table
+from countermark.verbs.protect import ProtectConfig, protect
+from countermark.verbs.remove import RemoveConfig, remove
 from countermark.verbs.verify import Verification, verify
 
 _PRUNED = 0.8
 _FINETUNED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig(DataOptions):
+    """The whole story in minutes: protect a model, then tell a stolen copy from a stranger."""
+
+    out: WrittenPath = "quickstart"
+    """Folder to write; a story that was interrupted goes on where it was."""
+    data: str = "mnist"
+    """Data set: mnist, fashion_mnist, digits."""
+    seed: int = 0
+    """Seed of the protected model; the stranger has the next one."""
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown data set and a seed out of range."""
+        super().__post_init__()
+        self._seeded()
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,7 @@ class Story:
     seconds: float
 
 
+@verb(QuickstartConfig)
 def quickstart(config: QuickstartConfig) -> Story:
     """Run the story; parts that an earlier call finished are kept.
 
@@ -62,12 +81,13 @@ def quickstart(config: QuickstartConfig) -> Story:
         CountermarkError: see `protect`; or `config.out` holds something else.
     """
     begun = time.monotonic()
-    out = config.out
+    out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise CountermarkError(f"{out} is a file; choose a new folder")
     known = {"model", "pruned", "finetuned", "stranger"}
     if out.is_dir() and {entry.name.removesuffix(".partial") for entry in out.iterdir()} - known:
         raise CountermarkError(f"{out} holds files that are not of a quickstart; choose a new folder")
+    open_data(config.data, cache=config.cache)  # what cannot be opened is no story
     tell = _silent if config.json else print_lines
     suspects = []
 
@@ -87,41 +107,46 @@ def quickstart(config: QuickstartConfig) -> Story:
 
     def protected(number: int, title: str, options: ProtectConfig) -> dict[str, Any]:
         kept = canonical_json(options.record())
-        return chapter(
-            number, title, options.out, lambda: protect(options), lambda: read_bytes(options.out / "config.json", JSON_LIMIT) == kept
-        )
+        folder = Path(options.out)
+
+        def fits() -> bool:
+            return read_bytes(folder / "config.json", JSON_LIMIT) == kept
+
+        return chapter(number, title, folder, lambda: protect(**vars(options)), fits)
 
     def removed(number: int, title: str, options: RemoveConfig) -> dict[str, Any]:
+        folder = Path(options.out)
+
         def fits() -> bool:
-            history = describe(options.out).history
+            history = describe(folder).history
             if not history:
                 return False
-            origin, event = read_json(options.model / "model.json"), history[-1]
+            origin, event = read_json(Path(options.model) / "model.json"), history[-1]
             done = {"rate": options.prune} if options.prune is not None else {"epochs": options.finetune}
             return {**event, **done, "origin_sha256": origin["weights_sha256"]} == dict(event)
 
-        return chapter(number, title, options.out, lambda: remove(options), fits)
+        return chapter(number, title, folder, lambda: remove(**vars(options)), fits)
 
     def ask(title: str, folder: Path, test: float, robust: float) -> None:
-        verification = verify(VerifyConfig(suspect=folder, key=out / "model" / "key"))
+        verification = verify(folder, key=out / "model" / "key")
         suspects.append(Suspicion(title, test, robust, verification))
         found = verification.verdict
         tell(f"      {verification.agreements} of {verification.trials} coins: {found}, p {p_value(verification.log10_p_value)}")
 
     model, pruned, finetuned, stranger = (out / name for name in ("model", "pruned", "finetuned", "stranger"))
-    options = ProtectConfig(data=config.data, out=model, seed=config.seed, cache=config.cache)
+    options = ProtectConfig(config.data, out=model, seed=config.seed, cache=config.cache)
     made = protected(1, "train a robust model, draw coins, train them in", options)
     tell("[2/6] ask the model itself")
     ask("the marked model", model, made["test_accuracy"], made["adversarial_accuracy"])
     tell("[3/6] ask the same model as it was before the mark: it shares almost all answers, but it never saw a coin")
     ask("before the mark", model / "key" / "source", made["unmarked_test_accuracy"], made["unmarked_adversarial_accuracy"])
-    pruning = RemoveConfig(model=model, out=pruned, prune=_PRUNED, cache=config.cache)
+    pruning = RemoveConfig(model, out=pruned, prune=_PRUNED, cache=config.cache)
     made = removed(4, f"steal the model and prune {100 * _PRUNED:.0f} % of its weights", pruning)
     ask("pruned copy", pruned, made["test_accuracy"], made["adversarial_accuracy"])
-    tuning = RemoveConfig(model=pruned, out=finetuned, finetune=_FINETUNED, cache=config.cache)
+    tuning = RemoveConfig(pruned, out=finetuned, finetune=_FINETUNED, cache=config.cache)
     made = removed(5, f"fine-tune what is left for {_FINETUNED} epochs", tuning)
     ask("pruned, fine-tuned", finetuned, made["test_accuracy"], made["adversarial_accuracy"])
-    other = ProtectConfig(data=config.data, out=stranger, scheme="none", seed=(config.seed + 1) % (1 << 32), cache=config.cache)
+    other = ProtectConfig(config.data, out=stranger, scheme="none", seed=(config.seed + 1) % (1 << 32), cache=config.cache)
     made = protected(6, "train a stranger: as robust, never marked", other)
     ask("a stranger", stranger, made["test_accuracy"], made["adversarial_accuracy"])
     return Story(str(out), tuple(suspects), time.monotonic() - begun)

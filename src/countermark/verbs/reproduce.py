@@ -3,17 +3,54 @@
 import importlib.util
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from countermark import __version__
-from countermark.config import ReproduceConfig
+from countermark.data import known
 from countermark.errors import CountermarkError
-from countermark.report import duration, print_lines, print_table
+from countermark.options import DataOptions, WrittenPath, verb
 from countermark.study.graph import Unit, code_version, environment, in_order
-from countermark.study.grid import PROFILES, Cell, grid
+from countermark.study.grid import PROFILES, Cell, Protocol, Size, grid
 from countermark.study.plan import calibrate, networks, seconds
 from countermark.study.report import write_report
 from countermark.study.run import default_workers, run
 from countermark.study.store import Store
+from countermark.terminal import duration, print_lines, print_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReproduceConfig(DataOptions):
+    """Run the paper's study, with the strangers that it lacks, and write a report beside its numbers."""
+
+    out: WrittenPath = "study"
+    """Folder of the study: report.html, results.json, tables as CSV, and the finished units; the same command goes on where it was."""
+    data: tuple[str, ...] = ("mnist", "fashion_mnist")
+    """Data sets: mnist, fashion_mnist, digits."""
+    profile: Size = "quick"
+    """quick (under an hour on a laptop), standard (the paper's network, three seeds), paper (its Table 6, 100 epochs; for a GPU)."""
+    protocol: tuple[Protocol, ...] = ("clean",)
+    """clean (disjoint pools), as-published (the published runs' habits), or both."""
+    seeds: int | None = None
+    """Owners to train; default those of the profile."""
+    plan: bool = False
+    """Only list the work, what of it is finished, and an estimate of the time."""
+    workers: int | None = None
+    """Local processes, one core each; default one for each core; 0 runs everything in this process."""
+    scheduler: str | None = None
+    """Address of a Dask scheduler (tcp://...) to use instead; its workers must see OUT and the data cache under the same paths."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names, numbers out of range, and two engines at once."""
+        super().__post_init__()
+        self._at_least_one("seeds", most=1000)
+        self._whole("workers", 0, 1024)
+        self._only_for(self.scheduler is None, "local processes (leave --scheduler out)", "workers")
+        if not self.data or len(set(self.data)) != len(self.data):
+            raise CountermarkError("--data names one or more data sets, each once")
+        if not self.protocol or len(set(self.protocol)) != len(self.protocol):
+            raise CountermarkError("--protocol names clean, as-published, or both, each once")
+        for name in self.data:
+            known(name)
 
 
 @dataclass(frozen=True)
@@ -60,6 +97,7 @@ class Reproduction:
     seconds: float
 
 
+@verb(ReproduceConfig)
 def reproduce(config: ReproduceConfig) -> Reproduction:
     """Run the study (or only plan it), then write report.html, results.json and tables to `config.out`.
 
@@ -67,11 +105,11 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         CountermarkError: unknown names, a folder that is not a study's, a unit that failed, a scheduler that does not answer; whatever is
             finished is kept.
     """
-    begun = time.monotonic()
+    begun, out = time.monotonic(), Path(config.out)
     profile = PROFILES[config.profile]
     cells: dict[str, list[Cell]] = {protocol: grid(config.data, profile, protocol, config.seeds) for protocol in config.protocol}
     units = in_order(cell.unit for part in cells.values() for cell in part)
-    store = Store(config.out / "units")
+    store = Store(out / "units")
     todo = [unit for unit in units if not store.has(unit)]
     workers = 0 if config.scheduler is not None else default_workers() if config.workers is None else config.workers
     estimates = _estimates(todo)
@@ -81,7 +119,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         work = tuple(
             Planned(unit.title, unit.kind, unit.digest, unit.digest not in estimates, estimates.get(unit.digest, 0.0)) for unit in units
         )
-        return Reproduction(str(config.out), len(units), finished, expected, None, work, (), time.monotonic() - begun)
+        return Reproduction(str(out), len(units), finished, expected, None, work, (), time.monotonic() - begun)
     _needs_extras()
     run(
         todo,
@@ -89,13 +127,13 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         finished=finished,
         workers=workers,
         scheduler=config.scheduler,
-        cache=config.cache.absolute() if config.cache is not None else None,
-        log=config.out / "study.log",
+        cache=Path(config.cache).absolute() if config.cache is not None else None,
+        log=out / "study.log",
         estimates=estimates,
     )
-    verdicts = write_report(config.out, cells, store, _about(config, len(units)), _command(config))
-    report = str(config.out / "report.html")
-    return Reproduction(str(config.out), len(units), finished, expected, report, (), verdicts, time.monotonic() - begun)
+    verdicts = write_report(out, cells, store, _about(config, len(units)), _command(config))
+    report = str(out / "report.html")
+    return Reproduction(str(out), len(units), finished, expected, report, (), verdicts, time.monotonic() - begun)
 
 
 def _about(config: ReproduceConfig, units: int) -> dict[str, str]:

@@ -6,20 +6,65 @@ import importlib.util
 import os
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from countermark.config import ServeConfig
 from countermark.errors import CountermarkError
 from countermark.networks import load_model
-from countermark.report import print_lines
+from countermark.options import NewLogPath, ReadPath, VerbConfig, verb
+from countermark.terminal import print_lines
+from countermark.text import brief
 
 if TYPE_CHECKING:
     from countermark.guard import QueryLog
 
 _LOCKED = 5.0  # seconds that a trial waits for another program that writes the log
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(VerbConfig):
+    """Serve a model by the Open Inference Protocol v2, with coins in its answers and a log of them."""
+
+    model: ReadPath = field(kw_only=False)
+    """Model folder with a guard.json."""
+    log: NewLogPath
+    """Query log: a path (SQLite) or postgresql://USER:PASSWORD@HOST/DATABASE."""
+    clients: ReadPath | None = None
+    """File of the clients who may ask, as countermark client add makes it; default MODEL/clients.json."""
+    key: ReadPath | None = None
+    """Key folder, for its secret; default MODEL/key."""
+    name: str = "model"
+    """Name of the model in the service's addresses."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = 8080
+    """Port to listen on; 0 takes a free one."""
+    unguarded: bool = False
+    """Serve the model as it is: no coins, no log."""
+    max_batch: int = 64
+    """Most images of one request, and of one pass of the model."""
+    max_body: int = 4 << 20
+    """Most bytes of a request's body."""
+    max_waiting: int = 256
+    """Most requests that may wait; more are refused with 503."""
+    timeout: float = 10.0
+    """Seconds that a client may take to send a request, and that an answer may take."""
+    drain: float = 10.0
+    """Seconds that open requests have to finish when the service is told to stop."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        self._at_least_one("max_batch", most=4096)
+        self._at_least_one("max_body", most=1 << 30)
+        self._at_least_one("max_waiting")
+        self._whole("port", 0, 65535)
+        self._positive("number of seconds", "timeout", "drain")
+        if not self.name.isidentifier():
+            raise CountermarkError(f"--name is letters, digits and underscores, not {brief(self.name)}")
 
 
 @dataclass(frozen=True)
@@ -35,6 +80,7 @@ class Served:
     trials: int
 
 
+@verb(ServeConfig)
 def serve(config: ServeConfig) -> Served:
     """Serve until SIGINT or SIGTERM.
 
@@ -51,10 +97,11 @@ def serve(config: ServeConfig) -> Served:
     from countermark.service.http import Limits, application
     from countermark.service.server import connections_that_fit, listen, run
 
-    network, description = load_model(config.model)
-    clients = Clients(config.clients or config.model / "clients.json")
+    folder = Path(config.model)
+    network, description = load_model(folder)
+    clients = Clients(Path(config.clients) if config.clients else folder / "clients.json")
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is for the requests themselves
-    model = network if config.unguarded else load_guarded(config.model, config.key or config.model / "key")
+    model = network if config.unguarded else load_guarded(folder, Path(config.key) if config.key else folder / "key")
     most = connections_that_fit(4 * config.max_waiting)
     listening = listen(config.host, config.port)  # first: where the address is taken, no log is made
     with contextlib.ExitStack() as ending:
@@ -69,7 +116,7 @@ def serve(config: ServeConfig) -> Served:
             clients,
             name=config.name,
             shape=description.shape,
-            model_sha256=weights_sha256(config.model),
+            model_sha256=weights_sha256(folder),
             limits=Limits(config.max_batch, config.max_body, config.timeout),
         )
         run(app, listening, timeout=config.timeout, drain=config.drain, most=most)

@@ -10,7 +10,7 @@ Stamp = Callable[[bytes], bytes]
 """Has a message timestamped; the authority's response."""
 
 
-def timestamping(tsa: str | None, roots: Path | None, *, trial: bool = True) -> Stamp | None:
+def timestamping(tsa: str | None, roots: str | Path | None, *, trial: bool = True) -> Stamp | None:
     """A stamp of the authority at the address `tsa`, checked against `roots` where they are given; none without an address.
 
     For a `trial` the authority is asked for a first token over random bytes, so that long work does not begin if it cannot end.
@@ -20,7 +20,7 @@ def timestamping(tsa: str | None, roots: Path | None, *, trial: bool = True) -> 
     """
     if tsa is None:
         return None
-    trusted = [] if roots is None else load_roots(roots)
+    trusted = [] if roots is None else load_roots(Path(roots))
     if trial:
         request_token(tsa, secrets.token_bytes(32), trusted)
     return lambda message: request_token(tsa, message, trusted).response

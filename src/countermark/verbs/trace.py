@@ -1,17 +1,37 @@
 """`countermark trace`: from whose account was this copy made?"""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from countermark.config import TraceConfig
 from countermark.errors import CountermarkError
 from countermark.evidence import EXIT_STATUS
 from countermark.guard import QueryLog, Traced, images_of, read_head, trace_accounts
+from countermark.options import LogPath, ReadPath, SuspectOptions, verb
 from countermark.places import place_name
-from countermark.report import p_value, print_lines, print_table
+from countermark.terminal import p_value, print_lines, print_table
 from countermark.verbs.asking import ask, doubts
 from countermark.watermarks import load_key, load_secret
 
 _SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceConfig(SuspectOptions):
+    """Say from whose account a copy was made: ask a suspect for the queries of a log."""
+
+    key: ReadPath
+    """Key folder of the guarded model."""
+    log: LogPath
+    """Query log: a path or postgresql://..."""
+    head: ReadPath | None = None
+    """A head of the log that was published before; the log must still lead to it."""
+    alpha: float = 1e-6
+    """Probability that a stranger gets anybody named."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        self._open_interval("alpha")
 
 
 @dataclass(frozen=True)
@@ -52,14 +72,15 @@ class Tracing:
         return EXIT_STATUS[self.verdict]
 
 
+@verb(TraceConfig)
 def trace(config: TraceConfig) -> Tracing:
     """Ask the suspect for every trial of the log, and judge each account.
 
     Raises:
         CountermarkError: the log was changed, belongs to another key, or the suspect cannot be asked.
     """
-    key = load_key(config.key)
-    published = None if config.head is None else read_head(config.head)
+    key = load_key(Path(config.key))
+    published = None if config.head is None else read_head(Path(config.head))
     with QueryLog(config.log, create=False) as log:
         rows, erased = list(log.rows(published)), log.erased()
     kept = [row for row in rows if row is not None]
@@ -67,7 +88,7 @@ def trace(config: TraceConfig) -> Tracing:
         raise CountermarkError(f"the log {config.log} holds no trials; nobody has asked near a coin yet")
     images = images_of(kept, tuple(key.watermarks.x.shape[1:]))
     answers = ask(config, images, str(key.c1.get("data")), key.clean)
-    found = trace_accounts(kept, answers.labels, load_secret(config.key), config.alpha, erased)
+    found = trace_accounts(kept, answers.labels, load_secret(Path(config.key)), config.alpha, erased)
     verdict = "match" if found.named else found.together
     return Tracing(
         suspect=place_name(config.suspect),

@@ -1,13 +1,29 @@
 """`countermark verify`: does this suspect remember our coins?"""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from countermark.config import VerifyConfig
 from countermark.evidence import EXIT_STATUS, judge
+from countermark.options import ReadPath, SuspectOptions, verb
 from countermark.places import place_name
-from countermark.report import p_value, percent, print_lines, print_table
+from countermark.terminal import p_value, percent, print_lines, print_table
 from countermark.verbs.asking import Answered, ask, doubts
 from countermark.watermarks import Key, load_key
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig(SuspectOptions):
+    """Ask a suspect for the labels of a key's watermarks and say what they prove."""
+
+    key: ReadPath
+    """Key folder, as protect wrote it."""
+    alpha: float = 1e-6
+    """Level of a match; a judge's is 1e-9."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        self._open_interval("alpha")
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,7 @@ class Verification:
         return EXIT_STATUS[self.verdict]
 
 
+@verb(VerifyConfig)
 def verify(config: VerifyConfig) -> Verification:
     """Ask the suspect for the label of every watermark and judge the answers.
 
@@ -68,7 +85,7 @@ def verify(config: VerifyConfig) -> Verification:
     Raises:
         CountermarkError: the key or the suspect cannot be read, or they do not fit each other.
     """
-    key = load_key(config.key)
+    key = load_key(Path(config.key))
     answers = ask(config, key.watermarks.x, str(key.c1.get("data")), key.clean)
     outcomes = key.outcomes(answers.labels)
     agreements = sum(outcome == 1 for outcome in outcomes)

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -25,7 +25,6 @@ from countermark.files import (
     write_json,
     write_tensors,
 )
-from countermark.names import SCHEMES
 from countermark.timestamps import decode_token, encode_token, read_token
 from countermark.watermarks.commitment import (
     C1_FORMAT,
@@ -41,6 +40,9 @@ from countermark.watermarks.commitment import (
     sign,
 )
 from countermark.watermarks.sets import WatermarkSet
+
+Scheme = Literal["coin", "adversarial", "ood"]
+"""The schemes of keys: coins, which have an exact test, and the published ones."""
 
 KEY_FORMAT = "countermark key 1"
 CLEAN_EXAMPLES = 100
@@ -143,7 +145,7 @@ def load_key(folder: Path) -> Key:
     if not isinstance(signed, dict) or signed.get("format") != KEY_FORMAT:
         raise CountermarkError(f"{folder / 'key.json'} is not a key of the format {KEY_FORMAT!r}; use the release that wrote it")
     c1 = signed.get("c1")
-    if not isinstance(c1, dict) or c1.get("format") != C1_FORMAT or c1.get("scheme") not in SCHEMES or c1["scheme"] == "none":
+    if not isinstance(c1, dict) or c1.get("format") != C1_FORMAT or c1.get("scheme") not in get_args(Scheme):
         raise CountermarkError(f"{folder / 'key.json'} holds no commitment of the format {C1_FORMAT!r}; restore it from a backup")
     check_signature(str(c1.get("public_key")), signed, str(record.get("signature")), str(folder / "key.json"))
     check_signature(str(c1.get("public_key")), c1, str(signed.get("c1_signature")), str(folder / "key.json"))

@@ -1,10 +1,27 @@
 """`countermark data fetch`: the files of a data set, into the cache."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from countermark import data
-from countermark.config import FetchConfig
-from countermark.report import print_lines
+from countermark.options import ReadPath, VerbConfig, WrittenPath, verb
+from countermark.terminal import print_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFetchConfig(VerbConfig):
+    """Fetch the files of a data set into the cache."""
+
+    name: str = field(kw_only=False)
+    """Data set: mnist, fashion_mnist (digits needs no files)."""
+    source: ReadPath | None = None
+    """Folder that has the IDX files (plain or .gz); tried before all other sources."""
+    cache: WrittenPath | None = None
+    """Folder to keep them in; default $COUNTERMARK_CACHE or the system's cache."""
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown data set."""
+        super().__post_init__()
+        data.known(self.name)
 
 
 @dataclass(frozen=True)
@@ -22,7 +39,8 @@ class Fetched:
     files: tuple[str, ...]
 
 
-def fetch(config: FetchConfig) -> Fetched:
+@verb(DataFetchConfig)
+def data_fetch(config: DataFetchConfig) -> Fetched:
     """Make sure that the files of a data set are in the cache.
 
     Raises:

@@ -1,0 +1,435 @@
+"""What the options of all verbs share.
+
+A verb is one file of `verbs/`: a frozen configuration, whose fields are the options and whose
+docstrings are their help, and a function that does the work. `verb` makes of the two the public
+function, which takes the options as keywords; the command line calls the same function. The
+configuration is also what is saved as JSON beside what was made.
+
+Every option is held to its type when a configuration is made, in Python as on the command line, and
+what a `Place` says of a path is checked before the work begins. Nothing heavy is imported here.
+"""
+
+import ast
+import contextlib
+import functools
+import inspect
+import itertools
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from numbers import Integral, Real
+from pathlib import Path
+from types import ModuleType, NoneType, UnionType
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+from countermark.errors import CountermarkError, choose
+from countermark.places import (
+    Layout,
+    Pixels,
+    SuspectPlace,
+    check_address,
+    check_free,
+    is_address,
+    place_name,
+)
+from countermark.text import brief
+from countermark.threat import budget
+
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ *: *[ -~\xa0-\xff]*")
+
+_Given = ParamSpec("_Given")
+_Config = TypeVar("_Config", bound="VerbConfig")
+_Result = TypeVar("_Result")
+
+
+class Place(Enum):
+    """What an option's path is to the verb; an option without one is no path."""
+
+    READ = "it must exist"
+    NEW = "it must be new or an empty folder"
+    WRITTEN = "it may be either"
+
+
+ReadPath = Annotated[str | Path, Place.READ]
+NewPath = Annotated[str | Path, Place.NEW]
+WrittenPath = Annotated[str | Path, Place.WRITTEN]
+LogPath = Annotated[str, Place.READ]  # or the address of a database
+NewLogPath = Annotated[str, Place.WRITTEN]
+
+KINDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number, or a fraction as 8/255",
+    str: "text",
+    Path: "a path",
+}
+"""What an option takes, in words, by its type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerbConfig:
+    """What every verb has.
+
+    A field that is not keyword-only, `field(kw_only=False)`, is the verb's main place: the first
+    argument in Python, and on the command line a word that needs no option's name.
+    """
+
+    json: bool = False
+    """Print one JSON object on standard output and nothing else there."""
+
+    def __post_init__(self) -> None:
+        """Hold every option to its type; `str` becomes `Path` where a path is meant."""
+        for name, hint in _hints(type(self)).items():
+            object.__setattr__(self, name, _held(name, hint, getattr(self, name)))
+
+    def record(self) -> dict[str, Any]:
+        """The configuration as JSON-ready values, without what does not change the result."""
+        left_out = {"json", "out", "cache", "roots"}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: place_name(value) if isinstance(value, Path) or callable(value) else value
+            for name, value in values.items()
+            if name not in left_out
+        }
+
+    def placed(self: _Config) -> _Config:
+        """The same configuration with `~` expanded in its paths.
+
+        Raises:
+            CountermarkError: what is to be read does not exist, or what is to be made is there.
+        """
+        changed: dict[str, Any] = {}
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            for place in _places(hint):
+                if isinstance(value, tuple):
+                    changed[name] = tuple(_placed(path, place, option(name)) for path in value)
+                elif isinstance(value, str | Path):
+                    changed[name] = _placed(value, place, option(name))
+        return replace(self, **changed)
+
+    def _open_interval(self, *options: str) -> None:
+        for name in options:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise CountermarkError(f"{option(name)} is a number in (0, 1), not {value}")
+
+    def _whole(self, name: str, least: int, most: int) -> None:
+        value = getattr(self, name)
+        if value is not None and not least <= value <= most:
+            shown = str(value) if abs(value) < 1 << 64 else "a number of many digits"
+            raise CountermarkError(f"{option(name)} is a whole number from {least} to {most}, not {shown}")
+
+    def _at_least_one(self, *options: str, most: int = 1_000_000) -> None:
+        for name in options:
+            self._whole(name, 1, most)
+
+    def _positive(self, what: str, *options: str) -> None:
+        for name in options:
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1e6:
+                raise CountermarkError(f"{option(name)} is a positive {what}, not {value}")
+
+    def _only_for(self, applies: bool, what: str, *options: str) -> None:
+        for name in options:
+            if not applies and getattr(self, name) is not None:
+                raise CountermarkError(f"{option(name)} goes with {what} only; leave it out")
+
+    def _seeded(self) -> None:
+        self._whole("seed", 0, (1 << 32) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(VerbConfig):
+    """What every verb has that reads a data set."""
+
+    cache: WrittenPath | None = None
+    """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
+
+
+Precision = Literal["auto", "32-true", "bf16-mixed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(VerbConfig):
+    """What every verb has that computes."""
+
+    device: str = "auto"
+    """Device: auto, cpu, cuda or mps."""
+    devices: int = 1
+    """Processes to train on, one a device."""
+    precision: Precision = "auto"
+    """Precision; auto takes bf16 where the processor computes in it."""
+
+    def __post_init__(self) -> None:
+        """Refuse a device that there is not, and numbers out of range."""
+        super().__post_init__()
+        choose("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        self._at_least_one("devices", most=64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StampOptions(VerbConfig):
+    """What every verb has that asks a timestamp authority."""
+
+    tsa: str | None = None
+    """Address of a timestamp authority (RFC 3161), whose token shows later what there was when."""
+    roots: ReadPath | None = None
+    """PEM file of the authority's root certificates, to check its tokens at once."""
+
+    def __post_init__(self) -> None:
+        """Refuse roots without an authority, and an address that is none."""
+        super().__post_init__()
+        self._only_for(self.tsa is not None, "--tsa", "roots")
+        if self.tsa is not None:
+            check_address(self.tsa, "a timestamp authority")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuspectOptions(VerbConfig):
+    """What every verb has that asks a suspect."""
+
+    suspect: Annotated[SuspectPlace, Place.READ] = field(kw_only=False)
+    """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
+    .../invocations (MLflow); in Python also a function from images to labels."""
+    pixels: Pixels = "float"
+    """What the suspect takes: float (pixels of [0, 1]) or uint8."""
+    layout: Layout = "nchw"
+    """How it takes them: nchw or nhwc."""
+    mean: tuple[float, ...] = ()
+    """Subtracted from float pixels first, one number or one a channel."""
+    std: tuple[float, ...] = ()
+    """What they are then divided by."""
+    budget: int | None = None
+    """Most images to ask of an endpoint or a function; the rest count as not answered."""
+    rate: float | None = None
+    """Most requests a second to an endpoint, or calls of a function."""
+    repeats: int = 1
+    """How often the same image is asked; an answer that changes counts as none."""
+    retries: int = 4
+    """How often a failed request is made again, with longer and longer pauses."""
+    timeout: float = 30.0
+    """Seconds to wait for an endpoint."""
+    replay: WrittenPath | None = None
+    """File that keeps the answers; the same command goes on from it and asks nothing twice."""
+    headers: tuple[str, ...] = ()
+    """HTTP headers for an endpoint, each as 'Name: value'."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range and headers that are none."""
+        super().__post_init__()
+        self._at_least_one("budget", "repeats")
+        self._whole("retries", 0, 100)
+        self._positive("number", "rate", "timeout")
+        if not all(_HEADER.fullmatch(header.strip()) for header in self.headers):
+            raise CountermarkError("--headers are words of the form 'Name: value', in Latin-1")
+
+
+def option(name: str) -> str:
+    """How a field is called on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def verb(
+    config: Callable[_Given, _Config],
+) -> Callable[[Callable[[_Config], _Result]], Callable[_Given, _Result]]:
+    """Make the public function of a verb: it takes the fields of a configuration as keywords.
+
+    Its signature is that of the configuration, for type checkers and at run time, and its docstring
+    lists the options. The configuration stays at hand as the function's attribute `config`. What it
+    returns is shown in a notebook as the `show` of its module prints it.
+
+    Args:
+        config: the configuration's class.
+
+    Example:
+        >>> @verb(PlanConfig)  # doctest: +SKIP
+        ... def plan(config: PlanConfig) -> Plan: ...
+        >>> plan(p=1e-9).trials  # doctest: +SKIP
+        69
+    """
+
+    def made(work: Callable[[_Config], _Result]) -> Callable[_Given, _Result]:
+        @functools.wraps(work)
+        def function(*arguments: _Given.args, **options: _Given.kwargs) -> _Result:
+            placed = config(*arguments, **options).placed()
+            with _live():
+                return work(placed)
+
+        result = typing.get_type_hints(work)["return"]
+        module = sys.modules[work.__module__]
+        if isinstance(config, type):
+            function.__doc__ = _documentation(work.__doc__ or "", config)
+            signature = inspect.signature(config)
+            described: dict[str, Any] = {
+                "config": config,
+                "__signature__": signature.replace(return_annotation=result),
+                "__annotations__": {**typing.get_type_hints(config), "return": result},
+            }
+            del function.__wrapped__  # it has another signature
+            vars(function).update(described)
+            function.__annotations__ = described["__annotations__"]
+        result._repr_html_ = lambda found: _html(module, found)
+        return function
+
+    return made
+
+
+def _live() -> contextlib.AbstractContextManager[None]:
+    """One place in a notebook for all progress of the call; nothing anywhere else."""
+    if "IPython" not in sys.modules:
+        return contextlib.nullcontext()
+    from countermark.terminal import live
+
+    return live()
+
+
+def _html(module: ModuleType, found: object) -> str:
+    from countermark.terminal import as_html
+
+    return as_html(lambda: module.show(found))
+
+
+def _documentation(summary: str, config: type) -> str:
+    """A docstring with the options in Google's style."""
+    lines = [inspect.cleandoc(summary), "", "Args:"]
+    words = _words(config)
+    for each in sorted(fields(config), key=lambda each: bool(each.kw_only)):
+        said = f"{each.name}: {words.get(each.name, '')}"
+        lines += textwrap.wrap(said, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def _words(config: type) -> dict[str, str]:
+    """What is written below each field of a configuration, and of those that it is made from."""
+    found: dict[str, str] = {}
+    for owner in reversed(config.__mro__):
+        if owner is not object:
+            found |= _module_words(owner.__module__).get(owner.__name__, {})
+    return found
+
+
+@functools.cache
+def _module_words(module: str) -> dict[str, dict[str, str]]:
+    """What is written below the fields of a module's classes; nothing where there is no source."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):
+        return {}
+    return {
+        node.name: {
+            line.target.id: " ".join(below.value.value.split())
+            for line, below in itertools.pairwise(node.body)
+            if isinstance(line, ast.AnnAssign)
+            and isinstance(line.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+            and isinstance(below.value.value, str)
+        }
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+    }
+
+
+def _hints(config: type["VerbConfig"]) -> dict[str, Any]:
+    return typing.get_type_hints(config, include_extras=True)
+
+
+def _places(hint: Any) -> Iterator[Place]:
+    """The places anywhere in a type."""
+    yield from (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Place))
+    for part in typing.get_args(hint):
+        if not isinstance(part, Place):
+            yield from _places(part)
+
+
+def _held(name: str, hint: Any, value: Any) -> Any:
+    """A value as its type has it.
+
+    Raises:
+        CountermarkError: it is of another type, or no name that the option takes.
+    """
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        made = _held(name, parts[0], value)
+        path = isinstance(made, str) and Path in typing.get_args(parts[0])
+        return Path(made) if path and not is_address(made) else made
+    if origin is Literal:
+        choose(name.replace("_", " "), value, parts)
+        return value
+    if origin is tuple and isinstance(value, tuple | list):
+        return tuple(_held(name, parts[0], each) for each in value)
+    if origin in (typing.Union, UnionType):
+        rest = [part for part in parts if part is not NoneType]
+        if value is None and len(rest) < len(parts):
+            return None
+        if len(rest) == 1:
+            return _held(name, rest[0], value)
+        if isinstance(value, str | Path) or (set(rest) != {str, Path} and value is not None and not isinstance(value, Real)):
+            return value  # a place, or the thing itself
+        hint = Path
+    if hint is float and isinstance(value, str):
+        with contextlib.suppress(CountermarkError):
+            return budget(value)
+    if hint in _NUMBERS and isinstance(value, _NUMBERS[hint]) and type(value) is not bool:
+        return hint(value)
+    if hint in (bool, str) and isinstance(value, hint):
+        return value
+    raise CountermarkError(f"{option(name)} takes {_kind(hint)}, not {brief(value)}")
+
+
+def _kind(hint: Any) -> str:
+    """What a type takes, in words."""
+    if hint in KINDS:
+        return KINDS[hint]
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(typing.get_args(hint))}"
+    parts = [part for part in typing.get_args(hint) if part not in (NoneType, ...)]
+    several = "one value or more, each " if typing.get_origin(hint) is tuple else ""
+    return several + _kind(Path if Path in parts else parts[0])
+
+
+def takes_several(config: type[VerbConfig], name: str) -> bool:
+    """Whether an option takes several values."""
+    return "tuple" in str(_hints(config)[name])
+
+
+def wrong(config: type[VerbConfig], name: str, words: Sequence[str]) -> str:
+    """Why words cannot be an option's value."""
+    hint = _hints(config)[name]
+    try:
+        if words:
+            _held(name, hint, tuple(words) if takes_several(config, name) else " ".join(words))
+    except CountermarkError as error:
+        return str(error)
+    given = f"not {brief(' '.join(words))}" if words else "and none is given"
+    return f"{option(name)} takes {_kind(hint)}, {given}"
+
+
+_NUMBERS: Mapping[Any, Any] = {int: Integral, float: Real}
+
+
+def _placed(value: str | Path, place: Place, name: str) -> str | Path:
+    """One path, `~` expanded and held to what its place says; an address as it is."""
+    if is_address(value):
+        return value
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        reason = f"there is no home folder for {value}"
+        raise CountermarkError(f"{name}: {reason}; write the path without ~") from error
+    try:
+        if place is Place.READ and not path.exists():
+            raise CountermarkError(f"{path} does not exist; check {name}")
+        if place is Place.NEW:
+            check_free(path)
+    except (OSError, ValueError) as error:  # no permission, a name that is too long, a zero byte
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise CountermarkError(f"{name}: cannot look for {brief(str(path))}: {reason}; check the path") from error
+    if isinstance(value, Path):
+        return path
+    return str(path) if value.startswith("~") else value
