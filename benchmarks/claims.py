@@ -52,7 +52,7 @@ def judged(
     except CountermarkError as error:
         return f"not claimed: {error}", None
     found = adjudicate(out, suspect=copy, roots=authority.root, out=work / "judgement")
-    return found.verdict, found.log10_p_value
+    return found.verdict, found.test.log10_p_value
 
 
 def unlearned(mine: Path, network: nn.Module, description: Description, batch: int, epochs: int) -> nn.Module:
@@ -115,7 +115,7 @@ folder = Path(sys.argv[1])
 begun = time.perf_counter()
 found = adjudicate(folder / "claim", suspect=folder / "model", roots=sys.argv[2], out=folder / "judgement")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(time.perf_counter() - begun, peak, found.agreements + found.disagreements + found.neither)
+print(time.perf_counter() - begun, peak, found.test.trials)
 """
 
 

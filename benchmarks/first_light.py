@@ -38,7 +38,7 @@ def once(folder: Path, make: Any) -> dict[str, Any]:
 def asked(suspect: Path, key: Path) -> dict[str, Any]:
     found = verify(suspect, key=key)
     names = ("verdict", "agreements", "disagreements", "neither", "log10_p_value")
-    return {name: getattr(found, name) for name in names}
+    return {name: getattr(found.test, name) for name in names}
 
 
 def random_keys(suspect: Path, key_folder: Path) -> dict[str, Any]:

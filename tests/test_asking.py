@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -79,9 +79,9 @@ def test_a_suspect_that_is_asked_in_the_wrong_way_is_doubted(
 
 def test_a_suspect_that_is_asked_rightly_is_not_doubted(key: Path) -> None:
     found = verify(brightest, key=key)
-    assert (found.clean_accuracy, found.doubts) == (100.0, ())
+    assert (found.answers.clean_accuracy, found.doubts) == (100.0, ())
     declared = verify(wants_other_pixels, key=key, std=(1 / 255,))
-    assert (declared.clean_accuracy, declared.doubts) == (100.0, ())
+    assert (declared.answers.clean_accuracy, declared.doubts) == (100.0, ())
 
 
 @pytest.mark.parametrize("suspect", [brightest, *(suspect for suspect, _ in STRANGE.values())])
@@ -90,7 +90,7 @@ def test_the_check_changes_no_verdict_and_asks_no_trial_for_it(key: Path, suspec
 
     def judged() -> dict[str, object]:
         found: Verification = verify(suspect, key=key)
-        return asdict(replace(found, clean_accuracy=None, doubts=()))
+        return {**asdict(found), "answers": None, "doubts": ()}
 
     with_them = judged()
     (key / "clean.safetensors").unlink()
@@ -137,7 +137,7 @@ def test_a_key_without_clean_examples_falls_back_to_the_catalogue(owner: Path, t
     shutil.copytree(owner / "key", tmp_path / "key")
     (tmp_path / "key" / "clean.safetensors").unlink()
     assert main(["verify", "--suspect", str(owner), "--key", str(tmp_path / "key"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["clean_accuracy"] > 80
+    assert json.loads(capsys.readouterr().out)["answers"]["clean_accuracy"] > 80
 
 
 def test_the_examples_of_this_test_are_those_of_their_model() -> None:

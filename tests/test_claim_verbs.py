@@ -81,7 +81,7 @@ def test_a_claim_is_judged_from_its_files_alone(claimed: Path, pruned: Path, aut
     assert (found.verdict, found.exit_status) == ("upheld", 0)
     record = json.loads((tmp_path / "out" / "j.json").read_text())
     assert record["verdict"] == "upheld"
-    assert record["agreements"] == found.agreements
+    assert record["test"]["agreements"] == found.test.agreements
     assert "<script" not in (tmp_path / "out" / "j.html").read_text()
 
 

@@ -313,8 +313,8 @@ def test_verify_judges_by_the_answers_that_a_hostile_suspect_gave(owner: Path, p
     peer.respond = picky
     assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["verdict"] == "match"
-    assert 0 < found["unanswered"] < found["trials"] / 3
+    assert found["test"]["verdict"] == "match"
+    assert 0 < found["answers"]["unanswered"] < found["test"]["trials"] / 3
 
 
 def test_a_suspect_that_always_hangs_up_was_never_there(peer: Peer) -> None:
@@ -473,7 +473,7 @@ def test_a_check_on_clean_examples_that_is_not_made_is_said(
         main(["verify", "--suspect", peer.url, "--key", str(tmp_path / "key"), "--json", *more])
         found = json.loads(capsys.readouterr().out)
         unchecked = [doubt for doubt in found["doubts"] if doubt.startswith("It was not checked on clean examples")]
-        assert (found["clean_accuracy"] is None) == bool(unchecked)
+        assert (found["answers"]["clean_accuracy"] is None) == bool(unchecked)
         return " ".join(unchecked)
 
     peer.respond = brightness
@@ -768,8 +768,8 @@ def test_a_stolen_model_behind_mlserver_is_convicted(mlserver: str, owner: Path,
     assert torch.equal(open_suspect(mlserver, SHAPE)(digits.test.x), predict(load(owner), digits.test.x))
     assert main(["verify", "--suspect", mlserver, "--key", str(owner / "key"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["verdict"], found["unanswered"]) == ("match", 0)
-    assert found["clean_accuracy"] > 80
+    assert (found["test"]["verdict"], found["answers"]["unanswered"]) == ("match", 0)
+    assert found["answers"]["clean_accuracy"] > 80
 
 
 # --- a real Triton -------------------------------------------------------------------------------------------------------------------
@@ -817,7 +817,7 @@ def test_a_stolen_model_behind_triton_is_convicted(owner: Path, digits: Pools, t
             wait_until_ready(url, process, tmp_path / "server.log")
             assert torch.equal(open_suspect(url, SHAPE)(digits.test.x), predict(load(owner), digits.test.x))
             assert main(["verify", "--suspect", url, "--key", str(owner / "key"), "--json"]) == 0
-            assert json.loads(capsys.readouterr().out)["verdict"] == "match"
+            assert json.loads(capsys.readouterr().out)["test"]["verdict"] == "match"
         finally:
             os.killpg(process.pid, signal.SIGINT)  # Triton's own order to stop
             process.wait(60)

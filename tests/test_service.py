@@ -192,8 +192,8 @@ def test_verify_and_trace_ask_the_service_itself(start: Start, digits: Pools, tm
     asked = ["--suspect", f"{bare.url}/v2/models/model", "--headers", f"Authorization: Bearer {bare.keys['bob']}"]
     asked += ["--key", str(bare.folder / "key"), "--pixels", "uint8", "--replay", str(tmp_path / "r.jsonl")]
     status, verified = said(capsys, "verify", *asked)
-    assert (status, verified["verdict"], verified["unanswered"]) == (0, "match", 0)
-    assert verified["clean_accuracy"] > 80  # type: ignore[operator]
+    assert (status, verified["test"]["verdict"], verified["answers"]["unanswered"]) == (0, "match", 0)
+    assert verified["answers"]["clean_accuracy"] > 80
     bare.process.terminate()
     assert bare.process.wait(20) == 0
     service = start()
@@ -201,18 +201,18 @@ def test_verify_and_trace_ask_the_service_itself(start: Start, digits: Pools, tm
         service.labels(digits.training.x, client)
     as_bob = ["--suspect", f"{service.url}/v2/models/model", "--headers", f"Authorization: Bearer {service.keys['bob']}"]
     status, traced = said(capsys, "trace", *as_bob, "--key", service.folder / "key", "--log", service.log)
-    assert (status, traced["named"]) == (0, ["bob"])
+    assert (status, traced["trace"]["named"]) == (0, ["bob"])
     status, traced = said(
         capsys, "trace", "--suspect", service.folder / "key/source", "--key", service.folder / "key", "--log", service.log
     )
-    assert (status, traced["named"]) in ((1, []), (3, []))
+    assert (status, traced["trace"]["named"]) in ((1, []), (3, []))
     status, head = said(capsys, "log", "head", service.log)
     (tmp_path / "head.json").write_text(json.dumps(head))
     assert said(capsys, "log", "check", service.log, "--head", tmp_path / "head.json")[1]["covered"] == head["rows"]
     assert said(capsys, "log", "erase", service.log, "--client", "anna")[1]["rows"] > 0  # type: ignore[operator]
     status, traced = said(capsys, "trace", *as_bob, "--key", service.folder / "key", "--log", service.log, "--head", tmp_path / "head.json")
-    assert (status, traced["named"]) == (0, ["bob"])
-    assert [account["client"] for account in traced["accounts"]] == ["bob"]  # type: ignore[attr-defined]
+    assert (status, traced["trace"]["named"]) == (0, ["bob"])
+    assert [account["client"] for account in traced["trace"]["accounts"]] == ["bob"]  # type: ignore[attr-defined]
 
 
 BAD = {

@@ -277,9 +277,9 @@ def test_a_function_of_your_own_is_asked(owner: Path, digits: Pools) -> None:
     x = digits.test.x
     assert torch.equal(open_suspect(lambda x: predict(model, x), SHAPE)(x), predict(model, x))
     found = countermark.verify(lambda x: predict(model, x), key=key)
-    assert (found.verdict, found.unanswered) == ("match", 0)
+    assert (found.verdict, found.answers.unanswered) == ("match", 0)
     dumb = countermark.verify(lambda x: torch.full((len(x),), -1), key=key)
-    assert (dumb.verdict, dumb.unanswered) == ("inconclusive", dumb.trials)
+    assert (dumb.verdict, dumb.answers.unanswered) == ("inconclusive", dumb.test.trials)
 
 
 @pytest.mark.parametrize("answer", [lambda x: x, lambda x: [1] * len(x), lambda x: torch.zeros(len(x)), lambda x: torch.zeros(1).long()])
@@ -386,7 +386,7 @@ def test_a_functions_answers_are_replayed(tmp_path: Path) -> None:
 def test_verify_heeds_how_a_function_is_to_be_asked(owner: Path) -> None:
     function = Flaky(bright)
     found = countermark.verify(function, key=owner / "key", budget=50, repeats=2)
-    assert (found.suspect, found.unanswered) == ("python:test_suspects.Flaky", found.trials - 25)
+    assert (found.suspect, found.answers.unanswered) == ("python:test_suspects.Flaky", found.test.trials - 25)
     assert sum(function.calls) == 50
 
 

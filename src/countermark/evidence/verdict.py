@@ -21,10 +21,11 @@ class Verdict:
 
     Attributes:
         verdict: `match` (p <= alpha), `no evidence`, or `inconclusive` (too few usable trials to ever reach alpha).
-        p_value: exact, times the number of batches the claim could have chosen from; 0.0 below the smallest float.
+        p_value: exact, times the number of batches the claim could have chosen from; 0.0 below the smallest float; none where nothing is
+            exact (`untested`).
         log10_p_value: its decimal logarithm, at any size.
-        agreements: trials answered as the coin chose.
-        disagreements: trials answered the other way.
+        agreements: trials answered as the key says.
+        disagreements: trials given the answer that the coin did not choose.
         neither: trials answered with neither.
         trials: trials asked.
         log10_smallest_p_value: the smallest p-value that these trials could ever reach, if all were answered as the coins chose.
@@ -32,13 +33,13 @@ class Verdict:
     """
 
     verdict: str
-    p_value: float
-    log10_p_value: float
+    p_value: float | None
+    log10_p_value: float | None
     agreements: int
     disagreements: int
     neither: int
     trials: int
-    log10_smallest_p_value: float
+    log10_smallest_p_value: float | None
     alpha: float
 
 
@@ -91,3 +92,9 @@ def judge(
         log10_smallest_p_value=log10(smallest),
         alpha=alpha,
     )
+
+
+def untested(outcomes: Sequence[int], alpha: float = ALPHA) -> Verdict:
+    """Count the outcomes of trials that no coin decided: there is no exact test, so they are never more than inconclusive."""
+    agreements = sum(outcome == 1 for outcome in outcomes)
+    return Verdict("inconclusive", None, None, agreements, 0, len(outcomes) - agreements, len(outcomes), None, alpha)

@@ -11,13 +11,14 @@ from countermark import __version__
 from countermark.claims import Check, Claim, Finding, Judgement, Rival, judge_claim, page, read_claim, sentence, suspect_identity
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
+from countermark.evidence import Verdict
 from countermark.files import read_bytes, write_bytes, write_json
 from countermark.options import ReadPath, SuspectOptions, WrittenPath, verb
 from countermark.terminal import print_lines
 from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
-from countermark.verbs.asking import Answered, ask, asked_how, doubts
+from countermark.verbs.asking import Answers, ask, asked_how, doubts
 
-JUDGEMENT_FORMAT = "countermark judgement 1"
+JUDGEMENT_FORMAT = "countermark judgement 2"
 _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
 
 
@@ -60,15 +61,10 @@ class Adjudication:
         sentence: the verdict in words.
         public_key: the claimant's key, hexadecimal.
         checks: every check, its result and what it means.
-        agreements: of the judge's own asking: trials answered as the coins fell.
-        disagreements: trials given the other answer; missing ones count here.
-        neither: trials given any other answer, or none.
-        log10_p_value: decimal logarithm of the exact p-value, times the number of batches.
-        alpha: the judge's level.
+        test: the exact test on the judge's own asking, at the judge's level; its p-value is times
+            the number of batches, and missing trials count as disagreements.
         batches: batches that the claimant could have chosen from.
-        unanswered: trials without an answer.
-        changed: trials whose answer changed when they were asked again.
-        clean_accuracy: of the suspect on clean examples, in percent; none where there are none at hand.
+        answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
     """
 
@@ -78,15 +74,9 @@ class Adjudication:
     sentence: str
     public_key: str
     checks: tuple[Check, ...]
-    agreements: int
-    disagreements: int
-    neither: int
-    log10_p_value: float
-    alpha: float
+    test: Verdict
     batches: int
-    unanswered: int
-    changed: int
-    clean_accuracy: float | None
+    answers: Answers
     doubts: tuple[str, ...]
 
     @property
@@ -109,11 +99,11 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     shown = tuple(read_claim(Path(folder)) for folder in config.shown)
     rival = None if config.rival is None else _rival(claim, network, read_claim(Path(config.rival)))
     suspect = suspect_identity(config.suspect)
-    answered = ask(config, claim.opened.x, str(claim.c1.get("data")))  # only now: everything else could be read
+    given, answers = ask(config, claim.opened.x, str(claim.c1.get("data")))  # only now: everything else could be read
     labels = predict(network, claim.opened.x)
-    finding = Finding(answered.labels, suspect, digest, labels, roots, config.alpha, token, shown, rival)
+    finding = Finding(given, suspect, digest, labels, roots, config.alpha, token, shown, rival)
     judgement = judge_claim(claim, finding)
-    result = _result(config, claim, judgement, answered)
+    result = _result(config, claim, judgement, answers)
     asked = {"suspect": suspect, "asked": dict(asked_how(config)), "roots": [root_name(root) for root in roots]}
     _write(outputs, result, judgement, asked)
     return result
@@ -137,8 +127,7 @@ def _rival(claim: Claim, network: nn.Module, rival: Claim) -> Rival:
     return Rival(rival, digest, predict(network, rival.opened.x), predict(theirs, claim.opened.x))
 
 
-def _result(config: AdjudicateConfig, claim: Claim, judgement: Judgement, answered: Answered) -> Adjudication:
-    test = judgement.test
+def _result(config: AdjudicateConfig, claim: Claim, judgement: Judgement, answers: Answers) -> Adjudication:
     return Adjudication(
         claim=str(config.claim),
         suspect=str(config.suspect),
@@ -146,16 +135,10 @@ def _result(config: AdjudicateConfig, claim: Claim, judgement: Judgement, answer
         sentence=sentence(judgement),
         public_key=str(claim.c1["public_key"]),
         checks=judgement.checks,
-        agreements=test.agreements,
-        disagreements=test.disagreements,
-        neither=test.neither,
-        log10_p_value=test.log10_p_value,
-        alpha=test.alpha,
+        test=judgement.test,
         batches=judgement.batches,
-        unanswered=answered.unanswered,
-        changed=answered.changed,
-        clean_accuracy=answered.clean_accuracy,
-        doubts=doubts(answered, judgement.verdict),
+        answers=answers,
+        doubts=doubts(answers, judgement.verdict),
     )
 
 

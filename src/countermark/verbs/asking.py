@@ -22,20 +22,18 @@ _DECLARE = "it may want other images than declared (--pixels, --layout, --mean a
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Labels of a suspect, and what came in the way.
+class Answers:
+    """How a suspect answered: what came in the way, and what it makes of clean examples.
 
     Attributes:
-        labels: int64 `(n,)`, -1 where there is no answer.
-        unanswered: how many have none.
-        changed: how many changed when they were asked again.
+        unanswered: trials that it refused, or did not answer in time or within the budget.
+        changed: trials that it answered differently when it was asked again.
         trouble: what the suspect said the last time that it answered nothing; empty if it never did.
         clean_accuracy: on clean examples, in percent; none if they could not be asked.
         clean_doubt: what is strange about its answers to them; empty if nothing is.
         unchecked: why they could not be asked; empty if they were.
     """
 
-    labels: torch.Tensor
     unanswered: int
     changed: int
     trouble: str
@@ -44,7 +42,7 @@ class Answered:
     unchecked: str
 
 
-def ask(config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | None = None) -> Answered:
+def ask(config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | None = None) -> tuple[torch.Tensor, Answers]:
     """Ask the suspect of a configuration for the labels of images `(n, c, h, w)`.
 
     Up to a hundred clean examples go along: they only show whether the suspect is asked in the
@@ -56,6 +54,9 @@ def ask(config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | No
         x: the images.
         data: the data set of the key.
         clean: clean examples that the key keeps; without them the data set's files are looked for.
+
+    Returns:
+        The labels, int64 `(n,)` and -1 where there is no answer, and how they came.
 
     Raises:
         CountermarkError: the suspect cannot be opened or asked.
@@ -86,7 +87,7 @@ def ask(config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | No
     except CountermarkError as error:
         unchecked = f"It was not checked on clean examples whether the suspect is asked in the right way: {error}."
     unanswered = int((labels == NO_ANSWER).sum())
-    return Answered(labels, unanswered, changed, trouble, accuracy, doubt, unchecked)
+    return labels, Answers(unanswered, changed, trouble, accuracy, doubt, unchecked)
 
 
 def _catalogued(shape: tuple[int, ...], data: str) -> Examples:
@@ -166,17 +167,17 @@ def asked_how(config: SuspectOptions) -> dict[str, Any]:
     return {name: record[name] for name in names}
 
 
-def doubts(answered: Answered, verdict: str) -> tuple[str, ...]:
+def doubts(answers: Answers, verdict: str) -> tuple[str, ...]:
     """What a person should know before believing the verdict."""
     said = []
-    if answered.unanswered:
-        line = f"{answered.unanswered} trials got no answer ({answered.changed} of them answers that changed); they count as neither."
-        last = f" The last request that brought nothing: {answered.trouble}."
-        said.append(line + (last if answered.trouble else ""))
-    if answered.unchecked and verdict not in _CONVINCED:
-        said.append(answered.unchecked)
-    if answered.clean_doubt:
-        said.append(answered.clean_doubt)
+    if answers.unanswered:
+        line = f"{answers.unanswered} trials got no answer ({answers.changed} of them answers that changed); they count as neither."
+        last = f" The last request that brought nothing: {answers.trouble}."
+        said.append(line + (last if answers.trouble else ""))
+    if answers.unchecked and verdict not in _CONVINCED:
+        said.append(answers.unchecked)
+    if answers.clean_doubt:
+        said.append(answers.clean_doubt)
         if verdict not in _CONVINCED:
             said.append(f"Until that is cleared up, {verdict!r} may only say that the suspect was asked in the wrong way.")
     return tuple(said)

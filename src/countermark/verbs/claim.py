@@ -16,7 +16,7 @@ from countermark.files import canonical_json, locked, new_folder, read_bytes, re
 from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
 from countermark.terminal import p_value, print_lines, print_table
 from countermark.timestamps import decode_token, load_roots
-from countermark.verbs.asking import ask, asked_how, doubts
+from countermark.verbs.asking import Answers, ask, asked_how, doubts
 from countermark.verbs.stamping import timestamping
 from countermark.watermarks import Key, load_key, load_secret, sign
 
@@ -55,28 +55,18 @@ class Claimed:
         folder: the claim; it is for the judge, and whoever sees it can unlearn this batch.
         batch: the batch that it opens.
         left: batches of the key that nobody has seen.
-        agreements: trials answered as the coins fell.
-        disagreements: trials given the other answer.
-        neither: trials given any other answer, or none.
-        log10_p_value: decimal logarithm of the p-value, times the number of batches.
+        test: the exact test on this batch; its p-value is times the number of batches.
         timestamped: whether a judge can tell the times; without them he finds the claim undecidable.
-        unanswered: trials without an answer.
-        changed: trials whose answer changed when they were asked again.
-        clean_accuracy: of the suspect on clean examples, in percent; none where there are none at hand.
+        answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
     """
 
     folder: str
     batch: int
     left: int
-    agreements: int
-    disagreements: int
-    neither: int
-    log10_p_value: float
+    test: Verdict
     timestamped: bool
-    unanswered: int
-    changed: int
-    clean_accuracy: float | None
+    answers: Answers
     doubts: tuple[str, ...]
 
 
@@ -121,45 +111,40 @@ def claim(config: ClaimConfig) -> Claimed:
         stamp = timestamping(config.tsa, config.roots)
         # No paths or headers of ours in its configuration: a judge reads it.
         with new_folder(out, {"suspect": suspect, "batch": batch}) as work:
-            answered = ask(config, made.opened.x, str(key.c1.get("data")), key.clean)
-            test = judge(made.opened.cell.tolist(), _outcomes(key, batch, answered.labels), alpha=JUDGE_ALPHA, batches=batches)
+            labels, answers = ask(config, made.opened.x, str(key.c1.get("data")), key.clean)
+            test = judge(made.opened.cell.tolist(), _outcomes(key, batch, labels), alpha=JUDGE_ALPHA, batches=batches)
             if test.verdict != "match" and not config.anyway:
                 raise CountermarkError(
                     f"the suspect's answers to batch {batch} would not convince a judge ({test.agreements} as the coins fell, "
                     f"{test.disagreements} the other way; p = {p_value(test.log10_p_value)}); nothing was opened"
                 )
-            answers = {
+            record = {
                 "format": ANSWERS_FORMAT,
                 "c2_sha256": sha256(canonical_json(made.c2)),
                 "batch": batch,
                 "suspect": suspect,
                 "asked": asked_how(config),
-                "labels": answered.labels.tolist(),
+                "labels": labels.tolist(),
                 "version": __version__,
             }
             made = replace(
                 made,
-                answers=answers,
-                answers_signature=sign(read_bytes(folder / "signing-key", 32), answers),
-                answers_token=None if stamp is None else stamp(canonical_json(answers)),
+                answers=record,
+                answers_signature=sign(read_bytes(folder / "signing-key", 32), record),
+                answers_token=None if stamp is None else stamp(canonical_json(record)),
                 found=_found(test, batches),
             )
-            entry = {"batch": batch, "day": int(time.time() // 86400), "answers_sha256": sha256(canonical_json(answers))}
+            entry = {"batch": batch, "day": int(time.time() // 86400), "answers_sha256": sha256(canonical_json(record))}
             write_json(folder / "spent.json", {"format": SPENT_FORMAT, "batches": [*spent, entry]}, 0o600)
             write_claim(work, made)
     return Claimed(
         folder=str(out),
         batch=batch,
         left=batches - len({int(entry["batch"]) for entry in (*spent, entry)}),
-        agreements=test.agreements,
-        disagreements=test.disagreements,
-        neither=test.neither,
-        log10_p_value=test.log10_p_value,
+        test=test,
         timestamped=None not in (made.t1, made.t2, made.answers_token),
-        unanswered=answered.unanswered,
-        changed=answered.changed,
-        clean_accuracy=answered.clean_accuracy,
-        doubts=doubts(answered, test.verdict),
+        answers=answers,
+        doubts=doubts(answers, test.verdict),
     )
 
 
@@ -229,8 +214,8 @@ def _found(test: Verdict, batches: int) -> dict[str, Any]:
 def show(result: Claimed) -> None:
     """Print what the claim says."""
     columns = ("", "batch", "agree", "other answer", "neither", "p-value, times the batches", "batches left")
-    numbers = (result.batch, result.agreements, result.disagreements, result.neither)
-    print_table(result.folder, columns, [["claim", *map(str, numbers), p_value(result.log10_p_value), str(result.left)]])
+    numbers = (result.batch, result.test.agreements, result.test.disagreements, result.test.neither)
+    print_table(result.folder, columns, [["claim", *map(str, numbers), p_value(result.test.log10_p_value), str(result.left)]])
     print_lines(
         f"wrote {result.folder}: claim.json, trials.safetensors, model/. Give it to the judge; whoever sees it can unlearn this batch."
     )

@@ -130,8 +130,8 @@ def quickstart(config: QuickstartConfig) -> Story:
     def ask(title: str, folder: Path, test: float, robust: float) -> None:
         verification = verify(folder, key=out / "model" / "key")
         suspects.append(Suspicion(title, test, robust, verification))
-        found = verification.verdict
-        tell(f"      {verification.agreements} of {verification.trials} coins: {found}, p {p_value(verification.log10_p_value)}")
+        found = verification.test
+        tell(f"      {found.agreements} of {found.trials} coins: {found.verdict}, p {p_value(found.log10_p_value)}")
 
     model, pruned, finetuned, stranger = (out / name for name in ("model", "pruned", "finetuned", "stranger"))
     options = ProtectConfig(config.data, out=model, seed=config.seed, cache=config.cache)
@@ -163,8 +163,8 @@ def show(result: Story) -> None:
             suspect.title,
             percent(suspect.test_accuracy),
             percent(suspect.adversarial_accuracy),
-            f"{suspect.verification.agreements}:{suspect.verification.disagreements}",
-            p_value(suspect.verification.log10_p_value),
+            f"{suspect.verification.test.agreements}:{suspect.verification.test.disagreements}",
+            p_value(suspect.verification.test.log10_p_value),
             suspect.verification.verdict,
         ]
         for suspect in result.suspects

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from countermark.errors import CountermarkError
 from countermark.evidence import EXIT_STATUS
-from countermark.guard import QueryLog, Traced, images_of, read_head, trace_accounts
+from countermark.guard import QueryLog, Trace, images_of, read_head, trace_accounts
 from countermark.options import LogPath, ReadPath, SuspectOptions, verb
 from countermark.places import place_name
 from countermark.terminal import p_value, print_lines, print_table
-from countermark.verbs.asking import ask, doubts
+from countermark.verbs.asking import Answers, ask, doubts
 from countermark.watermarks import load_key, load_secret
 
 _SHOWN = 20
@@ -41,29 +41,19 @@ class Tracing:
     Attributes:
         suspect: its path or address, or what names a function.
         verdict: `match` if somebody is named or all accounts together prove a copy, else `no evidence` or `inconclusive`.
-        named: accounts whose own trials prove it, at the level alpha for all together.
-        together_log10_p_value: decimal logarithm of the p-value of all accounts as one.
-        accounts: every account, the strongest evidence first.
+        trace: every account, those whose own trials prove it, and all of them as one.
         rows: trials in the log.
         erased: rows of which only the digest is left.
-        unanswered: trials that the suspect did not answer.
-        changed: trials whose answer changed when they were asked again.
-        clean_accuracy: of the suspect on clean examples, in percent; none where they could not be asked.
-        alpha: the level.
+        answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
     """
 
     suspect: str
     verdict: str
-    named: tuple[str, ...]
-    together_log10_p_value: float
-    accounts: tuple[Traced, ...]
+    trace: Trace
     rows: int
     erased: int
-    unanswered: int
-    changed: int
-    clean_accuracy: float | None
-    alpha: float
+    answers: Answers
     doubts: tuple[str, ...]
 
     @property
@@ -87,21 +77,16 @@ def trace(config: TraceConfig) -> Tracing:
     if not kept:
         raise CountermarkError(f"the log {config.log} holds no trials; nobody has asked near a coin yet")
     images = images_of(kept, tuple(key.watermarks.x.shape[1:]))
-    answers = ask(config, images, str(key.c1.get("data")), key.clean)
-    found = trace_accounts(kept, answers.labels, load_secret(Path(config.key)), config.alpha, erased)
+    labels, answers = ask(config, images, str(key.c1.get("data")), key.clean)
+    found = trace_accounts(kept, labels, load_secret(Path(config.key)), config.alpha, erased)
     verdict = "match" if found.named else found.together
     return Tracing(
         suspect=place_name(config.suspect),
         verdict=verdict,
-        named=found.named,
-        together_log10_p_value=found.together_log10_p_value,
-        accounts=found.accounts,
+        trace=found,
         rows=len(rows),
         erased=len(rows) - len(kept),
-        unanswered=answers.unanswered,
-        changed=answers.changed,
-        clean_accuracy=answers.clean_accuracy,
-        alpha=config.alpha,
+        answers=answers,
         doubts=doubts(answers, verdict),
     )
 
@@ -118,16 +103,16 @@ def show(result: Tracing) -> None:
             p_value(account.log10_p_value),
             account.verdict,
         ]
-        for account in result.accounts[:_SHOWN]
+        for account in result.trace.accounts[:_SHOWN]
     ]
     columns = ("account", "agree", "a stranger would", "other answer", "neither", "anytime p-value", "verdict")
     print_table(f"{result.suspect}: {result.verdict}", columns, rows)
-    if len(result.accounts) > _SHOWN:
-        print_lines(f"and {len(result.accounts) - _SHOWN} more accounts")
-    if result.named:
-        print_lines(f"The copy was made from the answers given to: {', '.join(result.named)}.")
+    if len(result.trace.accounts) > _SHOWN:
+        print_lines(f"and {len(result.trace.accounts) - _SHOWN} more accounts")
+    if result.trace.named:
+        print_lines(f"The copy was made from the answers given to: {', '.join(result.trace.named)}.")
     elif result.verdict == "match":
-        p = p_value(result.together_log10_p_value)
+        p = p_value(result.trace.together_log10_p_value)
         print_lines(
             f"The copy was made from this service's answers (p {p} over all accounts together), but no single account can be named."
         )
