@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +100,14 @@ class Examples:
     Attributes:
         x: uint8 images `(n, c, h, w)`: a tensor, or `Rows` of a file, which are read when they are indexed.
         y: int64 labels `(n,)`.
+        numbers: what `contents` gives, where it is known already.
+        sha256: what `digest` gives, where it is known already.
     """
 
     x: torch.Tensor
     y: torch.Tensor
+    numbers: torch.Tensor | None = None
+    sha256: str | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -112,7 +116,7 @@ class Examples:
         """Select the examples at `index`, a tensor of positions, a mask or a slice; images in a file stay there."""
         rows = self.rows
         chosen: Any = self.x[index] if rows is None else rows.take(index)
-        return Examples(chosen, self.y[index])
+        return Examples(chosen, self.y[index], None if self.numbers is None else self.numbers[index])
 
     @property
     def rows(self) -> Rows | None:
@@ -122,7 +126,7 @@ class Examples:
 
     def to(self, device: torch.device) -> "Examples":
         """The same examples on a device; images in a file stay there and are moved as they are read."""
-        return Examples(self.x.to(device) if self.rows is None else self.x, self.y.to(device))
+        return replace(self, x=self.x.to(device) if self.rows is None else self.x, y=self.y.to(device))
 
     def batch(self, index: torch.Tensor | slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the images and labels at `index` onto a device."""
@@ -130,11 +134,13 @@ class Examples:
 
     def read(self) -> "Examples":
         """The same examples with their images in memory."""
-        return self if self.rows is None else Examples(self.x[:], self.y)
+        return self if self.rows is None else Examples(self.x[:], self.y, self.numbers)
 
     @property
     def digest(self) -> str:
         """SHA-256 over shape, images and labels, in order."""
+        if self.sha256 is not None:
+            return self.sha256
         state = hashlib.sha256(repr(tuple(self.x.shape)).encode())
         for part in self._parts():
             state.update(part.numpy().data)
@@ -143,6 +149,8 @@ class Examples:
 
     def contents(self) -> torch.Tensor:
         """A number for each image, int64 `(n,)`: equal images have equal numbers, different ones differ."""
+        if self.numbers is not None:
+            return self.numbers
         found = []
         for part in self._parts():
             for image in part.numpy():
@@ -171,6 +179,9 @@ class Dataset:
         skip_damaged: whether files that could not be read were left out.
         converted: how many images were converted, by what they were.
         damaged: the files that were left out.
+        doubles: images that are equal to an earlier one.
+        parts: how many examples came as which part; those of a validation part are the last of
+            `train`. Empty where only `train` and `test` are known.
         pool_sizes: examples of the pools; none for the proportions that any data has.
         batches: batches of a key, one for each later dispute.
         batch_size: most trials in a batch.
@@ -190,6 +201,8 @@ class Dataset:
     skip_damaged: bool = False
     converted: Mapping[str, int] = field(default_factory=dict)
     damaged: tuple[str, ...] = ()
+    doubles: int = 0
+    parts: Mapping[str, int] = field(default_factory=dict)
     pool_sizes: Mapping[str, int] | None = None
     batches: int = 2
     batch_size: int = 200
