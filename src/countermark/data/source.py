@@ -1,22 +1,57 @@
-"""Opening data: one door for every place that images come from."""
+"""Opening data: one door for every place that images come from.
 
+`READERS` has a row for each kind of place. Behind the door nothing asks any more where images came
+from: they are uint8 `(n, c, h, w)` with whole labels, in one order, under one digest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 
+from countermark.data.arrays import list_npz
 from countermark.data.dataset import Dataset, Examples
-from countermark.data.fetch import fetch
-from countermark.data.idx import parse_idx
-from countermark.data.known import KNOWN, TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS, Known, known
-from countermark.errors import CountermarkError
-from countermark.files import read_bytes
+from countermark.data.folder import list_folder
+from countermark.data.known import KNOWN, known
+from countermark.data.objects import list_object
+from countermark.data.parquet import list_parquet, parquet_files
+from countermark.data.reading import Found, Listing
+from countermark.data.store import bring_in
+from countermark.errors import CountermarkError, nearest
+from countermark.named_code import called, imported, is_code
+from countermark.text import brief
 
-_DIGITS_EACH = 6  # every sixth of the digits is a test example, so that all writers are in both sets
-_IDX_LIMIT = 1 << 26
+_LARGEST = 4096  # side of the squares that images are brought to
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a place is to be read; see `open_data`."""
+
+    size: int | None = None
+    skip_damaged: bool = False
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One kind of place.
+
+    Attributes:
+        what: what an error calls it.
+        takes: whether a place is of this kind.
+        bring: reads it: what was found, and the data set if one can be made of it.
+    """
+
+    what: str
+    takes: Callable[[Any], bool]
+    bring: Callable[[Any, Options], tuple[Found, Dataset | None]]
 
 
 def open_data(
-    place: str | Path | Dataset,
+    place: Any,
     *,
     size: int | None = None,
     skip_damaged: bool = False,
@@ -24,20 +59,67 @@ def open_data(
 ) -> Dataset:
     """Open images with labels.
 
+    What was read is kept in the cache, and is found there again while nothing changes at its place.
+
     Args:
-        place: the name of a data set that is known.
-        size: side that images are brought to.
-        skip_damaged: leave out files that cannot be read.
-        cache: folder of fetched and converted data; default `$COUNTERMARK_CACHE` or the system's.
+        place: where the images are: the name of a data set that is known; a folder `CLASS/*.png`
+            or `{train,test}/CLASS/*`; a `.npz` file; Parquet files in the layout of the Hugging
+            Face Hub; `module:function`; or an object in Python: arrays, tensors, or any data set
+            with a length whose items are an image and a label (see docs/data.md). A `Dataset` is
+            returned as it is.
+        size: side of the squares that images are brought to: the largest centred square, scaled.
+            None: all images must have one shape.
+        skip_damaged: leave out images that cannot be read, instead of an error that names them.
+        cache: folder of fetched and read data; default `$COUNTERMARK_CACHE` or the system's.
 
     Raises:
-        CountermarkError: nothing can be read there.
+        CountermarkError: there is no data at the place, or none that can be used.
+
+    Example:
+        >>> import numpy as np
+        >>> x = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
+        >>> data = open_data((x, np.arange(24) % 2), cache=getfixture("tmp_path"))
+        >>> data.shape, data.classes, len(data.train), len(data.test)
+        ((3, 8, 8), 2, 20, 4)
     """
     if isinstance(place, Dataset):
         return place
+    options = Options(size, skip_damaged, None if cache is None else Path(cache))
+    found, data = read_data(place, options)
+    if data is None:
+        raise CountermarkError(found.complaint(size=size, skip_damaged=skip_damaged) or f"{found.place} cannot be read")
+    return data
+
+
+def read_data(place: Any, options: Options) -> tuple[Found, Dataset | None]:
+    """Read a place: what was found, and the data set if one can be made of it.
+
+    Raises:
+        CountermarkError: there is no data at the place.
+    """
+    if options.size is not None and not 1 <= options.size <= _LARGEST:
+        raise CountermarkError(f"images are brought to a side of 1 to {_LARGEST} pixels, not {options.size}; give another --size")
+    for reader in READERS:
+        if not (isinstance(place, str) and place == "") and reader.takes(place):
+            return reader.bring(place, options)
+    usable = ", ".join(reader.what for reader in READERS[:-1])
+    if place and Path(place).exists():
+        raise CountermarkError(f"{brief(str(place))} is none of the files that data is read from; give {usable}")
+    raise CountermarkError(f"there is no data at {brief(str(place))}{nearest(str(place), {name: name for name in KNOWN})}; give {usable}")
+
+
+def load_examples(name: str, cache: str | Path | None = None) -> tuple[Examples, Examples]:
+    """Return the training and test examples at a place; see `open_data`."""
+    data = open_data(name, cache=cache)
+    return data.train, data.test
+
+
+def _known(place: str | Path, options: Options) -> tuple[Found, Dataset | None]:
     row = known(str(place))
-    train, test = _read_known(row, None if cache is None else Path(cache))
-    return Dataset(
+    if options.size is not None and (options.size, options.size) != row.shape[1:]:
+        raise CountermarkError(f"the images of {row.name} have {row.shape[1]} x {row.shape[2]} pixels; leave --size out")
+    train, test = row.read(row, options.cache)
+    data = Dataset(
         place=row.name,
         train=train,
         test=test,
@@ -50,39 +132,48 @@ def open_data(
         shift=row.shift,
         ood=row.ood,
     )
+    height, width = row.shape[1:]
+    counts = {name: tuple(np.bincount(part.y.numpy(), minlength=row.classes).tolist()) for name, part in (("train", train), ("test", test))}
+    return Found(row.name, row.class_names, counts, {f"{height}x{width}": len(train) + len(test)}, data.colour), data
 
 
-def load_examples(name: str, cache: Path | None = None) -> tuple[Examples, Examples]:
-    """Return the training and test examples at a place; see `open_data`."""
-    data = open_data(name, cache=cache)
-    return data.train, data.test
+def _listed(listing: Callable[[Path], Listing]) -> Callable[[Any, Options], tuple[Found, Dataset | None]]:
+    def bring(place: Any, options: Options) -> tuple[Found, Dataset | None]:
+        return bring_in(listing(Path(place)), size=options.size, skip_damaged=options.skip_damaged, cache=options.cache)
+
+    return bring
 
 
-def _read_known(row: Known, cache: Path | None) -> tuple[Examples, Examples]:
-    if row.name == "digits":
-        return _digits()
-    folder = fetch(row.name, cache=cache)
-
-    def part(images: str, labels: str) -> Examples:
-        x = torch.from_numpy(parse_idx(read_bytes(folder / images, _IDX_LIMIT), 3, images).copy()).unsqueeze(1)
-        y = torch.from_numpy(parse_idx(read_bytes(folder / labels, _IDX_LIMIT), 1, labels).copy()).long()
-        if len(x) != len(y) or x.shape[1:] != row.shape:
-            raise CountermarkError(f"{folder} holds images and labels that do not fit {row.name}; delete the folder to fetch them again")
-        return Examples(x, y)
-
-    return part(TRAIN_IMAGES, TRAIN_LABELS), part(TEST_IMAGES, TEST_LABELS)
+def _object(place: Any, options: Options, name: str = "") -> tuple[Found, Dataset | None]:
+    listing = list_object(name or "the data", place)
+    found, data = bring_in(listing, size=options.size, skip_damaged=options.skip_damaged, cache=options.cache)
+    return found, None if data is None else replace(data, place=name)
 
 
-def _digits() -> tuple[Examples, Examples]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise CountermarkError("the data set 'digits' comes with scikit-learn; pip install 'countermark[digits]'") from error
-    source = load_digits()
-    x = torch.from_numpy(source.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
-    y = torch.from_numpy(source.target).long()
-    test = torch.arange(len(y)) % _DIGITS_EACH == 0
-    return Examples(x[~test], y[~test]), Examples(x[test], y[test])
+def _code(place: str, options: Options) -> tuple[Found, Dataset | None]:
+    """What a function of the user's returns, or an object that they name."""
+    found = imported(place)
+    if not hasattr(found, "__len__"):
+        found = called(found, place, {}) if callable(found) else found
+    if isinstance(found, str | Path | Dataset):
+        raise CountermarkError(f"{place} gives {brief(type(found).__name__)}; let it return arrays or a data set of images with labels")
+    return _object(found, options, place)
 
 
-__all__ = ["KNOWN", "load_examples", "open_data"]
+def _is_file(place: Any, *suffixes: str) -> bool:
+    return isinstance(place, str | Path) and Path(place).is_file() and Path(place).suffix.lower() in suffixes
+
+
+READERS: tuple[Reader, ...] = (
+    Reader(", ".join(KNOWN), lambda place: isinstance(place, str) and place in KNOWN, _known),
+    Reader("a .npz file", lambda place: _is_file(place, ".npz"), _listed(list_npz)),
+    Reader(
+        "a Parquet file or a folder of them",
+        lambda place: isinstance(place, str | Path) and bool(parquet_files(Path(place))),
+        _listed(list_parquet),
+    ),
+    Reader("a folder of class folders", lambda place: isinstance(place, str | Path) and Path(place).is_dir(), _listed(list_folder)),
+    Reader("module:function", lambda place: isinstance(place, str) and not Path(place).exists() and is_code(place), _code),
+    Reader("an object in Python", lambda place: not isinstance(place, str | Path), _object),
+)
+"""Every kind of place, in the order in which they are tried."""
