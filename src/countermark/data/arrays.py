@@ -144,9 +144,7 @@ def settle_labels(labels: Mapping[str, Array], class_names: Any = None) -> tuple
         numbers = {name: label for label, name in enumerate(names)}
         for origin, y in labels.items():
             if unknown := sorted(set(y.tolist()) - numbers.keys()):
-                raise CountermarkError(
-                    f"{origin} holds labels that are no classes of the training part: {some(list(map(brief, unknown)))}"
-                )
+                raise CountermarkError(f"{origin} holds labels that are no classes of the training part: {some(list(map(brief, unknown)))}")
         return {origin: np.array([numbers[each] for each in y.tolist()], dtype=np.int64) for origin, y in labels.items()}, names
     classes = len(names) if names is not None else int(train.max(initial=-1)) + 1
     if names is None and classes > len(train):

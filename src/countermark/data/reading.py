@@ -152,9 +152,7 @@ class Found:
             return f"{self.place} has no images that can be read; give PNG, JPEG, WebP or BMP files in one folder for each class"
         if len(self.class_names) < 2:
             return f"{self.place} has one class, {brief(self.class_names[0])}; a classifier needs two or more"
-        lacking = [
-            f"{brief(name)} has {number}" for name, number in zip(self.class_names, self._trainable, strict=True) if number < FEWEST
-        ]
+        lacking = [f"{brief(name)} has {number}" for name, number in zip(self.class_names, self._trainable, strict=True) if number < FEWEST]
         if lacking:
             return f"{self.place}: every class needs {FEWEST} training images or more, and {some(lacking)}; add images or remove the class"
         if len(self.shapes) > 1 and size is None:
@@ -250,6 +248,17 @@ class Tally:
             ignored=listing.ignored,
             **more,
         )
+
+
+def count_doubles(labels: Array, numbers: Array) -> tuple[int, int]:
+    """How many images are equal to an earlier one, and how many of these carry another label than it.
+
+    Args:
+        labels: of the images, int64 `(n,)`.
+        numbers: of their content, int64 `(n,)`; see `Examples.contents`.
+    """
+    _, first, kind = np.unique(numbers, return_index=True, return_inverse=True)
+    return len(numbers) - len(first), int((labels != labels[first[kind]]).sum())
 
 
 def file_state(paths: Sequence[Path]) -> str:

@@ -4,12 +4,11 @@
 from: they are uint8 `(n, c, h, w)` with whole labels, in one order, under one digest.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from countermark.data.arrays import list_npz
 from countermark.data.dataset import Dataset, Examples
@@ -82,8 +81,6 @@ def open_data(
         >>> data.shape, data.classes, len(data.train), len(data.test)
         ((3, 8, 8), 2, 20, 4)
     """
-    if isinstance(place, Dataset):
-        return place
     options = Options(size, skip_damaged, None if cache is None else Path(cache))
     found, data = read_data(place, options)
     if data is None:
@@ -100,10 +97,10 @@ def read_data(place: Any, options: Options) -> tuple[Found, Dataset | None]:
     if options.size is not None and not 1 <= options.size <= _LARGEST:
         raise CountermarkError(f"images are brought to a side of 1 to {_LARGEST} pixels, not {options.size}; give another --size")
     for reader in READERS:
-        if not (isinstance(place, str) and place == "") and reader.takes(place):
+        if reader.takes(place):
             return reader.bring(place, options)
-    usable = ", ".join(reader.what for reader in READERS[:-1])
-    if place and Path(place).exists():
+    usable = ", ".join(reader.what for reader in READERS[1:-1])
+    if os.path.exists(place):  # noqa: PTH110 (it says no where it may not look)
         raise CountermarkError(f"{brief(str(place))} is none of the files that data is read from; give {usable}")
     raise CountermarkError(f"there is no data at {brief(str(place))}{nearest(str(place), {name: name for name in KNOWN})}; give {usable}")
 
@@ -132,9 +129,20 @@ def _known(place: str | Path, options: Options) -> tuple[Found, Dataset | None]:
         shift=row.shift,
         ood=row.ood,
     )
-    height, width = row.shape[1:]
-    counts = {name: tuple(np.bincount(part.y.numpy(), minlength=row.classes).tolist()) for name, part in (("train", train), ("test", test))}
-    return Found(row.name, row.class_names, counts, {f"{height}x{width}": len(train) + len(test)}, data.colour), data
+    return _told(data), data
+
+
+def _told(data: Dataset) -> Found:
+    """What there is to say of a data set that is there already."""
+    (_, height, width), parts = data.shape, {"train": data.train, "test": data.test}
+    return Found(
+        place=data.place or "the data",
+        class_names=data.class_names,
+        counts={name: tuple(part.y.bincount(minlength=data.classes).tolist()) for name, part in parts.items()},
+        shapes={f"{height}x{width}": sum(map(len, parts.values()))},
+        colour=data.colour,
+        converted=data.converted,
+    )
 
 
 def _listed(listing: Callable[[Path], Listing]) -> Callable[[Any, Options], tuple[Found, Dataset | None]]:
@@ -160,20 +168,22 @@ def _code(place: str, options: Options) -> tuple[Found, Dataset | None]:
     return _object(found, options, place)
 
 
-def _is_file(place: Any, *suffixes: str) -> bool:
-    return isinstance(place, str | Path) and Path(place).is_file() and Path(place).suffix.lower() in suffixes
+def _is_path(place: Any, there: Callable[[str | Path], bool]) -> bool:
+    """Whether a place is a path of a kind; those of `os.path` say no where they may not look, and to an empty text."""
+    return isinstance(place, str | Path) and there(place)
 
 
 READERS: tuple[Reader, ...] = (
+    Reader("a Dataset", lambda place: isinstance(place, Dataset), lambda data, _: (_told(data), data)),
     Reader(", ".join(KNOWN), lambda place: isinstance(place, str) and place in KNOWN, _known),
-    Reader("a .npz file", lambda place: _is_file(place, ".npz"), _listed(list_npz)),
+    Reader("a .npz file", lambda place: _is_path(place, os.path.isfile) and Path(place).suffix.lower() == ".npz", _listed(list_npz)),
     Reader(
         "a Parquet file or a folder of them",
-        lambda place: isinstance(place, str | Path) and bool(parquet_files(Path(place))),
+        lambda place: _is_path(place, os.path.exists) and bool(parquet_files(Path(place))),
         _listed(list_parquet),
     ),
-    Reader("a folder of class folders", lambda place: isinstance(place, str | Path) and Path(place).is_dir(), _listed(list_folder)),
-    Reader("module:function", lambda place: isinstance(place, str) and not Path(place).exists() and is_code(place), _code),
+    Reader("a folder of class folders", lambda place: _is_path(place, os.path.isdir), _listed(list_folder)),
+    Reader("module:function", lambda place: isinstance(place, str) and not _is_path(place, os.path.exists) and is_code(place), _code),
     Reader("an object in Python", lambda place: not isinstance(place, str | Path), _object),
 )
 """Every kind of place, in the order in which they are tried."""

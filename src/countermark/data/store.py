@@ -26,7 +26,7 @@ from countermark.data.cache import cache_folder, cannot_keep
 from countermark.data.dataset import Dataset, Examples, Rows
 from countermark.data.images import Array, Decoded
 from countermark.data.known import default_threat
-from countermark.data.reading import PARTS, Found, Listing, Tally, decoded
+from countermark.data.reading import PARTS, Found, Listing, Tally, count_doubles, decoded
 from countermark.errors import CountermarkError
 from countermark.files import FolderBusyError, canonical_json, locked, read_json, read_tensors, sha256, write_json, write_tensors
 
@@ -129,7 +129,8 @@ def _read(listing: Listing, sets: Path, size: int | None, skip_damaged: bool) ->
         images = Examples(rows, torch.from_numpy(labels))
         numbers = images.contents()
         parts, cut = _with_test(parts, labels, numbers.numpy())
-        found = tally.found(parts, labels, cut=cut, **_doubles(labels, numbers.numpy()))
+        doubles, disputed = count_doubles(labels, numbers.numpy())
+        found = tally.found(parts, labels, cut=cut, doubles=doubles, disputed=disputed)
         if found.complaint(size=size, skip_damaged=skip_damaged) is not None:
             return found, None
         return found, _keep(folder, sets, found, images, numbers, parts)
@@ -185,12 +186,6 @@ def _open_set(folder: Path) -> Dataset | None:
 def _dataset(train: Examples, test: Examples, class_names: tuple[str, ...]) -> Dataset:
     channels, height, width = train.x.shape[1:]
     return Dataset("", train, test, class_names, default_threat((channels, height, width)))
-
-
-def _doubles(labels: Array, numbers: Array) -> dict[str, int]:
-    """How many images are equal to an earlier one, and how many of these carry another label than it."""
-    _, first, kind = np.unique(numbers, return_index=True, return_inverse=True)
-    return {"doubles": len(numbers) - len(first), "disputed": int((labels != labels[first[kind]]).sum())}
 
 
 def _with_test(parts: Array, labels: Array, numbers: Array) -> tuple[Array, bool]:
