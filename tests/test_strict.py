@@ -254,7 +254,7 @@ def test_what_drops_out_does_not_change_the_verdict_on_the_others() -> None:
     assert torch.equal(lost, model(alone).argmax(1) != y)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 12, 16)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 12, 16), (3, 9, 15)])
 @pytest.mark.parametrize("name", [*NETWORKS, "unknown layers", "nothing known", "strides"])
 def test_small_changes_are_computed_where_they_reach(name: str, shape: tuple[int, int, int]) -> None:
     torch.manual_seed(0)

@@ -231,8 +231,8 @@ def _affine(layer: nn.Module, flat: bool, place: torch.device | None) -> Affine 
     """The constant map that a layer is in evaluation mode, if it is one."""
     if is_plain(layer, Normalise):
         assert isinstance(layer, Normalise)
-        scale, shift = (torch.tensor([each], device=place) for each in (1 / layer.std, -layer.mean / layer.std))
-        return Affine(scale, shift)
+        mean, std = (torch.tensor(each, dtype=torch.float64).view(-1) for each in (layer.mean, layer.std))
+        return Affine(*(each.float().to(place) for each in (1 / std, -mean / std)))
     if not is_plain(layer, nn.BatchNorm2d, *((nn.BatchNorm1d,) if flat else ())):
         return None
     assert isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d)

@@ -5,7 +5,7 @@ is built by us and the file may fill in numbers, nothing more.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from countermark.text import brief
 
 _LARGEST_IMAGE = 1 << 20  # values in one image; what a file may ask of us
 _LARGEST_CLASSES = 10_000
+_SMALLEST_SIDE = 4  # pixels
 
 SMALL_WIDTHS = (16, 32, 256)  # the wide linear layer costs little time and holds the mark
 WIDE_WIDTHS = (32, 64, 512)
@@ -24,15 +25,27 @@ WIDE_WIDTHS = (32, 64, 512)
 class Normalise(nn.Module):
     """The layer (x - mean) / std, so that budgets stay in pixels of [0, 1]."""
 
-    def __init__(self, mean: float, std: float) -> None:
-        """Normalise all channels by one `mean` and `std`, in pixels."""
+    def __init__(self, mean: float | Sequence[float], std: float | Sequence[float]) -> None:
+        """Normalise all channels by one `mean` and `std`, in pixels, or each channel by its own.
+
+        Args:
+            mean: one number, or one for each channel.
+            std: likewise, all above zero.
+        """
         super().__init__()
-        self.mean = mean
-        self.std = std
+        self.mean = mean if isinstance(mean, int | float) else tuple(mean)
+        self.std = std if isinstance(std, int | float) else tuple(std)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise pixels `(n, c, h, w)`."""
-        return (x - self.mean) / self.std
+        return (x - _by_channel(self.mean, x)) / _by_channel(self.std, x)
+
+
+def _by_channel(number: float | tuple[float, ...], x: torch.Tensor) -> float | torch.Tensor:
+    """One number as it is, several in the shape that meets images `x`."""
+    if not isinstance(number, tuple):
+        return number
+    return torch.tensor(number, dtype=x.dtype, device=x.device).view(-1, 1, 1)
 
 
 class Clip(nn.Module):
@@ -59,6 +72,8 @@ class Clip(nn.Module):
 class HalvingConv2d(nn.Conv2d):
     """A convolution with stride 2 that halves height and width, computed with stride 1 on 2x2 blocks of pixels.
 
+    An odd height or width is rounded down, as `nn.Conv2d` does it.
+
     The numbers are those of `nn.Conv2d(..., kernel, stride=2, padding=kernel // 2 - 1)`; on processors its gradient with regard to the
     input, which every attack step needs, is several times faster for images of one channel.
     """
@@ -68,8 +83,9 @@ class HalvingConv2d(nn.Conv2d):
         super().__init__(channels, filters, kernel, stride=2, padding=kernel // 2 - 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Convolve `(n, c, h, w)` to `(n, filters, h/2, w/2)`."""
-        blocks = blocks_of_pixels(functional.pad(x, (int(self.padding[0]),) * 4))
+        """Convolve `(n, c, h, w)` to `(n, filters, h // 2, w // 2)`."""
+        before = int(self.padding[0])
+        blocks = blocks_of_pixels(functional.pad(x, (before, before - x.shape[3] % 2, before, before - x.shape[2] % 2)))
         return functional.conv2d(blocks, functional.pixel_unshuffle(self.weight, 2), self.bias)
 
 
@@ -150,12 +166,62 @@ def surrogate(shape: tuple[int, int, int], classes: int) -> nn.Module:
     )
 
 
+class PreActivationBlock(nn.Module):
+    """A residual block whose batch norms and ReLUs stand before its convolutions (He et al., 2016, "Identity mappings")."""
+
+    def __init__(self, channels: int, filters: int, stride: int = 1) -> None:
+        """Take `channels` channels to `filters`, every `stride`-th pixel in each direction."""
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, filters, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(filters)
+        self.conv2 = nn.Conv2d(filters, filters, 3, padding=1, bias=False)
+        same = stride == 1 and channels == filters
+        self.shortcut = None if same else nn.Conv2d(channels, filters, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(n, channels, h, w)` to `(n, filters, h / stride, w / stride)`, rounded up."""
+        active = functional.relu(self.norm1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(active)
+        result: torch.Tensor = self.conv2(functional.relu(self.norm2(self.conv1(active))))
+        return result + shortcut
+
+
+def resnet(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """The pre-activation ResNet-18 (11 M weights), for colour and a GPU."""
+    return _residual(shape, classes, width=64, blocks=2)
+
+
+def narrow(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A pre-activation ResNet with one block a stage, 16 filters wide (308,000 weights): what a laptop trains on colour images."""
+    return _residual(shape, classes, width=16, blocks=1)
+
+
+def _residual(shape: tuple[int, int, int], classes: int, width: int, blocks: int) -> nn.Module:
+    """Four stages of `blocks` blocks, each twice as wide as the one before and with half its height and width."""
+    channels, height, width_of_image = shape
+    # Large images are reduced at once, so that the stages see between 32 and 63 pixels of images up to 255.
+    stride = 1 if min(height, width_of_image) < 64 else 2 if min(height, width_of_image) < 128 else 4
+    kernel = max(3, 2 * stride - 1)
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)]
+    before = width
+    for stage in range(4):
+        filters = width << stage
+        for block in range(blocks):
+            layers.append(PreActivationBlock(before, filters, 2 if stage and not block else 1))
+            before = filters
+    layers += [nn.BatchNorm2d(before), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes)]
+    return nn.Sequential(*layers)
+
+
 NETWORKS: Mapping[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
     "small": small,
     "wide": wide,
     "clipped": clipped,
     "paper": paper,
     "surrogate": surrogate,
+    "resnet": resnet,
+    "narrow": narrow,
 }
 
 
@@ -163,8 +229,8 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int | None
     """Build a network by name.
 
     Args:
-        name: `small`, `wide`, `clipped`, `paper` or `surrogate`.
-        shape: one image, `(channels, height, width)`; height and width are multiples of 4.
+        name: a key of `NETWORKS`.
+        shape: one image, `(channels, height, width)`; height and width are 4 or more.
         classes: number of classes.
         seed: seed of the initial weights; without one they come from torch's generator.
 
@@ -172,11 +238,11 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int | None
         CountermarkError: unknown name, or a shape that no image classifier of ours has.
     """
     choose("network", name, NETWORKS)
-    fits = len(shape) == 3 and min(shape) >= 1 and math.prod(shape) <= _LARGEST_IMAGE and not (shape[1] % 4 or shape[2] % 4)
+    fits = len(shape) == 3 and shape[0] >= 1 and min(shape[1:]) >= _SMALLEST_SIDE and math.prod(shape) <= _LARGEST_IMAGE
     if not fits or not 2 <= classes <= _LARGEST_CLASSES:
         raise CountermarkError(
             f"no network takes images of shape {brief(tuple(shape))} to {brief(classes)} classes; "
-            "give (channels, height, width), the last two in multiples of 4"
+            f"give (channels, height, width), the last two {_SMALLEST_SIDE} or more"
         )
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
