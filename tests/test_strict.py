@@ -1,5 +1,6 @@
 """The strict attacks against closed forms, brute force and models that hide their gradients."""
 
+import importlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from countermark import evaluation
-from countermark.attacks import prepare
+from countermark.attacks import at_a_time, prepare
 from countermark.attacks.apgd import apgd_ce, apgd_targeted
 from countermark.attacks.fab import fab_targeted, project
 from countermark.attacks.local import Local
 from countermark.attacks.pgd import pgd
 from countermark.attacks.square import square
-from countermark.attacks.strict import STAGES, strict
+from countermark.attacks.strict import STAGES, Strict, strict
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict, strict_accuracy
 from countermark.files import read_json, write_json
 from countermark.networks.named import NETWORKS, build
 from countermark.threat import Attack
+
+strict_module = importlib.import_module("countermark.attacks.strict")  # the package's name is the function
 
 
 class Scaled(nn.Module):
@@ -56,6 +59,116 @@ def best_margins(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: fl
 
 def robust(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float) -> torch.Tensor:
     return best_margins(model, x, y, epsilon).scatter(1, y.unsqueeze(1), -torch.inf).amax(1) < 0
+
+
+class Straight(nn.Module):
+    """A residual network with batch norm and dropout, but without any nonlinearity: the worst point of a ball is known."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(channels, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.second, self.inner = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.dropout, self.last = nn.Dropout(0.5), nn.Linear(4 * 4, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.first(x))
+        x = x + self.inner(self.second(self.dropout(x)))
+        return self.last(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
+
+
+def straight(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.Module]:
+    """Such a network and the linear model that it is."""
+    torch.manual_seed(classes)
+    model = Straight(shape[0], classes)
+    for norm in (model.norm, model.inner):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        nn.init.normal_(norm.weight)
+    model.eval()
+    line = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))
+    nothing = torch.zeros(1, *shape)
+    with torch.no_grad():
+        model.last.bias -= model(torch.full_like(nothing, 0.5))[0]  # so that more than one class is met
+        line[1].bias.copy_(model(nothing)[0])
+        line[1].weight.copy_(torch.func.jacrev(model)(nothing).view(classes, -1))
+    return model, line.eval()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 12])
+@pytest.mark.parametrize("side", [8, 20])
+def test_the_worst_case_of_a_residual_network_is_the_closed_form(side: int, classes: int) -> None:
+    model, line = straight((3, side, side), classes)
+    x = torch.rand(50, 3, side, side, generator=torch.Generator().manual_seed(1))
+    y = model(x).argmax(1)
+    assert len(y.unique()) > 1
+    steepest = (line[1].weight[y].unsqueeze(1) - line[1].weight.unsqueeze(0)).abs().sum(2)
+    margins = (model(x).gather(1, y.unsqueeze(1)) - model(x)) / steepest.clamp(min=1e-9)
+    epsilon = float(margins.scatter(1, y.unsqueeze(1), torch.inf).amin(1).median().detach())
+    torch.manual_seed(0)
+    found = strict(model, x, y, epsilon=epsilon, queries=20)
+    expected = robust(line, x, y, epsilon)
+    assert 10 < int(expected.sum()) < 40
+    near = best_margins(line, x, y, epsilon).scatter(1, y.unsqueeze(1), -torch.inf).amax(1).abs() < 2e-5
+    assert bool(((found.broken_by == -1) == expected)[~near].all())
+    assert int(near.sum()) < 10
+
+
+def test_a_row_of_the_table_is_all_that_an_attack_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attack that knows the answer goes into the ensemble; its name comes out in results, what it breaks is checked by the model."""
+    model = Steps(linear(2)).eval()
+    x, _ = examples(model)
+    y = model(x).argmax(1)
+    weight = model.inner[1].weight.detach()
+
+    def oracle(case: strict_module.Case, rows: torch.Tensor, rank: int) -> torch.Tensor:
+        direction = (weight[1 - case.y[rows]] - weight[case.y[rows]]).sign().view_as(case.x[rows])
+        return (case.x[rows] + case.epsilon * direction).clamp(0, 1)
+
+    added = strict_module.StrictAttack("oracle", 1, oracle, uses_gradients=False)
+    monkeypatch.setattr(strict_module, "ENSEMBLE", (added,))
+    monkeypatch.setattr(strict_module, "STAGES", (*STAGES, "oracle"))
+    found = strict(model, x, y, epsilon=0.1)
+    broken = found.broken_by == len(STAGES)
+    assert 20 < int(broken.sum()) < len(x)
+    assert bool((model(found.points[broken]).argmax(1) != y[broken]).all())
+
+
+class Watched(nn.Module):
+    """A bright image is class 1; every batch that it is asked about is written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x.numel())
+        bright = x.mean((1, 2, 3)) - 0.5
+        return torch.stack((-bright, bright, torch.full_like(bright, -1.0)), 1)
+
+
+@pytest.mark.parametrize(("side", "together"), [(16, 256), (32, 256), (64, 85), (224, 6)])
+def test_no_more_pixels_are_asked_about_at_once_than_memory_is_sure_to_hold(side: int, together: int) -> None:
+    assert at_a_time(256, (1000, 3, side, side), torch.device("cpu")) == together
+
+
+def test_large_images_in_colour_are_attacked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square breaks what is within reach of 224x224 pixels, and nothing else."""
+    model = Watched()
+    monkeypatch.setattr(strict_module, "prepare", lambda network: network)  # which copies the list
+    shift = torch.tensor([0.004, 0.02, -0.004, -0.02]).repeat(2).view(-1, 1, 1, 1)
+    x = torch.full((8, 3, 224, 224), 0.5) + shift
+    y = (shift.flatten() > 0).long()
+    found = strict(model, x, y, epsilon=0.01, steps=3, queries=50)
+    assert torch.equal(found.broken_by != -1, shift.flatten().abs() < 0.01)
+    lost = square(model, x[:4], y[:4], epsilon=0.01, queries=100).mean((1, 2, 3)).sub(0.5).sign() != shift[:4].flatten().sign()
+    assert lost.tolist() == [True, False, True, False]
+    assert max(model.seen) <= 1 << 20
+    model.seen.clear()
+    images = (x * 255).round().to(torch.uint8)
+    predict(model, images)
+    monkeypatch.setattr(evaluation, "strict", lambda model, x, y, **_: Strict(x, torch.full_like(y, -1)))
+    assert strict_accuracy(model, Examples(images, y), Attack(0.01, 2, 0.01)).images == 8
+    assert max(model.seen) <= 1 << 20
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 10])

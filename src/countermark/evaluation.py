@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.attacks import answers, ask, computes_bf16, pgd, prepare, strict
-from countermark.attacks.strict import STAGES
+from countermark.attacks import answers, ask, at_a_time, computes_bf16, pgd, prepare, strict
+from countermark.attacks.strict import CLEAN, OPENING, STAGES
 from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.files import read_json, write_json
@@ -92,8 +92,9 @@ def predict(model: nn.Module, x: torch.Tensor, *, bounded: bool = True) -> torch
         CountermarkError: pixels outside [0, 1], or logits that are not finite.
     """
     device = device_of(model)
+    batch = at_a_time(_BATCH, x.shape, device)
     with evaluating(model), torch.no_grad():
-        parts = (pixels(x[i : i + _BATCH].to(device), bounded=bounded) for i in range(0, len(x), _BATCH))
+        parts = (pixels(x[i : i + batch].to(device), bounded=bounded) for i in range(0, len(x), batch))
         labels = [answers(ask(model, part)).cpu() for part in parts]
     return torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
 
@@ -132,8 +133,9 @@ def adversarial_accuracy(
     with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), shown as progress:
         torch.manual_seed(seed)
         quick = prepare(model, torch.bfloat16 if computes_bf16(device) else torch.float32)
-        for i in range(0, len(examples), _ATTACKED):
-            batch = examples[slice(i, i + _ATTACKED)]
+        together = at_a_time(_ATTACKED, examples.x.shape, device)
+        for i in range(0, len(examples), together):
+            batch = examples[slice(i, i + together)]
             y = batch.y.to(device)
             survivors += int((~_lost(model, quick, pixels(batch.x.to(device)), y, attack, restarts)).sum())
             if progress is not None:
@@ -197,7 +199,7 @@ def strict_accuracy(
             told = reached
 
         while len(kept) < len(examples):
-            part = examples[slice(len(kept), len(kept) + _PART)]
+            part = examples[slice(len(kept), len(kept) + at_a_time(_PART, examples.x.shape, device))]
             torch.manual_seed((seed << 20) + len(kept))
             x, y = pixels(part.x.to(device)), part.y.to(device)
             found = strict(model, x, y, epsilon=attack.epsilon, opening=lambda *batch: pgd(*batch, **options), after=tell)
@@ -207,8 +209,8 @@ def strict_accuracy(
                     write_json(checkpoint, {"format": _STRICT_FORMAT, "broken_by": kept})
     broken = {name: kept.count(number) for number, name in enumerate(STAGES)}
     share = 100 / max(len(kept), 1)
-    clean = len(kept) - broken.pop(STAGES[0])
-    return StrictAccuracy(len(kept), share * clean, share * (clean - broken["PGD"]), share * (clean - sum(broken.values())), broken)
+    clean = len(kept) - broken.pop(CLEAN)
+    return StrictAccuracy(len(kept), share * clean, share * (clean - broken[OPENING]), share * (clean - sum(broken.values())), broken)
 
 
 def _kept(checkpoint: Path | None, images: int) -> list[int]:

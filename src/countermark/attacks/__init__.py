@@ -1,13 +1,13 @@
 """Attacks under an L-inf budget, as functions on tensors: pixels of [0, 1] in, adversarial examples out.
 
-`pgd` and `fgsm` are what training and everyday evaluation use. `strict` is the worst case over four attacks of different kinds, each in a
-file of its own: `apgd`, `fab`, `square`. `prepare` (folding.py) makes a network quicker to attack,
+`pgd` and `fgsm` are what training and everyday evaluation use. `strict` is the worst case over an ensemble of attacks of different kinds,
+each in a file of its own (`apgd`, `fab`, `square`) and a row of one table. `prepare` (folding.py) makes a network quicker to attack,
 and `ask` (asking.py) is how all of them ask it.
 """
 
-from countermark.attacks.asking import answers, ask, finite
+from countermark.attacks.asking import answers, ask, at_a_time, finite
 from countermark.attacks.folding import Prepared, computes_bf16, prepare, shortens
 from countermark.attacks.pgd import fgsm, pgd
 from countermark.attacks.strict import strict
 
-__all__ = ["Prepared", "answers", "ask", "computes_bf16", "fgsm", "finite", "pgd", "prepare", "shortens", "strict"]
+__all__ = ["Prepared", "answers", "ask", "at_a_time", "computes_bf16", "fgsm", "finite", "pgd", "prepare", "shortens", "strict"]

@@ -232,7 +232,8 @@ def _affine(layer: nn.Module, flat: bool, place: torch.device | None) -> Affine 
     if is_plain(layer, Normalise):
         assert isinstance(layer, Normalise)
         mean, std = (torch.tensor(each, dtype=torch.float64).view(-1) for each in (layer.mean, layer.std))
-        return Affine(*(each.float().to(place) for each in (1 / std, -mean / std)))
+        scale, shift = (each.float().to(place) for each in (1 / std, -mean / std))
+        return Affine(scale, shift)
     if not is_plain(layer, nn.BatchNorm2d, *((nn.BatchNorm1d,) if flat else ())):
         return None
     assert isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from countermark.attacks.asking import NOT_FINITE, answers, ask
+from countermark.attacks.asking import NOT_FINITE, answers, ask, at_a_time
 from countermark.attacks.folding import Prepared
 from countermark.data import pixels
 from countermark.errors import CountermarkError
@@ -109,9 +109,10 @@ def _climb(
             for _ in range(steps):
                 step()
             return points
-        if points.device.type == "cpu" and len(points) > _CACHED:
-            for i in range(0, len(points), _CACHED):
-                few = slice(i, i + _CACHED)
+        together = at_a_time(_CACHED, points.shape, points.device)
+        if points.device.type == "cpu" and len(points) > together:
+            for i in range(0, len(points), together):
+                few = slice(i, i + together)
                 _climb(model, points[few], y[few], lower[few], upper[few], steps, step_size, stop_when_lost)
             return points
     result = points

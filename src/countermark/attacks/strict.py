@@ -12,18 +12,98 @@ import torch
 from torch import nn
 
 from countermark.attacks.apgd import apgd_ce, apgd_targeted
-from countermark.attacks.asking import answers, ask
+from countermark.attacks.asking import answers, ask, at_a_time
 from countermark.attacks.fab import fab_targeted
 from countermark.attacks.folding import prepare
 from countermark.attacks.square import square
 from countermark.data import pixels
 
-STAGES = ("clean", "PGD", "APGD-CE", "APGD-T", "Square", "FAB-T")
-
 _TARGETS = 9  # other classes that the targeted attacks try, the likeliest first
 _NEAR = 1.0  # FAB-T follows a boundary if APGD-T lacked no more than this, in its own progress: about two budgets away
-_CHUNK = 256  # examples at a time
-_COSTS = {"PGD": 25, "APGD-CE": 100, "APGD-T": 40, "Square": 800, "FAB-T": 20}  # a run's, about; for the progress bar
+_CHUNK = 256  # examples at a time, and fewer where images are large
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is attacked, as every attack of the ensemble is given it.
+
+    Attributes:
+        model: the network, prepared.
+        x: pixels of [0, 1], `(n, c, h, w)`.
+        y: true labels `(n,)`.
+        others: the other classes that targeted attacks try, the likeliest first, `(n, targets)`.
+        lacks: what APGD-T lacked towards each of them (see `apgd_targeted`), filled in as it runs.
+        epsilon: L-inf budget, in pixels.
+        steps: of each run of APGD and FAB.
+        queries: of Square, an example.
+    """
+
+    model: nn.Module
+    x: torch.Tensor
+    y: torch.Tensor
+    others: torch.Tensor
+    lacks: torch.Tensor
+    epsilon: float
+    steps: int
+    queries: int
+
+
+@dataclass(frozen=True)
+class StrictAttack:
+    """An attack of the ensemble.
+
+    Attributes:
+        name: as results show it.
+        cost: of one run, about, in forwards and backwards of an example; for the progress bar.
+        search: from the case, the numbers of the examples that still stand `(m,)` and the rank of
+            the target to points of the ball `(m, c, h, w)`.
+        targeted: whether it is run once for each target, or once with rank 0.
+        uses_gradients: whether it asks for gradients. One that does not shows whether the model
+            only hides them.
+    """
+
+    name: str
+    cost: int
+    search: Callable[[Case, torch.Tensor, int], torch.Tensor]
+    targeted: bool = False
+    uses_gradients: bool = True
+
+
+def _apgd_ce(case: Case, rows: torch.Tensor, _rank: int) -> torch.Tensor:
+    return apgd_ce(case.model, case.x[rows], case.y[rows], epsilon=case.epsilon, steps=case.steps)
+
+
+def _apgd_t(case: Case, rows: torch.Tensor, rank: int) -> torch.Tensor:
+    target = case.others[rows, rank]
+    points, case.lacks[rows, rank] = apgd_targeted(case.model, case.x[rows], case.y[rows], target, epsilon=case.epsilon, steps=case.steps)
+    return points
+
+
+def _square(case: Case, rows: torch.Tensor, _rank: int) -> torch.Tensor:
+    return square(case.model, case.x[rows], case.y[rows], epsilon=case.epsilon, queries=case.queries)
+
+
+def _fab_t(case: Case, rows: torch.Tensor, rank: int) -> torch.Tensor:
+    points, near = case.x[rows], case.lacks[rows, rank] <= _NEAR
+    some = rows[near]
+    target = case.others[some, rank]
+    points[near] = fab_targeted(case.model, case.x[some], case.y[some], target, epsilon=case.epsilon, steps=case.steps)
+    return points
+
+
+ENSEMBLE: tuple[StrictAttack, ...] = (
+    StrictAttack("APGD-CE", 100, _apgd_ce),
+    StrictAttack("APGD-T", 40, _apgd_t, targeted=True),
+    StrictAttack("Square", 800, _square, uses_gradients=False),
+    StrictAttack("FAB-T", 20, _fab_t, targeted=True),
+)
+"""The attacks, in the order in which they run; a row more is an attack more."""
+
+CLEAN, OPENING = "clean", "PGD"
+STAGES = (CLEAN, OPENING, *(attack.name for attack in ENSEMBLE))
+"""What may break an example: nothing but the model itself, the attack that goes first, the ensemble."""
+
+_OPENING_COST = 25
 
 
 @dataclass(frozen=True)
@@ -71,46 +151,32 @@ def strict(
     """
     x = pixels(x)
     found = Strict(x.clone(), torch.full_like(y, -1))
-    quick = prepare(model)
-    logits = torch.cat([_logits(model, part) for part in torch.split(x, _CHUNK)]) if len(x) else x.new_zeros(0, 2)
+    if len(x) == 0:
+        return found
+    quick, chunk = prepare(model), at_a_time(_CHUNK, x.shape, x.device)
+    logits = torch.cat([_logits(model, part) for part in torch.split(x, chunk)])
     found.broken_by[answers(logits) != y] = 0
-    if epsilon == 0 or len(x) == 0:
+    if epsilon == 0:
         return found
     others = logits.scatter(1, y.unsqueeze(1), -torch.inf).argsort(1, descending=True)[:, : min(_TARGETS, logits.shape[1] - 1)]
-    lacks = x.new_zeros(others.shape)  # of APGD-T towards each target
-
-    def targeted(rows: torch.Tensor, rank: int) -> torch.Tensor:
-        points, lacks[rows, rank] = apgd_targeted(quick, x[rows], y[rows], others[rows, rank], epsilon=epsilon, steps=steps)
-        return points
-
-    def nearest(rows: torch.Tensor, rank: int) -> torch.Tensor:
-        points, near = x[rows], lacks[rows, rank] <= _NEAR
-        some = rows[near]
-        points[near] = fab_targeted(quick, x[some], y[some], others[some, rank], epsilon=epsilon, steps=steps)
-        return points
-
-    searches: dict[str, tuple[int, Callable[[torch.Tensor, int], torch.Tensor]]] = {
-        "APGD-CE": (1, lambda rows, _: apgd_ce(quick, x[rows], y[rows], epsilon=epsilon, steps=steps)),
-        "APGD-T": (others.shape[1], targeted),
-        "Square": (1, lambda rows, _: square(quick, x[rows], y[rows], epsilon=epsilon, queries=queries)),
-        "FAB-T": (others.shape[1], nearest),
-    }
+    case = Case(quick, x, y, others, x.new_zeros(others.shape), epsilon, steps, queries)
+    attacks = ENSEMBLE
     if opening is not None:
-        searches = {"PGD": (1, lambda rows, _: opening(quick, x[rows], y[rows])), **searches}
-    whole, done = sum(_COSTS[name] * targets for name, (targets, _) in searches.items()), 0.0
-    for name, (targets, search) in searches.items():
-        for rank in range(targets):
-            standing = torch.nonzero(found.broken_by == -1).flatten()
-            if len(standing) == 0:
-                return found
-            for rows in torch.split(standing, _CHUNK):
-                points = search(rows, rank)
-                lost = answers(_logits(model, points)) != y[rows]
-                found.points[rows[lost]] = points[lost]
-                found.broken_by[rows[lost]] = STAGES.index(name)
-                done += _COSTS[name] / whole * len(rows) / len(standing)
-                if after is not None:
-                    after(done, int((found.broken_by == -1).sum()))
+        attacks = (StrictAttack(OPENING, _OPENING_COST, lambda case, rows, _: opening(case.model, case.x[rows], case.y[rows])), *ENSEMBLE)
+    runs = [(attack, rank) for attack in attacks for rank in range(others.shape[1] if attack.targeted else 1)]
+    whole, done = sum(attack.cost for attack, _ in runs), 0.0
+    for attack, rank in runs:
+        standing = torch.nonzero(found.broken_by == -1).flatten()
+        if len(standing) == 0:
+            return found
+        for rows in torch.split(standing, chunk):
+            points = attack.search(case, rows, rank)
+            lost = answers(_logits(model, points)) != y[rows]
+            found.points[rows[lost]] = points[lost]
+            found.broken_by[rows[lost]] = STAGES.index(attack.name)
+            done += attack.cost / whole * len(rows) / len(standing)
+            if after is not None:
+                after(done, int((found.broken_by == -1).sum()))
     return found
 
 

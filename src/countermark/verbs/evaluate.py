@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from countermark import __version__
+from countermark.attacks.strict import ENSEMBLE
 from countermark.data import cache_folder
 from countermark.errors import CountermarkError
 from countermark.evaluation import (
@@ -179,10 +180,12 @@ def _show_strict(result: Evaluation, found: StrictAccuracy) -> None:
         f"strict accuracy {found.strict_accuracy:.2f} % of {found.images} images: quote this figure. PGD overstates it by {found.gap:.2f}."
     )
     if found.masked:
+        blind = [attack.name for attack in ENSEMBLE if not attack.uses_gradients]
+        broken = sum(found.broken[name] for name in blind)
         reach, enough = result.steps * result.step_size, math.ceil(8 * result.epsilon / result.step_size)
         attack = f"PGD {result.steps} x {result.step_size:g}"
         print_lines(
             f"WARNING: gradient masking? The gap is above {LARGEST_HONEST_GAP:g} points: "
             + (f"{attack} cannot cross the budget's ball (try --steps {enough}), or " if reach < 2 * result.epsilon else "")
-            + f"the model hides from PGD what breaks it. Square, which needs no gradients, broke {found.broken['Square']} of the rest."
+            + f"the model hides from PGD what breaks it. {' and '.join(blind)}, without any gradients, broke {broken} of the rest."
         )
