@@ -1,10 +1,9 @@
-"""Networks: ours by name, any other by what builds it, and the folder that a model is."""
+"""Networks: ours by name, any other by what builds it, weights from files, and the folder that a model is."""
 
 from countermark.networks.folder import (
     MODEL_FORMAT,
     DataRecord,
     Description,
-    Network,
     describe,
     describing,
     load,
@@ -13,7 +12,8 @@ from countermark.networks.folder import (
     save_model,
 )
 from countermark.networks.named import NETWORKS, build
-from countermark.networks.source import open_network
+from countermark.networks.source import Network, open_network, place_of
+from countermark.networks.weights import load_weights
 
 __all__ = [
     "MODEL_FORMAT",
@@ -26,7 +26,9 @@ __all__ = [
     "describing",
     "load",
     "load_model",
+    "load_weights",
     "open_declared",
     "open_network",
+    "place_of",
     "save_model",
 ]

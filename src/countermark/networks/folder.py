@@ -6,7 +6,7 @@ from a stranger can be wrong, but it cannot run code. A network that is not one 
 only by code that the user names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from countermark.data import KNOWN, Dataset, known, open_data
 from countermark.errors import CountermarkError
 from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.networks.named import NETWORKS, build
-from countermark.networks.source import open_network
+from countermark.networks.source import Network, open_network
 from countermark.text import brief
 from countermark.threat import Threat
 
@@ -26,9 +26,6 @@ MODEL_FORMAT = "countermark model 2"
 _FIRST_FORMAT = "countermark model 1"
 _HEADER_ALLOWANCE = 1 << 20
 _MOST_CLASSES = 10_000
-
-Network = str | Callable[..., nn.Module] | nn.Module
-"""What builds a network, or one that is built: see `open_network`."""
 
 
 @dataclass(frozen=True)
