@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from countermark.attacks import Prepared, pgd, prepare
+from countermark.attacks import Prepared, pgd, prepare, shortens
 from countermark.attacks.folding import dtype_of
+from countermark.attacks.inside import Quickened
 from countermark.attacks.local import Local
 from countermark.errors import CountermarkError
 from countermark.layers import SpectralConv2d, hastened
@@ -394,3 +395,171 @@ def test_what_is_folded_lies_where_the_network_lies() -> None:
     layers = [Normalise(0.4, 0.5), nn.Conv2d(2, 5, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3)]
     network = nn.Sequential(*layers).to("meta")
     assert prepare(network)(torch.rand(2, 2, 8, 8, device="meta")).shape == (2, 3)
+
+
+# Networks that compute by code of their own
+
+
+class Block(nn.Module):
+    """Residual blocks as users write them, one kind after another."""
+
+    def __init__(self, kind: str, width: int) -> None:
+        super().__init__()
+        self.kind = kind
+        groups = 2 if kind == "groups" else 1
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=kind == "bias", groups=groups)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width, affine=kind != "bare")
+        self.pool, self.up, self.dropout = nn.MaxPool2d(2), nn.Upsample(scale_factor=2), nn.Dropout(0.5)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1), nn.Sigmoid())
+        self.kept: list[torch.Tensor] = []
+
+    def forward(self, x: torch.Tensor, scale: float | None = None) -> torch.Tensor:
+        relu, kind = functional.relu, self.kind
+        if kind == "before":  # pre-activation
+            return x + self.conv2(relu(self.norm2(self.conv1(relu(self.norm1(x))))))
+        if kind == "one norm twice":
+            return x + self.norm1(self.conv2(relu(self.norm1(self.conv1(x)))))
+        if kind == "one convolution twice":
+            return x + self.norm2(self.conv1(relu(self.norm1(self.conv1(x)))))
+        if kind == "looks":  # at the numbers: no trace follows it
+            x = x if float(x.detach().abs().max()) >= 0 else -x
+        if kind == "asks for a tensor" and not isinstance(x, torch.Tensor):
+            return self.norm1(self.conv1(x))  # what a trace sees, and nobody else
+        if kind == "counts":
+            assert len(x) >= 0
+        inner = self.conv1(x)
+        if kind in ("used twice", "asks for a tensor"):
+            return x + self.norm1(inner) + inner
+        y = relu(self.norm1(inner))
+        if kind == "keeps":
+            self.kept = [y]
+        if kind == "pool":
+            y = self.up(self.pool(y))
+        if kind == "dropout":
+            y = functional.dropout(self.dropout(y), 0.5, self.training)
+        if kind == "another argument" and scale is not None:
+            return self.norm2(y)
+        y = self.norm2(self.conv2(y))
+        if kind == "gate":
+            y = y * self.gate(y)
+        if kind == "weights":  # of a layer, used by hand as well
+            y = y + functional.conv2d(x, self.conv2.weight, padding=1)
+        if kind == "statistics":
+            y = y + self.norm2.running_mean.mean()
+        return y + x if kind == "open" else relu(y + x)
+
+
+_KINDS = ("after", "before", "bias", "bare", "groups", "open", "pool", "dropout", "gate", "keeps", "another argument")
+_ODD = ("counts", "one norm twice", "one convolution twice", "used twice", "looks", "asks for a tensor", "weights", "statistics")
+
+
+class Residual(nn.Module):
+    def __init__(self, kinds: list[str], channels: int, head: str) -> None:
+        super().__init__()
+        self.head = head
+        self.first, self.norm = nn.Conv2d(channels, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.blocks = nn.Sequential(*(Block(kind, 4) for kind in kinds))
+        self.last = nn.Linear(4 if head == "mean" else 4 * 64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.blocks(functional.relu(self.norm(self.first(x))))
+        if self.head == "mean":
+            return self.last(x.mean((2, 3)))
+        return self.last(x.view(x.size(0), -1) if self.head == "view" else torch.flatten(x, 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(_KINDS + _ODD), min_size=1, max_size=4),
+    channels=st.sampled_from([1, 3]),
+    head=st.sampled_from(["mean", "view", "flatten"]),
+    wrapped=st.sampled_from(["alone", "normalised", "in pieces"]),
+    seed=st.integers(0, 1000),
+)
+def test_random_residual_networks_keep_their_logits(kinds: list[str], channels: int, head: str, wrapped: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    network: nn.Module = Residual(kinds, channels, head)
+    if wrapped == "normalised":
+        network = nn.Sequential(Normalise((0.3,) * channels, 0.6), network)
+    if wrapped == "in pieces":
+        network = nn.Sequential(network.first, network.norm, *network.blocks, nn.Flatten(), nn.Linear(256, 5))
+    same(lived_in(network, seed), (channels, 8, 8), seed, deep=True)
+
+
+def folded(network: nn.Module) -> list[int]:
+    return [layer.folded for layer in prepare(network).layers if isinstance(layer, Quickened)]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_batch_norms_behind_convolutions_are_folded(kind: str) -> None:
+    network = lived_in(Residual([kind], 3, "mean"))
+    assert folded(network) == [2 if kind == "before" else 3]
+    assert shortens(network)
+    prepared = same(network, (3, 8, 8), deep=True)
+    left = [layer for layer in prepared.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert len(left) == (1 if kind == "before" else 0)  # the copy is what computes, and the network itself is given up
+
+
+@pytest.mark.parametrize(
+    ("kind", "norms"), [("one norm twice", 1), ("one convolution twice", 1), ("used twice", 1), ("weights", 2), ("statistics", 2)]
+)
+def test_what_would_change_something_else_is_not_folded(kind: str, norms: int) -> None:
+    network = lived_in(Residual([kind], 3, "mean"))
+    assert folded(network) == [norms]
+    prepared = same(network, (3, 8, 8), deep=True)
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in prepared.modules()) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_copy_that_computes_something_else_is_given_up(dtype: torch.dtype) -> None:
+    """A trace is misled by code that asks for the kind of its input; the first images show it."""
+    network = lived_in(Residual(["asks for a tensor"], 3, "mean")).double()
+    assert folded(network) == [2]
+    prepared = prepare(network, dtype)
+    x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    assert prepared(x[:0]).shape == (0, 5)  # nothing is compared on no images
+    torch.testing.assert_close(prepared(x), network(x).float(), rtol=1e-4, atol=0.1 if dtype is torch.bfloat16 else 2e-5)
+    assert not any(isinstance(layer, nn.Identity) for layer in prepared.modules())
+
+
+def test_code_that_cannot_be_followed_runs_as_it_is() -> None:
+    network = lived_in(Residual(["looks"], 3, "view"))
+    assert folded(network) == [0]
+    assert not shortens(network)
+    same(network, (3, 8, 8), deep=True)
+
+
+@pytest.mark.parametrize("head", ["mean", "view", "flatten"])
+def test_a_copy_in_bf16_runs_code_that_views_memory(head: str) -> None:
+    network = lived_in(Residual(["after", "before"], 3, head))
+    x = torch.rand(20, 3, 8, 8)
+    wanted, found = network(x).detach(), prepare(network, torch.bfloat16)(x)
+    assert float((found - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("change", _CHANGES)
+@pytest.mark.parametrize("place", ["conv1", "norm1", "norm2", "gate", ""])
+def test_a_layer_inside_that_computes_something_else_is_not_folded(place: str, change: str) -> None:
+    network, plain = (lived_in(Residual(["gate"], 3, "mean")) for _ in range(2))
+    plain.load_state_dict(network.state_dict())
+    block = network.blocks[0]
+    _CHANGES[change](block.get_submodule(place))
+    x = torch.rand(4, 3, 8, 8)
+    assert not torch.allclose(network(x), plain(x), atol=1e-3)
+    same(network, (3, 8, 8), deep=True)
+
+
+def test_parametrised_weights_inside_stay() -> None:
+    network = lived_in(Residual(["after"], 3, "mean"))
+    parametrizations.weight_norm(network.blocks[0].conv1)
+    assert folded(network) == [2]
+    same(network.eval(), (3, 8, 8), deep=True)
+
+
+def test_what_a_network_keeps_of_its_computation_is_its_own() -> None:
+    network = lived_in(Residual(["keeps"], 3, "mean"))
+    network(torch.rand(2, 3, 8, 8))
+    before = network.blocks[0].kept[0]
+    prepare(network)(torch.rand(3, 3, 8, 8))
+    assert network.blocks[0].kept[0] is before

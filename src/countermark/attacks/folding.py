@@ -3,15 +3,18 @@
 An attack runs one network in evaluation mode thousands of times and wants nothing but logits and the gradient of the input. So what is
 constant is computed once: batch norm and normaliser go into the weights of a neighbour (Jacob et al., 2018, section 3.2), dropout goes
 away, max-pooling by two and its ReLU become one function, a convolution of few channels works on blocks of pixels, and one of wide filters
-over many channels on frequencies. Only plain layers in an `nn.Sequential` are touched; a layer that is not known here stays as it is.
+over many channels on frequencies. That is done to plain layers in an `nn.Sequential`; what computes by code of its own, as residual blocks
+do, is the business of inside.py, and a layer that is not known here stays as it is.
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from countermark.attacks.inside import Quickened, constant_map, fold_into, quickened
 from countermark.errors import CountermarkError
 from countermark.layers import (
     FEW,
@@ -79,7 +82,7 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
             copied.float()  # what is folded together is rounded once, at the end
         place = next((value.device for value in copied.parameters()), None)
         folded = _fold_back(_apart(flat_layers(copied)), place)
-        layers = _fold_forward(join_pools(folded), by_frequency=dtype is torch.float32)
+        layers = [quickened(layer) for layer in _fold_forward(join_pools(folded), by_frequency=dtype is torch.float32)]
         if dtype is not torch.float32:
             layers = _flatten_pixels(layers)
         return Prepared(nn.Sequential(*_in_place(layers)), dtype)
@@ -87,7 +90,8 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
 
 def shortens(network: nn.Module) -> bool:
     """Whether a prepared copy has fewer layers to run, so that making one pays even for a single step of an attack."""
-    return len(prepare(network).layers) < len(flat_layers(network))
+    layers = prepare(network).layers
+    return len(layers) < len(flat_layers(network)) or any(isinstance(layer, Quickened) and layer.folded for layer in layers)
 
 
 def dtype_of(model: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
@@ -190,9 +194,17 @@ class FlattenPixels(nn.Module):
 
 
 def _copied(network: nn.Module) -> nn.Module:
-    """A deep copy; what hooks computed from parameters (pruning, weight norm) is no leaf of autograd and copied as a number."""
-    values = [value for module in network.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    """A deep copy; what was computed from parameters (pruning, weight norm, features that code keeps) is copied as a number."""
+    values = [value for module in network.modules() for held in vars(module).values() for value in _held(held)]
     return copy.deepcopy(network, {id(value): value.detach().clone() for value in values if not value.is_leaf})
+
+
+def _held(value: object) -> Iterator[torch.Tensor]:
+    """The tensors in an attribute of a module."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from _held(each)
 
 
 def _apart(layers: list[nn.Module]) -> list[nn.Module]:
@@ -219,9 +231,7 @@ def _fold_back(layers: list[nn.Module], place: torch.device | None) -> list[nn.M
             flat = flatten or (flat and is_plain(layer, nn.Linear, nn.ReLU, nn.Tanh))
         elif before is not None and is_plain(before, nn.Conv2d, HalvingConv2d, nn.Linear):
             assert isinstance(before, nn.Conv2d | nn.Linear)
-            bias = 0 if before.bias is None else before.bias * affine.scale
-            before.weight = nn.Parameter(before.weight * affine.scale.view(-1, *(1,) * (before.weight.dim() - 1)))
-            before.bias = nn.Parameter(bias + affine.shift.expand(len(before.weight)))
+            fold_into(before, affine.scale, affine.shift)
         else:
             done.append(affine)
     return done
@@ -237,10 +247,7 @@ def _affine(layer: nn.Module, flat: bool, place: torch.device | None) -> Affine 
     if not is_plain(layer, nn.BatchNorm2d, *((nn.BatchNorm1d,) if flat else ())):
         return None
     assert isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d)
-    if layer.running_mean is None or layer.running_var is None:
-        return None  # it normalises each batch by itself
-    scale = (layer.running_var + layer.eps).rsqrt() * (1 if layer.weight is None else layer.weight)
-    return Affine(scale, (0 if layer.bias is None else layer.bias) - layer.running_mean * scale, flat)
+    return None if layer.running_mean is None else Affine(*constant_map(layer), flat)  # else it normalises each batch by itself
 
 
 def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module]:

@@ -142,8 +142,8 @@ def check_network(network: nn.Module, shape: Shape, classes: int, name: str) -> 
                 f"{name} answers otherwise about an image that is asked alone: in evaluation mode it mixes the examples of a batch "
                 "(a batch norm needs track_running_stats=True)"
             )
+        _check_copy(network, x, classes, name)
         _check_gradient(network, x, name)
-    _check_copy(network, x, classes, name)
 
 
 def _made(place: Network, shape: Shape, classes: int) -> tuple[nn.Module, Normalise | None]:
