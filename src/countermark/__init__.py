@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from countermark.verbs.client_add import client_add as client_add
     from countermark.verbs.data_fetch import data_fetch as data_fetch
     from countermark.verbs.evaluate import evaluate as evaluate
+    from countermark.verbs.export import export as export
     from countermark.verbs.guard import calibrate as calibrate
     from countermark.verbs.log_check import log_check as log_check
     from countermark.verbs.log_erase import log_erase as log_erase
@@ -56,6 +57,7 @@ _PUBLIC = {
     "client_add": "verbs.client_add.client_add",
     "data_fetch": "verbs.data_fetch.data_fetch",
     "evaluate": "verbs.evaluate.evaluate",
+    "export": "verbs.export.export",
     "load": "networks.load",
     "log_check": "verbs.log_check.log_check",
     "log_erase": "verbs.log_erase.log_erase",

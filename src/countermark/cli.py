@@ -45,6 +45,7 @@ VERBS = (
     "adjudicate",
     "steal",
     "remove",
+    "export",
     "plan",
     "guard",
     "client add",

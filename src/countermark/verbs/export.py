@@ -1,0 +1,67 @@
+"""`countermark export`: a model folder as one file that other programs run."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from countermark.errors import CountermarkError
+from countermark.networks import Description, load_model, open_declared
+from countermark.onnx_file import Exported, export_model
+from countermark.options import DataOptions, NewPath, ReadPath, verb
+from countermark.terminal import print_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(DataOptions):
+    """Write a model as one file that other programs run."""
+
+    model: ReadPath = field(kw_only=False)
+    """Model folder."""
+    out: NewPath
+    """File to write, such as mine.onnx."""
+    format: Literal["onnx"] = "onnx"
+    """Format: onnx, with a free number of images, pixels of [0, 1] in and logits out."""
+    images: int = 1000
+    """Test images on which the answers of the file are compared with the model's."""
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range."""
+        super().__post_init__()
+        self._at_least_one("images")
+
+
+@verb(ExportConfig)
+def export(config: ExportConfig) -> Exported:
+    """Export a model folder, and compare the answers of the file with the model's.
+
+    They are compared on test images of the data that the model declares, or on noise where that data
+    is not at hand.
+
+    Raises:
+        CountermarkError: the folder cannot be read, or see `countermark.onnx_file.export_model`.
+    """
+    network, description = load_model(Path(config.model))
+    images = _test_images(description, config)
+    return export_model(network, description.shape, config.out, class_names=description.class_names, images=images)
+
+
+def _test_images(description: Description, config: ExportConfig) -> torch.Tensor | None:
+    try:
+        test = open_declared(description, cache=config.cache).test
+    except CountermarkError:
+        return None  # the answers are compared on noise, and the result says so
+    count = min(config.images, len(test))
+    evenly = torch.arange(count) * len(test) // max(count, 1)
+    return test.batch(evenly, torch.device("cpu"))[0]
+
+
+def show(result: Exported) -> None:
+    """Print what was written and how it compares."""
+    print_lines(
+        f"wrote {result.path}: {result.bytes / 1e6:.2f} MB, ONNX opset {result.opset}, any number of images, "
+        "pixels of [0, 1] in, logits out",
+        f"compared with the model on {result.images} {result.compared_on}: {result.labels_differ} labels differ, "
+        f"logits by at most {result.largest_difference:.2g}",
+    )
