@@ -62,7 +62,10 @@ def main() -> int:
             "precision": "bf16-mixed" if computes_bf16("cpu") else "32-true",
             "threads": torch.get_num_threads(),
         }
-        made |= {"seconds_to_protect": read_json(folder / "metrics.json")["seconds"], "coins": f"{coins.test.agreements}:{coins.test.disagreements}"}
+        made |= {
+            "seconds_to_protect": read_json(folder / "metrics.json")["seconds"],
+            "coins": f"{coins.test.agreements}:{coins.test.disagreements}",
+        }
         test = load_pools(arguments.data, seed).test
         for name, place in (("unmarked", folder / "key" / "source"), ("marked", folder)):
             network, description = load_model(place)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from countermark import evaluation
-from countermark.attacks import at_a_time, prepare
+from countermark.attacks import prepare
 from countermark.attacks.apgd import apgd_ce, apgd_targeted
 from countermark.attacks.fab import fab_targeted, project
 from countermark.attacks.local import Local
@@ -20,6 +20,7 @@ from countermark.attacks.pgd import pgd
 from countermark.attacks.square import square
 from countermark.attacks.strict import STAGES, Strict, strict
 from countermark.data import Examples, pixels
+from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict, strict_accuracy
 from countermark.files import read_json, write_json
@@ -148,7 +149,7 @@ class Watched(nn.Module):
 
 @pytest.mark.parametrize(("side", "together"), [(16, 256), (32, 256), (64, 85), (224, 6)])
 def test_no_more_pixels_are_asked_about_at_once_than_memory_is_sure_to_hold(side: int, together: int) -> None:
-    assert at_a_time(256, (1000, 3, side, side), torch.device("cpu")) == together
+    assert batch_size(torch.device("cpu"), (3, side, side), 256) == together
 
 
 def test_large_images_in_colour_are_attacked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

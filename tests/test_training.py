@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from countermark import device
 from countermark.data import Examples, Pools, known, load_ood, open_data
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
@@ -483,11 +484,11 @@ def test_a_run_does_not_go_on_in_another_precision(
 ) -> None:
     """`auto` is what the processor has; a checkpoint that was taken to another one would go on to weights that are neither's."""
     kept, trained = tmp_path / "c", replace(quick, epochs=1)
-    monkeypatch.setattr(loop, "computes_bf16", lambda _kind: False)
+    monkeypatch.setattr(device, "computes_bf16", lambda _kind: False)
     train(small(), digits.training, trained, checkpoint=kept)
     assert settled(Hardware("cpu")) == Hardware("cpu", 1, "32-true")
     train(small(), digits.training, replace(trained, hardware=Hardware("cpu", 1, "32-true")), checkpoint=kept)  # the same run
-    monkeypatch.setattr(loop, "computes_bf16", lambda _kind: True)
+    monkeypatch.setattr(device, "computes_bf16", lambda _kind: True)
     assert settled(Hardware("cpu")).precision == "bf16-mixed"
     with pytest.raises(CountermarkError, match="another kind of processor"):
         train(small(), digits.training, trained, checkpoint=kept)

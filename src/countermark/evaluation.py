@@ -14,20 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.attacks import answers, ask, at_a_time, computes_bf16, pgd, prepare, strict
+from countermark.attacks import answers, ask, pgd, prepare, strict
 from countermark.attacks.strict import CLEAN, OPENING, STAGES
 from countermark.data import Examples, pixels
+from countermark.device import batch_size, seeded, settle_precision
 from countermark.errors import CountermarkError
 from countermark.files import read_json, write_json
 from countermark.terminal import bar
 from countermark.threat import Attack
 
-_BATCH = 250
+_BATCH = 250  # images at a time on a processor
 _STRICT_FORMAT = "countermark strict 1"
 LARGEST_HONEST_GAP = 5.0  # points between PGD and the strict attacks
 _PROGRESS = 1000  # parts of the strict attack that its bar counts
-_PART = 250  # images after which the strict attacks keep what they found
-_ATTACKED = 128  # images at a time: their activations stay in a processor's cache
+_PART = 250  # images on a processor after which the strict attacks keep what they found
+_ATTACKED = 128  # images at a time on a processor: their activations stay in its cache
 
 
 @dataclass(frozen=True)
@@ -81,20 +82,21 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def predict(model: nn.Module, x: torch.Tensor, *, bounded: bool = True) -> torch.Tensor:
-    """Predicted labels `(n,)`, in evaluation mode.
+    """Predicted labels `(n,)`, in evaluation mode; they are on the processor.
 
     Args:
-        model: pixels to logits, in any precision.
-        x: images `(n, c, h, w)`, uint8 or pixels of [0, 1].
+        model: pixels to logits, in any precision and on any device.
+        x: images `(n, c, h, w)`, uint8 or pixels of [0, 1]; each batch is moved to the model's
+            device.
         bounded: refuse pixels outside [0, 1] (see `data.pixels`).
 
     Raises:
         CountermarkError: pixels outside [0, 1], or logits that are not finite.
     """
     device = device_of(model)
-    batch = at_a_time(_BATCH, x.shape, device)
+    count = batch_size(device, x.shape[1:], _BATCH)
     with evaluating(model), torch.no_grad():
-        parts = (pixels(x[i : i + batch].to(device), bounded=bounded) for i in range(0, len(x), batch))
+        parts = (pixels(x[i : i + count].to(device), bounded=bounded) for i in range(0, len(x), count))
         labels = [answers(ask(model, part)).cpu() for part in parts]
     return torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
 
@@ -110,7 +112,14 @@ def agreement(labels: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def adversarial_accuracy(
-    model: nn.Module, examples: Examples, attack: Attack, *, restarts: int = 1, seed: int = 0, title: str | None = None
+    model: nn.Module,
+    examples: Examples,
+    attack: Attack,
+    *,
+    restarts: int = 1,
+    seed: int = 0,
+    title: str | None = None,
+    precision: str = "auto",
 ) -> float:
     """Accuracy in percent that is left under `attack`; with budget 0 it is the test accuracy.
 
@@ -121,6 +130,8 @@ def adversarial_accuracy(
         restarts: independent runs; an example must survive all of them.
         seed: seed of the random starts.
         title: names the progress bar; none is shown without it.
+        precision: of the search: `auto` takes bf16 where the model's device computes in it;
+            `32-true` or `bf16-mixed`. What is found counts by the answers of the model itself.
 
     Raises:
         CountermarkError: pixels outside [0, 1]; or logits that are not finite, on an example or at a
@@ -128,16 +139,15 @@ def adversarial_accuracy(
             figure is made of it.
     """
     device = device_of(model)
+    count = batch_size(device, examples.x.shape[1:], _ATTACKED)
+    computing = torch.bfloat16 if settle_precision(device, precision) == "bf16-mixed" else torch.float32
     survivors = 0
     shown = bar(title, len(examples)) if title is not None else contextlib.nullcontext(None)
-    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), shown as progress:
-        torch.manual_seed(seed)
-        quick = prepare(model, torch.bfloat16 if computes_bf16(device) else torch.float32)
-        together = at_a_time(_ATTACKED, examples.x.shape, device)
-        for i in range(0, len(examples), together):
-            batch = examples[slice(i, i + together)]
-            y = batch.y.to(device)
-            survivors += int((~_lost(model, quick, pixels(batch.x.to(device)), y, attack, restarts)).sum())
+    with evaluating(model), seeded(device, seed), shown as progress:
+        quick = prepare(model, computing)
+        for i in range(0, len(examples), count):
+            x, y = (part[i : i + count].to(device) for part in (examples.x, examples.y))
+            survivors += int((~_lost(model, quick, pixels(x), y, attack, restarts)).sum())
             if progress is not None:
                 progress.advance(len(y))
                 progress.text(f"{100 * survivors / (i + len(y)):.2f} % survive")
@@ -185,23 +195,24 @@ def strict_accuracy(
         CountermarkError: as in `adversarial_accuracy`, or a damaged checkpoint.
     """
     device, kept = device_of(model), _kept(checkpoint, len(examples))
+    count = batch_size(device, examples.x.shape[1:], _PART)
     options: dict[str, Any] = {**asdict(attack), "restarts": restarts, "stop_when_lost": True}
     shown = bar(title, _PROGRESS) if title is not None else contextlib.nullcontext(None)
-    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), shown as progress:
+    with evaluating(model), seeded(device, None), shown as progress:
         told = 0
 
         def tell(done: float, standing: int) -> None:
             nonlocal told
-            reached = int((len(kept) + done * len(part)) / max(len(examples), 1) * _PROGRESS)
+            reached = int((len(kept) + done * len(y)) / max(len(examples), 1) * _PROGRESS)
             if progress is not None:
                 progress.advance(reached - told)
-                progress.text(f"{100 * (kept.count(-1) + standing) / (len(kept) + len(part)):.2f} % survive")
+                progress.text(f"{100 * (kept.count(-1) + standing) / (len(kept) + len(y)):.2f} % survive")
             told = reached
 
         while len(kept) < len(examples):
-            part = examples[slice(len(kept), len(kept) + at_a_time(_PART, examples.x.shape, device))]
+            part = slice(len(kept), len(kept) + count)
             torch.manual_seed((seed << 20) + len(kept))
-            x, y = pixels(part.x.to(device)), part.y.to(device)
+            x, y = pixels(examples.x[part].to(device)), examples.y[part].to(device)
             found = strict(model, x, y, epsilon=attack.epsilon, opening=lambda *batch: pgd(*batch, **options), after=tell)
             kept += found.broken_by.tolist()
             if checkpoint is not None:

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from countermark import __version__
-from countermark.attacks import ask, at_a_time, finite
+from countermark.attacks import ask, finite
 from countermark.data import pixels
+from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import evaluating
 from countermark.files import sha256, write_bytes
@@ -208,7 +209,7 @@ def _compared(network: nn.Module, data: bytes, images: torch.Tensor) -> tuple[in
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    batch = at_a_time(_BATCH, images.shape, torch.device("cpu"))
+    batch = batch_size(torch.device("cpu"), images.shape[1:], _BATCH)
     differ, largest, highest = 0, 0.0, 0.0
     with evaluating(network), torch.no_grad():
         start = 0

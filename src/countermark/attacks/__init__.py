@@ -5,9 +5,10 @@ each in a file of its own (`apgd`, `fab`, `square`) and a row of one table. `pre
 and `ask` (asking.py) is how all of them ask it.
 """
 
-from countermark.attacks.asking import answers, ask, at_a_time, finite
-from countermark.attacks.folding import Prepared, computes_bf16, prepare, shortens
+from countermark.attacks.asking import answers, ask, finite
+from countermark.attacks.folding import Prepared, prepare, shortens
 from countermark.attacks.pgd import fgsm, pgd
 from countermark.attacks.strict import strict
+from countermark.device import computes_bf16
 
 __all__ = ["Prepared", "answers", "ask", "at_a_time", "computes_bf16", "fgsm", "finite", "pgd", "prepare", "shortens", "strict"]

@@ -1,8 +1,5 @@
 """How a model is asked for logits, and when those are an answer."""
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
@@ -14,19 +11,6 @@ NOT_FINITE = (
     "those is no answer; look for weights that diverged or a precision that overflows, and mask a "
     "class by a large negative number instead of -inf"
 )
-
-_VALUES = 1 << 20  # of the images that a processor is asked about at once
-_VALUES_ELSEWHERE = 1 << 23
-
-
-def at_a_time(most: int, shape: Sequence[int], device: torch.device) -> int:
-    """How many images of `shape`, `(n, c, h, w)`, to ask about at once: `most`, or fewer large ones.
-
-    What a network keeps of an image grows with its pixels, so the pixels of a batch are limited:
-    `most` holds for images of 32x32 in colour and smaller ones, and memory stays the same beyond.
-    """
-    values = _VALUES if device.type == "cpu" else _VALUES_ELSEWHERE
-    return max(1, min(most, values // max(1, math.prod(shape[1:]))))
 
 
 def ask(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,7 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
     Args:
         network: pixels `(n, c, h, w)` of [0, 1] to logits, in any precision; it is not changed.
         dtype: what the copy computes in, whatever the network does. `torch.bfloat16` keeps 8 bits
-            of each number and pays where `computes_bf16`. An attack on such a copy that stops when
+            of each number and pays where `device.computes_bf16`. An attack on such a copy that stops when
             an example is lost takes some for lost that the network itself gets right: ask the
             network, and attack those again on itself, as `evaluation.adversarial_accuracy` does.
 
@@ -97,14 +97,6 @@ def shortens(network: nn.Module) -> bool:
 def dtype_of(model: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
     """The precision of the model's first floating-point parameter; `default` where there is none."""
     return next((each.dtype for each in model.parameters() if each.is_floating_point()), default)
-
-
-def computes_bf16(device: torch.device | str) -> bool:
-    """Whether a device multiplies bf16 matrices by instructions of its own."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return kind == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())  # AMX implies it
 
 
 class Affine(nn.Module):

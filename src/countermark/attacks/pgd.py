@@ -11,12 +11,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from countermark.attacks.asking import NOT_FINITE, answers, ask, at_a_time
+from countermark.attacks.asking import NOT_FINITE, answers, ask
 from countermark.attacks.folding import Prepared
 from countermark.data import pixels
+from countermark.device import batch_size
 from countermark.errors import CountermarkError
 
 _CACHED = 64  # images whose activations stay in a processor's cache
+_KNOWN = ("torch", "countermark")  # packages whose layers ask the device nothing
 
 
 def pgd(
@@ -104,12 +106,12 @@ def _climb(
 ) -> torch.Tensor:
     """Ascend the loss within the boxes from `points`, which are overwritten; with `stop_when_lost` misclassified ones rest."""
     if isinstance(model, Prepared):  # each image is on its own, and nobody else sees the passes
-        if points.is_cuda:
+        if points.is_cuda and _capturable(model):
             step = _captured(model, points, y, lower, upper, step_size, stop_when_lost)
             for _ in range(steps):
                 step()
             return points
-        together = at_a_time(_CACHED, points.shape, points.device)
+        together = batch_size(points.device, points.shape[1:], _CACHED)
         if points.device.type == "cpu" and len(points) > together:
             for i in range(0, len(points), together):
                 few = slice(i, i + together)
@@ -168,6 +170,14 @@ def step_(
     move.mul_(going.view(-1, *(1,) * (move.dim() - 1)))
     torch.clamp(points.add_(move, alpha=step_size), lower, upper, out=points)
     return lost
+
+
+def _capturable(model: nn.Module) -> bool:
+    """Whether a model's pass asks the device nothing on its way, which no CUDA graph could hold.
+
+    PyTorch's layers and ours do not; a layer of somebody else's may.
+    """
+    return all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.modules())
 
 
 def _captured(model: Prepared, points: torch.Tensor, *rest: Any) -> Callable[[], None]:

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from countermark.attacks.apgd import apgd_ce, apgd_targeted
-from countermark.attacks.asking import answers, ask, at_a_time
+from countermark.attacks.asking import answers, ask
 from countermark.attacks.fab import fab_targeted
 from countermark.attacks.folding import prepare
 from countermark.attacks.square import square
 from countermark.data import pixels
+from countermark.device import batch_size
 
 _TARGETS = 9  # other classes that the targeted attacks try, the likeliest first
 _NEAR = 1.0  # FAB-T follows a boundary if APGD-T lacked no more than this, in its own progress: about two budgets away
@@ -153,7 +154,7 @@ def strict(
     found = Strict(x.clone(), torch.full_like(y, -1))
     if len(x) == 0:
         return found
-    quick, chunk = prepare(model), at_a_time(_CHUNK, x.shape, x.device)
+    quick, chunk = prepare(model), batch_size(x.device, x.shape[1:], _CHUNK)
     logits = torch.cat([_logits(model, part) for part in torch.split(x, chunk)])
     found.broken_by[answers(logits) != y] = 0
     if epsilon == 0:

@@ -6,6 +6,7 @@ queries up by steps (Algorithm 2 and its kin) leaves the ranges soon. What is fo
 """
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +19,7 @@ from countermark.errors import CountermarkError
 MOST_VALUES = 1 << 22
 """Values of the largest image whose ranges are written down, three channels of 1182 x 1182 for example."""
 _FIELDS = 7
+_AT_A_TIME = 1 << 26  # values of the images that are looked at at once
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,17 @@ def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
     Raises:
         CountermarkError: an image has more than `MOST_VALUES` values.
     """
-    if training[0].numel() > MOST_VALUES:
+    values = math.prod(training.shape[1:])
+    if values > MOST_VALUES:
         raise CountermarkError(
-            f"images of {training[0].numel()} values are too large for coins on made-up queries, {MOST_VALUES} are the most; "
+            f"images of {values} values are too large for coins on made-up queries, {MOST_VALUES} are the most; "
             "guard near ties alone (--natural-only)"
         )
     margin = _margin(epsilon)
-    lowest = (training.amin(0).int() - margin).clamp(0, 255).to(torch.uint8)
-    highest = (training.amax(0).int() + margin).clamp(0, 255).to(torch.uint8)
-    return Familiar(lowest.contiguous().numpy().tobytes().hex(), highest.contiguous().numpy().tobytes().hex())
+    ends = [(part.amin(0), part.amax(0)) for part in _parts(training)]
+    lowest, highest = torch.stack([low for low, _ in ends]).amin(0), torch.stack([high for _, high in ends]).amax(0)
+    widened = (lowest.int() - margin).clamp(0, 255), (highest.int() + margin).clamp(0, 255)
+    return Familiar(*(side.to(torch.uint8).contiguous().numpy().tobytes().hex() for side in widened))
 
 
 def strangeness(training: torch.Tensor, epsilon: float) -> float:
@@ -89,12 +93,38 @@ def strangeness(training: torch.Tensor, epsilon: float) -> float:
     """
     if len(training) < 2:
         raise CountermarkError(f"{len(training)} training images do not show what honest queries look like; give at least two")
-    values, margin = training.flatten(1), _margin(epsilon)
-    alone = torch.zeros(len(values), dtype=torch.bool)
-    for largest in (False, True):
-        ends, owners = values.topk(2, dim=0, largest=largest)
-        alone[owners[0][(ends[0].int() - ends[1].int()).abs() > margin]] = True
-    return float(alone.double().mean())
+    margin = _margin(epsilon)
+    # The second largest and the second smallest value of each place: an image that is beyond one of
+    # them by more than the margin is alone there.
+    high = _second_largest(_parts(training)).int() + margin
+    low = 255 - _second_largest(255 - part for part in _parts(training)).int() - margin
+    alone = [((part < low) | (part > high)).flatten(1).any(1) for part in _parts(training)]
+    return float(torch.cat(alone).double().mean())
+
+
+def _parts(training: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Images in turn, some at a time: all of them need not fit into memory."""
+    count = max(1, _AT_A_TIME // max(1, math.prod(training.shape[1:])))
+    return (training[start : start + count] for start in range(0, len(training), count))
+
+
+def _second_largest(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The second largest value of each place, `(c, h, w)`, of uint8 images that come in parts; two of them at least."""
+    largest = second = torch.empty(0)
+    for part in parts:
+        if not len(largest):
+            largest = second = torch.zeros_like(part[:1])
+        # Pairs, then pairs of pairs: the larger of two largest is the largest, and the smaller of
+        # them, or one of their seconds, is second.
+        best, after = torch.cat((largest, part)), torch.cat((second, torch.zeros_like(part)))
+        while len(best) > 1:
+            half = len(best) // 2
+            pairs = best[:half], best[half : 2 * half]
+            lesser = torch.minimum(*pairs), torch.maximum(after[:half], after[half : 2 * half])
+            best = torch.cat((torch.maximum(*pairs), best[2 * half :]))
+            after = torch.cat((torch.maximum(*lesser), after[2 * half :]))
+        largest, second = best, after
+    return second[0]
 
 
 def _margin(epsilon: float) -> int:

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from countermark.data import Examples, as_uint8, pixels
+from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, projections
 from countermark.guard.foreign import familiar, outlines, strangeness
 
-_CHUNK = 250
+_CHUNK = 250  # images at a time on a processor
 _FOREIGN_BITS = 14
 _FOREIGN_SHARE = 0.5  # of the stated cost; data whose images differ so much that this does not do get no coins for made-up queries
 _TOLERANCE = 1e-5  # forty times what the shape of a batch was seen to change in float32 on a processor
@@ -67,8 +68,9 @@ class GuardedModel:
         images = as_uint8(x).cpu()
         asking = [clients] * len(images) if isinstance(clients, str) else clients
         labels, trials = [], []
-        for start in range(0, len(images), _CHUNK):
-            part = images[start : start + _CHUNK]
+        count = self._split.count(images)
+        for start in range(0, len(images), count):
+            part = images[start : start + count]
             logits, features = self._split(part)
             questions = self.guard.questions(logits, features, part, self._tolerance)
             answers = logits.argmax(1)
@@ -90,7 +92,10 @@ class GuardedModel:
 
 
 class Split:
-    """Run a network and keep what enters the linear layer that runs last: `images -> (logits, features)`, on the CPU."""
+    """Run a network where it is, and keep what enters the linear layer that runs last.
+
+    What it makes of images, `(logits, features)`, is on the processor.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         """Find the linear layers.
@@ -102,6 +107,10 @@ class Split:
         if not linear:
             raise CountermarkError("the network has no linear layer to take features from; use countermark.guard.Guard with your own")
         self._network, self._linear, self._lock = network, linear, threading.Lock()
+
+    def count(self, images: torch.Tensor) -> int:
+        """How many of some images `(n, c, h, w)` to run at once."""
+        return batch_size(device_of(self._network), images.shape[1:], _CHUNK)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits `(n, classes)` and features `(n, d)` of images, uint8 or pixels."""
@@ -142,14 +151,16 @@ def calibrate_model(
     affordable = training is not None and 50 * share <= _FOREIGN_SHARE * cost
     taken = 50 * share if affordable else 0.0
     split = Split(network.eval())
-    parts = [split(validation.x[i : i + _CHUNK]) for i in range(0, len(validation), _CHUNK)]
+    count = split.count(validation.x)
+    parts = [split(validation.x[i : i + count]) for i in range(0, len(validation), count)]
     logits, features = (torch.cat(columns) for columns in zip(*parts, strict=True))
     found = calibrate(logits, features, validation.y, secret=secret, model_sha256=model_sha256, cost=cost - taken, bits=bits)
     if training is None:
         return found
     if not affordable:
         return replace(found, foreign_cost=50 * share)
-    seen = outlines(validation.x).double()
+    rows = range(0, len(validation), _CHUNK)
+    seen = torch.cat([outlines(validation.x[i : i + _CHUNK]) for i in rows]).double()
     signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
     offsets = tuple((seen @ signs).mean(0).tolist())
     settings = replace(found.settings, familiar=familiar(training.x, epsilon), outlines=offsets)
@@ -174,14 +185,16 @@ class ExpectedCost:
 def expected_cost(model: GuardedModel, examples: Examples) -> ExpectedCost:
     """The cost of a guard on examples, images `(n, c, h, w)`, uint8 or pixels."""
     split, lost = Split(model.network), []
-    for start in range(0, len(examples), _CHUNK):
-        images, y = as_uint8(examples.x[start : start + _CHUNK]).cpu(), examples.y[start : start + _CHUNK].tolist()
+    count = split.count(examples.x)
+    for start in range(0, len(examples), count):
+        part = slice(start, start + count)
+        images, y = as_uint8(examples.x[part]).cpu(), examples.y[part].tolist()
         logits, features = split(images)
         first = logits.argmax(1).tolist()
         for question in model.guard.questions(logits, features, images):
             truth, tail = y[question.row], question.chance / WHOLE
             right = {question.heads: 1 - tail, question.tails: tail}.get(truth, 0.0)
             lost.append(float(first[question.row] == truth) - right)
-    count = max(len(examples), 1)
-    mean = sum(lost) / count
-    return ExpectedCost(100 * mean, 100 * math.sqrt(max(0.0, sum(loss * loss for loss in lost) / count - mean * mean) / count))
+    total = max(len(examples), 1)
+    mean = sum(lost) / total
+    return ExpectedCost(100 * mean, 100 * math.sqrt(max(0.0, sum(loss * loss for loss in lost) / total - mean * mean) / total))

@@ -6,6 +6,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, canonical_json, read_json, sha256, write_json
 from countermark.guard.calibration import Calibration
@@ -108,13 +110,14 @@ def _are_offsets(values: object) -> bool:
     return isinstance(values, list) and 1 <= len(values) <= _LARGEST["offsets"] and all(type(value) is float for value in values)
 
 
-def load_guarded(folder: Path, key: Path, network: Network | None = None) -> GuardedModel:
+def load_guarded(folder: Path, key: Path, network: Network | None = None, device: torch.device | str = "cpu") -> GuardedModel:
     """Load a model folder behind its guard.
 
     Args:
         folder: a model folder with a `guard.json`.
         key: the owner's key folder, for its secret.
         network: what builds the network, where it is not one of ours.
+        device: where the network computes.
 
     Raises:
         CountermarkError: something is missing or damaged, or the guard was calibrated for other weights, or is not the one committed to.
@@ -125,7 +128,7 @@ def load_guarded(folder: Path, key: Path, network: Network | None = None) -> Gua
         raise CountermarkError(
             f"{folder / _NAME} is not the guard that {folder / 'commitment.json'} commits to; restore it, or calibrate again"
         )
-    built, description = load_model(folder, network)
+    built, description = load_model(folder, network, device)
     if weights_sha256(folder) != settings.model_sha256:
         raise CountermarkError(f"{folder / _NAME} was calibrated for other weights; run countermark guard {folder} again")
     if settings.familiar is not None and settings.familiar.values != math.prod(description.shape):

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from countermark.data import pixels
+from countermark.device import batch_size
 from countermark.errors import CountermarkError
+from countermark.evaluation import device_of
 from countermark.networks import describe, load_model
 from countermark.places import is_address, place_name
 from countermark.suspects.asker import (
@@ -44,7 +46,12 @@ One of your own goes where a place goes: `countermark.verify(function, key=...)`
 """
 
 
-def open_suspect(place: str | Path | Suspect, shape: tuple[int, ...], asking: Asking | None = None) -> Suspect:
+def open_suspect(
+    place: str | Path | Suspect,
+    shape: tuple[int, ...],
+    asking: Asking | None = None,
+    device: torch.device | str = "cpu",
+) -> Suspect:
     """Make a suspect that answers with labels.
 
     Args:
@@ -53,6 +60,8 @@ def open_suspect(place: str | Path | Suspect, shape: tuple[int, ...], asking: As
             retried, and a replay log knows it by its module and qualified name.
         shape: one image as it will be asked, `(channels, height, width)`.
         asking: how the suspect wants its images, and how an endpoint or a function is asked.
+        device: where a model folder computes. A file runs in a child
+            process on the processor, and the others compute where they are.
 
     Raises:
         CountermarkError: the place is none of these, the model takes images of another shape, or
@@ -76,7 +85,7 @@ def open_suspect(place: str | Path | Suspect, shape: tuple[int, ...], asking: As
             raise CountermarkError(
                 f"{path} is one of our model folders, which take float pixels in nchw; leave the declared differences out"
             )
-        network, _ = load_model(path)
+        network, _ = load_model(path, device=device)
         return lambda x: _labels(network, x, path)
     suffix = path.suffix.lower()
     if suffix in (".pt", ".pth", ".pkl", ".bin"):
@@ -133,8 +142,10 @@ def _checked(labels: object, count: int) -> list[int]:
 
 
 def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
+    device = device_of(network)
+    count = batch_size(device, x.shape[1:], _CHUNK)
     with torch.no_grad():
-        logits = torch.cat([network(pixels(part)) for part in torch.split(x, _CHUNK)])
+        logits = torch.cat([network(pixels(part.to(device))).cpu() for part in torch.split(x, count)])
     if not bool(torch.isfinite(logits).all()):
         raise CountermarkError(f"{path} answers with logits that are not finite numbers; such a model cannot be asked")
     return logits.argmax(1)

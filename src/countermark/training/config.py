@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from countermark.device import check_device
 from countermark.errors import CountermarkError, choose
 from countermark.threat import Attack
 
 Embedding = Literal["interleaved", "epoch"]
 """How watermarks get in: some join every batch, or a pass after each epoch (the paper's Algorithm 1)."""
-ACCELERATORS = ("auto", "cpu", "cuda", "mps")
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 OBJECTIVES = ("fast", "trades", "pgd", "standard")
 
@@ -18,7 +18,7 @@ class Hardware:
     """Where training runs; Lightning Fabric does the rest.
 
     Attributes:
-        accelerator: `auto`, `cpu`, `cuda` or `mps`.
+        accelerator: `auto`, `cpu`, `cuda`, `cuda:N` or `mps` (see `device.settle`).
         devices: processes, one a device; more than one trains data-parallel (DDP) on batches of the same global size.
         precision: `auto` takes bf16 where the processor computes in it, else float32.
     """
@@ -38,7 +38,8 @@ class TrainConfig:
             2019: cross-entropy on the example itself, plus `beta` times the divergence of its perturbed answer from its own).
         attack: the attack that crafts the batches; none for `standard`.
         carry: start each example's attack at the perturbation that it had in the pass before (Zheng et al., 2020, "ATTA"): one step then
-            does the work of several.
+            does the work of several. Where the perturbations of all examples would take more than 1 GiB, each attack starts at
+            random and takes full steps instead.
         flip: mirror a random half of every batch left to right, perturbations along with it.
         shift: move every batch (on several devices each one's part of it) by up to so many pixels, up or down and left or right,
             perturbations along with it; what leaves on one side enters on the other.
@@ -90,7 +91,7 @@ class TrainConfig:
         """Refuse names that do not exist and an objective without its attack."""
         choose("objective", self.objective, OBJECTIVES)
         choose("embedding", self.embedding, get_args(Embedding))
-        choose("accelerator", self.hardware.accelerator, ACCELERATORS)
+        check_device(self.hardware.accelerator)
         choose("precision", self.hardware.precision, PRECISIONS)
         choose("schedule", self.schedule, ("constant", "triangular"))
         if (self.objective == "standard") != (self.attack is None):

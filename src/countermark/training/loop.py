@@ -9,6 +9,7 @@ import contextlib
 import copy
 import hashlib
 import logging
+import math
 import tempfile
 import time
 import warnings
@@ -22,8 +23,9 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 from torch.nn import functional
 
-from countermark.attacks import computes_bf16, pgd, prepare, shortens
+from countermark.attacks import pgd, prepare, shortens
 from countermark.data import Examples, pixels
+from countermark.device import seeded, settle, settle_precision
 from countermark.errors import CountermarkError
 from countermark.evaluation import adversarial_accuracy, agreement, predict
 from countermark.files import canonical_json, read_tensors, sha256, write_tensors
@@ -35,6 +37,10 @@ from countermark.training.views import View, any_view
 
 _CHECKPOINT_SECONDS = 30.0
 _LARGEST = 1 << 34  # bytes of a checkpoint
+_MOST_CARRIED = 1 << 30  # bytes of carried perturbations, of which there are three copies at times
+_SMALL_ROOM = 4 << 30  # bytes that a device is taken to have free which does not tell
+_MOVED = 1000  # examples at a time that are moved to a device
+_RESIDENT = 0.5  # of a GPU's free memory that the examples may take
 _CHECKED = 500  # validation examples of the guard's multi-step check
 _CHECK_STEPS = 10
 _UNITS = 127  # of a carried perturbation in one budget
@@ -90,7 +96,7 @@ def train(
     title: str | None = None,
     bounded: bool = True,
 ) -> list[Epoch]:
-    """Train `network` in place.
+    """Train `network` in place; it stays on the device that it was trained on.
 
     Args:
         network: pixels `(n, c, h, w)` of [0, 1] to logits, in float32; weights that it ties stay tied.
@@ -114,13 +120,14 @@ def train(
     """
     _check(network, examples, validation, watermarks, bounded)
     hardware = settled(config.hardware)
-    config = replace(config, hardware=hardware)  # a run that was begun in one precision does not go on in another
+    # A run that was begun in one precision or on one kind of device does not go on in another.
+    config = _carrying(replace(config, hardware=replace(hardware, accelerator=settle(hardware.accelerator).type)), examples)
     fabric = open_hardware(hardware)
     if hardware.devices > min(config.batch_size, len(examples)):
         raise CountermarkError(
             f"{hardware.devices} devices cannot share batches of {min(config.batch_size, len(examples))} examples; take fewer"
         )
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with seeded(fabric.device, None), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning_fabric")
         with tempfile.TemporaryDirectory() as temporary:
             # Weights come back through a file: the pipe from a forked process holds 64 KiB.
@@ -131,7 +138,7 @@ def train(
                 reason = str(error).strip().splitlines()[-1]
                 raise CountermarkError(f"training stopped in one of {hardware.devices} processes: {reason}") from error
             state, meta, _ = read_tensors(result, _LARGEST)
-    network.load_state_dict(state)
+    network.to(fabric.device).load_state_dict(state)
     return [Epoch(**record) for record in meta["records"]]
 
 
@@ -166,22 +173,38 @@ def open_hardware(hardware: Hardware) -> Any:
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     found = settled(hardware)
-    strategy = "auto" if found.devices == 1 else ("ddp_spawn" if found.accelerator == "cuda" else "ddp_fork")
+    device = settle(found.accelerator)
+    strategy = "auto" if found.devices == 1 else ("ddp_spawn" if device.type == "cuda" else "ddp_fork")
+    devices = [device.index] if device.index is not None and found.devices == 1 else found.devices
     precision: Any = found.precision
     try:
-        return Fabric(accelerator=found.accelerator, devices=found.devices, strategy=strategy, precision=precision)
+        return Fabric(accelerator=device.type, devices=devices, strategy=strategy, precision=precision)
     except (RuntimeError, ValueError) as error:
         raise CountermarkError(f"cannot train on {found.devices} {found.accelerator} device(s): {error}") from error
 
 
 def settled(hardware: Hardware) -> Hardware:
-    """What `auto` means on this machine."""
-    accelerator, precision = hardware.accelerator, hardware.precision
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if precision == "auto":
-        precision = "bf16-mixed" if computes_bf16(accelerator) else "32-true"
-    return Hardware(accelerator, hardware.devices, precision)
+    """What `auto` means on this machine.
+
+    Raises:
+        CountermarkError: there is no such device, or there are fewer of them.
+    """
+    device = settle(hardware.accelerator)
+    if hardware.devices > 1 and ":" in hardware.accelerator:
+        raise CountermarkError(f"{hardware.accelerator} is one device; leave its number out for {hardware.devices} of them")
+    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, hardware.devices)
+    if hardware.devices > there:
+        raise CountermarkError(f"there are no {hardware.devices} {device.type} devices here; take {there}")
+    named = str(device) if device.index else device.type  # the first one needs no number
+    return Hardware(named, hardware.devices, settle_precision(device, hardware.precision))
+
+
+def _carrying(config: TrainConfig, examples: Examples) -> TrainConfig:
+    """The same run without carried perturbations, where those of all examples would not fit into memory."""
+    if not config.carry or config.attack is None or math.prod(examples.x.shape) <= _MOST_CARRIED:
+        return config
+    full = with_steps(replace(config.attack, steps=0), config.attack.steps)
+    return replace(config, carry=False, attack=replace(full, random_start=True))
 
 
 class _Run:
@@ -375,7 +398,7 @@ def _run(
         run.load(checkpoint)
     elif config.objective in _GUARDED and validation is not None:
         run.initial = _guarded(run, run.network, validation)
-    resident = examples.to(fabric.device)
+    near = _near(examples, fabric.device)
     marks = watermarks.to(fabric.device) if watermarks is not None else None
     shown = bar(title, total, run.step) if title is not None and fabric.global_rank == 0 else contextlib.nullcontext(None)
     saved = time.monotonic()
@@ -385,7 +408,8 @@ def _run(
             order = _shuffled(len(examples), config.seed, "epoch", epoch)
             for number in range(position, per_epoch):
                 chosen = order[number * batch_size : (number + 1) * batch_size][fabric.global_rank :: fabric.world_size]
-                run.loss += _step(run, resident[chosen], chosen, marks, (run.step + 0.5) / total)
+                batch = Examples(*near.batch(chosen, fabric.device))
+                run.loss += _step(run, batch, chosen, marks, (run.step + 0.5) / total)
                 run.step += 1
                 if progress is not None:
                     progress.advance()
@@ -411,6 +435,20 @@ def _run(
         # A file holds no tied weights: each name has a copy. Loading them in place keeps the ties.
         state = {name: value.detach().cpu().clone() for name, value in run.result.state_dict().items()}
         write_tensors(result, state, {"records": run.records}, mode=0o600)
+
+
+def _near(examples: Examples, device: torch.device) -> Examples:
+    """The examples on the device, if they fit beside the network; else where they are, to be moved batch by batch."""
+    if device.type == "cpu":
+        return examples
+    size = math.prod(examples.x.shape) * examples.x.dtype.itemsize
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _SMALL_ROOM
+    if size > _RESIDENT * room:
+        return examples
+    x = torch.empty(examples.x.shape, dtype=examples.x.dtype, device=device)
+    for i in range(0, len(x), _MOVED):  # the processor's memory need not hold all of them
+        x[i : i + _MOVED] = examples.x[i : i + _MOVED].to(device)
+    return Examples(x, examples.y.to(device))
 
 
 def _apart(state: State) -> State:

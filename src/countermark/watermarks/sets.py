@@ -5,18 +5,20 @@ the training budget: Thakkar, Zizzo and Maffeis, 2023) and `coin` (the same imag
 made chooses between the true label and the source model's). Nothing here knows a coin.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from countermark.attacks import pgd
 from countermark.data import Examples, pixels
+from countermark.device import batch_size, seeded
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating, predict
 from countermark.threat import Attack
 
 _PUBLISHED_WATERMARKS = 100
+_CRAFTED = 1000  # bases at a time
 
 SMALLEST_BATCH = 40
 """Trials of the smallest batch that is worth having: all of them agreeing is 2^-40, beyond a judge's 1e-9."""
@@ -58,25 +60,28 @@ def craft_adversarial(source: nn.Module, bases: Examples, attack: Attack, seed: 
     """Craft watermarks from clean bases on the source model.
 
     Args:
-        source: an adversarially trained model, attacked in evaluation mode.
+        source: an adversarially trained model, attacked in evaluation mode on the device where it
+            is.
         bases: clean images and true labels `(n,)`.
         attack: budget above the training budget.
         seed: seed of the random starts.
 
     Returns:
-        uint8 images `(n, c, h, w)` and the source's labels of them `(n,)`, asked after rounding.
+        uint8 images `(n, c, h, w)` and the source's labels of them `(n,)`, asked after rounding; both
+        on the processor. One seed gives the same ones again on the same kind of device.
 
     Raises:
         CountermarkError: bases outside [0, 1], or logits that are not finite.
     """
     device = device_of(source)
-    x = pixels(bases.x.to(device))
-    with evaluating(source), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        y = bases.y.to(device)
-        start = attack.random_start
-        crafted = pgd(source, x, y, epsilon=attack.epsilon, steps=attack.steps, step_size=attack.step_size, random_start=start)
-    images = crafted.mul(255).round().to(torch.uint8).cpu()
+    count = batch_size(device, bases.x.shape[1:], _CRAFTED)
+    parts = []
+    with evaluating(source), seeded(device, seed):
+        for i in range(0, max(len(bases), 1), count):
+            x, y = (part[i : i + count].to(device) for part in (bases.x, bases.y))
+            crafted = pgd(source, pixels(x), y, **asdict(attack))
+            parts.append(crafted.mul(255).round().to(torch.uint8).cpu())
+    images = torch.cat(parts)
     return images, predict(source, images)
 
 

@@ -1,0 +1,307 @@
+"""Devices: which there are, and that every path computes where its model is.
+
+`elsewhere.py` pretends a device that refuses what a GPU refuses. The same numbers must come out there as on the processor.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import elsewhere
+from countermark import device as devices
+from countermark import evaluation
+from countermark.attacks import strict
+from countermark.data import Examples
+from countermark.device import batch_size, check_device, describe, seeded, settle, settle_precision
+from countermark.errors import CountermarkError
+from countermark.evaluation import accuracy, adversarial_accuracy, device_of, predict, strict_accuracy
+from countermark.guard import Guard, GuardedModel, calibrate_model, expected_cost
+from countermark.networks import save_model
+from countermark.networks.named import build
+from countermark.removal import add_noise, finetune, prune
+from countermark.suspects import open_suspect
+from countermark.theft import JacobianTheft, distil, steal_black_box
+from countermark.threat import Attack
+from countermark.training import Hardware, TrainConfig, loop, settled, train
+from countermark.watermarks import coin_set, craft_adversarial
+from described import described
+
+ATTACK = Attack(0.1, 3, 0.05)
+PLAIN = TrainConfig("standard", None, 2, batch_size=16, hardware=Hardware("cpu", precision="32-true"))
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """A device that is not the processor; training goes there too."""
+    device = elsewhere.pretend_device()
+    make = torch.tensor
+
+    def tensor(*values: Any, device: Any = None, **options: Any) -> torch.Tensor:  # which PyTorch's Python backends lack
+        return make(*values, **options) if device is None else make(*values, **options).to(device)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield device
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def examples(count: int = 48, seed: int = 0, channels: int = 1) -> Examples:
+    """Noise under the label of its brighter half, so that there is something to learn."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 200, (count, channels, 8, 8), generator=draw, dtype=torch.uint8)
+    y = torch.randint(0, 2, (count,), generator=draw)
+    x[y == 0, :, :4] += 50
+    x[y == 1, :, 4:] += 50
+    return Examples(x, y)
+
+
+def normed() -> nn.Module:
+    """A network with batch norm and dropout, none of it known to the quick layers by name."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.2)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 2))
+
+
+class Branched(nn.Module):
+    """A residual block, as users bring it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm, self.block, self.head = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.block(torch.relu(self.norm(x)))
+        return self.head(x.mean((2, 3)))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    **{name: lambda name=name: build(name, (1, 8, 8), 2, seed=0) for name in ("small", "paper", "clipped", "surrogate")},  # type: ignore[misc]
+    "normed": normed,
+    "branched": Branched,
+}
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:12345", "cpu:0", "CUDA", "", "auto\n"])
+def test_a_misspelt_device_is_refused(name: str) -> None:
+    for refuse in (check_device, settle):
+        with pytest.raises(CountermarkError, match="unknown device"):
+            refuse(name)
+
+
+def test_a_device_that_is_not_there_is_an_error_that_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for found, said in ((1, "the only one is cuda:0"), (3, "there are cuda:0 to cuda:2")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda found=found: found)
+        assert settle("auto") == settle("cuda") == settle("cuda:0") == torch.device("cuda", 0)
+        assert settle(f"cuda:{found - 1}") == torch.device("cuda", found - 1)
+        with pytest.raises(CountermarkError, match=f"no device cuda:{found} here; {said}"):
+            settle(f"cuda:{found}")
+        with pytest.raises(CountermarkError, match=f"no {found + 1} cuda devices here; take {found}"):
+            settled(Hardware("cuda", found + 1))
+    assert settled(Hardware("cuda:1", 1, "32-true")).accelerator == "cuda:1"
+    assert settled(Hardware("cuda:0", 1, "32-true")) == settled(Hardware("auto", 1, "32-true")) == Hardware("cuda", 1, "32-true")
+    with pytest.raises(CountermarkError, match="cuda:1 is one device"):
+        settled(Hardware("cuda:1", 2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert settle("cpu") == torch.device("cpu")
+    with pytest.raises(CountermarkError, match="no cuda device here"):
+        settle("cuda:0")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert settle("auto") == torch.device("cpu")
+    with pytest.raises(CountermarkError, match="no Apple GPU"):
+        settle("mps")
+
+
+def test_a_result_names_the_device_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H{100 + device.index}")
+    monkeypatch.setattr(devices, "_processor", lambda: "")
+    monkeypatch.setattr(devices, "computes_bf16", lambda device: device.type == "cuda")
+    assert describe(torch.device("cuda", 1), "auto") == "cuda:1 (H101), bf16"
+    assert describe(torch.device("cuda", 1)) == "cuda:1 (H101), float32"
+    assert describe(torch.device("cpu"), "auto") == "cpu, float32"
+    with pytest.raises(CountermarkError, match="unknown precision 'fp8'"):
+        settle_precision(torch.device("cpu"), "fp8")
+
+
+def test_batches_are_smaller_for_larger_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("mps")
+    assert batch_size(cpu, (1, 28, 28), 250) == batch_size(cpu, (3, 32, 32), 250) == 250
+    assert batch_size(gpu, (3, 32, 32), 250) == 2500
+    for device in (cpu, gpu):
+        sizes = [batch_size(device, (3, side, side), 1000) for side in (8, 64, 224, 1000, 100_000)]
+        assert sizes == sorted(sizes, reverse=True)
+        assert sizes[2] * 3 * 224 * 224 < 8e6
+        assert sizes[-1] >= 1
+
+
+def test_seeded_gives_the_same_numbers_and_leaves_the_generators_alone() -> None:
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    drawn = []
+    for _ in range(2):
+        with seeded(torch.device("cpu"), 7):
+            drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[1]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_the_pretend_device_refuses_what_a_gpu_refuses(away: torch.device) -> None:
+    there, here = torch.ones(3).to(away), torch.ones(3)
+    for wrong in (lambda: there + here, lambda: torch.cat((there, here)), lambda: here[there.long()], lambda: nn.Linear(3, 1)(there)):
+        with pytest.raises(RuntimeError, match="one device"):
+            wrong()
+    with pytest.raises(RuntimeError, match="generator"):
+        there.uniform_(generator=torch.Generator())
+    assert there[torch.tensor([0, 2])].cpu().tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_evaluation_is_where_the_model_is(name: str, away: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "strict", functools.partial(strict, steps=15, queries=100))
+    shown, here = examples(10), NETWORKS[name]().eval()
+    there = copy.deepcopy(here).to(away)
+    for precision in ("32-true", "bf16-mixed"):
+        adversarial_accuracy(there, shown, ATTACK, precision=precision)
+    measured = [
+        (
+            predict(model, shown.x).tolist(),
+            accuracy(model, shown),
+            adversarial_accuracy(model, shown, ATTACK, restarts=2, precision="32-true"),
+            strict_accuracy(model, shown, ATTACK).broken,
+        )
+        for model in (here, there)
+    ]
+    assert measured[0] == measured[1]
+    assert device_of(there) == away
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_crafting_is_where_the_model_is_and_trials_come_back(name: str, away: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("countermark.watermarks.sets.SMALLEST_BATCH", 1)
+    bases, here = examples(60), NETWORKS[name]().eval()
+    there = copy.deepcopy(here).to(away)
+    images, answers = craft_adversarial(there, bases, ATTACK, seed=3)
+    assert images.device == answers.device == torch.device("cpu")
+    assert all(
+        torch.equal(one, other) for one, other in zip((images, answers), craft_adversarial(here, bases, ATTACK, seed=3), strict=True)
+    )
+    crafted = coin_set(there, bases, replace(ATTACK, epsilon=0.5, step_size=0.2), 1, 4, seed=3)
+    assert crafted.x.device == crafted.answers.device == torch.device("cpu")
+
+
+@pytest.fixture
+def trains_away(away: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr(loop, "open_hardware", lambda _hardware: elsewhere.Fabric(away))
+    return away
+
+
+OBJECTIVES = {
+    "standard": PLAIN,
+    "pgd": replace(PLAIN, objective="pgd", attack=ATTACK),
+    "fast": replace(PLAIN, objective="fast", attack=replace(ATTACK, steps=1), carry=True, flip=True, shift=1, average=0.9),
+    "trades": replace(PLAIN, objective="trades", attack=ATTACK, beta=3.0),
+    "epoch": replace(PLAIN, embedding="epoch", craft_in_training_mode=True, objective="pgd", attack=ATTACK),
+}
+
+
+@pytest.mark.parametrize("name", ["paper", "branched"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_training_is_on_its_device_and_the_network_stays_there(
+    objective: str, name: str, trains_away: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, marks, network = examples(64), examples(20, seed=9), NETWORKS[name]()
+    options: dict[str, Any] = {"validation": examples(20, seed=5), "watermarks": marks, "checkpoint": tmp_path / "c"}
+    records = train(network, shown, OBJECTIVES[objective], **options)
+    assert len(records) == 2
+    assert records[-1].watermark_accuracy is not None
+    assert all(elsewhere.parameters_away(network))
+    again = NETWORKS[name]()
+    assert train(again, shown, OBJECTIVES[objective], **options) == records  # out of the checkpoint
+    assert all(
+        torch.equal(one.cpu(), other.cpu()) for one, other in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    assert predict(again, shown.x).device == torch.device("cpu")
+
+
+def test_examples_that_do_not_fit_are_moved_batch_by_batch(trains_away: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for room in (1 << 30, 0):
+        monkeypatch.setattr(loop, "_SMALL_ROOM", room)
+        network = NETWORKS["small"]()
+        results.append(train(network, examples(), OBJECTIVES["fast"]))
+    assert results[0] == results[1]
+
+
+def test_perturbations_that_do_not_fit_are_not_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_MOST_CARRIED", 1000)
+    monkeypatch.setattr(loop, "_first_perturbations", lambda *_: pytest.fail("perturbations of the whole set"))
+    records = train(NETWORKS["small"](), examples(), replace(OBJECTIVES["fast"], attack=Attack(0.1, 1, 0.05)))
+    assert len(records) == 2
+    changed = loop._carrying(replace(OBJECTIVES["fast"], attack=Attack(0.1, 1, 0.05, random_start=False)), examples())
+    assert changed.attack == Attack(0.1, 1, 0.125, random_start=True)
+    assert not changed.carry
+
+
+@pytest.mark.parametrize("attack", [None, ATTACK])
+def test_theft_is_where_victim_and_surrogate_are(attack: Attack | None, trains_away: torch.device) -> None:
+    natural, victim = examples(60), NETWORKS["small"]().eval().to(trains_away)
+    copied = NETWORKS["surrogate"]()
+    options = JacobianTheft(seeds=20, queries=50, epochs=1, attack=attack)
+    assert steal_black_box(lambda x: predict(victim, x), copied, natural, options, Hardware("cpu")) == 50
+    assert all(elsewhere.parameters_away(copied))
+    student = NETWORKS["surrogate"]()
+    distil(victim, student, natural, epochs=1)
+    assert all(elsewhere.parameters_away(student))
+
+
+def test_removals_are_where_the_model_is(trains_away: torch.device) -> None:
+    network, thief = NETWORKS["paper"]().eval().to(trains_away), examples()
+    for changed in (
+        prune(network, 0.5),
+        add_noise(network, 0.1),
+        finetune(network, thief, 1),
+        finetune(prune(network, 0.5), thief, 1, attack=ATTACK),
+    ):
+        assert all(elsewhere.parameters_away(changed))
+        accuracy(changed, thief)
+    here = NETWORKS["paper"]().eval()
+    assert torch.equal(predict(prune(network, 0.5), thief.x), predict(prune(here, 0.5), thief.x))
+    assert torch.equal(predict(add_noise(network, 0.5), thief.x), predict(add_noise(here, 0.5), thief.x))
+
+
+@pytest.mark.parametrize("name", ["small", "branched"])
+def test_a_guard_is_where_its_model_is(name: str, away: torch.device) -> None:
+    shown, here = examples(80), NETWORKS[name]()
+    train(here, shown, replace(PLAIN, epochs=20))
+    there = copy.deepcopy(here).to(away)
+    found = []
+    for model in (here, there):
+        options: dict[str, Any] = {"secret": b"s" * 32, "model_sha256": "ab" * 32, "cost": 2.0, "training": shown, "epsilon": 0.4}
+        calibration = calibrate_model(model, examples(60, seed=4), **options)
+        guarded = GuardedModel(model, Guard(calibration.settings, b"s" * 32), tolerance=1e-5)
+        answers = guarded(examples(40, seed=6).x, "somebody")
+        found.append((calibration, answers.labels.tolist(), answers.trials, expected_cost(guarded, shown)))
+    assert found[0] == found[1]
+
+
+def test_a_model_folder_is_asked_on_the_device(away: torch.device, tmp_path: Path) -> None:
+    network, shown = NETWORKS["small"]().eval(), examples()
+    save_model(tmp_path, network, described("small", (1, 8, 8), 2, "digits", 0.1, 0))
+    answers = [open_suspect(tmp_path, (1, 8, 8), device=device)(shown.x) for device in ("cpu", away)]
+    assert torch.equal(*answers)
+    assert answers[1].device == torch.device("cpu")
