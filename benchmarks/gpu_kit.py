@@ -1,0 +1,81 @@
+"""What `gpu.sh` takes along to a machine without a network: wheels, and images of MNIST and CIFAR-10.
+
+    python benchmarks/gpu_kit.py .kit --cifar10 cifar10.zip
+
+A machine with a GPU usually has PyTorch and what goes with it; the wheels are those of our
+dependencies that it lacks, at the versions of constraints.txt. All of it is less than 40 MB.
+"""
+
+import argparse
+import gzip
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections import defaultdict
+from pathlib import Path
+
+from countermark.data import fetch
+
+WHEELS = (
+    "tyro",
+    "docstring_parser",
+    "typeguard",
+    "cryptography",
+    "cffi",
+    "pycparser",
+    "pooch",
+    "platformdirs",
+    "lightning-fabric",
+    "lightning-utilities",
+)
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+EACH = {"train": 1500, "test": 200}  # images of a class of CIFAR-10
+CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("kit", type=Path, help="folder to make")
+    options.add_argument("--cifar10", type=Path, required=True, help="ZIP archive of CIFAR-10 as .../{train,test}/CLASS/*.jpg")
+    options.add_argument("--python", default="3.12", help="version of Python over there")
+    given = options.parse_args()
+    given.kit.mkdir(parents=True, exist_ok=True)
+    wheels(given.kit / "wheels", given.python)
+    mnist(given.kit / "mnist")
+    cifar10(given.cifar10, given.kit / "cifar10.zip")
+    size = sum(path.stat().st_size for path in given.kit.rglob("*") if path.is_file())
+    sys.stdout.write(f"{given.kit}: {size / 1e6:.1f} MB\n")
+
+
+def wheels(folder: Path, python: str) -> None:
+    """Download the wheels for Linux on x86-64; two versions of one would stop the installation."""
+    shutil.rmtree(folder, ignore_errors=True)
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE))
+    wanted = [f"{name}=={pinned[name]}" for name in WHEELS]
+    platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
+    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--implementation", "cp")
+    subprocess.run([*pip, "--python-version", python, *platforms, "--dest", str(folder), *wanted], check=True)
+
+
+def mnist(folder: Path) -> None:
+    """Compress the files of the cache, which `fetch` has checked."""
+    folder.mkdir(exist_ok=True)
+    for path in sorted(fetch("mnist").iterdir()):
+        (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+
+
+def cifar10(archive: Path, part: Path) -> None:
+    """Keep the first images of every class."""
+    kept: defaultdict[tuple[str, str], int] = defaultdict(int)
+    with zipfile.ZipFile(archive) as whole, zipfile.ZipFile(part, "w") as made:
+        for name in sorted(name for name in whole.namelist() if name.endswith(".jpg")):
+            split, label, image = name.split("/")[-3:]
+            if kept[split, label] < EACH[split]:
+                kept[split, label] += 1
+                made.writestr(zipfile.ZipInfo(f"cifar10/{split}/{label}/{image}"), whole.read(name))
+
+
+if __name__ == "__main__":
+    main()
