@@ -3,8 +3,10 @@
 `elsewhere.py` pretends a device that refuses what a GPU refuses. The same numbers must come out there as on the processor.
 """
 
+import contextlib
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +19,8 @@ from torch import nn
 import elsewhere
 from countermark import device as devices
 from countermark import evaluation
-from countermark.attacks import strict
-from countermark.data import Examples
+from countermark.attacks import Recording, capturable, pgd, strict
+from countermark.data import Examples, pixels
 from countermark.device import batch_size, check_device, describe, seeded, settle, settle_precision
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, device_of, predict, strict_accuracy
@@ -33,6 +35,7 @@ from countermark.training import Hardware, TrainConfig, loop, settled, train
 from countermark.watermarks import coin_set, craft_adversarial
 from described import described
 
+pgd_module = sys.modules["countermark.attacks.pgd"]  # the package has a function of that name
 ATTACK = Attack(0.1, 3, 0.05)
 PLAIN = TrainConfig("standard", None, 2, batch_size=16, hardware=Hardware("cpu", precision="32-true"))
 
@@ -80,13 +83,13 @@ class Branched(nn.Module):
             nn.Conv2d(1, 4, 3, padding=1),
             nn.BatchNorm2d(4),
             nn.Conv2d(4, 4, 3, padding=1),
-            nn.Linear(4, 2),
+            nn.Linear(256, 2),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
         x = x + self.block(torch.relu(self.norm(x)))
-        return self.head(x.mean((2, 3)))
+        return self.head(x.flatten(1))
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -305,3 +308,58 @@ def test_a_model_folder_is_asked_on_the_device(away: torch.device, tmp_path: Pat
     answers = [open_suspect(tmp_path, (1, 8, 8), device=device)(shown.x) for device in ("cpu", away)]
     assert torch.equal(*answers)
     assert answers[1].device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_a_recorded_attack_finds_what_pgd_finds(precise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU nothing is recorded: the step itself stands for its replay. Its tensors stay the same ones, its weights change."""
+    monkeypatch.setattr(pgd_module, "_captured", lambda step: step)
+    network, shown = NETWORKS["paper"]().eval(), examples(32)
+
+    def precision() -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if precise else torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+
+    recorded, places = Recording(network, precision), set()
+    for number, part in enumerate((slice(0, 12), slice(12, 24), slice(24, 32), slice(0, 12))):
+        x, y = pixels(shown.x[part]), shown.y[part]
+        start = None if number % 2 else x + 0.03
+        for epsilon in (0.05, 0.2):
+            options: dict[str, Any] = {"epsilon": epsilon, "steps": 3, "step_size": epsilon / 2, "random_start": True, "start": start}
+            found = []
+            for attack in (recorded, functools.partial(pgd, network)):
+                torch.manual_seed(number)
+                with contextlib.nullcontext() if attack is recorded else precision():
+                    found.append(attack(x, y, **options))  # type: ignore[operator]
+            assert torch.equal(*found)
+            places.add((len(x), recorded._held[0].data_ptr()))
+        with torch.no_grad():
+            for weight in network.parameters():
+                weight.mul_(1.1)
+    assert len(places) == 3  # one recording while the batches have one size
+
+
+def test_only_layers_that_ask_nothing_are_recorded() -> None:
+    assert all(capturable(network()) for name, network in NETWORKS.items() if name != "branched")
+    assert not capturable(Branched())
+
+
+def test_training_replays_its_attack_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor stands for a GPU."""
+    monkeypatch.setattr(pgd_module, "_captured", lambda step: step)
+    made = []
+
+    def recording(*arguments: Any) -> Recording:
+        made.append(Recording(*arguments))
+        return made[-1]
+
+    for objective in ("pgd", "fast", "trades"):
+        config = replace(OBJECTIVES[objective], attack=replace(ATTACK, steps=2))
+        plain, recorded = NETWORKS["surrogate"](), NETWORKS["surrogate"]()
+        monkeypatch.setattr(loop, "shortens", lambda _network: False)
+        records = train(plain, examples(), config, validation=examples(20, seed=5))
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "_records", lambda *_: True)
+            patch.setattr(loop, "Recording", recording)
+            assert train(recorded, examples(), config, validation=examples(20, seed=5)) == records
+        assert all(torch.equal(*pair) for pair in zip(plain.state_dict().values(), recorded.state_dict().values(), strict=True))
+    assert len(made) == 3

@@ -7,8 +7,21 @@ and `ask` (asking.py) is how all of them ask it.
 
 from countermark.attacks.asking import answers, ask, finite
 from countermark.attacks.folding import Prepared, prepare, shortens
-from countermark.attacks.pgd import fgsm, pgd
+from countermark.attacks.pgd import Recording, capturable, fgsm, pgd
 from countermark.attacks.strict import strict
 from countermark.device import computes_bf16
 
-__all__ = ["Prepared", "answers", "ask", "at_a_time", "computes_bf16", "fgsm", "finite", "pgd", "prepare", "shortens", "strict"]
+__all__ = [
+    "Prepared",
+    "Recording",
+    "answers",
+    "ask",
+    "capturable",
+    "computes_bf16",
+    "fgsm",
+    "finite",
+    "pgd",
+    "prepare",
+    "shortens",
+    "strict",
+]

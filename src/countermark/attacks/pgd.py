@@ -4,6 +4,7 @@ With one step it is FGSM with random start (Wong, Rice and Kolter, 2020). The mo
 first, or `prepare` it, unless you mean otherwise.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -106,8 +107,10 @@ def _climb(
 ) -> torch.Tensor:
     """Ascend the loss within the boxes from `points`, which are overwritten; with `stop_when_lost` misclassified ones rest."""
     if isinstance(model, Prepared):  # each image is on its own, and nobody else sees the passes
-        if points.is_cuda and _capturable(model):
-            step = _captured(model, points, y, lower, upper, step_size, stop_when_lost)
+        if points.is_cuda and capturable(model):
+            before = points.clone()
+            step = _captured(lambda: step_(model, points, y, lower, upper, step_size, stop_when_lost))
+            points.copy_(before)
             for _ in range(steps):
                 step()
             return points
@@ -138,7 +141,7 @@ def step_(
     y: torch.Tensor,
     lower: torch.Tensor,
     upper: torch.Tensor,
-    step_size: float,
+    step_size: float | torch.Tensor,
     stop_when_lost: bool,
 ) -> torch.Tensor:
     """One step of the ascent, in place.
@@ -153,7 +156,7 @@ def step_(
         y: true labels `(n,)`.
         lower: lowest pixels allowed, `(n, c, h, w)`.
         upper: highest pixels allowed.
-        step_size: in pixels.
+        step_size: in pixels; a tensor `()` where a recording is to be replayed with others.
         stop_when_lost: leave points that are misclassified where they are.
 
     Returns:
@@ -168,11 +171,55 @@ def step_(
     going.add_(~lost if stop_when_lost else 1)
     move = gradient.sign()  # not in place: a gradient may be an expanded tensor
     move.mul_(going.view(-1, *(1,) * (move.dim() - 1)))
-    torch.clamp(points.add_(move, alpha=step_size), lower, upper, out=points)
+    moved = points.add_(move.mul_(step_size)) if isinstance(step_size, torch.Tensor) else points.add_(move, alpha=step_size)
+    torch.clamp(moved, lower, upper, out=points)
     return lost
 
 
-def _capturable(model: nn.Module) -> bool:
+class Recording:
+    """PGD in training on a GPU: its step is recorded once, and replayed for every batch of the same shape.
+
+    In batches of a hundred images the host would else take several times as long to launch a step
+    as the device to compute it. The model's weights may change in place between two calls.
+    """
+
+    def __init__(self, model: nn.Module, precision: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        """Attack a model that stays in evaluation mode meanwhile; each step runs within `precision()`, which must keep no casts."""
+        self._model, self._precision = model, precision
+        self._held: list[torch.Tensor] = []  # points, labels, lowest and highest pixels, step size
+        self._replay: Callable[[], None] = lambda: None
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        epsilon: float,
+        steps: int,
+        step_size: float,
+        random_start: bool,
+        start: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What `pgd` finds, which see; nothing is looked for twice, and nobody looks at the range of the pixels."""
+        lower, upper = (x - epsilon).clamp_(0, 1), (x + epsilon).clamp_(0, 1)
+        first = _start(x, epsilon, lower, upper, random_start) if start is None else torch.clamp(start, lower, upper)
+        given = [first, y, lower, upper, x.new_tensor(step_size)]
+        if [each.shape for each in given] != [each.shape for each in self._held]:
+            self._held = [each.clone() for each in given]
+            self._replay = _captured(self._step)
+        for held, each in zip(self._held, given, strict=True):
+            held.copy_(each)
+        for _ in range(steps):
+            self._replay()
+        return _sound(self._held[0].clone())
+
+    def _step(self) -> None:
+        points, y, lower, upper, step_size = self._held
+        with self._precision():
+            step_(self._model, points, y, lower, upper, step_size, stop_when_lost=False)
+
+
+def capturable(model: nn.Module) -> bool:
     """Whether a model's pass asks the device nothing on its way, which no CUDA graph could hold.
 
     PyTorch's layers and ours do not; a layer of somebody else's may.
@@ -180,19 +227,20 @@ def _capturable(model: nn.Module) -> bool:
     return all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.modules())
 
 
-def _captured(model: Prepared, points: torch.Tensor, *rest: Any) -> Callable[[], None]:
-    """Record `step_` on a GPU; each call of the result replays it on the same tensors, without the host's share of the work."""
-    before = points.clone()
+def _captured(step: Callable[[], Any]) -> Callable[[], None]:
+    """Record a step on a GPU; each call of the result replays it on the same tensors, without the host's share of the work.
+
+    The step runs a few times for that: what it changed is the caller's to put back.
+    """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # libraries choose their kernels and allocate before the recording
-            step_(model, points, *rest)
+            step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step_(model, points, *rest)
-    points.copy_(before)
+        step()
     return graph.replay
 
 

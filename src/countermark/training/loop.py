@@ -23,7 +23,7 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 from torch.nn import functional
 
-from countermark.attacks import pgd, prepare, shortens
+from countermark.attacks import Recording, capturable, pgd, prepare, shortens
 from countermark.data import Examples, pixels
 from countermark.device import seeded, settle, settle_precision
 from countermark.errors import CountermarkError
@@ -226,7 +226,9 @@ class _Run:
         on_cpu = fabric.device.type == "cpu"
         self.precise = config.hardware.precision == "32-true"
         # On a GPU folding would take longer than the steps that it saves.
-        self.prepares = config.attack is not None and not config.craft_in_training_mode and on_cpu and shortens(network)
+        crafts = config.attack is not None and not config.craft_in_training_mode
+        self.prepares = crafts and on_cpu and shortens(network)
+        self.recording = Recording(network, self._uncached) if crafts and _records(network, fabric.device) else None
         self.wrapped, self.stepper = fabric.setup(hastened(network) if on_cpu and self.precise else network, self.optimiser)
         self.network = network
         self.dropouts = [layer for layer in network.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d)]
@@ -325,24 +327,24 @@ class _Run:
         if attack is None:
             return x
         unit = attack.epsilon / _UNITS
-        start = None if self.carried is None else x + view.of(self.carried[chosen]).to(x.dtype) * unit
+        options: dict[str, Any] = {**asdict(attack), "epsilon": grown * attack.epsilon, "step_size": grown * attack.step_size}
+        options["start"] = None if self.carried is None else x + view.of(self.carried[chosen]).to(x.dtype) * unit
         self.wrapped.train(self.config.craft_in_training_mode)
-        quick = prepare(self.network, torch.float32 if self.precise else torch.bfloat16) if self.prepares else self.network
-        with contextlib.nullcontext() if self.prepares else self.fabric.autocast():
-            crafted = pgd(
-                quick,
-                x,
-                y,
-                epsilon=grown * attack.epsilon,
-                steps=attack.steps,
-                step_size=grown * attack.step_size,
-                random_start=attack.random_start,
-                start=start,
-                bounded=False,
-            )
+        if self.recording is not None and options["epsilon"] > 0:
+            crafted = self.recording(x, y, **options)
+        else:
+            quick = prepare(self.network, torch.float32 if self.precise else torch.bfloat16) if self.prepares else self.network
+            with contextlib.nullcontext() if self.prepares else self.fabric.autocast():
+                crafted = pgd(quick, x, y, **options, bounded=False)
         if self.carried is not None:
             self.carried[chosen] = view.undo(((crafted - x) / unit).round_().to(torch.int8))
         return crafted
+
+    def _uncached(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision of the training without a cache of cast weights, which a recording would keep for ever."""
+        if self.precise:
+            return contextlib.nullcontext()
+        return torch.autocast(self.fabric.device.type, torch.bfloat16, cache_enabled=False)
 
     def share_carried(self) -> None:
         """Give every process the perturbations that the others found; each example was the business of one."""
@@ -435,6 +437,11 @@ def _run(
         # A file holds no tied weights: each name has a copy. Loading them in place keeps the ties.
         state = {name: value.detach().cpu().clone() for name, value in run.result.state_dict().items()}
         write_tensors(result, state, {"records": run.records}, mode=0o600)
+
+
+def _records(network: nn.Module, device: torch.device) -> bool:
+    """Whether the attack of a training runs from a recording."""
+    return device.type == "cuda" and capturable(network)
 
 
 def _near(examples: Examples, device: torch.device) -> Examples:
