@@ -32,6 +32,7 @@ from countermark.suspects import open_suspect
 from countermark.theft import JacobianTheft, distil, steal_black_box
 from countermark.threat import Attack
 from countermark.training import Hardware, TrainConfig, loop, settled, train
+from countermark.verbs.evaluate import EvaluateConfig
 from countermark.watermarks import coin_set, craft_adversarial
 from described import described
 
@@ -132,6 +133,8 @@ def test_a_device_that_is_not_there_is_an_error_that_says_what_there_is(monkeypa
 
 def test_a_result_names_the_device_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"H{100 + device.index}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(devices, "_processor", lambda: "")
     monkeypatch.setattr(devices, "computes_bf16", lambda device: device.type == "cuda")
     assert describe(torch.device("cuda", 1), "auto") == "cuda:1 (H101), bf16"
@@ -363,3 +366,24 @@ def test_training_replays_its_attack_where_it_can(monkeypatch: pytest.MonkeyPatc
             assert train(recorded, examples(), config, validation=examples(20, seed=5)) == records
         assert all(torch.equal(*pair) for pair in zip(plain.state_dict().values(), recorded.state_dict().values(), strict=True))
     assert len(made) == 3
+
+
+def test_what_is_saved_says_the_kind_of_device_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    records = [EvaluateConfig("model", device=device).record() for device in ("auto", "cuda", "cuda:1")]
+    assert records[0] == records[1] == records[2]
+    assert records[0]["device"] == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert EvaluateConfig("model").record()["device"] in ("cpu", "mps")
+    with pytest.raises(CountermarkError, match="unknown device"):
+        EvaluateConfig("model", device="gpu")
+
+
+def test_a_run_does_not_go_on_on_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "c"
+    train(NETWORKS["small"](), examples(), PLAIN, checkpoint=kept)
+    monkeypatch.setattr(loop, "settle", lambda _name: torch.device("mps"))
+    monkeypatch.setattr(loop, "open_hardware", lambda _hardware: elsewhere.Fabric(torch.device("cpu")))
+    with pytest.raises(CountermarkError, match="another kind of processor"):
+        train(NETWORKS["small"](), examples(), PLAIN, checkpoint=kept)

@@ -116,7 +116,7 @@ def test_a_full_log_does_not_stop_training(tmp_path: Path) -> None:
 def test_a_refused_device_leaves_nothing_behind(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    one_line_of_two(shell("countermark protect --data digits --out d --accelerator cuda", tmp_path))
+    one_line_of_two(shell("countermark protect --data digits --out d --device cuda", tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 

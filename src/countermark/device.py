@@ -115,11 +115,11 @@ def computes_bf16(device: "torch.device | str") -> bool:
     return kind == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())  # AMX implies it
 
 
-def describe(device: "torch.device", precision: str | None = None) -> str:
+def describe(device: "str | torch.device", precision: str | None = None) -> str:
     """Name a device in a result, and the precision of the computing there.
 
     Args:
-        device: a settled device.
+        device: the device, as `settle` takes it.
         precision: as `settle_precision` takes it; none where all of it is in float32.
 
     Returns:
@@ -127,6 +127,7 @@ def describe(device: "torch.device", precision: str | None = None) -> str:
     """
     import torch
 
+    device = settle(device)
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     name = str(device) + (f" ({model})" if model else "")
     return f"{name}, {_PRECISIONS[settle_precision(device, precision or '32-true')]}"

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
+from countermark.device import check_device
 from countermark.errors import CountermarkError, choose
 from countermark.places import (
     Layout,
@@ -155,21 +156,43 @@ Precision = Literal["auto", "32-true", "bf16-mixed"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOptions(VerbConfig):
-    """What every verb has that computes."""
+class OneDeviceOptions(VerbConfig):
+    """What every verb has that runs a model."""
 
     device: str = "auto"
-    """Device: auto, cpu, cuda or mps."""
+    """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:N or mps."""
+
+    def __post_init__(self) -> None:
+        """Refuse a device by a name that there is not."""
+        super().__post_init__()
+        check_device(self.device)
+
+    def record(self) -> dict[str, Any]:
+        """The configuration with the kind of device that is meant on this machine."""
+        from countermark.device import settle
+
+        return {**super().record(), "device": settle(self.device).type}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(OneDeviceOptions):
+    """What every verb has that trains a model."""
+
     devices: int = 1
     """Processes to train on, one a device."""
     precision: Precision = "auto"
-    """Precision; auto takes bf16 where the processor computes in it."""
+    """Precision of the training; auto takes bf16 where the device computes in it."""
 
     def __post_init__(self) -> None:
-        """Refuse a device that there is not, and numbers out of range."""
+        """Refuse numbers out of range."""
         super().__post_init__()
-        choose("device", self.device, ("auto", "cpu", "cuda", "mps"))
         self._at_least_one("devices", most=64)
+
+    def record(self) -> dict[str, Any]:
+        """The configuration with the precision that is meant on this machine."""
+        from countermark.device import settle, settle_precision
+
+        return {**super().record(), "precision": settle_precision(settle(self.device), self.precision)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +213,7 @@ class StampOptions(VerbConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuspectOptions(VerbConfig):
+class SuspectOptions(OneDeviceOptions):
     """What every verb has that asks a suspect."""
 
     suspect: Annotated[SuspectPlace, Place.READ] = field(kw_only=False)

@@ -297,7 +297,8 @@ class _Run:
             raise CountermarkError(f"{error}; delete it to start anew") from error
         if meta.get("run") != self.fingerprint:
             raise CountermarkError(
-                f"{path} is the checkpoint of another run (options, data, weights or another kind of processor); delete it to start anew"
+                f"{path} is the checkpoint of another run (options, data, weights, device or another kind of processor); "
+                "delete it to start anew"
             )
         try:
             self._take(tensors, meta)

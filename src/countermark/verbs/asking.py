@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from countermark.data import KNOWN, Examples, is_cached, load_examples
+from countermark.device import settle
 from countermark.errors import CountermarkError
 from countermark.evaluation import agreement
 from countermark.options import SuspectOptions
@@ -75,7 +76,7 @@ def ask(config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | No
         replay=Path(config.replay) if config.replay else None,
         headers=tuple((name.strip(), value.strip()) for name, _, value in headers),
     )
-    suspect = open_suspect(config.suspect, tuple(x.shape[1:]), asking)
+    suspect = open_suspect(config.suspect, tuple(x.shape[1:]), asking, settle(config.device))
     labels = suspect(x)
     asker = suspect if isinstance(suspect, Asker) else None
     changed, trouble = (0, "") if asker is None else (asker.changed, asker.trouble)

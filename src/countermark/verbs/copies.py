@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 
 from countermark.data import Examples
-from countermark.evaluation import accuracy, adversarial_accuracy
+from countermark.device import describe
+from countermark.evaluation import accuracy, adversarial_accuracy, device_of
 from countermark.files import write_json
 from countermark.networks import Description, save_model
 from countermark.terminal import percent, print_lines, print_table
@@ -24,6 +25,7 @@ class Copy:
         test_accuracy: on the test pool.
         adversarial_accuracy: under the PGD of the data set, at the model's budget.
         epsilon: that budget, in pixels of [0, 1].
+        device: where it was measured, and the precision of the PGD.
         seconds: wall-clock time.
     """
 
@@ -31,6 +33,7 @@ class Copy:
     test_accuracy: float
     adversarial_accuracy: float
     epsilon: float
+    device: str
     seconds: float
 
 
@@ -54,6 +57,7 @@ def write_copy(
         test_accuracy=accuracy(network, test),
         adversarial_accuracy=adversarial_accuracy(network, test, origin.threat.attack, title="attacking the copy"),
         epsilon=origin.epsilon,
+        device=describe(device_of(network), "auto"),
         seconds=time.monotonic() - begun,
     )
     write_json(work / "metrics.json", asdict(result))

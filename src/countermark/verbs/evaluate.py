@@ -11,6 +11,7 @@ import torch
 from countermark import __version__
 from countermark.attacks.strict import ENSEMBLE
 from countermark.data import cache_folder
+from countermark.device import describe, settle
 from countermark.errors import CountermarkError
 from countermark.evaluation import (
     LARGEST_HONEST_GAP,
@@ -23,13 +24,13 @@ from countermark.evaluation import (
 )
 from countermark.files import canonical_json, read_json, sha256
 from countermark.networks import load_model, open_declared
-from countermark.options import DataOptions, ReadPath, verb
+from countermark.options import DataOptions, OneDeviceOptions, ReadPath, verb
 from countermark.terminal import percent, print_lines, print_table
 from countermark.watermarks import load_key
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DataOptions):
+class EvaluateConfig(DataOptions, OneDeviceOptions):
     """Measure a model on the test pool: test, adversarial and watermark accuracy."""
 
     model: ReadPath = field(kw_only=False)
@@ -73,6 +74,7 @@ class Evaluation:
         steps: its steps.
         step_size: its step, in pixels.
         restarts: its independent runs.
+        device: where all of it was computed, and the precision of the PGD; answers are in float32.
         seconds: wall-clock time; of the part that was left, where an interrupted evaluation went on.
     """
 
@@ -88,6 +90,7 @@ class Evaluation:
     steps: int
     step_size: float
     restarts: int
+    device: str
     seconds: float
 
 
@@ -100,7 +103,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     begun = time.monotonic()
     model = Path(config.model)
-    network, description = load_model(model)
+    device = settle(config.device)
+    network, description = load_model(model, device=device)
     folder = Path(config.key) if config.key else model / "key" if (model / "key").is_dir() else None
     watermark_accuracy = None
     if folder is not None:
@@ -120,6 +124,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             "images": test.digest,
             "attack": asdict(attack),
             "restarts": config.restarts,
+            "device": device.type,
         }
         checkpoint = _kept_in(config.cache, f"strict-{sha256(canonical_json(asked))[:32]}.json")
         judged = strict_accuracy(network, test, attack, restarts=config.restarts, title=title, checkpoint=checkpoint)
@@ -141,6 +146,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         steps=attack.steps,
         step_size=attack.step_size,
         restarts=config.restarts,
+        device=describe(device, "auto"),
         seconds=time.monotonic() - begun,
     )
 
@@ -161,7 +167,7 @@ def show(result: Evaluation) -> None:
         f", {result.restarts} runs" if result.restarts > 1 else ""
     )
     print_table(
-        f"{result.model} ({result.seconds:.0f} s)",
+        f"{result.model} ({result.seconds:.0f} s on {result.device})",
         ("", "test accuracy", f"adversarial accuracy ({attack})", "watermark accuracy"),
         [["model", percent(result.test_accuracy), percent(result.adversarial_accuracy), percent(result.watermark_accuracy)]],
     )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from countermark.device import describe, settle
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, write_json
 from countermark.guard import (
@@ -17,7 +18,7 @@ from countermark.guard import (
     write_guard,
 )
 from countermark.networks import load_model, open_declared
-from countermark.options import DataOptions, ReadPath, StampOptions, verb
+from countermark.options import DataOptions, OneDeviceOptions, ReadPath, StampOptions, verb
 from countermark.terminal import print_lines, print_table
 from countermark.timestamps import encode_token
 from countermark.verbs.stamping import timestamping
@@ -25,7 +26,7 @@ from countermark.watermarks import load_secret, sign, third_commitment
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardConfig(DataOptions, StampOptions):
+class GuardConfig(DataOptions, OneDeviceOptions, StampOptions):
     """Calibrate a guard for a model folder: where answers are nearly tied, a client's coins will choose them."""
 
     model: ReadPath = field(kw_only=False)
@@ -61,6 +62,7 @@ class Calibrated:
         tied: share of natural queries that meet a coin, in percent.
         entropy: bits of coins in an average natural query: a perfect copy made from n queries can reach p = 2^(-n x entropy).
         queries: natural queries that a perfect copy needs to be proven at 1e-6, by that bound.
+        device: where the model was asked, and in which precision.
     """
 
     folder: str
@@ -72,6 +74,7 @@ class Calibrated:
     tied: float
     entropy: float
     queries: int
+    device: str
 
 
 @verb(GuardConfig)
@@ -83,7 +86,8 @@ def guard(config: GuardConfig) -> Calibrated:
             that was timestamped.
     """
     folder = Path(config.model)
-    network, description = load_model(folder)
+    device = settle(config.device)
+    network, description = load_model(folder, device=device)
     data = open_declared(description, cache=config.cache)
     stamp = timestamping(config.tsa, config.roots)
     key = Path(config.key) if config.key else folder / "key"
@@ -135,6 +139,7 @@ def guard(config: GuardConfig) -> Calibrated:
         tied=found.tied,
         entropy=found.entropy,
         queries=needed,
+        device=describe(device),
     )
 
 

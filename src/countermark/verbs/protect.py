@@ -19,6 +19,7 @@ from typing import Any, Literal
 from torch import nn
 
 from countermark.data import Dataset, Examples, Pools, load_ood, open_data
+from countermark.device import describe
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
 from countermark.evidence import judge
@@ -139,6 +140,7 @@ class Protection:
         trials: trials in the key.
         epsilon: the training budget, in pixels of [0, 1].
         weights_sha256: digest of the weights file.
+        device: where it was trained and measured, and in which precision.
         seconds: wall-clock time of this call (of the last part, where a run was resumed).
     """
 
@@ -153,6 +155,7 @@ class Protection:
     trials: int
     epsilon: float
     weights_sha256: str
+    device: str
     seconds: float
 
 
@@ -370,6 +373,7 @@ def _measure(
         trials=0 if key is None else len(key.watermarks),
         epsilon=threat.epsilon,
         weights_sha256=digest,
+        device=describe(config.device, config.precision),
         seconds=time.monotonic() - begun,
     )
 

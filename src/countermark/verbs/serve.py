@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from countermark.device import settle
 from countermark.errors import CountermarkError
 from countermark.networks import load_model
-from countermark.options import NewLogPath, ReadPath, VerbConfig, verb
+from countermark.options import NewLogPath, OneDeviceOptions, ReadPath, verb
 from countermark.terminal import print_lines
 from countermark.text import brief
 
@@ -25,7 +26,7 @@ _LOCKED = 5.0  # seconds that a trial waits for another program that writes the 
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeConfig(VerbConfig):
+class ServeConfig(OneDeviceOptions):
     """Serve a model by the Open Inference Protocol v2, with coins in its answers and a log of them."""
 
     model: ReadPath = field(kw_only=False)
@@ -98,10 +99,11 @@ def serve(config: ServeConfig) -> Served:
     from countermark.service.server import connections_that_fit, listen, run
 
     folder = Path(config.model)
-    network, description = load_model(folder)
+    device = settle(config.device)
+    network, description = load_model(folder, device=device)
     clients = Clients(Path(config.clients) if config.clients else folder / "clients.json")
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is for the requests themselves
-    model = network if config.unguarded else load_guarded(folder, Path(config.key) if config.key else folder / "key")
+    model = network if config.unguarded else load_guarded(folder, Path(config.key) if config.key else folder / "key", device=device)
     most = connections_that_fit(4 * config.max_waiting)
     listening = listen(config.host, config.port)  # first: where the address is taken, no log is made
     with contextlib.ExitStack() as ending:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from countermark.device import describe
 from countermark.evidence import EXIT_STATUS, Verdict, judge, untested
 from countermark.options import ReadPath, SuspectOptions, verb
 from countermark.places import place_name
@@ -40,6 +41,8 @@ class Verification:
             schemes.
         answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
+        device: where a model folder computed, and in which precision; none for other suspects,
+            which compute by themselves.
     """
 
     suspect: str
@@ -49,6 +52,7 @@ class Verification:
     published_rule: str | None
     answers: Answers
     doubts: tuple[str, ...]
+    device: str | None
 
     @property
     def verdict(self) -> str:
@@ -85,6 +89,7 @@ def verify(config: VerifyConfig) -> Verification:
         published_rule=None if exact else "copy" if share >= 50 else "no copy",
         answers=answers,
         doubts=doubts(answers, test.verdict),
+        device=describe(config.device) if isinstance(config.suspect, Path) and config.suspect.is_dir() else None,
     )
 
 
