@@ -338,7 +338,7 @@ def test_a_judgement_leaves_nothing_of_an_earlier_one(claimed: Path, pruned: Pat
     for suffix in (".html", ".json"):
         (tmp_path / f"j{suffix}").write_text("upheld")
     with pytest.raises(CountermarkError):
-        adjudicate(claimed, suspect=tmp_path / "none", roots=authority.root, out=tmp_path / "j")
+        adjudicate(claimed, suspect=tmp_path, roots=authority.root, out=tmp_path / "j")
     assert not list(tmp_path.glob("j.*"))
     with pytest.raises(CountermarkError, match="beginning of two files"):
         adjudicate(claimed, suspect=pruned, roots=authority.root, out=Path("/"))

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from countermark.cli import main
+from countermark.data import open_data
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_json, sha256
 from countermark.training import TrainConfig, loop
 from countermark.verbs import protect as room
-from countermark.verbs.protect import ProtectConfig, protect
+from countermark.verbs.protect import ProtectConfig, begun_with, protect
 from countermark.watermarks import load_key
 
 
@@ -76,11 +77,8 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     assert [event["event"] for event in events] == ["trained", "marked", "marked"]
     assert [event["config"]["epochs"] for event in events] == [3, 1, 20]
     key = load_key(out / "key")
-    assert (
-        key.c1["config_sha256"]
-        == sha256((out / "config.json").read_bytes())
-        == sha256(canonical_json(ProtectConfig("digits", out=out, epochs=3).record()))
-    )
+    record = begun_with(ProtectConfig("digits", out=out, epochs=3), open_data("digits"))
+    assert key.c1["config_sha256"] == sha256((out / "config.json").read_bytes()) == sha256(canonical_json(record))
     assert read_json(out / "commitment.json")["c2"]["model_sha256"] == made.weights_sha256
 
 

@@ -169,8 +169,8 @@ def protect(config: ProtectConfig) -> Protection:
             epochs.
     """
     begun = time.monotonic()
-    wanted, config = config.epochs, _as_begun(config)
     data = open_data(config.data, cache=config.cache)
+    wanted, config = config.epochs, _as_begun(config, data)
     threat = data.threat.at(epsilon=config.epsilon, watermark_epsilon=config.watermark_epsilon)
     named = config.network or own_network(config.data, config.objective)
     hardware = settled(Hardware(config.device, config.devices, config.precision))  # the history says what was used
@@ -182,7 +182,7 @@ def protect(config: ProtectConfig) -> Protection:
     description = describing(data, named, threat=threat, seed=config.seed, history=(trained,))
     longer = recipe(config.data, config.objective, threat, epochs=wanted).epochs
     pools = data.pools(config.seed)
-    with new_folder(Path(config.out), {**config.record(), "data_sha256": data.digest}) as folder:
+    with new_folder(Path(config.out), begun_with(config, data)) as folder:
         private = folder / "key"
         # The trials come out of the source model: a marked model's is trained from a seed that only the owner knows.
         secret = new_secrets(private) if config.scheme != "none" else None
@@ -221,7 +221,12 @@ def protect(config: ProtectConfig) -> Protection:
     return result
 
 
-def _as_begun(config: ProtectConfig) -> ProtectConfig:
+def begun_with(config: ProtectConfig, data: Dataset) -> dict[str, Any]:
+    """What config.json holds: the options, and the digest of the data."""
+    return {**config.record(), "data_sha256": data.digest}
+
+
+def _as_begun(config: ProtectConfig, data: Dataset) -> ProtectConfig:
     """The options that the unfinished work in OUT.partial was begun with.
 
     They are those of `config`, unless a mark did not take there and only the epochs are others.
@@ -234,7 +239,7 @@ def _as_begun(config: ProtectConfig) -> ProtectConfig:
         return config
     begun = read_json(out.with_name(f"{out.name}.partial") / "config.json")
     epochs = begun.get("epochs")
-    same = begun == {**config.record(), "epochs": epochs} and (epochs is None or type(epochs) is int)
+    same = begun == {**begun_with(config, data), "epochs": epochs} and (epochs is None or type(epochs) is int)
     return replace(config, epochs=epochs) if same else config
 
 
@@ -308,7 +313,7 @@ def _make_key(
         "data": data.place,
         "pools": {name: digest for name, digest in pools.digests().items() if name != "test"},
         "crafting": asdict(attack) if config.scheme != "ood" else None,
-        "config_sha256": sha256(canonical_json(config.record())),
+        "config_sha256": sha256(canonical_json(begun_with(config, data))),
     }
     # Held out, used for no trial, and like what a suspect is shown anyway.
     clean = pools.validation[:CLEAN_EXAMPLES]

@@ -12,11 +12,11 @@ from typing import Any
 
 from countermark.data import open_data
 from countermark.errors import CountermarkError
-from countermark.files import JSON_LIMIT, canonical_json, read_bytes, read_json
+from countermark.files import read_json
 from countermark.networks import describe
 from countermark.options import DataOptions, WrittenPath, verb
 from countermark.terminal import p_value, percent, print_lines, print_table
-from countermark.verbs.protect import ProtectConfig, protect
+from countermark.verbs.protect import ProtectConfig, begun_with, protect
 from countermark.verbs.remove import RemoveConfig, remove
 from countermark.verbs.verify import Verification, verify
 
@@ -87,7 +87,7 @@ def quickstart(config: QuickstartConfig) -> Story:
     known = {"model", "pruned", "finetuned", "stranger"}
     if out.is_dir() and {entry.name.removesuffix(".partial") for entry in out.iterdir()} - known:
         raise CountermarkError(f"{out} holds files that are not of a quickstart; choose a new folder")
-    open_data(config.data, cache=config.cache)  # what cannot be opened is no story
+    data = open_data(config.data, cache=config.cache)  # what cannot be opened is no story
     tell = _silent if config.json else print_lines
     suspects = []
 
@@ -106,11 +106,10 @@ def quickstart(config: QuickstartConfig) -> Story:
         return made
 
     def protected(number: int, title: str, options: ProtectConfig) -> dict[str, Any]:
-        kept = canonical_json(options.record())
         folder = Path(options.out)
 
         def fits() -> bool:
-            return read_bytes(folder / "config.json", JSON_LIMIT) == kept
+            return read_json(folder / "config.json") == begun_with(options, data)
 
         return chapter(number, title, folder, lambda: protect(**vars(options)), fits)
 
