@@ -33,7 +33,7 @@ def test_model_and_key_are_read_and_belong_together(release: Path) -> None:
     assert description.data.place == "digits"
     assert sum(outcome == 1 for outcome in key.outcomes(predict(network, key.watermarks.x))) >= 155
     found = verify(release / "mine", key=release / "mine" / "key")
-    assert (found.verdict, found.trials) == ("match", 160)
+    assert (found.verdict, found.test.trials) == ("match", 160)
 
 
 def test_the_commitment_holds(release: Path) -> None:

@@ -17,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from countermark.data import Examples as Examples
     from countermark.data import open_data as open_data
     from countermark.errors import CountermarkError as CountermarkError
     from countermark.networks import load as load
@@ -48,6 +49,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "CountermarkError": "errors.CountermarkError",
+    "Examples": "data.Examples",
     "Threat": "threat.Threat",
     "adjudicate": "verbs.adjudicate.adjudicate",
     "bundle_check": "verbs.bundle_check.bundle_check",

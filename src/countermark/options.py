@@ -26,10 +26,14 @@ from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Annotated, Any, Literal, ParamSpec, TypeVar
 
+from typing_extensions import Doc
+
 from countermark.device import check_device
 from countermark.errors import CountermarkError, choose
 from countermark.places import (
+    DataPlace,
     Layout,
+    NetworkPlace,
     Pixels,
     SuspectPlace,
     check_address,
@@ -41,6 +45,8 @@ from countermark.text import brief
 from countermark.threat import budget
 
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ *: *[ -~\xa0-\xff]*")
+
+_PLAIN = (bool, int, float, str, tuple, NoneType)
 
 _Given = ParamSpec("_Given")
 _Config = TypeVar("_Config", bound="VerbConfig")
@@ -91,11 +97,7 @@ class VerbConfig:
         """The configuration as JSON-ready values, without what does not change the result."""
         left_out = {"json", "out", "cache", "roots"}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {
-            name: place_name(value) if isinstance(value, Path) or callable(value) else value
-            for name, value in values.items()
-            if name not in left_out
-        }
+        return {name: value if isinstance(value, _PLAIN) else place_name(value) for name, value in values.items() if name not in left_out}
 
     def placed(self: _Config) -> _Config:
         """The same configuration with `~` expanded in its paths.
@@ -150,6 +152,17 @@ class DataOptions(VerbConfig):
 
     cache: WrittenPath | None = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(DataOptions):
+    """What every verb has that reads a model folder and its data."""
+
+    data: DataPlace | None = None
+    """The data's place, where it is not where the folder says."""
+    network: NetworkPlace | None = None
+    """module:function that builds the network, where the folder's is not one of ours; in Python also
+    a function or a module."""
 
 
 Precision = Literal["auto", "32-true", "bf16-mixed"]
@@ -219,6 +232,8 @@ class SuspectOptions(OneDeviceOptions):
     suspect: Annotated[SuspectPlace, Place.READ] = field(kw_only=False)
     """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
     .../invocations (MLflow); in Python also a function from images to labels."""
+    network: NetworkPlace | None = None
+    """module:function that builds the network of a model folder, where it is not one of ours."""
     pixels: Pixels = "float"
     """What the suspect takes: float (pixels of [0, 1]) or uint8."""
     layout: Layout = "nchw"
@@ -333,6 +348,10 @@ def _words(config: type) -> dict[str, str]:
     for owner in reversed(config.__mro__):
         if owner is not object:
             found |= _module_words(owner.__module__).get(owner.__name__, {})
+    for name, hint in _hints(config).items():  # those of options that come out of a table
+        for mark in getattr(hint, "__metadata__", ()):
+            if isinstance(mark, Doc):
+                found[name] = mark.documentation
     return found
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 from countermark.errors import CountermarkError
@@ -12,10 +12,17 @@ from countermark.text import sentence
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+    from countermark.data import Dataset
 
     SuspectPlace = str | Path | Callable[[torch.Tensor], torch.Tensor]
-else:
-    SuspectPlace = str | Path | Callable[..., Any]  # torch is heavy
+    NetworkPlace = str | nn.Module | Callable[..., nn.Module]
+    DataPlace: TypeAlias = "str | Path | Dataset"
+else:  # torch is heavy
+    SuspectPlace = str | Path | Callable[..., Any]
+    NetworkPlace = str | Callable[..., Any]
+    DataPlace = str | Path | object
 
 Pixels = Literal["float", "uint8"]
 """What a suspect takes: pixels of [0, 1], or bytes."""
@@ -73,19 +80,18 @@ def endpoint_address(url: str) -> EndpointAddress:
     return EndpointAddress(name, metadata, infer, mlflow)
 
 
-def place_name(place: SuspectPlace) -> str:
-    """What a suspect is called: its path or address; for a function `python:MODULE.QUALIFIED_NAME`.
+def place_name(place: object) -> str:
+    """What a place is called: its path, name or address; for a function `python:MODULE.QUALIFIED_NAME`.
 
-    A callable object is called by its type, and an address has no query string, which may hold a
-    secret.
+    An object is called by its type, and an address has no query string, which may hold a secret.
     """
     if is_address(place):
         return str(place).partition("?")[0]
     while isinstance(place, partial):
         place = place.func
-    if not callable(place):
+    if isinstance(place, str | Path):
         return str(place)
-    named = place if hasattr(place, "__qualname__") else type(place)
+    named: Any = place if hasattr(place, "__qualname__") else type(place)
     return f"python:{named.__module__}.{named.__qualname__}"
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
-from countermark.networks import describe, load_model
+from countermark.networks import NETWORKS, Network, describe, load_model
 from countermark.places import endpoint_address, is_address
 from countermark.suspects import onnx_data
 from countermark.text import brief
@@ -123,8 +123,11 @@ class Claim:
     opened: Opened
     model: Path
 
-    def network(self) -> tuple[nn.Module, str]:
+    def network(self, network: Network | None = None) -> tuple[nn.Module, str]:
         """The owner's model and the SHA-256 of its weights.
+
+        Args:
+            network: what builds its network, where it is not one of ours.
 
         Raises:
             CountermarkError: it cannot be read, or takes other images than the claim's.
@@ -134,8 +137,8 @@ class Claim:
             raise CountermarkError(
                 f"{self.model} takes images of shape {brief(description.shape)}, the claim asks with others; it is another model"
             )
-        network, _ = load_model(self.model)
-        return network, suspect_identity(self.model)["sha256"]
+        built, _ = load_model(self.model, None if description.network in NETWORKS else network)
+        return built, suspect_identity(self.model)["sha256"]
 
 
 def suspect_identity(place: str | Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ from a stranger can be wrong, but it cannot run code. A network that is not one 
 only by code that the user names.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,6 +179,8 @@ def load_model(folder: Path, network: Network | None = None, device: torch.devic
             or the network is built by code that was not named.
     """
     description, weights_sha256 = _described(folder)
+    if isinstance(network, nn.Module):
+        network = copy.deepcopy(network)  # two folders may be read by one of them
     place = _nameable(description, str(folder), network)
     ours = isinstance(place, str) and place in NETWORKS and not description.mean
     if ours:

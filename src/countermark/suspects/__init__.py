@@ -14,7 +14,7 @@ from countermark.data import pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
-from countermark.networks import describe, load_model
+from countermark.networks import NETWORKS, Network, describe, load_model
 from countermark.places import is_address, place_name
 from countermark.suspects.asker import (
     MOST_LABELS,
@@ -51,6 +51,7 @@ def open_suspect(
     shape: tuple[int, ...],
     asking: Asking | None = None,
     device: torch.device | str = "cpu",
+    network: Network | None = None,
 ) -> Suspect:
     """Make a suspect that answers with labels.
 
@@ -62,6 +63,7 @@ def open_suspect(
         asking: how the suspect wants its images, and how an endpoint or a function is asked.
         device: where a model folder computes. A file runs in a child
             process on the processor, and the others compute where they are.
+        network: what builds the network of a model folder, where it is not one of ours.
 
     Raises:
         CountermarkError: the place is none of these, the model takes images of another shape, or
@@ -85,8 +87,8 @@ def open_suspect(
             raise CountermarkError(
                 f"{path} is one of our model folders, which take float pixels in nchw; leave the declared differences out"
             )
-        network, _ = load_model(path, device=device)
-        return lambda x: _labels(network, x, path)
+        built, _ = load_model(path, None if description.network in NETWORKS else network, device)
+        return lambda x: _labels(built, x, path)
     suffix = path.suffix.lower()
     if suffix in (".pt", ".pth", ".pkl", ".bin"):
         raise CountermarkError(

@@ -94,10 +94,10 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     """
     claim, roots = read_claim(Path(config.claim)), load_roots(Path(config.roots))
     outputs = [_output(Path(config.out), suffix) for suffix in (".html", ".json")]
-    network, digest = claim.network()
+    network, digest = claim.network(config.network)
     token = None if config.suspect_token is None else read_bytes(Path(config.suspect_token), TOKEN_LIMIT)
     shown = tuple(read_claim(Path(folder)) for folder in config.shown)
-    rival = None if config.rival is None else _rival(claim, network, read_claim(Path(config.rival)))
+    rival = _rival(claim, network, config)
     suspect = suspect_identity(config.suspect)
     given, answers = ask(config, claim.opened.x, str(claim.c1.get("data")))  # only now: everything else could be read
     labels = predict(network, claim.opened.x)
@@ -119,11 +119,14 @@ def _output(out: Path, suffix: str) -> Path:
     return path
 
 
-def _rival(claim: Claim, network: nn.Module, rival: Claim) -> Rival:
-    """Ask each mark of the other's model."""
+def _rival(claim: Claim, network: nn.Module, config: AdjudicateConfig) -> Rival | None:
+    """Ask each mark of the other's model, where there is a rival claim."""
+    if config.rival is None:
+        return None
+    rival = read_claim(Path(config.rival))
     if claim.opened.x.shape[1:] != rival.opened.x.shape[1:]:
         raise CountermarkError("the rival claim asks with images of another shape; it is about another kind of model")
-    theirs, digest = rival.network()
+    theirs, digest = rival.network(config.network)
     return Rival(rival, digest, predict(network, rival.opened.x), predict(theirs, claim.opened.x))
 
 

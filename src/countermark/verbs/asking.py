@@ -76,7 +76,7 @@ def ask(config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | No
         replay=Path(config.replay) if config.replay else None,
         headers=tuple((name.strip(), value.strip()) for name, _, value in headers),
     )
-    suspect = open_suspect(config.suspect, tuple(x.shape[1:]), asking, settle(config.device))
+    suspect = open_suspect(config.suspect, tuple(x.shape[1:]), asking, settle(config.device), config.network)
     labels = suspect(x)
     asker = suspect if isinstance(suspect, Asker) else None
     changed, trouble = (0, "") if asker is None else (asker.changed, asker.trouble)

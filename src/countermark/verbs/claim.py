@@ -188,7 +188,7 @@ def _choose(config: ClaimConfig, key: Key, spent: list[int]) -> int:
 
 def _check_worth(config: ClaimConfig, made: Claim) -> None:
     """Refuse to open a batch for a claim that a judge could not uphold whatever the suspect answers."""
-    _, digest = made.network()
+    _, digest = made.network(config.network)
     roots = None if config.roots is None else load_roots(Path(config.roots))
     faults = commitment_faults(made, digest, roots)
     if config.tsa is None:

@@ -24,13 +24,13 @@ from countermark.evaluation import (
 )
 from countermark.files import canonical_json, read_json, sha256
 from countermark.networks import load_model, open_declared
-from countermark.options import DataOptions, OneDeviceOptions, ReadPath, verb
+from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, verb
 from countermark.terminal import percent, print_lines, print_table
 from countermark.watermarks import load_key
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(DataOptions, OneDeviceOptions):
+class EvaluateConfig(ModelOptions, OneDeviceOptions):
     """Measure a model on the test pool: test, adversarial and watermark accuracy."""
 
     model: ReadPath = field(kw_only=False)
@@ -104,7 +104,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     begun = time.monotonic()
     model = Path(config.model)
     device = settle(config.device)
-    network, description = load_model(model, device=device)
+    network, description = load_model(model, config.network, device=device)
     folder = Path(config.key) if config.key else model / "key" if (model / "key").is_dir() else None
     watermark_accuracy = None
     if folder is not None:
@@ -112,7 +112,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         if tuple(key.watermarks.x.shape[1:]) != description.shape:
             raise CountermarkError(f"{folder} holds images of shape {tuple(key.watermarks.x.shape[1:])}; it is the key of another model")
         watermark_accuracy = agreement(predict(network, key.watermarks.x), key.labels)
-    test = open_declared(description, cache=config.cache).test
+    test = open_declared(description, data=config.data, cache=config.cache).test
     if config.images is not None and config.images < len(test):
         test = test[torch.arange(config.images) * len(test) // config.images]  # the first half of MNIST's is easier than the second
     attack = description.threat.at(epsilon=config.epsilon, steps=config.steps, step_size=config.step_size).attack

@@ -18,7 +18,7 @@ from countermark.guard import (
     write_guard,
 )
 from countermark.networks import load_model, open_declared
-from countermark.options import DataOptions, OneDeviceOptions, ReadPath, StampOptions, verb
+from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, StampOptions, verb
 from countermark.terminal import print_lines, print_table
 from countermark.timestamps import encode_token
 from countermark.verbs.stamping import timestamping
@@ -26,7 +26,7 @@ from countermark.watermarks import load_secret, sign, third_commitment
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardConfig(DataOptions, OneDeviceOptions, StampOptions):
+class GuardConfig(ModelOptions, OneDeviceOptions, StampOptions):
     """Calibrate a guard for a model folder: where answers are nearly tied, a client's coins will choose them."""
 
     model: ReadPath = field(kw_only=False)
@@ -87,8 +87,8 @@ def guard(config: GuardConfig) -> Calibrated:
     """
     folder = Path(config.model)
     device = settle(config.device)
-    network, description = load_model(folder, device=device)
-    data = open_declared(description, cache=config.cache)
+    network, description = load_model(folder, config.network, device=device)
+    data = open_declared(description, data=config.data, cache=config.cache)
     stamp = timestamping(config.tsa, config.roots)
     key = Path(config.key) if config.key else folder / "key"
     secret, digest = load_secret(key), weights_sha256(folder)

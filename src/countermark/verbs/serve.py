@@ -16,6 +16,7 @@ from countermark.device import settle
 from countermark.errors import CountermarkError
 from countermark.networks import load_model
 from countermark.options import NewLogPath, OneDeviceOptions, ReadPath, verb
+from countermark.places import NetworkPlace
 from countermark.terminal import print_lines
 from countermark.text import brief
 
@@ -35,6 +36,8 @@ class ServeConfig(OneDeviceOptions):
     """Query log: a path (SQLite) or postgresql://USER:PASSWORD@HOST/DATABASE."""
     clients: ReadPath | None = None
     """File of the clients who may ask, as countermark client add makes it; default MODEL/clients.json."""
+    network: NetworkPlace | None = None
+    """module:function that builds the network, where the folder's is not one of ours."""
     key: ReadPath | None = None
     """Key folder, for its secret; default MODEL/key."""
     name: str = "model"
@@ -100,10 +103,12 @@ def serve(config: ServeConfig) -> Served:
 
     folder = Path(config.model)
     device = settle(config.device)
-    network, description = load_model(folder, device=device)
+    network, description = load_model(folder, config.network, device=device)
     clients = Clients(Path(config.clients) if config.clients else folder / "clients.json")
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is for the requests themselves
-    model = network if config.unguarded else load_guarded(folder, Path(config.key) if config.key else folder / "key", device=device)
+    model = (
+        network if config.unguarded else load_guarded(folder, Path(config.key) if config.key else folder / "key", config.network, device)
+    )
     most = connections_that_fit(4 * config.max_waiting)
     listening = listen(config.host, config.port)  # first: where the address is taken, no log is made
     with contextlib.ExitStack() as ending:
