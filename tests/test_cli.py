@@ -703,7 +703,7 @@ MISTAKES = {
     "verify --suspekt x --key y": "did you mean --suspect?",
     f"plan --{'x' * 5000} 3": "unknown option",
     "verify --suspect x": "--key is missing; see countermark verify --help",
-    "adjudicate": "--suspect, --claim, --roots are missing",
+    "adjudicate": "--claim, --suspect, --roots are missing",
     "protect --data digits --out {new} --epsilon much": "--epsilon takes a number, or a fraction as 8/255, not 'much'",
     "protect --data digits --out {new} --epochs 1.5": "--epochs takes a whole number, not '1.5'",
     "protect --data digits --out {new} --epochs": "--epochs takes a whole number, and none is given",
@@ -850,8 +850,10 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: py
     def parsed(verb: str, *words: str) -> Any:
         return cli._parse(verb, config_of(verb), list(words)).placed()
 
-    protect = parsed("protect", "--data", "digits", "--out=~/new", "--cache=~/c")
+    protect = parsed("protect", "digits", "--out=~/new", "--cache=~/c")
     assert (protect.out, protect.cache) == (tmp_path / "new", tmp_path / "c")
+    assert parsed("evaluate", "~/there", "--data=~/photos").data == str(tmp_path / "photos")
+    assert parsed("evaluate", "~/there", "--data=digits").data == "digits"
     judged = parsed("adjudicate", "~/there", "--suspect=~/there", "--roots=~/log.db", "--shown", "~/there", "~/log.db")
     assert judged.claim == tmp_path / "there"
     assert str(judged.suspect) == str(tmp_path / "there")

@@ -19,7 +19,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, fields
+from dataclasses import Field, asdict, fields
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 from countermark import __version__
 from countermark.errors import CountermarkError, nearest
 from countermark.memory import keep_freed_memory
-from countermark.options import VerbConfig, option, takes_several, wrong
+from countermark.options import VerbConfig, option, required, takes_several, wrong
 from countermark.text import brief, complain, visible
 from countermark.threat import budget
 
@@ -240,7 +240,7 @@ def _parse(name: str, kind: type[VerbConfig], arguments: list[str]) -> VerbConfi
     given = [_option(argument) for argument in arguments if argument.startswith("--")]
     unknown = next((each for each in given if each not in (*known, "--help")), None)
     twice = next((each for each in given if given.count(each) > 1), None)
-    needed = [each for each, field in known.items() if _required(field)]
+    needed = [each for each, field in known.items() if required(field)]
     missing = [each for each in needed if each not in given]
     if "" in arguments:
         raise CountermarkError("an argument is empty; leave it out or fill it in")
@@ -310,10 +310,6 @@ def _types() -> "ConstructorRegistry":
 def _option(argument: str) -> str:
     """The option that an argument names: without its value, and spelt as in the help."""
     return argument.partition("=")[0].replace("_", "-")
-
-
-def _required(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _wrong_value(kind: type[VerbConfig], known: Mapping[str, Field[Any]], arguments: list[str], said: str) -> str:

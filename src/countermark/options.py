@@ -19,7 +19,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from enum import Enum
 from numbers import Integral, Real
 from pathlib import Path
@@ -59,6 +59,7 @@ class Place(Enum):
     READ = "it must exist"
     NEW = "it must be new or an empty folder"
     WRITTEN = "it may be either"
+    NAMED = "it may be a name as well, or a thing in Python"
 
 
 ReadPath = Annotated[str | Path, Place.READ]
@@ -66,6 +67,7 @@ NewPath = Annotated[str | Path, Place.NEW]
 WrittenPath = Annotated[str | Path, Place.WRITTEN]
 LogPath = Annotated[str, Place.READ]  # or the address of a database
 NewLogPath = Annotated[str, Place.WRITTEN]
+AnyData = Annotated[DataPlace, Place.NAMED]
 
 KINDS: Mapping[type, str] = {
     bool: "true or false",
@@ -158,7 +160,7 @@ class DataOptions(VerbConfig):
 class ModelOptions(DataOptions):
     """What every verb has that reads a model folder and its data."""
 
-    data: DataPlace | None = None
+    data: AnyData | None = None
     """The data's place, where it is not where the folder says."""
     network: NetworkPlace | None = None
     """module:function that builds the network, where the folder's is not one of ours; in Python also
@@ -272,6 +274,11 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def required(field: "Field[Any]") -> bool:
+    """Whether an option has no default."""
+    return field.default is MISSING and field.default_factory is MISSING
+
+
 def verb(
     config: Callable[_Given, _Config],
 ) -> Callable[[Callable[[_Config], _Result]], Callable[_Given, _Result]]:
@@ -301,16 +308,15 @@ def verb(
         result = typing.get_type_hints(work)["return"]
         module = sys.modules[work.__module__]
         if isinstance(config, type):
-            function.__doc__ = _documentation(work.__doc__ or "", config)
-            signature = inspect.signature(config)
-            described: dict[str, Any] = {
-                "config": config,
-                "__signature__": signature.replace(return_annotation=result),
-                "__annotations__": {**typing.get_type_hints(config), "return": result},
-            }
+            _put_own_first(config)
+            hints = typing.get_type_hints(config)
+            given = inspect.signature(config).parameters
+            taken = [given[each.name].replace(annotation=hints[each.name]) for each in fields(config)]
             del function.__wrapped__  # it has another signature
-            vars(function).update(described)
-            function.__annotations__ = described["__annotations__"]
+            function.__doc__ = _documentation(work.__doc__ or "", config)
+            function.__annotations__ = {**hints, "return": result}
+            vars(function)["__signature__"] = inspect.Signature(taken, return_annotation=result)
+            vars(function)["config"] = config
         result._repr_html_ = lambda found: _html(module, found)
         return function
 
@@ -332,11 +338,23 @@ def _html(module: ModuleType, found: object) -> str:
     return as_html(lambda: module.show(found))
 
 
+def _put_own_first(config: type) -> None:
+    """Order the fields as help lists them: the main place, what must be given, own options, shared ones.
+
+    A dataclass has what it inherits first. All fields but the main place are keywords, so that
+    nothing else depends on their order.
+    """
+    own = vars(config)["__annotations__"]
+    known: dict[str, Field[Any]] = vars(config)["__dataclass_fields__"]
+    ordered = sorted(known.values(), key=lambda each: (each.kw_only is not False, not required(each), each.name not in own))
+    known.update({each.name: known.pop(each.name) for each in ordered})
+
+
 def _documentation(summary: str, config: type) -> str:
     """A docstring with the options in Google's style."""
     lines = [inspect.cleandoc(summary), "", "Args:"]
     words = _words(config)
-    for each in sorted(fields(config), key=lambda each: bool(each.kw_only)):
+    for each in fields(config):
         said = f"{each.name}: {words.get(each.name, '')}"
         lines += textwrap.wrap(said, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
     return "\n".join(lines)
@@ -398,7 +416,7 @@ def _held(name: str, hint: Any, value: Any) -> Any:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         made = _held(name, parts[0], value)
-        path = isinstance(made, str) and Path in typing.get_args(parts[0])
+        path = isinstance(made, str) and Path in typing.get_args(parts[0]) and Place.NAMED not in parts
         return Path(made) if path and not is_address(made) else made
     if origin is Literal:
         choose(name.replace("_", " "), value, parts)
@@ -457,7 +475,7 @@ _NUMBERS: Mapping[Any, Any] = {int: Integral, float: Real}
 
 def _placed(value: str | Path, place: Place, name: str) -> str | Path:
     """One path, `~` expanded and held to what its place says; an address as it is."""
-    if is_address(value):
+    if is_address(value) or (place is Place.NAMED and not str(value).startswith("~")):
         return value
     try:
         path = Path(value).expanduser()
