@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 from urllib.parse import urlsplit, urlunsplit
 
 from countermark.errors import CountermarkError
@@ -16,9 +16,16 @@ if TYPE_CHECKING:
 
     from countermark.data import Dataset
 
+    class Items(Protocol):
+        """Arrays, or a data set of pairs; see `open_data`."""
+
+        def __len__(self) -> int: ...
+
+        def __getitem__(self, index: Any, /) -> Any: ...
+
     SuspectPlace = str | Path | Callable[[torch.Tensor], torch.Tensor]
     NetworkPlace = str | nn.Module | Callable[..., nn.Module]
-    DataPlace: TypeAlias = "str | Path | Dataset"
+    DataPlace: TypeAlias = "str | Path | Dataset | Items"
 else:  # torch is heavy
     SuspectPlace = str | Path | Callable[..., Any]
     NetworkPlace = str | Callable[..., Any]

@@ -20,6 +20,7 @@ from countermark.errors import CountermarkError
 from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.networks.named import NETWORKS, build
 from countermark.networks.source import Network, open_network
+from countermark.places import DataPlace
 from countermark.text import brief
 from countermark.threat import Threat
 
@@ -227,7 +228,7 @@ def _nameable(description: Description, what: str, network: Network | None) -> N
     raise CountermarkError(f"{what} holds the network {brief(place)}, whose code is imported only if you name it: --network {brief(place)}")
 
 
-def open_declared(description: Description, *, data: str | Path | Dataset | None = None, cache: str | Path | None = None) -> Dataset:
+def open_declared(description: Description, *, data: DataPlace | None = None, cache: str | Path | None = None) -> Dataset:
     """Open the data that a model was trained for.
 
     Args:

@@ -9,12 +9,12 @@ import torch
 from countermark.errors import CountermarkError
 from countermark.networks import Description, load_model, open_declared
 from countermark.onnx_file import Exported, export_model
-from countermark.options import DataOptions, NewPath, ReadPath, verb
+from countermark.options import ModelOptions, NewPath, ReadPath, verb
 from countermark.terminal import print_lines
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(DataOptions):
+class ExportConfig(ModelOptions):
     """Write a model as one file that other programs run."""
 
     model: ReadPath = field(kw_only=False)
@@ -42,15 +42,17 @@ def export(config: ExportConfig) -> Exported:
     Raises:
         CountermarkError: the folder cannot be read, or see `countermark.onnx_file.export_model`.
     """
-    network, description = load_model(Path(config.model))
+    network, description = load_model(Path(config.model), config.network)
     images = _test_images(description, config)
     return export_model(network, description.shape, config.out, class_names=description.class_names, images=images)
 
 
 def _test_images(description: Description, config: ExportConfig) -> torch.Tensor | None:
     try:
-        test = open_declared(description, cache=config.cache).test
+        test = open_declared(description, data=config.data, cache=config.cache).test
     except CountermarkError:
+        if config.data is not None:
+            raise
         return None  # the answers are compared on noise, and the result says so
     count = min(config.images, len(test))
     evenly = torch.arange(count) * len(test) // max(count, 1)
