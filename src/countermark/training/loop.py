@@ -33,6 +33,7 @@ from countermark.layers import hastened
 from countermark.terminal import bar
 from countermark.threat import Attack
 from countermark.training.config import Hardware, TrainConfig
+from countermark.training.turns import in_turn, seed_of, shuffled
 from countermark.training.views import View, any_view
 
 _CHECKPOINT_SECONDS = 30.0
@@ -357,7 +358,7 @@ class _Run:
 def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tensor:
     """Random perturbations to begin with, int8 in units of the budget / 127: up to half a budget, or next to none if the budget grows."""
     most = _UNITS // (20 if config.grow_budget else 2)
-    generator = torch.Generator().manual_seed(_seed(config.seed, "carried"))
+    generator = torch.Generator().manual_seed(seed_of(config.seed, "carried"))
     return torch.randint(-most, most + 1, examples.x.shape, generator=generator, dtype=torch.int8)
 
 
@@ -408,7 +409,7 @@ def _run(
     with shown as progress:
         while run.step < total:
             epoch, position = divmod(run.step, per_epoch)
-            order = _shuffled(len(examples), config.seed, "epoch", epoch)
+            order = shuffled(len(examples), config.seed, "epoch", epoch)
             for number in range(position, per_epoch):
                 chosen = order[number * batch_size : (number + 1) * batch_size][fabric.global_rank :: fabric.world_size]
                 batch = Examples(*near.batch(chosen, fabric.device))
@@ -468,7 +469,7 @@ def _apart(state: State) -> State:
 def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | None, done: float) -> float:
     """One optimiser step on a batch, the examples `chosen`; `done` is the share of the run behind it. Returns the mean loss."""
     config, fabric = run.config, run.fabric
-    _set_seed(fabric.device, _seed(config.seed, "step", run.step, fabric.global_rank))
+    _set_seed(fabric.device, seed_of(config.seed, "step", run.step, fabric.global_rank))
     x, y = pixels(batch.x, bounded=False), batch.y  # `train` has looked at their range
     grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
     view = any_view(len(x), config.flip, config.shift).to(x.device)
@@ -476,7 +477,9 @@ def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | No
     crafted = run.perturb(chosen, x, y, grown, view)
     inputs = [x] if config.objective == "trades" else [crafted]
     if marks is not None and config.embedding == "interleaved":
-        turn = _next_marks(run.step, len(marks), config)[fabric.global_rank :: fabric.world_size]
+        most = config.watermark_batch
+        turn = in_turn(run.step * most, most, len(marks), config.seed)
+        turn = turn[fabric.global_rank :: fabric.world_size]
         inputs.append(pixels(marks.x[turn], bounded=False))
         y = torch.cat((y, marks.y[turn]))
     if config.objective == "trades":
@@ -508,9 +511,9 @@ def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> float:
 
 def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None:
     """Algorithm 1: after an epoch, one pass over the watermarks with plain cross-entropy and the same optimiser."""
-    order = _shuffled(len(marks), run.config.seed, "watermarks", epoch)
+    order = shuffled(len(marks), run.config.seed, "watermarks", epoch)
     for number, chosen in enumerate(torch.split(order, run.config.watermark_batch)):
-        _set_seed(run.fabric.device, _seed(run.config.seed, "watermark step", epoch, number))
+        _set_seed(run.fabric.device, seed_of(run.config.seed, "watermark step", epoch, number))
         share = chosen[run.fabric.global_rank :: run.fabric.world_size]
         if len(chosen) >= 2 * run.fabric.world_size:  # batch norm needs two; DDP needs every process
             _descend(run, pixels(marks.x[share], bounded=False), marks.y[share], done)
@@ -561,22 +564,6 @@ def _rate(config: TrainConfig, done: float) -> float:
     return config.learning_rate * min(rising, (1 - done) / (1 - config.warmup))
 
 
-def _next_marks(turn: int, count: int, config: TrainConfig) -> torch.Tensor:
-    """The watermarks whose turn it is: round after round through all of them, each round in an order of its own."""
-    places = torch.arange(turn * config.watermark_batch, (turn + 1) * config.watermark_batch)
-    rounds = places // count
-    return torch.cat(
-        [
-            _shuffled(count, config.seed, "watermarks", int(number))[places[rounds == number] % count]
-            for number in torch.unique(rounds, sorted=True)
-        ]
-    )
-
-
-def _shuffled(count: int, *source: int | str) -> torch.Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_seed(*source)))
-
-
 def _set_seed(device: torch.device, seed: int) -> None:
     """Seed what a step draws from; `torch.manual_seed` also visits devices that are not there, which takes it a millisecond."""
     torch.default_generator.manual_seed(seed)
@@ -584,10 +571,6 @@ def _set_seed(device: torch.device, seed: int) -> None:
         torch.cuda.manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
-
-
-def _seed(*source: int | str) -> int:
-    return int.from_bytes(hashlib.sha256(repr(source).encode()).digest()[:8], "big") >> 1
 
 
 def _fingerprint(
