@@ -6,8 +6,9 @@ hashed out of it did not exist before (docs/how-it-works.md).
 
 import base64
 import re
+import secrets
 import ssl
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -27,6 +28,9 @@ from countermark.text import sentence
 
 TOKEN_LIMIT = 1 << 16
 """Largest response of an authority that is read, in bytes."""
+
+Stamp = Callable[[bytes], bytes]
+"""Has a message timestamped; the authority's response."""
 
 _SHA256 = "2.16.840.1.101.3.4.2.1"
 _TIMEOUT = 30.0
@@ -55,6 +59,28 @@ class Token:
     response: bytes
     time: datetime
     beacon: bytes
+
+
+def timestamping(tsa: str | None, roots: str | Path | None, *, trial: bool = True) -> Stamp | None:
+    """A stamp of the authority at the address `tsa`; none without an address.
+
+    For a `trial` the authority is asked for a first token over random bytes, so that long work does
+    not begin if it cannot end.
+
+    Args:
+        tsa: address of the authority.
+        roots: PEM file of root certificates, under which every token is checked.
+        trial: ask for that first token.
+
+    Raises:
+        CountermarkError: the authority does not answer, or not under these roots.
+    """
+    if tsa is None:
+        return None
+    trusted = [] if roots is None else load_roots(Path(roots))
+    if trial:
+        request_token(tsa, secrets.token_bytes(32), trusted)
+    return lambda message: request_token(tsa, message, trusted).response
 
 
 def request_token(url: str, message: bytes, roots: Sequence[x509.Certificate] = ()) -> Token:

@@ -20,8 +20,7 @@ from countermark.guard import (
 from countermark.networks import load_model, open_declared
 from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, StampOptions, verb
 from countermark.terminal import print_lines, print_table
-from countermark.timestamps import encode_token
-from countermark.verbs.stamping import timestamping
+from countermark.timestamps import encode_token, timestamping
 from countermark.watermarks import load_secret, sign, third_commitment
 
 

@@ -6,8 +6,7 @@ from countermark.files import canonical_json
 from countermark.guard import LOG_FORMAT, QueryLog
 from countermark.options import LogPath, StampOptions, verb
 from countermark.terminal import print_lines
-from countermark.timestamps import encode_token
-from countermark.verbs.stamping import timestamping
+from countermark.timestamps import encode_token, timestamping
 
 
 @dataclass(frozen=True, kw_only=True)
