@@ -82,10 +82,11 @@ class Threat:
             CountermarkError: see `Threat`.
         """
         budget = self.epsilon if epsilon is None else epsilon
+        step = self.step_size * (1 if budget == self.epsilon else budget / self.epsilon)
         return Threat(
             budget,
             self.steps if steps is None else steps,
-            self.step_size * budget / self.epsilon if step_size is None else step_size,
+            step if step_size is None else step_size,
             _above(self.watermark_epsilon, budget) if watermark_epsilon is None else watermark_epsilon,
         )
 
