@@ -5,7 +5,6 @@ import hmac
 import math
 import random
 import stat
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,21 @@ from countermark.evaluation import predict
 from countermark.evidence import sign_flip_test
 from countermark.files import canonical_json, read_json
 from countermark.networks import load_model
-from countermark.training import recipes
 from countermark.verbs import protect as protecting
 from countermark.verbs.protect import protect
-from countermark.watermarks import WatermarkSet, coin_set, craft_adversarial, draw_coins, full_strength, load_key, new_secrets, write_key
+from countermark.watermarks import (
+    SCHEMES,
+    WatermarkSet,
+    coin_set,
+    craft_adversarial,
+    draw_coins,
+    full_strength,
+    load_key,
+    new_secrets,
+    write_key,
+)
 from countermark.watermarks.commitment import check_signature, leaf_secret, leaf_secrets, leaves, merkle_root, secret_seed
+from shorter import mark_shortly, take_any_mark
 
 
 def some_set(count: int = 12, answers: int = 2) -> WatermarkSet:
@@ -229,8 +238,8 @@ def test_the_commitment_tells_no_secret(owner: Path) -> None:
 
 def test_the_trials_cannot_be_made_again_without_the_secret(owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same seed, same public options, another secret: another source model, other bases, other trials."""
-    monkeypatch.setitem(recipes._DIALS, "digits", replace(recipes._DIALS["digits"], marking_epochs=2))  # type: ignore[index]
-    monkeypatch.setitem(protecting.TAKEN, "coin", 0.0)  # how much of the mark so few epochs leave does not matter
+    mark_shortly(monkeypatch, protecting, 2)
+    take_any_mark(monkeypatch)
     protect("digits", out=tmp_path / "again", epochs=8)
     first, second = load_key(owner / "key"), load_key(tmp_path / "again" / "key")
     ours, theirs = (set(map(bytes, key.watermarks.x.flatten(1).numpy())) for key in (first, second))
@@ -246,11 +255,21 @@ def test_a_coin_needs_two_answers_and_a_cell_of_its_own(tmp_path: Path) -> None:
     reversed_ = WatermarkSet(whole.x, whole.answers.flip(1), whole.batch, whole.cell)
     shared = WatermarkSet(whole.x, whole.answers, whole.batch, whole.cell // 2)
     for number, (scheme, bad) in enumerate(
-        [("coin", some_set(answers=1)), ("coin", reversed_), ("coin", shared), ("ood", whole), ("none", whole)]
+        [
+            ("coin", some_set(answers=1)),
+            ("coin", reversed_),
+            ("coin", shared),
+            *((name, whole) for name, scheme in SCHEMES.items() if not scheme.coins),
+            ("none", whole),
+        ]
     ):
         new_secrets(tmp_path / str(number))
-        write_key(tmp_path / str(number), scheme, bad, {})
-        with pytest.raises(CountermarkError, match=r"scheme|commitment"):
+        if scheme in SCHEMES:
+            write_key(tmp_path / str(number), scheme, bad, {})
+        else:
+            with pytest.raises(CountermarkError, match="unknown scheme"):
+                write_key(tmp_path / str(number), scheme, bad, {})
+        with pytest.raises(CountermarkError, match=r"commitment|key.json"):
             load_key(tmp_path / str(number))
 
 

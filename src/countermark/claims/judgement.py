@@ -19,7 +19,7 @@ from countermark.files import canonical_json, sha256
 from countermark.places import endpoint_address
 from countermark.text import brief, visible
 from countermark.timestamps import TokenError, UntrustedError, check_token, read_token
-from countermark.watermarks import check_signature, draw_coins
+from countermark.watermarks import SCHEMES, check_signature, draw_coins
 
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot tell"
 
@@ -158,7 +158,8 @@ def _unsigned(claim: Claim, *parts: str) -> list[str]:
 def _commitment(claim: Claim) -> Check:
     name, c1 = "What was committed", claim.c1
     faults = []
-    if (c1.get("scheme"), c1.get("statistic"), c1.get("cell_weight")) != ("coin", "sign-flip", 1):
+    exact = [name for name, scheme in SCHEMES.items() if scheme.coins]
+    if c1.get("scheme") not in exact or (c1.get("statistic"), c1.get("cell_weight")) != ("sign-flip", 1):
         faults.append("its scheme has no exact test")
     if c1["leaves"] % c1["batches"]:
         faults.append("its batches are not of one size")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from countermark.files import read_tensors
-from countermark.study.grid import SCHEMES
 from countermark.study.results import Row, estimate, where
 from countermark.study.tables import RULE, SETTINGS, TITLES, swept
+from countermark.watermarks import SCHEMES
 
-_COLOURS = {"ood": "#b45309", "adversarial": "#2563eb", "coin": "#15803d"}
+_COLOURS = dict(zip(SCHEMES, ("#b45309", "#2563eb", "#15803d", "#7c3aed", "#be123c"), strict=False))
 _METRICS = {"adversarial": "#2563eb", "watermark": "#b45309"}
 _SHADES = {"training": "#9ca3af", "adversarial training": "#2563eb", "adversarial watermarks": "#dc2626"}
 _SHADES |= {"coin watermarks": "#15803d", "ood watermarks": "#b45309"}

@@ -11,19 +11,17 @@ from typing import Any, Literal, get_args
 from countermark.data import Known, known
 from countermark.errors import choose
 from countermark.study.graph import Unit
-from countermark.watermarks import CRAFTING_STEPS
+from countermark.watermarks import CRAFTING_STEPS, SCHEMES, full_strength
 
 PRUNED = tuple(k / 10 for k in range(1, 10))
 FINETUNED = (1, 2, 5, 10, 20, 30, 40)
-DEFENCES = ("none", "ADVTR", "WM ood", "WM adversarial", "WM coin", "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin")
+DEFENCES = ("none", "ADVTR", *(f"{prefix}{scheme}" for prefix in ("WM ", "ADVTR+") for scheme in SCHEMES))
 TRAINED_ON = "ADVTR, trained on"
 """The control for marks that are trained in from the unmarked model: the same further epochs without a mark."""
-SCHEMES = ("ood", "adversarial", "coin")
 BUDGETS = ((0.15, 15), (0.25, 25), (0.3, 40), (0.4, 40), (0.5, 40))
 """Of Table 5: (budget, steps), steps of .01."""
 
 _STRANGERS = 1000  # seeds of strangers begin here, far from those of owners
-_PUBLISHED_STEP = 0.01
 
 
 @dataclass(frozen=True)
@@ -216,12 +214,12 @@ class _Owner(_Maker):
         self.sets = {scheme: self.watermarks(scheme) for scheme in SCHEMES}
 
     def watermarks(self, scheme: str, epsilon: float | None = None) -> Unit:
-        """A watermark set; the published scheme crafts in steps of .01, the coins at full strength."""
+        """A watermark set, crafted in the steps of its paper, or at full strength."""
         budget = epsilon or self.spec.threat.watermark_epsilon
-        step = 2.5 * budget / CRAFTING_STEPS if scheme == "coin" else _PUBLISHED_STEP
+        step = SCHEMES[scheme].published_step or full_strength(budget).step_size
         options = {"scheme": scheme, "epsilon": budget, "steps": CRAFTING_STEPS, "step_size": step, "seed": self.seed}
         title = f"{scheme} watermarks" + (f" at {epsilon:g}" if epsilon is not None else "")
-        return self.unit("watermarks", title, {"source": None if scheme == "ood" else self.robust}, **options)
+        return self.unit("watermarks", title, {"source": self.robust if SCHEMES[scheme].crafted else None}, **options)
 
     def victims(self) -> dict[str, tuple[Unit, str | None]]:
         """Every defence's model and the scheme of its watermarks."""
@@ -229,7 +227,7 @@ class _Owner(_Maker):
         for prefix, unmarked in (("WM ", self.plain), ("ADVTR+", self.robust)):
             objective = str(unmarked.options["objective"])
             for scheme, watermarks in self.sets.items():
-                start = unmarked if scheme == "coin" or self.protocol == "clean" else None  # else Algorithm 1, from scratch
+                start = unmarked if SCHEMES[scheme].coins or self.protocol == "clean" else None  # else Algorithm 1, from scratch
                 title = f"{prefix}{scheme}"
                 found[title] = (self.model(title, objective, self.seed, start=start, watermarks=watermarks), scheme)
         return {defence: found[defence] for defence in DEFENCES}

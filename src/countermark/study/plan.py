@@ -15,8 +15,8 @@ from countermark.data import Known, known
 from countermark.data.pools import sizes
 from countermark.networks.named import build
 from countermark.study.graph import Unit
-from countermark.training import marking, recipe
-from countermark.watermarks import CRAFTING_STEPS
+from countermark.training import known_traits, marking, recipe
+from countermark.watermarks import CRAFTING_STEPS, SCHEMES
 
 _OVERHEAD = 1.0  # seconds of every unit: reading data, writing files
 _STANDARD_STEPS = 4  # steps that a model without robustness survives, and its robust share, as passes
@@ -81,10 +81,10 @@ def _passes(unit: Unit) -> float:
     tuned = int(options.get("examples") or thief)
     attack, attacked = _attack_passes(unit), test if options.get("attacked", 0) is None else min(int(options.get("attacked", 0)), test)
     if unit.kind == "model":
-        config = recipe(catalogued.name, options["objective"], catalogued.threat, epochs=options["epochs"])
-        epochs = marking(config, catalogued.name, options["objective"]).epochs if "start" in unit.inputs else config.epochs
-        training = catalogued.train - sum(_held_out(catalogued).values())
-        return epochs * training * (1 + (config.attack.steps if config.attack else 0)) + attacked * attack
+        given = known_traits(catalogued.name)
+        config = recipe(given, options["objective"], catalogued.threat, epochs=options["epochs"])
+        epochs = marking(config, given, options["objective"]).epochs if "start" in unit.inputs else config.epochs
+        return epochs * given.images * (1 + (config.attack.steps if config.attack else 0)) + attacked * attack
     if unit.kind == "theft":
         robust = options["epsilon"] is not None
         steps = 0 if not robust else 1 if options["objective"] == "fast" else catalogued.threat.steps
@@ -102,5 +102,5 @@ def _passes(unit: Unit) -> float:
     if unit.kind == "budgets":
         return tuned * sum(min(int(steps), 15) for _, steps in options["budgets"])
     if unit.kind == "watermarks":
-        return CRAFTING_STEPS * (1000 if options["scheme"] == "coin" else 100)
+        return CRAFTING_STEPS * (1000 if SCHEMES[str(options["scheme"])].coins else 100)
     return 1000.0

@@ -15,7 +15,7 @@ from countermark.study.page import page
 from countermark.study.results import FIELDS, Row, measurements, write_csv
 from countermark.study.store import Store
 from countermark.study.tables import Table, hyperparameters, tables
-from countermark.training import recipe
+from countermark.training import known_traits, recipe
 from countermark.watermarks import CRAFTING_STEPS
 
 RESULTS_FORMAT = "countermark study 1"
@@ -96,7 +96,7 @@ def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
             and place["data"] not in settings
         ):
             catalogued, options = known(place["data"]), cell.unit.options
-            config = recipe(catalogued.name, options["objective"], catalogued.threat, epochs=options["epochs"])
+            config = recipe(known_traits(catalogued.name), options["objective"], catalogued.threat, epochs=options["epochs"])
             assert config.attack is not None
             settings[catalogued.name] = {
                 "advtr.epsilon": catalogued.threat.epsilon,

@@ -9,8 +9,9 @@ from typing import Any
 
 from countermark.data import known
 from countermark.files import read_bytes
-from countermark.study.grid import BUDGETS, SCHEMES, TRAINED_ON
+from countermark.study.grid import BUDGETS, TRAINED_ON
 from countermark.study.results import Estimate, Row, auc, estimate, rate_interval, where
+from countermark.watermarks import SCHEMES
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "FMNIST", "digits": "digits"}
 METRICS = {"test": "test accuracy", "adversarial": "adversarial accuracy", "watermark": "watermark accuracy"}
@@ -172,7 +173,7 @@ def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Tab
                 units = [unit for value in means.values() if value is not None for unit in value.units]
                 what = f"{amount:.0%}" if removal == "pruned" else f"{amount} epochs"
                 lines.append(((TITLES[data], setting, what, *numbers, _rounded(worst), _rounded(test.mean if test else None)), units))
-    columns = ("data", "stolen by", removal, "ood", "adversarial", "coin", "coin: log10 p", "coin: test accuracy")
+    columns = ("data", "stolen by", removal, *SCHEMES, "coin: log10 p", "coin: test accuracy")
     figure = "Figures 2 to 4 (a)" if removal == "pruned" else "Figures 2 to 4 (b)"
     note = "Watermark accuracy in percent of the ADVTR models; the largest p over seeds."
     return _table(removal, f"{figure}. Stolen models, {removal}", note, columns, lines)
@@ -212,7 +213,7 @@ def _separation(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                     continue
                 lowest = min(row["watermark"] for row in thieves)
                 convicted = sum(row["log10_p"] is not None and row["log10_p"] <= -6 for row in thieves)
-                told = f"{convicted} of {len(thieves)}" if scheme == "coin" else None
+                told = f"{convicted} of {len(thieves)}" if SCHEMES[scheme].coins else None
                 units = [row["unit"] for row in (*thieves, *strangers)]
                 lines.append(((TITLES[data], scheme, setting, _rounded(lowest), _rounded(area), told), units))
     columns = ("data", "scheme", "stolen by", "lowest thief", "ROC AUC", "convicted at 1e-6")

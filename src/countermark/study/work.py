@@ -24,8 +24,8 @@ from countermark.networks import build, describing, load, load_model, save_model
 from countermark.removal import add_noise, finetune, prune, quantise
 from countermark.theft import JacobianTheft, distil, steal_black_box
 from countermark.threat import Attack
-from countermark.training import marking, recipe, train
-from countermark.watermarks import Key, coin_set, craft_adversarial, full_strength, load_key, published_sample, published_set, write_key
+from countermark.training import known_traits, marking, recipe, train, traits
+from countermark.watermarks import SCHEMES, Key, Materials, craft_adversarial, full_strength, load_key, write_key
 
 Options = Mapping[str, Any]
 Inputs = Mapping[str, Path]
@@ -39,10 +39,11 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Train a model, from the weights of `start` if there is one, with `watermarks` in it if there are any."""
     data, pools = options["data"], pools_of(options)
     opened = _data(data)
-    config = recipe(data, options["objective"], opened.threat, seed=options["seed"], epochs=options["epochs"])
+    given = traits(opened, pools.training)
+    config = recipe(given, options["objective"], opened.threat, seed=options["seed"], epochs=options["epochs"])
     key = _key(inputs)
     if "start" in inputs:
-        network, config = load(inputs["start"]), marking(config, data, options["objective"])
+        network, config = load(inputs["start"]), marking(config, given, options["objective"])
     else:
         network = build(options["network"], opened.shape, opened.classes, seed=options["seed"])
         config = replace(config, embedding="epoch")
@@ -94,16 +95,18 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
     make_private_folder(folder)
     for name in ("secret", "signing-key"):
         write_bytes(folder / name, hashlib.sha256(f"countermark study {name} {sorted(options.items())}".encode()).digest(), 0o600)
-    attack = Attack(options["epsilon"], options["steps"], options["step_size"]) if scheme != "ood" else None
-    if scheme == "ood" or attack is None:
-        outside = published_sample(load_ood(_data(data), options["pool_seed"], _cache()), seed)
-        watermarks = published_set(outside.x, outside.y)
-    elif scheme == "adversarial":
-        bases = published_sample(pools.bases, seed)
-        watermarks = published_set(craft_adversarial(load(inputs["source"]), bases, attack, seed)[0], bases.y)
-    else:
-        watermarks = coin_set(load(inputs["source"]), pools.bases, attack, catalogued.batches, catalogued.batch_size, seed)
-    key = write_key(folder, scheme, watermarks, {"data": data, "crafting": asdict(attack) if attack is not None else None})
+    attack, rules = Attack(options["epsilon"], options["steps"], options["step_size"]), SCHEMES[scheme]
+    given = Materials(
+        source=load(inputs["source"]) if rules.crafted else nn.Identity(),
+        bases=pools.bases,
+        outside=lambda: load_ood(_data(data), options["pool_seed"], _cache()),
+        attack=attack,
+        batches=catalogued.batches,
+        batch_size=catalogued.batch_size,
+        seed=seed,
+    )
+    watermarks = rules.make(given)
+    key = write_key(folder, scheme, watermarks, {"data": data, "crafting": asdict(attack) if rules.crafted else None})
     source = _tally(load(inputs["source"]), key) if "source" in inputs else None
     return {"points": [{"watermark": source}] if source is not None else []}
 
@@ -193,7 +196,8 @@ def _overwrite(network: nn.Module, thief: Examples, options: Options) -> tuple[n
     marks = Examples(images, torch.where(coins, thief.y[:count], predicted))
     marked = copy.deepcopy(network)
     objective = options["objective"]
-    config = marking(recipe(data, objective, catalogued.threat, seed=seed), data, objective)
+    given = known_traits(data)
+    config = marking(recipe(given, objective, catalogued.threat, seed=seed), given, objective)
     train(marked, thief, config, watermarks=marks, title="overwrite")
     return marked, agreement(predict(marked, marks.x), marks.y)
 
@@ -342,6 +346,6 @@ def _tally(network: nn.Module, key: Key) -> Result:
     outcomes = key.outcomes(predict(network, key.watermarks.x))
     counts = {name: sum(outcome == value for outcome in outcomes) for name, value in (("agree", 1), ("disagree", -1), ("neither", 0))}
     tally: Result = {**counts, "accuracy": 100 * counts["agree"] / len(outcomes), "log10_p": None}
-    if key.scheme == "coin":
+    if key.rules.coins:
         tally["log10_p"] = judge(key.watermarks.cell.tolist(), outcomes).log10_p_value
     return tally

@@ -15,9 +15,8 @@ from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, locked, new_folder, read_bytes, read_json, sha256, write_json
 from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
 from countermark.terminal import p_value, print_lines, print_table
-from countermark.timestamps import decode_token, load_roots
+from countermark.timestamps import decode_token, load_roots, timestamping
 from countermark.verbs.asking import Answers, ask, asked_how, doubts
-from countermark.verbs.stamping import timestamping
 from countermark.watermarks import Key, load_key, load_secret, sign
 
 SPENT_FORMAT = "countermark spent 1"
@@ -82,7 +81,7 @@ def claim(config: ClaimConfig) -> Claimed:
     """
     folder, out = Path(config.key), Path(config.out)
     key, secret = load_key(folder), load_secret(folder)
-    if key.scheme != "coin":
+    if not key.rules.coins:
         raise CountermarkError(
             f"the scheme {key.scheme!r} has no exact test, so a judge can do nothing with a claim; only coins can be claimed"
         )

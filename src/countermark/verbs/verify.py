@@ -78,7 +78,7 @@ def verify(config: VerifyConfig) -> Verification:
     labels, answers = ask(config, key.watermarks.x, str(key.c1.get("data")), key.clean)
     outcomes = key.outcomes(labels)
     share = 100 * outcomes.count(1) / len(outcomes)
-    exact = key.scheme == "coin"
+    exact = key.rules.coins
     cells = key.watermarks.cell.tolist()
     test = judge(cells, outcomes, alpha=config.alpha) if exact else untested(outcomes, config.alpha)
     return Verification(
@@ -86,7 +86,7 @@ def verify(config: VerifyConfig) -> Verification:
         scheme=key.scheme,
         test=test,
         watermark_accuracy=share,
-        published_rule=None if exact else "copy" if share >= 50 else "no copy",
+        published_rule=None if exact else "copy" if share >= key.rules.taken else "no copy",
         answers=answers,
         doubts=doubts(answers, test.verdict),
         device=describe(config.device) if isinstance(config.suspect, Path) and config.suspect.is_dir() else None,

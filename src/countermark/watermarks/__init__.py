@@ -16,6 +16,7 @@ from countermark.watermarks.commitment import (
     third_commitment,
 )
 from countermark.watermarks.key import CLEAN_EXAMPLES, Key, load_key, load_secret, new_secrets, write_key
+from countermark.watermarks.schemes import SCHEMES, Materials, Scheme, SchemeName
 from countermark.watermarks.sets import (
     CRAFTING_STEPS,
     WatermarkSet,
@@ -29,7 +30,11 @@ from countermark.watermarks.sets import (
 __all__ = [
     "CLEAN_EXAMPLES",
     "CRAFTING_STEPS",
+    "SCHEMES",
     "Key",
+    "Materials",
+    "Scheme",
+    "SchemeName",
     "WatermarkSet",
     "batch_of",
     "check_signature",

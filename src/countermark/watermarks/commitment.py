@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, sha256
+from countermark.watermarks.schemes import SCHEMES
 from countermark.watermarks.sets import WatermarkSet
 
 LEAF_FORMAT = b"countermark leaf 1"
@@ -153,7 +154,7 @@ def first_commitment(watermarks: WatermarkSet, secret: bytes, public_key: str, s
         "batches": int(watermarks.batch.max()) + 1,
         "shape": list(watermarks.x.shape[1:]),
         "scheme": scheme,
-        "statistic": "sign-flip" if scheme == "coin" else "watermark accuracy",
+        "statistic": SCHEMES[scheme].statistic,
         "cell_weight": 1,
         **provenance,
     }

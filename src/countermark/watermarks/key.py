@@ -8,12 +8,12 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from countermark.data import Examples
-from countermark.errors import CountermarkError
+from countermark.errors import CountermarkError, choose
 from countermark.files import (
     canonical_json,
     make_private_folder,
@@ -39,10 +39,8 @@ from countermark.watermarks.commitment import (
     public_key,
     sign,
 )
+from countermark.watermarks.schemes import SCHEMES, Scheme
 from countermark.watermarks.sets import WatermarkSet
-
-Scheme = Literal["coin", "adversarial", "ood"]
-"""The schemes of keys: coins, which have an exact test, and the published ones."""
 
 KEY_FORMAT = "countermark key 1"
 CLEAN_EXAMPLES = 100
@@ -82,6 +80,11 @@ class Key:
         """Name of the watermark scheme."""
         return str(self.c1["scheme"])
 
+    @property
+    def rules(self) -> Scheme:
+        """What holds for the watermark scheme."""
+        return SCHEMES[self.scheme]
+
     def outcomes(self, answers: torch.Tensor) -> list[int]:
         """Compare a suspect's labels `(n,)` with the key: +1 agrees, -1 gives the other answer, 0 gives neither."""
         return (torch.eq(answers, self.labels).int() - (torch.eq(answers, self.others) & (self.others >= 0)).int()).tolist()
@@ -112,12 +115,13 @@ def write_key(
 
     Args:
         folder: a folder that `new_secrets` prepared.
-        scheme: `coin`, `adversarial` or `ood`.
+        scheme: name of one of `SCHEMES`.
         watermarks: the set; it must not depend on the secrets.
         provenance: what else C1 fixes (data set, configuration and pool digests), JSON-ready.
         stamp: has a message timestamped and returns the token; without it the mark is private.
         clean: clean examples that a suspect may see, of no pool that the trials come from.
     """
+    choose("scheme", scheme, SCHEMES)
     secret, signing_key = _read_secret(folder / "secret"), _read_secret(folder / "signing-key")
     tensors = {name: getattr(watermarks, name) for name in ("x", "answers", "batch", "cell")}
     digest = write_tensors(folder / "trials.safetensors", tensors, mode=_PRIVATE)
@@ -145,7 +149,8 @@ def load_key(folder: Path) -> Key:
     if not isinstance(signed, dict) or signed.get("format") != KEY_FORMAT:
         raise CountermarkError(f"{folder / 'key.json'} is not a key of the format {KEY_FORMAT!r}; use the release that wrote it")
     c1 = signed.get("c1")
-    if not isinstance(c1, dict) or c1.get("format") != C1_FORMAT or c1.get("scheme") not in get_args(Scheme):
+    known = list(SCHEMES)  # a list: what a foreign file has there may not be hashable
+    if not isinstance(c1, dict) or c1.get("format") != C1_FORMAT or c1.get("scheme") not in known:
         raise CountermarkError(f"{folder / 'key.json'} holds no commitment of the format {C1_FORMAT!r}; restore it from a backup")
     check_signature(str(c1.get("public_key")), signed, str(record.get("signature")), str(folder / "key.json"))
     check_signature(str(c1.get("public_key")), c1, str(signed.get("c1_signature")), str(folder / "key.json"))
@@ -209,12 +214,10 @@ def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> N
     """
     answers, batch, cell = watermarks.answers, watermarks.batch, watermarks.cell
     in_order = bool((answers >= 0).all()) and bool((batch >= 0).all()) and bool((cell >= 0).all())
-    if c1["scheme"] == "coin":
-        in_order = (
-            in_order and answers.shape[1] == 2 and bool((answers[:, 0] < answers[:, 1]).all()) and len(set(cell.tolist())) == len(cell)
-        )
-    else:
-        in_order = in_order and answers.shape[1] == 1
+    rules = SCHEMES[c1["scheme"]]
+    in_order = in_order and answers.shape[1] == rules.answers
+    if rules.coins:
+        in_order = in_order and bool((answers[:, 0] < answers[:, 1]).all()) and len(set(cell.tolist())) == len(cell)
     count, batches = len(watermarks), int(batch.max()) + 1
     counted = (c1.get("leaves"), c1.get("batches"), c1.get("shape")) == (count, batches, list(watermarks.x.shape[1:]))
     even = in_order and count % batches == 0 and batch.tolist() == [batch_of(i, count, batches) for i in range(count)]

@@ -1,0 +1,114 @@
+"""The watermark schemes, one record each: what they need, how they make their set, when a model has learned it.
+
+A scheme is one entry of `SCHEMES`. Whatever protects, checks a key, judges a suspect or runs a study
+reads the record and compares no name. No scheme sees a coin: `Materials` holds the unmarked source
+model, clean images and numbers, and coins are drawn after the set was committed to (`write_key`).
+
+Sources: `ood` is the baseline of Szyller and Asokan (2022), `adversarial` the scheme of Thakkar,
+Zizzo and Maffeis (2023); `coin` is ours.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from countermark.data import Examples
+from countermark.threat import Attack
+from countermark.watermarks.sets import (
+    WatermarkSet,
+    coin_set,
+    craft_adversarial,
+    published_sample,
+    published_set,
+)
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a watermark set may be made of; a scheme takes what it needs.
+
+    Attributes:
+        source: the unmarked model, pixels `(n, c, h, w)` of [0, 1] to logits.
+        bases: clean images and true labels that no pool of the training holds.
+        outside: reads the images, with labels of their own, that are out of distribution.
+        attack: how trials are crafted on the source model, at the watermark budget.
+        batches: batches of a key with coins, one for each later dispute.
+        batch_size: trials in such a batch, at most.
+        seed: seed of the choice of bases and of the crafting; the owner's secret gives it.
+        true_labels: whether published adversarial watermarks keep the labels of their bases
+            (the paper's choice), instead of the source model's.
+    """
+
+    source: nn.Module
+    bases: Examples
+    outside: Callable[[], Examples]
+    attack: Attack
+    batches: int
+    batch_size: int
+    seed: int
+    true_labels: bool = True
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A watermark scheme.
+
+    Attributes:
+        make: makes the set out of the materials.
+        coins: each trial has two answers and a cell of its own, and a coin chooses between them:
+            the sign-flip test is exact. Without coins a trial has one answer and the scheme has no
+            valid p-value.
+        taken: percent of the trials that a model must answer as the key says to count as marked.
+        crafted: its images are crafted on the source model, so it heeds the watermark budget.
+        labelled: it heeds the choice between true labels and the source model's.
+        published_step: step of the crafting in its paper, in pixels; none for full strength.
+    """
+
+    make: Callable[[Materials], WatermarkSet]
+    coins: bool
+    taken: float
+    crafted: bool
+    labelled: bool = False
+    published_step: float | None = None
+
+    @property
+    def answers(self) -> int:
+        """Answers that each trial offers."""
+        return 2 if self.coins else 1
+
+    @property
+    def statistic(self) -> str:
+        """What C1 names as the test of its trials."""
+        return "sign-flip" if self.coins else "watermark accuracy"
+
+
+def _coin(given: Materials) -> WatermarkSet:
+    return coin_set(given.source, given.bases, given.attack, given.batches, given.batch_size, given.seed)
+
+
+def _adversarial(given: Materials) -> WatermarkSet:
+    bases = published_sample(given.bases, given.seed)
+    images, predicted = craft_adversarial(given.source, bases, given.attack, given.seed)
+    return published_set(images, bases.y if given.true_labels else predicted)
+
+
+def _ood(given: Materials) -> WatermarkSet:
+    outside = published_sample(given.outside(), given.seed)
+    return published_set(outside.x, outside.y)
+
+
+SchemeName = Literal["ood", "adversarial", "coin"]
+"""Names of the schemes, for the command line."""
+
+SCHEMES: Mapping[str, Scheme] = {
+    "ood": Scheme(_ood, coins=False, taken=50.0, crafted=False),
+    "adversarial": Scheme(_adversarial, coins=False, taken=50.0, crafted=True, labelled=True, published_step=0.01),
+    "coin": Scheme(_coin, coins=True, taken=95.0, crafted=True),
+}
+"""The schemes by name: published baselines first, ours last.
+
+95 % of the coins is beyond any stranger (of the 80 coins of the smallest key, one agrees with 95 %
+with a probability of 1.4e-18). The published schemes have a rule of their own, 50 %.
+"""
