@@ -35,7 +35,7 @@ from countermark.memory import keep_freed_memory
 from countermark.networks import describing, load_model, save_model
 from countermark.networks.named import build
 from countermark.threat import Attack
-from countermark.training import recipe, train
+from countermark.training import known_traits, recipe, train
 from stock import stock
 
 DONE = Path("runs/bench")
@@ -196,7 +196,7 @@ def trained(data: str, network: str, anew: bool = False) -> tuple[nn.Module, dic
         return load_model(folder)[0], read_json(folder / "metrics.json")
     model = build(network, catalogued.shape, catalogued.classes, seed=0)
     pools = load_pools(data, 0)
-    config = recipe(data, "fast", catalogued.threat, seed=0)
+    config = recipe(known_traits(data), "fast", catalogued.threat, seed=0)
     if network == "paper":  # so few passes want a higher rate and a longer step
         attack = Attack(catalogued.threat.epsilon, 1, 0.75 * catalogued.threat.epsilon)
         config = replace(config, attack=attack, epochs=EPOCHS[data], learning_rate=0.2, average=0.99)

@@ -40,7 +40,7 @@ from countermark.networks import load_model
 from countermark.networks.named import build
 from countermark.theft import JacobianTheft, steal_black_box
 from countermark.threat import Attack
-from countermark.training import TrainConfig, recipe, train
+from countermark.training import TrainConfig, known_traits, recipe, train
 from countermark.watermarks import load_secret
 
 COST = {"mnist": 0.1, "fashion_mnist": 0.2}
@@ -82,7 +82,7 @@ def robust(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn
     """The same, adversarially trained at the owner's budget."""
     x = pools.thief.x[:count]
     network = build("small", known(data).shape, known(data).classes, seed=900 + seed)
-    train(network, Examples(x, victim(x)), recipe(data, "fast", known(data).threat, epochs=25, seed=seed))
+    train(network, Examples(x, victim(x)), recipe(known_traits(data), "fast", known(data).threat, epochs=25, seed=seed))
     return network
 
 

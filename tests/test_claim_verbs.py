@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,13 @@ from countermark.networks import load_model, save_model
 from countermark.networks.named import build
 from countermark.removal import prune
 from countermark.signing import check_folder, sign_folder
-from countermark.training import recipes
 from countermark.verbs.adjudicate import adjudicate
 from countermark.verbs.claim import claim
 from countermark.verbs.log_check import log_check
 from countermark.verbs.log_head import log_head
 from countermark.verbs.protect import protect
 from described import described
+from shorter import mark_shortly, take_any_mark
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +170,8 @@ def test_an_interrupted_run_does_not_draw_its_coins_again(authority: Authority, 
             raise KeyboardInterrupt
         return true_train(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setitem(recipes._DIALS, "digits", replace(recipes._DIALS["digits"], marking_epochs=2))  # type: ignore[arg-type]
-    monkeypatch.setitem(room.TAKEN, "coin", 0.0)  # whether the mark took is another question
+    mark_shortly(monkeypatch, room, 2)
+    take_any_mark(monkeypatch)
     monkeypatch.setattr(room, "_make_key", lambda *a: _small_key(a))
     monkeypatch.setattr(room, "train", stops)
     with pytest.raises(KeyboardInterrupt):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,13 +32,14 @@ from countermark.networks import load, load_model, save_model
 from countermark.networks.named import NETWORKS
 from countermark.study.grid import PROFILES, Size
 from countermark.text import visible
-from countermark.training import loop, recipes
+from countermark.training import loop
 from countermark.training.config import PRECISIONS
 from countermark.verbs import plan
 from countermark.verbs import protect as protecting
 from countermark.verbs.protect import ProtectConfig
-from countermark.watermarks import key as key_module
 from countermark.watermarks import load_key
+from countermark.watermarks import key as key_module
+from shorter import mark_shortly, take_any_mark
 from warm import COLD, warm
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -90,10 +91,7 @@ def test_protect_writes_what_it_promises(owner: Path) -> None:
 def short(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Shorten the second training of digits, that with the watermarks, for which there is no option."""
 
-    def shorten(**dials: int) -> None:
-        monkeypatch.setitem(recipes._DIALS, "digits", replace(recipes._DIALS["digits"], **dials))  # type: ignore[arg-type, index]
-
-    return shorten
+    return lambda epochs: mark_shortly(monkeypatch, protecting, epochs)
 
 
 def test_strong_takes_its_own_network_and_keeps_the_mark(
@@ -101,8 +99,8 @@ def test_strong_takes_its_own_network_and_keeps_the_mark(
 ) -> None:
     """The averaged weights are what is saved, and they still know the coins."""
     out = tmp_path / "strong"
-    short(strong_marking_epochs=40)
-    monkeypatch.setitem(protecting.TAKEN, "coin", 0.0)  # half as many epochs as the recipe has
+    short(40)
+    take_any_mark(monkeypatch)  # half as many epochs as the recipe has
     status, made = ask(capsys, "protect", "--data", "digits", "--out", out, "--objective", "strong", "--epochs", 20)
     assert status == 0
     assert made["watermark_accuracy"] > 80
@@ -342,10 +340,10 @@ def test_interruption_is_clean_and_resumes_to_the_same_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], short: Callable[..., None]
 ) -> None:
     """Ctrl-C at the end of several epochs, of the source model and of the marked one; one secret in, one result out."""
-    short(marking_epochs=8)
+    short(8)
     monkeypatch.setattr(key_module.secrets, "token_bytes", lambda count: b"k" * count)
     monkeypatch.setattr(loop, "_guarded", lambda *_networks: 50.0)  # no epoch is redone, and the count is exact
-    monkeypatch.setitem(protecting.TAKEN, "coin", 0.0)  # nor does it matter how much of the mark so few epochs leave
+    take_any_mark(monkeypatch)  # nor does it matter how much of the mark so few epochs leave
     arguments = ["protect", "--data", "digits", "--epochs", 3, "--json"]
     assert run(capsys, *arguments, "--out", tmp_path / "undisturbed")[0] == 0
     end_epoch, left = loop._end_epoch, [0]

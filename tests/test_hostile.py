@@ -18,7 +18,7 @@ from countermark.errors import CountermarkError
 from countermark.files import read_bytes, read_json, read_tensors, write_bytes, write_json, write_tensors
 from countermark.networks import load_model, save_model
 from countermark.networks.named import build
-from countermark.training import recipe, train
+from countermark.training import known_traits, recipe, train
 from warm import COLD, warm
 
 
@@ -139,7 +139,7 @@ def test_termination_is_orderly_and_takes_the_child_along(number: int, status: i
 
 @pytest.mark.parametrize("change", [{"step": None}, {"step": "a"}, {"step": -5}, {"attack_steps": "x"}, {"records": [{"a": 1}]}])
 def test_an_edited_checkpoint_is_refused(change: dict[str, object], tmp_path: Path, digits: Pools) -> None:
-    config = recipe("digits", "fast", known("digits").threat, epochs=1)
+    config = recipe(known_traits("digits"), "fast", known("digits").threat, epochs=1)
     path = tmp_path / "checkpoint"
     train(build("small", (1, 8, 8), 10, seed=0), digits.training, config, checkpoint=path)
     tensors, meta, _ = read_tensors(path, 1 << 30)

@@ -25,7 +25,7 @@ from countermark.study.results import auc, estimate, measurements, rate_interval
 from countermark.study.run import do, run
 from countermark.study.store import Store
 from countermark.study.tables import paper_value, tables
-from countermark.training import recipes
+from shorter import mark_shortly
 from warm import warm
 
 pytest.importorskip("distributed")
@@ -360,7 +360,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     units = in_order(cell.unit for cell in cells["clean"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("countermark.study.run._POLL", 0.1)
-        patch.setitem(recipes._DIALS, "digits", replace(recipes._DIALS["digits"], marking_epochs=2))  # type: ignore[arg-type]
+        mark_shortly(patch, work, 2)
         running([unit for unit in units if unit.kind == "model" and not unit.inputs], out, workers=2)
         store = running(units, out)
     write_report(out, cells, store, {"profile": "tiny"})

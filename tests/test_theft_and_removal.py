@@ -16,7 +16,7 @@ from countermark.removal import add_noise, finetune, prune, quantise
 from countermark.study import work
 from countermark.theft import JacobianTheft, distil, steal_black_box
 from countermark.threat import Attack
-from countermark.training import recipe, train
+from countermark.training import known_traits, recipe, train
 
 
 def small(seed: int = 5) -> nn.Module:
@@ -84,7 +84,7 @@ def test_fine_tuning_tells_after_each_epoch_and_keeps_the_model(owner: Path, dig
 
 def test_crafting_in_training_mode_lets_batch_statistics_move(digits: Pools) -> None:
     """The published code crafts with batch norm live: its running statistics then see crafted batches twice."""
-    config = recipe("digits", "fast", known("digits").threat, epochs=1)
+    config = recipe(known_traits("digits"), "fast", known("digits").threat, epochs=1)
     statistics = []
     for live in (False, True):
         network = build("paper", (1, 8, 8), 10, seed=0)

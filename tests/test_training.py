@@ -15,21 +15,37 @@ from hypothesis import strategies as st
 from torch import nn
 
 from countermark import device
-from countermark.data import Examples, Pools, known, load_ood, open_data
+from countermark.data import Dataset, Examples, Pools, known, load_ood, open_data
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
 from countermark.files import read_tensors
 from countermark.networks import load_model, save_model
 from countermark.networks.named import build
-from countermark.threat import Attack
-from countermark.training import Hardware, TrainConfig, loop, marking, own_network, recipe, settled, train
+from countermark.threat import COLOUR, GREY, Attack
+from countermark.training import (
+    Hardware,
+    TrainConfig,
+    Traits,
+    gentle,
+    kind_of,
+    known_traits,
+    loop,
+    marking,
+    own_network,
+    recipe,
+    settled,
+    train,
+    traits,
+)
 from countermark.training.loop import divergence
+from countermark.training.turns import in_turn
 from countermark.training.views import View, any_view
 from described import described
 
 ATTACK = Attack(0.1, 10, 0.025)
 
-DIGITS = known("digits").threat
+THREAT = known("digits").threat
+DIGITS = known_traits("digits")
 
 
 def small(seed: int = 0) -> torch.nn.Module:
@@ -42,7 +58,7 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def quick() -> TrainConfig:
-    return recipe("digits", "fast", DIGITS, epochs=4)
+    return recipe(DIGITS, "fast", THREAT, epochs=4)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +68,7 @@ def watermarks() -> Examples:
 
 @pytest.mark.parametrize("objective", ["fast", "strong", "pgd", "standard"])
 def test_same_seed_same_weights(digits: Pools, objective: str) -> None:
-    config, data = recipe("digits", objective, DIGITS, epochs=2), digits.training[:320]
+    config, data = recipe(DIGITS, objective, THREAT, epochs=2), digits.training[:320]
     first, second, third = small(), small(), small()
     state = torch.random.get_rng_state()
     train(first, data, config)
@@ -68,13 +84,13 @@ def test_same_seed_same_weights(digits: Pools, objective: str) -> None:
 def standard(digits: Pools) -> nn.Module:
     """A network without adversarial training and without watermarks. Read only."""
     network = small()
-    train(network, digits.training, recipe("digits", "standard", DIGITS, epochs=10))
+    train(network, digits.training, recipe(DIGITS, "standard", THREAT, epochs=10))
     return network
 
 
 def test_robust_training_resists_and_standard_training_does_not(digits: Pools, standard: nn.Module) -> None:
     robust = small()
-    records = train(robust, digits.training, recipe("digits", "fast", DIGITS, epochs=15), validation=digits.validation)
+    records = train(robust, digits.training, recipe(DIGITS, "fast", THREAT, epochs=15), validation=digits.validation)
     assert accuracy(standard, digits.test) > 85
     assert accuracy(robust, digits.test) > 85
     assert adversarial_accuracy(robust, digits.test, ATTACK) > adversarial_accuracy(standard, digits.test, ATTACK) + 25
@@ -189,18 +205,18 @@ def test_a_step_of_trades_is_one_down_its_formula(digits: Pools, watermarks: Exa
         weight_decay=0.0, grow_budget=False, watermark_batch=8, hardware=Hardware("cpu", precision="32-true"),
     )  # fmt: skip
     crafted, turns = [], []
-    perturb, next_marks = loop._Run.perturb, loop._next_marks
+    perturb, turn_of = loop._Run.perturb, loop.in_turn
 
     def perturbing(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, view: View) -> torch.Tensor:
         crafted.append((x, y, perturb(run, chosen, x, y, grown, view)))
         return crafted[-1][2]
 
-    def taking(turn: int, count: int, settings: TrainConfig) -> torch.Tensor:
-        turns.append(next_marks(turn, count, settings))
+    def taking(*place: int) -> torch.Tensor:
+        turns.append(turn_of(*place))
         return turns[-1]
 
     monkeypatch.setattr(loop._Run, "perturb", perturbing)
-    monkeypatch.setattr(loop, "_next_marks", taking)
+    monkeypatch.setattr(loop, "in_turn", taking)
     trained, reference = small(), small()
     train(trained, data, config, watermarks=watermarks)
     (x, y, moved), marks = crafted[0], watermarks[turns[0]]
@@ -241,7 +257,7 @@ def test_a_checkpoint_of_another_run_is_refused(digits: Pools, quick: TrainConfi
 @pytest.mark.parametrize("embedding", ["interleaved", "epoch"])
 def test_watermarks_are_learned_either_way(digits: Pools, watermarks: Examples, standard: nn.Module, embedding: str) -> None:
     assert agreement(predict(standard, watermarks.x), watermarks.y) < 40
-    config = replace(recipe("digits", "standard", DIGITS, epochs=15), embedding=embedding, learning_rate=0.05)
+    config = replace(recipe(DIGITS, "standard", THREAT, epochs=15), embedding=embedding, learning_rate=0.05)
     marked = small()
     records = train(marked, digits.training, config, watermarks=watermarks)
     assert agreement(predict(marked, watermarks.x), watermarks.y) > 75
@@ -249,12 +265,21 @@ def test_watermarks_are_learned_either_way(digits: Pools, watermarks: Examples, 
     assert accuracy(marked, digits.test) > 80
 
 
-def test_every_watermark_has_its_turn(quick: TrainConfig) -> None:
-    config = replace(quick, watermark_batch=6)
-    seen = torch.cat([loop._next_marks(turn, 40, config) for turn in range(20)])
+def test_every_watermark_has_its_turn() -> None:
+    seen = torch.cat([in_turn(6 * step, 6, 40, seed=0) for step in range(20)])
     assert torch.bincount(seen, minlength=40).tolist() == [3] * 40
-    few = torch.cat([loop._next_marks(turn, 4, config) for turn in range(2)])  # fewer watermarks than places in a batch
+    few = in_turn(0, 12, 4, seed=0)  # fewer watermarks than places in a batch
     assert torch.bincount(few, minlength=4).tolist() == [3] * 4
+
+
+@settings(deadline=None)
+@given(st.integers(0, 500), st.integers(1, 60), st.integers(1, 60), st.integers(0, 1 << 20))
+def test_turns_do_not_depend_on_how_they_are_cut(first: int, size: int, count: int, seed: int) -> None:
+    """The row of rounds is one row: any piece of it is what single places are, and no watermark falls behind."""
+    row = in_turn(0, first + size, count, seed)
+    assert torch.equal(row[first:], in_turn(first, size, count, seed))
+    often = torch.bincount(row, minlength=count)
+    assert int(often.max() - often.min()) <= 1
 
 
 def test_carried_perturbations_end_at_the_worst_point_of_the_ball(digits: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +289,7 @@ def test_carried_perturbations_end_at_the_worst_point_of_the_ball(digits: Pools,
         network[1].weight[0] = torch.linspace(-1, 1, 64)
         network[1].weight[1] = 0.0
     data = Examples(digits.training.x[:96], torch.arange(96) % 2)
-    fast = recipe("digits", "fast", DIGITS, epochs=4, hardware=Hardware("cpu", precision="32-true"))
+    fast = recipe(DIGITS, "fast", THREAT, epochs=4, hardware=Hardware("cpu", precision="32-true"))
     config = replace(fast, learning_rate=0.0, weight_decay=0.0, grow_budget=False, batch_size=32)
     perturb, crafted = loop._Run.perturb, torch.empty(96, 1, 8, 8)
 
@@ -333,11 +358,12 @@ from dataclasses import replace
 from pathlib import Path
 from torch import nn
 from countermark.data import known, load_ood, load_pools, open_data
-from countermark.training import Hardware, loop, recipe, train
+from countermark.training import Hardware, known_traits, loop, recipe, train
 pools = load_pools("digits", 0)
 marks = load_ood(open_data("digits"), 0)[:40]
 loop._guarded = lambda *_networks: 50.0
-config = recipe("digits", "strong", known("digits").threat, epochs=1, hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))
+DIGITS, THREAT = known_traits("digits"), known("digits").threat
+config = recipe(DIGITS, "strong", THREAT, epochs=1, hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))
 config = replace(config, grow_budget=False, schedule="constant", batch_size=96)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
@@ -374,7 +400,7 @@ def test_bf16_takes_the_steps_of_float32_within_rounding(digits: Pools) -> None:
         train(
             network,
             digits.training,
-            recipe("digits", "fast", DIGITS, epochs=2, hardware=Hardware("cpu", precision=precision)),
+            recipe(DIGITS, "fast", THREAT, epochs=2, hardware=Hardware("cpu", precision=precision)),
         )
         assert network.state_dict()["0.weight"].dtype == torch.float32
         moved.append(weights(network) - begun)
@@ -496,7 +522,7 @@ def test_a_run_does_not_go_on_in_another_precision(
 
 def test_a_loss_that_is_not_finite_stops_the_run(digits: Pools) -> None:
     with pytest.raises(CountermarkError, match="loss"):
-        train(small(), digits.training, replace(recipe("digits", "standard", DIGITS, epochs=3), learning_rate=1e6))
+        train(small(), digits.training, replace(recipe(DIGITS, "standard", THREAT, epochs=3), learning_rate=1e6))
 
 
 def test_devices_that_do_not_exist_are_an_error(digits: Pools, quick: TrainConfig) -> None:
@@ -524,33 +550,114 @@ def test_impossible_configurations_are_refused(quick: TrainConfig, change: dict[
         replace(quick, **change)  # type: ignore[arg-type]
 
 
-def test_strong_is_fast_for_longer_with_an_average() -> None:
-    fast, strong = (
-        recipe("mnist", "fast", known("mnist").threat.at(epsilon=0.3)),
-        recipe("mnist", "strong", known("mnist").threat.at(epsilon=0.3)),
+# What 0.1.0 did for the data sets that it knew, each with dials of its own: network; epochs, batch,
+# flip, shift, average; attack in budgets, its steps; then of the marking: epochs, its steps, trials.
+RECIPES = {
+    ("mnist", "fast"): ("small", 7, 128, False, 0, 0.0, 1.0, 1, 5, 1, 16),
+    ("mnist", "strong"): ("clipped", 20, 128, False, 1, 0.999, 1.0, 2, 10, 2, 16),
+    ("mnist", "standard"): ("small", 7, 128, False, 0, 0.0, None, 0, 5, 0, 16),
+    ("mnist", "pgd"): ("small", 100, 128, False, 0, 0.0, 1.0, 25, 50, 25, 16),
+    ("fashion_mnist", "fast"): ("small", 7, 128, False, 0, 0.0, 1.0, 1, 5, 2, 16),
+    ("fashion_mnist", "strong"): ("wide", 10, 128, True, 0, 0.999, 1.05, 2, 12, 2, 16),
+    ("fashion_mnist", "standard"): ("small", 7, 128, False, 0, 0.0, None, 0, 5, 0, 16),
+    ("fashion_mnist", "pgd"): ("small", 100, 128, False, 0, 0.0, 1.0, 15, 50, 15, 16),
+    ("digits", "fast"): ("small", 40, 64, False, 0, 0.0, 1.0, 1, 40, 1, 32),
+    ("digits", "strong"): ("wide", 80, 64, False, 0, 0.999, 1.07, 2, 80, 2, 32),
+    ("digits", "standard"): ("small", 40, 64, False, 0, 0.0, None, 0, 40, 0, 32),
+    ("digits", "pgd"): ("small", 100, 64, False, 0, 0.0, 1.0, 10, 50, 10, 16),
+}
+
+
+@pytest.mark.parametrize(("name", "objective"), RECIPES)
+def test_recipes_by_kind_of_image_are_those_of_the_data_sets_before(name: str, objective: str) -> None:
+    given, threat = known_traits(name), known(name).threat
+    config = recipe(given, objective, threat, seed=3)
+    marked = marking(config, given, objective)
+    attack = config.attack
+    found = (
+        own_network(given, objective),
+        config.epochs,
+        config.batch_size,
+        config.flip,
+        config.shift,
+        config.average,
+        None if attack is None else pytest.approx(attack.epsilon / threat.epsilon),
+        0 if attack is None else attack.steps,
+        marked.epochs,
+        0 if marked.attack is None else marked.attack.steps,
+        marked.watermark_batch,
     )
-    assert strong.objective == "fast"
-    assert strong.average == 0.999
-    assert strong.epochs > fast.epochs
-    assert fast.attack is not None
-    assert strong.attack is not None
-    assert strong.attack.steps > fast.attack.steps
-    marked = marking(strong, "mnist", "strong")
-    assert marked.epochs > marking(fast, "mnist", "fast").epochs
-    assert (marked.average, marked.attack) == (strong.average, strong.attack)
-    clothes = recipe("fashion_mnist", "strong", known("fashion_mnist").threat)
-    assert clothes.attack is not None
-    assert (strong.attack.epsilon, clothes.attack.epsilon) == (0.3, pytest.approx(1.05 * 0.15))
-    assert (clothes.flip, clothes.shift, strong.flip, strong.shift) == (True, 0, False, 1)
-    assert [own_network(data, "strong") for data in ("mnist", "fashion_mnist")] == ["clipped", "wide"]
-    assert own_network("mnist", "fast") == "small"
+    assert found == RECIPES[name, objective]
+    slow = objective == "pgd"
+    assert (config.learning_rate, config.schedule) == ((0.005, "constant") if slow else (0.1, "triangular"))
+    assert (config.warmup, marked.warmup) == ((0, 0) if slow else (0.35 if objective == "strong" else 0.3, 0.15))
+    assert (config.carry, config.nesterov, config.dropout) == (objective in ("fast", "strong"), not slow, attack is None or slow)
+    if attack is not None and not slow:
+        assert attack.step_size == 0.5 * attack.epsilon
+        assert marked.attack is not None
+        assert marked.attack.step_size == attack.step_size
+    assert marked.grow_budget == slow
+    assert config.seed == marked.seed == 3
 
 
-def test_fast_marks_in_as_many_steps_as_the_data_set_needs() -> None:
-    steps = {data: marking(recipe(data, "fast", known(data).threat), data, "fast").attack for data in ("mnist", "fashion_mnist", "digits")}
-    assert {data: attack.steps for data, attack in steps.items() if attack} == {"mnist": 1, "fashion_mnist": 2, "digits": 1}
-    digits = recipe("digits", "fast", known("digits").threat)
-    assert (digits.epochs, digits.batch_size, marking(digits, "digits", "fast").watermark_batch) == (40, 64, 32)
+def test_the_traits_of_digits_are_what_its_images_show(digits: Pools) -> None:
+    """For the sets that are fetched, `benchmarks/first_light.py` would show a difference."""
+    assert traits(open_data("digits"), digits.training) == DIGITS
+
+
+def test_the_kind_of_an_image_is_measured() -> None:
+    generator = torch.Generator().manual_seed(0)
+    strokes = 255 * (torch.rand(50, 1, 12, 12, generator=generator) < 0.2).to(torch.uint8)
+    grey = torch.randint(0, 256, (50, 1, 12, 12), dtype=torch.uint8, generator=generator)
+    blurred = torch.where(torch.rand(strokes.shape, generator=generator) < 0.05, grey, strokes)
+    assert [kind_of(images) for images in (strokes, blurred, grey)] == ["ink", "ink", "grey"]
+    assert kind_of(strokes.double() / 255) == "ink"
+    assert kind_of(strokes.expand(50, 3, 12, 12)) == "colour"
+
+
+def photographs(count: int, **facts: object) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (count, 3, 16, 24), dtype=torch.uint8, generator=generator)
+    examples = Examples(x, torch.arange(count) % 2)
+    return Dataset("", examples, examples, ("cat", "dog"), COLOUR, **facts)  # type: ignore[arg-type]
+
+
+def test_colour_images_are_moved_and_mirrored_only_if_somebody_says_so() -> None:
+    """A sign that points left looks like a photograph: that mirroring means nothing is told, never guessed."""
+    unknown, told = photographs(20), photographs(20, mirror=True, shift=1)
+    assert traits(unknown, unknown.train) == Traits("colour", 20, False, 2)
+    assert traits(told, told.train) == Traits("colour", 20, True, 1)
+    assert traits(told, told.train, mirror=False, shift=0) == Traits("colour", 20, False, 0)
+    for objective in ("fast", "standard", "strong"):
+        config = recipe(Traits("colour", 37_500, True, 4), objective, COLOUR)
+        assert (config.flip, config.shift, config.batch_size) == (True, 4, 128)
+        assert config.average >= 0.998
+        assert not config.carry
+    fast = recipe(Traits("colour", 37_500), "fast", COLOUR)
+    assert fast.attack == Attack(8 / 255, 2, 4 / 255)
+    assert (fast.epochs, fast.learning_rate) == (15, 0.1)
+    assert own_network(Traits("colour", 10), "fast") == "narrow"
+
+
+@settings(deadline=None)
+@given(st.integers(1, 1_000_000), st.sampled_from(["ink", "grey", "colour"]), st.sampled_from(["fast", "strong", "standard"]))
+def test_any_number_of_images_gets_a_recipe(images: int, kind: str, objective: str) -> None:
+    given = Traits(kind, images)
+    config = recipe(given, objective, GREY)
+    marked = marking(config, given, objective)
+    for each in (config, marked, gentle(config, given) if objective == "standard" else marked):
+        assert 4 <= each.epochs <= 80
+        assert each.watermark_batch == (32 if images < 5000 else 16)
+        steps = each.epochs * (images // min(each.batch_size, images))
+        assert steps <= 9600 or each.epochs <= 10  # no more than was asked for, but for the least
+
+
+def test_given_weights_are_marked_gently() -> None:
+    given = Traits("colour", 37_500)
+    config = gentle(recipe(given, "standard", COLOUR), given)
+    assert (config.objective, config.attack, config.average) == ("standard", None, 0.0)
+    assert config.learning_rate < recipe(given, "standard", COLOUR).learning_rate
+    assert gentle(config, given, epochs=9).epochs == 9
 
 
 def test_dropout_is_left_out_where_the_recipe_says_so(digits: Pools) -> None:
@@ -561,16 +668,17 @@ def test_dropout_is_left_out_where_the_recipe_says_so(digits: Pools) -> None:
         seen.clear()
         train(network, digits.training, TrainConfig("standard", None, epochs=1, dropout=dropout))
         assert set(seen) == {dropout}
-    assert not recipe("mnist", "fast", known("mnist").threat).dropout
-    assert recipe("mnist", "pgd", known("mnist").threat).dropout
+    assert not recipe(DIGITS, "fast", THREAT).dropout
+    assert recipe(DIGITS, "pgd", THREAT).dropout
 
 
 def test_the_pgd_recipe_is_the_papers() -> None:
-    config = recipe("mnist", "pgd", known("mnist").threat)
+    given = known_traits("mnist")
+    config = recipe(given, "pgd", known("mnist").threat)
     assert config.attack == Attack(0.25, 25, 0.01)
     assert (config.epochs, config.learning_rate, config.momentum, config.weight_decay, config.batch_size) == (100, 0.005, 0.9, 5e-4, 128)
     assert config.schedule == "constant"
-    assert asdict(marking(config, "mnist", "pgd"))["objective"] == "pgd"
+    assert asdict(marking(config, given, "pgd"))["objective"] == "pgd"
 
 
 def tied_network() -> nn.Sequential:
@@ -587,7 +695,7 @@ def test_tied_weights_are_trained_kept_and_stay_tied(
     digits: Pools, objective: str, average: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through checkpoints and resuming, with momentum and with an average of the weights."""
-    config = replace(recipe("digits", objective, DIGITS, epochs=2), average=average, hardware=Hardware("cpu", precision="32-true"))
+    config = replace(recipe(DIGITS, objective, THREAT, epochs=2), average=average, hardware=Hardware("cpu", precision="32-true"))
     data = digits.training[:256]
     network, resumed = tied_network(), tied_network()
     before = network[1].weight.detach().clone()
@@ -639,7 +747,7 @@ def test_the_average_of_tied_weights_moves_once_a_step(digits: Pools) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes need fork")
 def test_tied_weights_come_back_from_two_processes(digits: Pools) -> None:
-    config = replace(recipe("digits", "standard", DIGITS, epochs=1), hardware=Hardware("cpu", 2, "32-true"))
+    config = replace(recipe(DIGITS, "standard", THREAT, epochs=1), hardware=Hardware("cpu", 2, "32-true"))
     network = tied_network()
     before = weights(network)
     train(network, digits.training[:128], config)

@@ -38,6 +38,7 @@ class Known:
         test: examples of the test pool.
         batches: batches of a key, one for each later dispute.
         batch_size: trials in a batch.
+        ink: its pixels are nearly black or nearly white.
         mirror: left and right mean nothing in its images.
         shift: pixels of border that mean nothing.
         files: SHA-256 of the files by name, as they are kept; empty for sets that come with a library.
@@ -59,6 +60,7 @@ class Known:
     test: int = 10_000
     batches: int = 2
     batch_size: int = 200
+    ink: bool = False
     mirror: bool = False
     shift: int = 0
     files: Mapping[str, str] = field(default_factory=dict)
@@ -101,6 +103,7 @@ KNOWN: Mapping[str, Known] = {
             batch_size=400,
             ood="fashion_mnist",
             pools=_IDX_POOLS,
+            ink=True,
             shift=1,
             files={
                 TRAIN_IMAGES: "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",

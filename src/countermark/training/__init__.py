@@ -2,16 +2,30 @@
 
 from countermark.training.config import Hardware, TrainConfig
 from countermark.training.loop import Epoch, open_hardware, settled, train
-from countermark.training.recipes import marking, own_network, recipe
+from countermark.training.recipes import (
+    Traits,
+    gentle,
+    kind_of,
+    known_traits,
+    marking,
+    own_network,
+    recipe,
+    traits,
+)
 
 __all__ = [
     "Epoch",
     "Hardware",
     "TrainConfig",
+    "Traits",
+    "gentle",
+    "kind_of",
+    "known_traits",
     "marking",
     "open_hardware",
     "own_network",
     "recipe",
     "settled",
     "train",
+    "traits",
 ]

@@ -1,15 +1,26 @@
-"""The recipes, named by result: what each data set's training needs to reach its figures.
+"""The recipes, named by result, and what they make of a data set: no data set has dials of its own.
 
-`fast` starts every attack at the perturbation that the example had an epoch ago, so that one step an epoch does the work of several; it
-reaches the paper's figures in about a minute. `strong` is the same on a wider network, for longer, and returns the averaged weights; it
-trains against a slightly larger budget than is promised, but on MNIST, where it has a clip in front instead. docs/log.md holds what was
-tried and did not help. `pgd` is the objective of Thakkar, Zizzo and Maffeis (2023), Table 6.
+What a recipe goes by are a few traits that are measured on the training images (`traits`): their
+kind, their number, and which changes mean nothing in them. Epochs follow from the number of steps
+that a training takes, whatever the size of the data.
+
+For grey images, `fast` starts every attack at the perturbation that the example had an epoch ago, so
+that one step an epoch does the work of several; it reaches the figures of Thakkar, Zizzo and Maffeis
+(2023) in about a minute. `strong` is the same on a wider network, for longer, and returns the
+averaged weights; it trains against a slightly larger budget than is promised, but on images of ink,
+where a clip stands in front instead. For colour images both `fast` and `standard` take what a small
+residual network needs: two steps from a random start, shifted images, averaged weights. `pgd` is the
+objective of that paper's Table 6. docs/log.md holds what was tried and did not help.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
+from typing import Literal, get_args
 
+import torch
+
+from countermark.data import Dataset, Examples, known, pixels
+from countermark.data.pools import sizes
 from countermark.errors import choose
 from countermark.threat import Attack, Threat
 from countermark.training.config import Hardware, TrainConfig
@@ -17,119 +28,221 @@ from countermark.training.config import Hardware, TrainConfig
 Recipe = Literal["fast", "strong", "pgd", "standard"]
 """The recipes by name."""
 
+KINDS = ("ink", "grey", "colour")
+"""Kinds of image: nearly black and nearly white pixels, as MNIST's; grey; colour."""
 
-@dataclass(frozen=True, kw_only=True)
-class _Dials:
-    """What differs from data set to data set."""
-
-    epochs: int = 7
-    marking_epochs: int = 5
-    marking_steps: int = 1  # of the attack of `fast`
-    watermark_batch: int = 16
-    batch_size: int = 128
-    strong_epochs: int = 12
-    strong_marking_epochs: int = 16
-    strong_network: str = "wide"
-    stretch: float = 1.0  # of the budget that `strong` trains against
-    flip: bool = False  # left and right mean nothing, and `strong` says so
-    shift: int = 0  # pixels of border that mean nothing
+_MEASURED = 1000  # images that tell the kind
+_BETWEEN = (0.3, 0.7)  # pixels that are neither nearly black nor nearly white
+_INK = 0.1  # share of such pixels below which images are ink: MNIST 0.04; digits, Fashion-MNIST 0.17
+_FEW = 5000  # training images below which batches are smaller
 
 
-_DIALS: Mapping[str, _Dials] = {
-    "mnist": _Dials(strong_network="clipped", strong_epochs=20, strong_marking_epochs=10, shift=1),
-    "fashion_mnist": _Dials(marking_steps=2, strong_epochs=10, strong_marking_epochs=12, stretch=1.05, flip=True),
-    "digits": _Dials(
-        epochs=40, marking_epochs=40, watermark_batch=32, batch_size=64, strong_epochs=80, strong_marking_epochs=80, stretch=1.07
-    ),
-}
+@dataclass(frozen=True)
+class Traits:
+    """What a recipe goes by.
+
+    Attributes:
+        kind: kind of the images, one of `KINDS`.
+        images: number of training images.
+        mirror: left and right mean nothing in them.
+        shift: pixels of border that mean nothing.
+    """
+
+    kind: str
+    images: int
+    mirror: bool = False
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a kind that there is none of."""
+        choose("kind of image", self.kind, KINDS)
+
+    @property
+    def few(self) -> bool:
+        """Whether there are so few images that batches are smaller."""
+        return self.images < _FEW
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a step."""
+        return 64 if self.few else 128
+
+    @property
+    def watermark_batch(self) -> int:
+        """Watermarks in a step."""
+        return 32 if self.few else 16
+
+    def epochs(self, steps: int, least: int, most: int) -> int:
+        """The epochs that are about so many steps, within bounds."""
+        return min(max(round(steps / max(1, self.images // self.batch_size)), least), most)
 
 
-def _dials(data: str) -> _Dials:
-    return _DIALS.get(data, _Dials())
+def traits(data: Dataset, training: Examples, *, mirror: bool | None = None, shift: int | None = None) -> Traits:
+    """Measure what a recipe goes by.
+
+    Whether left and right mean something is no question of pixels (a traffic sign that points left
+    looks like a photograph), so images are mirrored only where the data set says that it means
+    nothing. Moving a colour image by an eighth of its side is taken to mean nothing.
+
+    Args:
+        data: the data set.
+        training: the images that will be trained on.
+        mirror: whether left and right mean nothing, instead of what the data set says.
+        shift: pixels of border that mean nothing, instead of that.
+    """
+    every = max(1, len(training) // _MEASURED)
+    kind = kind_of(training.x[torch.arange(0, len(training), every)])
+    if shift is None:
+        shift = data.shift if data.shift or kind != "colour" else min(data.shape[1:]) // 8
+    return Traits(kind, len(training), data.mirror if mirror is None else mirror, shift)
 
 
-def own_network(data: str, objective: str) -> str:
-    """The network that a recipe was made for.
+def known_traits(name: str) -> Traits:
+    """The traits of a data set that is known by name, which need not be there.
 
     Raises:
-        CountermarkError: unknown data set or objective.
+        CountermarkError: unknown name.
+    """
+    row = known(name)
+    kind = "colour" if row.shape[0] == 3 else "ink" if row.ink else "grey"
+    held_out = row.pools or sizes(row.train)
+    return Traits(kind, row.train - sum(held_out.values()), row.mirror, row.shift)
+
+
+def kind_of(images: torch.Tensor) -> str:
+    """The kind of some images `(n, c, h, w)`, uint8 or pixels of [0, 1]."""
+    if images.shape[1] != 1:
+        return "colour"
+    x, (low, high) = pixels(images), _BETWEEN
+    return "ink" if float(((x > low) & (x < high)).float().mean()) < _INK else "grey"
+
+
+def own_network(given: Traits, objective: str) -> str:
+    """The network of ours that a recipe was made for.
+
+    Raises:
+        CountermarkError: unknown objective.
     """
     choose("objective", objective, get_args(Recipe))
-    return _dials(data).strong_network if objective == "strong" else "small"
+    if given.kind == "colour":
+        return "narrow"
+    return "small" if objective != "strong" else "clipped" if given.kind == "ink" else "wide"
 
 
 def recipe(
-    data: str, objective: str, threat: Threat, *, seed: int = 0, hardware: Hardware | None = None, epochs: int | None = None
+    given: Traits,
+    objective: str,
+    threat: Threat,
+    *,
+    seed: int = 0,
+    hardware: Hardware | None = None,
+    epochs: int | None = None,
 ) -> TrainConfig:
     """The recipe that trains an unmarked model.
 
     Args:
-        data: name of the data set.
+        given: traits of the data.
         objective: `fast`, `strong`, `pgd` or `standard`.
-        threat: budget and steps.
+        threat: the training budget, and the PGD of the objective `pgd`.
         seed: seed of the run.
         hardware: devices and precision.
         epochs: instead of the recipe's own.
 
     Raises:
-        CountermarkError: unknown data set or objective.
+        CountermarkError: unknown objective.
     """
     choose("objective", objective, get_args(Recipe))
-    dials, epsilon = _dials(data), threat.epsilon
-    fast = TrainConfig(
+    epsilon = threat.epsilon
+    if objective == "pgd":
+        return TrainConfig(
+            objective="pgd",
+            attack=threat.attack,
+            epochs=epochs or 100,
+            batch_size=given.batch_size,
+            learning_rate=0.005,
+            schedule="constant",
+            warmup=0.0,
+            seed=seed,
+            hardware=hardware or Hardware(),
+        )
+    config = TrainConfig(
         objective="fast",
         attack=Attack(epsilon, 1, 0.5 * epsilon),
-        epochs=epochs or dials.epochs,
+        epochs=epochs or given.epochs(2500, 7, 40),
         carry=True,
         dropout=False,
-        batch_size=dials.batch_size,
+        batch_size=given.batch_size,
         nesterov=True,
         seed=seed,
         hardware=hardware or Hardware(),
     )
-    if objective == "fast":
-        return fast
+    if given.kind == "colour":
+        config = replace(
+            config,
+            attack=Attack(epsilon, 2, 0.5 * epsilon),
+            epochs=epochs or given.epochs(4400, 10, 60),
+            carry=False,
+            flip=given.mirror,
+            shift=given.shift,
+            average=0.998,
+        )
     if objective == "strong":
-        stretched = dials.stretch * epsilon
-        return replace(
-            fast,
-            attack=Attack(stretched, 2, 0.5 * stretched),
-            epochs=epochs or dials.strong_epochs,
-            flip=dials.flip,
-            shift=dials.shift,
+        budget = _stretch(given) * epsilon
+        longest = 7200 if given.kind == "ink" else 3600 if given.kind == "grey" else 8800
+        config = replace(
+            config,
+            attack=Attack(budget, 2, 0.5 * budget),
+            epochs=epochs or given.epochs(longest, 10, 80),
+            flip=given.mirror,
+            shift=given.shift,
             warmup=0.35,
             average=0.999,
         )
     if objective == "standard":
-        return replace(fast, objective="standard", attack=None, carry=False, dropout=True, epochs=epochs or dials.epochs)
-    return replace(
-        fast,
-        objective="pgd",
-        attack=threat.attack,
-        epochs=epochs or 100,
-        carry=False,
-        dropout=True,
-        learning_rate=0.005,
-        schedule="constant",
-        warmup=0.0,
-        nesterov=False,
-    )
+        config = replace(config, objective="standard", attack=None, carry=False, dropout=True)
+    return config
 
 
-def marking(source: TrainConfig, data: str, objective: str) -> TrainConfig:
+def _stretch(given: Traits) -> float:
+    """What `strong` trains against, in budgets: ink has a clip in front instead, and the fewer images, the more is lost on new ones."""
+    return 1.0 if given.kind == "ink" else 1.07 if given.few else 1.05
+
+
+def marking(source: TrainConfig, given: Traits, objective: str) -> TrainConfig:
     """The recipe that trains the source model on, with watermarks in every batch.
 
-    The learning rate rises to its peak again, which lets the mark settle in many weights: it then survives pruning and fine-tuning.
+    The learning rate rises to its peak again, which lets the mark settle in many weights: it then
+    survives pruning and fine-tuning.
 
     Args:
         source: what `recipe` gave for the source model.
-        data: name of the data set.
+        given: traits of the data.
         objective: the recipe's name.
     """
-    dials = _dials(data)
     if source.schedule == "constant":
         return replace(source, epochs=max(1, source.epochs // 2))
-    epochs = dials.strong_marking_epochs if objective == "strong" else dials.marking_epochs
-    if objective == "fast" and source.attack is not None:
-        source = replace(source, attack=replace(source.attack, steps=max(source.attack.steps, dials.marking_steps)))
-    return replace(source, epochs=epochs, warmup=0.15, grow_budget=False, watermark_batch=dials.watermark_batch)
+    epochs = given.epochs(1800, 5, 40)
+    if objective == "strong":
+        epochs = given.epochs(3600 if given.kind == "ink" else 4300, 10, 80)
+    if objective == "fast" and source.attack is not None and given.kind == "grey" and not given.few:
+        source = replace(source, attack=replace(source.attack, steps=2))
+    return replace(
+        source,
+        epochs=epochs,
+        warmup=0.15,
+        grow_budget=False,
+        watermark_batch=given.watermark_batch,
+    )
+
+
+def gentle(config: TrainConfig, given: Traits, epochs: int | None = None) -> TrainConfig:
+    """The recipe that marks given weights and leaves them as good as they were: no adversary, small steps.
+
+    Args:
+        config: what `recipe` gave for the objective `standard`.
+        given: traits of the data.
+        epochs: instead of the recipe's own.
+    """
+    marked = marking(config, given, "standard")
+    epochs = epochs or given.epochs(1500, 4, 40)
+    return replace(marked, epochs=epochs, learning_rate=0.02, average=0.0)
