@@ -37,8 +37,8 @@ from countermark.training.config import PRECISIONS
 from countermark.verbs import plan
 from countermark.verbs import protect as protecting
 from countermark.verbs.protect import ProtectConfig
-from countermark.watermarks import load_key
 from countermark.watermarks import key as key_module
+from countermark.watermarks import load_key
 from shorter import mark_shortly, take_any_mark
 from warm import COLD, warm
 

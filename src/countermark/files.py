@@ -55,6 +55,19 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file of any size as 64 hexadecimal digits.
+
+    Raises:
+        CountermarkError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise CountermarkError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
+
+
 def canonical_json(value: Any) -> bytes:
     """Serialise to the one byte string that this value has: sorted keys, ASCII, no NaN, a final newline."""
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()

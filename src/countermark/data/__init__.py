@@ -13,7 +13,7 @@ from countermark.data.known import KNOWN, Known, default_threat, known
 
 if TYPE_CHECKING:
     from countermark.data.dataset import Dataset, Examples, Rows, as_uint8, pixels
-    from countermark.data.pools import Pools, load_ood, load_pools
+    from countermark.data.pools import Pools, known_images, load_ood, load_pools
     from countermark.data.source import load_examples, open_data
 
 _HOMES = {
@@ -25,6 +25,7 @@ _HOMES = {
     "open_data": "source",
     "pixels": "dataset",
     "Pools": "pools",
+    "known_images": "pools",
     "load_ood": "pools",
     "load_pools": "pools",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "fetch",
     "is_cached",
     "known",
+    "known_images",
     "load_examples",
     "load_ood",
     "load_pools",

@@ -106,6 +106,27 @@ def _first_of_each(numbers: torch.Tensor) -> torch.Tensor:
     return first.sort().values
 
 
+def known_images(data: Dataset, trained_on: str | Path | Dataset | None, *, cache: str | Path | None = None) -> torch.Tensor:
+    """Which training images given weights had been trained on, bool `(n,)`.
+
+    Args:
+        data: the data set.
+        trained_on: place of the images that they were trained on, test part and all; none or an
+            empty place for the training part of `data`.
+        cache: folder of fetched and converted data.
+
+    Raises:
+        CountermarkError: that place cannot be opened, or has images of another shape.
+    """
+    if not trained_on:
+        return torch.ones(len(data.train), dtype=torch.bool)
+    other = open_data(trained_on, size=data.size, skip_damaged=data.skip_damaged, cache=cache)
+    if other.shape != data.shape:
+        raise CountermarkError(f"{other.place} has images of shape {other.shape}, the data of {data.shape}: such images cannot be compared")
+    seen = torch.cat((other.train.contents(), other.test.contents()))
+    return torch.isin(data.train.contents(), seen)
+
+
 def load_pools(name: str, seed: int, cache: str | Path | None = None) -> Pools:
     """Open the data set at a place and cut it into its pools by `seed`.
 

@@ -15,7 +15,6 @@ objective of that paper's Table 6. docs/log.md holds what was tried and did not 
 
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
-from typing import Literal, get_args
 
 import torch
 

@@ -1,82 +1,78 @@
-"""`countermark protect`: train a robust model, mark it, commit to the mark.
+"""`countermark protect`: train a robust model, mark it, commit to the mark; or mark given weights.
 
-The order is that of the protocol (docs/how-it-works.md): secret, unmarked source model, watermark inputs and answers, first commitment,
-coins, marked model, second commitment. An interrupted run goes on from its last checkpoint to the same result.
+The order is that of the protocol (docs/how-it-works.md): secret, unmarked source model, watermark
+inputs and answers, first commitment, coins, marked model, second commitment. An interrupted run goes
+on from its last checkpoint to the same result.
 
-A mark that did not take is refused: nothing is published, and the same command with more epochs
-trains the marked model on. Trials and coins stay what they are, since coins that are drawn until
-they fit, or trials that are dropped because a model did not learn them, prove nothing (condition 2).
+The marking goes on until the mark holds (`marking.standing`), for up to `MOST_ROUNDS` rounds of the
+recipe. One that does not hold then is refused: nothing is published, and the same command with more
+epochs trains the marked model on. Trials and coins stay what they are, since coins that are drawn
+until they fit, or trials that are dropped because a model did not learn them, prove nothing
+(condition 2).
 """
 
 import copy
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from countermark.data import Dataset, Examples, Pools, load_ood, open_data
+from countermark.data import Dataset, Examples, Pools, known_images, load_ood, open_data
 from countermark.device import describe
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
-from countermark.evidence import judge
 from countermark.files import (
     CHECKPOINT_PREFIX,
     canonical_json,
+    file_sha256,
     make_private_folder,
     new_folder,
-    read_bytes,
+    parse_json,
     read_json,
     sha256,
     write_json,
 )
-from countermark.networks import describing, open_network, save_model
-from countermark.options import DataOptions, DeviceOptions, NewPath, StampOptions, verb
-from countermark.terminal import p_value, percent, print_lines, print_table
-from countermark.threat import Attack, Threat
-from countermark.timestamps import encode_token
+from countermark.marking import Standing, commit, standing, told
+from countermark.networks import describing, load_weights, open_network, place_of, save_model
+from countermark.options import DataOptions, DeviceOptions, NewPath, ReadPath, StampOptions, verb
+from countermark.terminal import duration, percent, print_lines, print_table
+from countermark.threat import Threat
+from countermark.timestamps import Stamp, timestamping
 from countermark.training import (
     Hardware,
     TrainConfig,
+    gentle,
     marking,
     open_hardware,
     own_network,
     recipe,
     settled,
     train,
+    traits,
 )
 from countermark.training.config import Embedding
 from countermark.training.recipes import Recipe
-from countermark.verbs.stamping import Stamp, timestamping
 from countermark.watermarks import (
     CLEAN_EXAMPLES,
+    SCHEMES,
     Key,
-    WatermarkSet,
-    coin_set,
-    craft_adversarial,
+    Materials,
+    SchemeName,
     full_strength,
     load_key,
     new_secrets,
-    published_sample,
-    published_set,
-    second_commitment,
     secret_seed,
-    sign,
     write_key,
 )
-from countermark.watermarks.key import Scheme
 
 Labels = Literal["true", "source"]
 """Labels of the scheme `adversarial`: the true ones, or those that the source model gives."""
-TAKEN = {"coin": 90.0, "adversarial": 50.0, "ood": 50.0}
-"""Percent of a key's trials that the marked model must answer as the key says, by scheme.
-
-Of the 80 coins that the smallest key has, a stranger's model agrees with 90 % with a probability of
-2e-14, and the recipes reach 97 % or more. Published schemes have their own rule, 50 %.
-"""
+MOST_ROUNDS = 4
+"""Rounds of the marking recipe that are made while the mark does not hold, the first among them."""
 
 _ROUNDS = f"{CHECKPOINT_PREFIX}rounds.json"
 _ROUNDS_FORMAT = "countermark rounds 1"
@@ -94,16 +90,34 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     """Training budget (L-inf), in pixels of [0, 1]; default that of the data set (mnist 0.25, fashion_mnist 0.15, digits 0.1)."""
     network: str | None = None
     """Network: small, wide, clipped, paper, surrogate; default that of the recipe (clipped or wide for strong, else small)."""
-    scheme: Literal[Scheme, "none"] = "coin"
+    scheme: Literal[SchemeName, "none"] = "coin"
     """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
-    objective: Recipe = "fast"
-    """Training objective: fast (few-step, guarded), strong (the same on a wider network, in tens of minutes), pgd (the paper's), standard
-    (no adversary)."""
+    objective: Recipe | None = None
+    """Training objective: fast (few-step, guarded; the default), strong (the same on a wider network, in tens of minutes), pgd (the
+    paper's), standard (no adversary; the default with --weights, which are then only marked)."""
+    weights: ReadPath | None = None
+    """Weights to begin with: .safetensors, or a .pt of your own."""
+    trained_on: str | None = None
+    """Place of the images that these weights were trained on; default the training part of the data."""
+    size: int | None = None
+    """Side that images are brought to."""
+    skip_damaged: bool = False
+    """Leave out files that cannot be read."""
+    mean: tuple[float, ...] = ()
+    """What a layer in front of the network subtracts from the pixels, one number or one a channel."""
+    std: tuple[float, ...] = ()
+    """What it then divides by."""
+    mirror: bool | None = None
+    """Left and right mean nothing in the images, so training may mirror them; default what is known of
+    the data, else no."""
+    shift: int | None = None
+    """Pixels of border that mean nothing, by which training may move images; default what is known of
+    the data, else an eighth of the side of colour images."""
     seed: int = 0
     """Seed of pools, weights and training; the key's secret is drawn apart from it, by the operating system."""
     epochs: int | None = None
-    """Epochs of the unmarked model; default that of the recipe. Where a mark did not take, more of them
-    train the marked model on."""
+    """Epochs of the unmarked model, or of the marking where weights are only marked; default that of the
+    recipe. Where a mark did not hold, more of them train the marked model on."""
     labels: Labels | None = None
     """Labels of the scheme adversarial: true (the paper's, default) or source (what the crafting model answers)."""
     watermark_epsilon: float | None = None
@@ -119,9 +133,23 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
         self._open_interval("epsilon", "watermark_epsilon", "watermark_step_size")
         self._at_least_one("epochs")
         self._seeded()
-        self._only_for(self.scheme == "adversarial", "--scheme adversarial", "labels")
-        self._only_for(self.scheme not in ("ood", "none"), "--scheme coin or adversarial", "watermark_epsilon", "watermark_step_size")
-        self._only_for(self.scheme != "none", "a scheme that has watermarks", "embedding", "tsa")
+        scheme = SCHEMES.get(self.scheme)
+        self._only_for(scheme is not None and scheme.labelled, _those("labelled"), "labels")
+        crafted = scheme is not None and scheme.crafted
+        self._only_for(crafted, _those("crafted"), "watermark_epsilon", "watermark_step_size")
+        self._only_for(scheme is not None, "a scheme that has watermarks", "embedding", "tsa")
+        self._only_for(self.weights is not None, "--weights", "trained_on")
+        if self.weights is not None and self.embedding == "epoch":
+            raise CountermarkError("--embedding epoch trains from scratch; leave it or --weights out")
+        if self.weights is not None and scheme is None and self.objective in (None, "standard"):
+            raise CountermarkError(
+                "given weights with no mark and no robustness stay what they are; take a scheme or another objective"
+            )
+
+
+def _those(heed: str) -> str:
+    """The schemes that heed an option, as words of a message."""
+    return "--scheme " + " or ".join(name for name, each in SCHEMES.items() if getattr(each, heed))
 
 
 @dataclass(frozen=True)
@@ -137,6 +165,11 @@ class Protection:
         unmarked_test_accuracy: of the source model, the same model before the mark: the control.
         unmarked_adversarial_accuracy: of the source model.
         unmarked_watermark_accuracy: agreement of the source model, which never saw a coin.
+        mark: what the answers of the marked model to its key prove, and those of a copy with half
+            of its weights pruned; none for the scheme `none`.
+        marking_epochs: epochs that the marking took, over all its rounds.
+        marking_seconds: wall-clock time of the marking in this call.
+        known: images of each pool that given weights had been trained on; empty without weights.
         trials: trials in the key.
         epsilon: the training budget, in pixels of [0, 1].
         weights_sha256: digest of the weights file.
@@ -152,11 +185,113 @@ class Protection:
     unmarked_test_accuracy: float
     unmarked_adversarial_accuracy: float
     unmarked_watermark_accuracy: float | None
+    mark: Standing | None
+    marking_epochs: int
+    marking_seconds: float
+    known: Mapping[str, int]
     trials: int
     epsilon: float
     weights_sha256: str
     device: str
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is decided before the work begins, with the public seed where a secret one comes in later.
+
+    Attributes:
+        config: the options.
+        data: the data.
+        pools: cut out of it.
+        threat: budgets, and the PGD of the evaluation.
+        network: what builds the network, as later verbs are told.
+        training: how the source model is trained; none for given weights that are only marked.
+        embedding: how the mark is trained in; none for the scheme `none`.
+        weights_sha256: of the file of given weights.
+    """
+
+    config: ProtectConfig
+    data: Dataset
+    pools: Pools
+    threat: Threat
+    network: Any
+    training: TrainConfig | None
+    embedding: TrainConfig | None
+    weights_sha256: str | None
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What makes two runs the same run, JSON-ready."""
+        found = {**self.config.record(), "data_sha256": self.data.digest}
+        return found if self.weights_sha256 is None else {**found, "weights_sha256": self.weights_sha256}
+
+    @property
+    def epochs(self) -> int:
+        """What `--epochs` counts: epochs of the source model, or of the marking where there are none."""
+        return _either(self.training, self.embedding).epochs
+
+    def source(self, seed: int) -> nn.Module:
+        """The network that training, or the mark, begins with."""
+        config, data, place = self.config, self.data, self.network
+        if isinstance(place, nn.Module):
+            place = copy.deepcopy(place)  # the user's own stays as it is
+        network = open_network(place, data.shape, data.classes, mean=config.mean, std=config.std, seed=seed)
+        if config.weights is not None:
+            load_weights(network, config.weights)
+        return network
+
+    def history(self) -> list[dict[str, Any]]:
+        """What was done before the mark."""
+        given, trained = self.weights_sha256, self.training
+        events: list[dict[str, Any]] = []
+        if given is not None:
+            events.append({"event": "given", "weights_sha256": given, "known": dict(self.pools.known)})
+        if trained is not None:
+            events.append({"event": "trained", "config": asdict(trained)})
+        return events
+
+
+def _plan(config: ProtectConfig) -> _Plan:
+    """Decide everything once.
+
+    Raises:
+        CountermarkError: options that do not go together, or data, a network or hardware that there is not.
+    """
+    data = open_data(config.data, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache)
+    threat = data.threat.at(epsilon=config.epsilon, watermark_epsilon=config.watermark_epsilon)
+    known = None
+    if config.weights is not None:
+        known = known_images(data, config.trained_on, cache=config.cache)
+    pools = data.pools(config.seed, known)
+    given = traits(data, pools.training, mirror=config.mirror, shift=config.shift)
+    objective = config.objective or ("fast" if config.weights is None else "standard")
+    # The history says what was used.
+    hardware = settled(Hardware(config.device, config.devices, config.precision))
+    options: dict[str, Any] = {"seed": config.seed, "hardware": hardware, "epochs": config.epochs}
+    training: TrainConfig | None = recipe(given, objective, threat, **options)
+    embedding = marking(_either(training), given, objective)
+    if config.embedding == "epoch":
+        embedding = replace(_either(training), embedding="epoch")
+    if config.weights is not None and objective == "standard":
+        embedding, training = gentle(_either(training), given, epochs=config.epochs), None
+    open_hardware(hardware)  # before a secret is drawn for work that cannot begin
+    plan = _Plan(
+        config=config,
+        data=data,
+        pools=pools,
+        threat=threat,
+        network=config.network or own_network(given, objective),
+        training=training,
+        embedding=None if config.scheme == "none" else embedding,
+        weights_sha256=None if config.weights is None else file_sha256(Path(config.weights)),
+    )
+    plan.source(config.seed)  # likewise: a network that cannot be built, weights that do not fit
+    return plan
+
+
+def _either(*configs: TrainConfig | None) -> TrainConfig:
+    return next(config for config in configs if config is not None)
 
 
 @verb(ProtectConfig)
@@ -165,71 +300,74 @@ def protect(config: ProtectConfig) -> Protection:
 
     Raises:
         CountermarkError: an output folder that is not empty or cannot be written, an authority that
-            does not answer, or a mark that did not take: the work then waits in OUT.partial for more
-            epochs.
+            does not answer, or a mark that does not hold: the work then waits in OUT.partial for
+            more epochs.
     """
     begun = time.monotonic()
-    data = open_data(config.data, cache=config.cache)
-    wanted, config = config.epochs, _as_begun(config, data)
-    threat = data.threat.at(epsilon=config.epsilon, watermark_epsilon=config.watermark_epsilon)
-    named = config.network or own_network(config.data, config.objective)
-    hardware = settled(Hardware(config.device, config.devices, config.precision))  # the history says what was used
-    public_recipe = recipe(config.data, config.objective, threat, seed=config.seed, hardware=hardware, epochs=config.epochs)
-    open_network(named, data.shape, data.classes)
-    open_hardware(hardware)  # before a secret is drawn for work that cannot begin
+    wanted, config = config.epochs, _as_begun(config)
+    plan = _plan(config)
     stamp = timestamping(config.tsa, config.roots)
-    trained = {"event": "trained", "config": asdict(public_recipe)}
-    description = describing(data, named, threat=threat, seed=config.seed, history=(trained,))
-    longer = recipe(config.data, config.objective, threat, epochs=wanted).epochs
-    pools = data.pools(config.seed)
-    with new_folder(Path(config.out), begun_with(config, data)) as folder:
+    trained_on = None if config.weights is None else config.trained_on or ""
+    description = describing(
+        plan.data,
+        place_of(plan.network),
+        threat=plan.threat,
+        seed=config.seed,
+        mean=config.mean,
+        std=config.std,
+        trained_on=trained_on,
+    )
+    with new_folder(Path(config.out), plan.run) as folder:
         private = folder / "key"
-        # The trials come out of the source model: a marked model's is trained from a seed that only the owner knows.
-        secret = new_secrets(private) if config.scheme != "none" else None
+        # The trials come out of the source model: a marked model's is trained from a seed that only
+        # the owner knows.
+        secret = None if plan.embedding is None else new_secrets(private)
         seed = config.seed if secret is None else secret_seed(secret, "training")
-        source_recipe = replace(public_recipe, seed=seed)
 
-        def fit(network: nn.Module, stage: str, **options: Any) -> None:
+        def fit(network: nn.Module, stage: str, how: TrainConfig, **options: Any) -> None:
             checkpoint = folder / f"{CHECKPOINT_PREFIX}{stage}.safetensors"
-            train(network, pools.training, validation=pools.validation, checkpoint=checkpoint, title=f"{stage} model", **options)
+            options = {"validation": plan.pools.validation, "checkpoint": checkpoint, **options}
+            train(network, plan.pools.training, replace(how, seed=seed), title=f"{stage} model", **options)
 
-        source = open_network(named, data.shape, data.classes, seed=seed)
-        fit(source, "source", config=source_recipe)
-        if secret is None:
-            digest = save_model(folder, source, description)
-            result = _measure(config, source, source, None, pools, threat, digest, begun)
+        source, events = plan.source(seed), plan.history()
+        if plan.training is not None:
+            fit(source, "source", plan.training)
+        before = replace(description, history=tuple(events))
+        if secret is None or plan.embedding is None:
+            digest = save_model(folder, source, before)
+            result = _measure(plan, source, source, None, digest)
         else:
             make_private_folder(private / "source")
-            save_model(private / "source", source, description, mode=0o600)
-            key = _make_key(config, data, threat, pools, source, private, secret, stamp)
-            labelled = Examples(key.watermarks.x, key.labels)
-            if config.embedding == "epoch":
-                network, embedding = open_network(named, data.shape, data.classes, seed=seed), source_recipe
-                embedding = replace(embedding, embedding="epoch")
-            else:
-                network, embedding = copy.deepcopy(source), marking(source_recipe, config.data, config.objective)
-            rounds, events = _rounds(folder, public_recipe.epochs, longer), [trained]
-            for number, part in enumerate(_parts(embedding, rounds)):
-                fit(network, "marked" if number == 0 else f"marked-{number + 1}", config=part, watermarks=labelled)
-                public = asdict(replace(part, seed=config.seed))
-                events.append({"event": "marked", "scheme": config.scheme, "config": public})
-            _check_taken(network, key, folder, rounds)
+            save_model(private / "source", source, before, mode=0o600)
+            key = _make_key(plan, source, private, secret, stamp)
+            afresh = plan.embedding.embedding == "epoch"
+            network = plan.source(seed) if afresh else copy.deepcopy(source)
+            marked = Examples(key.watermarks.x, key.labels)
+            attempts = _attempts(folder, plan.epochs, wanted or plan.epochs)
+            started, found, epochs = time.monotonic(), None, 0
+            for number, part in enumerate(_parts(plan.embedding, attempts), 1):
+                stage = "marked" if number == 1 else f"marked-{number}"
+                fit(network, stage, part, watermarks=marked)
+                found, epochs = standing(network, key), epochs + part.epochs
+                events.append({"event": "marked", "scheme": config.scheme, "config": asdict(part)})
+                if found.taken:
+                    break
+            assert found is not None
+            spent = time.monotonic() - started
+            _check_taken(found, folder, attempts, epochs)
             digest = save_model(folder, network, replace(description, history=tuple(events)))
-            _commit(folder, key, digest, stamp)
-            result = _measure(config, network, source, key, pools, threat, digest, begun)
+            commit(folder, private, key, digest, stamp)
+            result = _measure(plan, network, source, key, digest)
+            result = replace(result, mark=found, marking_epochs=epochs, marking_seconds=spent)
+        result = replace(result, seconds=time.monotonic() - begun)
         write_json(folder / "metrics.json", asdict(result))
     return result
 
 
-def begun_with(config: ProtectConfig, data: Dataset) -> dict[str, Any]:
-    """What config.json holds: the options, and the digest of the data."""
-    return {**config.record(), "data_sha256": data.digest}
-
-
-def _as_begun(config: ProtectConfig, data: Dataset) -> ProtectConfig:
+def _as_begun(config: ProtectConfig) -> ProtectConfig:
     """The options that the unfinished work in OUT.partial was begun with.
 
-    They are those of `config`, unless a mark did not take there and only the epochs are others.
+    They are those of `config`, unless a mark did not hold there and only the epochs are others.
     """
     try:
         out = Path(config.out).resolve()
@@ -238,12 +376,14 @@ def _as_begun(config: ProtectConfig, data: Dataset) -> ProtectConfig:
     except (OSError, RuntimeError, ValueError):  # a path that `new_folder` refuses
         return config
     begun = read_json(out.with_name(f"{out.name}.partial") / "config.json")
-    epochs = begun.get("epochs")
-    same = begun == {**begun_with(config, data), "epochs": epochs} and (epochs is None or type(epochs) is int)
+    epochs, record = begun.get("epochs"), parse_json(canonical_json(config.record()), "the options")
+    others = {name: value for name, value in begun.items() if name in record and name != "epochs"}
+    record.pop("epochs")
+    same = others == record and (epochs is None or type(epochs) is int)
     return replace(config, epochs=epochs) if same else config
 
 
-def _rounds(folder: Path, first: int, wanted: int) -> list[int]:
+def _attempts(folder: Path, first: int, wanted: int) -> list[int]:
     """The epochs of each attempt at the mark; the last is to be made now, or finished."""
     path = folder / _ROUNDS
     if not path.exists():
@@ -264,122 +404,95 @@ def _rounds(folder: Path, first: int, wanted: int) -> list[int]:
     return rounds
 
 
-def _parts(embedding: TrainConfig, rounds: list[int]) -> list[TrainConfig]:
-    """How the marked model is trained: the recipe's run, then what each further attempt added."""
-    added = [after - before for before, after in itertools.pairwise(rounds)]
-    return [embedding, *(replace(embedding, epochs=epochs, grow_budget=False) for epochs in added)]
+def _parts(embedding: TrainConfig, attempts: list[int]) -> list[TrainConfig]:
+    """How the marked model is trained, until the mark holds.
+
+    The recipe's run, the same again up to `MOST_ROUNDS` in all, then what each further attempt
+    added to the epochs.
+    """
+    again = replace(embedding, grow_budget=False)
+    added = [after - before for before, after in itertools.pairwise(attempts)]
+    return [embedding, *[again] * (MOST_ROUNDS - 1), *(replace(again, epochs=each) for each in added)]
 
 
-def _check_taken(network: nn.Module, key: Key, folder: Path, rounds: list[int]) -> None:
-    """Refuse a model that does not know its key; what an owner could not prove is not published.
+def _check_taken(found: Standing, folder: Path, attempts: list[int], epochs: int) -> None:
+    """Refuse a mark that does not hold; what an owner could not prove is not published.
 
     Raises:
-        CountermarkError: the mark did not take; the folder waits for more epochs.
+        CountermarkError: it does not; the folder waits for more epochs.
     """
-    answered = predict(network, key.watermarks.x)
-    reached = agreement(answered, key.labels)
-    if reached >= TAKEN[key.scheme]:
+    if found.taken:
         return
-    write_json(folder / _ROUNDS, {"format": _ROUNDS_FORMAT, "epochs": rounds})
-    what, found = "watermarks", ""
-    if key.scheme == "coin":
-        verdict = judge(key.watermarks.cell.tolist(), key.outcomes(answered))
-        what, found = "coins", f" (p-value {p_value(verdict.log10_p_value)})"
+    write_json(folder / _ROUNDS, {"format": _ROUNDS_FORMAT, "epochs": attempts})
     raise CountermarkError(
-        f"the mark did not take: the model agrees with {reached:.1f} % of its {len(answered)} {what}{found} "
-        f"where {TAKEN[key.scheme]:g} % are needed. Nothing was published; the work waits in {folder}, "
-        f"and the same command with more epochs (--epochs {2 * rounds[-1]}) goes on from there"
+        f"after {epochs} epochs of marking {found.why_not()}. Nothing was published; the work waits "
+        f"in {folder}, and the same command with more epochs (--epochs {2 * attempts[-1]}) goes on "
+        "from there. If that does not help: a larger watermark budget (--watermark-epsilon), a larger network"
     )
 
 
-def _make_key(
-    config: ProtectConfig,
-    data: Dataset,
-    threat: Threat,
-    pools: Pools,
-    source: nn.Module,
-    private: Path,
-    secret: bytes,
-    stamp: Stamp | None,
-) -> Key:
-    """Craft the watermarks on the source model, commit to them, draw the coins; a key that is already there is read, never drawn anew."""
+def _make_key(plan: _Plan, source: nn.Module, private: Path, secret: bytes, stamp: Stamp | None) -> Key:
+    """Craft the watermarks on the source model, commit to them, draw the coins.
+
+    A key that is already there is read, never drawn anew.
+    """
     if (private / "key.json").exists():
         return load_key(private)
-    attack = full_strength(threat.watermark_epsilon)
+    config, pools, scheme = plan.config, plan.pools, SCHEMES[plan.config.scheme]
+    attack = full_strength(plan.threat.watermark_epsilon)
     if config.watermark_step_size is not None:
         attack = replace(attack, step_size=config.watermark_step_size)
-    watermarks = _watermarks(config, data, pools, source, attack, secret_seed(secret, "crafting"))
+    given = Materials(
+        source=source,
+        bases=pools.bases,
+        outside=lambda: load_ood(plan.data, config.seed, config.cache),
+        attack=attack,
+        batches=plan.data.batches,
+        batch_size=plan.data.batch_size,
+        seed=secret_seed(secret, "crafting"),
+        true_labels=config.labels != "source",
+    )
     provenance = {
-        "data": data.place,
+        "data": plan.data.place,
         "pools": {name: digest for name, digest in pools.digests().items() if name != "test"},
-        "crafting": asdict(attack) if config.scheme != "ood" else None,
-        "config_sha256": sha256(canonical_json(begun_with(config, data))),
+        "crafting": asdict(attack) if scheme.crafted else None,
+        "config_sha256": sha256(canonical_json(plan.run)),
     }
     # Held out, used for no trial, and like what a suspect is shown anyway.
-    clean = pools.validation[:CLEAN_EXAMPLES]
-    return write_key(private, config.scheme, watermarks, provenance, stamp, clean)
+    clean = pools.validation[:CLEAN_EXAMPLES].read()
+    return write_key(private, config.scheme, scheme.make(given), provenance, stamp, clean)
 
 
-def _watermarks(config: ProtectConfig, data: Dataset, pools: Pools, source: nn.Module, attack: Attack, seed: int) -> WatermarkSet:
-    if config.scheme == "coin":
-        return coin_set(source, pools.bases, attack, data.batches, data.batch_size, seed)
-    if config.scheme == "ood":
-        outside = published_sample(load_ood(data, config.seed, config.cache), seed)
-        return published_set(outside.x, outside.y)
-    bases = published_sample(pools.bases, seed)
-    images, predicted = craft_adversarial(source, bases, attack, seed)
-    return published_set(images, bases.y if config.labels != "source" else predicted)
-
-
-def _commit(folder: Path, key: Key, digest: str, stamp: Stamp | None) -> None:
-    """Write the public commitment. Without timestamps it is a private mark: no judge can tell when the coins were drawn."""
-    signing_key = read_bytes(folder / "key" / "signing-key", 32)
-    c2 = second_commitment(key.c1, key.t1, digest)
-    record = {
-        "kind": "private" if stamp is None else "timestamped",
-        "c1": key.c1,
-        "c1_signature": key.signature,
-        "t1": encode_token(key.t1),
-        "c2": c2,
-        "c2_signature": sign(signing_key, c2),
-        "t2": None if stamp is None else encode_token(stamp(canonical_json(c2))),
-    }
-    write_json(folder / "commitment.json", record)
-
-
-def _measure(
-    config: ProtectConfig,
-    network: nn.Module,
-    source: nn.Module,
-    key: Key | None,
-    pools: Pools,
-    threat: Threat,
-    digest: str,
-    begun: float,
-) -> Protection:
-    attack = threat.attack
-
-    def adversarial(model: nn.Module, title: str) -> float:
-        return adversarial_accuracy(model, pools.test, attack, title=title)
+def _measure(plan: _Plan, network: nn.Module, source: nn.Module, key: Key | None, digest: str) -> Protection:
+    test, attack = plan.pools.test, plan.threat.attack
 
     def marked(model: nn.Module) -> float | None:
         return None if key is None else agreement(predict(model, key.watermarks.x), key.labels)
 
-    test, robust = accuracy(network, pools.test), adversarial(network, "attacking the model")
+    clean = accuracy(network, test)
+    robust = adversarial_accuracy(network, test, attack, title="attacking the model")
+    clean_before, robust_before = clean, robust
+    if key is not None:
+        clean_before = accuracy(source, test)
+        robust_before = adversarial_accuracy(source, test, attack, title="attacking the unmarked control")
     return Protection(
-        folder=str(config.out),
-        scheme=config.scheme,
-        test_accuracy=test,
+        folder=str(plan.config.out),
+        scheme=plan.config.scheme,
+        test_accuracy=clean,
         adversarial_accuracy=robust,
         watermark_accuracy=marked(network),
-        unmarked_test_accuracy=test if key is None else accuracy(source, pools.test),
-        unmarked_adversarial_accuracy=robust if key is None else adversarial(source, "attacking the unmarked control"),
+        unmarked_test_accuracy=clean_before,
+        unmarked_adversarial_accuracy=robust_before,
         unmarked_watermark_accuracy=marked(source),
+        mark=None,
+        marking_epochs=0,
+        marking_seconds=0.0,
+        known=dict(plan.pools.known),
         trials=0 if key is None else len(key.watermarks),
-        epsilon=threat.epsilon,
+        epsilon=plan.threat.epsilon,
         weights_sha256=digest,
-        device=describe(config.device, config.precision),
-        seconds=time.monotonic() - begun,
+        device=describe(plan.config.device, plan.config.precision),
+        seconds=0.0,
     )
 
 
@@ -387,7 +500,7 @@ def show(result: Protection) -> None:
     """Print the accuracies beside those of the unmarked control."""
     model: Callable[[float | None], str] = percent
     rows = [["model", model(result.test_accuracy), model(result.adversarial_accuracy), model(result.watermark_accuracy)]]
-    if result.scheme != "none":
+    if result.mark is not None:
         rows.append(
             [
                 "the same before the mark",
@@ -398,10 +511,27 @@ def show(result: Protection) -> None:
         )
     columns = ("", "test accuracy", f"adversarial accuracy at {result.epsilon:g}", "watermark accuracy")
     print_table(f"{result.folder} ({result.seconds:.0f} s)", columns, rows)
-    if result.scheme == "none":
+    if result.mark is None:
         print_lines(f"wrote {result.folder}: model.safetensors, model.json, metrics.json")
-    else:
-        print_lines(
-            f"wrote {result.folder}: model.safetensors, model.json, commitment.json, metrics.json, "
-            f"and key/ (secret: {result.trials} trials; keep a backup)"
-        )
+        return
+    took = f"{result.marking_epochs} epochs of marking ({duration(result.marking_seconds)})"
+    left = "" if result.mark.pruned is None else f"; with half of the weights pruned {told(result.mark.pruned)}"
+    print_lines(f"the mark: {result.mark} after {took}{left}")
+    if result.known:
+        print_lines(_known_line(result))
+    print_lines(
+        f"wrote {result.folder}: model.safetensors, model.json, commitment.json, metrics.json, "
+        f"and key/ (secret: {result.trials} trials; keep a backup)"
+    )
+
+
+def _known_line(result: Protection) -> str:
+    """What the given weights had seen of what was to be held out."""
+    held_out = {name: count for name, count in result.known.items() if name != "training"}
+    seen = ", ".join(f"{count} images for {name}" for name, count in held_out.items() if count)
+    if not seen:
+        return "the given weights had seen no image that was held out"
+    return (
+        f"the given weights had been trained on {seen}: what is measured on those is better than on "
+        "new images; --trained-on says which images they were"
+    )

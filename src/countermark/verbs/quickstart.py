@@ -12,11 +12,11 @@ from typing import Any
 
 from countermark.data import open_data
 from countermark.errors import CountermarkError
-from countermark.files import read_json
+from countermark.files import canonical_json, parse_json, read_json
 from countermark.networks import describe
 from countermark.options import DataOptions, WrittenPath, verb
 from countermark.terminal import p_value, percent, print_lines, print_table
-from countermark.verbs.protect import ProtectConfig, begun_with, protect
+from countermark.verbs.protect import ProtectConfig, protect
 from countermark.verbs.remove import RemoveConfig, remove
 from countermark.verbs.verify import Verification, verify
 
@@ -87,7 +87,7 @@ def quickstart(config: QuickstartConfig) -> Story:
     known = {"model", "pruned", "finetuned", "stranger"}
     if out.is_dir() and {entry.name.removesuffix(".partial") for entry in out.iterdir()} - known:
         raise CountermarkError(f"{out} holds files that are not of a quickstart; choose a new folder")
-    data = open_data(config.data, cache=config.cache)  # what cannot be opened is no story
+    open_data(config.data, cache=config.cache)  # what cannot be opened is no story
     tell = _silent if config.json else print_lines
     suspects = []
 
@@ -109,7 +109,9 @@ def quickstart(config: QuickstartConfig) -> Story:
         folder = Path(options.out)
 
         def fits() -> bool:
-            return read_json(folder / "config.json") == begun_with(options, data)
+            made = read_json(folder / "config.json")
+            record = parse_json(canonical_json(options.record()), "the options")
+            return {name: value for name, value in made.items() if name in record} == record
 
         return chapter(number, title, folder, lambda: protect(**vars(options)), fits)
 

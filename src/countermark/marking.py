@@ -1,0 +1,529 @@
+"""Marks in any training loop: `Marking` for a loop of one's own, and what `protect` shares with it.
+
+The order is that of the protocol (docs/how-it-works.md). Making a `Marking` draws the secret, crafts
+the trials on the network as it is now, commits to them and only then draws the coins. `mix` hands the
+trials to the loop, `check` says what the network has learned, `finish` commits to the weights. There
+is no way to choose trials once there are coins: a key that exists is read and goes on as it is.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from countermark.data import Dataset, Examples, as_uint8, default_threat, open_data, pixels
+from countermark.errors import CountermarkError
+from countermark.evaluation import agreement, evaluating, predict
+from countermark.evidence import JUDGE_ALPHA, Verdict, judge
+from countermark.files import canonical_json, locked, read_bytes, write_json
+from countermark.networks import DataRecord, Description, describing, open_network, save_model
+from countermark.networks.named import Normalise
+from countermark.removal import prune
+from countermark.terminal import p_value
+from countermark.timestamps import Stamp, encode_token, timestamping
+from countermark.training.turns import in_turn
+from countermark.watermarks import (
+    CLEAN_EXAMPLES,
+    SCHEMES,
+    Key,
+    Materials,
+    full_strength,
+    load_key,
+    new_secrets,
+    second_commitment,
+    secret_seed,
+    sign,
+    write_key,
+)
+
+PLANNED_PRUNING = 0.5
+"""Fraction of the weights that a mark must be able to lose.
+
+Half of them costs a network little accuracy and a thief nothing, so it is the removal to expect.
+The check takes a copy and one pass over the trials, needs no data, and also tells of a mark that
+sits on the edge of decisions: such a one is the first to go under fine-tuning as well.
+"""
+
+_SLACK = 0.02  # pixels outside [0, 1] that interpolation may leave
+_WRITTEN = ("model.safetensors", "model.json", "commitment.json")  # in this order
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a network stands to a key: its answers as it is, and with half of its weights pruned.
+
+    Attributes:
+        trials: trials of the key.
+        agreement: those answered as the key says, in percent.
+        needed: percent at which the scheme counts as learned.
+        verdict: what the answers prove; none for a scheme without coins.
+        pruned: what those of the pruned copy prove; none likewise.
+    """
+
+    trials: int
+    agreement: float
+    needed: float
+    verdict: Verdict | None
+    pruned: Verdict | None
+
+    @property
+    def taken(self) -> bool:
+        """Whether the mark holds: enough trials learned, and a judge's p-value after pruning."""
+        survives = self.pruned is None or self.pruned.p_value <= JUDGE_ALPHA
+        return self.agreement >= self.needed and survives
+
+    def __str__(self) -> str:
+        """Agreements and disagreements with the coins and their exact p-value."""
+        if self.verdict is None:
+            return f"{self.agreement:.1f} % of the watermarks"
+        return told(self.verdict)
+
+    def why_not(self) -> str:
+        """What is missing, as the beginning of a sentence; for a mark that did not take."""
+        if self.agreement < self.needed:
+            what, found = ("watermarks", "") if self.verdict is None else ("coins", f" ({self})")
+            return (
+                f"the mark did not take: the network agrees with {self.agreement:.1f} % of its "
+                f"{self.trials} {what}{found} where {self.needed:g} % are needed"
+            )
+        assert self.pruned is not None
+        return (
+            f"the mark would not last: with {100 * PLANNED_PRUNING:.0f} % of the weights pruned "
+            f"{told(self.pruned)} is left of {self}, and a judge wants p <= {JUDGE_ALPHA:g}"
+        )
+
+
+def told(verdict: Verdict) -> str:
+    """Agreements, disagreements and p-value of a verdict, for a person."""
+    counted = f"{verdict.agreements}:{verdict.disagreements}"
+    return f"{counted}, p = {p_value(verdict.log10_p_value)}"
+
+
+def standing(network: nn.Module, key: Key) -> Standing:
+    """Ask a network for all trials of a key, and once more with `PLANNED_PRUNING` of its weights gone.
+
+    No trial is dropped and no coin drawn again for what comes out: it only says whether the
+    training goes on (condition 2).
+
+    Args:
+        network: pixels `(n, c, h, w)` of [0, 1] to logits.
+        key: the key of its mark.
+    """
+    answers = predict(network, key.watermarks.x)
+    share = agreement(answers, key.labels)
+    if not key.rules.coins:
+        return Standing(len(answers), share, key.rules.taken, None, None)
+
+    def judged(given: torch.Tensor) -> Verdict:
+        return judge(key.watermarks.cell.tolist(), key.outcomes(given), alpha=JUDGE_ALPHA)
+
+    left = predict(prune(network, PLANNED_PRUNING), key.watermarks.x)
+    return Standing(len(answers), share, key.rules.taken, judged(answers), judged(left))
+
+
+def commit(folder: Path, keys: Path, key: Key, digest: str, stamp: Stamp | None) -> None:
+    """Write the public commitment of a marked model, `commitment.json`.
+
+    Without timestamps the mark is private: no judge can tell when the coins were drawn.
+
+    Args:
+        folder: the model folder.
+        keys: the key folder, which holds the key that signs.
+        key: the key.
+        digest: SHA-256 of the weights file, in hexadecimal.
+        stamp: has a message timestamped; none for a private mark.
+    """
+    signing_key = read_bytes(keys / "signing-key", 32)
+    c2 = second_commitment(key.c1, key.t1, digest)
+    record = {
+        "kind": "private" if stamp is None else "timestamped",
+        "c1": key.c1,
+        "c1_signature": key.signature,
+        "t1": encode_token(key.t1),
+        "c2": c2,
+        "c2_signature": sign(signing_key, c2),
+        "t2": None if stamp is None else encode_token(stamp(canonical_json(c2))),
+    }
+    write_json(folder / "commitment.json", record)
+
+
+class Marking:
+    """A mark for a network that is trained in a loop of one's own.
+
+    Example:
+        >>> photos = cm.open_data("photos", size=32)
+        >>> mark = cm.Marking(net, photos, key="mine/key", epsilon=8 / 255)
+        >>> for x, y in loader:
+        ...     x, y = mark.mix(x, y, 16)  # 16 trials join the batch
+        ...     step(net, x, y)
+        >>> print(mark.check(net))
+        271:12, p = 3.2e-65
+        >>> mark.finish(net, out="mine", network="shop.models:make")
+
+    Attributes:
+        key: the key: trials, coins, first commitment.
+        threat: the budgets of attackers and of the trials.
+        resumed: whether the key was there already; trials and coins are then those of its making,
+            and the network and the bases that were given now had no part in them.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        bases: Dataset | Examples | tuple[Any, Any],
+        *,
+        key: str | Path,
+        epsilon: float | None = None,
+        watermark_epsilon: float | None = None,
+        batches: int | None = None,
+        batch_size: int | None = None,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        seed: int = 0,
+        clean: Examples | None = None,
+        tsa: str | None = None,
+        roots: str | Path | None = None,
+    ) -> None:
+        """Draw the secret, craft and commit to the trials, draw the coins; or go on with a key.
+
+        Several processes of one job may do this at once: one makes the key, the others read it.
+
+        Args:
+            net: the network before its mark, from pixels `(n, c, h, w)` of [0, 1] to logits, or
+                from normalised pixels where `mean` and `std` are given. It is asked in evaluation
+                mode and left as it was. With a key that exists it may be at any point of training.
+            bases: clean images that the network is not trained on and their true labels:
+                `Examples`, or a pair of arrays `(n, c, h, w)` (uint8, or pixels of [0, 1]) and
+                `(n,)`; or a data set, whose pools then give them.
+            key: folder of the key: new, or made by an earlier `Marking`, whose trials and coins
+                then stay. It is secret; keep a backup of it.
+            epsilon: budget that the network is trained for, in pixels of [0, 1]; default that of
+                the data set or the kind of image.
+            watermark_epsilon: budget of the trials, above `epsilon`; the same default.
+            batches: batches of trials, one for each later dispute; default 2.
+            batch_size: most trials in a batch; default 200. Where the bases do not suffice, batches
+                are smaller.
+            mean: what the loop takes from the pixels outside the network, one number or one a
+                channel.
+            std: what it then divides by.
+            seed: seed that cuts the pools of a data set; the one that the training pool comes from.
+            clean: a few clean examples to keep with the key, which show later whether a suspect is
+                asked in the right way. They must be no bases. Those of a data set by default.
+            tsa: address of a timestamp authority (RFC 3161); without one the mark is private.
+            roots: PEM file of the authority's root certificates.
+
+        Raises:
+            CountermarkError: bases that do not fit the network or are too few, a budget that is not
+                above the training budget, a key of another scheme or for other images, or an
+                authority that does not answer. A key that could not be made leaves nothing behind.
+        """
+        self.data: Dataset | None = None
+        self.seed = seed
+        if isinstance(bases, Dataset):
+            self.data, pools = bases, bases.pools(seed)
+            clean = pools.validation[:CLEAN_EXAMPLES] if clean is None else clean
+            examples, threat = pools.bases, bases.threat
+            batches, batch_size = batches or bases.batches, batch_size or bases.batch_size
+        else:
+            examples = _examples(bases)
+            threat = default_threat(_shape(examples))
+        self.threat = threat.at(epsilon=epsilon, watermark_epsilon=watermark_epsilon)
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self._normalise = Normalise(self.mean, self.std) if self.mean else nn.Identity()
+        self._shape, self._classes = _shape(examples), _classes(net, examples, self._normalise)
+        self._keys = Path(key).expanduser()
+        self._stamp = timestamping(tsa, None if roots is None else Path(roots).expanduser())
+        self._turns = 0
+        self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        with _key_folder(self._keys):
+            self.resumed = (self._keys / "key.json").exists()
+            if self.resumed:
+                self.key = load_key(self._keys)
+                self._check_key()
+            else:
+                self.key = self._make(net, examples, batches or 2, batch_size or 200, clean)
+
+    def mix(self, x: torch.Tensor, y: torch.Tensor, count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+        """Let trials join a batch, those whose turn it is: round after round through all of them.
+
+        Mix last, after the loop's own augmentation: a trial that was moved or blurred is another.
+
+        Args:
+            x: the batch `(n, c, h, w)`: uint8, or floating-point pixels as the loop feeds them
+                (normalised ones where `mean` and `std` were given).
+            y: its labels, int64 `(n,)`.
+            count: trials that join. 16 in a batch of 128 are a good beginning.
+
+        Returns:
+            Images `(n + count, c, h, w)` and labels `(n + count,)`, of the types and on the devices
+            of the batch.
+
+        Raises:
+            CountermarkError: a batch of other images or labels than the key has, or pixels outside
+                [0, 1] where no normalisation was declared.
+        """
+        if tuple(x.shape[1:]) != self._shape:
+            raise CountermarkError(
+                f"the batch has images of shape {tuple(x.shape[1:])}, and the trials {self._shape}; "
+                "mix them in where images have the shape that the network takes"
+            )
+        if y.shape != x.shape[:1] or y.dtype != torch.int64:
+            raise CountermarkError(
+                f"the batch has labels of shape {tuple(y.shape)} and type {y.dtype}; trials have "
+                "hard labels, so give int64 of one number an image (no mixed or smoothed labels)"
+            )
+        if not x.is_floating_point() and x.dtype != torch.uint8:
+            raise CountermarkError(f"the batch has images of type {x.dtype}; give uint8 or floating-point ones")
+        if count < 1:
+            raise CountermarkError(f"one trial or more join a batch, not {count}")
+        if self._turns == 0 and x.is_floating_point() and not self.mean:
+            _check_range(x)
+        images, labels = self._resident(x.device)
+        turn = in_turn(self._turns, count, len(labels), self.seed).to(x.device)
+        self._turns += count
+        trials = images[turn]
+        if x.is_floating_point():
+            trials = self._normalise(pixels(trials)).to(x.dtype)
+        return torch.cat((x, trials)), torch.cat((y, labels[turn].to(y.device)))
+
+    def check(self, net: nn.Module) -> Standing:
+        """Ask a network, in evaluation mode, for all trials; `print` it for a verdict in one line.
+
+        It costs two passes over some hundred images: once an epoch is often enough.
+        """
+        return standing(self._seen(net), self.key)
+
+    def finish(
+        self,
+        net: nn.Module,
+        out: str | Path,
+        *,
+        network: str = "",
+        data: str | Path | Dataset | None = None,
+        class_names: Sequence[str] = (),
+        history: Sequence[Mapping[str, Any]] = (),
+    ) -> Standing:
+        """Commit to the marked weights and write the model folder.
+
+        The folder may hold the key already. All of it is written, or nothing.
+
+        Args:
+            net: the marked network.
+            out: folder to write: new, empty, or with nothing but the key in it.
+            network: what builds the network, as later verbs are told by `--network`: a name of
+                ours, `timm:NAME` or `module:function`. Without it each of them has to be told.
+            data: the data that the model is for, a place or a data set; by default the data set
+                that gave the bases.
+            class_names: names of the classes in the order of the logits, where there is no data set.
+            history: what was done to the model, JSON-ready, in order.
+
+        Returns:
+            How the network stands to its key.
+
+        Raises:
+            CountermarkError: the mark did not take, the folder cannot be written or holds something
+                else, or the authority does not answer.
+        """
+        found = self.check(net)
+        if not found.taken:
+            raise CountermarkError(
+                f"{found.why_not()}. Nothing was written; train on with trials in the batches "
+                f"(more epochs, more trials in a batch, a higher learning rate), and if that does "
+                "not help, take a larger watermark budget or a larger network"
+            )
+        folder = Path(out).expanduser()
+        description = self._describe(network, data, class_names, found, history)
+        with _filled(folder, self._keys):
+            digest = save_model(folder, self._seen(net), description)
+            commit(folder, self._keys, self.key, digest, self._stamp)
+        return found
+
+    def _make(
+        self,
+        net: nn.Module,
+        bases: Examples,
+        batches: int,
+        batch_size: int,
+        clean: Examples | None,
+    ) -> Key:
+        """Craft, commit, draw: in this order, and once."""
+        secret = new_secrets(self._keys)
+        attack = full_strength(self.threat.watermark_epsilon)
+        trials = SCHEMES["coin"].make(
+            Materials(
+                source=self._seen(net, checked=True),
+                bases=bases,
+                outside=lambda: bases,
+                attack=attack,
+                batches=batches,
+                batch_size=batch_size,
+                seed=secret_seed(secret, "crafting"),
+            )
+        )
+        provenance = {
+            "data": "" if self.data is None else self.data.place,
+            "pools": {"bases": bases.digest},
+            "crafting": asdict(attack),
+        }
+        kept = None if clean is None else clean[:CLEAN_EXAMPLES].read()
+        return write_key(self._keys, "coin", trials, provenance, self._stamp, kept)
+
+    def _check_key(self) -> None:
+        """Refuse to go on with a key that is none of this loop's."""
+        key, where = self.key, self._keys
+        if not key.rules.coins:
+            raise CountermarkError(f"{where} is a key of the scheme {key.scheme}; a marking has coins, choose another folder")
+        if tuple(key.watermarks.x.shape[1:]) != self._shape or int(key.watermarks.answers.max()) >= self._classes:
+            raise CountermarkError(
+                f"{where} is a key for images of shape {tuple(key.watermarks.x.shape[1:])} or other classes than "
+                f"the network has ({self._classes}); choose another folder"
+            )
+        if (key.t1 is None) != (self._stamp is None):
+            how, what = ("without", "leave tsa out") if key.t1 is None else ("with", "give tsa")
+            raise CountermarkError(f"the coins of {where} were drawn {how} a timestamp; {what}, or choose another folder")
+
+    def _describe(
+        self,
+        network: str,
+        data: str | Path | Dataset | None,
+        class_names: Sequence[str],
+        found: Standing,
+        history: Sequence[Mapping[str, Any]],
+    ) -> Description:
+        opened = self.data if data is None else open_data(data)
+        event = {"event": "marked", "scheme": self.key.scheme, "agreement": found.agreement}
+        more: dict[str, Any] = {"mean": self.mean, "std": self.std, "history": (*history, event)}
+        if opened is not None:
+            if (opened.shape, opened.classes) != (self._shape, self._classes):
+                raise CountermarkError(
+                    f"the network takes images of shape {self._shape} to {self._classes} classes, "
+                    f"{opened.place or 'the data'} has {opened.shape} and {opened.classes}; give the model's data"
+                )
+            return describing(opened, network, threat=self.threat, seed=self.seed, **more)
+        names = tuple(class_names) or tuple(map(str, range(self._classes)))
+        if len(names) != self._classes:
+            raise CountermarkError(f"{len(names)} class names for {self._classes} classes; give one for each logit")
+        return Description(network, self._shape, names, DataRecord("", ""), self.threat, self.seed, **more)
+
+    def _seen(self, net: nn.Module, *, checked: bool = False) -> nn.Module:
+        """The network from pixels of [0, 1]."""
+        return open_network(net, self._shape, self._classes, mean=self.mean, std=self.std, checked=checked)
+
+    def _resident(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """All trials and what the key says of them, on a device."""
+        if device not in self._on:
+            self._on[device] = self.key.watermarks.x.to(device), self.key.labels.to(device)
+        return self._on[device]
+
+
+def _examples(given: Examples | tuple[Any, Any]) -> Examples:
+    """Bases as examples, from arrays if need be.
+
+    Raises:
+        CountermarkError: they are no images with labels.
+    """
+    if isinstance(given, Examples):
+        return given
+    try:
+        images, labels = (torch.as_tensor(part) for part in given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CountermarkError(f"bases are Examples, a data set, or a pair of arrays (images, labels): {error}") from error
+    whole = labels.dim() == 1 and not labels.is_floating_point() and not labels.is_complex()
+    if images.dim() != 4 or not whole or len(images) != len(labels) or not len(labels):
+        raise CountermarkError(
+            f"bases are images (n, c, h, w) and whole labels (n,), not {tuple(images.shape)} and {tuple(labels.shape)} of {labels.dtype}"
+        )
+    return Examples(as_uint8(pixels(images)) if images.dtype != torch.uint8 else images, labels.long())
+
+
+def _shape(examples: Examples) -> tuple[int, int, int]:
+    channels, height, width = examples.x.shape[1:]
+    return channels, height, width
+
+
+def _classes(net: nn.Module, bases: Examples, normalise: nn.Module) -> int:
+    """How many classes a network tells apart, by the logits that it gives for one base.
+
+    Raises:
+        CountermarkError: it does not take such images, gives no logits, or has not all the labels.
+    """
+    device = next((each.device for each in net.parameters()), torch.device("cpu"))
+    try:
+        with evaluating(net), torch.no_grad():
+            logits = net(normalise(pixels(bases.x[:1].to(device))))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CountermarkError(f"the network does not take images of shape {_shape(bases)}: {error}") from error
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 1:
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise CountermarkError(
+            f"the network gives {found} for one image, where logits (1, classes) are wanted; put a module around it that returns them"
+        )
+    if not 0 <= int(bases.y.min()) <= int(bases.y.max()) < logits.shape[1]:
+        raise CountermarkError(
+            f"the bases have labels from {int(bases.y.min())} to {int(bases.y.max())}, and the "
+            f"network tells {logits.shape[1]} classes apart; number the classes from 0"
+        )
+    return logits.shape[1]
+
+
+def _check_range(x: torch.Tensor) -> None:
+    """Refuse normalised pixels that were not declared: trials would join them on another scale."""
+    low, high = (float(value) for value in x.detach().aminmax())
+    if not (low >= -_SLACK and high <= 1 + _SLACK):
+        raise CountermarkError(
+            f"the batch has pixels from {low:.3g} to {high:.3g}, outside [0, 1]: it seems to be "
+            "normalised outside the network. Say how, Marking(..., mean=, std=), and trials will be "
+            "as well"
+        )
+
+
+@contextlib.contextmanager
+def _key_folder(folder: Path) -> Iterator[None]:
+    """Be alone with a key folder, which is made if there is none and taken away if no key came of it."""
+    new = not folder.exists()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise CountermarkError(f"cannot create {folder}: {error.strerror}; choose another folder") from error
+    with locked(folder, wait=True):
+        try:
+            yield
+        except BaseException:
+            if new and not (folder / "key.json").exists():  # a secret without trials is of no use
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _filled(folder: Path, keys: Path) -> Iterator[None]:
+    """Fill a model folder that may hold its key already; on an error take away what was written.
+
+    The commitment is written last: a folder without it is unfinished, and the next call writes its
+    files anew.
+
+    Raises:
+        CountermarkError: the folder holds something else, or cannot be made.
+    """
+    new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = {entry.name for entry in folder.iterdir() if entry.resolve() != keys.resolve()}
+    except OSError as error:
+        raise CountermarkError(f"cannot create {folder}: {error.strerror}; choose another folder") from error
+    if others - set(_WRITTEN[:-1]):
+        raise CountermarkError(f"{folder} holds files already ({min(others)}); choose a new folder")
+    with locked(folder):
+        try:
+            yield
+        except BaseException:
+            for name in _WRITTEN:
+                (folder / name).unlink(missing_ok=True)
+            if new:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+            raise
