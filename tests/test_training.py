@@ -645,9 +645,9 @@ def test_any_number_of_images_gets_a_recipe(images: int, kind: str, objective: s
     given = Traits(kind, images)
     config = recipe(given, objective, GREY)
     marked = marking(config, given, objective)
+    assert marked.watermark_batch == (32 if images < 5000 else 16)
     for each in (config, marked, gentle(config, given) if objective == "standard" else marked):
         assert 4 <= each.epochs <= 80
-        assert each.watermark_batch == (32 if images < 5000 else 16)
         steps = each.epochs * (images // min(each.batch_size, images))
         assert steps <= 9600 or each.epochs <= 10  # no more than was asked for, but for the least
 
