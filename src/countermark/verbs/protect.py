@@ -142,9 +142,7 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
         if self.weights is not None and self.embedding == "epoch":
             raise CountermarkError("--embedding epoch trains from scratch; leave it or --weights out")
         if self.weights is not None and scheme is None and self.objective in (None, "standard"):
-            raise CountermarkError(
-                "given weights with no mark and no robustness stay what they are; take a scheme or another objective"
-            )
+            raise CountermarkError("given weights with no mark and no robustness stay what they are; take a scheme or another objective")
 
 
 def _those(heed: str) -> str:
