@@ -74,7 +74,7 @@ class Standing:
     @property
     def taken(self) -> bool:
         """Whether the mark holds: enough trials learned, and a judge's p-value after pruning."""
-        survives = self.pruned is None or self.pruned.p_value <= JUDGE_ALPHA
+        survives = self.pruned is None or self.pruned.verdict == "match"
         return self.agreement >= self.needed and survives
 
     def __str__(self) -> str:

@@ -114,7 +114,8 @@ class MarkingCallback(_library().Callback):  # type: ignore[misc]  # a class of 
             x, y = self.mark.mix(batch[images], batch[labels], self.count)
             return {images: x, labels: y}
         if isinstance(batch, tuple | list) and len(batch) == 2:
-            return self.mark.mix(*batch, self.count)
+            x, y = batch
+            return self.mark.mix(x, y, self.count)
         raise CountermarkError(
             "a batch is (images, labels), or a mapping of just these two by the names that `keys` "
             f"gives, not {type(batch).__name__} of {len(batch) if hasattr(batch, '__len__') else 1} "

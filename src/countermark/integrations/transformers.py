@@ -39,7 +39,7 @@ class Logits(nn.Module):
         return logits
 
 
-class MarkingCallback(TrainerCallback):
+class MarkingCallback(TrainerCallback):  # type: ignore[misc]  # it has no types
     """Mixes the trials of a `Marking` into every training batch, checks it, and finishes it.
 
     Batches hold `pixel_values` and `labels`, as image classifiers take them. Evaluation is left
