@@ -21,10 +21,11 @@ from countermark.evaluation import predict
 from countermark.evidence import sign_flip_test
 from countermark.files import read_json
 from countermark.marking import Marking
-from countermark.networks import describe, load_model
+from countermark.networks import describe, load_model, open_declared
 from countermark.networks.named import build
 from countermark.watermarks import load_key, second_commitment
 from countermark.watermarks.commitment import check_signature
+from shorter import take_any_mark
 
 
 def shapes(count: int, seed: int = 0) -> Examples:
@@ -397,6 +398,19 @@ def test_a_data_set_gives_bases_clean_examples_and_the_declaration(tmp_path: Pat
     assert len(mark.key.watermarks) <= data.batches * data.batch_size
     changed = (mark.key.watermarks.x.int()[:, None] - pools.bases.x.int()[None]).abs().flatten(2).amax(2).amin(1)
     assert int(changed.max()) <= round(data.threat.watermark_epsilon * 255)
+
+
+def test_a_folder_that_says_no_data_takes_what_is_named_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_data("digits")
+    net = build("small", data.shape, data.classes, seed=0)
+    bases = data.pools(0).bases
+    mark = Marking(net, (bases.x, bases.y), key=tmp_path / "key", batch_size=40, epsilon=0.1, watermark_epsilon=0.3)
+    take_any_mark(monkeypatch)
+    mark.finish(net, tmp_path / "mine", network="small")
+    described = describe(tmp_path / "mine")
+    with pytest.raises(CountermarkError, match="--data"):
+        open_declared(described)
+    assert open_declared(described, data="digits").digest == data.digest
 
 
 @pytest.mark.parametrize("kind", ["numpy", "pixels", "tensors"])

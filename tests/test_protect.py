@@ -18,7 +18,7 @@ from countermark.data import Examples, known_images, open_data
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, parse_json, read_json, read_tensors, sha256
 from countermark.marking import Standing
-from countermark.networks import describe
+from countermark.networks import declared_pools, describe
 from countermark.networks.named import build
 from countermark.training import TrainConfig, loop
 from countermark.verbs import protect as room
@@ -208,7 +208,11 @@ def test_bases_are_taken_from_what_given_weights_did_not_know(owner: Path, tmp_p
     bases = data.pools(0, known_images(data, "then")).bases
     assert not torch.isin(bases.contents(), seen.contents()).any()
     assert load_key(tmp_path / "mine" / "key").c1["pools"]["bases"] == bases.digest
-    assert describe(tmp_path / "mine").trained_on == "then"
+    described = describe(tmp_path / "mine")
+    assert described.trained_on == "then"
+    again = declared_pools(described, data)  # what guard, steal and remove cut
+    assert again.bases.digest == bases.digest
+    assert again.known == made.known
 
 
 def test_other_weights_do_not_go_on_with_trials_of_the_first(

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from countermark.data import Examples as Examples
     from countermark.data import open_data as open_data
     from countermark.errors import CountermarkError as CountermarkError
+    from countermark.marking import Marking as Marking
     from countermark.networks import load as load
     from countermark.networks import open_network as open_network
     from countermark.threat import Threat as Threat
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CountermarkError": "errors.CountermarkError",
     "Examples": "data.Examples",
+    "Marking": "marking.Marking",
     "Threat": "threat.Threat",
     "adjudicate": "verbs.adjudicate.adjudicate",
     "bundle_check": "verbs.bundle_check.bundle_check",

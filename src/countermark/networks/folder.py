@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.data import KNOWN, Dataset, known, open_data
+from countermark.data import KNOWN, Dataset, Pools, known, known_images, open_data
 from countermark.errors import CountermarkError
 from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.networks.named import NETWORKS, build
@@ -36,7 +36,8 @@ class DataRecord:
 
     Attributes:
         place: where it was opened (see `open_data`); empty for data that was given in Python.
-        sha256: its digest; none in folders that 0.1.0 wrote.
+        sha256: its digest; empty where nobody said which data it was, none in folders that 0.1.0
+            wrote.
         size: side that images were brought to.
         skip_damaged: whether files that could not be read were left out.
     """
@@ -252,12 +253,31 @@ def open_declared(description: Description, *, data: DataPlace | None = None, ca
         )
     if record.sha256 is None:
         return replace(found, by_content=False)  # the pools of 0.1.0 did not look at what images show
-    if found.digest != record.sha256:
+    if record.sha256 and found.digest != record.sha256:
         raise CountermarkError(
             f"{shown} was changed since the model was made (SHA-256 {found.digest[:12]}, not {record.sha256[:12]}): its pools would be "
             "others, and images that the model knows would be taken for new ones; restore the data, or name where it is with --data"
         )
     return found
+
+
+def declared_pools(description: Description, data: Dataset, *, cache: str | Path | None = None) -> Pools:
+    """Cut a model's data into the pools that it was made from.
+
+    Where the model began with given weights, what they had been trained on is taken into account as
+    it was then.
+
+    Args:
+        description: of the model.
+        data: its data, as `open_declared` opens it.
+        cache: folder of fetched and converted data.
+
+    Raises:
+        CountermarkError: the images of the given weights cannot be opened.
+    """
+    if description.trained_on is None:
+        return data.pools(description.seed)
+    return data.pools(description.seed, known_images(data, description.trained_on, cache=cache))
 
 
 def _described(folder: Path) -> tuple[Description, Any]:

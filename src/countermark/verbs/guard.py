@@ -17,7 +17,7 @@ from countermark.guard import (
     weights_sha256,
     write_guard,
 )
-from countermark.networks import load_model, open_declared
+from countermark.networks import declared_pools, load_model, open_declared
 from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, StampOptions, verb
 from countermark.terminal import print_lines, print_table
 from countermark.timestamps import encode_token, timestamping
@@ -91,7 +91,7 @@ def guard(config: GuardConfig) -> Calibrated:
     stamp = timestamping(config.tsa, config.roots)
     key = Path(config.key) if config.key else folder / "key"
     secret, digest = load_secret(key), weights_sha256(folder)
-    pools = data.pools(description.seed)
+    pools = declared_pools(description, data, cache=config.cache)
     found = calibrate_model(
         network,
         pools.validation,

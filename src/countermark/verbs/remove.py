@@ -7,7 +7,7 @@ from typing import Any
 
 from countermark.errors import CountermarkError
 from countermark.files import new_folder, read_json
-from countermark.networks import load_model, open_declared
+from countermark.networks import declared_pools, load_model, open_declared
 from countermark.options import DataOptions, NewPath, ReadPath, verb
 from countermark.removal import finetune, prune
 from countermark.verbs.copies import Copy, show, write_copy
@@ -49,7 +49,7 @@ def remove(config: RemoveConfig) -> Copy:
     network, description = load_model(folder)
     data = open_declared(description, cache=config.cache)
     with new_folder(out, config.record()) as work:
-        pools = data.pools(description.seed)
+        pools = declared_pools(description, data, cache=config.cache)
         origin = read_json(folder / "model.json")["weights_sha256"]
         event: dict[str, Any]
         if config.prune is not None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from countermark.evaluation import predict
 from countermark.files import new_folder
-from countermark.networks import build, load_model, open_declared
+from countermark.networks import build, declared_pools, load_model, open_declared
 from countermark.options import DataOptions, NewPath, ReadPath, verb
 from countermark.theft import JacobianTheft, steal_black_box
 from countermark.verbs.copies import Copy, show, write_copy
@@ -52,7 +52,7 @@ def steal(config: StealConfig) -> Copy:
     victim, description = load_model(Path(config.victim))
     data = open_declared(description, cache=config.cache)
     with new_folder(out, config.record()) as work:
-        pools = data.pools(description.seed)
+        pools = declared_pools(description, data, cache=config.cache)
         if config.setting == "white":
             return write_copy(work, out, victim, description, {"event": "stolen", "setting": "white"}, pools.test, begun)
         network = "surrogate" if config.setting == "black" else description.network
