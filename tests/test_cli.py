@@ -724,8 +724,8 @@ def test_mistakes_in_options_are_one_short_line(tmp_path: Path) -> None:
 
 NAMED = {
     "data fetch cifar": "choose one of mnist, fashion_mnist, digits",
-    "protect --data cifar --out {new}": "choose one of mnist, fashion_mnist, digits",
-    "quickstart --data cifar --out {new}": "data set",
+    "protect --data cifar --out {new}": "there is no data at 'cifar' (did you mean cifar10?); give mnist, fashion_mnist,",
+    "quickstart --data cifar --out {new}": "there is no data at 'cifar' (did you mean cifar10?)",
     "reproduce --data digits cifar --out {new}": "data set",
     "reproduce --profile vast": "quick, standard, paper",
     "reproduce --protocol dirty": "clean, as-published",

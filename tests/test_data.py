@@ -441,6 +441,13 @@ def test_a_folder_without_the_archive_or_with_another_is_refused(archive: Path, 
         fetch("mnist", archive, tmp_path / "cache")
 
 
+def test_a_folder_of_the_same_name_is_pointed_at(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cifar10").mkdir()
+    with pytest.raises(CountermarkError, match=r"cannot fetch cifar-10-binary\.tar\.gz.*give \./cifar10 for the folder"):
+        open_data("cifar10", cache=tmp_path / "cache")
+
+
 def test_the_official_archive_is_known_by_its_published_hash() -> None:
     row = KNOWN["cifar10"]
     assert row.files == {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}

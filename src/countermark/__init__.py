@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from countermark.verbs.bundle_sign import bundle_sign as bundle_sign
     from countermark.verbs.claim import claim as claim
     from countermark.verbs.client_add import client_add as client_add
+    from countermark.verbs.data_check import data_check as data_check
     from countermark.verbs.data_fetch import data_fetch as data_fetch
     from countermark.verbs.evaluate import evaluate as evaluate
     from countermark.verbs.export import export as export
@@ -59,6 +60,7 @@ _PUBLIC = {
     "calibrate": "verbs.guard.calibrate",  # `countermark.guard` is the room
     "claim": "verbs.claim.claim",
     "client_add": "verbs.client_add.client_add",
+    "data_check": "verbs.data_check.data_check",
     "data_fetch": "verbs.data_fetch.data_fetch",
     "evaluate": "verbs.evaluate.evaluate",
     "export": "verbs.export.export",

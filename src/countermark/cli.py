@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 VERBS = (
     "data fetch",
+    "data check",
     "protect",
     "evaluate",
     "verify",

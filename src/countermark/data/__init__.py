@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from countermark.data.dataset import Dataset, Examples, Rows, as_uint8, pixels
     from countermark.data.pools import Pools, known_images, load_ood, load_pools
     from countermark.data.source import load_examples, open_data
+    from countermark.data.store import by_digest
 
 _HOMES = {
     "Dataset": "dataset",
     "Examples": "dataset",
     "Rows": "dataset",
     "as_uint8": "dataset",
+    "by_digest": "store",
     "load_examples": "source",
     "open_data": "source",
     "pixels": "dataset",
@@ -38,6 +40,7 @@ __all__ = [
     "Pools",
     "Rows",
     "as_uint8",
+    "by_digest",
     "cache_folder",
     "default_threat",
     "fetch",

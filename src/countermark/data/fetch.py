@@ -54,7 +54,7 @@ def fetch(name: str, source: str | Path | None = None, cache: str | Path | None 
     Args:
         name: of a data set that is known and has files; `digits` needs none.
         source: a folder with the files (plain or .gz), or the file where the data set has one, to
-            take them from before all other sources.
+            take them from instead of all other sources.
         cache: where to keep them; default `cache_folder()`.
 
     Returns:

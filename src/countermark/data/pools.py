@@ -74,8 +74,9 @@ def cut(data: Dataset, seed: int, known: torch.Tensor | None = None) -> Pools:
     first = _first_of_each(content[order])
     candidates = order[first]
     if known is not None:
+        known = torch.isin(content, content[known])  # weights know every copy of an image that they were trained on
         candidates = candidates[known[candidates].int().argsort(stable=True)]
-    if len(candidates) <= sum(wanted.values()):
+    if min(wanted.values()) == 0 or len(candidates) <= sum(wanted.values()):
         raise CountermarkError(
             f"{len(candidates)} different training images are too few for pools of "
             f"{', '.join(f'{size} ({name})' for name, size in wanted.items())} and training; give more images"

@@ -115,7 +115,12 @@ def _known(place: str | Path, options: Options) -> tuple[Found, Dataset | None]:
     row = known(str(place))
     if options.size is not None and (options.size, options.size) != row.shape[1:]:
         raise CountermarkError(f"the images of {row.name} have {row.shape[1]} x {row.shape[2]} pixels; leave --size out")
-    train, test = row.read(row, options.cache)
+    try:
+        train, test = row.read(row, options.cache)
+    except CountermarkError as error:
+        if _is_path(place, os.path.isdir):
+            raise CountermarkError(f"{error} (or give ./{place} for the folder of that name)") from error
+        raise
     data = Dataset(
         place=row.name,
         train=train,

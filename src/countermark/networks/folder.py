@@ -7,6 +7,7 @@ only by code that the user names.
 """
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.data import KNOWN, Dataset, Pools, known, known_images, open_data
+from countermark.data import KNOWN, Dataset, Pools, by_digest, known, known_images, open_data
 from countermark.errors import CountermarkError
 from countermark.files import read_json, read_tensors, write_json, write_tensors
+from countermark.named_code import is_code
 from countermark.networks.named import NETWORKS, build
 from countermark.networks.source import Network, open_network
 from countermark.places import DataPlace
@@ -241,10 +243,7 @@ def open_declared(description: Description, *, data: DataPlace | None = None, ca
         CountermarkError: it cannot be opened, or it is not what it was when the model was made.
     """
     record = description.data
-    place = data if data is not None else record.place
-    if not place:
-        raise CountermarkError("the model was made from data that was given in Python; say where it is, --data PLACE")
-    found = open_data(place, size=record.size, skip_damaged=record.skip_damaged, cache=cache)
+    found = _kept(record, cache) if data is None else open_data(data, size=record.size, skip_damaged=record.skip_damaged, cache=cache)
     shown = found.place or "the data"
     if (description.shape, description.classes) != (found.shape, found.classes):
         raise CountermarkError(
@@ -278,6 +277,22 @@ def declared_pools(description: Description, data: Dataset, *, cache: str | Path
     if description.trained_on is None:
         return data.pools(description.seed)
     return data.pools(description.seed, known_images(data, description.trained_on, cache=cache))
+
+
+def _kept(record: DataRecord, cache: str | Path | None) -> Dataset:
+    """The data of a record at its place, or out of the cache where the place is gone or would run code that nobody named."""
+    place = record.place
+    nowhere = place not in KNOWN and not os.path.exists(place)  # noqa: PTH110 (it says no where it may not look)
+    if not nowhere:
+        return open_data(place, size=record.size, skip_damaged=record.skip_damaged, cache=cache)
+    found = None if record.sha256 is None else by_digest(record.sha256, None if cache is None else Path(cache))
+    if found is not None:
+        return replace(found, place=place, size=record.size, skip_damaged=record.skip_damaged)
+    if not place:
+        raise CountermarkError("the model was made from data that was given in Python; say where it is, --data PLACE")
+    if is_code(place):
+        raise CountermarkError(f"the model's data come from {place}, whose code is run only if you name it: --data {place}")
+    raise CountermarkError(f"the model's data are gone from {brief(place)}, and not in the cache; say where they are, --data PLACE")
 
 
 def _described(folder: Path) -> tuple[Description, Any]:

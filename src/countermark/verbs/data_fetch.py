@@ -12,9 +12,9 @@ class DataFetchConfig(VerbConfig):
     """Fetch the files of a data set into the cache."""
 
     name: str = field(kw_only=False)
-    """Data set: mnist, fashion_mnist (digits needs no files)."""
+    """Data set: mnist, fashion_mnist, cifar10 (digits needs no files)."""
     source: ReadPath | None = None
-    """Folder that has the IDX files (plain or .gz); tried before all other sources."""
+    """Folder that has the files (plain or .gz), or the archive of cifar10; no other source is tried."""
     cache: WrittenPath | None = None
     """Folder to keep them in; default $COUNTERMARK_CACHE or the system's cache."""
 

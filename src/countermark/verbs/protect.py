@@ -83,7 +83,8 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     """Train a robust model, mark it, and write model, key and commitment."""
 
     data: str = field(kw_only=False)
-    """Data set: mnist, fashion_mnist, digits."""
+    """Data set: mnist, fashion_mnist, digits, cifar10, or a place of your own: a folder of class folders, a .npz or Parquet file, or
+    module:function."""
     out: NewPath
     """Folder to write; it must be new or empty. Unfinished work waits in OUT.partial and is resumed by the same command."""
     epsilon: float | None = None

@@ -31,7 +31,7 @@ class QuickstartConfig(DataOptions):
     out: WrittenPath = "quickstart"
     """Folder to write; a story that was interrupted goes on where it was."""
     data: str = "mnist"
-    """Data set: mnist, fashion_mnist, digits."""
+    """Data set: mnist, fashion_mnist, digits, cifar10."""
     seed: int = 0
     """Seed of the protected model; the stranger has the next one."""
 

@@ -1,0 +1,67 @@
+"""`countermark data check`: what a place holds, before anything is trained on it."""
+
+from dataclasses import dataclass, field
+
+from countermark.data.check import Findings, check_data
+from countermark.data.reading import some
+from countermark.options import DataOptions, verb
+from countermark.terminal import print_lines, print_table
+from countermark.text import brief
+
+_CLASSES = 40  # that are shown; --json has all
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckConfig(DataOptions):
+    """Say what a place holds: good, converted and damaged images, doubles, pools."""
+
+    place: str = field(kw_only=False)
+    """Data set: a name (mnist, cifar10), a folder of class folders, a .npz or Parquet file, or
+    module:function."""
+    size: int | None = None
+    """Side of the squares that images are brought to; default: they must have one shape."""
+    skip_damaged: bool = False
+    """Leave out images that cannot be read."""
+
+
+@verb(DataCheckConfig)
+def data_check(config: DataCheckConfig) -> Findings:
+    """Read everything at a place, keep it in the cache, and say what is there.
+
+    Raises:
+        CountermarkError: there is no data at the place, or it is arranged in no way that can be read.
+    """
+    return check_data(config.place, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache)
+
+
+def show(findings: Findings) -> None:
+    """Print the classes as a table, and the rest in a few lines."""
+    found, parts = findings.found, list(findings.found.counts)
+    rows = [[name, *(f"{found.counts[part][label]:,}" for part in parts)] for label, name in enumerate(found.class_names[:_CLASSES])]
+    if len(found.class_names) > _CLASSES:
+        rows.append([f"and {len(found.class_names) - _CLASSES} more classes", *("" for _ in parts)])
+    rows.append(["all", *(f"{sum(found.counts[part]):,}" for part in parts)])
+    print_table(f"{found.place}: {found.images:,} images of {len(found.class_names)} classes", ("class", *parts), rows)
+    kind = "colour" if found.colour else "grey"
+    print_lines(
+        f"images:    {kind}, {some([f'{shape} ({number:,})' for shape, number in found.shapes.items()])}"
+        + ("" if findings.size is None else f", brought to {findings.size}x{findings.size}")
+    )
+    if found.converted:
+        print_lines(f"converted: {', '.join(f'{number:,} {what}' for what, number in found.converted.items())}")
+    print_lines(f"damaged:   {len(found.damaged):,}{_damaged(found.damaged)}")
+    if found.doubles is not None:
+        print_lines(f"doubles:   {found.doubles:,}" + (f", {found.disputed:,} of them under another label" if found.disputed else ""))
+    if found.ignored:
+        print_lines(f"ignored:   {found.ignored:,} other files")
+    if found.cut:
+        print_lines("test part: there is none, so every sixth image was cut out as one")
+    if findings.pools is not None:
+        print_lines(f"pools:     {', '.join(f'{number:,} {pool}' for pool, number in findings.pools.items())}")
+    if findings.digest is not None:
+        print_lines(f"digest:    {findings.digest}")
+    print_lines(findings.problem or "It can be used.")
+
+
+def _damaged(damaged: tuple[tuple[str, str], ...]) -> str:
+    return f": {some([f'{brief(name)} {reason}' for name, reason in damaged])}" if damaged else ""

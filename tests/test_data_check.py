@@ -1,0 +1,240 @@
+"""`data check`, the pools of data from outside, and finding the data that a model declares."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import countermark
+from countermark import cli
+from countermark.data import KNOWN, Dataset, Examples, open_data, store
+from countermark.data.check import check_data
+from countermark.data.pools import POOLS
+from countermark.data.source import READERS
+from countermark.errors import CountermarkError
+from countermark.networks import DataRecord, Description, open_declared
+from countermark.threat import COLOUR
+from noise import class_folders, drawn, save
+
+
+def soiled(place: Path) -> Path:
+    """A folder with a damaged file, a grey and a transparent one, doubles and other files."""
+    class_folders(place, 3, 120)
+    save(place / "class0" / "grey.png", drawn(1, channels=1))
+    save(place / "class1" / "clear.png", drawn(2, channels=4))
+    save(place / "class2" / "other.png", drawn(0))
+    save(place / "class0" / "again.png", drawn(1, 8, 8))
+    (place / "class2" / "bad\nname.png").write_text("text")
+    (place / "class2" / "notes.txt").write_text("text")
+    return place
+
+
+def test_what_a_folder_holds(tmp_path: Path) -> None:
+    place = soiled(tmp_path / "photos")
+    findings = check_data(place, cache=tmp_path / "cache")
+    found = findings.found
+    assert found.counts.keys() == {"train", "test"}
+    assert [sum(each) for each in zip(*found.counts.values(), strict=True)] == [122, 121, 121]
+    assert found.converted == {"alpha": 1, "grey": 1}
+    assert found.damaged == (("class2/bad\nname.png", "is not a PNG, JPEG, WebP or BMP image"),)
+    assert (found.doubles, found.disputed, found.ignored, found.cut, found.colour) == (2, 1, 1, True, True)
+    assert found.shapes == {"8x8": 364}
+    assert findings.problem is not None
+    assert "1 image cannot be read" in findings.problem
+    assert (findings.pools, findings.exit_status) == (None, 1)
+    findings = check_data(place, skip_damaged=True, cache=tmp_path / "cache")
+    assert findings.found == found
+    data = open_data(place, skip_damaged=True, cache=tmp_path / "cache")
+    assert findings.pools == {name: len(getattr(data.pools(0), name)) for name in POOLS}
+    assert (findings.digest, findings.shape) == (data.digest, data.shape)
+    assert "bases are too few for 2 batches of 40 trials" in str(findings.problem)  # 303 images leave 75
+
+
+@pytest.mark.parametrize(("each", "word"), [(5, "are too few for pools"), (40, "watermark bases are too few"), (300, None)])
+def test_too_little_for_a_mark_is_said(each: int, word: str | None, tmp_path: Path) -> None:
+    findings = check_data(class_folders(tmp_path / "photos", 2, each), cache=tmp_path / "cache")
+    assert findings.found.images == 2 * each
+    if word is None:
+        assert (findings.problem, findings.exit_status) == (None, 0)
+    else:
+        assert word in str(findings.problem)
+
+
+def test_shapes_are_listed_where_a_size_is_missing(tmp_path: Path) -> None:
+    place = class_folders(tmp_path / "photos", 2, 6)
+    save(place / "class0" / "tall.png", drawn(1, 20, 10))
+    findings = check_data(place, cache=tmp_path / "cache")
+    assert findings.found.shapes == {"8x8": 12, "20x10": 1}
+    assert findings.found.doubles is None
+    assert "--size" in str(findings.problem)
+    assert check_data(place, size=8, cache=tmp_path / "cache").found.doubles == 0
+
+
+def test_a_known_data_set_and_an_open_one_can_be_checked() -> None:
+    findings = check_data("digits")
+    assert findings.found.counts["test"] == tuple(open_data("digits").test.y.bincount().tolist())
+    assert (findings.problem, findings.pools) == (None, {"training": 937, "validation": 60, "bases": 220, "thief": 280, "test": 300})
+    assert check_data(open_data("digits")) == findings
+
+
+def check(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    status = cli.main(["data", "check", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_the_verb_shows_a_table_and_gives_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, cache = soiled(tmp_path / "photos"), ("--cache", tmp_path / "cache")
+    status, out, _ = check(capsys, place, *cache)
+    assert status == 1
+    for line in ("class0", "converted: 1 alpha, 1 grey", r"'class2/bad\nname.png' is not", "doubles:   2, 1 of them under another label"):
+        assert line in out
+    assert all(line.isprintable() for line in out.splitlines())
+    status, out, _ = check(capsys, place, *cache, "--skip-damaged", "--json")
+    told = json.loads(out)
+    assert (told["found"]["doubles"], told["digest"]) == (2, open_data(place, skip_damaged=True, cache=tmp_path / "cache").digest)
+    status, out, _ = check(capsys, class_folders(tmp_path / "many", 2, 300), *cache)
+    assert (status, "It can be used." in out) == (0, True)
+    for wrong in (tmp_path / "gone", tmp_path / "cache", ""):
+        status, out, err = check(capsys, wrong, *cache)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+    assert countermark.data_check(str(place), cache=tmp_path / "cache").found.doubles == 2
+
+
+# Pools.
+
+
+def random_data(contents: list[int], test: list[int], seed: int) -> Dataset:
+    """A data set of tiny images, of which equal numbers give equal images."""
+
+    def examples(numbers: list[int]) -> Examples:
+        x = torch.tensor(numbers, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+        return Examples(x, torch.arange(len(numbers)) % 2)
+
+    sizes = {"validation": 3, "bases": 4, "thief": 2}
+    return Dataset("", examples(contents), examples(test), ("a", "b"), COLOUR, pool_sizes=sizes)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=120), st.lists(st.integers(0, 40), max_size=10), st.integers(0, 100), st.data())
+def test_equal_images_never_fall_into_two_pools(contents: list[int], test: list[int], seed: int, draw: st.DataObject) -> None:
+    """Whatever is equal to what; every image that is no test image is in one pool; known ones are held out last."""
+    data = random_data(contents, test, seed)
+    known = torch.tensor(draw.draw(st.lists(st.booleans(), min_size=len(contents), max_size=len(contents))))
+    usable = set(contents) - set(test)
+    for mask in (None, known):
+        try:
+            pools = data.pools(seed, mask)
+        except CountermarkError:
+            assert len(usable) <= 9
+            continue
+        seen = {name: set(getattr(pools, name).x[:, 0, 0, 0].tolist()) for name in POOLS}
+        assert [len(getattr(pools, name)) for name in ("validation", "bases", "thief")] == [3, 4, 2]
+        for first in POOLS:
+            assert all(first == second or not seen[first] & seen[second] for second in POOLS)
+        assert set().union(*seen.values()) == usable | set(test)
+        held = seen["validation"] | seen["bases"] | seen["thief"]
+        assert sorted(pools.training.x[:, 0, 0, 0].tolist()) == sorted(n for n in contents if n in usable - held)
+        if mask is not None:
+            knew = {n for n, each in zip(contents, mask.tolist(), strict=True) if each}
+            assert held <= usable - knew or usable - knew <= held
+            assert pools.known["bases"] == len(seen["bases"] & knew)
+
+
+def test_the_pools_of_0_1_0_are_what_they_were() -> None:
+    """By its own rule: the seeded permutation, in the order validation, bases, thief."""
+    data = open_data("digits")
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(3))
+    pools = data.pools(3)
+    for name, size in KNOWN["digits"].pools.items():  # type: ignore[union-attr]
+        assert torch.equal(getattr(pools, name).x, data.train.x[order[:size]])
+        order = order[size:]
+    assert torch.equal(pools.training.x, data.train.x[order])
+
+
+# The data that a model declares.
+
+
+def declared(data: Dataset) -> Description:
+    record = DataRecord(data.place, data.digest, data.size, data.skip_damaged)
+    return Description("small", data.shape, data.class_names, record, data.threat, 0)
+
+
+def test_declared_data_are_found_where_they_are_and_in_the_cache(tmp_path: Path) -> None:
+    place, cache = class_folders(tmp_path / "photos", 2, 12), tmp_path / "cache"
+    data = open_data(place, size=4, cache=cache)
+    description = declared(data)
+    assert open_declared(description, cache=cache).digest == data.digest
+    shutil.move(place, tmp_path / "moved")
+    again = open_declared(description, cache=cache)
+    assert (again.digest, again.place, again.size) == (data.digest, str(place), 4)
+    assert again.pools(0).digests() == data.pools(0).digests()
+    assert open_declared(description, data=tmp_path / "moved", cache=tmp_path / "other").digest == data.digest
+    with pytest.raises(CountermarkError, match=r"are gone from .*photos.*--data PLACE"):
+        open_declared(description, cache=tmp_path / "empty")
+
+
+def test_changed_data_are_refused_and_never_mixed_with_what_the_cache_has(tmp_path: Path) -> None:
+    place, cache = class_folders(tmp_path / "photos", 2, 12), tmp_path / "cache"
+    description = declared(open_data(place, cache=cache))
+    save(place / "class0" / "0003.png", drawn(99))
+    with pytest.raises(CountermarkError, match="was changed since the model was made"):
+        open_declared(description, cache=cache)
+    shutil.rmtree(place / "class0")
+    with pytest.raises(CountermarkError, match="has one class"):
+        open_declared(description, cache=cache)
+
+
+def test_objects_are_found_in_the_cache_by_their_digest(tmp_path: Path) -> None:
+    arrays = np.stack([drawn(i) for i in range(24)]), np.arange(24) % 2
+    data = open_data(arrays, cache=tmp_path / "cache")
+    assert open_declared(declared(data), cache=tmp_path / "cache").digest == data.digest
+    with pytest.raises(CountermarkError, match="given in Python"):
+        open_declared(declared(data), cache=tmp_path / "empty")
+    assert open_declared(declared(data), data=data).digest == data.digest
+
+
+def test_no_code_is_imported_because_a_model_folder_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "declared_data.py").write_text("raise SystemExit('it was imported')\n")
+    monkeypatch.chdir(tmp_path)
+    arrays = np.stack([drawn(i) for i in range(24)]), np.arange(24) % 2
+    data = open_data(arrays, cache=tmp_path / "cache")
+    description = declared(replace(data, place="declared_data:make"))
+    assert open_declared(description, cache=tmp_path / "cache").digest == data.digest
+    with pytest.raises(CountermarkError, match="only if you name it: --data declared_data:make"):
+        open_declared(description, cache=tmp_path / "empty")
+
+
+def test_every_reader_takes_a_place_of_its_own(tmp_path: Path) -> None:
+    """The table has no row that another one hides."""
+    np.savez(tmp_path / "x.npz", x=np.zeros(1))
+    (tmp_path / "x.parquet").write_bytes(b"")
+    places = [open_data("digits"), "digits", tmp_path / "x.npz", tmp_path / "x.parquet", tmp_path, "shop.data:make", (1, 2)]
+    assert [next(i for i, reader in enumerate(READERS) if reader.takes(place)) for place in places] == list(range(len(READERS)))
+
+
+def test_a_set_of_many_images_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools, digests and batches of a set that is too large for memory ask for a few images at a time."""
+    monkeypatch.setattr(store, "_RESIDENT", 0)
+    monkeypatch.setattr("countermark.data.dataset._CHUNK", 8 * 8 * 3 * 16)
+    place = class_folders(tmp_path / "photos", 2, 150)
+    data = open_data(place, cache=tmp_path / "cache")
+    most = []
+    read = type(data.train.rows).__getitem__
+
+    def counted(rows: Any, index: Any) -> torch.Tensor:
+        found = read(rows, index)
+        most.append(len(found))
+        return found
+
+    monkeypatch.setattr("countermark.data.dataset.Rows.__getitem__", counted)
+    pools = data.pools(0)
+    assert len(pools.digests()) == 5
+    pools.training.batch(torch.arange(10), torch.device("cpu"))
+    assert max(most) <= 16
