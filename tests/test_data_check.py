@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import countermark
@@ -122,6 +122,7 @@ def random_data(contents: list[int], test: list[int], seed: int) -> Dataset:
     return Dataset("", examples(contents), examples(test), ("a", "b"), COLOUR, pool_sizes=sizes)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=120), st.lists(st.integers(0, 40), max_size=10), st.integers(0, 100), st.data())
 def test_equal_images_never_fall_into_two_pools(contents: list[int], test: list[int], seed: int, draw: st.DataObject) -> None:
     """Whatever is equal to what; every image that is no test image is in one pool; known ones are held out last."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -132,6 +132,7 @@ def test_the_first_frame_of_an_animation_is_taken_and_counted(form: str) -> None
     assert found.kinds == ("animated",)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 16))
 def test_size_scales_the_largest_centred_square(height: int, width: int, size: int) -> None:
     """Brute force: cut the square out first, then scale it."""
@@ -206,6 +207,7 @@ def test_other_formats_are_refused(data: bytes) -> None:
         decode(data)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "WEBP", "BMP"]), st.integers(0, 10**6))
 def test_no_bytes_make_it_fail_otherwise(noise: bytes, form: str, place: int) -> None:
     data = bytearray(packed(Image.fromarray(drawn(11)), form))
