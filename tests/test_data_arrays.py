@@ -87,6 +87,9 @@ def test_arrays_come_in_all_the_usual_wrappings(cache: Path) -> None:
     assert named.class_names == ("cat", "dog")
     assert expected.place == ""
     assert open_data(expected) is expected
+    assert open_data(expected, size=8) is expected
+    with pytest.raises(CountermarkError, match="opened already, with 8 x 8 pixels"):
+        open_data(expected, size=16)
 
 
 def test_labels_may_be_strings(cache: Path) -> None:

@@ -120,7 +120,7 @@ def _fetch_file(folder: Path, file: str, digest: str, sources: list[Source], pro
         if source.mandatory:
             break
     raise CountermarkError(
-        f"cannot fetch {file}: {'; '.join(failures)}. Name a folder that has the file: countermark data fetch NAME --source FOLDER"
+        f"cannot fetch {file}: {'; '.join(failures)}. Name a folder that has the file: countermark data fetch {folder.name} --source FOLDER"
     )
 
 

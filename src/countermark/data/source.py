@@ -77,7 +77,7 @@ def open_data(
     Example:
         >>> import numpy as np
         >>> x = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
-        >>> data = open_data((x, np.arange(24) % 2), cache=getfixture("tmp_path"))
+        >>> data = open_data((x, np.arange(24) % 2))
         >>> data.shape, data.classes, len(data.train), len(data.test)
         ((3, 8, 8), 2, 20, 4)
     """
@@ -137,6 +137,14 @@ def _known(place: str | Path, options: Options) -> tuple[Found, Dataset | None]:
     return _told(data), data
 
 
+def _opened(data: Dataset, options: Options) -> tuple[Found, Dataset | None]:
+    if options.size is not None and (options.size, options.size) != data.shape[1:]:
+        raise CountermarkError(
+            f"the images of the data set are opened already, with {data.shape[1]} x {data.shape[2]} pixels; leave size out"
+        )
+    return _told(data), data
+
+
 def _told(data: Dataset) -> Found:
     """What there is to say of a data set that is there already."""
     (_, height, width), parts = data.shape, {"train": data.train, "test": data.test}
@@ -179,7 +187,7 @@ def _is_path(place: Any, there: Callable[[str | Path], bool]) -> bool:
 
 
 READERS: tuple[Reader, ...] = (
-    Reader("a Dataset", lambda place: isinstance(place, Dataset), lambda data, _: (_told(data), data)),
+    Reader("a Dataset", lambda place: isinstance(place, Dataset), _opened),
     Reader(", ".join(KNOWN), lambda place: isinstance(place, str) and place in KNOWN, _known),
     Reader("a .npz file", lambda place: _is_path(place, os.path.isfile) and Path(place).suffix.lower() == ".npz", _listed(list_npz)),
     Reader(

@@ -140,7 +140,12 @@ def _keep(folder: Path, sets: Path, found: Found, images: Examples, numbers: tor
     """Write the labels and the record beside the images, and give the folder its name."""
     train = torch.from_numpy(np.concatenate([np.flatnonzero(parts == PARTS.index(part)) for part in ("train", "val")]))
     test = torch.from_numpy(np.flatnonzero(parts == PARTS.index("test")))
-    data = _dataset(images[train], images[test], found.class_names)
+
+    def hashed(index: torch.Tensor) -> Examples:
+        part = images[index]
+        return replace(part, sha256=part.digest)
+
+    data = _dataset(hashed(train), hashed(test), found.class_names)
     write_tensors(folder / "examples.safetensors", {"y": images.y, "numbers": numbers, "train": train, "test": test})
     write_json(
         folder / "record.json",

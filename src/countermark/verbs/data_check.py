@@ -41,7 +41,8 @@ def show(findings: Findings) -> None:
     if len(found.class_names) > _CLASSES:
         rows.append([f"and {len(found.class_names) - _CLASSES} more classes", *("" for _ in parts)])
     rows.append(["all", *(f"{sum(found.counts[part]):,}" for part in parts)])
-    print_table(f"{found.place}: {found.images:,} images of {len(found.class_names)} classes", ("class", *parts), rows)
+    print_lines(f"{found.place}: {found.images:,} images of {len(found.class_names)} classes")
+    print_table("", ("class", *parts), rows)
     kind = "colour" if found.colour else "grey"
     print_lines(
         f"images:    {kind}, {some([f'{shape} ({number:,})' for shape, number in found.shapes.items()])}"
@@ -49,7 +50,8 @@ def show(findings: Findings) -> None:
     )
     if found.converted:
         print_lines(f"converted: {', '.join(f'{number:,} {what}' for what, number in found.converted.items())}")
-    print_lines(f"damaged:   {len(found.damaged):,}{_damaged(found.damaged)}")
+    left_out = ", left out" if found.damaged and findings.digest is not None else ""
+    print_lines(f"damaged:   {len(found.damaged):,}{left_out}{_damaged(found.damaged)}")
     if found.doubles is not None:
         print_lines(f"doubles:   {found.doubles:,}" + (f", {found.disputed:,} of them under another label" if found.disputed else ""))
     if found.ignored:
