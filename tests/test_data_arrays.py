@@ -1,5 +1,6 @@
 """Data in `.npz` files, Parquet files, functions and objects: all come in by one door, and bad ones are told in one line."""
 
+import contextlib
 import io
 import json
 import zipfile
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from countermark.data import Dataset, open_data
@@ -417,3 +420,25 @@ def test_a_place_that_is_none_says_what_there_is(tmp_path: Path, cache: Path) ->
     assert r"\n" in refusal("a\nb", cache)
     assert "leave --size out" in refusal("digits", cache, size=32)
     assert open_data("digits", size=8, cache=cache).shape == (1, 8, 8)
+
+
+def spoiled(whole: bytes, noise: bytes, place: int) -> bytes:
+    data = bytearray(whole)
+    start = place % len(data)
+    data[start : start + len(noise)] = noise
+    return bytes(data)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(min_size=1, max_size=12), st.integers(0, 10**6), st.sampled_from(["npz", "compressed.npz", "parquet"]))
+def test_no_bytes_make_a_file_fail_otherwise(tmp_path: Path, noise: bytes, place: int, kind: str) -> None:
+    """Spoiled files are read or refused in one line, and no half-read set stays in the cache."""
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        parquet.write_table(table([png(each) for each in colour()], labels().tolist(), names=["cat", "dog"]), path)
+    else:
+        (np.savez if kind == "npz" else np.savez_compressed)(path, x_train=colour(), y_train=labels())
+    path.write_bytes(spoiled(path.read_bytes(), noise, place))
+    with contextlib.suppress(CountermarkError):
+        open_data(path, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("sets/.*"))
