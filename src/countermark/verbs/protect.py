@@ -90,7 +90,8 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     epsilon: float | None = None
     """Training budget (L-inf), in pixels of [0, 1]; default that of the data set (mnist 0.25, fashion_mnist 0.15, digits 0.1)."""
     network: str | None = None
-    """Network: small, wide, clipped, paper, surrogate; default that of the recipe (clipped or wide for strong, else small)."""
+    """Network: a name of ours (small, wide, clipped, paper, surrogate, resnet, narrow), timm:NAME or
+    MODULE:FUNCTION; default by kind of image: small, or wide and clipped for strong; narrow in colour."""
     scheme: Literal[SchemeName, "none"] = "coin"
     """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
     objective: Recipe | None = None
