@@ -20,6 +20,7 @@ from countermark.data import KNOWN, Dataset, Pools, by_digest, known, known_imag
 from countermark.errors import CountermarkError
 from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.named_code import is_code
+from countermark.networks.cleaners import behind
 from countermark.networks.named import NETWORKS, build
 from countermark.networks.source import Network, open_network
 from countermark.places import DataPlace
@@ -30,6 +31,7 @@ MODEL_FORMAT = "countermark model 2"
 _FIRST_FORMAT = "countermark model 1"
 _HEADER_ALLOWANCE = 1 << 20
 _MOST_CLASSES = 10_000
+_MOST_CLEANERS = 8
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Description:
         seed: seed that cut the pools.
         mean: what a layer in front of the network subtracts, one number or one a channel.
         std: what it then divides by.
+        cleaners: what a thief put in front of it, by name and amount (see `networks.cleaners`); the
+            last one sees an image first.
         trained_on: place of what given weights had been trained on, as `--trained-on` says it; none
             where the weights were not given.
         history: what was done to it, in order: how it was trained, stolen, pruned, fine-tuned.
@@ -77,6 +81,7 @@ class Description:
     seed: int
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    cleaners: tuple[tuple[str, float], ...] = ()
     trained_on: str | None = None
     history: tuple[Mapping[str, Any], ...] = field(default=())
 
@@ -100,7 +105,7 @@ class Description:
         Raises:
             CountermarkError: see `open_network`; or code would be needed that nobody named.
         """
-        return open_network(
+        built = open_network(
             _nameable(self, "this model", network),
             self.shape,
             self.classes,
@@ -108,6 +113,7 @@ class Description:
             std=self.std,
             seed=seed,
         )
+        return behind(self.cleaners, built, self.shape)
 
 
 def describing(data: Dataset, network: str, *, threat: Threat | None = None, seed: int = 0, **more: Any) -> Description:
@@ -145,6 +151,7 @@ def save_model(folder: Path, network: nn.Module, description: Description, mode:
                 "watermark_epsilon": threat.watermark_epsilon,
             },
             "seed": description.seed,
+            "cleaners": [list(each) for each in description.cleaners],
             "trained_on": description.trained_on,
             "history": [dict(event) for event in description.history],
             "weights_sha256": digest,
@@ -189,9 +196,10 @@ def load_model(folder: Path, network: Network | None = None, device: torch.devic
     ours = isinstance(place, str) and place in NETWORKS and not description.mean
     if ours:
         with torch.device("meta"):  # no memory yet: the sizes come from a file that may be hostile
-            built = build(str(place), description.shape, description.classes)
+            built = behind(description.cleaners, build(str(place), description.shape, description.classes), description.shape)
     else:
         built = open_network(place, description.shape, description.classes, mean=description.mean, std=description.std, checked=False)
+        built = behind(description.cleaners, built, description.shape)
     expected = built.state_dict()
     size = sum(value.numel() * value.element_size() for value in expected.values())
     path = folder / "model.safetensors"
@@ -335,6 +343,7 @@ def _description(record: Mapping[str, Any]) -> Description:
         seed=_seed(record),
         mean=_numbers(network, "mean"),
         std=_numbers(network, "std"),
+        cleaners=_cleaners(record),
         trained_on=None if record["trained_on"] is None else _field(record, "trained_on", str),
         history=_history(record),
     )
@@ -388,6 +397,17 @@ def _numbers(record: Mapping[str, Any], name: str) -> tuple[float, ...]:
     if not all(type(number) is float for number in numbers):
         raise ValueError(name)
     return tuple(numbers)
+
+
+def _cleaners(record: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """The cleaners that a folder names; those written before there were any name none."""
+    found = record.get("cleaners", [])
+    if not isinstance(found, list) or len(found) > _MOST_CLEANERS:
+        raise ValueError("cleaners")
+    for each in found:
+        if not (isinstance(each, list) and len(each) == 2 and type(each[0]) is str and type(each[1]) in (int, float)):
+            raise ValueError("cleaners")
+    return tuple((name, float(amount)) for name, amount in found)
 
 
 def _history(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
