@@ -27,7 +27,7 @@ from countermark.evaluation import accuracy
 from countermark.memory import keep_freed_memory
 from countermark.networks import Description, describing, load_model, open_declared, save_model
 from countermark.networks.named import build
-from countermark.removal import prune
+from countermark.thieves.remove import prune
 from countermark.training import TrainConfig, train
 from countermark.watermarks import load_key
 

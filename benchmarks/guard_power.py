@@ -38,7 +38,7 @@ from countermark.guard.core import ELSEWHERE
 from countermark.memory import keep_freed_memory
 from countermark.networks import load_model
 from countermark.networks.named import build
-from countermark.theft import JacobianTheft, steal_black_box
+from countermark.thieves import THEFTS, Means
 from countermark.threat import Attack
 from countermark.training import TrainConfig, known_traits, recipe, train
 from countermark.watermarks import load_secret
@@ -119,7 +119,8 @@ def flipping(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> 
 def black(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
     """Algorithm 2 with the paper's settings."""
     network = build("surrogate", known(data).shape, known(data).classes, seed=900 + seed)
-    steal_black_box(victim, network, pools.thief, JacobianTheft(queries=count, seed=seed))
+    means = Means(pool=pools.thief, threat=known(data).threat, seed=seed)
+    THEFTS["black"].run(victim, network, means.given(THEFTS["black"].options, {"queries": count}))
     return network
 
 
@@ -127,8 +128,9 @@ def grey(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.M
     """Algorithm 2 with the owner's network, adversarially trained (single steps)."""
     network = build("small", known(data).shape, known(data).classes, seed=900 + seed)
     attack = Attack(known(data).threat.epsilon, 1, 1.25 * known(data).threat.epsilon)
-    options = JacobianTheft(queries=count, attack=attack, batch_size=128, learning_rate=0.05, epochs=5, seed=seed)
-    steal_black_box(victim, network, pools.thief, options)
+    means = Means(pool=pools.thief, threat=known(data).threat, attack=attack, seed=seed)
+    hurried = {"queries": count, "batch_size": 128, "learning_rate": 0.05, "epochs": 5}
+    THEFTS["grey"].run(victim, network, means.given(THEFTS["grey"].options, hurried))
     return network
 
 

@@ -20,8 +20,8 @@ from countermark.files import locked, read_json, sha256, write_json
 from countermark.guard import QueryLog, Row
 from countermark.networks import load_model, save_model
 from countermark.networks.named import build
-from countermark.removal import prune
 from countermark.signing import check_folder, sign_folder
+from countermark.thieves.remove import prune
 from countermark.verbs.adjudicate import adjudicate
 from countermark.verbs.claim import claim
 from countermark.verbs.log_check import log_check

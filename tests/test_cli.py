@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import tomllib
+import typing
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +33,7 @@ from countermark.networks import load, load_model, save_model
 from countermark.networks.named import NETWORKS
 from countermark.study.grid import PROFILES, Size
 from countermark.text import visible
+from countermark.thieves import REMOVALS, THEFTS
 from countermark.training import loop
 from countermark.training.config import PRECISIONS
 from countermark.verbs import plan
@@ -187,7 +189,27 @@ def test_theft_and_removal(owner: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert tuned["test_accuracy"] > 80
     assert ask(capsys, "verify", "--suspect", tmp_path / "tuned", "--key", owner / "key")[0] == 0
     history = json.loads((tmp_path / "tuned" / "model.json").read_text())["history"]
-    assert [event["event"] for event in history] == ["trained", "marked", "stolen", "pruned", "fine-tuned"]
+    assert [event["event"] for event in history] == ["trained", "marked", "stolen", "removed", "removed"]
+    assert [event.get("how") for event in history[3:]] == ["prune", "finetune"]
+    assert history[4]["learning_rate"] == 0.005
+
+
+def test_removals_in_a_row_and_a_cleaner_are_one_command(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was chained is what two commands make, and a copy behind a cleaner is loaded, asked and cleaned again."""
+    both = ["--finetune", 2, "--learning-rate", 0.01, "--prune", 0.5]
+    ask(capsys, "remove", owner, *both, "--out", tmp_path / "both")
+    ask(capsys, "remove", owner, "--prune", 0.5, "--out", tmp_path / "one")
+    ask(capsys, "remove", tmp_path / "one", "--finetune", 2, "--learning-rate", 0.01, "--out", tmp_path / "two")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("both", "two")]
+    assert weights[0] == weights[1]
+    ask(capsys, "remove", owner, "--median", 3, "--out", tmp_path / "behind")
+    ask(capsys, "remove", tmp_path / "behind", "--levels", 4, "--out", tmp_path / "twice")
+    assert json.loads((tmp_path / "twice" / "model.json").read_text())["cleaners"] == [["median", 3.0], ["levels", 4.0]]
+    assert ask(capsys, "verify", tmp_path / "twice", "--key", owner / "key")[0] in (0, 1)
+    x = torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        model = load(tmp_path / "twice")
+        assert torch.equal(model(x), load(owner)(model[1][0](model[0](x))))
 
 
 def test_black_box_theft_sees_labels_only(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,7 +217,7 @@ def test_black_box_theft_sees_labels_only(owner: Path, tmp_path: Path, capsys: p
     assert status == 0
     assert stolen["test_accuracy"] > 50
     description = json.loads((tmp_path / "black" / "model.json").read_text())
-    assert description["network"] == "surrogate"
+    assert description["network"]["place"] == "surrogate"
     assert description["history"][-1]["queries"] == 1000
     assert ask(capsys, "verify", "--suspect", tmp_path / "black", "--key", owner / "key")[0] == 1
 
@@ -206,8 +228,8 @@ def test_grey_box_theft_takes_the_owners_network_and_trains_adversarially(
     status, _ = ask(capsys, "steal", "--victim", owner, "--setting", "grey", "--queries", 400, "--out", tmp_path / "grey")
     assert status == 0
     description = json.loads((tmp_path / "grey" / "model.json").read_text())
-    assert description["network"] == "small"
-    assert description["history"][-1]["options"]["attack"]["epsilon"] == description["epsilon"]
+    assert description["network"]["place"] == "small"
+    assert description["history"][-1]["options"] == {"queries": 400, "epochs": 10, "batch_size": 32, "learning_rate": 0.005}
 
 
 @pytest.mark.parametrize(
@@ -264,7 +286,12 @@ BAD = {
     "unknown setting": ["steal", "--victim", "{owner}", "--setting", "clear", "--out", "{new}"],
     "no victim": ["steal", "--victim", "{empty}", "--setting", "white", "--out", "{new}"],
     "no queries": ["steal", "--victim", "{owner}", "--setting", "black", "--queries", "0", "--out", "{new}"],
-    "both removals": ["remove", "--model", "{owner}", "--prune", "0.5", "--finetune", "2", "--out", "{new}"],
+    "queries of a thief who asks nothing": ["steal", "{owner}", "--setting", "white", "--queries", "5", "--out", "{new}"],
+    "a rate without fine-tuning": ["remove", "{owner}", "--prune", "0.5", "--learning-rate", "0.1", "--out", "{new}"],
+    "epochs without a denoiser": ["remove", "{owner}", "--finetune", "2", "--epochs", "2", "--out", "{new}"],
+    "an even window": ["remove", "{owner}", "--median", "4", "--out", "{new}"],
+    "a broken number": ["remove", "{owner}", "--levels", "3.5", "--out", "{new}"],
+    "no number": ["remove", "{owner}", "--noise", "nan", "--out", "{new}"],
     "neither removal": ["remove", "--model", "{owner}", "--out", "{new}"],
     "prune all": ["remove", "--model", "{owner}", "--prune", "1", "--out", "{new}"],
     "removal into a full folder": ["remove", "--model", "{owner}", "--prune", "0.5", "--out", "{full}"],
@@ -770,7 +797,25 @@ def test_options_are_checked_before_the_work_begins(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_row_of_a_table_is_a_choice_and_a_line_of_help() -> None:
+    """Rows that are there before the verbs are imported need no word anywhere else."""
+    script = """
+import sys
+from dataclasses import replace
+from countermark.thieves import REMOVALS, THEFTS
+THEFTS["borrow"] = replace(THEFTS["white"], help="the weights, for a while")
+REMOVALS["halve"] = replace(REMOVALS["prune"], help="halve so many weights")
+from countermark.cli import main
+main([sys.argv[1], "--help"])
+"""
+    for verb, words in (("steal", ("borrow", "for a while")), ("remove", ("--halve", "Halve so many"))):
+        done = subprocess.run([sys.executable, "-c", script, verb], capture_output=True, text=True, env={**ENVIRONMENT, "COLUMNS": "200"})
+        assert all(word in done.stdout for word in words), done
+
+
 def test_the_choices_of_options_are_the_tables() -> None:
+    assert get_args(typing.get_type_hints(config_of("steal"))["setting"]) == tuple(THEFTS)
+    assert set(REMOVALS) <= {field.name for field in fields(config_of("remove"))}
     assert set(get_args(Size)) == set(PROFILES)
     assert get_args(options.Precision) == PRECISIONS
 

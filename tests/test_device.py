@@ -27,9 +27,9 @@ from countermark.evaluation import accuracy, adversarial_accuracy, device_of, pr
 from countermark.guard import Guard, GuardedModel, calibrate_model, expected_cost
 from countermark.networks import save_model
 from countermark.networks.named import build
-from countermark.removal import add_noise, finetune, prune
 from countermark.suspects import open_suspect
-from countermark.theft import JacobianTheft, distil, steal_black_box
+from countermark.thieves import REMOVALS, THEFTS, Means
+from countermark.thieves.remove import add_noise, prune
 from countermark.threat import Attack
 from countermark.training import Hardware, TrainConfig, loop, settled, train
 from countermark.verbs.evaluate import EvaluateConfig
@@ -263,31 +263,26 @@ def test_perturbations_that_do_not_fit_are_not_carried(monkeypatch: pytest.Monke
     assert not changed.carry
 
 
-@pytest.mark.parametrize("attack", [None, ATTACK])
-def test_theft_is_where_victim_and_surrogate_are(attack: Attack | None, trains_away: torch.device) -> None:
-    natural, victim = examples(60), NETWORKS["small"]().eval().to(trains_away)
-    copied = NETWORKS["surrogate"]()
-    options = JacobianTheft(seeds=20, queries=50, epochs=1, attack=attack)
-    assert steal_black_box(lambda x: predict(victim, x), copied, natural, options, Hardware("cpu")) == 50
-    assert all(elsewhere.parameters_away(copied))
-    student = NETWORKS["surrogate"]()
-    distil(victim, student, natural, epochs=1)
-    assert all(elsewhere.parameters_away(student))
+@pytest.mark.parametrize("name", THEFTS)
+def test_theft_is_where_victim_and_surrogate_are(name: str, trains_away: torch.device) -> None:
+    theft, victim, copied = THEFTS[name], NETWORKS["small"]().eval().to(trains_away), NETWORKS["surrogate"]()
+    means = Means(pool=examples(60), threat=GREY, attack=ATTACK, seeds=20, queries=50, epochs=1)
+    if theft.sees is not None:
+        assert theft.run(theft.sees(victim, means), copied, means) == 50
+        assert all(elsewhere.parameters_away(copied))
 
 
 def test_removals_are_where_the_model_is(trains_away: torch.device) -> None:
     network, thief = NETWORKS["paper"]().eval().to(trains_away), examples()
-    for changed in (
-        prune(network, 0.5),
-        add_noise(network, 0.1),
-        finetune(network, thief, 1),
-        finetune(prune(network, 0.5), thief, 1, attack=ATTACK),
-    ):
+    means = Means(pool=thief, threat=GREY, attack=ATTACK, epochs=1)
+    for name, removal in REMOVALS.items():
+        quick = {"finetune": 1, "adversarial": 1, "overwrite": 8}
+        changed = removal.run(network, quick.get(name, removal.amount.default), means)
         assert all(elsewhere.parameters_away(changed))
         accuracy(changed, thief)
     here = NETWORKS["paper"]().eval()
     assert torch.equal(predict(prune(network, 0.5), thief.x), predict(prune(here, 0.5), thief.x))
-    assert torch.equal(predict(add_noise(network, 0.5), thief.x), predict(add_noise(here, 0.5), thief.x))
+    assert torch.equal(predict(add_noise(network, 0.5, means), thief.x), predict(add_noise(here, 0.5, means), thief.x))
 
 
 @pytest.mark.parametrize("name", ["small", "branched"])

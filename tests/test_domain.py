@@ -19,8 +19,9 @@ from countermark.data import Examples, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, predict, strict_accuracy
 from countermark.networks.named import build
-from countermark.theft import JacobianTheft, distil, steal_black_box
-from countermark.threat import Attack
+from countermark.thieves import Means
+from countermark.thieves.steal import algorithm_2, algorithm_2_adversarially, learn_answers, probabilities
+from countermark.threat import GREY, Attack
 from countermark.training import Hardware, TrainConfig, train
 from countermark.watermarks import coin_set, craft_adversarial, published_set
 
@@ -48,9 +49,15 @@ MAKERS: dict[str, Entry] = {
     "train against pgd": lambda model, x, y: train(model, Examples(x, y), replace(PLAIN, objective="pgd", attack=PGD)),
     "craft_adversarial": lambda model, x, y: craft_adversarial(model, Examples(x, y), PGD, 0),
     "coin_set": lambda model, x, y: coin_set(model, Examples(x, y), PGD, 1, 40, 0),
-    "distil": lambda model, x, y: distil(model, build("small", (1, 8, 8), 10), Examples(x, y), 1),
+    "distil": lambda model, x, y: distil(model, Examples(x, y)),
 }
 ENTRIES = ATTACKS | MEASURES | MAKERS
+
+
+def distil(model: nn.Module, natural: Examples) -> int:
+    """What a thief learns from a model's probabilities in one epoch."""
+    means = Means(pool=natural, threat=GREY, epochs=1)
+    return learn_answers(probabilities(model, means), build("small", (1, 8, 8), 10), means)
 
 
 class Poisoned(nn.Module):
@@ -163,10 +170,10 @@ def test_a_thief_whose_queries_are_not_clamped_may_still_leave_the_range(images:
         seen.append(x)
         return predict(model, x, bounded=False)
 
-    for attack in (None, PGD):
-        copied = build("small", (1, 8, 8), 10, seed=1)
-        options = JacobianTheft(seeds=24, queries=48, step=0.4, epochs=1, attack=attack, clamp=False)
-        assert steal_black_box(victim, copied, Examples(images, torch.zeros(48).long()), options) == 48
+    pool = Examples(images, torch.zeros(48).long())
+    means = Means(pool=pool, threat=GREY, attack=PGD, seeds=24, queries=48, epochs=1, clamp=False)
+    for run in (algorithm_2, algorithm_2_adversarially):
+        assert run(victim, build("small", (1, 8, 8), 10, seed=1), means) == 48
         assert float(seen[-1].max()) > 1
 
 
@@ -222,9 +229,9 @@ def test_nothing_to_train_on_or_to_embed_is_refused(images: torch.Tensor, model:
     with pytest.raises(CountermarkError, match="only 0 of 0 bases"):
         coin_set(model, none, PGD, 2, 40, 0)
     with pytest.raises(CountermarkError, match="no image to ask"):
-        steal_black_box(lambda x: predict(model, x), build("small", (1, 8, 8), 10), none, JacobianTheft())
-    with pytest.raises(CountermarkError, match="no examples"):
-        distil(model, build("small", (1, 8, 8), 10), none, 1)
+        algorithm_2(lambda x: predict(model, x), build("small", (1, 8, 8), 10), Means(pool=none, threat=GREY))
+    with pytest.raises(CountermarkError, match="no image to ask"):
+        distil(model, none)
 
 
 @pytest.mark.parametrize("entry", ATTACKS)

@@ -19,7 +19,6 @@ from countermark.attacks.local import Local
 from countermark.errors import CountermarkError
 from countermark.layers import SpectralConv2d, hastened
 from countermark.networks.named import NETWORKS, HalvingConv2d, Normalise, build
-from countermark.removal import quantise
 
 
 def lived_in(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -366,10 +365,11 @@ def test_a_hook_around_every_module_runs_around_every_layer() -> None:
 
 def test_quantised_weights_are_left_alone() -> None:
     """Weights of a tensor subclass compute what they like; no batch norm is folded into them."""
-    pytest.importorskip("torchao")
+    torchao = pytest.importorskip("torchao.quantization")
     torch.manual_seed(0)
     network = lived_in(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 5)))
-    quantised, x = quantise(network), torch.rand(3, 1, 8, 8)
+    quantised, x = copy.deepcopy(network), torch.rand(3, 1, 8, 8)
+    torchao.quantize_(quantised, torchao.Int8DynamicActivationInt8WeightConfig())
     with torch.no_grad():
         torch.testing.assert_close(prepare(quantised)(x), quantised(x), rtol=1e-4, atol=2e-5)
 

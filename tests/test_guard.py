@@ -44,7 +44,8 @@ from countermark.guard.core import STEPS, WHOLE, boundary, client_key, coin, pro
 from countermark.guard.model import Split
 from countermark.networks import load
 from countermark.networks.named import build
-from countermark.theft import JacobianTheft, steal_black_box
+from countermark.thieves import Means
+from countermark.thieves.steal import algorithm_2
 from countermark.training import TrainConfig, train
 
 SECRET = bytes(range(32))
@@ -431,7 +432,8 @@ def test_what_made_up_queries_cost_is_taken_off_the_near_ties(owner_network: nn.
 def walk(victim: Callable[[torch.Tensor], torch.Tensor], digits: Pools, queries: int, seed: int) -> nn.Module:
     """A thief by Algorithm 2, starting from images of his own."""
     copy = build("surrogate", (1, 8, 8), 10, seed=seed)
-    steal_black_box(victim, copy, digits.thief, JacobianTheft(seeds=100, queries=queries, epochs=2, seed=seed))
+    means = Means(pool=digits.thief, threat=known("digits").threat, seeds=100, queries=queries, epochs=2, batch_size=32, seed=seed)
+    algorithm_2(victim, copy, means)
     return copy
 
 

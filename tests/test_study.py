@@ -13,24 +13,41 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from countermark.data import Pools, known
 from countermark.errors import CountermarkError
+from countermark.evaluation import accuracy
 from countermark.files import read_json
+from countermark.networks import build, load
+from countermark.networks.cleaners import CLEANERS
 from countermark.study import graph, work
 from countermark.study.claims import claims
 from countermark.study.graph import Unit, in_order
 from countermark.study.grid import DEFENCES, FINETUNED, PROFILES, PRUNED, Cell, grid
+from countermark.study.plan import seconds
 from countermark.study.report import write_report
 from countermark.study.results import auc, estimate, measurements, rate_interval, where
 from countermark.study.run import do, run
 from countermark.study.store import Store
 from countermark.study.tables import paper_value, tables
+from countermark.thieves import REMOVALS, THEFTS, Removal
+from countermark.training import known_traits, recipe, train
 from shorter import mark_shortly
 from warm import warm
 
 pytest.importorskip("distributed")
 
-TINY = replace(PROFILES["quick"], epochs={"digits": 2}, queries=400, strangers=1, finetune_examples=64, budget_examples=64, beyond_epochs=1)
+TINY = replace(
+    PROFILES["quick"],
+    epochs={"digits": 2},
+    queries=400,
+    strangers=1,
+    finetune_examples=64,
+    budget_examples=64,
+    amounts={"finetune": 1, "adversarial": 1},
+)
 
 
 def squares(options: work.Options, inputs: work.Inputs, folder: Path) -> work.Result:
@@ -101,7 +118,7 @@ def copied(folder: Path) -> Path:
     return shutil.copytree(Path(graph.__file__).parents[1], folder / "countermark", ignore=ignored)
 
 
-@pytest.mark.parametrize("changed", ["layers/spectral.py", "attacks/local.py", "theft.py", "study/work.py"])
+@pytest.mark.parametrize("changed", ["layers/spectral.py", "attacks/local.py", "thieves/steal.py", "study/work.py"])
 def test_a_changed_line_of_a_units_code_makes_another_unit(changed: str, tmp_path: Path) -> None:
     package = copied(tmp_path)
     before = graph.code_version(package)
@@ -287,11 +304,22 @@ def test_the_grid_has_every_cell(profile: str) -> None:
         removed = [place for place in places if place["section"] == "removal"]
         assert {(p["seed"], p["defence"], p["setting"], p["removal"]) for p in removed} == wanted
         beyond = {place["removal"] if place["removal"] != "none" else place["setting"] for place in places if place["section"] == "beyond"}
-        assert beyond == {
-            "natural", "distilled", "int8", "noise", "adversarially fine-tuned", "overwritten", "pruned, then fine-tuned",
-        }  # fmt: skip
+        named = {"natural", "distilled", "int8", "noise", "adversarially fine-tuned", "overwritten", "pruned, then fine-tuned"}
+        assert named | {f"cleaner: {name}" for name in CLEANERS} == beyond
+        rows = [*THEFTS.values(), *REMOVALS.values()]
+        assert {row.title for row in rows if not row.paper} | {"pruned, then fine-tuned"} == beyond
     assert pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]) == PRUNED
     assert max(FINETUNED) == 40
+
+
+def test_a_row_of_the_table_is_all_that_the_study_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new removal has its cell, its unit, its estimate and its result, and nothing else was touched."""
+    own = Removal("halved", "halve all weights", REMOVALS["noise"].amount, lambda network, _amount, _means: network)
+    monkeypatch.setitem(REMOVALS, "halve", own)  # type: ignore[misc]
+    cells = grid(("digits",), TINY, "clean")
+    cell = next(cell for cell in cells if cell.place.get("removal") == "halved")
+    assert cell.unit.options["removals"] == [["halve", 0.3]]
+    assert seconds(cell.unit, {"small": 1e-6}) > 0
 
 
 def test_every_watermark_set_is_asked_of_strangers() -> None:
@@ -313,6 +341,34 @@ def test_protocols_differ_where_the_published_runs_did(digits: object) -> None:
     assert not test & {bytes(x.numpy().tobytes()) for x in clean.bases.x}
     assert {bytes(x.numpy().tobytes()) for x in published.bases.x} <= test
     assert {bytes(x.numpy().tobytes()) for x in published.thief.x[:80]} <= test
+
+
+def test_crafting_in_training_mode_lets_batch_statistics_move(digits: Pools) -> None:
+    """The published code crafts with batch norm live: its running statistics then see crafted batches twice."""
+    config = recipe(known_traits("digits"), "fast", known("digits").threat, epochs=1)
+    statistics = []
+    for live in (False, True):
+        network = build("paper", (1, 8, 8), 10, seed=0)
+        train(network, digits.training, replace(config, craft_in_training_mode=live))
+        statistics.append(int(network.state_dict()["4.num_batches_tracked"]))
+    assert statistics[1] == 2 * statistics[0]
+
+
+def test_the_published_protocol_picks_its_epoch_on_the_test_set(digits: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = work._Best.__call__
+
+    def watching(self: work._Best, epoch: int, network: nn.Module) -> None:
+        original(self, epoch, network)
+        robust = work.adversarial_accuracy(network, digits.test, self.attack)
+        seen.append((accuracy(network, digits.test) + robust, {n: v.clone() for n, v in network.state_dict().items()}))
+
+    monkeypatch.setattr(work._Best, "__call__", watching)
+    options = {"data": "digits", "pool_seed": 0, "protocol": "as-published", "objective": "fast", "network": "small"}
+    work.train_model({**options, "seed": 0, "epochs": 6, "attacked": 0}, {}, tmp_path)
+    best = max(seen, key=lambda entry: entry[0])[1]
+    assert len(seen) == 6
+    assert all(torch.equal(value, best[name]) for name, value in load(tmp_path).state_dict().items())
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from countermark import adjudicate, calibrate, claim, log_head, protect  # noqa:
 from countermark.data import load_pools  # noqa: E402
 from countermark.guard import QueryLog, Row, load_guarded, weights_sha256  # noqa: E402
 from countermark.networks import load_model, save_model  # noqa: E402
-from countermark.removal import prune  # noqa: E402
 from countermark.service.clients import add_client  # noqa: E402
+from countermark.thieves.remove import prune  # noqa: E402
 
 
 def main(version: str) -> None:

@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args
 from countermark.data import Known, known
 from countermark.errors import choose
 from countermark.study.graph import Unit
+from countermark.thieves import REMOVALS, THEFTS
+from countermark.thieves.steal import surrogate_for
 from countermark.watermarks import CRAFTING_STEPS, SCHEMES, full_strength
 
 PRUNED = tuple(k / 10 for k in range(1, 10))
@@ -22,6 +24,9 @@ BUDGETS = ((0.15, 15), (0.25, 25), (0.3, 40), (0.4, 40), (0.5, 40))
 """Of Table 5: (budget, steps), steps of .01."""
 
 _STRANGERS = 1000  # seeds of strangers begin here, far from those of owners
+_CHAIN = ("prune", "finetune")
+_CHAIN_AMOUNTS = {"prune": 0.8}
+_OWN = THEFTS["white"].title
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,8 @@ class Profile:
         strangers: independent models of each kind.
         queries: of Algorithm 2.
         thief_objective: of the grey-box thief and the adversarial fine-tuner: `fast` is one step.
-        thief: epochs, batch size and learning rate of a thief's training in each round; the paper's are 10, 32 and .005, and `quick` copies
-            about as well in a quarter of the time (docs/log.md).
+        haste: how a thief in a hurry trains: as a share of the epochs that the theft takes by itself, and instead of its batch size
+            and learning rate. None is in no hurry; `quick` copies about as well in a quarter of the time (docs/log.md).
         finetune_examples: images that the thief fine-tunes on; none for his whole pool.
         attack_copies: test images for the adversarial accuracy of copies, strangers and swept budgets; none for all of them.
         attack_removals: the same after the paper's removals; 0 measures test and watermark accuracy only.
@@ -44,7 +49,7 @@ class Profile:
         budget_examples: test images of Table 5 and of the plane.
         sweep: budgets of the watermarks beside the default one, for the claim beta > epsilon + alpha.
         epochs: of training, by data set; the recipe's where there is none.
-        beyond_epochs: of the removals beyond the paper.
+        amounts: of the removals beyond the paper, by their names; their own where there is none.
     """
 
     network: str
@@ -53,7 +58,7 @@ class Profile:
     strangers: int
     queries: int
     thief_objective: str
-    thief: tuple[int, int, float]
+    haste: tuple[float, int, float] | None
     finetune_examples: int | None
     attack_copies: int | None
     attack_removals: int | None
@@ -61,7 +66,7 @@ class Profile:
     budget_examples: int
     sweep: Mapping[str, tuple[float, ...]]
     epochs: Mapping[str, int]
-    beyond_epochs: int
+    amounts: Mapping[str, float]
 
 
 _ONE = {"mnist": (0.25,), "fashion_mnist": (0.15,), "digits": (0.1,)}
@@ -74,7 +79,7 @@ _PAPER = Profile(
     strangers=3,
     queries=51_200,
     thief_objective="pgd",
-    thief=(10, 32, 0.005),
+    haste=None,
     finetune_examples=None,
     attack_copies=None,
     attack_removals=None,
@@ -82,16 +87,16 @@ _PAPER = Profile(
     budget_examples=10_000,
     sweep=_MANY,
     epochs={"mnist": 100, "fashion_mnist": 100, "digits": 100},
-    beyond_epochs=40,
+    amounts={"finetune": 40, "adversarial": 40},
 )
-_STANDARD = replace(_PAPER, objective="fast", thief_objective="fast", epochs={}, beyond_epochs=10)
+_STANDARD = replace(_PAPER, objective="fast", thief_objective="fast", epochs={}, amounts={"finetune": 10, "adversarial": 10})
 _QUICK = replace(
     _STANDARD,
     network="small",
     seeds=1,
     strangers=2,
     queries=12_800,
-    thief=(4, 128, 0.05),
+    haste=(0.4, 128, 0.05),
     finetune_examples=2000,
     attack_copies=1000,
     attack_removals=0,
@@ -99,7 +104,7 @@ _QUICK = replace(
     budget_examples=2000,
     sweep=_ONE,
     epochs={"mnist": 5, "fashion_mnist": 5},
-    beyond_epochs=5,
+    amounts={"finetune": 5, "adversarial": 5},
 )
 Size = Literal["quick", "standard", "paper"]
 """The profiles by name."""
@@ -156,24 +161,29 @@ class _Maker:
         options = {"objective": objective, "seed": seed, "epochs": profile.epochs.get(self.data), "network": network or profile.network}
         return self.unit("model", title, inputs, **options, attacked=attacked)
 
-    def theft(self, title: str, victim: Unit, setting: str, watermarks: Unit | None, seed: int) -> Unit:
-        profile = self.profile
+    def theft(self, title: str, victim: Unit, name: str, watermarks: Unit | None, seed: int) -> Unit:
+        """A theft by its name in `THEFTS`; the copy is the victim itself where the thief has that."""
+        profile, theft = self.profile, THEFTS[name]
+        if theft.sees is None:
+            return victim
+        means = {**theft.options, "queries": profile.queries}
+        if profile.haste is not None:
+            share, batch_size, rate = profile.haste
+            epochs = max(1, round(share * means["epochs"]))
+            means |= {"epochs": epochs, "batch_size": batch_size, "learning_rate": rate}
         # The published grey-box thief took MNIST's budget for Fashion-MNIST too.
         published = self.protocol == "as-published" and self.data == "fashion_mnist"
         budget = known("mnist").threat.epsilon if published else self.spec.threat.epsilon
         options = {
-            "setting": setting,
-            "network": profile.network if setting in ("grey-box", "distilled") else "surrogate",
-            "queries": profile.queries,
-            "epochs": 2 * profile.thief[0] if setting in ("distilled", "natural") else profile.thief[0],
-            "batch_size": profile.thief[1],
-            "learning_rate": profile.thief[2],
-            "objective": profile.thief_objective,
-            "epsilon": budget if setting == "grey-box" else None,
+            "theft": name,
+            "network": theft.network(profile.network, self.spec.shape),
+            "means": means,
+            "thief_objective": profile.thief_objective,
+            "epsilon": budget,
             "attacked": profile.attack_copies,
             "seed": seed,
         }
-        return self.unit("theft", f"{title}, {setting}", {"victim": victim, "watermarks": watermarks}, **options)
+        return self.unit("theft", f"{title}, {theft.title}", {"victim": victim, "watermarks": watermarks}, **options)
 
 
 class _Bank(_Maker):
@@ -187,16 +197,17 @@ class _Bank(_Maker):
             few = profile.attack_copies
             standard = maker.model("standard stranger", "standard", seed, attacked=few)
             robust = maker.model("robust stranger", profile.objective, seed, attacked=few)
-            other = "surrogate" if profile.network != "surrogate" else "small"
+            surrogate = surrogate_for(self.spec.shape)
+            other = surrogate if profile.network != surrogate else "small"
             self.models |= {
                 f"standard {number}": standard,
                 f"robust {number}": robust,
                 f"another architecture {number}": maker.model(
                     "stranger of another architecture", "standard", seed, network=other, attacked=few
                 ),
-                f"black-box theft of standard {number}": maker.theft("standard stranger", standard, "black-box", None, seed),
-                f"black-box theft of robust {number}": maker.theft("robust stranger", robust, "black-box", None, seed),
-                f"grey-box theft of robust {number}": maker.theft("robust stranger", robust, "grey-box", None, seed),
+                f"black-box theft of standard {number}": maker.theft("standard stranger", standard, "black", None, seed),
+                f"black-box theft of robust {number}": maker.theft("robust stranger", robust, "black", None, seed),
+                f"grey-box theft of robust {number}": maker.theft("robust stranger", robust, "grey", None, seed),
             }
 
     def cells(self) -> list[Cell]:
@@ -237,13 +248,12 @@ class _Owner(_Maker):
         unmarked_thefts: dict[str, Unit] = {}
         for defence, (victim, scheme) in self.victims().items():
             watermarks = self.sets[scheme] if scheme is not None else None
-            stolen = {"white-box": victim}
-            for setting in ("black-box", "grey-box"):
-                stolen[setting] = self.theft(defence, victim, setting, watermarks, self.seed)
-                if scheme is None:
-                    unmarked_thefts[f"{setting} theft of this owner's {defence}"] = stolen[setting]
-            for setting, copy in stolen.items():
-                cells += self.removals(defence, setting, copy, watermarks, scheme)
+            for name, theft in THEFTS.items():
+                if theft.paper:
+                    copy = self.theft(defence, victim, name, watermarks, self.seed)
+                    cells += self.removals(defence, theft.title, copy, watermarks, scheme)
+                    if scheme is None and copy is not victim:
+                        unmarked_thefts[f"{theft.title} theft of this owner's {defence}"] = copy
             if scheme is not None and defence.startswith("ADVTR"):
                 cells += self.beyond(defence, victim, watermarks, scheme)
         if self.protocol == "clean":
@@ -281,23 +291,37 @@ class _Owner(_Maker):
 
     def beyond(self, defence: str, victim: Unit, watermarks: Unit | None, scheme: str) -> list[Cell]:
         """Thieves and removals that the paper does not try."""
-        profile, cells = self.profile, []
-        for setting in ("natural", "distilled"):
-            unit = self.theft(defence, victim, setting, watermarks, self.seed)
-            cells.append(Cell(unit, self.place("beyond", defence=defence, setting=setting, scheme=scheme, removal="none")))
-        common = {
-            "examples": profile.finetune_examples,
-            "attacked": profile.attack_copies,
-            "seed": self.seed,
-            "epochs": profile.beyond_epochs,
-        }
-        amounts = {"noise": 0.3, "pruned, then fine-tuned": 0.8}
-        for way in ("int8", "noise", "adversarially fine-tuned", "overwritten", "pruned, then fine-tuned"):
-            objective = profile.objective if way == "overwritten" else profile.thief_objective
-            options = {**common, "way": way, "amount": amounts.get(way), "objective": objective}
-            unit = self.unit("removal", f"{defence}, {way}", {"model": victim, "watermarks": watermarks}, **options)
-            cells.append(Cell(unit, self.place("beyond", defence=defence, setting="white-box", scheme=scheme, removal=way)))
+        cells = []
+
+        def place(setting: str, removal: str) -> dict[str, Any]:
+            return self.place("beyond", defence=defence, setting=setting, scheme=scheme, removal=removal)
+
+        for name, theft in THEFTS.items():
+            if not theft.paper:
+                unit = self.theft(defence, victim, name, watermarks, self.seed)
+                cells.append(Cell(unit, place(theft.title, "none")))
+        chains: list[tuple[str, ...]] = [(name,) for name, removal in REMOVALS.items() if not removal.paper]
+        for chain in [*chains, _CHAIN]:
+            title = ", then ".join(REMOVALS[name].title for name in chain)
+            unit = self.removal(f"{defence}, {title}", victim, watermarks, chain)
+            cells.append(Cell(unit, place(_OWN, title)))
         return cells
+
+    def removal(self, title: str, model: Unit, watermarks: Unit | None, chain: tuple[str, ...]) -> Unit:
+        """Removals by their names in `REMOVALS`, one after the other."""
+        profile = self.profile
+        amounts = {**_CHAIN_AMOUNTS, **profile.amounts} if len(chain) > 1 else profile.amounts
+        return self.unit(
+            "removal",
+            title,
+            {"model": model, "watermarks": watermarks},
+            removals=[[name, amounts.get(name, REMOVALS[name].amount.default)] for name in chain],
+            examples=profile.finetune_examples,
+            attacked=profile.attack_copies,
+            seed=self.seed,
+            objective=profile.objective,
+            thief_objective=profile.thief_objective,
+        )
 
     def strangers(self, unmarked_thefts: Mapping[str, Unit]) -> list[Cell]:
         asked = {

@@ -15,6 +15,7 @@ from countermark.data import Known, known
 from countermark.data.pools import sizes
 from countermark.networks.named import build
 from countermark.study.graph import Unit
+from countermark.thieves import REMOVALS, THEFTS
 from countermark.training import known_traits, marking, recipe
 from countermark.watermarks import CRAFTING_STEPS, SCHEMES
 
@@ -74,6 +75,11 @@ def _attack_passes(unit: Unit) -> float:
     return 0.95 * known(str(unit.options["data"])).threat.steps if robust else _STANDARD_STEPS
 
 
+def _steps(options: Mapping[str, Any]) -> int:
+    """Steps of a thief's own adversarial training."""
+    return known(str(options["data"])).threat.steps if options["thief_objective"] == "pgd" else 1
+
+
 def _passes(unit: Unit) -> float:
     options: dict[str, Any] = dict(unit.options)
     catalogued = known(str(options["data"]))
@@ -86,19 +92,17 @@ def _passes(unit: Unit) -> float:
         epochs = marking(config, given, options["objective"]).epochs if "start" in unit.inputs else config.epochs
         return epochs * given.images * (1 + (config.attack.steps if config.attack else 0)) + attacked * attack
     if unit.kind == "theft":
-        robust = options["epsilon"] is not None
-        steps = 0 if not robust else 1 if options["objective"] == "fast" else catalogued.threat.steps
-        asked = thief if options["setting"] in ("natural", "distilled") else 2 * int(options["queries"])
-        return int(options["epochs"]) * asked * (1.2 + steps) + attacked * (catalogued.threat.steps / 2 if robust else _STANDARD_STEPS)
+        means = options["means"]
+        passes = THEFTS[options["theft"]].passes(means["queries"], thief, _steps(options))
+        return int(means["epochs"]) * passes + attacked * _STANDARD_STEPS
     measured = min(int(options.get("tested") or test), test) * _FORWARD + attacked * attack
     if unit.kind == "pruning":
         return len(options["rates"]) * measured
     if unit.kind == "fine-tuning":
         return int(max(options["epochs"])) * tuned + len(options["epochs"]) * measured
     if unit.kind == "removal":
-        steps = 1 if options["way"] in ("adversarially fine-tuned", "overwritten") else 0
-        epochs = 0 if options["way"] in ("int8", "noise") else int(options["epochs"])
-        return epochs * tuned * (1 + steps) + measured
+        chain = ((REMOVALS[name], amount) for name, amount in options["removals"])
+        return sum(removal.passes(amount, tuned, _steps(options)) for removal, amount in chain) + measured
     if unit.kind == "budgets":
         return tuned * sum(min(int(steps), 15) for _, steps in options["budgets"])
     if unit.kind == "watermarks":

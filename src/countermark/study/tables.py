@@ -11,11 +11,12 @@ from countermark.data import known
 from countermark.files import read_bytes
 from countermark.study.grid import BUDGETS, TRAINED_ON
 from countermark.study.results import Estimate, Row, auc, estimate, rate_interval, where
+from countermark.thieves import THEFTS
 from countermark.watermarks import SCHEMES
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "FMNIST", "digits": "digits"}
 METRICS = {"test": "test accuracy", "adversarial": "adversarial accuracy", "watermark": "watermark accuracy"}
-SETTINGS = ("white-box", "black-box", "grey-box")
+SETTINGS = tuple(theft.title for theft in THEFTS.values() if theft.paper)
 RULE = 50.0
 """The paper calls ownership verified from this watermark accuracy, in percent."""
 
@@ -225,7 +226,7 @@ def _beyond(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
     lines = []
     for data in data_sets:
         for row in where(rows, section="beyond", data=data):
-            what = {"natural": "natural queries", "distilled": "distilled"}.get(row["setting"], row["removal"])
+            what = row["setting"] if row["removal"] == "none" else row["removal"]
             numbers = tuple(_rounded(row[metric]) for metric in METRICS)
             coins = f"{row['agree']}:{row['disagree']}" if row["log10_p"] is not None else ""
             lines.append(((TITLES[data], row["defence"], what, *numbers, coins, _rounded(row["log10_p"])), [row["unit"]]))

@@ -4,7 +4,6 @@ A function takes its options, the folders of the units it starts from and the fo
 each with what was measured there. Nothing else goes in: the same options and inputs give the same bytes.
 """
 
-import copy
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
@@ -17,15 +16,14 @@ from torch import nn
 
 from countermark.attacks import pgd
 from countermark.data import Dataset, Examples, Pools, known, load_ood, open_data, pixels
-from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
+from countermark.evaluation import accuracy, adversarial_accuracy, predict
 from countermark.evidence import judge
 from countermark.files import make_private_folder, read_tensors, write_bytes, write_tensors
 from countermark.networks import build, describing, load, load_model, save_model
-from countermark.removal import add_noise, finetune, prune, quantise
-from countermark.theft import JacobianTheft, distil, steal_black_box
+from countermark.thieves import REMOVALS, Means, removed, stolen
 from countermark.threat import Attack
-from countermark.training import known_traits, marking, recipe, train, traits
-from countermark.watermarks import SCHEMES, Key, Materials, craft_adversarial, full_strength, load_key, write_key
+from countermark.training import marking, recipe, train, traits
+from countermark.watermarks import SCHEMES, Key, Materials, load_key, write_key
 
 Options = Mapping[str, Any]
 Inputs = Mapping[str, Path]
@@ -113,93 +111,60 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Steal the model `victim` without its weights; the copy is asked for the victim's `watermarks`, if it has any."""
-    data, pools = options["data"], pools_of(options)
     victim, described = load_model(inputs["victim"])
-    network = options["network"]
-    copied = build(network, described.shape, described.classes, seed=options["seed"])
-    if options["setting"] == "distilled":
-        distil(victim, copied, pools.thief, options["epochs"], seed=options["seed"])
-        queries = len(pools.thief)
-    else:
-        epsilon = options["epsilon"]
-        attack = _training_attack(options["objective"], data, epsilon) if epsilon is not None else None
-        wanted = min(options["queries"], len(pools.thief)) if options["setting"] == "natural" else options["queries"]
-        theft = JacobianTheft(
-            seeds=wanted if options["setting"] == "natural" else JacobianTheft.seeds,
-            queries=wanted,
-            epochs=options["epochs"],
-            batch_size=options["batch_size"],
-            learning_rate=options["learning_rate"],
-            attack=attack,
-            clamp=options["protocol"] == "clean",
-            seed=options["seed"],
-        )
-        queries = steal_black_box(lambda x: predict(victim, x, bounded=theft.clamp), copied, pools.thief, theft, title="steal")
-    event = {"event": "stolen", "setting": options["setting"], "queries": queries}
-    save_model(folder, copied, replace(described, network=network, history=(*described.history, event)))
-    return {"points": [_measured(copied, pools.test, data, _key(inputs), options["attacked"])]}
+    means = replace(_means(options, "steal"), **options["means"])
+    copied, described = stolen(options["theft"], victim, described, means)
+    save_model(folder, copied, described)
+    test = pools_of(options).test
+    return {"points": [_measured(copied, test, options["data"], _key(inputs), options["attacked"])]}
 
 
 def prune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Prune `model` at several rates; test and watermark accuracy at each, and the adversarial one where the profile asks for it."""
     network, key, test = load(inputs["model"]), _key(inputs), every(pools_of(options).test, options["tested"])
-    points = []
+    points, means = [], _means(options, None)
     for rate in options["rates"]:
-        pruned = prune(network, rate)
+        pruned = REMOVALS["prune"].run(network, rate, means)
         points.append({"amount": rate, **_measured(pruned, test, options["data"], key, options["attacked"])})
     return {"points": points}
 
 
 def finetune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Fine-tune `model` on the thief's pool; the same measurements after each of several numbers of epochs."""
-    pools, key = pools_of(options), _key(inputs)
-    test = every(pools.test, options["tested"])
+    key, test = _key(inputs), every(pools_of(options).test, options["tested"])
     points = []
 
     def measure(epoch: int, network: nn.Module) -> None:
         if epoch in options["epochs"]:
             points.append({"amount": epoch, **_measured(network, test, options["data"], key, options["attacked"])})
 
-    thief = pools.thief[: options["examples"]]
-    finetune(load(inputs["model"]), thief, max(options["epochs"]), seed=options["seed"], after_epoch=measure, title="fine-tune")
+    removal = REMOVALS["finetune"]
+    means = _means(options, "fine-tune").given(removal.options)
+    removal.run(load(inputs["model"]), max(options["epochs"]), replace(means, after_epoch=measure))
     return {"points": points}
 
 
 def remove_mark(options: Options, inputs: Inputs, folder: Path) -> Result:
-    """One of the removals beyond the paper, on `model`."""
-    data, pools, key = options["data"], pools_of(options), _key(inputs)
-    network, seed = load(inputs["model"]), options["seed"]
-    thief = pools.thief[: options["examples"]]
-    extra, attacked = {}, options["attacked"]
-    if options["way"] == "int8":
-        network, attacked = quantise(network), 0  # integers have no gradient for the attack to follow
-    elif options["way"] == "noise":
-        network = add_noise(network, options["amount"], seed)
-    elif options["way"] == "pruned, then fine-tuned":
-        network = finetune(prune(network, options["amount"]), thief, options["epochs"], seed=seed, title="fine-tune")
-    elif options["way"] == "adversarially fine-tuned":
-        attack = _training_attack(options["objective"], data, known(data).threat.epsilon)
-        network = finetune(network, thief, options["epochs"], attack=attack, seed=seed, title="fine-tune")
-    else:
-        network, extra["own_mark"] = _overwrite(network, thief, options)
-    return {"points": [{**_measured(network, pools.test, data, key, attacked), **extra}]}
+    """Removals on `model`, one after the other."""
+    network, described = load_model(inputs["model"])
+    network, described = removed(options["removals"], network, described, _means(options, "remove"))
+    done, key, test = described.history[-1], _key(inputs), pools_of(options).test
+    point = _measured(network, test, options["data"], key, options["attacked"])
+    return {"points": [{**point, **{name: done[name] for name in ("own_mark",) if name in done}}]}
 
 
-def _overwrite(network: nn.Module, thief: Examples, options: Options) -> tuple[nn.Module, float]:
-    """The thief puts coins of his own over ours: crafted on the stolen model, trained in with the owner's recipe on the thief's data."""
-    data, seed = options["data"], options["seed"]
-    catalogued = known(data)
-    attack = full_strength(catalogued.threat.watermark_epsilon)
-    count = min(len(thief) // 3, 2 * catalogued.batches * catalogued.batch_size)
-    images, predicted = craft_adversarial(network, thief[:count], attack, seed)
-    coins = torch.randint(0, 2, (count,), generator=torch.Generator().manual_seed(seed)).bool()
-    marks = Examples(images, torch.where(coins, thief.y[:count], predicted))
-    marked = copy.deepcopy(network)
-    objective = options["objective"]
-    given = known_traits(data)
-    config = marking(recipe(given, objective, catalogued.threat, seed=seed), given, objective)
-    train(marked, thief, config, watermarks=marks, title="overwrite")
-    return marked, agreement(predict(marked, marks.x), marks.y)
+def _means(options: Options, title: str | None) -> Means:
+    """The thief of a unit."""
+    data, objective = options["data"], options.get("thief_objective", "pgd")
+    return Means(
+        pool=pools_of(options).thief[: options.get("examples")],
+        threat=known(data).threat,
+        attack=_training_attack(objective, data, options.get("epsilon") or known(data).threat.epsilon),
+        objective=options.get("objective", "fast"),
+        clamp=options["protocol"] == "clean",
+        seed=options.get("seed", 0),
+        title=title,
+    )
 
 
 def ask_strangers(options: Options, inputs: Inputs, folder: Path) -> Result:
@@ -285,7 +250,7 @@ def pools_of(options: Options) -> Pools:
     if options["protocol"] == "clean":
         return pools
     order = torch.randperm(len(pools.test), generator=torch.Generator().manual_seed(options["pool_seed"]))
-    bases, seeds = order[: len(pools.bases)], order[len(pools.bases) : len(pools.bases) + JacobianTheft.seeds]
+    bases, seeds = order[: len(pools.bases)], order[len(pools.bases) : len(pools.bases) + Means.seeds]
     thief = Examples(torch.cat((pools.test.x[seeds], pools.thief.x)), torch.cat((pools.test.y[seeds], pools.thief.y)))
     return replace(pools, bases=pools.test[bases], thief=thief)
 

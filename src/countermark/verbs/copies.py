@@ -1,10 +1,8 @@
 """What `steal` and `remove` share: a copy measured and written as a model folder of its own."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -37,26 +35,23 @@ class Copy:
     seconds: float
 
 
-def write_copy(
-    work: Path, out: Path, network: nn.Module, origin: Description, event: Mapping[str, Any], test: Examples, begun: float
-) -> Copy:
+def write_copy(work: Path, out: Path, network: nn.Module, description: Description, test: Examples, begun: float) -> Copy:
     """Write the copy into the folder under construction `work` and measure it.
 
     Args:
         work: where to write.
         out: the folder that it will become.
         network: the copy.
-        origin: description of the model it was made from, already with the copy's network name.
-        event: what was done, appended to the history.
+        description: of the copy, with what was done in its history.
         test: the test pool.
         begun: `time.monotonic()` when the work began.
     """
-    save_model(work, network, replace(origin, history=(*origin.history, event)))
+    save_model(work, network, description)
     result = Copy(
         folder=str(out),
         test_accuracy=accuracy(network, test),
-        adversarial_accuracy=adversarial_accuracy(network, test, origin.threat.attack, title="attacking the copy"),
-        epsilon=origin.epsilon,
+        adversarial_accuracy=adversarial_accuracy(network, test, description.threat.attack, title="attacking the copy"),
+        epsilon=description.epsilon,
         device=describe(device_of(network), "auto"),
         seconds=time.monotonic() - begun,
     )

@@ -123,7 +123,8 @@ def quickstart(config: QuickstartConfig) -> Story:
             if not history:
                 return False
             origin, event = read_json(Path(options.model) / "model.json"), history[-1]
-            done = {"rate": options.prune} if options.prune is not None else {"epochs": options.finetune}
+            how = "prune" if options.prune is not None else "finetune"
+            done = {"how": how, "amount": getattr(options, how)}
             return {**event, **done, "origin_sha256": origin["weights_sha256"]} == dict(event)
 
         return chapter(number, title, folder, lambda: remove(**vars(options)), fits)

@@ -1,64 +1,100 @@
 """`countermark remove`: do to a copy what a thief would do to get rid of the mark."""
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typing_extensions import Doc
 
 from countermark.errors import CountermarkError
 from countermark.files import new_folder, read_json
 from countermark.networks import declared_pools, load_model, open_declared
-from countermark.options import DataOptions, NewPath, ReadPath, verb
-from countermark.removal import finetune, prune
+from countermark.options import DeviceOptions, ModelOptions, NewPath, ReadPath, option, verb
+from countermark.thieves import REMOVALS, Means, Removal, removed
+from countermark.training import Hardware, settled
 from countermark.verbs.copies import Copy, show, write_copy
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoveConfig(DataOptions):
-    """Try to remove a mark by pruning or by fine-tuning; give one of the two."""
+class RemovalConfig(ModelOptions, DeviceOptions):
+    """Try to remove a mark; several ways are tried one after the other, in the order below."""
 
     model: ReadPath = field(kw_only=False)
     """Model folder."""
     out: NewPath
     """Folder to write; it must be new or empty."""
-    prune: float | None = None
-    """Fraction of each layer's weights to remove, the smallest first."""
-    finetune: int | None = None
-    """Epochs of fine-tuning on the thief's pool."""
+    learning_rate: float | None = None
+    """Learning rate of fine-tuning; default 0.005."""
+    epochs: int | None = None
+    """Epochs of a denoiser's training; default 2."""
     seed: int = 0
-    """Seed of the fine-tuning."""
+    """Seed of everything random."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range, and both removals or neither."""
+        """Refuse numbers out of range, options without their removal, and no removal at all."""
         super().__post_init__()
-        if (self.prune is None) == (self.finetune is None):
-            raise CountermarkError("give either --prune FRACTION or --finetune EPOCHS")
-        self._open_interval("prune")
-        self._at_least_one("finetune")
+        if not self.chosen:
+            ways = ", ".join(option(name) for name in REMOVALS)
+            raise CountermarkError(f"say how to remove the mark; give one or more of {ways}")
+        for name, amount in self.chosen.items():
+            REMOVALS[name].amount.check(option(name), amount)
+        for name in ("learning_rate", "epochs"):
+            takes = [option(way) for way, row in REMOVALS.items() if name in row.options]
+            self._only_for(any(name in REMOVALS[way].options for way in self.chosen), " or ".join(takes), name)
+        self._positive("number", "learning_rate")
+        self._at_least_one("epochs")
         self._seeded()
+
+    @property
+    def chosen(self) -> dict[str, float]:
+        """The removals that were asked for and their amounts, in the order of the table."""
+        amounts = {name: getattr(self, name, None) for name in REMOVALS}
+        return {name: amount for name, amount in amounts.items() if amount is not None}
+
+
+def with_options(removals: Mapping[str, Removal]) -> Any:
+    """The configuration with an option for each row of a table: its name takes its amount."""
+    fields = [
+        (
+            name,
+            Annotated[row.amount.kind | None, Doc(f"{row.help[0].upper()}{row.help[1:]} ({row.amount.range}).")],
+            field(default=None),
+        )
+        for name, row in removals.items()
+    ]
+    about = {"__module__": __name__, "__doc__": RemovalConfig.__doc__}
+    return make_dataclass("RemoveConfig", fields, bases=(RemovalConfig,), namespace=about, frozen=True, kw_only=True)
+
+
+RemoveConfig = with_options(REMOVALS)
 
 
 @verb(RemoveConfig)
-def remove(config: RemoveConfig) -> Copy:
-    """Prune a model, or fine-tune it on the thief's pool, which the owner did not train on.
+def remove(config: RemovalConfig) -> Copy:
+    """Do the removals that were chosen, one after the other, with the images of the thief's pool.
 
     Raises:
         CountermarkError: a model that cannot be read, an output folder that is not empty.
     """
     begun, folder, out = time.monotonic(), Path(config.model), Path(config.out)
-    network, description = load_model(folder)
-    data = open_declared(description, cache=config.cache)
+    hardware = settled(Hardware(config.device, config.devices, config.precision))
+    network, description = load_model(folder, config.network, hardware.accelerator)
+    data = open_declared(description, data=config.data, cache=config.cache)
     with new_folder(out, config.record()) as work:
         pools = declared_pools(description, data, cache=config.cache)
+        means = Means(
+            pool=pools.thief,
+            threat=description.threat,
+            seed=config.seed,
+            hardware=hardware,
+            title="removing",
+        )
+        options = {"learning_rate": config.learning_rate, "epochs": config.epochs}
         origin = read_json(folder / "model.json")["weights_sha256"]
-        event: dict[str, Any]
-        if config.prune is not None:
-            network, event = prune(network, config.prune), {"event": "pruned", "rate": config.prune, "origin_sha256": origin}
-        else:
-            epochs = config.finetune or 1
-            network = finetune(network, pools.thief, epochs, seed=config.seed, title="fine-tuning")
-            event = {"event": "fine-tuned", "epochs": epochs, "origin_sha256": origin}
-        return write_copy(work, out, network, description, event, pools.test, begun)
+        network, description = removed(config.chosen.items(), network, description, means, options, origin_sha256=origin)
+        return write_copy(work, out, network, description, pools.test, begun)
 
 
 __all__ = ["remove", "show"]

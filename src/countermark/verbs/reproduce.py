@@ -166,7 +166,7 @@ def _estimates(todo: list[Unit]) -> dict[str, float]:
 
 
 def _needs_extras() -> None:
-    missing = [name for name in ("dask", "distributed", "matplotlib", "torchao") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("dask", "distributed", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise CountermarkError(f"a study needs {', '.join(missing)}; pip install 'countermark[study]'")
 

@@ -1,67 +1,77 @@
 """`countermark steal`: make the copy that a thief would make."""
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from countermark.evaluation import predict
+from typing_extensions import Doc
+
 from countermark.files import new_folder
-from countermark.networks import build, declared_pools, load_model, open_declared
-from countermark.options import DataOptions, NewPath, ReadPath, verb
-from countermark.theft import JacobianTheft, steal_black_box
+from countermark.networks import declared_pools, load_model, open_declared
+from countermark.options import DeviceOptions, ModelOptions, NewPath, ReadPath, verb
+from countermark.thieves import THEFTS, Means, stolen
+from countermark.training import Hardware, settled
 from countermark.verbs.copies import Copy, show, write_copy
 
-Setting = Literal["white", "black", "grey"]
-"""What a thief has: the weights, labels alone, or labels and the owner's network."""
+if TYPE_CHECKING:
+    Setting = str
+else:
+    Setting = Literal[tuple(THEFTS)]
+_SETTINGS = "What the thief has: " + "; ".join(f"{name} ({row.help})" for name, row in THEFTS.items())
 
 
 @dataclass(frozen=True, kw_only=True)
-class StealConfig(DataOptions):
+class StealConfig(ModelOptions, DeviceOptions):
     """Steal a model the way a thief would, to see what the mark survives."""
 
     victim: ReadPath = field(kw_only=False)
     """Model folder of the victim."""
-    setting: Setting
-    """white (the weights themselves), black (labels only: Algorithm 2) or grey (the same by the owner's network, trained adversarially)."""
+    setting: Annotated[Setting, Doc(f"{_SETTINGS}.")]
     out: NewPath
     """Folder to write; it must be new or empty."""
     queries: int | None = None
-    """Labels that a black- or grey-box thief asks for; default the paper's 51,200."""
+    """Most answers that the thief asks for; default the paper's 51,200."""
+    epochs: int | None = None
+    """Passes over the data, in each round of Algorithm 2; default 10, or 20 for a single round."""
     seed: int = 0
-    """Seed of the surrogate and its training."""
+    """Seed of the copy's weights and of its training."""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown setting and numbers out of range."""
+        """Refuse an unknown setting, options that it does not take, and numbers out of range."""
         super().__post_init__()
-        self._at_least_one("queries", most=10_000_000)
-        self._only_for(self.setting != "white", "--setting black or grey", "queries")
+        self._at_least_one("queries", "epochs", most=10_000_000)
+        for name in ("queries", "epochs"):
+            takes = [setting for setting, theft in THEFTS.items() if name in theft.options]
+            self._only_for(self.setting in takes, f"--setting {', '.join(takes)}", name)
         self._seeded()
 
 
 @verb(StealConfig)
 def steal(config: StealConfig) -> Copy:
-    """Steal a model.
-
-    `white` takes the weights; `black` trains a surrogate on labels alone (Algorithm 2), `grey` the owner's network, and adversarially.
+    """Steal a model by one of the thefts of `countermark.thieves`, from the thief's pool.
 
     Raises:
-        CountermarkError: unknown setting, a victim that cannot be read, an output folder that is not empty.
+        CountermarkError: unknown setting, a victim that cannot be read, an output folder that is
+            not empty.
     """
     begun, out = time.monotonic(), Path(config.out)
-    victim, description = load_model(Path(config.victim))
-    data = open_declared(description, cache=config.cache)
+    hardware = settled(Hardware(config.device, config.devices, config.precision))
+    victim, description = load_model(Path(config.victim), config.network, hardware.accelerator)
+    data = open_declared(description, data=config.data, cache=config.cache)
     with new_folder(out, config.record()) as work:
         pools = declared_pools(description, data, cache=config.cache)
-        if config.setting == "white":
-            return write_copy(work, out, victim, description, {"event": "stolen", "setting": "white"}, pools.test, begun)
-        network = "surrogate" if config.setting == "black" else description.network
-        attack = None if config.setting == "black" else description.threat.attack
-        options = JacobianTheft(queries=config.queries or JacobianTheft.queries, attack=attack, seed=config.seed)
-        surrogate = build(network, description.shape, description.classes, seed=config.seed)
-        asked = steal_black_box(lambda x: predict(victim, x), surrogate, pools.thief, options, title="stealing")
-        event = {"event": "stolen", "setting": config.setting, "queries": asked, "options": asdict(options)}
-        return write_copy(work, out, surrogate, replace(description, network=network), event, pools.test, begun)
+        means = Means(
+            pool=pools.thief,
+            threat=description.threat,
+            seed=config.seed,
+            hardware=hardware,
+            title="stealing",
+        )
+        chosen = {"queries": config.queries, "epochs": config.epochs}
+        means = means.given(THEFTS[config.setting].options, chosen)
+        copied, description = stolen(config.setting, victim, description, means, config.network)
+        return write_copy(work, out, copied, description, pools.test, begun)
 
 
 __all__ = ["show", "steal"]

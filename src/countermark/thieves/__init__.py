@@ -1,0 +1,13 @@
+"""What thieves do: steal a model, and try to get rid of the mark in the copy.
+
+`THEFTS` and `REMOVALS` are tables of frozen records with functions. The verbs `steal` and `remove`,
+their help, the study and the tests read the tables, so that one row is all that a new theft or
+removal takes. An input cleaner is a removal too; its row is in `countermark.networks.cleaners`,
+because a folder that has one in front must be loaded without a thief.
+"""
+
+from countermark.thieves.means import Means
+from countermark.thieves.remove import REMOVALS, Removal, removed
+from countermark.thieves.steal import THEFTS, Theft, stolen
+
+__all__ = ["REMOVALS", "THEFTS", "Means", "Removal", "Theft", "removed", "stolen"]
