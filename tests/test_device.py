@@ -30,7 +30,7 @@ from countermark.networks.named import build
 from countermark.suspects import open_suspect
 from countermark.thieves import REMOVALS, THEFTS, Means
 from countermark.thieves.remove import add_noise, prune
-from countermark.threat import Attack
+from countermark.threat import GREY, Attack
 from countermark.training import Hardware, TrainConfig, loop, settled, train
 from countermark.verbs.evaluate import EvaluateConfig
 from countermark.watermarks import coin_set, craft_adversarial

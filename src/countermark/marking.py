@@ -23,8 +23,8 @@ from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, locked, read_bytes, write_json
 from countermark.networks import DataRecord, Description, describing, open_network, save_model
 from countermark.networks.named import Normalise
-from countermark.thieves.remove import prune
 from countermark.terminal import p_value
+from countermark.thieves.remove import prune
 from countermark.timestamps import Stamp, encode_token, timestamping
 from countermark.training.turns import in_turn
 from countermark.watermarks import (
