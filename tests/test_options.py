@@ -1,5 +1,6 @@
 """Options that verbs share: the user's own network and data, wherever a verb reads a model folder."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -87,3 +88,14 @@ def test_what_is_no_path_is_recorded_by_what_names_it(data: Dataset) -> None:
     assert place_name(data) == "python:countermark.data.dataset.Dataset"
     assert place_name("postgresql://h/x?secret=1") == "postgresql://h/x"
     assert ProtectConfig("digits", out="a", cache="b").record()["data"] == "digits"
+    given = ProtectConfig((np.zeros(3), np.zeros(3)), out="a", network=make).record()
+    names = ("python:builtins.tuple", "python:test_options.make")
+    assert (given["data"], given["network"]) == names
+    assert json.dumps(given)
+
+
+def test_data_is_a_name_or_a_path_and_not_looked_for(tmp_path: Path) -> None:
+    for place in ("photos", Path("photos")):
+        with pytest.raises(cm.CountermarkError, match="photos"):
+            cm.protect(place, out=tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []

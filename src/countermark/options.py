@@ -46,8 +46,6 @@ from countermark.threat import budget
 
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ *: *[ -~\xa0-\xff]*")
 
-_PLAIN = (bool, int, float, str, tuple, NoneType)
-
 _Given = ParamSpec("_Given")
 _Config = TypeVar("_Config", bound="VerbConfig")
 _Result = TypeVar("_Result")
@@ -99,7 +97,7 @@ class VerbConfig:
         """The configuration as JSON-ready values, without what does not change the result."""
         left_out = {"json", "out", "cache", "roots"}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value if isinstance(value, _PLAIN) else place_name(value) for name, value in values.items() if name not in left_out}
+        return {name: value if _plain(value) else place_name(value) for name, value in values.items() if name not in left_out}
 
     def placed(self: _Config) -> _Config:
         """The same configuration with `~` expanded in its paths.
@@ -111,7 +109,7 @@ class VerbConfig:
         for name, hint in _hints(type(self)).items():
             value = getattr(self, name)
             for place in _places(hint):
-                if isinstance(value, tuple):
+                if isinstance(value, tuple) and place is not Place.NAMED:
                     changed[name] = tuple(_placed(path, place, option(name)) for path in value)
                 elif isinstance(value, str | Path):
                     changed[name] = _placed(value, place, option(name))
@@ -393,6 +391,13 @@ def _module_words(module: str) -> dict[str, dict[str, str]]:
         for node in tree.body
         if isinstance(node, ast.ClassDef)
     }
+
+
+def _plain(value: object) -> bool:
+    """Whether a value is JSON-ready as it is."""
+    if isinstance(value, tuple):
+        return all(map(_plain, value))
+    return isinstance(value, bool | int | float | str | None)
 
 
 def _hints(config: type["VerbConfig"]) -> dict[str, Any]:

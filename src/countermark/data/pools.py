@@ -14,6 +14,7 @@ import torch
 from countermark.data.dataset import Dataset, Examples
 from countermark.data.source import open_data
 from countermark.errors import CountermarkError
+from countermark.places import DataPlace
 
 POOLS = ("training", "validation", "bases", "thief", "test")
 _HELD_OUT = ("validation", "bases", "thief")
@@ -107,7 +108,7 @@ def _first_of_each(numbers: torch.Tensor) -> torch.Tensor:
     return first.sort().values
 
 
-def known_images(data: Dataset, trained_on: str | Path | Dataset | None, *, cache: str | Path | None = None) -> torch.Tensor:
+def known_images(data: Dataset, trained_on: DataPlace | None, *, cache: str | Path | None = None) -> torch.Tensor:
     """Which training images given weights had been trained on, bool `(n,)`.
 
     Args:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from countermark.data.check import Findings, check_data
 from countermark.data.reading import some
-from countermark.options import DataOptions, verb
+from countermark.options import AnyData, DataOptions, verb
 from countermark.terminal import print_lines, print_table
 from countermark.text import brief
 
@@ -15,7 +15,7 @@ _CLASSES = 40  # that are shown; --json has all
 class DataCheckConfig(DataOptions):
     """Say what a place holds: good, converted and damaged images, doubles, pools."""
 
-    place: str = field(kw_only=False)
+    place: AnyData = field(kw_only=False)
     """Data set: a name (mnist, cifar10), a folder of class folders, a .npz or Parquet file, or
     module:function."""
     size: int | None = None

@@ -38,7 +38,8 @@ from countermark.files import (
 )
 from countermark.marking import Standing, commit, standing, told
 from countermark.networks import describing, load_weights, open_network, place_of, save_model
-from countermark.options import DataOptions, DeviceOptions, NewPath, ReadPath, StampOptions, verb
+from countermark.options import AnyData, DataOptions, DeviceOptions, NewPath, ReadPath, StampOptions, verb
+from countermark.places import NetworkPlace, place_name
 from countermark.terminal import duration, percent, print_lines, print_table
 from countermark.threat import Threat
 from countermark.timestamps import Stamp, timestamping
@@ -82,14 +83,14 @@ _ROUNDS_FORMAT = "countermark rounds 1"
 class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     """Train a robust model, mark it, and write model, key and commitment."""
 
-    data: str = field(kw_only=False)
+    data: AnyData = field(kw_only=False)
     """Data set: mnist, fashion_mnist, digits, cifar10, or a place of your own: a folder of class folders, a .npz or Parquet file, or
     module:function."""
     out: NewPath
     """Folder to write; it must be new or empty. Unfinished work waits in OUT.partial and is resumed by the same command."""
     epsilon: float | None = None
     """Training budget (L-inf), in pixels of [0, 1]; default that of the data set (mnist 0.25, fashion_mnist 0.15, digits 0.1)."""
-    network: str | None = None
+    network: NetworkPlace | None = None
     """Network: a name of ours (small, wide, clipped, paper, surrogate, resnet, narrow), timm:NAME or
     MODULE:FUNCTION; default by kind of image: small, or wide and clipped for strong; narrow in colour."""
     scheme: Literal[SchemeName, "none"] = "coin"
@@ -99,7 +100,7 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     paper's), standard (no adversary; the default with --weights, which are then only marked)."""
     weights: ReadPath | None = None
     """Weights to begin with: .safetensors, or a .pt of your own."""
-    trained_on: str | None = None
+    trained_on: AnyData | None = None
     """Place of the images that these weights were trained on; default the training part of the data."""
     size: int | None = None
     """Side that images are brought to."""
@@ -307,7 +308,7 @@ def protect(config: ProtectConfig) -> Protection:
     wanted, config = config.epochs, _as_begun(config)
     plan = _plan(config)
     stamp = timestamping(config.tsa, config.roots)
-    trained_on = None if config.weights is None else config.trained_on or ""
+    trained_on = None if config.weights is None else place_name(config.trained_on or "")
     description = describing(
         plan.data,
         place_of(plan.network),

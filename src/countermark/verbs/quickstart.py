@@ -14,7 +14,7 @@ from countermark.data import open_data
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, parse_json, read_json
 from countermark.networks import describe
-from countermark.options import DataOptions, WrittenPath, verb
+from countermark.options import AnyData, DataOptions, WrittenPath, verb
 from countermark.terminal import p_value, percent, print_lines, print_table
 from countermark.verbs.protect import ProtectConfig, protect
 from countermark.verbs.remove import RemoveConfig, remove
@@ -30,7 +30,7 @@ class QuickstartConfig(DataOptions):
 
     out: WrittenPath = "quickstart"
     """Folder to write; a story that was interrupted goes on where it was."""
-    data: str = "mnist"
+    data: AnyData = "mnist"
     """Data set: mnist, fashion_mnist, digits, cifar10."""
     seed: int = 0
     """Seed of the protected model; the stranger has the next one."""
