@@ -15,4 +15,5 @@ python=${PYTHON:-python3}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$work/site" "$kit"/wheels/*.whl
+export PYTHONPYCACHEPREFIX="$work/compiled"  # else every step compiles thousands of modules
 PYTHONPATH="$here/src:$work/site" "$python" "$here/benchmarks/gpu.py" "$kit" "$device" "$work" "${OUT:-gpu-results}"

@@ -363,6 +363,17 @@ def test_training_replays_its_attack_where_it_can(monkeypatch: pytest.MonkeyPatc
     assert len(made) == 3
 
 
+def test_a_seeded_block_changes_no_setting_of_cudnn_but_one() -> None:
+    def settings() -> tuple[bool, ...]:
+        cudnn = torch.backends.cudnn
+        return cudnn.enabled, cudnn.benchmark, cudnn.allow_tf32, cudnn.deterministic
+
+    before = settings()
+    with seeded(torch.device("cpu"), 0):
+        assert settings() == (*before[:3], True)
+    assert settings() == before
+
+
 def test_what_is_saved_says_the_kind_of_device_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

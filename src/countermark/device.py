@@ -167,6 +167,23 @@ def batch_size(device: "torch.device", shape: Sequence[int], most: int, most_on_
 
 
 @contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Let cuDNN choose deterministic kernels in the block; the rest of its settings stays what it is.
+
+    `torch.backends.cudnn.flags` would switch cuDNN itself off unless it is told not to, and
+    convolutions would take fifty times as long.
+    """
+    import torch
+
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.deterministic = before
+
+
+@contextlib.contextmanager
 def seeded(device: "torch.device", seed: int | None) -> Iterator[None]:
     """Make the block's randomness a function of the seed, and leave torch's generators as they were.
 
@@ -178,11 +195,10 @@ def seeded(device: "torch.device", seed: int | None) -> Iterator[None]:
     """
     import torch
 
-    cudnn = torch.backends.cudnn.flags(deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32)
     forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     state = torch.mps.get_rng_state() if device.type == "mps" else None
     try:
-        with forked, cudnn if device.type == "cuda" else contextlib.nullcontext():
+        with forked, deterministic():
             if seed is not None:
                 torch.manual_seed(seed)
             yield

@@ -392,8 +392,8 @@ def _run(
 ) -> None:
     if fabric.world_size > 1 and fabric.device.type == "cpu":
         torch.set_num_threads(1)  # a forked process that finds OpenMP's threads gone would wait for them for ever
-    if fabric.device.type == "cuda":
-        torch.backends.cudnn.deterministic = True
+    if fabric.world_size > 1:
+        torch.backends.cudnn.deterministic = True  # of this process, which was made for the run
     batch_size = min(config.batch_size, len(examples))
     per_epoch = len(examples) // batch_size
     total = config.epochs * per_epoch
