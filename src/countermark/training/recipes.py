@@ -90,7 +90,8 @@ def traits(data: Dataset, training: Examples, *, mirror: bool | None = None, shi
         shift: pixels of border that mean nothing, instead of that.
     """
     every = max(1, len(training) // _MEASURED)
-    kind = kind_of(training.x[torch.arange(0, len(training), every)])
+    shown = training.x[torch.arange(0, len(training), every)[: _MEASURED if data.shape[0] == 1 else 1]]
+    kind = kind_of(shown)
     if shift is None:
         shift = data.shift if data.shift or kind != "colour" else min(data.shape[1:]) // 8
     return Traits(kind, len(training), data.mirror if mirror is None else mirror, shift)

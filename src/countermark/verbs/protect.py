@@ -89,7 +89,8 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     out: NewPath
     """Folder to write; it must be new or empty. Unfinished work waits in OUT.partial and is resumed by the same command."""
     epsilon: float | None = None
-    """Training budget (L-inf), in pixels of [0, 1]; default that of the data set (mnist 0.25, fashion_mnist 0.15, digits 0.1)."""
+    """Training budget (L-inf) in pixels of [0, 1], as 0.03 or 8/255; default that of the data set (mnist
+    0.25, fashion_mnist 0.15, digits 0.1), 8/255 for colour images, 0.15 for grey ones."""
     network: NetworkPlace | None = None
     """Network: a name of ours (small, wide, clipped, paper, surrogate, resnet, narrow), timm:NAME or
     MODULE:FUNCTION; default by kind of image: small, or wide and clipped for strong; narrow in colour."""
