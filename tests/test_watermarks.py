@@ -6,6 +6,7 @@ import math
 import random
 import stat
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from countermark.verbs import protect as protecting
 from countermark.verbs.protect import protect
 from countermark.watermarks import (
     SCHEMES,
+    SchemeName,
     WatermarkSet,
     coin_set,
     craft_adversarial,
@@ -214,6 +216,22 @@ def test_clean_examples_of_another_form_are_refused(tmp_path: Path, bad: Example
     write_key(tmp_path / "key", "coin", some_set(), {"data": "digits"}, clean=bad)
     with pytest.raises(CountermarkError, match="does not hold clean examples"):
         load_key(tmp_path / "key")
+
+
+def test_a_scheme_is_one_entry_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Key, commitment and outcomes go by the record: a scheme that is added there is known to all of them."""
+    monkeypatch.setitem(SCHEMES, "composites", replace(SCHEMES["coin"], taken=80.0))  # type: ignore[index]
+    new_secrets(tmp_path / "key")
+    made = write_key(tmp_path / "key", "composites", some_set(), {})
+    read = load_key(tmp_path / "key")
+    assert read.c1["statistic"] == "sign-flip"
+    assert (read.rules.taken, read.scheme) == (80.0, "composites")
+    assert torch.equal(read.others, made.others)
+    assert read.outcomes(read.others) == [-1] * 12
+
+
+def test_the_names_of_the_schemes_are_those_of_the_table() -> None:
+    assert get_args(SchemeName) == tuple(SCHEMES)
 
 
 def test_commitment_binds_key_and_model(owner: Path) -> None:
