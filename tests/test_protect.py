@@ -16,15 +16,17 @@ import countermark.data.pools as pools_module
 from countermark.cli import main
 from countermark.data import Examples, known_images, open_data
 from countermark.errors import CountermarkError
-from countermark.files import canonical_json, parse_json, read_json, read_tensors, sha256
+from countermark.evaluation import agreement, predict
+from countermark.files import canonical_json, read_json, read_tensors, sha256
 from countermark.marking import Standing
-from countermark.networks import declared_pools, describe
+from countermark.networks import declared_pools, describe, load_model
 from countermark.networks.named import build
 from countermark.training import TrainConfig, loop
 from countermark.verbs import protect as room
 from countermark.verbs.protect import ProtectConfig, protect
 from countermark.watermarks import SCHEMES, Key, Materials, full_strength, load_key
 from shorter import mark_shortly, take_any_mark
+from test_marking import network, shapes
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     key = load_key(out / "key")
     assert key.c1["config_sha256"] == sha256((out / "config.json").read_bytes())
     written = read_json(out / "config.json")
-    record = parse_json(canonical_json(ProtectConfig("digits", out=out, epochs=3).record()), "the options")
+    record = ProtectConfig("digits", out=out, epochs=3).record()
     assert written == {**record, "data_sha256": open_data("digits").digest}
     assert read_json(out / "commitment.json")["c2"]["model_sha256"] == made.weights_sha256
 
@@ -268,3 +270,26 @@ def test_schemes_see_no_coin(scheme: str) -> None:
     made, again = SCHEMES[scheme].make(given), SCHEMES[scheme].make(given)
     assert torch.equal(made.x, again.x)
     assert made.answers.shape == (len(made), SCHEMES[scheme].answers)
+
+
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_arrays_and_a_network_of_ones_own_are_protected_from_python(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colour images, batch norm, a normaliser in front: what no table of ours knows."""
+    mark_shortly(monkeypatch, room, 1)
+    take_any_mark(monkeypatch)
+    examples = shapes(900)
+    own = network()
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    out = tmp_path / "mine"
+    made = protect(
+        (examples.x.numpy(), examples.y.numpy()), out=out, cache=tmp_path / "cache", epochs=1, objective="standard",
+        network=own if kind == "module" else network, mean=(0.4,), std=(0.3,), epsilon="4/255", watermark_epsilon=0.3,
+    )  # fmt: skip
+    assert made.epsilon == 4 / 255
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())  # the user's own is no workpiece
+    described = describe(out)
+    assert (described.mean, described.std, described.classes) == ((0.4,), (0.3,), 4)
+    assert described.network == ("test_marking:network" if kind == "function" else "torch.nn.modules.container:Sequential")
+    loaded, _ = load_model(out, network())
+    key = load_key(out / "key")
+    assert agreement(predict(loaded, key.watermarks.x), key.labels) == made.watermark_accuracy

@@ -5,6 +5,7 @@ import hmac
 import math
 import random
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 

@@ -46,6 +46,8 @@ from countermark.threat import budget
 
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ *: *[ -~\xa0-\xff]*")
 
+_PLAIN = (bool, int, float, str, NoneType)
+
 _Given = ParamSpec("_Given")
 _Config = TypeVar("_Config", bound="VerbConfig")
 _Result = TypeVar("_Result")
@@ -77,6 +79,14 @@ KINDS: Mapping[type, str] = {
 """What an option takes, in words, by its type."""
 
 
+def _written(value: Any) -> Any:
+    """An option as JSON can hold it; a thing in Python by its name."""
+    several = isinstance(value, tuple) and all(isinstance(each, (*_PLAIN, Path)) for each in value)
+    if several:
+        return [_written(each) for each in value]
+    return value if isinstance(value, _PLAIN) else place_name(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerbConfig:
     """What every verb has.
@@ -97,7 +107,7 @@ class VerbConfig:
         """The configuration as JSON-ready values, without what does not change the result."""
         left_out = {"json", "out", "cache", "roots"}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value if _plain(value) else place_name(value) for name, value in values.items() if name not in left_out}
+        return {name: _written(value) for name, value in values.items() if name not in left_out}
 
     def placed(self: _Config) -> _Config:
         """The same configuration with `~` expanded in its paths.
@@ -391,13 +401,6 @@ def _module_words(module: str) -> dict[str, dict[str, str]]:
         for node in tree.body
         if isinstance(node, ast.ClassDef)
     }
-
-
-def _plain(value: object) -> bool:
-    """Whether a value is JSON-ready as it is."""
-    if isinstance(value, tuple):
-        return all(map(_plain, value))
-    return isinstance(value, bool | int | float | str | None)
 
 
 def _hints(config: type["VerbConfig"]) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from countermark.files import (
     file_sha256,
     make_private_folder,
     new_folder,
-    parse_json,
     read_json,
     sha256,
     write_json,
@@ -85,7 +84,7 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
 
     data: AnyData = field(kw_only=False)
     """Data set: mnist, fashion_mnist, digits, cifar10, or a place of your own: a folder of class folders, a .npz or Parquet file, or
-    module:function."""
+    module:function; in Python also arrays or any data set of images and labels."""
     out: NewPath
     """Folder to write; it must be new or empty. Unfinished work waits in OUT.partial and is resumed by the same command."""
     epsilon: float | None = None
@@ -93,7 +92,8 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     0.25, fashion_mnist 0.15, digits 0.1), 8/255 for colour images, 0.15 for grey ones."""
     network: NetworkPlace | None = None
     """Network: a name of ours (small, wide, clipped, paper, surrogate, resnet, narrow), timm:NAME or
-    MODULE:FUNCTION; default by kind of image: small, or wide and clipped for strong; narrow in colour."""
+    MODULE:FUNCTION; in Python also a module or a function that makes one. Default by kind of image: small, or
+    wide and clipped for strong; narrow in colour."""
     scheme: Literal[SchemeName, "none"] = "coin"
     """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
     objective: Recipe | None = None
@@ -378,7 +378,7 @@ def _as_begun(config: ProtectConfig) -> ProtectConfig:
     except (OSError, RuntimeError, ValueError):  # a path that `new_folder` refuses
         return config
     begun = read_json(out.with_name(f"{out.name}.partial") / "config.json")
-    epochs, record = begun.get("epochs"), parse_json(canonical_json(config.record()), "the options")
+    epochs, record = begun.get("epochs"), config.record()
     others = {name: value for name, value in begun.items() if name in record and name != "epochs"}
     record.pop("epochs")
     same = others == record and (epochs is None or type(epochs) is int)

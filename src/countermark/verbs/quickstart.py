@@ -12,7 +12,7 @@ from typing import Any
 
 from countermark.data import open_data
 from countermark.errors import CountermarkError
-from countermark.files import canonical_json, parse_json, read_json
+from countermark.files import read_json
 from countermark.networks import describe
 from countermark.options import AnyData, DataOptions, WrittenPath, verb
 from countermark.terminal import p_value, percent, print_lines, print_table
@@ -110,7 +110,7 @@ def quickstart(config: QuickstartConfig) -> Story:
 
         def fits() -> bool:
             made = read_json(folder / "config.json")
-            record = parse_json(canonical_json(options.record()), "the options")
+            record = options.record()
             return {name: value for name, value in made.items() if name in record} == record
 
         return chapter(number, title, folder, lambda: protect(**vars(options)), fits)
