@@ -202,15 +202,15 @@ class _Bomb:
     ("members", "word"),
     [
         ({}, "of no name"),
-        ({"x_train.npy": b"", "y_train.npy": npy(labels())}, "no whole array"),
-        ({"x_train.npy": b"\x80\x04pickle", "y_train.npy": npy(labels())}, "no whole array"),
-        ({"x_train.npy": npy(colour())[:-1], "y_train.npy": npy(labels())}, "shorter than it says"),
-        ({"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:-1]}, "shorter than it says"),
+        ({"x_train.npy": b"", "y_train.npy": npy(labels())}, "no array of a .npz file"),
+        ({"x_train.npy": b"\x80\x04pickle", "y_train.npy": npy(labels())}, "no array of a .npz file"),
+        ({"x_train.npy": npy(colour())[:-1], "y_train.npy": npy(labels())}, "the file is truncated"),
+        ({"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:-1]}, "the file is truncated"),
         ({"x_train.npy": npy(np.array([_Bomb()] * N), allow_pickle=True), "y_train.npy": npy(labels())}, "never unpickled"),
         ({"x_train.npy": npy(colour()), "y_train.npy": npy(np.array([_Bomb()] * N), allow_pickle=True)}, "never unpickled"),
         ({"x_train.npy": npy(np.asfortranarray(colour())), "y_train.npy": npy(labels())}, "column by column"),
-        ({"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:10]}, "no whole array"),
-        ({"x_train.npy": b"\x93NUMPY\x01\x00\x10\x00{'descr': '|u1',", "y_train.npy": npy(labels())}, "no whole array"),
+        ({"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:10]}, "no array of a .npz file"),
+        ({"x_train.npy": b"\x93NUMPY\x01\x00\x10\x00{'descr': '|u1',", "y_train.npy": npy(labels())}, "no array of a .npz file"),
     ],
 )
 def test_damaged_npz_files_are_refused(members: dict[str, bytes], word: str, tmp_path: Path, cache: Path) -> None:
@@ -233,7 +233,7 @@ def test_a_header_that_promises_too_much_takes_no_memory(tmp_path: Path, cache: 
     header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }"
     header += b" " * (118 - len(header)) + b"\n"
     bomb = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
-    assert "holds no labels" in refusal(npz(tmp_path / "x.npz", {"x_train.npy": npy(colour()), "y_train.npy": bomb}), cache)
+    assert "the file is truncated" in refusal(npz(tmp_path / "x.npz", {"x_train.npy": npy(colour()), "y_train.npy": bomb}), cache)
 
 
 # Parquet.

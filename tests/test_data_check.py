@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import countermark
 from countermark import cli
-from countermark.data import KNOWN, Dataset, Examples, open_data, store
+from countermark.data import KNOWN, Dataset, Examples, by_digest, open_data, store
 from countermark.data.check import check_data
 from countermark.data.pools import POOLS
 from countermark.data.source import READERS
@@ -199,6 +199,8 @@ def test_objects_are_found_in_the_cache_by_their_digest(tmp_path: Path) -> None:
     with pytest.raises(CountermarkError, match="given in Python"):
         open_declared(declared(data), cache=tmp_path / "empty")
     assert open_declared(declared(data), data=data).digest == data.digest
+    for digest in ("", "../sets/" + data.digest, data.digest + "/.", "/", data.digest.upper() + "G"):
+        assert by_digest(digest, tmp_path / "cache") is None
 
 
 def test_no_code_is_imported_because_a_model_folder_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

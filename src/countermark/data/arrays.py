@@ -5,8 +5,9 @@ Images are `(n, h, w)`, `(n, h, w, c)` or `(n, c, h, w)`, of uint8 or of floatin
 and of a file a few megabytes at a time are read.
 """
 
+import contextlib
+import math
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from countermark.data.images import Array, DamagedError, channels_last, eight_bits, from_pixels
+from countermark.data.images import MOST_PIXELS, Array, DamagedError, channels_last, eight_bits, from_pixels
 from countermark.data.reading import PARTS, Item, Listing, file_state, some
 from countermark.errors import CountermarkError
 from countermark.text import brief, sentence
@@ -58,16 +59,14 @@ def list_npz(place: Path) -> Listing:
         CountermarkError: it is damaged, its arrays have other names, or see `list_parts`.
     """
     state = file_state([place])
-    with _opened(place) as archive:
-        there = {Path(name).stem for name in archive.namelist() if name.endswith(".npy")}
-        names = _names(there, str(place))
-        parts = {}
-        for part, (images, labels) in names.items():
-            with _member(archive, images, place) as stream:
-                shape, _, _ = _header(stream, f"{place}: {images}")
-            y = _whole(archive, labels, place)
-            parts[part] = Part(f"{place}: {images}", f"{place}: {labels}", shape, y, partial(_file_blocks, place, images))
-        class_names = _whole(archive, CLASS_NAMES, place) if CLASS_NAMES in there else None
+    with _reading(str(place)), zipfile.ZipFile(place) as archive:
+        there = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+    parts = {}
+    for part, (images, labels) in _names(there, str(place)).items():
+        with _member(place, images) as (_, shape, _, _):
+            y = _whole(place, labels)
+        parts[part] = Part(f"{place}: {images}", f"{place}: {labels}", shape, y, partial(_file_blocks, place, images))
+    class_names = _whole(place, CLASS_NAMES) if CLASS_NAMES in there else None
     return list_parts(str(place), parts, class_names, state, lambda: file_state([place]))
 
 
@@ -182,6 +181,8 @@ def _names(there: Iterable[str], place: str) -> dict[str, tuple[str, str]]:
 def _check_shape(part: Part) -> None:
     if len(part.shape) not in (3, 4) or 0 in part.shape[1:]:
         raise CountermarkError(f"{part.images} has the shape {part.shape}; images are (n, h, w), (n, h, w, c) or (n, c, h, w)")
+    if math.prod(part.shape[1:]) > 3 * MOST_PIXELS:
+        raise CountermarkError(f"{part.images} has the shape {part.shape}; an image has at most {MOST_PIXELS} pixels")
     if len(part.shape) == 4:
         try:
             channels_last(part.shape[1:])
@@ -216,70 +217,64 @@ def _blocks(images: Array) -> Iterator[Array]:
 
 
 def _step(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    return max(1, _BLOCK // max(1, dtype.itemsize * int(np.prod(shape[1:]))))
+    return max(1, _BLOCK // max(1, dtype.itemsize * math.prod(shape[1:])))
 
 
-def _opened(place: Path) -> zipfile.ZipFile:
+@contextlib.contextmanager
+def _reading(origin: str) -> Iterator[None]:
+    """Whatever a damaged file makes zipfile, its decompressors or NumPy raise becomes one line."""
     try:
-        return zipfile.ZipFile(place)
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
-        raise CountermarkError(f"cannot read {place}: {_reason(error)}; give a .npz file that numpy.savez wrote") from error
+        yield
+    except (CountermarkError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or sentence(str(error)) or type(error).__name__
+        raise CountermarkError(
+            f"cannot read {origin}: {reason}; it is damaged, or no array of a .npz file that numpy.savez wrote"
+        ) from error
 
 
-def _member(archive: zipfile.ZipFile, name: str, place: Path) -> IO[bytes]:
-    try:
-        return archive.open(f"{name}.npy")
-    except (OSError, zipfile.BadZipFile, KeyError, RuntimeError, NotImplementedError, ValueError) as error:
-        raise CountermarkError(f"cannot read {name} of {place}: {_reason(error)}") from error
-
-
-def _header(stream: IO[bytes], origin: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether columns come first, and type of an array in the format of NumPy."""
-    try:
+@contextlib.contextmanager
+def _member(place: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
+    """Open an array of a file: its data, its shape, whether columns come first, and its type."""
+    origin = f"{place}: {name}"
+    with _reading(origin), zipfile.ZipFile(place) as archive, archive.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, columns, dtype = read(stream)
-    except Exception as error:  # what it says of itself is parsed as Python, of which nearly anything can be wrong
-        raise CountermarkError(f"{origin} is no whole array of NumPy: {_reason(error)}") from error
-    if dtype.hasobject:
-        raise CountermarkError(f"{origin} holds Python objects, which are never unpickled; save it as uint8")
-    return shape, columns, dtype
+        if dtype.hasobject:
+            raise CountermarkError(f"{origin} holds Python objects, which are never unpickled; save it as uint8")
+        size, there = dtype.itemsize * math.prod(shape), archive.getinfo(f"{name}.npy").file_size - stream.tell()
+        if size != there or min(shape, default=0) < 0:
+            raise CountermarkError(
+                f"{origin} has {there} bytes, and an array of shape {brief(shape)} {size}; the file is truncated or damaged"
+            )
+        yield stream, shape, columns, dtype
 
 
-def _whole(archive: zipfile.ZipFile, name: str, place: Path) -> Array:
+def _whole(place: Path, name: str) -> Array:
     """A small array of a file."""
-    with _member(archive, name, place) as stream:
-        shape, columns, dtype = _header(stream, f"{place}: {name}")
-        size = dtype.itemsize * int(np.prod(shape, dtype=object))
+    with _member(place, name) as (stream, shape, columns, dtype):
+        size = dtype.itemsize * math.prod(shape)
         if size > _MOST_LABELS:
             raise CountermarkError(f"{place}: {name} would have {size} bytes; it holds no labels")
-        data = _exactly(stream, size, f"{place}: {name}")
-    return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if columns else "C")
+        return np.frombuffer(_exactly(stream, size), dtype=dtype).reshape(shape, order="F" if columns else "C")
 
 
 def _file_blocks(place: Path, name: str) -> Iterator[Array]:
     """The rows of a large array of a file, some at a time."""
-    origin = f"{place}: {name}"
-    with _opened(place) as archive, _member(archive, name, place) as stream:
-        shape, columns, dtype = _header(stream, origin)
+    with _member(place, name) as (stream, shape, columns, dtype):
         if columns:
-            raise CountermarkError(f"{origin} is stored column by column; save numpy.ascontiguousarray of it")
-        each, step = dtype.itemsize * int(np.prod(shape[1:])), _step(shape, dtype)
+            raise CountermarkError(f"{place}: {name} is stored column by column; save numpy.ascontiguousarray of it")
+        each, step = dtype.itemsize * math.prod(shape[1:]), _step(shape, dtype)
         for i in range(0, shape[0], step):
             count = min(step, shape[0] - i)
-            yield np.frombuffer(_exactly(stream, count * each, origin), dtype=dtype).reshape(count, *shape[1:])
-        _exactly(stream, 0, origin)
+            yield np.frombuffer(_exactly(stream, count * each), dtype=dtype).reshape(count, *shape[1:])
+        _exactly(stream, 0)
 
 
-def _exactly(stream: IO[bytes], size: int, origin: str) -> bytes:
-    try:
-        data = stream.read(size)
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError) as error:
-        raise CountermarkError(f"{origin} is damaged: {_reason(error)}") from error
+def _exactly(stream: IO[bytes], size: int) -> bytes:
+    data = stream.read(size)
     if len(data) != size:
-        raise CountermarkError(f"{origin} is shorter than it says; the file is truncated")
+        raise EOFError("it ends too early")
     return data
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or sentence(str(error)) or type(error).__name__

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from countermark.errors import CountermarkError
 from countermark.text import sentence
@@ -27,7 +27,16 @@ SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 MOST_PIXELS = 1 << 26
 """Pixels of the largest image that is decoded: 8,192 x 8,192, or 200 MB of colours."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+_FORMATS = tuple(  # no plugin for another format is imported
+    plugin.format
+    for plugin in (
+        PngImagePlugin.PngImageFile,
+        JpegImagePlugin.JpegImageFile,
+        WebPImagePlugin.WebPImageFile,
+        BmpImagePlugin.BmpImageFile,
+    )
+    if plugin.format is not None
+)
 _ORIENTATION = 0x0112  # of EXIF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -75,7 +84,7 @@ def decode(file: Path | bytes, size: int | None = None) -> Decoded:
 
     Example:
         >>> import io
-        >>> from PIL import Image, UnidentifiedImageError
+        >>> from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
         >>> stream = io.BytesIO()
         >>> Image.new("RGBA", (6, 4)).save(stream, "PNG")
         >>> found = decode(stream.getvalue(), size=2)

@@ -11,6 +11,7 @@ short is an error and no crash. Either folder may be deleted; it costs reading t
 import contextlib
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -33,6 +34,7 @@ from countermark.files import FolderBusyError, canonical_json, locked, read_json
 _SET_FORMAT = "countermark images 1"
 _PLACE_FORMAT = "countermark place 1"
 _TORN = ".torn-"
+_DIGEST = re.compile("[0-9a-f]{64}")  # one out of a model folder may be anything
 _LIMIT = 1 << 28  # bytes of a record or of the labels
 _RESIDENT = 1 << 29  # bytes of a set that is read into memory
 _CHUNK = 1 << 24  # bytes that are written at a time
@@ -84,7 +86,7 @@ def by_digest(digest: str, cache: Path | None = None) -> Dataset | None:
 
     Its place is empty, and what was converted or left out when it was read is not known.
     """
-    return _open_set((cache or cache_folder()) / "sets" / digest)
+    return _open_set((cache or cache_folder()) / "sets" / digest) if _DIGEST.fullmatch(digest) else None
 
 
 def _told(data: Dataset, place: str, found: Found, size: int | None, skip_damaged: bool) -> Dataset:
