@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -313,6 +314,12 @@ def test_damaged_parquet_files_are_refused(tmp_path: Path, cache: Path) -> None:
     for data in (b"", b"PAR1", whole[:-8], whole[:200] + bytes(200) + whole[400:], whole[: len(whole) // 2]):
         path.write_bytes(data)
         refusal(path, cache)
+
+
+def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'countermark[parquet]'" in refusal(tmp_path / "x.parquet", cache)
 
 
 # Objects and functions.

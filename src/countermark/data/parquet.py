@@ -71,43 +71,40 @@ def _origin(place: Path, part: str) -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    """A Parquet file; whatever a damaged one makes pyarrow raise becomes one line."""
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise CountermarkError("Parquet files are read with pyarrow; pip install 'countermark[parquet]'") from error
     try:
         with parquet.ParquetFile(path) as file:
             yield file
-    except (pyarrow.ArrowException, OSError) as error:
+    except (CountermarkError, MemoryError):
+        raise
+    except Exception as error:
         raise CountermarkError(f"cannot read {path}: {sentence(str(error))}; it is no whole Parquet file") from error
 
 
 def _columns(path: Path) -> tuple[str, str, tuple[str, ...] | None]:
     """The column of images, that of labels, and the names of the classes where the schema has them."""
-    import pyarrow
-
     with _opened(path) as file:
-        schema = file.schema_arrow
-    columns = {field.name: field.type for field in schema}
-    images = [name for name, kind in columns.items() if _holds_bytes(pyarrow, kind)]
+        from pyarrow import types
+
+        columns = {field.name: field.type for field in file.schema_arrow}
+        features = _features(file.schema_arrow.metadata or {})
+        images = [name for name, kind in columns.items() if _holds_bytes(types, kind)]
+        labels = [name for name, kind in columns.items() if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)]
     image = _only(images, _IMAGE_NAMES, "images, as {bytes, path} or as bytes", path)
-    features = _features(schema.metadata or {})
-    labels = [
-        name
-        for name, kind in columns.items()
-        if name != image and (pyarrow.types.is_integer(kind) or pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind))
-    ]
     classes = [name for name in labels if features.get(name, {}).get("_type") == "ClassLabel"]
     label = _only(classes or labels, _LABEL_NAMES, "labels, as whole numbers or strings", path)
     names = features.get(label, {}).get("names")
     return image, label, tuple(map(str, names)) if isinstance(names, list) else None
 
 
-def _holds_bytes(pyarrow: Any, kind: Any) -> bool:
-    if pyarrow.types.is_struct(kind):
+def _holds_bytes(types: Any, kind: Any) -> bool:
+    if types.is_struct(kind):
         return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def _only(found: Sequence[str], preferred: Sequence[str], what: str, path: Path) -> str:
@@ -132,9 +129,9 @@ def _labels(path: Path, column: str) -> Array:
         if column not in file.schema_arrow.names:
             raise CountermarkError(f"{path} has no column {brief(column)}, which the first file has")
         values = file.read(columns=[column]).column(0)
-    if values.null_count:
-        raise CountermarkError(f"{path} has {values.null_count} rows without a label; remove them")
-    return np.array(values.to_pylist()) if len(values) else np.zeros(0, dtype=np.int64)
+        if values.null_count:
+            raise CountermarkError(f"{path} has {values.null_count} rows without a label; remove them")
+        return np.array(values.to_pylist()) if len(values) else np.zeros(0, dtype=np.int64)
 
 
 def _items(part: str, paths: Sequence[Path], column: str, labels: Array) -> Iterator[Item]:
