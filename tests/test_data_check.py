@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import countermark
 from countermark import cli
-from countermark.data import KNOWN, Dataset, Examples, by_digest, open_data, store
+from countermark.data import KNOWN, Dataset, Examples, by_digest, known_images, open_data, store
 from countermark.data.check import check_data
 from countermark.data.pools import POOLS
 from countermark.data.source import READERS
@@ -105,7 +105,9 @@ def test_the_verb_shows_a_table_and_gives_json(tmp_path: Path, capsys: pytest.Ca
     for wrong in (tmp_path / "gone", tmp_path / "cache", ""):
         status, out, err = check(capsys, wrong, *cache)
         assert (status, out, err.count("\n")) == (2, "", 1)
-    assert countermark.data_check(str(place), cache=tmp_path / "cache").found.doubles == 2
+    assert countermark.data_check(place, cache=tmp_path / "cache").found.doubles == 2
+    arrays = np.stack([drawn(i) for i in range(24)]), np.arange(24) % 2
+    assert countermark.data_check(arrays, cache=tmp_path / "cache").found.images == 24
 
 
 # Pools.
@@ -157,6 +159,24 @@ def test_the_pools_of_0_1_0_are_what_they_were() -> None:
         assert torch.equal(getattr(pools, name).x, data.train.x[order[:size]])
         order = order[size:]
     assert torch.equal(pools.training.x, data.train.x[order])
+
+
+def test_given_weights_know_the_training_part_and_not_the_validation_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, (part, each) in enumerate({"train": 40, "val": 40, "test": 5}.items()):
+        class_folders(tmp_path / "photos" / part, 2, each, start=number * 100_000)
+    data = open_data(tmp_path / "photos", cache=tmp_path / "cache")
+    known = known_images(data, None)
+    assert known.tolist() == [True] * 80 + [False] * 80
+    pools = data.pools(0, known)
+    assert (pools.known["bases"], pools.known["validation"]) == (0, 0)
+    flat = open_data(class_folders(tmp_path / "flat", 2, 12), cache=tmp_path / "cache")
+    assert bool(known_images(flat, "").all())
+    elsewhere = class_folders(tmp_path / "elsewhere", 2, 3)  # three of the first forty of each class
+    assert known_images(data, elsewhere, cache=tmp_path / "cache").sum() == 6
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trained_data.py").write_text("raise SystemExit('it was imported')\n")
+    with pytest.raises(CountermarkError, match=r"trained on trained_data:make need its images as a folder"):
+        known_images(data, "trained_data:make")
 
 
 # The data that a model declares.

@@ -14,6 +14,7 @@ import torch
 from countermark.data.dataset import Dataset, Examples
 from countermark.data.source import open_data
 from countermark.errors import CountermarkError
+from countermark.named_code import is_code
 from countermark.places import DataPlace
 
 POOLS = ("training", "validation", "bases", "thief", "test")
@@ -113,15 +114,22 @@ def known_images(data: Dataset, trained_on: DataPlace | None, *, cache: str | Pa
 
     Args:
         data: the data set.
-        trained_on: place of the images that they were trained on, test part and all; none or an
-            empty place for the training part of `data`.
+        trained_on: place of the images that they were trained on, test part and all: a name, a
+            folder or a file. None or an empty place: the training part of `data`, without the
+            images that came as its validation part.
         cache: folder of fetched and converted data.
 
     Raises:
-        CountermarkError: that place cannot be opened, or has images of another shape.
+        CountermarkError: that place cannot be opened, has images of another shape, or is code,
+            which a model folder would have later verbs run.
     """
     if not trained_on:
-        return torch.ones(len(data.train), dtype=torch.bool)
+        return torch.arange(len(data.train)) < data.parts.get("train", len(data.train))
+    if isinstance(trained_on, str) and is_code(trained_on) and not Path(trained_on).exists():
+        raise CountermarkError(
+            f"weights that were trained on {trained_on} need its images as a folder or a file: later verbs open "
+            "them because the model folder says so, and no code is run for that reason; save them as a .npz file"
+        )
     other = open_data(trained_on, size=data.size, skip_damaged=data.skip_damaged, cache=cache)
     if other.shape != data.shape:
         raise CountermarkError(f"{other.place} has images of shape {other.shape}, the data of {data.shape}: such images cannot be compared")

@@ -17,7 +17,7 @@ class DataCheckConfig(DataOptions):
 
     place: AnyData = field(kw_only=False)
     """Data set: a name (mnist, cifar10), a folder of class folders, a .npz or Parquet file, or
-    module:function."""
+    module:function; in Python also arrays or a data set."""
     size: int | None = None
     """Side of the squares that images are brought to; default: they must have one shape."""
     skip_damaged: bool = False
