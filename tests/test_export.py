@@ -177,9 +177,23 @@ def test_a_model_folder_is_exported(tmp_path: Path, digits: Pools, capsys: pytes
     save_model(folder, network, replace(description, data=replace(description.data, sha256="0" * 64)))
     assert main(["export", str(folder), "--out", str(tmp_path / "again.onnx")]) == 0
     assert "256 noise: 0 labels differ" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(CountermarkError, match="there is no data"):
+        countermark.export(folder, out=tmp_path / "new.onnx", data="nowhere")
     save_model(folder, build("small", (1, 8, 8), 10, seed=0), described("small", (1, 8, 8), 10, "digits", 0.1, 0))
     assert main(["export", str(folder), "--out", str(tmp_path / "again.onnx")]) == 2
     assert "again.onnx" in capsys.readouterr().err
+
+
+def test_a_model_of_the_users_own_is_exported(tmp_path: Path) -> None:
+    folder, network = tmp_path / "mine", lived_in(Residual(["after"], 1, "mean"))
+    folder.mkdir()
+    save_model(folder, network, described("shop.models:make", (1, 8, 8), 5, "digits", 0.1, 0))
+    with pytest.raises(CountermarkError, match="imported only if you name it"):
+        countermark.export(folder, out=tmp_path / "mine.onnx")
+    found = countermark.export(folder, out=tmp_path / "mine.onnx", network=lambda: Residual(["after"], 1, "mean"))
+    assert found.compared_on == "noise"  # the digits have ten classes, the model has five
+    x = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(answers(tmp_path / "mine.onnx", x), network(x), rtol=1e-3, atol=1e-5)
 
 
 def test_verify_takes_an_exported_model(owner: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def export(config: ExportConfig) -> Exported:
     """Export a model folder, and compare the answers of the file with the model's.
 
     They are compared on test images of the data that the model declares, or on noise where that data
-    is not at hand.
+    is not at hand and none is named.
 
     Raises:
         CountermarkError: the folder cannot be read, or see `countermark.onnx_file.export_model`.
