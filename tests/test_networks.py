@@ -184,6 +184,13 @@ def test_a_seed_decides_the_weights_of_whatever_is_made() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_lazy_layers_learn_their_sizes_unchecked_too() -> None:
+    lazy = lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(5))  # noqa: E731
+    for checked in (True, False):
+        network = open_network(lazy, SHAPE, 5, mean=(0.5,), std=(0.5,), checked=checked)
+        assert sum(value.numel() for value in network.state_dict().values()) == 4 * 27 + 4 + 17 + 4 * 36 * 5 + 5
+
+
 def test_how_a_place_is_written_down() -> None:
     assert place_of("narrow") == "narrow"
     assert place_of(Net) == place_of(Net()) == f"{__name__}:Net"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from countermark.errors import CountermarkError
 from countermark.named_code import called, imported, is_code, said
@@ -78,6 +79,9 @@ def open_network(
         network = network if before is None else nn.Sequential(before, network)
         if checked:
             check_network(network, shape, classes, place_of(place))
+        elif any(is_lazy(each) for each in network.parameters()):
+            with _evaluating(network):  # lazy layers learn their sizes
+                _output(network, torch.zeros(1, *shape), classes, place_of(place))
     return network
 
 
