@@ -27,9 +27,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.attacks import computes_bf16, pgd, prepare
+from countermark.attacks import computes_bf16, pgd
 from countermark.data import Examples, known, load_pools, open_data, pixels
 from countermark.evaluation import accuracy, adversarial_accuracy
+from countermark.fast import prepare
 from countermark.files import read_json, write_bytes, write_json
 from countermark.memory import keep_freed_memory
 from countermark.networks import describing, load_model, save_model

@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional
 
 from countermark import evaluation
-from countermark.attacks import fgsm, pgd, prepare
+from countermark.attacks import fgsm, pgd
 from countermark.attacks.pgd import step_
 from countermark.data import Examples, Pools, pixels
 from countermark.evaluation import accuracy, adversarial_accuracy, predict
+from countermark.fast import prepare
 from countermark.networks.named import build
 from countermark.threat import Attack
 

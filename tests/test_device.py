@@ -353,7 +353,7 @@ def test_training_replays_its_attack_where_it_can(monkeypatch: pytest.MonkeyPatc
     for objective in ("pgd", "fast", "trades"):
         config = replace(OBJECTIVES[objective], attack=replace(ATTACK, steps=2))
         plain, recorded = NETWORKS["surrogate"](), NETWORKS["surrogate"]()
-        monkeypatch.setattr(loop, "shortens", lambda _network: False)
+        monkeypatch.setattr(loop, "worth_preparing", lambda _network: False)
         records = train(plain, examples(), config, validation=examples(20, seed=5))
         with monkeypatch.context() as patch:
             patch.setattr(loop, "_records", lambda *_: True)

@@ -12,12 +12,11 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from countermark.attacks import Prepared, pgd, prepare, shortens
-from countermark.attacks.folding import dtype_of
-from countermark.attacks.inside import Quickened
+from countermark.attacks import pgd
 from countermark.attacks.local import Local
 from countermark.errors import CountermarkError
-from countermark.layers import SpectralConv2d, hastened
+from countermark.fast import Prepared, SpectralConv2d, dtype_of, prepare, quick_to_train, worth_preparing
+from countermark.fast.inside import Quickened
 from countermark.networks.named import NETWORKS, HalvingConv2d, Normalise, build
 
 
@@ -183,13 +182,13 @@ def test_wide_convolutions_go_by_frequency_and_others_do_not() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 12, 16)])
-def test_a_hastened_network_trains_alike(shape: tuple[int, int, int]) -> None:
+def test_a_network_of_quick_layers_trains_alike(shape: tuple[int, int, int]) -> None:
     network = lived_in(build("paper", shape, 10, seed=1)).double()
     for layer in network.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0  # masks are drawn in the order of memory
     twin = copy.deepcopy(network)
-    quick = hastened(twin)
+    quick = quick_to_train(twin)
     assert {id(parameter) for parameter in quick.parameters()} == {id(parameter) for parameter in twin.parameters()}
     x, y = torch.rand(6, *shape, dtype=torch.float64), torch.arange(6)
     for trained, answers in ((network, network.train()(x)), (twin, quick.train()(x))):
@@ -202,9 +201,9 @@ def test_a_hastened_network_trains_alike(shape: tuple[int, int, int]) -> None:
 def test_networks_with_nothing_to_hasten_come_back() -> None:
     for name in ("small", "wide", "surrogate"):
         network = build(name, (1, 28, 28), 10, seed=1)
-        assert hastened(network) is network
+        assert quick_to_train(network) is network
     own = nn.Linear(3, 2)
-    assert hastened(own) is own
+    assert quick_to_train(own) is own
 
 
 def test_a_layer_that_stands_in_several_places_stays_in_all() -> None:
@@ -213,7 +212,7 @@ def test_a_layer_that_stands_in_several_places_stays_in_all() -> None:
     network = nn.Sequential(*body, nn.Linear(9, 10))
     same(network, (1, 16, 16))
     x = torch.rand(4, 1, 16, 16, dtype=torch.float64)
-    torch.testing.assert_close(hastened(network)(x), network(x), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(quick_to_train(network)(x), network(x), rtol=1e-4, atol=2e-5)
     own = nn.Sequential(*twice(4), nn.Flatten())
     same(lived_in(own), (4, 8, 8))
 
@@ -275,7 +274,7 @@ def test_bf16_agrees_with_float32() -> None:
 def test_every_network_and_its_copies_take_an_empty_batch(name: str, shape: tuple[int, int, int]) -> None:
     """Gradients of the input pass through as well, and one image more is computed as ever."""
     network = lived_in(build(name, shape, 7, seed=1))
-    for model in (network, hastened(network), prepare(network), prepare(network, torch.bfloat16)):
+    for model in (network, quick_to_train(network), prepare(network), prepare(network, torch.bfloat16)):
         x = torch.empty(0, *shape, requires_grad=True)
         logits = model(x)
         assert logits.shape == (0, 7)
@@ -338,7 +337,7 @@ def test_a_layer_that_computes_something_else_is_not_taken_apart(place: str, cha
     _CHANGES[change](layer)
     x = torch.rand(4, 1, 8, 8)
     assert not torch.allclose(network(x), plain(x), atol=1e-2)
-    torch.testing.assert_close(hastened(network)(x), network(x), rtol=1e-4, atol=2e-5)
+    torch.testing.assert_close(quick_to_train(network)(x), network(x), rtol=1e-4, atol=2e-5)
     with torch.no_grad():
         torch.testing.assert_close(Local(prepare(network), x).logits, network(x), rtol=1e-4, atol=2e-5)
     same(network, (1, 8, 8))
@@ -495,7 +494,7 @@ def folded(network: nn.Module) -> list[int]:
 def test_batch_norms_behind_convolutions_are_folded(kind: str) -> None:
     network = lived_in(Residual([kind], 3, "mean"))
     assert folded(network) == [2 if kind == "before" else 3]
-    assert shortens(network)
+    assert worth_preparing(network)
     prepared = same(network, (3, 8, 8), deep=True)
     left = [layer for layer in prepared.modules() if isinstance(layer, nn.BatchNorm2d)]
     assert len(left) == (1 if kind == "before" else 0)  # the copy is what computes, and the network itself is given up
@@ -526,7 +525,7 @@ def test_a_copy_that_computes_something_else_is_given_up(dtype: torch.dtype) -> 
 def test_code_that_cannot_be_followed_runs_as_it_is() -> None:
     network = lived_in(Residual(["looks"], 3, "view"))
     assert folded(network) == [0]
-    assert not shortens(network)
+    assert not worth_preparing(network)
     same(network, (3, 8, 8), deep=True)
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from countermark import evaluation
-from countermark.attacks import pgd, prepare, strict
+from countermark.attacks import pgd, strict
 from countermark.data import pixels
 from countermark.device import describe, settle
 from countermark.evaluation import accuracy, adversarial_accuracy, device_of, predict, strict_accuracy
+from countermark.fast import prepare
 from countermark.guard import Guard, GuardedModel, calibrate_model
 from countermark.training import Hardware, TrainConfig, loop, train
 from countermark.watermarks import craft_adversarial

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from countermark import evaluation
-from countermark.attacks import prepare
 from countermark.attacks.apgd import apgd_ce, apgd_targeted
 from countermark.attacks.fab import fab_targeted, project
 from countermark.attacks.local import Local
@@ -23,6 +22,7 @@ from countermark.data import Examples, pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict, strict_accuracy
+from countermark.fast import prepare
 from countermark.files import read_json, write_json
 from countermark.networks.named import NETWORKS, build
 from countermark.threat import Attack

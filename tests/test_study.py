@@ -107,7 +107,7 @@ print(*(module.__file__ for module in ours if getattr(module, "__file__", None))
     loaded = {str(Path(path).relative_to(package)) for path in done.stdout.split()}
     named = set(graph.code_files())
     assert {path for path in loaded - named if path.split("/")[0] not in graph._PLUMBING} == set()
-    assert {"layers/spectral.py", "layers/hastened.py", "attacks/asking.py", "study/work.py"} <= named
+    assert {"fast/spectral.py", "fast/training.py", "attacks/asking.py", "study/work.py"} <= named
     for name in graph._PLUMBING:
         assert (package / name).exists()
 
@@ -118,7 +118,7 @@ def copied(folder: Path) -> Path:
     return shutil.copytree(Path(graph.__file__).parents[1], folder / "countermark", ignore=ignored)
 
 
-@pytest.mark.parametrize("changed", ["layers/spectral.py", "attacks/local.py", "thieves/steal.py", "study/work.py"])
+@pytest.mark.parametrize("changed", ["fast/spectral.py", "attacks/local.py", "thieves/steal.py", "study/work.py"])
 def test_a_changed_line_of_a_units_code_makes_another_unit(changed: str, tmp_path: Path) -> None:
     package = copied(tmp_path)
     before = graph.code_version(package)
@@ -146,7 +146,7 @@ def test_a_new_room_is_found_by_its_import(tmp_path: Path) -> None:
     }.items():
         (package / name).parent.mkdir(exist_ok=True)
         (package / name).write_text(source)
-    with (package / "layers" / "spectral.py").open("a") as stream:
+    with (package / "fast" / "spectral.py").open("a") as stream:
         stream.write("\nfrom countermark import room\n")
     new = set(graph.code_files(package)) - set(graph.code_files())
     assert new == {"room/__init__.py", "room/part.py", "other/__init__.py", "other/deep.py", "third.py"}

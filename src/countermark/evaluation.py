@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.attacks import answers, ask, pgd, prepare, strict
+from countermark.attacks import answers, ask, pgd, strict
 from countermark.attacks.strict import CLEAN, OPENING, STAGES
 from countermark.data import Examples, pixels
 from countermark.device import batch_size, seeded, settle_precision
 from countermark.errors import CountermarkError
+from countermark.fast import prepare
 from countermark.files import read_json, write_json
 from countermark.terminal import bar
 from countermark.threat import Attack

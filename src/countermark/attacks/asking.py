@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from countermark.attacks.folding import Prepared, dtype_of
 from countermark.errors import CountermarkError
+from countermark.fast import Prepared, dtype_of
 
 NOT_FINITE = (
     "the model answers with logits that are not finite numbers (NaN or infinity), and the largest of "

@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from countermark.attacks.asking import ask
-from countermark.attacks.folding import Affine, PooledConv2d, Prepared, ShiftedConv2d, flattens
-from countermark.layers import Pool, is_plain
+from countermark.fast import Affine, Pool, PooledConv2d, Prepared, ShiftedConv2d, flattens, is_plain
 from countermark.networks.named import Clip, HalvingConv2d
 
 Window = tuple[int, int, int, int]  # top, bottom, left, right; the ends are outside

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional
 
 from countermark.attacks.asking import NOT_FINITE, answers, ask
-from countermark.attacks.folding import Prepared
 from countermark.data import pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
+from countermark.fast import Prepared
 
 _CACHED = 64  # images whose activations stay in a processor's cache
 _KNOWN = ("torch", "countermark")  # packages whose layers ask the device nothing

@@ -14,10 +14,10 @@ from torch import nn
 from countermark.attacks.apgd import apgd_ce, apgd_targeted
 from countermark.attacks.asking import answers, ask
 from countermark.attacks.fab import fab_targeted
-from countermark.attacks.folding import prepare
 from countermark.attacks.square import square
 from countermark.data import pixels
 from countermark.device import batch_size
+from countermark.fast import prepare
 
 _TARGETS = 9  # other classes that the targeted attacks try, the likeliest first
 _NEAR = 1.0  # FAB-T follows a boundary if APGD-T lacked no more than this, in its own progress: about two budgets away

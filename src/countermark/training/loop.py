@@ -23,13 +23,13 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 from torch.nn import functional
 
-from countermark.attacks import Recording, capturable, pgd, prepare, shortens
+from countermark.attacks import Recording, capturable, pgd
 from countermark.data import Examples, pixels
 from countermark.device import seeded, settle, settle_precision
 from countermark.errors import CountermarkError
 from countermark.evaluation import adversarial_accuracy, agreement, predict
+from countermark.fast import prepare, quick_to_train, worth_preparing
 from countermark.files import canonical_json, read_tensors, sha256, write_tensors
-from countermark.layers import hastened
 from countermark.terminal import bar
 from countermark.threat import Attack
 from countermark.training.config import Hardware, TrainConfig
@@ -228,9 +228,9 @@ class _Run:
         self.precise = config.hardware.precision == "32-true"
         # On a GPU folding would take longer than the steps that it saves.
         crafts = config.attack is not None and not config.craft_in_training_mode
-        self.prepares = crafts and on_cpu and shortens(network)
+        self.prepares = crafts and on_cpu and worth_preparing(network)
         self.recording = Recording(network, self._uncached) if crafts and _records(network, fabric.device) else None
-        self.wrapped, self.stepper = fabric.setup(hastened(network) if on_cpu and self.precise else network, self.optimiser)
+        self.wrapped, self.stepper = fabric.setup(quick_to_train(network) if on_cpu and self.precise else network, self.optimiser)
         self.network = network
         self.dropouts = [layer for layer in network.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d)]
         self.step = 0

@@ -3,12 +3,12 @@
 import torch
 from torch import nn
 
-from countermark.layers.pooling import Pool, block_filters, pooled, pooled_blocks, suits_blocks
-from countermark.layers.sequence import flat_layers, is_plain, join_pools
-from countermark.layers.spectral import SpectralConv2d
+from countermark.fast.pooling import Pool, block_filters, pooled, pooled_blocks, suits_blocks
+from countermark.fast.sequence import flat_layers, is_plain, join_pools
+from countermark.fast.spectral import SpectralConv2d
 
 
-def hastened(network: nn.Module) -> nn.Module:
+def quick_to_train(network: nn.Module) -> nn.Module:
     """Put quicker layers where PyTorch's are slow on a processor.
 
     Args:

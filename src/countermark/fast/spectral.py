@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from countermark.layers.pooling import every_pixel
+from countermark.fast.pooling import every_pixel
 
 _WIDE = 5  # pixels of a filter from which the transforms pay for themselves
 _MANY = 16  # channels, likewise

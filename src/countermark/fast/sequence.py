@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from countermark.layers.pooling import Pool, by_two
+from countermark.fast.pooling import Pool, by_two
 
 
 def flat_layers(network: nn.Module) -> list[nn.Module]:

@@ -15,11 +15,11 @@ import torch
 import torch.fx
 from torch import nn
 
-from countermark.layers import Pool, is_plain
-from countermark.layers.pooling import by_two
+from countermark.fast.pooling import Pool, by_two
+from countermark.fast.sequence import is_plain
 from countermark.networks.named import Clip, HalvingConv2d
 
-_KNOWN = ("torch.nn.modules", "countermark.layers", "countermark.attacks")
+_KNOWN = ("torch.nn.modules", "countermark.fast")
 _COMPARED = 2  # images
 _ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.1}  # of the largest number of the result
 _ROUNDING_OTHERWISE = 1e-3

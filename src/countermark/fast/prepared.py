@@ -14,20 +14,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from countermark.attacks.inside import Quickened, constant_map, fold_into, quickened
 from countermark.errors import CountermarkError
-from countermark.layers import (
-    FEW,
-    Pool,
-    SpectralConv2d,
-    block_filters,
-    flat_layers,
-    is_plain,
-    join_pools,
-    pooled,
-    pooled_blocks,
-    suits_blocks,
-)
+from countermark.fast.inside import Quickened, constant_map, fold_into, quickened
+from countermark.fast.pooling import FEW, Pool, block_filters, pooled, pooled_blocks, suits_blocks
+from countermark.fast.sequence import flat_layers, is_plain, join_pools
+from countermark.fast.spectral import SpectralConv2d
 from countermark.networks.named import HalvingConv2d, Normalise
 
 
@@ -88,7 +79,7 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
         return Prepared(nn.Sequential(*_in_place(layers)), dtype)
 
 
-def shortens(network: nn.Module) -> bool:
+def worth_preparing(network: nn.Module) -> bool:
     """Whether a prepared copy has fewer layers to run, so that making one pays even for a single step of an attack."""
     layers = prepare(network).layers
     return len(layers) < len(flat_layers(network)) or any(isinstance(layer, Quickened) and layer.folded for layer in layers)
