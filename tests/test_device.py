@@ -21,6 +21,7 @@ from countermark import device as devices
 from countermark import evaluation
 from countermark.attacks import Recording, capturable, pgd, strict
 from countermark.data import Examples, pixels
+from countermark.data.dataset import Rows
 from countermark.device import batch_size, check_device, describe, seeded, settle, settle_precision
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, device_of, predict, strict_accuracy
@@ -393,3 +394,25 @@ def test_a_run_does_not_go_on_on_another_device(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(loop, "open_hardware", lambda _hardware: elsewhere.Fabric(torch.device("cpu")))
     with pytest.raises(CountermarkError, match="another kind of processor"):
         train(NETWORKS["small"](), examples(), PLAIN, checkpoint=kept)
+
+
+def test_images_in_a_file_are_measured_crafted_trained_on_and_guarded_from_there(tmp_path: Path) -> None:
+    """Nothing needs all of them in memory, and the numbers are those of tensors."""
+    shown = examples(80)
+    (tmp_path / "images").write_bytes(b"head" + shown.x.numpy().tobytes())
+    rows: Any = Rows(tmp_path / "images", tuple(shown.x.shape), offset=4)
+    found = []
+    for source in (shown, Examples(rows, shown.y)):
+        network = NETWORKS["small"]()
+        records = train(network, source, replace(OBJECTIVES["fast"], epochs=8), validation=source[:20])
+        options: dict[str, Any] = {"secret": b"s" * 32, "model_sha256": "ab" * 32, "cost": 2.0, "training": source, "epsilon": 0.4}
+        found.append(
+            (
+                records,
+                accuracy(network, source),
+                adversarial_accuracy(network, source, ATTACK),
+                craft_adversarial(network, source, ATTACK, seed=1)[0].tolist(),
+                calibrate_model(network, source, **options),
+            )
+        )
+    assert found[0] == found[1]

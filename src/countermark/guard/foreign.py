@@ -19,7 +19,7 @@ from countermark.errors import CountermarkError
 MOST_VALUES = 1 << 22
 """Values of the largest image whose ranges are written down, three channels of 1182 x 1182 for example."""
 _FIELDS = 7
-_AT_A_TIME = 1 << 26  # values of the images that are looked at at once
+_AT_A_TIME = 1 << 24  # values of the images that are looked at at once
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,7 @@ def write_key(
     t1 = None if stamp is None else stamp(canonical_json(c1))
     signed = {"c1": c1, "c1_signature": signature, "t1": encode_token(t1), "trials_sha256": digest, "format": KEY_FORMAT}
     if clean is not None:
+        clean = clean.read()
         shown = {"x": clean.x, "y": clean.y}
         signed["clean_sha256"] = write_tensors(folder / _CLEAN, shown, mode=_PRIVATE)
     write_json(folder / "key.json", {"key": signed, "signature": sign(signing_key, signed)}, _PRIVATE)
