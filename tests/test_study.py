@@ -213,7 +213,7 @@ def test_a_worker_with_other_code_refuses(tmp_path: Path, arithmetic: None) -> N
     planned = unit(1)
     planned.record["code"] = "another version"
     with pytest.raises(CountermarkError, match="another version"):
-        do(planned, str(tmp_path / "units"), None)
+        do(planned, str(tmp_path / "units"), None, "auto")
 
 
 # --- engines ------------------------------------------------------------------------------------------------------------------------

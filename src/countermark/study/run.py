@@ -24,7 +24,7 @@ from countermark.files import FolderBusyError
 from countermark.memory import keep_freed_memory
 from countermark.study.graph import Unit, code_version
 from countermark.study.store import Store
-from countermark.study.work import KINDS, use_cache
+from countermark.study.work import KINDS, use_cache, use_device
 from countermark.terminal import duration, told_to
 
 _POLL = 1.0  # seconds between looks at what runs
@@ -36,7 +36,7 @@ _QUIET_CLUSTER = {
 }
 
 
-def do(unit: Unit, store_folder: str, cache: str | None, *_inputs: str) -> str:
+def do(unit: Unit, store_folder: str, cache: str | None, device: str, *_inputs: str) -> str:
     """Do one unit, wherever this is called; returns its digest.
 
     Raises:
@@ -47,6 +47,7 @@ def do(unit: Unit, store_folder: str, cache: str | None, *_inputs: str) -> str:
     keep_freed_memory()
     store = Store(Path(store_folder))
     use_cache(Path(cache) if cache is not None else None)
+    use_device(device)
     inputs = {role: store.path(other) for role, other in unit.inputs.items()}
     work = functools.partial(KINDS[unit.kind], unit.options, inputs)
     threads = torch.get_num_threads()
@@ -72,6 +73,7 @@ def run(
     workers: int,
     scheduler: str | None,
     cache: Path | None,
+    device: str = "auto",
     log: Path,
     estimates: Mapping[str, float],
 ) -> None:
@@ -84,6 +86,7 @@ def run(
         workers: local processes; 0 runs everything in this process.
         scheduler: address of a Dask scheduler to use instead.
         cache: the data cache, as workers see it.
+        device: where each worker computes its units; `auto` is what it finds on its machine.
         log: file that gets a line for each unit.
         estimates: seconds of each unit, by digest.
 
@@ -93,7 +96,7 @@ def run(
     watch = Watch(store, finished, todo, estimates, max(workers, 1), log)
     if not todo:
         return
-    tasks = _graph(todo, store, cache)
+    tasks = _graph(todo, store, cache, device)
     with watch:
         try:
             if scheduler is None and workers == 0:
@@ -105,7 +108,7 @@ def run(
             raise
 
 
-def _graph(todo: list[Unit], store: Store, cache: Path | None) -> dict[str, Any]:
+def _graph(todo: list[Unit], store: Store, cache: Path | None, device: str) -> dict[str, Any]:
     import dask
 
     tasks: dict[str, Any] = {}
@@ -113,7 +116,7 @@ def _graph(todo: list[Unit], store: Store, cache: Path | None) -> dict[str, Any]
     for unit in todo:
         waited = [tasks[other.digest] for other in unit.inputs.values() if other.digest in tasks]
         folder = str(store.folder.absolute())
-        tasks[unit.digest] = task(unit, folder, str(cache) if cache is not None else None, *waited, dask_key_name=_key(unit))
+        tasks[unit.digest] = task(unit, folder, str(cache) if cache is not None else None, device, *waited, dask_key_name=_key(unit))
     return tasks
 
 

@@ -16,13 +16,14 @@ from torch import nn
 
 from countermark.attacks import pgd
 from countermark.data import Dataset, Examples, Pools, known, load_ood, open_data, pixels
+from countermark.device import seeded, settle
 from countermark.evaluation import accuracy, adversarial_accuracy, predict
 from countermark.evidence import judge
 from countermark.files import make_private_folder, read_tensors, write_bytes, write_tensors
 from countermark.networks import build, describing, load, load_model, save_model
 from countermark.thieves import REMOVALS, Means, removed, stolen
 from countermark.threat import Attack
-from countermark.training import marking, recipe, train, traits
+from countermark.training import Hardware, marking, recipe, train, traits
 from countermark.watermarks import SCHEMES, Key, Materials, load_key, write_key
 
 Options = Mapping[str, Any]
@@ -38,10 +39,10 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     data, pools = options["data"], pools_of(options)
     opened = _data(data)
     given = traits(opened, pools.training)
-    config = recipe(given, options["objective"], opened.threat, seed=options["seed"], epochs=options["epochs"])
+    config = recipe(given, options["objective"], opened.threat, seed=options["seed"], epochs=options["epochs"], hardware=_hardware())
     key = _key(inputs)
     if "start" in inputs:
-        network, config = load(inputs["start"]), marking(config, given, options["objective"])
+        network, config = _load(inputs["start"]), marking(config, given, options["objective"])
     else:
         network = build(options["network"], opened.shape, opened.classes, seed=options["seed"])
         config = replace(config, embedding="epoch")
@@ -95,7 +96,7 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
         write_bytes(folder / name, hashlib.sha256(f"countermark study {name} {sorted(options.items())}".encode()).digest(), 0o600)
     attack, rules = Attack(options["epsilon"], options["steps"], options["step_size"]), SCHEMES[scheme]
     given = Materials(
-        source=load(inputs["source"]) if rules.crafted else nn.Identity(),
+        source=_load(inputs["source"]) if rules.crafted else nn.Identity(),
         bases=pools.bases,
         outside=lambda: load_ood(_data(data), options["pool_seed"], _cache()),
         attack=attack,
@@ -105,13 +106,13 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
     )
     watermarks = rules.make(given)
     key = write_key(folder, scheme, watermarks, {"data": data, "crafting": asdict(attack) if rules.crafted else None})
-    source = _tally(load(inputs["source"]), key) if "source" in inputs else None
+    source = _tally(_load(inputs["source"]), key) if "source" in inputs else None
     return {"points": [{"watermark": source}] if source is not None else []}
 
 
 def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Steal the model `victim` without its weights; the copy is asked for the victim's `watermarks`, if it has any."""
-    victim, described = load_model(inputs["victim"])
+    victim, described = load_model(inputs["victim"], device=_device())
     means = replace(_means(options, "steal"), **options["means"])
     copied, described = stolen(options["theft"], victim, described, means)
     save_model(folder, copied, described)
@@ -121,7 +122,7 @@ def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 def prune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Prune `model` at several rates; test and watermark accuracy at each, and the adversarial one where the profile asks for it."""
-    network, key, test = load(inputs["model"]), _key(inputs), every(pools_of(options).test, options["tested"])
+    network, key, test = _load(inputs["model"]), _key(inputs), every(pools_of(options).test, options["tested"])
     points, means = [], _means(options, None)
     for rate in options["rates"]:
         pruned = REMOVALS["prune"].run(network, rate, means)
@@ -140,13 +141,13 @@ def finetune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
 
     removal = REMOVALS["finetune"]
     means = _means(options, "fine-tune").given(removal.options)
-    removal.run(load(inputs["model"]), max(options["epochs"]), replace(means, after_epoch=measure))
+    removal.run(_load(inputs["model"]), max(options["epochs"]), replace(means, after_epoch=measure))
     return {"points": points}
 
 
 def remove_mark(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Removals on `model`, one after the other."""
-    network, described = load_model(inputs["model"])
+    network, described = load_model(inputs["model"], device=_device())
     network, described = removed(options["removals"], network, described, _means(options, "remove"))
     done, key, test = described.history[-1], _key(inputs), pools_of(options).test
     point = _measured(network, test, options["data"], key, options["attacked"])
@@ -163,6 +164,7 @@ def _means(options: Options, title: str | None) -> Means:
         objective=options.get("objective", "fast"),
         clamp=options["protocol"] == "clean",
         seed=options.get("seed", 0),
+        hardware=_hardware(),
         title=title,
     )
 
@@ -171,12 +173,12 @@ def ask_strangers(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Ask models that never saw the `watermarks` for them: the control that the paper lacks."""
     key = load_key(inputs["watermarks"])
     strangers = sorted(role for role in inputs if role != "watermarks")
-    return {"points": [{"stranger": role, "watermark": _tally(load(inputs[role]), key)} for role in strangers]}
+    return {"points": [{"stranger": role, "watermark": _tally(_load(inputs[role]), key)} for role in strangers]}
 
 
 def attack_budgets(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Adversarial accuracy of `model` at several budgets and steps of .01 (Table 5)."""
-    network, test = load(inputs["model"]), every(pools_of(options).test, options["examples"])
+    network, test = _load(inputs["model"]), every(pools_of(options).test, options["examples"])
     return {
         "points": [
             {"amount": [epsilon, steps], "adversarial": adversarial_accuracy(network, test, Attack(epsilon, steps, 0.01), title="attack")}
@@ -187,13 +189,12 @@ def attack_budgets(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 def draw_pictures(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Figure 6: one training image, its adversarial example, its watermarks at two budgets, crafted on `model`; kept as uint8 images."""
-    data, pools, network = options["data"], pools_of(options), load(inputs["model"])
+    data, pools, network = options["data"], pools_of(options), _load(inputs["model"])
     x, y = pixels(pools.bases.x[:1]), pools.bases.y[:1]
     images = {"training image": x}
     for title, epsilon, steps in options["crafted"]:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(options["seed"])
-            images[title] = pgd(network, x, y, epsilon=epsilon, steps=steps, step_size=0.01)
+        with seeded(_device(), options["seed"]):
+            images[title] = pgd(network, x.to(_device()), y.to(_device()), epsilon=epsilon, steps=steps, step_size=0.01).cpu()
     write_tensors(folder / "images.safetensors", {title: image[0].mul(255).round().to(torch.uint8) for title, image in images.items()})
     answers = {title: int(predict(network, image)[0]) for title, image in images.items()}
     return {"points": [], "answers": answers, "label": int(y[0]), "data": data}
@@ -204,7 +205,7 @@ def project(options: Options, inputs: Inputs, folder: Path) -> Result:
 
     The paper does not say how it projects; here everything is projected on the first two principal components of the training images.
     """
-    pools, network, count = pools_of(options), load(inputs["model"]), options["examples"]
+    pools, network, count = pools_of(options), _load(inputs["model"]), options["examples"]
     training = pools.training[:count]
     flat = pixels(training.x).flatten(1).double()
     mean = flat.mean(0)
@@ -212,9 +213,9 @@ def project(options: Options, inputs: Inputs, folder: Path) -> Result:
     plane = vectors[:, -2:].flip(1)
     plane = plane * plane.sum(0).sign()
     attack = _attack(options["data"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options["seed"])
-        attacked = pgd(network, pixels(training.x), training.y, epsilon=attack.epsilon, steps=attack.steps, step_size=attack.step_size)
+    with seeded(_device(), options["seed"]):
+        x, y = pixels(training.x.to(_device())), training.y.to(_device())
+        attacked = pgd(network, x, y, epsilon=attack.epsilon, steps=attack.steps, step_size=attack.step_size).cpu()
     sets = {"training": pixels(training.x), "adversarial training": attacked}
     sets |= {f"{role} watermarks": pixels(load_key(inputs[role]).watermarks.x[:count]) for role in sorted(inputs) if role != "model"}
     places = {title: ((x.flatten(1).double() - mean) @ plane).float() for title, x in sets.items()}
@@ -263,6 +264,26 @@ def _pools(data: str, seed: int) -> Pools:
 @functools.lru_cache(maxsize=8)
 def _data(place: str) -> Dataset:
     return open_data(place, cache=_cache())
+
+
+_DEVICE: list[str] = ["auto"]
+
+
+def use_device(name: str) -> None:
+    """Where this process computes units: `auto`, or a device by name."""
+    _DEVICE[0] = name
+
+
+def _device() -> torch.device:
+    return settle(_DEVICE[0])
+
+
+def _hardware() -> Hardware:
+    return Hardware(_DEVICE[0])
+
+
+def _load(folder: Path) -> nn.Module:
+    return load(folder, device=_device())
 
 
 _CACHE: list[Path | None] = [None]

@@ -8,7 +8,7 @@ from pathlib import Path
 from countermark import __version__
 from countermark.data import known
 from countermark.errors import CountermarkError
-from countermark.options import DataOptions, WrittenPath, verb
+from countermark.options import DataOptions, OneDeviceOptions, WrittenPath, verb
 from countermark.study.graph import Unit, code_version, environment, in_order
 from countermark.study.grid import PROFILES, Cell, Protocol, Size, grid
 from countermark.study.plan import calibrate, networks, seconds
@@ -19,7 +19,7 @@ from countermark.terminal import duration, print_lines, print_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReproduceConfig(DataOptions):
+class ReproduceConfig(DataOptions, OneDeviceOptions):
     """Run the paper's study, with the strangers that it lacks, and write a report beside its numbers."""
 
     out: WrittenPath = "study"
@@ -128,6 +128,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         workers=workers,
         scheduler=config.scheduler,
         cache=Path(config.cache).absolute() if config.cache is not None else None,
+        device=config.device,
         log=out / "study.log",
         estimates=estimates,
     )
