@@ -1,6 +1,6 @@
 """Every verb by command line, on a user's own images, network and weights.
 
-    python benchmarks/open_house.py WORK [--each 1200] [--epochs 4] [--images 100]
+    python benchmarks/open_house.py WORK [--each 1200] [--objective standard] [--images 100]
 
 WORK gets a folder of drawn colour images with dirt (7,200 and some odd ones), a module with a
 residual network, and weights of it that a plain loop trained. The story is told twice: from scratch
@@ -103,6 +103,8 @@ def _said(result: dict[str, Any]) -> str:
     """What is worth a line of a verb's result."""
     wanted = {
         "images": "images",
+        "damaged": "damaged",
+        "doubles": "doubles",
         "test_accuracy": "test",
         "adversarial_accuracy": "adversarial",
         "strict_accuracy": "strict",
@@ -127,6 +129,7 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _brief(value: Any) -> str:
+    value = len(value) if isinstance(value, list) and value and isinstance(value[0], list) else value
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
@@ -227,7 +230,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
     parser.add_argument("--each", type=int, default=1200, help="images of each of the six classes")
-    parser.add_argument("--epochs", type=int, default=4, help="of the owner's and thieves' training")
+    parser.add_argument("--objective", default="standard", help="of the model from scratch")
+    parser.add_argument("--epochs", type=int, default=4, help="of the user's own loop, and of thieves")
     parser.add_argument("--images", type=int, default=100, help="test images of strict evaluation")
     given = parser.parse_args()
     work = given.work.resolve()
@@ -235,7 +239,7 @@ def main() -> None:
     story = Story(work)
     authority = Authority(work / "authority")
     story.tell("data check", "data", "check", "photos", *DATA)
-    scratch = ["--network", NETWORK, "--epochs", given.epochs]
+    scratch = ["--network", NETWORK, "--objective", given.objective]
     tell(story, "scratch", authority, given.epochs, given.images, *scratch)
     own_weights(work, given.epochs)
     weights = ["--network", NETWORK, "--weights", "own.pt"]
