@@ -37,6 +37,7 @@ from countermark.verbs.evaluate import EvaluateConfig
 from countermark.watermarks import coin_set, craft_adversarial
 from described import described
 
+elsewhere.pretend_device()  # before any test goes backwards: autograd counts its devices once
 pgd_module = sys.modules["countermark.attacks.pgd"]  # the package has a function of that name
 ATTACK = Attack(0.1, 3, 0.05)
 PLAIN = TrainConfig("standard", None, 2, batch_size=16, hardware=Hardware("cpu", precision="32-true"))
