@@ -17,7 +17,7 @@ from chances import RISK, most
 from countermark import marking as room
 from countermark.data import Examples, open_data
 from countermark.errors import CountermarkError
-from countermark.evaluation import predict
+from countermark.evaluation import accuracy, predict
 from countermark.evidence import sign_flip_test
 from countermark.files import read_json
 from countermark.marking import Marking
@@ -329,6 +329,24 @@ def test_a_mark_that_would_not_last_is_refused(marked: tuple[Path, nn.Module], t
     with pytest.raises(CountermarkError, match=r"would not last: with 50 % of the weights pruned"):
         mark.finish(net, tmp_path / "mine")
     assert not (tmp_path / "mine").exists()
+
+
+def test_a_pruned_copy_that_nobody_could_use_does_not_count(
+    marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the weights may be too many to take; then the mark has to last as far as a copy is of use."""
+    out, net = marked
+    mark = Marking(net, BASES, key=out / "key", **SMALL)
+    clean = Examples(BASES.x[:50], predict(net, BASES.x[:50]))
+    mark.key = replace(mark.key, clean=clean)
+    ruined = network(seed=4)
+    assert accuracy(ruined, clean) < 80
+    monkeypatch.setattr(room, "prune", lambda given, rate: ruined if rate > 0.3 else given)
+    found = mark.check(net)
+    assert (found.rate, found.taken) == (0.3, True)
+    monkeypatch.setattr(room, "prune", lambda given, rate: ruined)
+    found = mark.check(net)
+    assert (found.rate, found.pruned, found.left(), found.taken) == (None, None, "", True)
 
 
 @pytest.mark.parametrize("failing", ["save_model", "commit"])

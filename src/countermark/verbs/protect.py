@@ -35,7 +35,7 @@ from countermark.files import (
     sha256,
     write_json,
 )
-from countermark.marking import Standing, commit, standing, told
+from countermark.marking import Standing, commit, standing
 from countermark.networks import describing, load_weights, open_network, place_of, save_model
 from countermark.options import AnyData, DataOptions, DeviceOptions, NewPath, ReadPath, StampOptions, verb
 from countermark.places import NetworkPlace, place_name
@@ -167,8 +167,8 @@ class Protection:
         unmarked_test_accuracy: of the source model, the same model before the mark: the control.
         unmarked_adversarial_accuracy: of the source model.
         unmarked_watermark_accuracy: agreement of the source model, which never saw a coin.
-        mark: what the answers of the marked model to its key prove, and those of a copy with half
-            of its weights pruned; none for the scheme `none`.
+        mark: what the answers of the marked model to its key prove, and those of a copy with as
+            many of its weights pruned as leave it usable; none for the scheme `none`.
         marking_epochs: epochs that the marking took, over all its rounds.
         marking_seconds: wall-clock time of the marking in this call.
         known: images of each pool that given weights had been trained on; empty without weights.
@@ -517,8 +517,8 @@ def show(result: Protection) -> None:
         print_lines(f"wrote {result.folder}: model.safetensors, model.json, metrics.json")
         return
     took = f"{result.marking_epochs} epochs of marking ({duration(result.marking_seconds)})"
-    left = "" if result.mark.pruned is None else f"; with half of the weights pruned {told(result.mark.pruned)}"
-    print_lines(f"the mark: {result.mark} after {took}{left}")
+    left = result.mark.left()
+    print_lines(f"the mark: {result.mark} after {took}" + (f"; {left}" if left else ""))
     if result.known:
         print_lines(_known_line(result))
     print_lines(
