@@ -166,7 +166,7 @@ def test_given_weights_are_marked_and_no_more(owner: Path, tmp_path: Path) -> No
     made = protect("digits", out=out, weights=given, network="small")
     assert made.mark is not None
     assert made.mark.taken
-    assert made.test_accuracy > made.unmarked_test_accuracy - 2
+    assert made.test_accuracy > made.unmarked_test_accuracy - 5  # of 300 images; docs/log.md measures it
     source = read_tensors(out / "key" / "source" / "model.safetensors", 1 << 24)[0]
     for name, value in read_tensors(given, 1 << 24)[0].items():
         assert torch.equal(source[name], value)

@@ -239,7 +239,7 @@ def gentle(config: TrainConfig, given: Traits, epochs: int | None = None) -> Tra
     """The recipe that marks given weights and leaves them as good as they were: no adversary, smaller steps.
 
     32 trials a batch at half the usual rate: 300 coins were all learned in 656 steps at no cost of
-    accuracy (docs/log.md).
+    accuracy (docs/log.md). Few images make many epochs, so the rate is lower there.
 
     Args:
         config: what `recipe` gave for the objective `standard`.
@@ -248,4 +248,4 @@ def gentle(config: TrainConfig, given: Traits, epochs: int | None = None) -> Tra
     """
     marked = marking(config, given, "standard")
     epochs = epochs or given.epochs(1500, 4, 40)
-    return replace(marked, epochs=epochs, learning_rate=0.05, watermark_batch=32, average=0.0)
+    return replace(marked, epochs=epochs, learning_rate=0.02 if given.few else 0.05, watermark_batch=32, average=0.0)
