@@ -1,19 +1,27 @@
-"""The steps of `gpu.sh`: each a command of its own, timed; what fails is reported, and the rest goes on.
+"""The steps of `gpu.sh`: commands, timed; what fails is reported, and the rest goes on.
+
+They run in one process: on a bare machine each would else import for half a minute what others have
+installed beside PyTorch. So their times are without that.
 
 At the end a model that the device made is measured on the processor as well: the same folder has to
 have the same accuracies there, and its key the same answers, up to rounding.
 """
 
+import contextlib
 import gzip
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from countermark.cli import main as main_of_ours
 
 TOTAL = float(os.environ.get("TOTAL", 340))  # seconds for everything; a step that would begin later is left out
 LONGEST = 150.0  # seconds for one step
@@ -34,11 +42,24 @@ class Steps:
 
     def run(self, name: str, *words: object, device: str | None = None, fine: tuple[int, ...] = (0,)) -> dict[str, Any]:
         """Run a command of ours with `--json`; returns what it printed, nothing if it failed."""
-        command = [sys.executable, "-m", "countermark", *map(str, words), "--device", device or self.device, "--json"]
-        return self.record(name, command, fine)
+        line = [*map(str, words), "--device", device or self.device, "--json"]
 
-    def record(self, name: str, command: list[str], fine: tuple[int, ...] = (0,)) -> dict[str, Any]:
-        """Run any command; the last line that it prints may be a JSON object."""
+        def here(seconds: float, stream: BinaryIO) -> tuple[int, bytes]:
+            said, told = io.StringIO(), io.TextIOWrapper(stream, write_through=True)
+            signal.signal(signal.SIGALRM, _too_long)
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            try:
+                with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
+                    status = main_of_ours(line)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                told.detach()
+            return status, said.getvalue().encode()
+
+        return self.record(name, here, fine)
+
+    def record(self, name: str, run: Callable[[float, BinaryIO], tuple[int, bytes]], fine: tuple[int, ...] = (0,)) -> dict[str, Any]:
+        """Run a step; the last line that it prints may be a JSON object."""
         left = TOTAL - (time.monotonic() - self.begun)
         if left <= 0:
             self.done.append({"step": name, "seconds": 0.0, "status": "left out, no time", "failed": True})
@@ -46,11 +67,7 @@ class Steps:
         begun = time.monotonic()
         log = self.out / f"{name.replace(' ', '-')}.log"
         with log.open("wb") as stream:
-            try:
-                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stream, timeout=min(left, LONGEST))
-                status, output = done.returncode, done.stdout
-            except subprocess.TimeoutExpired as error:
-                status, output = 124, error.stdout or b""
+            status, output = run(min(left, LONGEST), stream)
             stream.write(output)
         found: dict[str, Any] = {}
         lines = output.decode(errors="replace").strip().splitlines()
@@ -63,6 +80,21 @@ class Steps:
         sys.stdout.write(f"{step['seconds']:6.1f} s  {name}: {status} {summary(found)} {' '.join(words)[:300]}\n")
         sys.stdout.flush()
         return found
+
+
+def _too_long(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def tests(seconds: float, stream: BinaryIO) -> tuple[int, bytes]:
+    """The tests that want a GPU, in a process of their own."""
+    file = Path(__file__).parent.parent / "tests" / "test_gpu.py"
+    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=8", "-p", "no:cacheprovider", str(file)]
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stream, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        return 124, error.stdout or b""
+    return done.returncode, done.stdout
 
 
 def summary(found: dict[str, Any]) -> str:
@@ -136,13 +168,12 @@ def main() -> None:
     os.environ["COUNTERMARK_CACHE"] = str(work / "cache")
     steps = Steps(out, sys.argv[2])
     photos = work / "cifar10"
-    tests = Path(__file__).parent.parent / "tests" / "test_gpu.py"
-    steps.record("paths on the GPU", [sys.executable, "-m", "pytest", "-q", "--maxfail=8", "-p", "no:cacheprovider", str(tests)])
     mnist = story(steps, "mnist", ["digits" if SMALL else "mnist"], work)
     cifar = story(steps, "cifar10", [photos, "--epochs", EPOCHS], work)
     compared = [*compare(steps, "mnist", mnist), *compare(steps, "cifar10", cifar)]
     timm: list[object] = [photos, "--network", "timm:resnet18", "--objective", "standard", "--epochs", 1 if SMALL else 3]
     steps.run("timm protect", "protect", *timm, "--out", work / "models" / "timm")
+    steps.record("paths on the GPU", tests)
     import torch
 
     from countermark.device import describe
