@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.data import Dataset, Examples
-from countermark.data.dataset import Rows
+from countermark.data import Dataset, Examples, Rows
 from countermark.evaluation import accuracy, adversarial_accuracy, predict
 from countermark.guard import Guard, GuardedModel, calibrate_model
 from countermark.memory import keep_freed_memory

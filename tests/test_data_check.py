@@ -245,7 +245,7 @@ def test_every_reader_takes_a_place_of_its_own(tmp_path: Path) -> None:
 def test_a_set_of_many_images_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pools, digests and batches of a set that is too large for memory ask for a few images at a time."""
     monkeypatch.setattr(store, "_RESIDENT", 0)
-    monkeypatch.setattr("countermark.data.dataset._CHUNK", 8 * 8 * 3 * 16)
+    monkeypatch.setattr("countermark.data.examples._CHUNK", 8 * 8 * 3 * 16)
     place = class_folders(tmp_path / "photos", 2, 150)
     data = open_data(place, cache=tmp_path / "cache")
     most = []
@@ -256,7 +256,7 @@ def test_a_set_of_many_images_is_never_read_whole(tmp_path: Path, monkeypatch: p
         most.append(len(found))
         return found
 
-    monkeypatch.setattr("countermark.data.dataset.Rows.__getitem__", counted)
+    monkeypatch.setattr("countermark.data.examples.Rows.__getitem__", counted)
     pools = data.pools(0)
     assert len(pools.digests()) == 5
     pools.training.batch(torch.arange(10), torch.device("cpu"))

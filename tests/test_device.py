@@ -21,7 +21,7 @@ from countermark import device as devices
 from countermark import evaluation
 from countermark.attacks import Recording, capturable, pgd, strict
 from countermark.data import Examples, pixels
-from countermark.data.dataset import Rows
+from countermark.data.examples import Rows
 from countermark.device import batch_size, check_device, describe, seeded, settle, settle_precision
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, device_of, predict, strict_accuracy

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-import countermark.data.pools as pools_module
+import countermark.data.source as source_module
 from countermark.cli import main
 from countermark.data import Examples, known_images, open_data
 from countermark.errors import CountermarkError
@@ -198,7 +198,7 @@ def test_bases_are_taken_from_what_given_weights_did_not_know(owner: Path, tmp_p
     data = open_data("digits")
     seen = data.train[torch.arange(900)]
     monkeypatch.setattr(
-        pools_module, "open_data", lambda place, **_options: replace(data, train=seen, test=seen[:10]) if place == "then" else data
+        source_module, "open_data", lambda place, **_options: replace(data, train=seen, test=seen[:10]) if place == "then" else data
     )
     mark_shortly(monkeypatch, room, 1)
     monkeypatch.setattr(room, "gentle", lambda config, *_more, **_options: replace(config, epochs=1))

@@ -24,14 +24,13 @@ from enum import Enum
 from numbers import Integral, Real
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
 from typing_extensions import Doc
 
 from countermark.device import check_device
 from countermark.errors import CountermarkError, choose
 from countermark.places import (
-    DataPlace,
     Layout,
     NetworkPlace,
     Pixels,
@@ -43,6 +42,11 @@ from countermark.places import (
 )
 from countermark.text import brief
 from countermark.threat import budget
+
+if TYPE_CHECKING:
+    from countermark.data import DataPlace
+else:  # torch is heavy
+    DataPlace = str | Path | object
 
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+ *: *[ -~\xa0-\xff]*")
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from countermark.errors import CountermarkError
@@ -14,22 +14,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from countermark.data import Dataset
-
-    class Items(Protocol):
-        """Arrays, or a data set of pairs; see `open_data`."""
-
-        def __len__(self) -> int: ...
-
-        def __getitem__(self, index: Any, /) -> Any: ...
-
     SuspectPlace = str | Path | Callable[[torch.Tensor], torch.Tensor]
     NetworkPlace = str | nn.Module | Callable[..., nn.Module]
-    DataPlace: TypeAlias = "str | Path | Dataset | Items"
 else:  # torch is heavy
     SuspectPlace = str | Path | Callable[..., Any]
     NetworkPlace = str | Callable[..., Any]
-    DataPlace = str | Path | object
 
 Pixels = Literal["float", "uint8"]
 """What a suspect takes: pixels of [0, 1], or bytes."""

@@ -103,6 +103,17 @@ GREY = Threat(0.15, 15, 0.01, 0.3)
 """Fashion-MNIST's in Thakkar, Zizzo and Maffeis (2023), for grey images of which nothing else is known."""
 
 
+def default_threat(shape: tuple[int, int, int]) -> Threat:
+    """The threat to images of which only the shape is known.
+
+    Raises:
+        CountermarkError: they are neither grey nor coloured.
+    """
+    if shape[0] not in (1, 3):
+        raise CountermarkError(f"images have 1 channel (grey) or 3 (colour), not {shape[0]}")
+    return GREY if shape[0] == 1 else COLOUR
+
+
 def budget(text: str | float) -> float:
     """A budget in pixels, out of a number or a fraction.
 

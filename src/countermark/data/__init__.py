@@ -8,32 +8,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from countermark.data.cache import cache_folder
-from countermark.data.fetch import fetch, is_cached
-from countermark.data.known import KNOWN, Known, default_threat, known
+from countermark.data.known import KNOWN, fetch, is_cached, known
+from countermark.data.row import Known
+from countermark.threat import default_threat
 
 if TYPE_CHECKING:
-    from countermark.data.dataset import Dataset, Examples, Rows, as_uint8, pixels
-    from countermark.data.pools import Pools, known_images, load_ood, load_pools
-    from countermark.data.source import load_examples, open_data
+    from countermark.data.dataset import Dataset
+    from countermark.data.examples import Examples, Rows, as_uint8, pixels
+    from countermark.data.pools import Pools
+    from countermark.data.source import DataPlace, known_images, load_examples, load_ood, load_pools, open_data
     from countermark.data.store import by_digest
 
 _HOMES = {
+    "DataPlace": "source",
     "Dataset": "dataset",
-    "Examples": "dataset",
-    "Rows": "dataset",
-    "as_uint8": "dataset",
-    "by_digest": "store",
-    "load_examples": "source",
-    "open_data": "source",
-    "pixels": "dataset",
+    "Examples": "examples",
     "Pools": "pools",
-    "known_images": "pools",
-    "load_ood": "pools",
-    "load_pools": "pools",
+    "Rows": "examples",
+    "as_uint8": "examples",
+    "by_digest": "store",
+    "known_images": "source",
+    "load_examples": "source",
+    "load_ood": "source",
+    "load_pools": "source",
+    "open_data": "source",
+    "pixels": "examples",
 }
 
 __all__ = [
     "KNOWN",
+    "DataPlace",
     "Dataset",
     "Examples",
     "Known",

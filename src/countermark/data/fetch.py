@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pooch
 
 from countermark.data.cache import FullError, cache_folder, cannot_keep, copy_stream
-from countermark.data.known import Known, known
 from countermark.data.packages import Package
+from countermark.data.row import Known
 from countermark.errors import CountermarkError
 
 if TYPE_CHECKING:
@@ -48,46 +48,26 @@ class Source:
     mandatory: bool = False
 
 
-def fetch(name: str, source: str | Path | None = None, cache: str | Path | None = None) -> Path:
-    """Make sure that the files of a data set are in the cache.
-
-    Args:
-        name: of a data set that is known and has files; `digits` needs none.
-        source: a folder with the files (plain or .gz), or the file where the data set has one, to
-            take them from instead of all other sources.
-        cache: where to keep them; default `cache_folder()`.
-
-    Returns:
-        The folder of the data set, with its files.
-
-    Raises:
-        CountermarkError: no source has the files, or a file has the wrong SHA-256; no half file stays behind.
-    """
+def fetch_files(row: Known, source: Path | None = None, cache: Path | None = None) -> Path:
+    """Make sure that the files of a data set are in the cache; see `known.fetch`."""
     from countermark.terminal import bar  # with rich, which no help needs
 
-    row = known(name)
-    folder = (Path(cache) if cache else cache_folder()) / name
+    folder = (cache or cache_folder()) / row.name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_keep(folder, error.strerror) from error
     pooch.get_logger().setLevel("WARNING")  # our bar says what is fetched
     with ExitStack() as stack:
-        sources = list(_sources(row, Path(source) if source else None, stack))
+        sources = list(_sources(row, source, stack))
         missing = [file for file, digest in row.files.items() if source is not None or not _cached(folder / file, digest)]
         writable = os.access(folder, os.W_OK | os.X_OK)
         if not writable and not all(_cached(folder / file, row.files[file]) for file in missing):
             raise cannot_keep(folder, "it cannot be written")
-        progress = stack.enter_context(bar(f"fetching {name}", len(missing))) if missing else None
+        progress = stack.enter_context(bar(f"fetching {row.name}", len(missing))) if missing else None
         for file in missing:
             _fetch_file(folder, file, row.files[file], sources, progress)
     return folder
-
-
-def is_cached(name: str, cache: str | Path | None = None) -> bool:
-    """Whether all files of a data set are in the cache already."""
-    found = ((Path(cache) if cache else cache_folder()) / name / file for file in known(name).files)
-    return all(os.path.isfile(path) for path in found)  # noqa: PTH113 (it says no where it may not look)
 
 
 def _cached(path: Path, digest: str) -> bool:

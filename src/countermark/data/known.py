@@ -1,81 +1,20 @@
 """The data sets that are known by name, one row each: files, class names, threat, pools.
 
 The budgets of MNIST and Fashion-MNIST are those of Thakkar, Zizzo and Maffeis (2023), Table 6;
-those of `digits` are ours. What is not known by name gets defaults by kind of image.
+those of `digits` are ours. What is not known by name gets `threat.default_threat`.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from countermark.data import originals, packages
+from countermark.data.cache import cache_folder
+from countermark.data.fetch import fetch_files
 from countermark.data.originals import TEST_IMAGES, TEST_LABELS, TRAIN_IMAGES, TRAIN_LABELS
-from countermark.data.packages import Package
-from countermark.errors import CountermarkError, choose
+from countermark.data.row import Known
+from countermark.errors import choose
 from countermark.threat import COLOUR, GREY, Threat
-
-if TYPE_CHECKING:
-    from countermark.data.dataset import Examples
-
-Shape = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is fixed about a data set that is known by name.
-
-    Attributes:
-        name: the name used everywhere.
-        shape: one image, `(channels, height, width)`.
-        class_names: names of the classes, in the order of the labels.
-        threat: budgets, and the PGD of the evaluation.
-        ood: the data set whose images serve as out-of-distribution watermarks; none for its
-            own images, turned by 90 degrees.
-        pools: number of examples of the pools that are cut out of the training examples;
-            `training` takes the rest. None for the proportions that any data has.
-        train: examples that the pools are cut out of.
-        test: examples of the test pool.
-        batches: batches of a key, one for each later dispute.
-        batch_size: trials in a batch.
-        ink: its pixels are nearly black or nearly white.
-        mirror: left and right mean nothing in its images.
-        shift: pixels of border that mean nothing.
-        files: SHA-256 of the files by name, as they are kept; empty for sets that come with a library.
-        largest: bytes of the largest of them, or a little more.
-        mirrors: addresses that the names of the files are put behind.
-        packed: whether mirrors have the files compressed, as NAME.gz.
-        system: where the system may have a copy.
-        package: a package that holds them.
-        read: reads the training and the test examples, and fetches the files where they are missing.
-    """
-
-    name: str
-    shape: Shape
-    class_names: tuple[str, ...]
-    threat: Threat
-    ood: str | None = None
-    pools: Mapping[str, int] | None = None
-    train: int = 60_000
-    test: int = 10_000
-    batches: int = 2
-    batch_size: int = 200
-    ink: bool = False
-    mirror: bool = False
-    shift: int = 0
-    files: Mapping[str, str] = field(default_factory=dict)
-    largest: int = 1 << 26
-    mirrors: tuple[str, ...] = ()
-    packed: bool = True
-    system: Path | None = None
-    package: Package | None = None
-    read: Callable[["Known", Path | None], tuple["Examples", "Examples"]] = originals.read_idx
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
-
 
 _DIGITS = tuple("0123456789")
 _CLOTHES = (
@@ -100,6 +39,7 @@ KNOWN: Mapping[str, Known] = {
             shape=(1, 28, 28),
             class_names=_DIGITS,
             threat=Threat(0.25, 25, 0.01, 0.4),
+            read=originals.read_idx,
             batch_size=400,
             ood="fashion_mnist",
             pools=_IDX_POOLS,
@@ -122,6 +62,7 @@ KNOWN: Mapping[str, Known] = {
             shape=(1, 28, 28),
             class_names=_CLOTHES,
             threat=GREY,
+            read=originals.read_idx,
             ood="mnist",
             pools=_IDX_POOLS,
             mirror=True,
@@ -146,11 +87,11 @@ KNOWN: Mapping[str, Known] = {
             shape=(1, 8, 8),
             class_names=_DIGITS,
             threat=Threat(0.1, 10, 0.025, 0.25),
+            read=originals.read_digits,
             pools={"validation": 60, "bases": 220, "thief": 280},
             train=1497,
             test=300,
             batch_size=80,
-            read=originals.read_digits,
         ),
         # The archive of binary files, which holds no pickles.
         Known(
@@ -158,6 +99,7 @@ KNOWN: Mapping[str, Known] = {
             shape=(3, 32, 32),
             class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
             threat=COLOUR,
+            read=originals.read_cifar,
             pools={"validation": 1000, "bases": 1500, "thief": 10_000},
             train=50_000,
             mirror=True,
@@ -166,7 +108,6 @@ KNOWN: Mapping[str, Known] = {
             largest=170_052_171,
             mirrors=("https://www.cs.toronto.edu/~kriz/",),
             packed=False,
-            read=originals.read_cifar,
         ),
     )
 }
@@ -182,12 +123,25 @@ def known(name: str) -> Known:
     return KNOWN[name]
 
 
-def default_threat(shape: Shape) -> Threat:
-    """The threat to images of which only the shape is known.
+def fetch(name: str, source: str | Path | None = None, cache: str | Path | None = None) -> Path:
+    """Make sure that the files of a data set are in the cache.
+
+    Args:
+        name: of a data set that is known and has files; `digits` needs none.
+        source: a folder with the files (plain or .gz), or the file where the data set has one, to
+            take them from instead of all other sources.
+        cache: where to keep them; default `cache_folder()`.
+
+    Returns:
+        The folder of the data set, with its files.
 
     Raises:
-        CountermarkError: they are neither grey nor coloured.
+        CountermarkError: no source has the files, or a file has the wrong SHA-256; no half file stays behind.
     """
-    if shape[0] not in (1, 3):
-        raise CountermarkError(f"images have 1 channel (grey) or 3 (colour), not {shape[0]}")
-    return GREY if shape[0] == 1 else COLOUR
+    return fetch_files(known(name), Path(source) if source else None, Path(cache) if cache else None)
+
+
+def is_cached(name: str, cache: str | Path | None = None) -> bool:
+    """Whether all files of a data set are in the cache already."""
+    found = ((Path(cache) if cache else cache_folder()) / name / file for file in known(name).files)
+    return all(os.path.isfile(path) for path in found)  # noqa: PTH113 (it says no where it may not look)

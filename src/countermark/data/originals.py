@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from countermark.errors import CountermarkError
 
 if TYPE_CHECKING:
-    from countermark.data.dataset import Examples
-    from countermark.data.known import Known
+    from countermark.data.examples import Examples
     from countermark.data.reading import Item
+    from countermark.data.row import Known
 
 TRAIN_IMAGES = "train-images-idx3-ubyte"
 TRAIN_LABELS = "train-labels-idx1-ubyte"
@@ -41,12 +41,12 @@ def read_idx(row: "Known", cache: Path | None) -> tuple["Examples", "Examples"]:
     """
     import torch
 
-    from countermark.data.dataset import Examples
-    from countermark.data.fetch import fetch
+    from countermark.data.examples import Examples
+    from countermark.data.fetch import fetch_files
     from countermark.data.idx import parse_idx
     from countermark.files import read_bytes
 
-    folder = fetch(row.name, cache=cache)
+    folder = fetch_files(row, cache=cache)
 
     def part(images: str, labels: str) -> Examples:
         x = torch.from_numpy(parse_idx(read_bytes(folder / images, _IDX_LIMIT), 3, images).copy()).unsqueeze(1)
@@ -66,7 +66,7 @@ def read_digits(row: "Known", cache: Path | None) -> tuple["Examples", "Examples
     """
     import torch
 
-    from countermark.data.dataset import Examples
+    from countermark.data.examples import Examples
 
     try:
         from sklearn.datasets import load_digits
@@ -85,11 +85,11 @@ def read_cifar(row: "Known", cache: Path | None) -> tuple["Examples", "Examples"
     Raises:
         CountermarkError: it cannot be fetched, or does not fit.
     """
-    from countermark.data.fetch import fetch
+    from countermark.data.fetch import fetch_files
     from countermark.data.reading import Listing, file_state
     from countermark.data.store import stored
 
-    archive = fetch(row.name, cache=cache) / CIFAR_ARCHIVE
+    archive = fetch_files(row, cache=cache) / CIFAR_ARCHIVE
     items, count = _cifar_items(archive, row.classes), _CIFAR_IMAGES * len(_CIFAR_FILES)
     data = stored(Listing(row.name, row.class_names, items, count, file_state([archive])), size=None, skip_damaged=False, cache=cache)
     return data.train, data.test

@@ -7,15 +7,11 @@ permutation; the test pool is the test part. Equal images never fall into two po
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from countermark.data.dataset import Dataset, Examples
-from countermark.data.source import open_data
+from countermark.data.examples import Examples
 from countermark.errors import CountermarkError
-from countermark.named_code import is_code
-from countermark.places import DataPlace
 
 POOLS = ("training", "validation", "bases", "thief", "test")
 _HELD_OUT = ("validation", "bases", "thief")
@@ -57,21 +53,32 @@ def sizes(count: int) -> dict[str, int]:
     return {"validation": min(2000, max(60, count // 25), count // 10), "bases": bases, "thief": count * 11 // 60}
 
 
-def cut(data: Dataset, seed: int, known: torch.Tensor | None = None) -> Pools:
-    """Cut a data set into its pools.
+def cut(
+    train: Examples,
+    test: Examples,
+    seed: int,
+    known: torch.Tensor | None = None,
+    *,
+    wanted: Mapping[str, int] | None = None,
+    by_content: bool = True,
+) -> Pools:
+    """Cut the examples of a data set into its pools.
 
     Args:
-        data: the data set.
+        train: what all pools but the test pool are cut out of.
+        test: the test pool.
         seed: seed of the permutation.
         known: bool `(n,)`, which training examples given weights were trained on; the pools that
             are held out are taken from the others first.
+        wanted: examples of the pools that are held out; default `sizes`.
+        by_content: equal images never fall into two pools.
 
     Raises:
         CountermarkError: there is too little of it.
     """
-    wanted = data.pool_sizes or sizes(len(data.train))
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
-    content = _contents(data)
+    wanted = wanted or sizes(len(train))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    content = _contents(train, test) if by_content else torch.arange(len(train))
     order = order[content[order] >= 0]
     first = _first_of_each(content[order])
     candidates = order[first]
@@ -89,16 +96,13 @@ def cut(data: Dataset, seed: int, known: torch.Tensor | None = None) -> Pools:
     held_out = torch.cat([content[chosen] for chosen in pools.values()])
     pools["training"] = order[~torch.isin(content[order], held_out)]
     counts = {} if known is None else {name: int(known[chosen].sum()) for name, chosen in pools.items()}
-    return Pools(test=data.test, known=counts, **{name: data.train[chosen] for name, chosen in pools.items()})
+    return Pools(test=test, known=counts, **{name: train[chosen] for name, chosen in pools.items()})
 
 
-def _contents(data: Dataset) -> torch.Tensor:
+def _contents(train: Examples, test: Examples) -> torch.Tensor:
     """A number for each training image, the same for equal images and -1 for those that are test images as well."""
-    if not data.by_content:
-        return torch.arange(len(data.train))
-    numbers = data.train.contents()
-    found, position = torch.unique(numbers, return_inverse=True)
-    return torch.where(torch.isin(found, data.test.contents())[position], -1, position)
+    found, position = torch.unique(train.contents(), return_inverse=True)
+    return torch.where(torch.isin(found, test.contents())[position], -1, position)
 
 
 def _first_of_each(numbers: torch.Tensor) -> torch.Tensor:
@@ -107,53 +111,3 @@ def _first_of_each(numbers: torch.Tensor) -> torch.Tensor:
     first = torch.full((int(inverse.max()) + 1 if len(inverse) else 0,), len(numbers))
     first.scatter_reduce_(0, inverse, torch.arange(len(numbers)), "amin")
     return first.sort().values
-
-
-def known_images(data: Dataset, trained_on: DataPlace | None, *, cache: str | Path | None = None) -> torch.Tensor:
-    """Which training images given weights had been trained on, bool `(n,)`.
-
-    Args:
-        data: the data set.
-        trained_on: place of the images that they were trained on, test part and all: a name, a
-            folder or a file. None or an empty place: the training part of `data`, without the
-            images that came as its validation part.
-        cache: folder of fetched and converted data.
-
-    Raises:
-        CountermarkError: that place cannot be opened, has images of another shape, or is code,
-            which a model folder would have later verbs run.
-    """
-    if not trained_on:
-        return torch.arange(len(data.train)) < data.parts.get("train", len(data.train))
-    if isinstance(trained_on, str) and is_code(trained_on) and not Path(trained_on).exists():
-        raise CountermarkError(
-            f"weights that were trained on {trained_on} need its images as a folder or a file: later verbs open "
-            "them because the model folder says so, and no code is run for that reason; save them as a .npz file"
-        )
-    other = open_data(trained_on, size=data.size, skip_damaged=data.skip_damaged, cache=cache)
-    if other.shape != data.shape:
-        raise CountermarkError(f"{other.place} has images of shape {other.shape}, the data of {data.shape}: such images cannot be compared")
-    seen = torch.cat((other.train.contents(), other.test.contents()))
-    return torch.isin(data.train.contents(), seen)
-
-
-def load_pools(name: str, seed: int, cache: str | Path | None = None) -> Pools:
-    """Open the data set at a place and cut it into its pools by `seed`.
-
-    Raises:
-        CountermarkError: see `open_data` and `cut`.
-    """
-    return open_data(name, cache=cache).pools(seed)
-
-
-def load_ood(data: Dataset, seed: int, cache: str | Path | None = None) -> Examples:
-    """Return the examples that are out of distribution for a data set, with their own labels.
-
-    They are the watermark bases of another data set where one is known, or the own bases turned by
-    90 degrees.
-    """
-    if data.ood is not None and data.ood != data.place:
-        return open_data(data.ood, cache=cache).pools(seed).bases
-    bases = data.pools(seed).bases.read()
-    turned = torch.rot90(bases.x, dims=(2, 3)).contiguous()
-    return Examples(turned, bases.y)

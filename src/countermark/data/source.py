@@ -8,14 +8,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from countermark.data.arrays import list_npz
-from countermark.data.dataset import Dataset, Examples
+from countermark.data.dataset import Dataset
+from countermark.data.examples import Examples
 from countermark.data.folder import list_folder
 from countermark.data.known import KNOWN, known
 from countermark.data.objects import list_object
 from countermark.data.parquet import list_parquet, parquet_files
+from countermark.data.pools import Pools
 from countermark.data.reading import Found, Listing
 from countermark.data.store import bring_in
 from countermark.errors import CountermarkError, nearest
@@ -23,6 +27,18 @@ from countermark.named_code import called, imported, is_code
 from countermark.text import brief
 
 _LARGEST = 4096  # side of the squares that images are brought to
+
+
+class Items(Protocol):
+    """Arrays, or a data set of pairs; see `open_data`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+DataPlace = str | Path | Dataset | Items
+"""What `open_data` takes."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +125,56 @@ def load_examples(name: str, cache: str | Path | None = None) -> tuple[Examples,
     """Return the training and test examples at a place; see `open_data`."""
     data = open_data(name, cache=cache)
     return data.train, data.test
+
+
+def known_images(data: Dataset, trained_on: DataPlace | None, *, cache: str | Path | None = None) -> torch.Tensor:
+    """Which training images given weights had been trained on, bool `(n,)`.
+
+    Args:
+        data: the data set.
+        trained_on: place of the images that they were trained on, test part and all: a name, a
+            folder or a file. None or an empty place: the training part of `data`, without the
+            images that came as its validation part.
+        cache: folder of fetched and converted data.
+
+    Raises:
+        CountermarkError: that place cannot be opened, has images of another shape, or is code,
+            which a model folder would have later verbs run.
+    """
+    if not trained_on:
+        return torch.arange(len(data.train)) < data.parts.get("train", len(data.train))
+    if isinstance(trained_on, str) and is_code(trained_on) and not Path(trained_on).exists():
+        raise CountermarkError(
+            f"weights that were trained on {trained_on} need its images as a folder or a file: later verbs open "
+            "them because the model folder says so, and no code is run for that reason; save them as a .npz file"
+        )
+    other = open_data(trained_on, size=data.size, skip_damaged=data.skip_damaged, cache=cache)
+    if other.shape != data.shape:
+        raise CountermarkError(f"{other.place} has images of shape {other.shape}, the data of {data.shape}: such images cannot be compared")
+    seen = torch.cat((other.train.contents(), other.test.contents()))
+    return torch.isin(data.train.contents(), seen)
+
+
+def load_pools(name: str, seed: int, cache: str | Path | None = None) -> Pools:
+    """Open the data set at a place and cut it into its pools by `seed`.
+
+    Raises:
+        CountermarkError: see `open_data` and `pools.cut`.
+    """
+    return open_data(name, cache=cache).pools(seed)
+
+
+def load_ood(data: Dataset, seed: int, cache: str | Path | None = None) -> Examples:
+    """Return the examples that are out of distribution for a data set, with their own labels.
+
+    They are the watermark bases of another data set where one is known, or the own bases turned by
+    90 degrees.
+    """
+    if data.ood is not None and data.ood != data.place:
+        return open_data(data.ood, cache=cache).pools(seed).bases
+    bases = data.pools(seed).bases.read()
+    turned = torch.rot90(bases.x, dims=(2, 3)).contiguous()
+    return Examples(turned, bases.y)
 
 
 def _known(place: str | Path, options: Options) -> tuple[Found, Dataset | None]:

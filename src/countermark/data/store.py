@@ -24,12 +24,13 @@ import numpy as np
 import torch
 
 from countermark.data.cache import cache_folder, cannot_keep
-from countermark.data.dataset import Dataset, Examples, Rows
+from countermark.data.dataset import Dataset
+from countermark.data.examples import Examples, Rows
 from countermark.data.images import Array, Decoded
-from countermark.data.known import default_threat
 from countermark.data.reading import PARTS, Found, Listing, Tally, count_doubles, decoded
 from countermark.errors import CountermarkError
 from countermark.files import FolderBusyError, canonical_json, locked, read_json, read_tensors, sha256, write_json, write_tensors
+from countermark.threat import default_threat
 
 _SET_FORMAT = "countermark images 1"
 _PLACE_FORMAT = "countermark place 1"

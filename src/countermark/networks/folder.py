@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.data import KNOWN, Dataset, Pools, by_digest, known, known_images, open_data
+from countermark.data import KNOWN, DataPlace, Dataset, Pools, by_digest, known, known_images, open_data
 from countermark.errors import CountermarkError
 from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.named_code import is_code
 from countermark.networks.cleaners import behind
 from countermark.networks.named import NETWORKS, build
 from countermark.networks.source import Network, open_network
-from countermark.places import DataPlace
 from countermark.text import brief
 from countermark.threat import Threat
 
