@@ -16,6 +16,8 @@ imported when it is first used, so importing the package is quick.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from countermark.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from countermark.data import Examples as Examples
     from countermark.data import open_data as open_data
@@ -46,8 +48,6 @@ if TYPE_CHECKING:
     from countermark.verbs.steal import steal as steal
     from countermark.verbs.trace import trace as trace
     from countermark.verbs.verify import verify as verify
-
-__version__ = "0.1.0"
 
 _PUBLIC = {
     "CountermarkError": "errors.CountermarkError",

@@ -25,12 +25,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
-from countermark import __version__
 from countermark.errors import CountermarkError, nearest
 from countermark.memory import keep_freed_memory
 from countermark.options import VerbConfig, option, required, takes_several, wrong
 from countermark.text import brief, complain, visible
 from countermark.threat import budget
+from countermark.version import __version__
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry

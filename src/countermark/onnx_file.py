@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark import __version__
 from countermark.attacks import ask, finite
 from countermark.data import pixels
 from countermark.device import batch_size
@@ -26,6 +25,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import evaluating
 from countermark.files import sha256, write_bytes
 from countermark.text import brief
+from countermark.version import __version__
 
 Shape = tuple[int, int, int]
 

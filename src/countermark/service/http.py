@@ -20,12 +20,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from countermark import __version__
 from countermark.data import as_uint8
 from countermark.errors import CountermarkError
 from countermark.guard.requests import check_request, image_hashes
 from countermark.service.clients import Client, Clients
 from countermark.service.engine import BusyError, Engine
+from countermark.version import __version__
 
 _KINDS = {"UINT8": 255, "FP32": 1, "FP64": 1}
 """Datatypes of a tensor, each with the value of a white pixel."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from countermark import __version__
 from countermark.claims import Check, Claim, Finding, Judgement, Rival, judge_claim, page, read_claim, sentence, suspect_identity
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
@@ -17,6 +16,7 @@ from countermark.options import ReadPath, SuspectOptions, WrittenPath, verb
 from countermark.terminal import print_lines
 from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
 from countermark.verbs.asking import Answers, ask, asked_how, doubts
+from countermark.version import __version__
 
 JUDGEMENT_FORMAT = "countermark judgement 2"
 _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from countermark import __version__
 from countermark.claims import Claim, commitment_faults, open_batch, suspect_identity, write_claim
 from countermark.claims.record import ANSWERS_FORMAT
 from countermark.errors import CountermarkError
@@ -17,6 +16,7 @@ from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions,
 from countermark.terminal import p_value, print_lines, print_table
 from countermark.timestamps import decode_token, load_roots, timestamping
 from countermark.verbs.asking import Answers, ask, asked_how, doubts
+from countermark.version import __version__
 from countermark.watermarks import Key, load_key, load_secret, sign
 
 SPENT_FORMAT = "countermark spent 1"

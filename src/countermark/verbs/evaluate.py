@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from countermark import __version__
 from countermark.attacks.strict import ENSEMBLE
 from countermark.data import cache_folder
 from countermark.device import describe, settle
@@ -26,6 +25,7 @@ from countermark.files import canonical_json, read_json, sha256
 from countermark.networks import load_model, open_declared
 from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, verb
 from countermark.terminal import percent, print_lines, print_table
+from countermark.version import __version__
 from countermark.watermarks import load_key
 
 

@@ -5,7 +5,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from countermark import __version__
 from countermark.data import known
 from countermark.errors import CountermarkError
 from countermark.options import DataOptions, OneDeviceOptions, WrittenPath, verb
@@ -16,6 +15,7 @@ from countermark.study.report import write_report
 from countermark.study.run import default_workers, run
 from countermark.study.store import Store
 from countermark.terminal import duration, print_lines, print_table
+from countermark.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
