@@ -260,7 +260,7 @@ def test_tables_are_printed_without_json(owner: Path, capsys: pytest.CaptureFixt
 
 BAD = {
     "unknown data": ["protect", "--data", "cifar", "--out", "{new}"],
-    "unknown network": ["protect", "--data", "digits", "--network", "resnet", "--out", "{new}"],
+    "unknown network": ["protect", "--data", "digits", "--network", "resnot", "--out", "{new}"],
     "unknown scheme": ["protect", "--data", "digits", "--scheme", "magic", "--out", "{new}"],
     "unknown objective": ["protect", "--data", "digits", "--objective", "magic", "--out", "{new}"],
     "unknown embedding": ["protect", "--data", "digits", "--embedding", "magic", "--out", "{new}"],

@@ -39,7 +39,7 @@ def test_every_network_of_ours_is_exported(tmp_path: Path, name: str, shape: tup
     network, path = lived_in(build(name, shape, 7, seed=1)).train(), tmp_path / "mine.onnx"
     found = export_model(network, shape, path, class_names=[f"class {number}" for number in range(7)])
     assert network.training
-    assert (found.compared_on, found.images, found.labels_differ, found.opset) == ("noise", 256, 0, 17)
+    assert (found.compared_on, found.images, found.labels_differ, found.opset) == ("images of noise", 256, 0, 17)
     assert found.bytes == path.stat().st_size
     assert list(tmp_path.iterdir()) == [path]  # one file
     for count in (1, 2, 5, 33):
@@ -191,7 +191,7 @@ def test_a_model_of_the_users_own_is_exported(tmp_path: Path) -> None:
     with pytest.raises(CountermarkError, match="imported only if you name it"):
         countermark.export(folder, out=tmp_path / "mine.onnx")
     found = countermark.export(folder, out=tmp_path / "mine.onnx", network=lambda: Residual(["after"], 1, "mean"))
-    assert found.compared_on == "noise"  # the digits have ten classes, the model has five
+    assert found.compared_on == "images of noise"  # the digits have ten classes, the model has five
     x = torch.rand(3, 1, 8, 8)
     torch.testing.assert_close(answers(tmp_path / "mine.onnx", x), network(x), rtol=1e-3, atol=1e-5)
 

@@ -111,7 +111,7 @@ def said(error: BaseException) -> str:
     """
     words = sentence(str(error))
     trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
+    while trace is not None and trace.tb_next is not None and not trace.tb_next.tb_frame.f_code.co_filename.startswith("<"):
         trace = trace.tb_next
     where = f" ({Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno})" if trace is not None else ""
     return f"{type(error).__name__}{': ' if words else ''}{words}{where}"

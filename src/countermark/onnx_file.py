@@ -49,7 +49,7 @@ class Exported:
         bytes: its size.
         opset: the version of ONNX's operators that it is written in.
         images: how many images both were asked about.
-        compared_on: what these were: `test images` or `noise`.
+        compared_on: what these were: `test images` or `images of noise`.
         labels_differ: images that the two give different labels; logits so close to a tie that
             rounding decides.
         largest_difference: of a logit.
@@ -108,7 +108,7 @@ def export_model(
     model = _traced(plain, shape)
     _state(model, shape, class_names)
     data: bytes = model.SerializeToString()
-    asked, compared_on = (torch.rand(_NOISE, *shape, generator=torch.Generator().manual_seed(0)), "noise")
+    asked, compared_on = (torch.rand(_NOISE, *shape, generator=torch.Generator().manual_seed(0)), "images of noise")
     if images is not None and len(images):
         asked, compared_on = images, "test images"
     differ, largest = _compared(plain, data, asked)

@@ -313,7 +313,11 @@ def verb(
     def made(work: Callable[[_Config], _Result]) -> Callable[_Given, _Result]:
         @functools.wraps(work)
         def function(*arguments: _Given.args, **options: _Given.kwargs) -> _Result:
-            placed = config(*arguments, **options).placed()
+            try:
+                given = config(*arguments, **options)
+            except TypeError as error:  # in the words of the function that was called
+                raise TypeError(str(error).replace(f"{config.__name__}.__init__()", f"{work.__name__}()")) from None
+            placed = given.placed()
             with _live():
                 return work(placed)
 

@@ -10,6 +10,7 @@ from countermark.errors import CountermarkError
 from countermark.text import brief
 
 _WATERMARKS = 2.0  # budgets of an attacker that a watermark may use, where nothing else is said
+_ROUNDING = 1e-6  # in 255ths of a pixel
 _MOST = 0.9  # pixels; beyond it nothing of an image is left
 
 
@@ -112,6 +113,18 @@ def default_threat(shape: tuple[int, int, int]) -> Threat:
     if shape[0] not in (1, 3):
         raise CountermarkError(f"images have 1 channel (grey) or 3 (colour), not {shape[0]}")
     return GREY if shape[0] == 1 else COLOUR
+
+
+def shown(epsilon: float) -> str:
+    """A budget as people write it: a short number, or 255ths of a pixel.
+
+    Example:
+        >>> shown(0.25), shown(8 / 255)
+        ('0.25', '8/255')
+    """
+    steps = 255 * epsilon
+    short = f"{epsilon:g}"
+    return short if float(short) == epsilon or abs(steps - round(steps)) > _ROUNDING else f"{round(steps)}/255"
 
 
 def budget(text: str | float) -> float:

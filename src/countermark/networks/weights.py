@@ -4,6 +4,7 @@ A `.pt` of the user's own is read with `weights_only=True`, which builds tensors
 runs no code. A suspect's file never comes here.
 """
 
+import errno
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
@@ -87,6 +88,8 @@ def _read(path: Path) -> Tensors:
             ) from error
         raise CountermarkError(f"{path} is truncated, damaged or of another format; save it anew") from error
     except OSError as error:
+        if error.errno == errno.EINVAL:  # the archive's directory points beyond its end
+            raise CountermarkError(f"{path} is truncated, damaged or of another format; save it anew") from error
         raise CountermarkError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from error
     except Exception as error:
         if "TorchScript" in str(error):

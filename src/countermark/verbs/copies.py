@@ -12,6 +12,7 @@ from countermark.evaluation import accuracy, adversarial_accuracy, device_of
 from countermark.files import write_json
 from countermark.networks import Description, save_model
 from countermark.terminal import percent, print_lines, print_table
+from countermark.threat import shown
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def write_copy(work: Path, out: Path, network: nn.Module, description: Descripti
 
 def show(result: Copy) -> None:
     """Print the accuracies of a copy."""
-    columns = ("", "test accuracy", f"adversarial accuracy at {result.epsilon:g}")
+    columns = ("", "test accuracy", f"adversarial accuracy at {shown(result.epsilon)}")
     print_table(
         f"{result.folder} ({result.seconds:.0f} s)",
         columns,

@@ -25,6 +25,7 @@ from countermark.files import canonical_json, read_json, sha256
 from countermark.networks import load_model, open_declared
 from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, verb
 from countermark.terminal import percent, print_lines, print_table
+from countermark.threat import shown
 from countermark.version import __version__
 from countermark.watermarks import load_key
 
@@ -163,7 +164,7 @@ def _kept_in(cache: str | Path | None, name: str) -> Path | None:
 
 def show(result: Evaluation) -> None:
     """Print the accuracies."""
-    attack = f"PGD {result.steps} x {result.step_size:g} at {result.epsilon:g}" + (
+    attack = f"PGD {result.steps} x {shown(result.step_size)} at {shown(result.epsilon)}" + (
         f", {result.restarts} runs" if result.restarts > 1 else ""
     )
     print_table(
@@ -189,7 +190,7 @@ def _show_strict(result: Evaluation, found: StrictAccuracy) -> None:
         blind = [attack.name for attack in ENSEMBLE if not attack.uses_gradients]
         broken = sum(found.broken[name] for name in blind)
         reach, enough = result.steps * result.step_size, math.ceil(8 * result.epsilon / result.step_size)
-        attack = f"PGD {result.steps} x {result.step_size:g}"
+        attack = f"PGD {result.steps} x {shown(result.step_size)}"
         print_lines(
             f"WARNING: gradient masking? The gap is above {LARGEST_HONEST_GAP:g} points: "
             + (f"{attack} cannot cross the budget's ball (try --steps {enough}), or " if reach < 2 * result.epsilon else "")

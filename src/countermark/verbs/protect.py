@@ -40,7 +40,7 @@ from countermark.networks import describing, load_weights, open_network, place_o
 from countermark.options import AnyData, DataOptions, DeviceOptions, NewPath, ReadPath, StampOptions, verb
 from countermark.places import NetworkPlace, place_name
 from countermark.terminal import duration, percent, print_lines, print_table
-from countermark.threat import Threat
+from countermark.threat import Threat, shown
 from countermark.timestamps import Stamp, timestamping
 from countermark.training import (
     Hardware,
@@ -511,7 +511,7 @@ def show(result: Protection) -> None:
                 model(result.unmarked_watermark_accuracy),
             ]
         )
-    columns = ("", "test accuracy", f"adversarial accuracy at {result.epsilon:g}", "watermark accuracy")
+    columns = ("", "test accuracy", f"adversarial accuracy at {shown(result.epsilon)}", "watermark accuracy")
     print_table(f"{result.folder} ({result.seconds:.0f} s)", columns, rows)
     if result.mark is None:
         print_lines(f"wrote {result.folder}: model.safetensors, model.json, metrics.json")

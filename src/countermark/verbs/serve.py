@@ -126,6 +126,7 @@ def serve(config: ServeConfig) -> Served:
             model_sha256=weights_sha256(folder),
             limits=Limits(config.max_batch, config.max_body, config.timeout),
         )
+        print(f"the model is called {config.name}: its address ends in /v2/models/{config.name}", file=sys.stderr, flush=True)
         run(app, listening, timeout=config.timeout, drain=config.drain, most=most)
     if engine.hangs:  # the interpreter's end would pull the model or the database from under it
         atexit.register(_leave)
