@@ -188,7 +188,7 @@ def _small_key(arguments: tuple) -> object:
     """The true function with trials that need no good source model."""
     from countermark.watermarks import WatermarkSet, load_key, write_key
 
-    private, stamp = arguments[4], arguments[6]
+    _plan, _source, private, _secret, stamp = arguments
     if (private / "key.json").exists():
         return load_key(private)
     x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -176,7 +176,7 @@ def test_a_model_folder_is_exported(tmp_path: Path, digits: Pools, capsys: pytes
     torch.testing.assert_close(answers(tmp_path / "mine.onnx", x), network.eval()(x), rtol=1e-3, atol=1e-5)
     save_model(folder, network, replace(description, data=replace(description.data, sha256="0" * 64)))
     assert main(["export", str(folder), "--out", str(tmp_path / "again.onnx")]) == 0
-    assert "256 noise: 0 labels differ" in " ".join(capsys.readouterr().out.split())
+    assert "256 images of noise: 0 labels differ" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(CountermarkError, match="there is no data"):
         countermark.export(folder, out=tmp_path / "new.onnx", data="nowhere")
     save_model(folder, build("small", (1, 8, 8), 10, seed=0), described("small", (1, 8, 8), 10, "digits", 0.1, 0))

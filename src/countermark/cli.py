@@ -26,7 +26,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from countermark.errors import CountermarkError, nearest
-from countermark.memory import keep_freed_memory
+from countermark.memory import check_room, keep_freed_memory
 from countermark.options import VerbConfig, option, required, takes_several, wrong
 from countermark.text import brief, complain, visible
 from countermark.threat import budget
@@ -122,6 +122,7 @@ def _run(arguments: list[str]) -> int:
         print(_overview(f"{arguments[0]} "), flush=True)
         return 0
     name, rest = _named(arguments)
+    check_room()
     keep_freed_memory()
     module = importlib.import_module(f"countermark.verbs.{_file(name)}")
     verb = getattr(module, _file(name))
