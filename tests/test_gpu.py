@@ -1,5 +1,6 @@
 """On a real GPU, where there is one: what `test_device.py` tests on a pretend one, and what only a GPU has (recordings, bf16)."""
 
+import contextlib
 import copy
 import functools
 from dataclasses import replace
@@ -10,12 +11,13 @@ import pytest
 import torch
 
 from countermark import evaluation
-from countermark.attacks import pgd, strict
+from countermark.attacks import Recording, capturable, pgd, strict
 from countermark.data import pixels
 from countermark.device import describe, settle
 from countermark.evaluation import accuracy, adversarial_accuracy, device_of, predict, strict_accuracy
 from countermark.fast import prepare
 from countermark.guard import Guard, GuardedModel, calibrate_model
+from countermark.networks.named import Normalise, build
 from countermark.training import Hardware, TrainConfig, loop, train
 from countermark.watermarks import craft_adversarial
 from test_device import ATTACK, NETWORKS, OBJECTIVES, examples, pgd_module
@@ -60,6 +62,16 @@ def test_a_replayed_step_is_the_step_itself(name: str, precision: torch.dtype, m
         torch.manual_seed(0)
         found.append(pgd(quick, x, y, epsilon=0.1, steps=5, step_size=0.03, stop_when_lost=True))
         assert float((found[-1] - x).abs().max()) <= 0.1 + 1e-6
+    assert float((found[0] != found[1]).double().mean()) < 0.02
+
+
+def test_a_step_behind_a_normaliser_by_channel_is_recorded() -> None:
+    network = torch.nn.Sequential(Normalise((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), build("narrow", (3, 8, 8), 2)).cuda().eval()
+    assert capturable(network)
+    shown = examples(32, channels=3)
+    x, y, recorded = pixels(shown.x).cuda(), shown.y.cuda(), Recording(network, contextlib.nullcontext)
+    options: dict[str, Any] = {"epsilon": 0.1, "steps": 3, "step_size": 0.05, "random_start": False, "start": None}
+    found = [attack(x, y, **options) for attack in (recorded, functools.partial(pgd, network))]
     assert float((found[0] != found[1]).double().mean()) < 0.02
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from countermark.attacks import pgd
@@ -63,6 +64,12 @@ def test_a_normaliser_has_one_number_or_one_a_channel() -> None:
     torch.testing.assert_close(Normalise(0.1, std)(x)[:, 2], (x[:, 2] - 0.1) / 0.7)
     half = Normalise(mean, std)(x.half())
     assert half.dtype is torch.float16
+
+
+def test_a_normaliser_by_channel_takes_nothing_from_the_host() -> None:
+    """A tensor made there shows as a constant of the trace, and its copy to a GPU fits into no CUDA graph."""
+    traced = make_fx(Normalise((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))(torch.rand(2, 3, 4, 4))
+    assert not dict(traced.named_buffers())
 
 
 def test_the_clip_clips_and_its_gradient_does_not() -> None:

@@ -42,10 +42,13 @@ class Normalise(nn.Module):
 
 
 def _by_channel(number: float | tuple[float, ...], x: torch.Tensor) -> float | torch.Tensor:
-    """One number as it is, several in the shape that meets images `x`."""
+    """One number as it is, several in the shape that meets images `x`.
+
+    They are filled in where `x` is: a copy from the host's memory fits into no CUDA graph.
+    """
     if not isinstance(number, tuple):
         return number
-    return torch.tensor(number, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+    return torch.stack([x.new_full((), each) for each in number]).view(-1, 1, 1)
 
 
 class Clip(nn.Module):
