@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from countermark.data import Examples, pixels
+from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, agreement, predict
 from countermark.networks import DataRecord, Description, build, load_model, save_model
@@ -138,6 +139,33 @@ def test_queries_stay_within_the_pixels_unless_the_published_code_is_replayed() 
     assert 0 <= float(clamped.min()) <= float(clamped.max()) <= 1
     assert float(free.min()) < 0
     assert torch.equal(free.clamp(0, 1), clamped)
+
+
+def test_large_images_are_asked_and_made_in_small_batches(means: Means) -> None:
+    together: list[int] = []
+    network = nn.Sequential(nn.AvgPool2d(56), nn.Flatten(), nn.Linear(48, CLASSES))
+    network.register_forward_hook(lambda _layer, given, _answer: together.append(len(given[0])))
+    x = torch.randint(0, 256, (20, 3, 224, 224), dtype=torch.uint8)
+    pool = replace(means, pool=Examples(x, torch.zeros(20, dtype=torch.int64)))
+    augment(network, pixels(x), torch.zeros(20, dtype=torch.int64), 0.1)
+    for theft in THEFTS.values():
+        if theft.sees is not None:
+            theft.sees(network, pool)(x)
+    assert max(together) <= batch_size(torch.device("cpu"), x.shape[1:], 1000) < 20
+    assert sum(together) == 20 * len(THEFTS)
+
+
+def test_a_thief_reads_no_more_images_than_are_asked_together(means: Means) -> None:
+    x, asked = torch.zeros(20, 3, 224, 224, dtype=torch.uint8), []
+
+    def answers(images: torch.Tensor) -> torch.Tensor:
+        asked.append(len(images))
+        return torch.zeros(len(images), dtype=torch.int64)
+
+    copied = nn.Sequential(nn.AvgPool2d(56), nn.Flatten(), nn.Linear(48, CLASSES))
+    THEFTS["natural"].run(answers, copied, replace(means, pool=Examples(x, torch.zeros(20, dtype=torch.int64)), epochs=1))
+    assert sum(asked) == 20
+    assert max(asked) <= batch_size(torch.device("cpu"), x.shape[1:], 1000)
 
 
 def test_the_steps_and_the_networks_of_thieves_go_by_the_kind_of_image() -> None:

@@ -9,7 +9,7 @@ Orekondy et al., 2019, without its choice of queries).
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 from countermark.attacks import ask, finite
-from countermark.data import Examples, pixels
+from countermark.data import Examples, Rows, pixels
+from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating, predict
 from countermark.networks import Description, Network
@@ -31,7 +32,7 @@ Shape = tuple[int, int, int]
 Answers = Callable[[torch.Tensor], torch.Tensor]
 """What a thief sees: images `(n, c, h, w)` to labels `(n,)` or probabilities `(n, classes)`."""
 
-_CHUNK = 1000
+_TOGETHER = 250  # images at a time on a processor
 _PAPER_STEP = 0.1  # of Algorithm 2 on MNIST and Fashion-MNIST
 _STEP_IN_BUDGETS = 0.4  # the same on MNIST, whose budget is 0.25
 
@@ -77,8 +78,10 @@ def probabilities(victim: nn.Module, _means: Means) -> Answers:
     """
 
     def answers(x: torch.Tensor) -> torch.Tensor:
+        device = device_of(victim)
         with evaluating(victim), torch.no_grad():
-            return finite(ask(victim, pixels(x.to(device_of(victim))))).softmax(1).float().cpu()
+            parts = (pixels(x[few].to(device)) for few in _parts(x, device))
+            return torch.cat([finite(ask(victim, part)).softmax(1).float().cpu() for part in parts])
 
     return answers
 
@@ -170,10 +173,10 @@ def augment(network: nn.Module, x: torch.Tensor, y: torch.Tensor, step: float, *
     device = device_of(network)
     parts = []
     with evaluating(network):
-        for i in range(0, len(x), _CHUNK):
-            points = x[i : i + _CHUNK].to(device).requires_grad_()
+        for few in _parts(x, device):
+            points = x[few].to(device).requires_grad_()
             chances = functional.softmax(finite(ask(network, points)), dim=1)
-            chosen = chances.gather(1, y[i : i + _CHUNK].to(device).unsqueeze(1)).sum()
+            chosen = chances.gather(1, y[few].to(device).unsqueeze(1)).sum()
             (gradient,) = torch.autograd.grad(chosen, points)
             moved = points.detach() + step * gradient.sign()
             parts.append((moved.clamp_(0, 1) if clamp else moved).cpu())
@@ -195,7 +198,7 @@ def learn_answers(answers: Answers, copied: nn.Module, means: Means) -> int:
         CountermarkError: the thief has no images.
     """
     natural = _some(means.pool, means.queries)
-    told = [answers(natural.x[i : i + _CHUNK]) for i in range(0, len(natural), _CHUNK)]
+    told = [answers(natural.x[few]) for few in _parts(natural.x, device_of(copied))]
     config = TrainConfig(
         objective="standard",
         attack=None,
@@ -207,6 +210,12 @@ def learn_answers(answers: Answers, copied: nn.Module, means: Means) -> int:
     )
     train(copied, Examples(natural.x, torch.cat(told)), config, title=means.title)
     return len(natural)
+
+
+def _parts(x: torch.Tensor | Rows, device: torch.device) -> Iterator[slice]:
+    """The parts of images that go through a model together."""
+    count = batch_size(device, x.shape[1:], _TOGETHER)
+    return (slice(i, i + count) for i in range(0, len(x), count))
 
 
 def _some(pool: Examples, count: int) -> Examples:
