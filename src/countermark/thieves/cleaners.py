@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from countermark.attacks import ask, finite, pgd
 from countermark.data import pixels
+from countermark.device import seeded
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating
 from countermark.networks.cleaners import CLEANERS
@@ -32,8 +33,7 @@ def clean(network: nn.Module, name: str, amount: float, means: Means) -> nn.Modu
         CountermarkError: the thief has no image, or logits are not finite.
     """
     channels, height, width = means.pool.x.shape[1:]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(means.seed)
+    with seeded(torch.device("cpu"), means.seed):
         front = CLEANERS[name].make((channels, height, width), amount)
     if next(front.parameters(), None) is not None:
         teach(front, network, means)
@@ -64,12 +64,7 @@ def teach(front: nn.Module, network: nn.Module, means: Means) -> None:
     optimiser = torch.optim.Adam(front.parameters(), _RATE)
     wanted = [each.requires_grad for each in network.parameters()]
     shown = bar(means.title, means.epochs) if means.title is not None else contextlib.nullcontext()
-    with (
-        evaluating(network),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        shown as progress,
-    ):
-        torch.manual_seed(means.seed)
+    with evaluating(network), seeded(device, means.seed), shown as progress:
         network.requires_grad_(False)
         try:
             for _ in range(means.epochs):
