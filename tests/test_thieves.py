@@ -1,25 +1,27 @@
 """Thefts, removals and cleaners, each against what it gives by hand, then all rows of the tables."""
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from countermark.data import Examples, pixels
+from countermark.data import Examples, open_data, pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, agreement, predict
-from countermark.networks import DataRecord, Description, build, load_model, save_model
+from countermark.networks import DataRecord, Description, build, describing, load_model, open_network, save_model
 from countermark.networks.cleaners import CLEANERS
-from countermark.thieves import REMOVALS, THEFTS, Means, remove, removed, stolen
+from countermark.thieves import REMOVALS, THEFTS, Means, objective_of, remove, removed, stolen
 from countermark.thieves import cleaners as cleaning
 from countermark.thieves.remove import add_noise, finetune, own_coins, prune, quantise
 from countermark.thieves.steal import augment, augmentation_step, surrogate_for
 from countermark.threat import COLOUR, GREY, Attack
-from countermark.training import Hardware, Traits, marking, recipe
+from countermark.training import Hardware, TrainConfig, Traits, marking, recipe, traits
+from countermark.verbs.remove import remove as remove_verb
 from drawing import draw_arrays
 from residual import make
 
@@ -285,6 +287,29 @@ def test_overwriting_puts_in_the_thiefs_own_coins(means: Means, monkeypatch: pyt
     before, after = (agreement(predict(each, coins.x), coins.y) for each in (network, marked))
     assert after > before
     assert len(own_coins(network, 10_000, noting)) == len(means.pool) // 3
+
+
+@pytest.mark.parametrize("objective", ["standard", "fast"])
+def test_a_thief_overwrites_by_the_recipe_that_the_owner_marked_with(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = draw_arrays(25, size=16)
+    np.savez(tmp_path / "photos.npz", x_train=x, y_train=y)
+    data = open_data(tmp_path / "photos.npz")
+    owners = marking(recipe(traits(data, data.pools(0).thief), objective, data.threat), traits(data, data.train), objective)
+    events = ({"event": "trained", "config": {"objective": "pgd"}}, {"event": "marked", "config": asdict(owners)})
+    (tmp_path / "mine").mkdir()
+    network = open_network("narrow", data.shape, data.classes, seed=0)
+    save_model(tmp_path / "mine", network, describing(data, "narrow", history=events))
+    used: list[TrainConfig] = []
+    monkeypatch.setattr(remove, "train", lambda _network, _pool, config, **_: used.append(config))
+    remove_verb(tmp_path / "mine", out=tmp_path / "theirs", overwrite=5, device="cpu")
+    assert [(each.objective, each.shift, each.attack) for each in used] == [(objective, 2, owners.attack)]
+
+
+def test_a_history_that_names_no_recipe_means_the_usual_one() -> None:
+    for events in ((), ({"event": "marked"},), ({"config": 3},), ({"config": {"objective": []}},), ({"config": {"objective": "trades"}},)):
+        assert objective_of(replace(described(), history=events)) == "fast"
 
 
 def test_removals_of_a_network_with_tied_weights_keep_them_tied(means: Means) -> None:

@@ -157,11 +157,13 @@ def remove_mark(options: Options, inputs: Inputs, folder: Path) -> Result:
 def _means(options: Options, title: str | None) -> Means:
     """The thief of a unit."""
     data, objective = options["data"], options.get("thief_objective", "pgd")
+    pool = pools_of(options).thief[: options.get("examples")]
     return Means(
-        pool=pools_of(options).thief[: options.get("examples")],
+        pool=pool,
         threat=known(data).threat,
         attack=_training_attack(objective, data, options.get("epsilon") or known(data).threat.epsilon),
         objective=options.get("objective", "fast"),
+        traits=traits(_data(data), pool),
         clamp=options["protocol"] == "clean",
         seed=options.get("seed", 0),
         hardware=_hardware(),

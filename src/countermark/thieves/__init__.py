@@ -7,7 +7,7 @@ because a folder that has one in front must be loaded without a thief.
 """
 
 from countermark.thieves.means import Means
-from countermark.thieves.remove import REMOVALS, Removal, removed
+from countermark.thieves.remove import REMOVALS, Removal, objective_of, removed
 from countermark.thieves.steal import THEFTS, Theft, stolen
 
-__all__ = ["REMOVALS", "THEFTS", "Means", "Removal", "Theft", "removed", "stolen"]
+__all__ = ["REMOVALS", "THEFTS", "Means", "Removal", "Theft", "objective_of", "removed", "stolen"]

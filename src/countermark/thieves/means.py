@@ -6,7 +6,7 @@ from typing import Any
 
 from countermark.data import Examples
 from countermark.threat import Attack, Threat
-from countermark.training import Hardware
+from countermark.training import Hardware, Traits
 
 
 def _forget(_name: str, _value: Any) -> None:
@@ -24,6 +24,7 @@ class Means:
         attack: what a thief who trains adversarially trains against; the threat's PGD where there
             is none.
         objective: name of the recipe by which a thief puts in a mark of their own.
+        traits: what that recipe goes by; no more than the pool shows where there are none.
         seeds: natural images that Algorithm 2 starts with (the paper: 200).
         queries: labels or probabilities that the thief may ask for.
         epochs: passes over the data, in each round where there are several.
@@ -42,6 +43,7 @@ class Means:
     threat: Threat
     attack: Attack | None = None
     objective: str = "fast"
+    traits: Traits | None = None
     seeds: int = 200
     queries: int = 51_200
     epochs: int = 10

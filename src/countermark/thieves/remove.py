@@ -8,7 +8,7 @@ own over the owner's, and the cleaners of `countermark.networks.cleaners` in fro
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from countermark.networks.cleaners import CLEANERS, Amount
 from countermark.thieves.cleaners import clean
 from countermark.thieves.means import Means
 from countermark.training import TrainConfig, Traits, kind_of, marking, recipe, train
+from countermark.training.recipes import Recipe
 from countermark.watermarks import craft_adversarial, full_strength
 
 
@@ -230,9 +231,28 @@ def removed(
     return network, description
 
 
+def objective_of(description: Description) -> str:
+    """The objective by which a model was last trained or marked.
+
+    A history holds what `TrainConfig` calls it, so `strong` is told as `fast`.
+
+    Args:
+        description: of the model, or of a copy of it; it may come from anybody.
+
+    Returns:
+        A name of `Recipe`; `fast` where the history names none.
+    """
+    for event in reversed(description.history):
+        config = event.get("config")
+        named = config.get("objective") if isinstance(config, Mapping) else None
+        if named in get_args(Recipe):
+            return str(named)
+    return "fast"
+
+
 def _marking(means: Means) -> TrainConfig:
     """The recipe by which an owner of such images puts a mark in."""
-    given = Traits(kind_of(means.pool.x[:_LOOKED_AT]), len(means.pool))
+    given = means.traits or Traits(kind_of(means.pool.x[:_LOOKED_AT]), len(means.pool))
     source = recipe(given, means.objective, means.threat, seed=means.seed, hardware=means.hardware)
     return marking(source, given, means.objective)
 

@@ -12,8 +12,8 @@ from countermark.errors import CountermarkError
 from countermark.files import new_folder, read_json
 from countermark.networks import declared_pools, load_model, open_declared
 from countermark.options import DeviceOptions, ModelOptions, NewPath, ReadPath, option, verb
-from countermark.thieves import REMOVALS, Means, Removal, removed
-from countermark.training import Hardware, settled
+from countermark.thieves import REMOVALS, Means, Removal, objective_of, removed
+from countermark.training import Hardware, settled, traits
 from countermark.verbs.copies import Copy, show, write_copy
 
 
@@ -87,6 +87,8 @@ def remove(config: RemovalConfig) -> Copy:
         means = Means(
             pool=pools.thief,
             threat=description.threat,
+            objective=objective_of(description),
+            traits=traits(data, pools.thief),
             seed=config.seed,
             hardware=hardware,
             title="removing",
