@@ -32,7 +32,7 @@ from countermark.device import check_device
 from countermark.errors import CountermarkError, choose
 from countermark.places import (
     Layout,
-    NetworkPlace,
+    Network,
     Pixels,
     SuspectPlace,
     check_address,
@@ -174,7 +174,7 @@ class ModelOptions(DataOptions):
 
     data: AnyData | None = None
     """The data's place, where it is not where the folder says."""
-    network: NetworkPlace | None = None
+    network: Network | None = None
     """module:function that builds the network, where the folder's is not one of ours; in Python also
     a function or a module."""
 
@@ -246,7 +246,7 @@ class SuspectOptions(OneDeviceOptions):
     suspect: Annotated[SuspectPlace, Place.READ] = field(kw_only=False)
     """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
     .../invocations (MLflow); in Python also a function from images to labels."""
-    network: NetworkPlace | None = None
+    network: Network | None = None
     """module:function that builds the network of a model folder, where it is not one of ours."""
     pixels: Pixels = "float"
     """What the suspect takes: float (pixels of [0, 1]) or uint8."""

@@ -1,4 +1,4 @@
-"""Places that a user gives: a suspect, the address of an endpoint or of a timestamp authority, a folder to write."""
+"""Places that a user gives: a suspect, a network, the address of an endpoint or of a timestamp authority, a folder to write."""
 
 import re
 from collections.abc import Callable
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     SuspectPlace = str | Path | Callable[[torch.Tensor], torch.Tensor]
-    NetworkPlace = str | nn.Module | Callable[..., nn.Module]
+    Network = str | nn.Module | Callable[..., nn.Module]
 else:  # torch is heavy
     SuspectPlace = str | Path | Callable[..., Any]
-    NetworkPlace = str | Callable[..., Any]
+    Network = str | Callable[..., Any]
+"""What builds a network, or one that is built: see `networks.open_network`."""
 
 Pixels = Literal["float", "uint8"]
 """What a suspect takes: pixels of [0, 1], or bytes."""

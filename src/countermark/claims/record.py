@@ -14,8 +14,8 @@ from torch import nn
 
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
-from countermark.networks import NETWORKS, Network, describe, load_model
-from countermark.places import endpoint_address, is_address
+from countermark.networks import NETWORKS, describe, load_model
+from countermark.places import Network, endpoint_address, is_address
 from countermark.suspects import onnx_data
 from countermark.text import brief
 from countermark.timestamps import decode_token, encode_token

@@ -14,7 +14,8 @@ from countermark.guard.calibration import Calibration
 from countermark.guard.core import WHOLE, Guard, GuardSettings
 from countermark.guard.foreign import MOST_VALUES, Familiar
 from countermark.guard.model import GuardedModel
-from countermark.networks import Network, load_model
+from countermark.networks import load_model
+from countermark.places import Network
 from countermark.watermarks import load_secret
 
 GUARD_FORMAT = "countermark guard 1"

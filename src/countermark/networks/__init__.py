@@ -13,7 +13,7 @@ from countermark.networks.folder import (
     save_model,
 )
 from countermark.networks.named import NETWORKS, build
-from countermark.networks.source import Network, open_network, place_of
+from countermark.networks.source import open_network, place_of
 from countermark.networks.weights import load_weights
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "NETWORKS",
     "DataRecord",
     "Description",
-    "Network",
     "build",
     "declared_pools",
     "describe",

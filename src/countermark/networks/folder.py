@@ -22,7 +22,8 @@ from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.named_code import is_code
 from countermark.networks.cleaners import behind
 from countermark.networks.named import NETWORKS, build
-from countermark.networks.source import Network, open_network
+from countermark.networks.source import open_network
+from countermark.places import Network
 from countermark.text import brief
 from countermark.threat import Threat
 

@@ -7,7 +7,7 @@ refused here, in one line.
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,10 @@ from torch.nn.parameter import is_lazy
 from countermark.errors import CountermarkError
 from countermark.named_code import called, imported, is_code, said
 from countermark.networks.named import NETWORKS, Normalise, build
+from countermark.places import Network
 from countermark.text import brief
 
 Shape = tuple[int, int, int]
-Network = str | nn.Module | Callable[..., nn.Module]
-"""What builds a network, or one that is built: see `open_network`."""
 
 _TIMM = "timm:"
 _IMAGES = 5  # that a network is tried on

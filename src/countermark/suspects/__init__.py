@@ -14,8 +14,8 @@ from countermark.data import pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
-from countermark.networks import NETWORKS, Network, describe, load_model
-from countermark.places import is_address, place_name
+from countermark.networks import NETWORKS, describe, load_model
+from countermark.places import Network, is_address, place_name
 from countermark.suspects.asker import (
     MOST_LABELS,
     NO_ANSWER,

@@ -22,7 +22,8 @@ from countermark.data import Examples, Rows, pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating, predict
-from countermark.networks import Description, Network
+from countermark.networks import Description
+from countermark.places import Network
 from countermark.terminal import bar
 from countermark.thieves.means import Means
 from countermark.threat import Threat

@@ -38,7 +38,7 @@ from countermark.files import (
 from countermark.marking import Standing, commit, standing
 from countermark.networks import describing, load_weights, open_network, place_of, save_model
 from countermark.options import AnyData, DataOptions, DeviceOptions, NewPath, ReadPath, StampOptions, verb
-from countermark.places import NetworkPlace, place_name
+from countermark.places import Network, place_name
 from countermark.terminal import duration, percent, print_lines, print_table
 from countermark.threat import Threat, shown
 from countermark.timestamps import Stamp, timestamping
@@ -90,7 +90,7 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     epsilon: float | None = None
     """Training budget (L-inf) in pixels of [0, 1], as 0.03 or 8/255; default that of the data set (mnist
     0.25, fashion_mnist 0.15, digits 0.1), 8/255 for colour images, 0.15 for grey ones."""
-    network: NetworkPlace | None = None
+    network: Network | None = None
     """Network: a name of ours (small, wide, clipped, paper, surrogate, resnet, narrow), timm:NAME or
     MODULE:FUNCTION; in Python also a module or a function that makes one. Default by kind of image: small, or
     wide and clipped for strong; narrow in colour."""

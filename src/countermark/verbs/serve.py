@@ -16,7 +16,7 @@ from countermark.device import settle
 from countermark.errors import CountermarkError
 from countermark.networks import load_model
 from countermark.options import NewLogPath, OneDeviceOptions, ReadPath, verb
-from countermark.places import NetworkPlace
+from countermark.places import Network
 from countermark.terminal import print_lines
 from countermark.text import brief
 
@@ -36,7 +36,7 @@ class ServeConfig(OneDeviceOptions):
     """Query log: a path (SQLite) or postgresql://USER:PASSWORD@HOST/DATABASE."""
     clients: ReadPath | None = None
     """File of the clients who may ask, as countermark client add makes it; default MODEL/clients.json."""
-    network: NetworkPlace | None = None
+    network: Network | None = None
     """module:function that builds the network, where the folder's is not one of ours."""
     key: ReadPath | None = None
     """Key folder, for its secret; default MODEL/key."""
