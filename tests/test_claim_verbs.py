@@ -2,16 +2,19 @@
 
 import base64
 import json
+import math
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from authority import Authority, stamped
 from countermark.cli import main
@@ -20,6 +23,7 @@ from countermark.files import locked, read_json, sha256, write_json
 from countermark.guard import QueryLog, Row
 from countermark.networks import load_model, save_model
 from countermark.networks.named import build
+from countermark.options import option
 from countermark.signing import check_folder, sign_folder
 from countermark.thieves.remove import prune
 from countermark.verbs.adjudicate import adjudicate
@@ -147,6 +151,54 @@ def test_the_command_line_tells_the_verdict_by_its_status(
     assert main(["adjudicate", str(claimed), "--suspect", str(pruned), "--roots", str(tmp_path / "none.pem"), *common[2:]]) == 2
     assert main(["adjudicate", str(claimed), "--suspect", str(pruned), "--json", *common]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["verdict"] == "upheld"
+
+
+RELEASE = Path(__file__).parent / "golden" / "0.1.0"
+
+
+def network_of(width: int) -> Callable[..., nn.Module]:
+    """What builds a network of a user's own, which the weights of another width do not fit."""
+
+    def build_it(shape: tuple[int, int, int], classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), width), nn.ReLU(), nn.Linear(width, classes))
+
+    return build_it
+
+
+def put_model(folder: Path, width: int, place: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_model(folder, network_of(width)((1, 8, 8), 10), described(place, (1, 8, 8), 10, "digits", 0.1, 0))
+    return folder
+
+
+def test_three_models_of_a_judgement_may_have_three_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(("mine", "hers")):
+        shutil.copytree(RELEASE / "claim", tmp_path / name)
+        put_model(tmp_path / name / "model", 5 + number, f"shop.{name}:make")
+    suspect = put_model(tmp_path / "theirs", 7, "shop.theirs:make")
+    options: dict[str, Any] = {"suspect": suspect, "roots": RELEASE / "roots.pem", "out": tmp_path / "j", "rival": tmp_path / "hers"}
+    named = {"owner_network": network_of(5), "rival_network": network_of(6), "network": network_of(7)}
+    assert adjudicate(tmp_path / "mine", **options, **named).verdict != "upheld"  # nothing is as it was committed to
+    for left in named:
+        with pytest.raises(CountermarkError, match=f"imported only if you name it: {option(left)} "):
+            adjudicate(tmp_path / "mine", **options, **{name: each for name, each in named.items() if name != left})
+    with pytest.raises(CountermarkError, match="--rival-network goes with --rival only"):
+        adjudicate(tmp_path / "mine", suspect=suspect, roots=RELEASE / "roots.pem", **named)
+    words = ["adjudicate", str(RELEASE / "claim"), "--suspect", str(suspect), "--roots", str(RELEASE / "roots.pem")]
+    assert main([*words, "--out", str(tmp_path / "j"), "--owner-network", "shop:make"]) == 2
+    assert "one of ours; leave --owner-network out" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_owner_and_a_suspect_may_have_two_networks(tmp_path: Path) -> None:
+    shutil.copytree(RELEASE / "mine", tmp_path / "mine")
+    put_model(tmp_path / "mine", 5, "shop.models:make")
+    suspect = put_model(tmp_path / "theirs", 7, "shop.theirs:make")
+    options: dict[str, Any] = {"key": tmp_path / "mine" / "key", "out": tmp_path / "claim", "anyway": True}
+    with pytest.raises(CountermarkError, match="--owner-network MODULE:FUNCTION"):
+        claim(suspect, **options, network=network_of(7))
+    found = claim(suspect, **options, network=network_of(7), owner_network=network_of(5))
+    assert found.test.verdict != "match"
+    assert (tmp_path / "claim" / "claim.json").exists()
 
 
 def test_an_authority_that_does_not_answer_stops_before_the_work(tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ class SuspectOptions(OneDeviceOptions):
     """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
     .../invocations (MLflow); in Python also a function from images to labels."""
     network: Network | None = None
-    """module:function that builds the network of a model folder, where it is not one of ours."""
+    """module:function that builds the suspect's network, where it is a model folder and not one of ours."""
     pixels: Pixels = "float"
     """What the suspect takes: float (pixels of [0, 1]) or uint8."""
     layout: Layout = "nchw"

@@ -123,21 +123,28 @@ class Claim:
     opened: Opened
     model: Path
 
-    def network(self, network: Network | None = None) -> tuple[nn.Module, str]:
+    def network(self, network: Network | None = None, option: str = "--owner-network") -> tuple[nn.Module, str]:
         """The owner's model and the SHA-256 of its weights.
 
         Args:
             network: what builds its network, where it is not one of ours.
+            option: what messages call that.
 
         Raises:
-            CountermarkError: it cannot be read, or takes other images than the claim's.
+            CountermarkError: it cannot be read, takes other images than the claim's, or is built by
+                code that was not named.
         """
         description = describe(self.model)
         if description.shape != tuple(self.opened.x.shape[1:]):
             raise CountermarkError(
                 f"{self.model} takes images of shape {brief(description.shape)}, the claim asks with others; it is another model"
             )
-        built, _ = load_model(self.model, None if description.network in NETWORKS else network)
+        held = f"{self.model} holds the network {brief(description.network) or 'of a program'}"
+        if network is None and description.network not in NETWORKS:
+            raise CountermarkError(f"{held}, whose code is imported only if you name it: {option} MODULE:FUNCTION")
+        if network is not None and description.network in NETWORKS:
+            raise CountermarkError(f"{held}, which is one of ours; leave {option} out")
+        built, _ = load_model(self.model, network)
         return built, suspect_identity(self.model)["sha256"]
 
 

@@ -13,6 +13,7 @@ from countermark.evaluation import predict
 from countermark.evidence import Verdict
 from countermark.files import read_bytes, write_bytes, write_json
 from countermark.options import ReadPath, SuspectOptions, WrittenPath, verb
+from countermark.places import Network
 from countermark.terminal import print_lines
 from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
 from countermark.verbs.asking import Answers, ask, asked_how, doubts
@@ -35,8 +36,13 @@ class AdjudicateConfig(SuspectOptions):
     """PEM file with the root certificates of the timestamp authorities that you trust."""
     out: WrittenPath = "judgement"
     """Where the judgement goes: OUT.html and OUT.json."""
+    owner_network: Network | None = None
+    """module:function that builds the network of the claim's model, where it is not one of ours; in
+    Python also a function or a module."""
     rival: ReadPath | None = None
     """Claim of somebody else on the same suspect: each mark is asked of the other's model."""
+    rival_network: Network | None = None
+    """The same as --owner-network for the rival claim's model."""
     shown: tuple[ReadPath, ...] = ()
     """Claims of the same key that were shown before: a batch counts once."""
     suspect_token: ReadPath | None = None
@@ -48,6 +54,7 @@ class AdjudicateConfig(SuspectOptions):
         """Refuse numbers out of range."""
         super().__post_init__()
         self._open_interval("alpha")
+        self._only_for(self.rival is not None, "--rival", "rival_network")
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     """
     claim, roots = read_claim(Path(config.claim)), load_roots(Path(config.roots))
     outputs = [_output(Path(config.out), suffix) for suffix in (".html", ".json")]
-    network, digest = claim.network(config.network)
+    network, digest = claim.network(config.owner_network)
     token = None if config.suspect_token is None else read_bytes(Path(config.suspect_token), TOKEN_LIMIT)
     shown = tuple(read_claim(Path(folder)) for folder in config.shown)
     rival = _rival(claim, network, config)
@@ -126,7 +133,7 @@ def _rival(claim: Claim, network: nn.Module, config: AdjudicateConfig) -> Rival 
     rival = read_claim(Path(config.rival))
     if claim.opened.x.shape[1:] != rival.opened.x.shape[1:]:
         raise CountermarkError("the rival claim asks with images of another shape; it is about another kind of model")
-    theirs, digest = rival.network(config.network)
+    theirs, digest = rival.network(config.rival_network, "--rival-network")
     return Rival(rival, digest, predict(network, rival.opened.x), predict(theirs, claim.opened.x))
 
 

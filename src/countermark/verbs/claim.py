@@ -13,6 +13,7 @@ from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, locked, new_folder, read_bytes, read_json, sha256, write_json
 from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
+from countermark.places import Network
 from countermark.terminal import p_value, print_lines, print_table
 from countermark.timestamps import decode_token, load_roots, timestamping
 from countermark.verbs.asking import Answers, ask, asked_how, doubts
@@ -35,6 +36,9 @@ class ClaimConfig(SuspectOptions, StampOptions):
     """Folder to write; it must be new or empty."""
     model: ReadPath | None = None
     """Folder of the marked model with its commitment.json; default the folder that holds the key."""
+    owner_network: Network | None = None
+    """module:function that builds the marked model's network, where it is not one of ours; in Python
+    also a function or a module."""
     batch: int | None = None
     """Batch to open; default the first that nobody has seen."""
     anyway: bool = False
@@ -187,7 +191,7 @@ def _choose(config: ClaimConfig, key: Key, spent: list[int]) -> int:
 
 def _check_worth(config: ClaimConfig, made: Claim) -> None:
     """Refuse to open a batch for a claim that a judge could not uphold whatever the suspect answers."""
-    _, digest = made.network(config.network)
+    _, digest = made.network(config.owner_network)
     roots = None if config.roots is None else load_roots(Path(config.roots))
     faults = commitment_faults(made, digest, roots)
     if config.tsa is None:
