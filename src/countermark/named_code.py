@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,7 @@ def said(error: BaseException) -> str:
         'ValueError: no such thing'
     """
     words = sentence(str(error))
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None and not trace.tb_next.tb_frame.f_code.co_filename.startswith("<"):
-        trace = trace.tb_next
-    where = f" ({Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno})" if trace is not None else ""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((frame for frame in reversed(frames) if not frame.filename.startswith("<")), None)  # importlib's own have no file
+    where = "" if last is None else f" ({Path(last.filename).name}, line {last.lineno})"
     return f"{type(error).__name__}{': ' if words else ''}{words}{where}"
