@@ -41,7 +41,7 @@ class DataRecord:
     Attributes:
         place: where it was opened (see `open_data`); empty for data that was given in Python.
         sha256: its digest; empty where nobody said which data it was, none in folders that 0.1.0
-            wrote.
+            wrote and in copies of their models.
         size: side that images were brought to.
         skip_damaged: whether files that could not be read were left out.
     """
@@ -327,7 +327,7 @@ def _description(record: Mapping[str, Any]) -> Description:
     if not 2 <= len(names) <= _MOST_CLASSES or not all(type(name) is str for name in names):
         raise ValueError("class_names")
     sha256, size = data["sha256"], data["size"]
-    if type(sha256) is not str or not (size is None or type(size) is int):
+    if not (sha256 is None or type(sha256) is str) or not (size is None or type(size) is int):
         raise ValueError("data")
     return Description(
         network=_field(network, "place", str),
