@@ -125,40 +125,63 @@ def describing(data: Dataset, network: str, *, threat: Threat | None = None, see
         threat: instead of the data set's.
         seed: seed that cut the pools.
         more: other fields of `Description`.
+
+    Raises:
+        CountermarkError: a model folder could not hold such a model, as one of too many classes.
     """
     record = DataRecord(data.place, data.digest, data.size, data.skip_damaged)
-    return Description(network, data.shape, data.class_names, record, threat or data.threat, seed, **more)
+    found = Description(network, data.shape, data.class_names, record, threat or data.threat, seed, **more)
+    _record(found)  # before a model is trained for it
+    return found
 
 
 def save_model(folder: Path, network: nn.Module, description: Description, mode: int | None = None) -> str:
-    """Write a model into an existing folder, its files with `mode` (see `write_bytes`), and return the SHA-256 of its weights file."""
+    """Write a model into an existing folder, its files with `mode` (see `write_bytes`), and return the SHA-256 of its weights file.
+
+    Raises:
+        CountermarkError: such a model could not be read again; nothing was written.
+    """
+    record = _record(description)
     # A file holds no tied weights: each name has a copy.
     tensors = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
     digest = write_tensors(folder / "model.safetensors", tensors, mode=mode)
-    data, threat = description.data, description.threat
-    write_json(
-        folder / "model.json",
-        {
-            "format": MODEL_FORMAT,
-            "network": {"place": description.network, "mean": list(description.mean), "std": list(description.std)},
-            "shape": list(description.shape),
-            "class_names": list(description.class_names),
-            "data": {"place": data.place, "sha256": data.sha256, "size": data.size, "skip_damaged": data.skip_damaged},
-            "threat": {
-                "epsilon": threat.epsilon,
-                "steps": threat.steps,
-                "step_size": threat.step_size,
-                "watermark_epsilon": threat.watermark_epsilon,
-            },
-            "seed": description.seed,
-            "cleaners": [list(each) for each in description.cleaners],
-            "trained_on": description.trained_on,
-            "history": [dict(event) for event in description.history],
-            "weights_sha256": digest,
-        },
-        mode,
-    )
+    write_json(folder / "model.json", {**record, "weights_sha256": digest}, mode)
     return digest
+
+
+def _record(description: Description) -> dict[str, Any]:
+    """What `model.json` says of a model, but for the digest of its weights.
+
+    Raises:
+        CountermarkError: it could not be read again.
+    """
+    data, threat = description.data, description.threat
+    record = {
+        "format": MODEL_FORMAT,
+        "network": {"place": description.network, "mean": list(description.mean), "std": list(description.std)},
+        "shape": list(description.shape),
+        "class_names": list(description.class_names),
+        "data": {"place": data.place, "sha256": data.sha256, "size": data.size, "skip_damaged": data.skip_damaged},
+        "threat": {
+            "epsilon": threat.epsilon,
+            "steps": threat.steps,
+            "step_size": threat.step_size,
+            "watermark_epsilon": threat.watermark_epsilon,
+        },
+        "seed": description.seed,
+        "cleaners": [list(each) for each in description.cleaners],
+        "trained_on": description.trained_on,
+        "history": [dict(event) for event in description.history],
+    }
+    if not 2 <= description.classes <= _MOST_CLASSES:
+        raise CountermarkError(f"a model folder holds a model of 2 to {_MOST_CLASSES} classes, not {description.classes}")
+    if len(description.cleaners) > _MOST_CLEANERS:
+        raise CountermarkError(f"a model folder holds a model behind {_MOST_CLEANERS} cleaners at most, not {len(description.cleaners)}")
+    try:
+        _description(record)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CountermarkError(f"the model could not be read again: its {error.args[0]!r} is out of range or of another type") from error
+    return record
 
 
 def describe(folder: Path) -> Description:
