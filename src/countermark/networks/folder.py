@@ -216,13 +216,12 @@ def load_model(folder: Path, network: Network | None = None, device: torch.devic
     if isinstance(network, nn.Module):
         network = copy.deepcopy(network)  # two folders may be read by one of them
     place = _nameable(description, str(folder), network)
-    ours = isinstance(place, str) and place in NETWORKS and not description.mean
+    network, ours = place, isinstance(place, str) and place in NETWORKS
     if ours:
         with torch.device("meta"):  # no memory yet: the sizes come from a file that may be hostile
-            built = behind(description.cleaners, build(str(place), description.shape, description.classes), description.shape)
-    else:
-        built = open_network(place, description.shape, description.classes, mean=description.mean, std=description.std, checked=False)
-        built = behind(description.cleaners, built, description.shape)
+            network = build(str(place), description.shape, description.classes)
+    built = open_network(network, description.shape, description.classes, mean=description.mean, std=description.std, checked=False)
+    built = behind(description.cleaners, built, description.shape)
     expected = built.state_dict()
     size = sum(value.numel() * value.element_size() for value in expected.values())
     path = folder / "model.safetensors"
