@@ -8,7 +8,7 @@ import torch
 
 from countermark.data import open_data
 from countermark.errors import CountermarkError
-from countermark.files import read_json, write_json
+from countermark.files import file_sha256, read_json, write_json
 from countermark.networks import build, describe, describing, load_model, open_declared, save_model
 from described import described
 
@@ -74,3 +74,34 @@ def test_a_network_behind_a_normaliser_takes_no_memory_before_its_weights_are_lo
         load_model(tmp_path)
     assert made
     assert all(weight.is_meta for weight in made)
+
+
+def test_the_digest_of_the_weights_file_fixes_what_stands_in_front(tmp_path: Path) -> None:
+    """Whoever changes the normaliser or the cleaners in model.json has another model, and is refused."""
+    plain = described("small", SHAPE, 10, "digits", 0.1, 0)
+    normalised = replace(plain, mean=(0.5,), std=(0.25,))
+    cleaned = replace(normalised, cleaners=(("median", 3.0),))
+    digests = []
+    for number, description in enumerate((plain, normalised, replace(normalised, std=(0.5,)), cleaned)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        digests.append(save_model(folder, description.build(seed=0), description))
+        assert load_model(folder)[1] == description
+    assert len(set(digests)) == 4
+    for number, changes in (
+        (0, {"network": {"place": "small", "mean": [0.5], "std": [0.25]}}),
+        (1, {"network": {"place": "small", "mean": [0.5], "std": [0.5]}}),
+        (1, {"network": {"place": "small", "mean": [], "std": []}}),
+        (3, {"cleaners": [["median", 5.0]]}),
+    ):
+        path = tmp_path / str(number) / "model.json"
+        record = read_json(path)
+        write_json(path, {**record, **changes})
+        with pytest.raises(CountermarkError, match=r"another normalisation|does not fit|does not have"):
+            load_model(path.parent)
+        write_json(path, record)
+
+
+def test_the_file_of_a_model_with_nothing_in_front_is_what_it_was(tmp_path: Path) -> None:
+    network, description = load_model(GOLDEN)
+    assert save_model(tmp_path, network, description) == file_sha256(GOLDEN / "model.safetensors")

@@ -144,9 +144,18 @@ def save_model(folder: Path, network: nn.Module, description: Description, mode:
     record = _record(description)
     # A file holds no tied weights: each name has a copy.
     tensors = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
-    digest = write_tensors(folder / "model.safetensors", tensors, mode=mode)
+    digest = write_tensors(folder / "model.safetensors", tensors, _front(description), mode)
     write_json(folder / "model.json", {**record, "weights_sha256": digest}, mode)
     return digest
+
+
+def _front(description: Description) -> dict[str, Any]:
+    """What stands in front of the network and has no weights, as `model.safetensors` says it too.
+
+    So the digest of that file fixes what the model answers. It says nothing where nothing stands there.
+    """
+    front = {"mean": list(description.mean), "std": list(description.std), "cleaners": [list(each) for each in description.cleaners]}
+    return {"front": front} if any(front.values()) else {}
 
 
 def _record(description: Description) -> dict[str, Any]:
@@ -234,9 +243,11 @@ def load_model(folder: Path, network: Network | None = None, device: torch.devic
         if len(tensors) != len(expected):
             raise CountermarkError(f"{path} holds tensors that the network {named} does not have; it belongs to another model")
 
-    tensors, _, digest = read_tensors(path, size + _HEADER_ALLOWANCE, check)
+    tensors, meta, digest = read_tensors(path, size + _HEADER_ALLOWANCE, check)
     if digest != weights_sha256:
         raise CountermarkError(f"{path} is not the file that model.json describes (SHA-256 differs); restore it from a backup")
+    if meta.get("front") != _front(description).get("front"):
+        raise CountermarkError(f"{path} was written with another normalisation or other cleaners than model.json says; restore both")
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise CountermarkError(f"{path} holds weights that are not finite (NaN or infinity); such a model cannot be asked, restore it")
     built.load_state_dict(tensors, assign=ours)
