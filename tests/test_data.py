@@ -369,7 +369,7 @@ def test_the_papers_sets_have_the_stated_pools() -> None:
 
 
 def test_digits_ood_are_rotations_by_90_degrees(digits: Pools) -> None:
-    ood = load_ood(open_data("digits"), 0)
+    ood = load_ood(open_data("digits"), open_data("digits").pools(0), 0)
     assert torch.equal(torch.rot90(ood.x, -1, (2, 3)), digits.bases.x)
     assert torch.equal(ood.y, digits.bases.y)
 

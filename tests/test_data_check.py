@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 import countermark
 from countermark import cli
-from countermark.data import KNOWN, Dataset, Examples, by_digest, known_images, open_data, store
+from countermark.data import KNOWN, Dataset, Examples, by_digest, known_images, load_ood, open_data, store
 from countermark.data.check import check_data
-from countermark.data.pools import POOLS
+from countermark.data.pools import POOLS, packed, unpacked
 from countermark.data.source import READERS
 from countermark.errors import CountermarkError
-from countermark.networks import DataRecord, Description, open_declared
+from countermark.networks import DataRecord, Description, declared_pools, describing, open_declared
 from countermark.threat import COLOUR
 from noise import class_folders, drawn, save
 
@@ -129,7 +129,9 @@ def random_data(contents: list[int], test: list[int], seed: int) -> Dataset:
 def test_equal_images_never_fall_into_two_pools(contents: list[int], test: list[int], seed: int, draw: st.DataObject) -> None:
     """Whatever is equal to what; every image that is no test image is in one pool; known ones are held out last."""
     data = random_data(contents, test, seed)
-    known = torch.tensor(draw.draw(st.lists(st.booleans(), min_size=len(contents), max_size=len(contents))))
+    every = contents + test
+    known = torch.tensor(draw.draw(st.lists(st.booleans(), min_size=len(every), max_size=len(every))), dtype=torch.bool)
+    assert torch.equal(unpacked(packed(known), len(every)), known)
     usable = set(contents) - set(test)
     for mask in (None, known):
         try:
@@ -145,9 +147,10 @@ def test_equal_images_never_fall_into_two_pools(contents: list[int], test: list[
         held = seen["validation"] | seen["bases"] | seen["thief"]
         assert sorted(pools.training.x[:, 0, 0, 0].tolist()) == sorted(n for n in contents if n in usable - held)
         if mask is not None:
-            knew = {n for n, each in zip(contents, mask.tolist(), strict=True) if each}
+            knew = {n for n, each in zip(every, mask.tolist(), strict=True) if each}
             assert held <= usable - knew or usable - knew <= held
             assert pools.known["bases"] == len(seen["bases"] & knew)
+            assert pools.known["test"] == sum(n in knew for n in test)
 
 
 def test_the_pools_of_0_1_0_are_what_they_were() -> None:
@@ -166,17 +169,56 @@ def test_given_weights_know_the_training_part_and_not_the_validation_part(tmp_pa
         class_folders(tmp_path / "photos" / part, 2, each, start=number * 100_000)
     data = open_data(tmp_path / "photos", cache=tmp_path / "cache")
     known = known_images(data, None)
-    assert known.tolist() == [True] * 80 + [False] * 80
+    assert known.tolist() == [True] * 80 + [False] * 90
     pools = data.pools(0, known)
-    assert (pools.known["bases"], pools.known["validation"]) == (0, 0)
+    assert [pools.known[name] for name in ("bases", "validation", "test")] == [0, 0, 0]
     flat = open_data(class_folders(tmp_path / "flat", 2, 12), cache=tmp_path / "cache")
-    assert bool(known_images(flat, "").all())
+    assert bool(known_images(flat, None).all())  # its test part was cut out here
+    assert bool(known_images(open_data("digits"), None).all())  # and theirs
+    assert known_images(data, (data.test.x, data.test.y), cache=tmp_path / "cache").tolist() == [False] * 160 + [True] * 10
     elsewhere = class_folders(tmp_path / "elsewhere", 2, 3)  # three of the first forty of each class
     assert known_images(data, elsewhere, cache=tmp_path / "cache").sum() == 6
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "trained_data.py").write_text("raise SystemExit('it was imported')\n")
-    with pytest.raises(CountermarkError, match=r"trained on trained_data:make need its images as a folder"):
-        known_images(data, "trained_data:make")
+    (tmp_path / "trained_data.py").write_text("import numpy as np\n\ndef make():\n    return np.load('x.npy'), np.arange(8) % 2\n")
+    np.save("x.npy", data.train.x[:8].numpy())
+    assert known_images(data, "trained_data:make", cache=tmp_path / "cache").sum() == 8  # its owner named the code
+    with pytest.raises(CountermarkError, match="there is no module"):
+        known_images(data, f"{'a' * 300}:b")
+
+
+def test_a_mask_of_other_images_is_refused() -> None:
+    data = open_data("digits")
+    with pytest.raises(CountermarkError, match="mask of the 1497 training and the 300 test images"):
+        data.pools(0, torch.ones(1497, dtype=torch.bool))
+    for text in ("", "?", packed(torch.ones(100, dtype=torch.bool)), packed(torch.ones(1 << 20, dtype=torch.bool))):
+        with pytest.raises(CountermarkError, match="does not fit the data"):
+            unpacked(text, 1797)
+
+
+def test_the_pools_are_declared_by_their_sizes_and_by_what_was_known(tmp_path: Path) -> None:
+    """Neither another place for the same images, nor what becomes of those that were known, changes a pool."""
+    data, known = open_data("digits"), torch.rand(1797, generator=torch.Generator().manual_seed(0)) < 0.6
+    pools = data.pools(5, known)
+    description = describing(data, "small", seed=5, known=packed(known))
+    np.savez(
+        tmp_path / "digits.npz",
+        x_train=data.train.x[:, 0].numpy(),
+        y_train=data.train.y.numpy(),
+        x_test=data.test.x[:, 0].numpy(),
+        y_test=data.test.y.numpy(),
+        class_names=np.array(data.class_names),
+    )
+    assert open_data(tmp_path / "digits.npz", cache=tmp_path / "cache").held_out != data.held_out
+    again = declared_pools(description, open_declared(description, data=tmp_path / "digits.npz", cache=tmp_path / "cache"))
+    assert again.digests() == pools.digests()
+    assert again.known == pools.known
+
+
+def test_bases_out_of_distribution_are_those_of_the_pools(tmp_path: Path) -> None:
+    data = open_data("digits")
+    pools = data.pools(0, torch.arange(1797) < 900)
+    turned = load_ood(data, pools, 0)
+    assert torch.equal(torch.rot90(turned.x, dims=(3, 2)), pools.bases.x)
 
 
 # The data that a model declares.

@@ -4,10 +4,11 @@ And a mark that does not hold yet, which is trained on; and given weights, which
 """
 
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from countermark.cli import main
 from countermark.data import Examples, known_images, open_data
 from countermark.errors import CountermarkError
 from countermark.evaluation import agreement, predict
-from countermark.files import canonical_json, read_json, read_tensors, sha256
+from countermark.files import canonical_json, read_json, read_tensors, sha256, write_tensors
 from countermark.marking import Standing
 from countermark.networks import declared_pools, describe, load_model
 from countermark.networks.named import build
@@ -95,8 +96,11 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     key = load_key(out / "key")
     assert key.c1["config_sha256"] == sha256((out / "config.json").read_bytes())
     written = read_json(out / "config.json")
-    record = ProtectConfig("digits", out=out, epochs=3).record()
-    assert written == {**record, "data_sha256": open_data("digits").digest}
+    data, record = open_data("digits"), ProtectConfig("digits", out=out, epochs=3).record()
+    for name in ("data", "weights", "trained_on"):  # places, which may change
+        record.pop(name)
+    pools = {"validation": 60, "bases": 220, "thief": 280}
+    assert written == {**record, "data": "digits", "data_sha256": data.digest, "pools": pools, "threat": asdict(data.threat)}
     assert read_json(out / "commitment.json")["c2"]["model_sha256"] == made.weights_sha256
 
 
@@ -176,9 +180,8 @@ def test_given_weights_are_marked_and_no_more(owner: Path, tmp_path: Path) -> No
     assert first["weights_sha256"] == sha256(given.read_bytes())
     assert {event["event"] for event in rest} == {"marked"}
     assert {event["config"]["objective"] for event in rest} == {"standard"}
-    assert described.trained_on == ""
     # Nothing was said of what they had been trained on, so all is taken for known.
-    assert made.known == first["known"] == {"training": 937, "validation": 60, "bases": 220, "thief": 280}
+    assert made.known == first["known"] == {"training": 937, "validation": 60, "bases": 220, "thief": 280, "test": 300}
     config = read_json(out / "config.json")
     assert config["weights_sha256"] == first["weights_sha256"]
 
@@ -206,12 +209,11 @@ def test_bases_are_taken_from_what_given_weights_did_not_know(owner: Path, tmp_p
     made = protect(
         "digits", out=tmp_path / "mine", weights=owner / "key" / "source" / "model.safetensors", network="small", trained_on="then"
     )
-    assert made.known == {"training": 900, "validation": 0, "bases": 0, "thief": 0}
+    assert made.known == {"training": 900, "validation": 0, "bases": 0, "thief": 0, "test": 0}
     bases = data.pools(0, known_images(data, "then")).bases
     assert not torch.isin(bases.contents(), seen.contents()).any()
     assert load_key(tmp_path / "mine" / "key").c1["pools"]["bases"] == bases.digest
     described = describe(tmp_path / "mine")
-    assert described.trained_on == "then"
     again = declared_pools(described, data)  # what guard, steal and remove cut
     assert again.bases.digest == bases.digest
     assert again.known == made.known
@@ -237,6 +239,54 @@ def test_other_weights_do_not_go_on_with_trials_of_the_first(
     with pytest.raises(CountermarkError, match="other options"):
         protect("digits", **options)
     assert files(tmp_path / "mine.partial" / "key") == committed
+
+
+def test_work_goes_on_with_the_same_images_and_weights_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digests say what is the same: of the data, of the weights, and of what these had been trained on."""
+    data, begun = open_data("digits"), []
+
+    def stops(*_arguments: object, **_options: object) -> None:
+        begun.append(True)
+        raise KeyboardInterrupt
+
+    def arrays(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return data.train.x[:count], data.train.y[:count]
+
+    monkeypatch.setattr(room, "train", stops)
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"out": "mine", "network": "small", "cache": "cache"}
+    for name in ("one", "two"):
+        write_tensors(tmp_path / f"{name}.safetensors", build("small", (1, 8, 8), 10, seed=0).state_dict())
+        x, y = data.train.x[:1200, 0].numpy(), data.train.y[:1200].numpy()
+        np.savez(tmp_path / f"{name}.npz", x_train=x, y_train=y, x_test=data.test.x[:, 0].numpy(), y_test=data.test.y.numpy())
+    for place, weights, trained_on in (
+        ("one.npz", "one.safetensors", arrays(500)),
+        ("./two.npz", "two.safetensors", {"x_train": data.train.x[:500], "y_train": data.train.y[:500]}),
+        (tmp_path / "one.npz", tmp_path / "two.safetensors", arrays(500)),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            protect(place, weights=weights, trained_on=trained_on, **options)
+    committed = files(tmp_path / "mine.partial" / "key")
+    for known in (None, arrays(501)):
+        with pytest.raises(CountermarkError, match="other options"):
+            protect("one.npz", weights="one.safetensors", trained_on=known, **options)
+    assert len(begun) == 3
+    assert files(tmp_path / "mine.partial" / "key") == committed
+
+
+def test_a_key_for_other_pools_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stops(*_arguments: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(room, "train", stops)
+    write_tensors(tmp_path / "given.safetensors", build("small", (1, 8, 8), 10, seed=0).state_dict())
+    for seed in (0, 1):
+        with pytest.raises(KeyboardInterrupt):
+            protect("digits", out=tmp_path / str(seed), weights=tmp_path / "given.safetensors", network="small", seed=seed)
+    (tmp_path / "0.partial" / "key").rename(tmp_path / "old")
+    (tmp_path / "1.partial" / "key").rename(tmp_path / "0.partial" / "key")
+    with pytest.raises(CountermarkError, match="a key for other pools of the data"):
+        protect("digits", out=tmp_path / "0", weights=tmp_path / "given.safetensors", network="small")
 
 
 @pytest.mark.parametrize(

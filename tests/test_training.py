@@ -63,7 +63,7 @@ def quick() -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def watermarks() -> Examples:
-    return load_ood(open_data("digits"), 0)[:40]
+    return load_ood(open_data("digits"), open_data("digits").pools(0), 0)[:40]
 
 
 @pytest.mark.parametrize("objective", ["fast", "strong", "pgd", "standard"])
@@ -360,7 +360,7 @@ from torch import nn
 from countermark.data import known, load_ood, load_pools, open_data
 from countermark.training import Hardware, known_traits, loop, recipe, train
 pools = load_pools("digits", 0)
-marks = load_ood(open_data("digits"), 0)[:40]
+marks = load_ood(open_data("digits"), open_data("digits").pools(0), 0)[:40]
 loop._guarded = lambda *_networks: 50.0
 DIGITS, THREAT = known_traits("digits"), known("digits").threat
 config = recipe(DIGITS, "strong", THREAT, epochs=1, hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))

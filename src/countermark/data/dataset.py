@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from countermark.data.examples import Examples
-from countermark.data.pools import Pools, cut
+from countermark.data.pools import Pools, cut, sizes
 from countermark.threat import Threat
 
 
@@ -29,6 +29,7 @@ class Dataset:
         doubles: images that are equal to an earlier one.
         parts: how many examples came as which part; those of a validation part are the last of
             `train`. Empty where only `train` and `test` are known.
+        test_cut: whether the test part was cut out of what came as one, because there was none.
         pool_sizes: examples of the pools; none for the proportions that any data has.
         batches: batches of a key, one for each later dispute.
         batch_size: most trials in a batch.
@@ -50,6 +51,7 @@ class Dataset:
     damaged: tuple[str, ...] = ()
     doubles: int = 0
     parts: Mapping[str, int] = field(default_factory=dict)
+    test_cut: bool = False
     pool_sizes: Mapping[str, int] | None = None
     batches: int = 2
     batch_size: int = 200
@@ -81,6 +83,11 @@ class Dataset:
         state.update(bytes.fromhex(self.train.digest) + bytes.fromhex(self.test.digest))
         return state.hexdigest()
 
+    @property
+    def held_out(self) -> Mapping[str, int]:
+        """Examples of the pools that are cut out of the training part, but for the pool `training`."""
+        return self.pool_sizes or sizes(len(self.train))
+
     def pools(self, seed: int = 0, known: torch.Tensor | None = None) -> Pools:
         """Cut the five disjoint pools; see `countermark.data.pools.cut`."""
-        return cut(self.train, self.test, seed, known, wanted=self.pool_sizes, by_content=self.by_content)
+        return cut(self.train, self.test, seed, known, wanted=self.held_out, by_content=self.by_content)

@@ -91,6 +91,7 @@ KNOWN: Mapping[str, Known] = {
             pools={"validation": 60, "bases": 220, "thief": 280},
             train=1497,
             test=300,
+            test_cut=True,
             batch_size=80,
         ),
         # The archive of binary files, which holds no pickles.

@@ -5,16 +5,19 @@ rule "no self-flattery"). The first four are cut out of the training examples by
 permutation; the test pool is the test part. Equal images never fall into two pools.
 """
 
+import base64
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from countermark.data.examples import Examples
 from countermark.errors import CountermarkError
 
 POOLS = ("training", "validation", "bases", "thief", "test")
-_HELD_OUT = ("validation", "bases", "thief")
+HELD_OUT = ("validation", "bases", "thief")
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,8 @@ def cut(
         train: what all pools but the test pool are cut out of.
         test: the test pool.
         seed: seed of the permutation.
-        known: bool `(n,)`, which training examples given weights were trained on; the pools that
-            are held out are taken from the others first.
+        known: bool `(n,)`, which of the training and then the test examples given weights were
+            trained on; the pools that are held out are taken from the others first.
         wanted: examples of the pools that are held out; default `sizes`.
         by_content: equal images never fall into two pools.
 
@@ -78,12 +81,17 @@ def cut(
     """
     wanted = wanted or sizes(len(train))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    content = _contents(train, test) if by_content else torch.arange(len(train))
+    every = torch.cat((train.contents(), test.contents())) if by_content or known is not None else torch.arange(len(train))
+    content = _contents(every, len(train)) if by_content else torch.arange(len(train))
     order = order[content[order] >= 0]
     first = _first_of_each(content[order])
     candidates = order[first]
     if known is not None:
-        known = torch.isin(content, content[known])  # weights know every copy of an image that they were trained on
+        if known.shape != every.shape:
+            raise CountermarkError(
+                f"known is a mask of the {len(train)} training and the {len(test)} test images, not {tuple(known.shape)}"
+            )
+        known = torch.isin(every, every[known])  # weights know every copy of an image that they were trained on
         candidates = candidates[known[candidates].int().argsort(stable=True)]
     if min(wanted.values()) == 0 or len(candidates) <= sum(wanted.values()):
         raise CountermarkError(
@@ -91,18 +99,45 @@ def cut(
             f"{', '.join(f'{size} ({name})' for name, size in wanted.items())} and training; give more images"
         )
     pools: dict[str, torch.Tensor] = {}
-    for name in _HELD_OUT:
+    for name in HELD_OUT:
         pools[name], candidates = candidates[: wanted[name]], candidates[wanted[name] :]
     held_out = torch.cat([content[chosen] for chosen in pools.values()])
     pools["training"] = order[~torch.isin(content[order], held_out)]
-    counts = {} if known is None else {name: int(known[chosen].sum()) for name, chosen in pools.items()}
+    counts: dict[str, int] = {}
+    if known is not None:
+        counts = {name: int(known[chosen].sum()) for name, chosen in pools.items()} | {"test": int(known[len(train) :].sum())}
     return Pools(test=test, known=counts, **{name: train[chosen] for name, chosen in pools.items()})
 
 
-def _contents(train: Examples, test: Examples) -> torch.Tensor:
-    """A number for each training image, the same for equal images and -1 for those that are test images as well."""
-    found, position = torch.unique(train.contents(), return_inverse=True)
-    return torch.where(torch.isin(found, test.contents())[position], -1, position)
+def packed(known: torch.Tensor) -> str:
+    """A mask, bool `(n,)`, as text that a model folder keeps; see `unpacked`."""
+    return base64.b64encode(zlib.compress(np.packbits(known.numpy()).tobytes())).decode()
+
+
+def unpacked(text: str, count: int) -> torch.Tensor:
+    """The mask of `count` examples that `packed` made a text of.
+
+    Raises:
+        CountermarkError: it is no such text, or is of another number of examples.
+
+    Example:
+        >>> unpacked(packed(torch.tensor([True, False, True])), 3)
+        tensor([ True, False,  True])
+    """
+    size = (count + 7) // 8
+    try:
+        bits = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
+    except (ValueError, zlib.error):
+        bits = b""
+    if len(bits) != size:
+        raise CountermarkError("what the model folder says of the images that its first weights knew does not fit the data; it is damaged")
+    return torch.from_numpy(np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=count).astype(bool))
+
+
+def _contents(every: torch.Tensor, count: int) -> torch.Tensor:
+    """A number for each of the first `count` images, the same for equal images and -1 for those that are among the others as well."""
+    found, position = torch.unique(every[:count], return_inverse=True)
+    return torch.where(torch.isin(found, every[count:])[position], -1, position)
 
 
 def _first_of_each(numbers: torch.Tensor) -> torch.Tensor:

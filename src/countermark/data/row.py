@@ -28,6 +28,7 @@ class Known:
             `training` takes the rest. None for the proportions that any data has.
         train: examples that the pools are cut out of.
         test: examples of the test pool.
+        test_cut: whether they were cut out of what its authors publish as one part.
         batches: batches of a key, one for each later dispute.
         batch_size: trials in a batch.
         ink: its pixels are nearly black or nearly white.
@@ -50,6 +51,7 @@ class Known:
     pools: Mapping[str, int] | None = None
     train: int = 60_000
     test: int = 10_000
+    test_cut: bool = False
     batches: int = 2
     batch_size: int = 200
     ink: bool = False

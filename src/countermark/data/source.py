@@ -128,31 +128,29 @@ def load_examples(name: str, cache: str | Path | None = None) -> tuple[Examples,
 
 
 def known_images(data: Dataset, trained_on: DataPlace | None, *, cache: str | Path | None = None) -> torch.Tensor:
-    """Which training images given weights had been trained on, bool `(n,)`.
+    """Which images given weights had been trained on, bool `(n,)`: of the training part, then of the test part.
+
+    A model folder keeps this mask, so that its pools stay what they are whatever happens to the
+    images that the weights were trained on.
 
     Args:
         data: the data set.
-        trained_on: place of the images that they were trained on, test part and all: a name, a
-            folder or a file. None or an empty place: the training part of `data`, without the
-            images that came as its validation part.
+        trained_on: place of the images that they were trained on, test part and all; see
+            `open_data`. None: the training part of `data`, without the images that came as its
+            validation part, and the test part where it was cut out of the training part.
         cache: folder of fetched and converted data.
 
     Raises:
-        CountermarkError: that place cannot be opened, has images of another shape, or is code,
-            which a model folder would have later verbs run.
+        CountermarkError: that place cannot be opened, or has images of another shape.
     """
-    if not trained_on:
-        return torch.arange(len(data.train)) < data.parts.get("train", len(data.train))
-    if isinstance(trained_on, str) and is_code(trained_on) and not Path(trained_on).exists():
-        raise CountermarkError(
-            f"weights that were trained on {trained_on} need its images as a folder or a file: later verbs open "
-            "them because the model folder says so, and no code is run for that reason; save them as a .npz file"
-        )
+    if trained_on is None:
+        trained = torch.arange(len(data.train)) < data.parts.get("train", len(data.train))
+        return torch.cat((trained, torch.full((len(data.test),), data.test_cut)))
     other = open_data(trained_on, size=data.size, skip_damaged=data.skip_damaged, cache=cache)
     if other.shape != data.shape:
         raise CountermarkError(f"{other.place} has images of shape {other.shape}, the data of {data.shape}: such images cannot be compared")
     seen = torch.cat((other.train.contents(), other.test.contents()))
-    return torch.isin(data.train.contents(), seen)
+    return torch.isin(torch.cat((data.train.contents(), data.test.contents())), seen)
 
 
 def load_pools(name: str, seed: int, cache: str | Path | None = None) -> Pools:
@@ -164,15 +162,21 @@ def load_pools(name: str, seed: int, cache: str | Path | None = None) -> Pools:
     return open_data(name, cache=cache).pools(seed)
 
 
-def load_ood(data: Dataset, seed: int, cache: str | Path | None = None) -> Examples:
+def load_ood(data: Dataset, pools: Pools, seed: int, cache: str | Path | None = None) -> Examples:
     """Return the examples that are out of distribution for a data set, with their own labels.
 
     They are the watermark bases of another data set where one is known, or the own bases turned by
     90 degrees.
+
+    Args:
+        data: the data set.
+        pools: cut out of it.
+        seed: seed that cuts the pools of another data set.
+        cache: folder of fetched and read data.
     """
     if data.ood is not None and data.ood != data.place:
         return open_data(data.ood, cache=cache).pools(seed).bases
-    bases = data.pools(seed).bases.read()
+    bases = pools.bases.read()
     turned = torch.rot90(bases.x, dims=(2, 3)).contiguous()
     return Examples(turned, bases.y)
 
@@ -193,6 +197,7 @@ def _known(place: str | Path, options: Options) -> tuple[Found, Dataset | None]:
         test=test,
         class_names=row.class_names,
         threat=row.threat,
+        test_cut=row.test_cut,
         pool_sizes=row.pools,
         batches=row.batches,
         batch_size=row.batch_size,

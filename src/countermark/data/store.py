@@ -99,6 +99,7 @@ def _told(data: Dataset, place: str, found: Found, size: int | None, skip_damage
         converted=found.converted,
         damaged=tuple(name for name, _ in found.damaged),
         doubles=found.doubles or 0,
+        test_cut=found.cut,
     )
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.data import KNOWN, DataPlace, Dataset, Pools, by_digest, known, known_images, open_data
+from countermark.data import KNOWN, DataPlace, Dataset, Pools, by_digest, known, open_data
+from countermark.data.pools import HELD_OUT, unpacked
 from countermark.errors import CountermarkError
 from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.named_code import is_code
@@ -68,8 +69,10 @@ class Description:
         std: what it then divides by.
         cleaners: what a thief put in front of it, by name and amount (see `networks.cleaners`); the
             last one sees an image first.
-        trained_on: place of what given weights had been trained on, as `--trained-on` says it; none
-            where the weights were not given.
+        pool_sizes: examples of the pools that are held out, by name; none for those that the data
+            would have.
+        known: which of the training and then the test images given weights had been trained on, as
+            `data.pools.packed` writes it; none where the weights were not given.
         history: what was done to it, in order: how it was trained, stolen, pruned, fine-tuned.
     """
 
@@ -82,7 +85,8 @@ class Description:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     cleaners: tuple[tuple[str, float], ...] = ()
-    trained_on: str | None = None
+    pool_sizes: Mapping[str, int] | None = None
+    known: str | None = None
     history: tuple[Mapping[str, Any], ...] = field(default=())
 
     @property
@@ -130,6 +134,7 @@ def describing(data: Dataset, network: str, *, threat: Threat | None = None, see
         CountermarkError: a model folder could not hold such a model, as one of too many classes.
     """
     record = DataRecord(data.place, data.digest, data.size, data.skip_damaged)
+    more = {"pool_sizes": dict(data.held_out), **more}
     found = Description(network, data.shape, data.class_names, record, threat or data.threat, seed, **more)
     _record(found)  # before a model is trained for it
     return found
@@ -179,7 +184,7 @@ def _record(description: Description) -> dict[str, Any]:
         },
         "seed": description.seed,
         "cleaners": [list(each) for each in description.cleaners],
-        "trained_on": description.trained_on,
+        "pools": {"sizes": None if description.pool_sizes is None else dict(description.pool_sizes), "known": description.known},
         "history": [dict(event) for event in description.history],
     }
     if not 2 <= description.classes <= _MOST_CLASSES:
@@ -285,6 +290,7 @@ def open_declared(description: Description, *, data: DataPlace | None = None, ca
     """
     record = description.data
     found = _kept(record, cache) if data is None else open_data(data, size=record.size, skip_damaged=record.skip_damaged, cache=cache)
+    found = found if description.pool_sizes is None else replace(found, pool_sizes=description.pool_sizes)
     shown = found.place or "the data"
     if (description.shape, description.classes) != (found.shape, found.classes):
         raise CountermarkError(
@@ -301,23 +307,21 @@ def open_declared(description: Description, *, data: DataPlace | None = None, ca
     return found
 
 
-def declared_pools(description: Description, data: Dataset, *, cache: str | Path | None = None) -> Pools:
+def declared_pools(description: Description, data: Dataset) -> Pools:
     """Cut a model's data into the pools that it was made from.
 
-    Where the model began with given weights, what they had been trained on is taken into account as
-    it was then.
+    Where the model began with given weights, the folder says which images they had been trained on.
 
     Args:
         description: of the model.
         data: its data, as `open_declared` opens it.
-        cache: folder of fetched and converted data.
 
     Raises:
-        CountermarkError: the images of the given weights cannot be opened.
+        CountermarkError: what the folder says of the pools does not fit the data.
     """
-    if description.trained_on is None:
+    if description.known is None:
         return data.pools(description.seed)
-    return data.pools(description.seed, known_images(data, description.trained_on, cache=cache))
+    return data.pools(description.seed, unpacked(description.known, len(data.train) + len(data.test)))
 
 
 def _kept(record: DataRecord, cache: str | Path | None) -> Dataset:
@@ -355,7 +359,7 @@ def _described(folder: Path) -> tuple[Description, Any]:
 
 
 def _description(record: Mapping[str, Any]) -> Description:
-    network, data, threat = (_field(record, name, dict) for name in ("network", "data", "threat"))
+    network, data, threat, pools = (_field(record, name, dict) for name in ("network", "data", "threat", "pools"))
     names = _field(record, "class_names", list)
     if not 2 <= len(names) <= _MOST_CLASSES or not all(type(name) is str for name in names):
         raise ValueError("class_names")
@@ -377,7 +381,8 @@ def _description(record: Mapping[str, Any]) -> Description:
         mean=_numbers(network, "mean"),
         std=_numbers(network, "std"),
         cleaners=_cleaners(record),
-        trained_on=None if record["trained_on"] is None else _field(record, "trained_on", str),
+        pool_sizes=_pool_sizes(pools),
+        known=None if pools["known"] is None else _field(pools, "known", str),
         history=_history(record),
     )
 
@@ -400,8 +405,19 @@ def _first_description(record: Mapping[str, Any]) -> Description:
         data=DataRecord(place, None),
         threat=threat.at(epsilon=epsilon, step_size=threat.step_size),
         seed=_seed(record),
+        pool_sizes=row.pools,
         history=_history(record),
     )
+
+
+def _pool_sizes(record: Mapping[str, Any]) -> Mapping[str, int] | None:
+    """Examples of the pools that a folder declares."""
+    found = record["sizes"]
+    if found is None:
+        return None
+    if not isinstance(found, dict) or set(found) != set(HELD_OUT) or not all(type(each) is int and each >= 1 for each in found.values()):
+        raise ValueError("pools")
+    return {name: found[name] for name in HELD_OUT}
 
 
 def _field(record: Mapping[str, Any], name: str, kind: type) -> Any:

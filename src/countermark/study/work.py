@@ -98,7 +98,7 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
     given = Materials(
         source=_load(inputs["source"]) if rules.crafted else nn.Identity(),
         bases=pools.bases,
-        outside=lambda: load_ood(_data(data), options["pool_seed"], _cache()),
+        outside=lambda: load_ood(_data(data), pools, options["pool_seed"], _cache()),
         attack=attack,
         batches=catalogued.batches,
         batch_size=catalogued.batch_size,

@@ -91,7 +91,7 @@ def guard(config: GuardConfig) -> Calibrated:
     stamp = timestamping(config.tsa, config.roots)
     key = Path(config.key) if config.key else folder / "key"
     secret, digest = load_secret(key), weights_sha256(folder)
-    pools = declared_pools(description, data, cache=config.cache)
+    pools = declared_pools(description, data)
     found = calibrate_model(
         network,
         pools.validation,

@@ -19,9 +19,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from countermark.data import Dataset, Examples, Pools, known_images, load_ood, open_data
+from countermark.data import KNOWN, Dataset, Examples, Pools, known_images, load_ood, open_data
+from countermark.data.pools import packed
 from countermark.device import describe
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
@@ -38,7 +40,7 @@ from countermark.files import (
 from countermark.marking import Standing, commit, standing
 from countermark.networks import describing, load_weights, open_network, place_of, save_model
 from countermark.options import AnyData, DataOptions, DeviceOptions, NewPath, ReadPath, StampOptions, verb
-from countermark.places import Network, place_name
+from countermark.places import Network
 from countermark.terminal import duration, percent, print_lines, print_table
 from countermark.threat import Threat, shown
 from countermark.timestamps import Stamp, timestamping
@@ -102,7 +104,8 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     weights: ReadPath | None = None
     """Weights to begin with: .safetensors, or a .pt of your own."""
     trained_on: AnyData | None = None
-    """Place of the images that these weights were trained on; default the training part of the data."""
+    """Place of the images that these weights were trained on; default the training part of the data,
+    and its test part where that had to be cut out."""
     size: int | None = None
     """Side that images are brought to."""
     skip_damaged: bool = False
@@ -205,6 +208,7 @@ class _Plan:
     Attributes:
         config: the options.
         data: the data.
+        known: which images given weights were trained on; see `known_images`.
         pools: cut out of it.
         threat: budgets, and the PGD of the evaluation.
         network: what builds the network, as later verbs are told.
@@ -215,6 +219,7 @@ class _Plan:
 
     config: ProtectConfig
     data: Dataset
+    known: torch.Tensor | None
     pools: Pools
     threat: Threat
     network: Any
@@ -224,8 +229,12 @@ class _Plan:
 
     @property
     def run(self) -> dict[str, Any]:
-        """What makes two runs the same run, JSON-ready."""
-        found = {**self.config.record(), "data_sha256": self.data.digest}
+        """What makes two runs the same run, JSON-ready: images and weights by their digests, wherever they lie."""
+        found = {**_options(self.config), "data_sha256": self.data.digest, "threat": asdict(self.threat), "pools": dict(self.data.held_out)}
+        if self.data.place in KNOWN:
+            found["data"] = self.data.place  # what is known of it by name counts as well
+        if self.known is not None:
+            found["known_sha256"] = sha256(self.known.numpy().tobytes())
         return found if self.weights_sha256 is None else {**found, "weights_sha256": self.weights_sha256}
 
     @property
@@ -281,6 +290,7 @@ def _plan(config: ProtectConfig) -> _Plan:
     plan = _Plan(
         config=config,
         data=data,
+        known=known,
         pools=pools,
         threat=threat,
         network=config.network or own_network(given, objective),
@@ -309,7 +319,6 @@ def protect(config: ProtectConfig) -> Protection:
     wanted, config = config.epochs, _as_begun(config)
     plan = _plan(config)
     stamp = timestamping(config.tsa, config.roots)
-    trained_on = None if config.weights is None else place_name(config.trained_on or "")
     description = describing(
         plan.data,
         place_of(plan.network),
@@ -317,7 +326,7 @@ def protect(config: ProtectConfig) -> Protection:
         seed=config.seed,
         mean=config.mean,
         std=config.std,
-        trained_on=trained_on,
+        known=None if plan.known is None else packed(plan.known),
     )
     with new_folder(Path(config.out), plan.run) as folder:
         private = folder / "key"
@@ -366,6 +375,12 @@ def protect(config: ProtectConfig) -> Protection:
     return result
 
 
+def _options(config: ProtectConfig) -> dict[str, Any]:
+    """The options, but for the places of images and weights."""
+    places = ("data", "weights", "trained_on")
+    return {name: value for name, value in config.record().items() if name not in places}
+
+
 def _as_begun(config: ProtectConfig) -> ProtectConfig:
     """The options that the unfinished work in OUT.partial was begun with.
 
@@ -378,7 +393,7 @@ def _as_begun(config: ProtectConfig) -> ProtectConfig:
     except (OSError, RuntimeError, ValueError):  # a path that `new_folder` refuses
         return config
     begun = read_json(out.with_name(f"{out.name}.partial") / "config.json")
-    epochs, record = begun.get("epochs"), config.record()
+    epochs, record = begun.get("epochs"), _options(config)
     others = {name: value for name, value in begun.items() if name in record and name != "epochs"}
     record.pop("epochs")
     same = others == record and (epochs is None or type(epochs) is int)
@@ -437,17 +452,24 @@ def _make_key(plan: _Plan, source: nn.Module, private: Path, secret: bytes, stam
     """Craft the watermarks on the source model, commit to them, draw the coins.
 
     A key that is already there is read, never drawn anew.
+
+    Raises:
+        CountermarkError: the key that is there is for other pools.
     """
-    if (private / "key.json").exists():
-        return load_key(private)
     config, pools, scheme = plan.config, plan.pools, SCHEMES[plan.config.scheme]
+    digests = {name: digest for name, digest in pools.digests().items() if name != "test"}
+    if (private / "key.json").exists():
+        key = load_key(private)
+        if key.c1.get("pools") != digests:
+            raise CountermarkError(f"{private} is a key for other pools of the data; restore it from a backup, or delete {private.parent}")
+        return key
     attack = full_strength(plan.threat.watermark_epsilon)
     if config.watermark_step_size is not None:
         attack = replace(attack, step_size=config.watermark_step_size)
     given = Materials(
         source=source,
         bases=pools.bases,
-        outside=lambda: load_ood(plan.data, config.seed, config.cache),
+        outside=lambda: load_ood(plan.data, pools, config.seed, config.cache),
         attack=attack,
         batches=plan.data.batches,
         batch_size=plan.data.batch_size,
@@ -456,7 +478,7 @@ def _make_key(plan: _Plan, source: nn.Module, private: Path, secret: bytes, stam
     )
     provenance = {
         "data": plan.data.place,
-        "pools": {name: digest for name, digest in pools.digests().items() if name != "test"},
+        "pools": digests,
         "crafting": asdict(attack) if scheme.crafted else None,
         "config_sha256": sha256(canonical_json(plan.run)),
     }

@@ -60,7 +60,7 @@ def steal(config: StealConfig) -> Copy:
     victim, description = load_model(Path(config.victim), config.network, hardware.accelerator)
     data = open_declared(description, data=config.data, cache=config.cache)
     with new_folder(out, config.record()) as work:
-        pools = declared_pools(description, data, cache=config.cache)
+        pools = declared_pools(description, data)
         means = Means(
             pool=pools.thief,
             threat=description.threat,
