@@ -4,6 +4,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,7 @@ from countermark.networks.named import build
 from countermark.thieves import Means
 from countermark.thieves.steal import algorithm_2
 from countermark.training import TrainConfig, train
+from countermark.verbs.guard import Calibrated, show
 
 SECRET = bytes(range(32))
 MODEL = "ab" * 32
@@ -774,3 +776,11 @@ def test_a_guard_of_large_images_can_be_read_back(tmp_path: Path) -> None:
     (tmp_path / "guard.json").write_bytes(canonical_json(record))
     with pytest.raises(CountermarkError, match="usable settings"):
         read_guard(tmp_path)
+
+
+def test_what_given_weights_knew_of_the_measured_images_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    knew = {"training": 900, "validation": 60, "bases": 0, "thief": 0, "test": 0}
+    found = Calibrated("mine", 0.1, False, None, 0.1, 0.01, 1.0, 0.01, 2000, knew, "cpu")
+    for result, said in ((found, True), (replace(found, known={**knew, "validation": 0}), False), (replace(found, known={}), False)):
+        show(result)
+        assert ("had been trained on 60 images for validation" in " ".join(capsys.readouterr().out.split())) is said

@@ -1,5 +1,6 @@
 """`countermark guard`: calibrate the coins in a model's answers for a stated cost."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,8 @@ class Calibrated:
         tied: share of natural queries that meet a coin, in percent.
         entropy: bits of coins in an average natural query: a perfect copy made from n queries can reach p = 2^(-n x entropy).
         queries: natural queries that a perfect copy needs to be proven at 1e-6, by that bound.
+        known: images of each pool that the weights had been trained on before they were given to
+            protect; empty where they were not given.
         device: where the model was asked, and in which precision.
     """
 
@@ -73,6 +76,7 @@ class Calibrated:
     tied: float
     entropy: float
     queries: int
+    known: Mapping[str, int]
     device: str
 
 
@@ -138,6 +142,7 @@ def guard(config: GuardConfig) -> Calibrated:
         tied=found.tied,
         entropy=found.entropy,
         queries=needed,
+        known=dict(pools.known),
         device=describe(device),
     )
 
@@ -155,6 +160,9 @@ def show(result: Calibrated) -> None:
             "no coins for made-up queries: the images differ so much that honest queries would lose "
             f"{result.foreign_cost:.3f} points by them; a higher --cost buys them"
         )
+    seen = [f"{result.known[name]} images for {name}" for name in ("validation", "test") if result.known.get(name)]
+    if seen:
+        print_lines(f"the given weights had been trained on {' and '.join(seen)}: new images may cost more than is said here")
     print_lines(f"wrote {result.folder}/guard.json; a copy needs some {result.queries} natural queries or more to be proven at 1e-6")
 
 
