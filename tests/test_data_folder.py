@@ -1,6 +1,7 @@
 """Folders of images: what is taken, what is refused, and what the cache keeps of them."""
 
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
@@ -15,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from countermark.data import store
+from countermark.data import reading, store
 from countermark.data.dataset import Dataset
 from countermark.data.folder import list_folder
-from countermark.data.reading import Found
+from countermark.data.images import Decoded
+from countermark.data.reading import Found, Item, Listing, decoded
 from countermark.data.store import bring_in, by_digest, stored
 from countermark.errors import CountermarkError
 from noise import class_folders, drawn, save
@@ -415,3 +417,29 @@ def test_cmyk_16_bit_and_animated_files_in_one_folder(tmp_path: Path, cache: Pat
     frames = [Image.fromarray(drawn(seed)) for seed in (7, 8)]
     frames[0].save(place / "class0" / "c.webp", save_all=True, append_images=frames[1:])
     assert opened(place, cache).converted == {"16-bit": 1, "animated": 1, "cmyk": 1, "grey": 1}
+
+
+@pytest.mark.parametrize("taken", [1, 300])
+def test_few_large_images_are_held_while_they_are_decoded_ahead(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was decoded and is not yet wanted is bounded by its bytes; whoever stops early is not kept waiting."""
+    side, most = 64, 0
+    read: list[int] = []
+    monkeypatch.setattr(reading.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(reading, "_HELD", 10 * side * side)
+
+    def item(number: int) -> Item:
+        def pixels(_size: int | None) -> Decoded:
+            read.append(number)
+            return Decoded(np.zeros((1, side, side), dtype=np.uint8), (), (side, side))
+
+        return Item(str(number), "train", 0, pixels)
+
+    found = decoded(Listing("photos", ("a", "b"), map(item, range(300)), 300), None)
+    for number, (each, _) in enumerate(itertools.islice(found, taken)):
+        if number % 20 == 0:
+            time.sleep(0.005)  # threads decode what they may
+        assert each.name == str(number)
+        most = max(most, len(read) - number)
+    found.close()  # type: ignore[attr-defined]
+    # The room, an image in each of the other threads, the group that is wanted and the one that is taken.
+    assert most <= 10 + 7 + 8 + 8

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import threading
 import time
 import warnings
 from collections import Counter, deque
@@ -34,6 +35,7 @@ FEWEST = 2
 _WORKERS = 8
 _TOGETHER = 8  # images that a thread decodes at a time
 _AHEAD = 2  # times that many are decoded ahead of the one that is wanted, for each thread
+_HELD = 1 << 27  # bytes of decoded images from which on only those that are wanted next are decoded
 _TICK = 50_000_000  # nanoseconds; two changes within one tick of a file system's clock look like one
 _NAMED = 5  # damaged files and the like that a message names
 
@@ -162,17 +164,21 @@ class Found:
 
 
 def decoded(listing: Listing, size: int | None) -> Iterator[tuple[Item, Decoded | DamagedError]]:
-    """Decode the images of a listing on all cores, in their order, only a few ahead of the one that is wanted."""
+    """Decode the images of a listing on all cores, in their order, only a few ahead of the one that is wanted.
+
+    Large images are few: one decoded ahead for each thread, and `_HELD` bytes of them.
+    """
     workers = min(_WORKERS, os.cpu_count() or 1)
     waiting: deque[Future[list[tuple[Item, Decoded | DamagedError]]]] = deque()
-    items = iter(listing.items)
-    with bar(f"reading {listing.place}", listing.count) as progress, _pool(workers) as pool:
+    items, numbers, room = iter(listing.items), itertools.count(), _Room()
+    with bar(f"reading {listing.place}", listing.count) as progress, _pool(workers) as pool, room:
         while (some_items := list(itertools.islice(items, _TOGETHER))) or waiting:
             if some_items:
-                waiting.append(pool.submit(_attempt, some_items, size))
+                waiting.append(pool.submit(_attempt, some_items, size, next(numbers), room))
             if not some_items or len(waiting) > _AHEAD * workers:
                 done = waiting.popleft().result()
                 yield from done
+                room.leave(done)
                 progress.advance(len(done))
 
 
@@ -188,13 +194,53 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _attempt(items: Sequence[Item], size: int | None) -> list[tuple[Item, Decoded | DamagedError]]:
+class _Room:
+    """Room for decoded images: while they fill it, only the group that is wanted next is decoded on."""
+
+    def __init__(self) -> None:
+        self._held, self._wanted, self._closed = 0, 0, False
+        self._changed = threading.Condition()
+
+    def __enter__(self) -> "_Room":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with self._changed:  # nobody is left to make room
+            self._closed = True
+            self._changed.notify_all()
+
+    def wait(self, group: int) -> None:
+        """Wait until an image of a group may be decoded."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._held < _HELD or group == self._wanted or self._closed)
+
+    def enter(self, outcome: Decoded | DamagedError) -> None:
+        """Count an image that was decoded."""
+        with self._changed:
+            self._held += _bytes(outcome)
+
+    def leave(self, outcomes: Sequence[tuple[Item, Decoded | DamagedError]]) -> None:
+        """Forget the group that was wanted; the next one is wanted from now on."""
+        with self._changed:
+            self._held -= sum(_bytes(outcome) for _, outcome in outcomes)
+            self._wanted += 1
+            self._changed.notify_all()
+
+
+def _bytes(outcome: Decoded | DamagedError) -> int:
+    return outcome.pixels.nbytes if isinstance(outcome, Decoded) else 0
+
+
+def _attempt(items: Sequence[Item], size: int | None, group: int, room: _Room) -> list[tuple[Item, Decoded | DamagedError]]:
     outcomes: list[tuple[Item, Decoded | DamagedError]] = []
     for item in items:
+        room.wait(group)
         try:
-            outcomes.append((item, item.read(size)))
+            outcome: Decoded | DamagedError = item.read(size)
         except DamagedError as error:
-            outcomes.append((item, error))
+            outcome = error
+        room.enter(outcome)
+        outcomes.append((item, outcome))
     return outcomes
 
 
