@@ -465,6 +465,8 @@ class Odd(nn.Module):
         (None, Examples(BASES.x[:, :, :, :6], BASES.y), {}, "does not take images"),
         (None, BASES[:60], {}, "bases became watermarks"),
         (None, BASES, {"watermark_epsilon": 0.01}, "above the training budget"),
+        (None, BASES, {"seed": 1 << 32}, "seed is a whole number"),
+        (None, BASES, {"seed": -1}, "seed is a whole number"),
         (Odd([1]), BASES, {}, "gives list"),
         (Odd(torch.zeros(4)), BASES, {}, r"gives \(4,\)"),
     ],

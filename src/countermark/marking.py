@@ -242,6 +242,8 @@ class Marking:
                 above the training budget, a key of another scheme or for other images, or an
                 authority that does not answer. A key that could not be made leaves nothing behind.
         """
+        if not 0 <= seed < 1 << 32:
+            raise CountermarkError("seed is a whole number from 0 to 4294967295; take another")
         self.data: Dataset | None = None
         self.seed = seed
         if isinstance(bases, Dataset):
