@@ -214,7 +214,7 @@ def test_the_pools_are_declared_by_their_sizes_and_by_what_was_known(tmp_path: P
     assert again.known == pools.known
 
 
-def test_bases_out_of_distribution_are_those_of_the_pools(tmp_path: Path) -> None:
+def test_bases_out_of_distribution_are_those_of_the_pools() -> None:
     data = open_data("digits")
     pools = data.pools(0, torch.arange(1797) < 900)
     turned = load_ood(data, pools, 0)
