@@ -1,9 +1,11 @@
 """Marks in a loop of one's own: the order of the protocol, what joins a batch, what is refused."""
 
+import contextlib
 import json
 import math
 import random
 import secrets
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -380,13 +382,59 @@ def test_a_finish_that_fails_leaves_nothing_and_the_next_one_succeeds(
     assert files(tmp_path) == written
 
 
-def test_a_finish_that_was_killed_is_finished_by_the_next(marked: tuple[Path, nn.Module], tmp_path: Path) -> None:
+@pytest.mark.parametrize("calls", range(4))
+def test_a_finish_that_was_killed_is_finished_by_the_next(
+    marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Killed while it writes, or after it moved one file, or two, or all three into place."""
     out, net = marked
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "model.safetensors").write_bytes(b"torn")
-    mark = Marking(net, BASES, key=out / "key", **SMALL)
-    mark.finish(net, tmp_path / "mine")
-    load_model(tmp_path / "mine", network())
+    mark, mine = Marking(net, BASES, key=out / "key", **SMALL), tmp_path / "mine"
+    moved, replaced = [], Path.replace
+
+    def dies(self: Path, target: Path) -> Path:
+        if self.parent.name == room._UNFINISHED and target.parent == mine:
+            if len(moved) == calls:
+                raise SystemExit
+            moved.append(self)
+        return replaced(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", dies)
+        patched.setattr(room, "_take_back", lambda folder: moved and len(moved) == 3 and (folder / room._UNFINISHED).rmdir())
+        with contextlib.suppress(SystemExit):
+            mark.finish(net, mine)
+    assert len(moved) == calls
+    assert (mine / "commitment.json").exists() == (calls == 3)
+    if calls < 3:
+        mark.finish(net, mine)
+    load_model(mine, network())
+    assert {path.name for path in mine.iterdir()} == {"model.safetensors", "model.json", "commitment.json"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_files_of_others_are_neither_replaced_nor_taken_away(
+    marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, inside: bool
+) -> None:
+    """Weights of the user's own that lie where the model is to be written, alone or beside the key."""
+    out, net = marked
+    keys = tmp_path / ("mine/key" if inside else "keys")
+    shutil.copytree(out / "key", keys)
+    (tmp_path / "mine").mkdir(exist_ok=True)
+    (tmp_path / "mine" / name).write_bytes(b"weeks of work")
+    before = files(tmp_path)
+    mark = Marking(net, BASES, key=keys, **SMALL)
+    with pytest.raises(CountermarkError, match=f"holds files already \\({name}\\)"):
+        mark.finish(net, tmp_path / "mine")
+    assert files(tmp_path) == before
+    # The same where an interrupted call left its own files, of that name among them.
+    beside = tmp_path / "mine" / room._UNFINISHED
+    beside.mkdir()
+    for each in ("model.safetensors", "model.json", "commitment.json"):
+        (beside / each).write_bytes(b"torn")
+    with pytest.raises(CountermarkError, match="holds files already"):
+        mark.finish(net, tmp_path / "mine")
+    assert (tmp_path / "mine" / name).read_bytes() == b"weeks of work"
 
 
 def test_what_it_is_for_is_declared(marked: tuple[Path, nn.Module], tmp_path: Path) -> None:

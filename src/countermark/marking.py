@@ -55,6 +55,7 @@ _RUINED = 10.0  # points of accuracy on the key's clean examples that a usable c
 
 _SLACK = 0.02  # pixels outside [0, 1] that interpolation may leave
 _WRITTEN = ("model.safetensors", "model.json", "commitment.json")  # in this order
+_UNFINISHED = ".torn-finish"  # in the model folder: where they are written first
 
 
 @dataclass(frozen=True)
@@ -360,9 +361,9 @@ class Marking:
             )
         folder = Path(out).expanduser()
         description = self._describe(network, data, class_names, found, history)
-        with _filled(folder, self._keys):
-            digest = save_model(folder, self._seen(net), description)
-            commit(folder, self._keys, self.key, digest, self._stamp)
+        with _filled(folder, self._keys) as beside:
+            digest = save_model(beside, self._seen(net), description)
+            commit(beside, self._keys, self.key, digest, self._stamp)
         return found
 
     def _make(
@@ -522,30 +523,54 @@ def _key_folder(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _filled(folder: Path, keys: Path) -> Iterator[None]:
-    """Fill a model folder that may hold its key already; on an error take away what was written.
+def _filled(folder: Path, keys: Path) -> Iterator[Path]:
+    """Fill a model folder that may hold its key already: all files of `_WRITTEN`, or none.
 
-    The commitment is written last: a folder without it is unfinished, and the next call writes its
-    files anew.
+    They are written into a folder of their own inside it and moved into place when the block ends
+    well, the commitment last. What an interrupted call had moved is told by the commitment that
+    still waits there, so no file is ever replaced or taken away that another put there.
+
+    Yields:
+        The folder to write the files in.
 
     Raises:
-        CountermarkError: the folder holds something else, or cannot be made.
+        CountermarkError: the folder holds something else, cannot be made, or another process fills it.
     """
-    new = not folder.exists()
+    new, beside = not folder.exists(), folder / _UNFINISHED
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        others = {entry.name for entry in folder.iterdir() if entry.resolve() != keys.resolve()}
+        with locked(folder):
+            moved = _moved(folder)
+            others = {entry.name for entry in folder.iterdir() if entry.resolve() != keys.resolve()}
+            others -= {_UNFINISHED, *moved}
+            if others:
+                raise CountermarkError(f"{folder} holds files already ({min(others)}); choose a new folder")
+            _take_back(folder)
+            try:
+                beside.mkdir()
+                yield beside
+                for name in _WRITTEN:
+                    (beside / name).replace(folder / name)
+            finally:
+                _take_back(folder)
+                if new:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
     except OSError as error:
-        raise CountermarkError(f"cannot create {folder}: {error.strerror}; choose another folder") from error
-    if others - set(_WRITTEN[:-1]):
-        raise CountermarkError(f"{folder} holds files already ({min(others)}); choose a new folder")
-    with locked(folder):
-        try:
-            yield
-        except BaseException:
-            for name in _WRITTEN:
-                (folder / name).unlink(missing_ok=True)
-            if new:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            raise
+        raise CountermarkError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+
+
+def _moved(folder: Path) -> list[str]:
+    """The files of an unfinished call that it had moved into place; none once all of them are."""
+    beside = folder / _UNFINISHED
+    if not (beside / _WRITTEN[-1]).exists():
+        return []
+    return [name for name in _WRITTEN if not (beside / name).exists()]
+
+
+def _take_back(folder: Path) -> None:
+    """Take away what an unfinished call has written; nothing, once all its files are in place."""
+    for name in _moved(folder):
+        (folder / name).unlink(missing_ok=True)
+    if (folder / _UNFINISHED).exists():
+        shutil.rmtree(folder / _UNFINISHED)
