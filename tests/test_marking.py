@@ -160,15 +160,48 @@ def test_crafting_asks_in_evaluation_mode_and_leaves_the_network_as_it_was(
 
 
 def test_a_marking_over_a_key_goes_on_with_its_trials_and_coins(source: nn.Module, tmp_path: Path) -> None:
-    """Neither another source model nor other bases change a byte of a key that there is."""
+    """Another source model does not change a byte of a key that there is."""
     first = Marking(copied(source), BASES, key=tmp_path / "key", **SMALL)
     assert not first.resumed
     before = files(tmp_path)
-    second = Marking(network(seed=5), shapes(300, seed=9), key=tmp_path / "key", epsilon=0.2, watermark_epsilon=0.6)
+    second = Marking(network(seed=5), (BASES.x, BASES.y), key=tmp_path / "key", **SMALL)
     assert second.resumed
     assert files(tmp_path) == before
     assert torch.equal(second.key.watermarks.x, first.key.watermarks.x)
     assert torch.equal(second.key.labels, first.key.labels)
+
+
+@pytest.mark.parametrize(
+    ("bases", "options", "words"),
+    [
+        (shapes(300, seed=9), {}, "from other bases"),
+        (Examples(BASES.x, BASES.y.roll(1)), {}, "from other bases"),
+        (BASES, {"watermark_epsilon": 0.6}, r"crafted at a watermark budget of 0\.376\d+, not of 0\.6; give watermark_epsilon=0\.376"),
+    ],
+)
+def test_a_key_made_from_something_else_is_refused(
+    source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bases: Examples, options: dict[str, float], words: str
+) -> None:
+    """What is compared was committed to before there were coins; whatever the coins are, it comes out the same."""
+    some_mark(source, tmp_path)
+    before, loaded = files(tmp_path), room.load_key
+    blind = lambda folder: replace(loaded(folder), labels=torch.empty(0), others=torch.empty(0))  # noqa: E731
+    monkeypatch.setattr(room, "load_key", blind)
+    some_mark(source, tmp_path)  # the same line goes on
+    with pytest.raises(CountermarkError, match=words):
+        Marking(copied(source), bases, key=tmp_path / "key", **{**SMALL, **options})  # type: ignore[arg-type]
+    assert files(tmp_path) == before
+
+
+def test_a_key_of_another_seed_is_refused(tmp_path: Path) -> None:
+    """Other pools: bases of the key would be among the images that the loop trains on."""
+    data = open_data("digits")
+    net = build("small", data.shape, data.classes, seed=0)
+    Marking(net, data, key=tmp_path / "key")
+    assert torch.isin(data.pools(0).bases.contents(), data.pools(1).training.contents()).any()
+    with pytest.raises(CountermarkError, match="the data and the seed of its making"):
+        Marking(net, data, key=tmp_path / "key", seed=1)
+    assert Marking(net, data, key=tmp_path / "key").resumed
 
 
 def test_coins_come_after_the_trials_and_out_of_the_token(source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

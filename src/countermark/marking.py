@@ -190,7 +190,7 @@ class Marking:
         key: the key: trials, coins, first commitment.
         threat: the budgets of attackers and of the trials.
         resumed: whether the key was there already; trials and coins are then those of its making,
-            and the network and the bases that were given now had no part in them.
+            and the network that was given now had no part in them.
     """
 
     def __init__(
@@ -221,8 +221,8 @@ class Marking:
             bases: clean images that the network is not trained on and their true labels:
                 `Examples`, or a pair of arrays `(n, c, h, w)` (uint8, or pixels of [0, 1]) and
                 `(n,)`; or a data set, whose pools then give them.
-            key: folder of the key: new, or made by an earlier `Marking`, whose trials and coins
-                then stay. It is secret; keep a backup of it.
+            key: folder of the key: new, or made by an earlier `Marking` of the same bases and
+                watermark budget, whose trials and coins then stay. It is secret; keep a backup of it.
             epsilon: budget that the network is trained for, in pixels of [0, 1]; default that of
                 the data set or the kind of image.
             watermark_epsilon: budget of the trials, above `epsilon`; the same default.
@@ -240,8 +240,9 @@ class Marking:
 
         Raises:
             CountermarkError: bases that do not fit the network or are too few, a budget that is not
-                above the training budget, a key of another scheme or for other images, or an
-                authority that does not answer. A key that could not be made leaves nothing behind.
+                above the training budget, a key of another scheme, for other images or made from
+                other bases or at another budget, or an authority that does not answer. A key that
+                could not be made leaves nothing behind.
         """
         if not 0 <= seed < 1 << 32:
             raise CountermarkError("seed is a whole number from 0 to 4294967295; take another")
@@ -267,7 +268,7 @@ class Marking:
             self.resumed = (self._keys / "key.json").exists()
             if self.resumed:
                 self.key = load_key(self._keys)
-                self._check_key()
+                self._check_key(examples)
             else:
                 self.key = self._make(net, examples, batches or 2, batch_size or 200, clean)
 
@@ -396,8 +397,11 @@ class Marking:
         kept = None if clean is None else clean[:CLEAN_EXAMPLES].read()
         return write_key(self._keys, "coin", trials, provenance, self._stamp, kept)
 
-    def _check_key(self) -> None:
-        """Refuse to go on with a key that is none of this loop's."""
+    def _check_key(self, bases: Examples) -> None:
+        """Refuse to go on with a key that is none of this loop's.
+
+        What was committed to before the coins were drawn is compared, and no coin.
+        """
         key, where = self.key, self._keys
         if not key.rules.coins:
             raise CountermarkError(f"{where} is a key of the scheme {key.scheme}; a marking has coins, choose another folder")
@@ -409,6 +413,17 @@ class Marking:
         if (key.t1 is None) != (self._stamp is None):
             how, what = ("without", "leave tsa out") if key.t1 is None else ("with", "give tsa")
             raise CountermarkError(f"the coins of {where} were drawn {how} a timestamp; {what}, or choose another folder")
+        if _committed(key, "pools", "bases") != bases.digest:
+            raise CountermarkError(
+                f"the trials of {where} were made from other bases than are given now, so some of these may "
+                "be in the training; give the data and the seed of its making, or choose another folder"
+            )
+        budget = _committed(key, "crafting", "epsilon")
+        if budget != self.threat.watermark_epsilon:
+            raise CountermarkError(
+                f"the trials of {where} were crafted at a watermark budget of {budget}, not of "
+                f"{self.threat.watermark_epsilon:g}; give watermark_epsilon={budget}, or choose another folder"
+            )
 
     def _describe(
         self,
@@ -442,6 +457,12 @@ class Marking:
         if device not in self._on:
             self._on[device] = self.key.watermarks.x.to(device), self.key.labels.to(device)
         return self._on[device]
+
+
+def _committed(key: Key, part: str, name: str) -> Any:
+    """What a part of a key's first commitment says; none where it says nothing."""
+    found = key.c1.get(part)
+    return found.get(name) if isinstance(found, Mapping) else None
 
 
 def _examples(given: Examples | tuple[Any, Any]) -> Examples:
