@@ -561,6 +561,45 @@ def test_what_no_key_can_be_made_of_is_refused_and_leaves_nothing(
     assert not (tmp_path / "mine" / "key").exists()
 
 
+CLEAN = shapes(120, seed=3)
+
+
+@pytest.mark.parametrize("kind", ["examples", "pixels", "arrays"])
+def test_a_key_keeps_clean_examples_of_any_kind_and_is_read_again(source: nn.Module, tmp_path: Path, kind: str) -> None:
+    given = {
+        "examples": CLEAN,
+        "pixels": Examples(CLEAN.x.double() / 255, CLEAN.y.int()),
+        "arrays": (CLEAN.x.numpy(), CLEAN.y.numpy()),
+    }[kind]
+    some_mark(source, tmp_path, clean=given)
+    kept = load_key(tmp_path / "key").clean
+    assert kept is not None
+    assert torch.equal(kept.x, CLEAN.x[:100])
+    assert torch.equal(kept.y, CLEAN.y[:100])
+    assert some_mark(source, tmp_path, clean=given).resumed
+
+
+@pytest.mark.parametrize(
+    ("clean", "words"),
+    [
+        (Examples(CLEAN.x[:, :, :6], CLEAN.y), r"100 clean examples of shape \(3, 6, 8\)"),
+        (Examples(CLEAN.x[:, :1], CLEAN.y), "clean examples of shape"),
+        (CLEAN[:0], "clean examples are images"),
+        ((CLEAN.x, CLEAN.y[:5]), "clean examples are images"),
+        (5, "clean examples are Examples, a data set, or a pair"),
+        (Examples(CLEAN.x, CLEAN.y + 1), "labels from 1 to 4"),
+        (Examples(CLEAN.x, CLEAN.y - 1), "number the classes from 0"),
+        (Examples(torch.cat((CLEAN.x[:9], BASES.x[:3])), torch.cat((CLEAN.y[:9], BASES.y[:3]))), "3 of 12 clean examples are bases"),
+    ],
+)
+def test_clean_examples_that_no_key_could_keep_are_refused_before_there_is_one(
+    source: nn.Module, tmp_path: Path, clean: object, words: str
+) -> None:
+    with pytest.raises(CountermarkError, match=words):
+        some_mark(source, tmp_path, clean=clean)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_keys_of_something_else_are_refused(source: nn.Module, tmp_path: Path, owner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(CountermarkError, match="images of shape"):
         Marking(source, BASES, key=owner / "key", **SMALL)

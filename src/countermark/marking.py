@@ -206,7 +206,7 @@ class Marking:
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
         seed: int = 0,
-        clean: Examples | None = None,
+        clean: Examples | tuple[Any, Any] | None = None,
         tsa: str | None = None,
         roots: str | Path | None = None,
     ) -> None:
@@ -233,13 +233,15 @@ class Marking:
                 channel.
             std: what it then divides by.
             seed: seed that cuts the pools of a data set; the one that the training pool comes from.
-            clean: a few clean examples to keep with the key, which show later whether a suspect is
-                asked in the right way. They must be no bases. Those of a data set by default.
+            clean: a few clean examples to keep with the key, given as the bases are, which show
+                later whether a suspect is asked in the right way. They must be no bases. Those of a
+                data set by default.
             tsa: address of a timestamp authority (RFC 3161); without one the mark is private.
             roots: PEM file of the authority's root certificates.
 
         Raises:
-            CountermarkError: bases that do not fit the network or are too few, a budget that is not
+            CountermarkError: bases that do not fit the network or are too few, clean examples that
+                do not fit it or are bases, a budget that is not
                 above the training budget, a key of another scheme, for other images or made from
                 other bases or at another budget, or an authority that does not answer. A key that
                 could not be made leaves nothing behind.
@@ -250,7 +252,7 @@ class Marking:
         self.seed = seed
         if isinstance(bases, Dataset):
             self.data, pools = bases, bases.pools(seed)
-            clean = pools.validation[:CLEAN_EXAMPLES] if clean is None else clean
+            clean = pools.validation if clean is None else clean
             examples, threat = pools.bases, bases.threat
             batches, batch_size = batches or bases.batches, batch_size or bases.batch_size
         else:
@@ -270,7 +272,8 @@ class Marking:
                 self.key = load_key(self._keys)
                 self._check_key(examples)
             else:
-                self.key = self._make(net, examples, batches or 2, batch_size or 200, clean)
+                kept = None if clean is None else _clean(clean, examples, self._classes)
+                self.key = self._make(net, examples, batches or 2, batch_size or 200, kept)
 
     def mix(self, x: torch.Tensor, y: torch.Tensor, count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
         """Let trials join a batch, those whose turn it is: round after round through all of them.
@@ -394,8 +397,7 @@ class Marking:
             "pools": {"bases": bases.digest},
             "crafting": asdict(attack),
         }
-        kept = None if clean is None else clean[:CLEAN_EXAMPLES].read()
-        return write_key(self._keys, "coin", trials, provenance, self._stamp, kept)
+        return write_key(self._keys, "coin", trials, provenance, self._stamp, clean)
 
     def _check_key(self, bases: Examples) -> None:
         """Refuse to go on with a key that is none of this loop's.
@@ -465,22 +467,51 @@ def _committed(key: Key, part: str, name: str) -> Any:
     return found.get(name) if isinstance(found, Mapping) else None
 
 
-def _examples(given: Examples | tuple[Any, Any]) -> Examples:
-    """Bases as examples, from arrays if need be.
+def _clean(given: Examples | tuple[Any, Any], bases: Examples, classes: int) -> Examples:
+    """The clean examples that are kept with a key: in memory, and such that the key can be read again.
+
+    Raises:
+        CountermarkError: there are none, they are no images like the bases, have other labels than
+            the network has classes, or are bases.
+    """
+    found = _examples(given, "clean examples")[:CLEAN_EXAMPLES].read()
+    if len(found) == 0 or found.x.shape[1:] != bases.x.shape[1:]:
+        raise CountermarkError(
+            f"there are {len(found)} clean examples of shape {tuple(found.x.shape[1:])} for bases of shape "
+            f"{_shape(bases)}; give one or more of this shape, or leave clean out"
+        )
+    if not 0 <= int(found.y.min()) <= int(found.y.max()) < classes:
+        raise CountermarkError(
+            f"the clean examples have labels from {int(found.y.min())} to {int(found.y.max())}, and the "
+            f"network tells {classes} classes apart; number the classes from 0"
+        )
+    shared = int(torch.isin(found.contents(), bases.contents()).sum())
+    if shared:
+        raise CountermarkError(
+            f"{shared} of {len(found)} clean examples are bases, and what a suspect is shown may be "
+            "none of them; give others, or leave clean out"
+        )
+    return found
+
+
+def _examples(given: Examples | tuple[Any, Any], what: str = "bases") -> Examples:
+    """Images with labels as uint8 examples on the processor, from arrays or pixels if need be.
 
     Raises:
         CountermarkError: they are no images with labels.
     """
     if isinstance(given, Examples):
-        return given
+        if given.rows is not None:
+            return given
+        given = (given.x, given.y)
     try:
-        images, labels = (torch.as_tensor(part) for part in given)
+        images, labels = (torch.as_tensor(part).cpu() for part in given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CountermarkError(f"bases are Examples, a data set, or a pair of arrays (images, labels): {error}") from error
+        raise CountermarkError(f"{what} are Examples, a data set, or a pair of arrays (images, labels): {error}") from error
     whole = labels.dim() == 1 and not labels.is_floating_point() and not labels.is_complex()
     if images.dim() != 4 or not whole or len(images) != len(labels) or not len(labels):
         raise CountermarkError(
-            f"bases are images (n, c, h, w) and whole labels (n,), not {tuple(images.shape)} and {tuple(labels.shape)} of {labels.dtype}"
+            f"{what} are images (n, c, h, w) and whole labels (n,), not {tuple(images.shape)} and {tuple(labels.shape)} of {labels.dtype}"
         )
     return Examples(as_uint8(pixels(images)) if images.dtype != torch.uint8 else images, labels.long())
 
