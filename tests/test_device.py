@@ -222,7 +222,6 @@ OBJECTIVES = {
     "standard": PLAIN,
     "pgd": replace(PLAIN, objective="pgd", attack=ATTACK),
     "fast": replace(PLAIN, objective="fast", attack=replace(ATTACK, steps=1), carry=True, flip=True, shift=1, average=0.9),
-    "trades": replace(PLAIN, objective="trades", attack=ATTACK, beta=3.0),
     "epoch": replace(PLAIN, embedding="epoch", craft_in_training_mode=True, objective="pgd", attack=ATTACK),
 }
 
@@ -352,7 +351,7 @@ def test_training_replays_its_attack_where_it_can(monkeypatch: pytest.MonkeyPatc
         made.append(Recording(*arguments))
         return made[-1]
 
-    for objective in ("pgd", "fast", "trades"):
+    for objective in ("pgd", "fast"):
         config = replace(OBJECTIVES[objective], attack=replace(ATTACK, steps=2))
         plain, recorded = NETWORKS["surrogate"](), NETWORKS["surrogate"]()
         monkeypatch.setattr(loop, "worth_preparing", lambda _network: False)
@@ -362,7 +361,7 @@ def test_training_replays_its_attack_where_it_can(monkeypatch: pytest.MonkeyPatc
             patch.setattr(loop, "Recording", recording)
             assert train(recorded, examples(), config, validation=examples(20, seed=5)) == records
         assert all(torch.equal(*pair) for pair in zip(plain.state_dict().values(), recorded.state_dict().values(), strict=True))
-    assert len(made) == 3
+    assert len(made) == 2
 
 
 def test_a_seeded_block_changes_no_setting_of_cudnn_but_one() -> None:

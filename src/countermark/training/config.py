@@ -10,7 +10,7 @@ from countermark.threat import Attack
 Embedding = Literal["interleaved", "epoch"]
 """How watermarks get in: some join every batch, or a pass after each epoch (the paper's Algorithm 1)."""
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
-OBJECTIVES = ("fast", "trades", "pgd", "standard")
+OBJECTIVES = ("fast", "pgd", "standard")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,7 @@ class TrainConfig:
 
     Attributes:
         objective: `standard`, `pgd` (every example of every batch replaced by PGD) or `fast` (the same in few steps, guarded
-            against catastrophic overfitting by a multi-step check after each epoch) or `trades` (guarded in the same way; Zhang et al.,
-            2019: cross-entropy on the example itself, plus `beta` times the divergence of its perturbed answer from its own).
+            against catastrophic overfitting by a multi-step check after each epoch).
         attack: the attack that crafts the batches; none for `standard`.
         carry: start each example's attack at the perturbation that it had in the pass before (Zheng et al., 2020, "ATTA"): one step then
             does the work of several. Where the perturbations of all examples would take more than 1 GiB, each attack starts at
@@ -45,7 +44,6 @@ class TrainConfig:
             perturbations along with it; what leaves on one side enters on the other.
         dropout: train with the network's dropout; in few passes it costs more than it gives.
         craft_in_training_mode: craft with dropout and batch statistics live, as the published code did, instead of in evaluation mode.
-        beta: weight of that divergence, for `trades` only.
         average: decay of the moving average of the weights, 0 for none. Where there is one, it is what the run returns and what is
             measured; batches are crafted and steps taken on the weights themselves.
         epochs: passes over the examples.
@@ -72,7 +70,6 @@ class TrainConfig:
     shift: int = 0
     dropout: bool = True
     craft_in_training_mode: bool = False
-    beta: float = 0.0
     average: float = 0.0
     batch_size: int = 128
     learning_rate: float = 0.1
@@ -96,8 +93,6 @@ class TrainConfig:
         choose("schedule", self.schedule, ("constant", "triangular"))
         if (self.objective == "standard") != (self.attack is None):
             raise CountermarkError(f"the objective {self.objective!r} goes {'without' if self.attack else 'with'} an attack")
-        if (self.objective == "trades") != (self.beta > 0):
-            raise CountermarkError(f"beta is a positive number for the objective 'trades' and 0 for any other, not {self.beta}")
         if not 0 <= self.average < 1:
             raise CountermarkError(f"the decay of the average is a number from 0 to below 1, not {self.average}")
         if self.shift < 0:

@@ -47,7 +47,6 @@ _CHECK_STEPS = 10
 _UNITS = 127  # of a carried perturbation in one budget
 _COLLAPSE = 20.0  # points of adversarial accuracy lost in one epoch that count as catastrophic overfitting
 _START_SHARE = 0.25  # below this share of what the run started with, an epoch has collapsed, whatever later epochs may win back
-_GUARDED = ("fast", "trades")  # objectives of few attack steps
 _MOST_STEPS = 16  # beyond this a fall is not for want of attack steps
 
 State = dict[str, torch.Tensor]
@@ -362,15 +361,6 @@ def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tenso
     return torch.randint(-most, most + 1, examples.x.shape, generator=generator, dtype=torch.int8)
 
 
-def divergence(answers: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
-    """Kullback-Leibler divergence, in nats `(n,)`, of what logits of perturbed inputs predict from what those of the inputs themselves do.
-
-    It is the second term of TRADES (Zhang et al., 2019); both logits are `(n, classes)` and the gradient flows into both.
-    """
-    ours = functional.log_softmax(answers.float(), 1)
-    return (ours.exp() * (ours - functional.log_softmax(perturbed.float(), 1))).sum(1)
-
-
 def with_steps(attack: Attack, steps: int) -> Attack:
     """The same attack in another number of steps; its step size still covers the budget 1.25 times (2.5 for several steps)."""
     if steps == attack.steps:
@@ -400,7 +390,7 @@ def _run(
     run = _Run(fabric, network, examples, config, _fingerprint(network, examples, config, validation, watermarks))
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
-    elif config.objective in _GUARDED and validation is not None:
+    elif config.objective == "fast" and validation is not None:
         run.initial = _guarded(run, run.network, validation)
     near = _near(examples, fabric.device)
     marks = watermarks.to(fabric.device) if watermarks is not None else None
@@ -474,31 +464,25 @@ def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | No
     grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
     view = any_view(len(x), config.flip, config.shift).to(x.device)
     x = view.of(x)
-    crafted = run.perturb(chosen, x, y, grown, view)
-    inputs = [x] if config.objective == "trades" else [crafted]
+    inputs = [run.perturb(chosen, x, y, grown, view)]
     if marks is not None and config.embedding == "interleaved":
         most = config.watermark_batch
         turn = in_turn(run.step * most, most, len(marks), config.seed)
         turn = turn[fabric.global_rank :: fabric.world_size]
         inputs.append(pixels(marks.x[turn], bounded=False))
         y = torch.cat((y, marks.y[turn]))
-    if config.objective == "trades":
-        inputs.append(crafted)
     return _descend(run, torch.cat(inputs), y, done)
 
 
 def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> float:
-    """One step down the loss of the inputs `x` and labels `y`; inputs beyond the labels are the first ones again, perturbed."""
+    """One step down the loss of the inputs `x` and labels `y`; returns that loss."""
     for group in run.optimiser.param_groups:
         group["lr"] = _rate(run.config, done)
     run.wrapped.train()
     if not run.config.dropout:
         for layer in run.dropouts:
             layer.eval()
-    logits = run.wrapped(x)
-    loss = functional.cross_entropy(logits[: len(y)], y)
-    if len(x) > len(y):
-        loss = loss + run.config.beta * divergence(logits[: len(x) - len(y)], logits[len(y) :]).sum() / len(y)
+    loss = functional.cross_entropy(run.wrapped(x), y)
     run.fabric.backward(loss)
     run.stepper.step()
     run.stepper.zero_grad(set_to_none=True)
@@ -534,7 +518,7 @@ def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | Non
     clean, adversarial, watched, marked = run.fabric.broadcast((clean, adversarial, watched, marked))
     attack_steps = run.attack.steps if run.attack else 0
     fallen = watched is not None and watched < max(run.best - _COLLAPSE, run.initial * _START_SHARE)
-    collapsed = config.objective in _GUARDED and fallen and attack_steps < _MOST_STEPS
+    collapsed = config.objective == "fast" and fallen and attack_steps < _MOST_STEPS
     record = Epoch(epoch + 1, run.loss / per_epoch, clean, adversarial, marked, attack_steps, collapsed)
     run.loss = 0.0
     if collapsed and run.attack is not None:
