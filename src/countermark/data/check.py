@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
+from countermark.data.dataset import SMALLEST_BATCH
 from countermark.data.pools import POOLS
 from countermark.data.reading import Found, count_doubles
 from countermark.data.source import Options, read_data
 from countermark.errors import CountermarkError
-
-FEWEST_TRIALS = 40
-"""Trials that a batch of a mark has at least; one that has fewer proves little."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +69,9 @@ def check_data(
     pools = {name: len(getattr(cut, name)) for name in POOLS}
     trials = pools["bases"] // data.batches
     problem = None
-    if trials < FEWEST_TRIALS:
+    if trials < SMALLEST_BATCH:
         problem = (
             f"{found.place}: {pools['bases']} watermark bases are too few for {data.batches} batches of "
-            f"{FEWEST_TRIALS} trials; a model can be trained on it, and a mark in it would prove little: give more images"
+            f"{SMALLEST_BATCH} trials; a model can be trained on it, and a mark in it would prove little: give more images"
         )
     return replace(findings, pools=pools, problem=problem)

@@ -11,6 +11,9 @@ from countermark.data.examples import Examples
 from countermark.data.pools import Pools, cut, sizes
 from countermark.threat import Threat
 
+SMALLEST_BATCH = 40
+"""Trials of the smallest batch that is worth having: all of them agreeing is 2^-40, beyond a judge's 1e-9."""
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -12,6 +12,7 @@ from torch import nn
 
 from countermark.attacks import pgd
 from countermark.data import Examples, pixels
+from countermark.data.dataset import SMALLEST_BATCH
 from countermark.device import batch_size, seeded
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating, predict
@@ -19,9 +20,6 @@ from countermark.threat import Attack
 
 _PUBLISHED_WATERMARKS = 100
 _CRAFTED = 1000  # bases at a time
-
-SMALLEST_BATCH = 40
-"""Trials of the smallest batch that is worth having: all of them agreeing is 2^-40, beyond a judge's 1e-9."""
 
 CRAFTING_STEPS = 40
 """Steps of the crafting; Table 6 of the paper."""
