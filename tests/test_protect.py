@@ -52,7 +52,15 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     out, partial = tmp_path / "mine", tmp_path / "mine.partial"
     assert main(["protect", "--data", "digits", "--out", str(out), "--epochs", "3"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "did not take" in line]
-    for part in ("after 4 epochs", "of its 160 coins", "p = ", "95 % are needed", "Nothing was published", "--epochs 6", "larger network"):
+    for part in (
+        "after 4 epochs",
+        "of its 160 coins",
+        "p = ",
+        "95 % are needed",
+        "Nothing was published",
+        "--epochs 7 trains it for 4 more",
+        "larger network",
+    ):
         assert part in line
     assert not out.exists()
     assert not {"model.safetensors", "model.json", "commitment.json", "metrics.json"} & files(partial).keys()
@@ -60,7 +68,7 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
 
     with monkeypatch.context() as patched:  # the same command finds what it found, and trains nothing
         patched.setattr(loop, "_step", None)
-        with pytest.raises(CountermarkError, match=r"did not take: .*--epochs 6"):
+        with pytest.raises(CountermarkError, match=r"did not take: .*--epochs 7 "):
             protect("digits", out=out, epochs=3)
     with pytest.raises(CountermarkError, match="has come to 3 epochs already"):
         protect("digits", out=out, epochs=2)
@@ -134,6 +142,24 @@ def test_the_rounds_of_the_recipe_come_first_and_then_what_further_attempts_add(
     assert found[:4] == room._parts(begun, [7])
     assert [part.epochs for part in found[4:]] == [3, 20]
     assert not any(part.grow_budget for part in found[1:])
+
+
+@pytest.mark.parametrize(("first", "round_of"), [(4, 4), (7, 5), (100, 50), (1, 1)])
+def test_the_epochs_that_are_suggested_double_what_ran(first: int, round_of: int, tmp_path: Path) -> None:
+    """However often: each time the same command trains as long again, and the number is beyond all that ran."""
+    embedding = TrainConfig("standard", None, round_of)
+    short = Standing(40, 50.0, 95.0, None, None)
+    attempts, ran = room._attempts(tmp_path, first, first), 0
+    for _ in range(4):
+        total = sum(part.epochs for part in room._parts(embedding, attempts))
+        assert total == (2 * ran or room.MOST_ROUNDS * round_of)
+        ran = total
+        with pytest.raises(CountermarkError, match=f"after {ran} epochs .* trains it for {ran} more") as refused:
+            room._check_taken(short, tmp_path, attempts, ran)
+        found = re.search(r"--epochs (\d+)", str(refused.value))
+        assert found is not None
+        assert int(found[1]) > ran
+        attempts = room._attempts(tmp_path, first, int(found[1]))
 
 
 def test_the_marking_goes_on_until_the_mark_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

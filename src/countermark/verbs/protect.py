@@ -443,8 +443,8 @@ def _check_taken(found: Standing, folder: Path, attempts: list[int], epochs: int
     write_json(folder / _ROUNDS, {"format": _ROUNDS_FORMAT, "epochs": attempts})
     raise CountermarkError(
         f"after {epochs} epochs of marking {found.why_not()}. Nothing was published; the work waits "
-        f"in {folder}, and the same command with more epochs (--epochs {2 * attempts[-1]}) goes on "
-        "from there. If that does not help: a larger watermark budget (--watermark-epsilon), a larger network"
+        f"in {folder}, and the same command with --epochs {attempts[-1] + epochs} trains it for {epochs} "
+        "more. If that does not help: a larger watermark budget (--watermark-epsilon), a larger network"
     )
 
 
