@@ -22,6 +22,7 @@ from countermark.files import canonical_json, read_json, read_tensors, sha256, w
 from countermark.marking import Standing
 from countermark.networks import declared_pools, describe, load_model
 from countermark.networks.named import build
+from countermark.networks.weights import weights_sha256
 from countermark.training import TrainConfig, loop
 from countermark.verbs import protect as room
 from countermark.verbs.protect import ProtectConfig, protect
@@ -369,3 +370,48 @@ def test_arrays_and_a_network_of_ones_own_are_protected_from_python(kind: str, t
     loaded, _ = load_model(out, network())
     key = load_key(out / "key")
     assert agreement(predict(loaded, key.watermarks.x), key.labels) == made.watermark_accuracy
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_module_that_was_trained_says_so_by_its_state_dict(given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its weights it is only marked, and knows the held-out pools; without them it counts as new and is trained."""
+    mark_shortly(monkeypatch, room, 1)
+    take_any_mark(monkeypatch)
+    examples, own, out = shapes(900), network(), tmp_path / "mine"
+    before = {name: value.clone() for name, value in own.state_dict().items()}
+    made = protect(
+        (examples.x.numpy(), examples.y.numpy()), out=out, cache=tmp_path / "cache", epochs=1, network=own,
+        weights=own.state_dict() if given else None, epsilon="4/255", watermark_epsilon=0.3,
+    )  # fmt: skip
+    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+    source = read_tensors(out / "key" / "source" / "model.safetensors", 1 << 24)[0]
+    assert all(torch.equal(value, before[name]) for name, value in source.items()) == given
+    first, *rest = describe(out).history
+    assert (first["event"], {event["event"] for event in rest}) == ("given" if given else "trained", {"marked"})
+    assert {event["config"]["objective"] for event in rest} == {"standard" if given else "fast"}
+    assert bool(made.known) == given
+    if given:
+        assert first["weights_sha256"] == read_json(out / "config.json")["weights_sha256"] == weights_sha256(before)
+
+
+def test_weights_that_are_neither_file_nor_state_dict_are_refused(tmp_path: Path) -> None:
+    for weights, words in ((network(), "give its .state_dict()"), ({"a": 1}, "no tensors: a"), ({}, "no state dict"), (5, "takes a path")):
+        with pytest.raises(CountermarkError, match=re.escape(words)):
+            protect("digits", out=tmp_path / "mine", network="small", weights=weights)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_takes_a_file_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "own.pt"
+    assert main(["protect", "digits", "--out", str(tmp_path / "mine"), "--weights", str(missing)]) == 2
+    assert f"{missing} does not exist; check --weights" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_digest_of_a_state_dict_is_of_all_that_it_holds() -> None:
+    own = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3), "c": torch.ones(2, dtype=torch.bfloat16)}
+    others: list[dict[str, torch.Tensor]] = [
+        {**own, "a": own["a"].reshape(3, 2)}, {**own, "b": torch.tensor(4)}, {**own, "c": torch.ones(2, dtype=torch.float16)},
+        {"a": own["a"], "b": own["b"], "d": own["c"]}, {"a": own["a"], "b": own["b"]},
+    ]  # fmt: skip
+    assert len({weights_sha256(each) for each in (own, *others)}) == 6
+    assert weights_sha256(dict(reversed(own.items()))) == weights_sha256(own)

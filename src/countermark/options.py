@@ -35,6 +35,7 @@ from countermark.places import (
     Network,
     Pixels,
     SuspectPlace,
+    Weights,
     check_address,
     check_free,
     is_address,
@@ -72,6 +73,7 @@ WrittenPath = Annotated[str | Path, Place.WRITTEN]
 LogPath = Annotated[str, Place.READ]  # or the address of a database
 NewLogPath = Annotated[str, Place.WRITTEN]
 AnyData = Annotated[DataPlace, Place.NAMED]
+AnyWeights = Annotated[Weights, Place.READ]  # a file; in Python also a state dict
 
 KINDS: Mapping[type, str] = {
     bool: "true or false",

@@ -1,7 +1,7 @@
 """Places that a user gives: a suspect, a network, the address of an endpoint or of a timestamp authority, a folder to write."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 
     SuspectPlace = str | Path | Callable[[torch.Tensor], torch.Tensor]
     Network = str | nn.Module | Callable[..., nn.Module]
+    Weights = str | Path | Mapping[str, torch.Tensor]
 else:  # torch is heavy
     SuspectPlace = str | Path | Callable[..., Any]
     Network = str | Callable[..., Any]
-"""What builds a network, or one that is built: see `networks.open_network`."""
+    Weights = str | Path | object
+# `Network` is what builds a network, or one that is built: see `networks.open_network`.
+# `Weights` are a file of them, or a state dict: see `networks.load_weights`.
 
 Pixels = Literal["float", "uint8"]
 """What a suspect takes: pixels of [0, 1], or bytes."""

@@ -1,10 +1,11 @@
-"""Weights that the user brings, read into a network: `.safetensors`, or a state dict that torch saved.
+"""Weights that the user brings, read into a network: `.safetensors`, or a state dict, saved or at hand.
 
 A `.pt` of the user's own is read with `weights_only=True`, which builds tensors and containers and
 runs no code. A suspect's file never comes here.
 """
 
 import errno
+import hashlib
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,8 +16,9 @@ import torch
 from torch import nn
 
 from countermark.errors import CountermarkError
-from countermark.files import read_tensors
+from countermark.files import file_sha256, read_tensors
 from countermark.networks.source import inner
+from countermark.places import Weights
 from countermark.text import brief
 
 Tensors = Mapping[str, torch.Tensor]
@@ -31,8 +33,8 @@ _COUNTER = "num_batches_tracked"  # of batch norm, which old files lack and noth
 _HOW = "save its numbers alone: torch.save(network.state_dict(), 'own.pt')"
 
 
-def load_weights(network: nn.Module, path: str | Path) -> None:
-    """Fill a network with the weights of a file; nothing is changed where they do not fit.
+def load_weights(network: nn.Module, weights: Weights) -> None:
+    """Fill a network with the weights of a file or a state dict; nothing is changed where they do not fit.
 
     A normaliser that `open_network` put in front is passed by. Prefixes that wrappers put before names
     (`module.`, `_orig_mod.`, `model.`, `net.`) are taken off where the names then fit, and state dicts
@@ -41,15 +43,15 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
 
     Args:
         network: what `open_network` returned.
-        path: a `.safetensors` file, or a `.pt`, `.pth`, `.bin` or `.ckpt` of the user's own.
+        weights: a `.safetensors` file, or a `.pt`, `.pth`, `.bin` or `.ckpt` of the user's own; or a
+            state dict.
 
     Raises:
         CountermarkError: the file is missing, damaged, holds more than numbers, or its tensors are
             not those of the network: names that are missing, left over or of another shape are
             listed, five of each. Or a weight is NaN or infinite.
     """
-    path = Path(path)
-    found = _read(path)
+    path, found = _found(weights)
     target, tensors = _fitting(network, found)
     own = target.state_dict()
     complaints = [
@@ -66,6 +68,30 @@ def load_weights(network: nn.Module, path: str | Path) -> None:
     if wrong:
         raise CountermarkError(f"{path} holds weights that are not finite (NaN or infinity): {_names(wrong)}; the training diverged")
     target.load_state_dict(dict(tensors), strict=False)  # which copies, and so converts
+
+
+def weights_sha256(weights: Weights) -> str:
+    """SHA-256 of weights: of a file as it is, of a state dict over its names, types, shapes and values.
+
+    Raises:
+        CountermarkError: the file cannot be read, or they are neither.
+    """
+    if isinstance(weights, str | Path):
+        return file_sha256(Path(weights))
+    digest = hashlib.sha256()
+    for name, value in sorted(_found(weights)[1].items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _found(weights: Weights) -> tuple[Path | str, Tensors]:
+    """What messages call weights, and their named tensors."""
+    if isinstance(weights, str | Path):
+        return Path(weights), _read(Path(weights))
+    if not isinstance(weights, Mapping):
+        raise CountermarkError(f"weights are a file or a state dict, not {type(weights).__name__}; for a module, give its .state_dict()")
+    return "the state dict", _tensors(weights, "the state dict")
 
 
 def _read(path: Path) -> Tensors:
@@ -98,7 +124,7 @@ def _read(path: Path) -> Tensors:
     return _tensors(found, path)
 
 
-def _tensors(found: Any, path: Path) -> Tensors:
+def _tensors(found: Any, path: Path | str) -> Tensors:
     """The state dict in what a file held: that itself, or an entry of it."""
     while isinstance(found, Mapping):
         inside = next((found[name] for name in _NESTED if isinstance(found.get(name), Mapping)), None)

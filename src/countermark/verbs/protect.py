@@ -30,7 +30,6 @@ from countermark.evaluation import accuracy, adversarial_accuracy, agreement, pr
 from countermark.files import (
     CHECKPOINT_PREFIX,
     canonical_json,
-    file_sha256,
     make_private_folder,
     new_folder,
     read_json,
@@ -39,7 +38,8 @@ from countermark.files import (
 )
 from countermark.marking import Standing, commit, standing
 from countermark.networks import describing, load_weights, open_network, place_of, save_model
-from countermark.options import AnyData, DataOptions, DeviceOptions, NewPath, ReadPath, StampOptions, verb
+from countermark.networks.weights import weights_sha256
+from countermark.options import AnyData, AnyWeights, DataOptions, DeviceOptions, NewPath, StampOptions, verb
 from countermark.places import Network
 from countermark.terminal import duration, percent, print_lines, print_table
 from countermark.threat import Threat, shown
@@ -94,15 +94,16 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     0.25, fashion_mnist 0.15, digits 0.1), 8/255 for colour images, 0.15 for grey ones."""
     network: Network | None = None
     """Network: a name of ours (small, wide, clipped, paper, surrogate, resnet, narrow), timm:NAME or
-    MODULE:FUNCTION; in Python also a module or a function that makes one. Default by kind of image: small, or
-    wide and clipped for strong; narrow in colour."""
+    MODULE:FUNCTION; in Python also a module or a function that makes one. A module counts as new, whatever
+    it has learned: give weights as well where it was trained. Default by kind of image: small, or wide and
+    clipped for strong; narrow in colour."""
     scheme: Literal[SchemeName, "none"] = "coin"
     """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
     objective: Recipe | None = None
     """Training objective: fast (few-step, guarded; the default), strong (the same on a wider network, in tens of minutes), pgd (the
     paper's), standard (no adversary; the default with --weights, which are then only marked)."""
-    weights: ReadPath | None = None
-    """Weights to begin with: .safetensors, or a .pt of your own."""
+    weights: AnyWeights | None = None
+    """Trained weights to begin with: .safetensors, or a .pt of your own; in Python also a state dict."""
     trained_on: AnyData | None = None
     """Place of the images that these weights were trained on; default the training part of the data,
     and its test part where that had to be cut out."""
@@ -214,7 +215,7 @@ class _Plan:
         network: what builds the network, as later verbs are told.
         training: how the source model is trained; none for given weights that are only marked.
         embedding: how the mark is trained in; none for the scheme `none`.
-        weights_sha256: of the file of given weights.
+        weights_sha256: of given weights.
     """
 
     config: ProtectConfig
@@ -296,7 +297,7 @@ def _plan(config: ProtectConfig) -> _Plan:
         network=config.network or own_network(given, objective),
         training=training,
         embedding=None if config.scheme == "none" else embedding,
-        weights_sha256=None if config.weights is None else file_sha256(Path(config.weights)),
+        weights_sha256=None if config.weights is None else weights_sha256(config.weights),
     )
     plan.source(config.seed)  # likewise: a network that cannot be built, weights that do not fit
     return plan
