@@ -27,6 +27,7 @@ from countermark.training import TrainConfig, loop
 from countermark.verbs import protect as room
 from countermark.verbs.protect import ProtectConfig, protect
 from countermark.watermarks import SCHEMES, Key, Materials, full_strength, load_key
+from drawing import draw_folder
 from shorter import mark_shortly, take_any_mark
 from test_marking import network, shapes
 
@@ -421,3 +422,14 @@ def test_the_digest_of_a_state_dict_is_of_all_that_it_holds() -> None:
     ]  # fmt: skip
     assert len({weights_sha256(each) for each in (own, *others)}) == 6
     assert weights_sha256(dict(reversed(own.items()))) == weights_sha256(own)
+
+
+def test_a_model_is_not_written_among_its_images_and_too_few_images_make_no_mark(tmp_path: Path) -> None:
+    """Both are said before anything is trained, and nothing is left."""
+    draw_folder(tmp_path / "photos", each=8, size=8)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(CountermarkError, match="lies among the images"):
+        protect(tmp_path / "photos", out=tmp_path / "photos" / "mine", cache=tmp_path.with_name("cache"))
+    with pytest.raises(CountermarkError, match="watermark bases are too few for 2 batches of 40"):
+        protect(tmp_path / "photos", out=tmp_path / "mine", cache=tmp_path.with_name("cache"))
+    assert sorted(tmp_path.rglob("*")) == before

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from countermark.data import KNOWN, Dataset, Examples, Pools, known_images, load_ood, open_data
+from countermark.data.dataset import SMALLEST_BATCH
 from countermark.data.pools import packed
 from countermark.device import describe
 from countermark.errors import CountermarkError
@@ -276,6 +277,7 @@ def _plan(config: ProtectConfig) -> _Plan:
     if config.weights is not None:
         known = known_images(data, config.trained_on, cache=config.cache)
     pools = data.pools(config.seed, known)
+    _check_room(config, data, pools)
     given = traits(data, pools.training, mirror=config.mirror, shift=config.shift)
     objective = config.objective or ("fast" if config.weights is None else "standard")
     # The history says what was used.
@@ -301,6 +303,27 @@ def _plan(config: ProtectConfig) -> _Plan:
     )
     plan.source(config.seed)  # likewise: a network that cannot be built, weights that do not fit
     return plan
+
+
+def _check_room(config: ProtectConfig, data: Dataset, pools: Pools) -> None:
+    """Refuse, before anything is trained, what would be refused or do harm after it.
+
+    Raises:
+        CountermarkError: the model would be written among the images, or there are too few of them
+            for a mark.
+    """
+    place, out = data.place, Path(config.out).expanduser().resolve()
+    if place and Path(place).is_dir() and out.is_relative_to(Path(place).resolve()):
+        raise CountermarkError(
+            f"{config.out} lies among the images of {place}, and would count as one of their classes; choose another --out"
+        )
+    scheme = SCHEMES.get(config.scheme)
+    needed = data.batches * SMALLEST_BATCH
+    if scheme is not None and scheme.coins and len(pools.bases) < needed:
+        raise CountermarkError(
+            f"{len(pools.bases)} watermark bases are too few for {data.batches} batches of {SMALLEST_BATCH} trials; "
+            "give more images, or --scheme none for a model without a mark"
+        )
 
 
 def _either(*configs: TrainConfig | None) -> TrainConfig:
