@@ -13,6 +13,9 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+APART = "COUNTERMARK_TESTS_APART"
+"""Set where a process was made for the tests of the pretend device."""
+
 _MAY_MIX = ("copy_", "_to_copy")  # what moves tensors
 _TAKE_INDICES = ("index", "index_put_", "index_put", "_index_put_impl_")  # a GPU takes the processor's indices here
 

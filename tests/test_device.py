@@ -6,6 +6,7 @@
 import contextlib
 import copy
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -37,6 +38,8 @@ from countermark.verbs.evaluate import EvaluateConfig
 from countermark.watermarks import coin_set, craft_adversarial
 from described import described
 
+if elsewhere.APART not in os.environ:
+    pytest.skip("test_device_apart.py runs these in a process of their own", allow_module_level=True)
 elsewhere.pretend_device()  # before any test goes backwards: autograd counts its devices once
 pgd_module = sys.modules["countermark.attacks.pgd"]  # the package has a function of that name
 ATTACK = Attack(0.1, 3, 0.05)
