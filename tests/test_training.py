@@ -6,12 +6,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional
 
 from countermark import device
 from countermark.data import Dataset, Examples, Pools, known, load_ood, open_data
@@ -749,3 +751,49 @@ def test_a_saved_model_may_have_had_tied_weights(tmp_path: Path) -> None:
     told = described("small", (1, 8, 8), 10, "digits", 0.1, 0)
     save_model(tmp_path, network, told)
     assert torch.equal(weights(load_model(tmp_path)[0]), weights(network))
+
+
+class Flat(nn.Module):
+    """Code that takes the usual order of memory for granted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 64, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(functional.relu(self.first(x)).view(len(x), -1))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_colour_is_trained_channels_last_where_the_code_allows_it(last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network comes back in the usual order, and a run that was interrupted ends in the same weights."""
+    generator = torch.Generator().manual_seed(0)
+    shown = Examples(torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(64) % 2)
+    make = (lambda: build("narrow", (3, 8, 8), 2, seed=1)) if last else (lambda: torch.manual_seed(1) and Flat())
+    config = TrainConfig("standard", None, 2, batch_size=16, hardware=Hardware("cpu", precision="32-true"))
+    layouts = []
+    true_step = loop._step
+
+    def step(run: Any, *arguments: Any) -> float:
+        layouts.append(run.layout)
+        return true_step(run, *arguments)
+
+    monkeypatch.setattr(loop, "_step", step)
+    whole = make()
+    train(whole, shown, config)
+    assert set(layouts) == {torch.channels_last if last else torch.contiguous_format}
+    assert all(value.is_contiguous() for value in whole.state_dict().values())
+
+    def stops(run: Any, *arguments: Any) -> float:
+        if run.step == 6:
+            raise KeyboardInterrupt
+        return true_step(run, *arguments)
+
+    monkeypatch.setattr(loop, "_step", stops)
+    again = make()
+    with pytest.raises(KeyboardInterrupt):
+        train(again, shown, config, checkpoint=tmp_path / "run.safetensors")
+    monkeypatch.setattr(loop, "_step", true_step)
+    resumed = make()
+    train(resumed, shown, config, checkpoint=tmp_path / "run.safetensors")
+    assert torch.equal(weights(resumed), weights(whole))
