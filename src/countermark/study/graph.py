@@ -33,6 +33,7 @@ _PLUMBING = (
     "terminal.py",
     "text.py",
     "timestamps.py",
+    "version.py",
 )
 """What the work imports and no number depends on: messages, files, places, suspects, progress, time."""
 

@@ -330,6 +330,11 @@ def _either(*configs: TrainConfig | None) -> TrainConfig:
     return next(config for config in configs if config is not None)
 
 
+def made_with(config: ProtectConfig) -> dict[str, Any]:
+    """What `config.json` of a folder holds that these options made."""
+    return _plan(config).run
+
+
 @verb(ProtectConfig)
 def protect(config: ProtectConfig) -> Protection:
     """Train, mark and commit; write the model, the key, the commitment and the metrics to `config.out`.

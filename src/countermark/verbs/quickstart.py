@@ -16,7 +16,7 @@ from countermark.files import read_json
 from countermark.networks import describe
 from countermark.options import AnyData, DataOptions, WrittenPath, verb
 from countermark.terminal import p_value, percent, print_lines, print_table
-from countermark.verbs.protect import ProtectConfig, protect
+from countermark.verbs.protect import ProtectConfig, made_with, protect
 from countermark.verbs.remove import RemoveConfig, remove
 from countermark.verbs.verify import Verification, verify
 
@@ -109,9 +109,7 @@ def quickstart(config: QuickstartConfig) -> Story:
         folder = Path(options.out)
 
         def fits() -> bool:
-            made = read_json(folder / "config.json")
-            record = options.record()
-            return {name: value for name, value in made.items() if name in record} == record
+            return read_json(folder / "config.json") == made_with(options)
 
         return chapter(number, title, folder, lambda: protect(**vars(options)), fits)
 
