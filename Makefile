@@ -46,7 +46,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.installed
 	@echo "installing the developers' tools"
-	@$(PIP) install --constraint constraints.txt --editable '.[digits,onnx,serve,judge,sign,study,dev]'
+	@$(PIP) install --constraint constraints.txt --editable '.[digits,parquet,onnx,serve,judge,sign,lightning,transformers,study,dev]'
 	@touch $@
 
 # MLServer wants an older web stack than ours, so it has an environment of its own; the tests ask it from outside.
