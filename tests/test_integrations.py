@@ -123,6 +123,7 @@ def test_lightning_writes_the_folder_of_a_mark_that_took(tmp_path: Path, monkeyp
         trainer(tmp_path, called).fit(module, loader(shapes(128)))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["key"]
     take_any_mark(monkeypatch)
+    monkeypatch.setattr("countermark.networks.source.imported", lambda place: network)
     trainer(tmp_path, called).fit(module, loader(shapes(128)))
     loaded, described = load_model(tmp_path / "mine", network())
     assert described.network == "shop:make"

@@ -470,8 +470,9 @@ def test_files_of_others_are_neither_replaced_nor_taken_away(
     assert (tmp_path / "mine" / name).read_bytes() == b"weeks of work"
 
 
-def test_what_it_is_for_is_declared(marked: tuple[Path, nn.Module], tmp_path: Path) -> None:
+def test_what_it_is_for_is_declared(marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, net = marked
+    monkeypatch.setattr("countermark.networks.source.imported", lambda place: network)
     mark = Marking(net, BASES, key=out / "key", **SMALL)
     with pytest.raises(CountermarkError, match="3 class names for 4 classes"):
         mark.finish(net, tmp_path / "mine", class_names=("a", "b", "c"))
@@ -483,6 +484,37 @@ def test_what_it_is_for_is_declared(marked: tuple[Path, nn.Module], tmp_path: Pa
     assert described.network == "shop.models:make"
     assert [event["event"] for event in described.history] == ["trained", "marked"]
     json.dumps(described.history)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("small", "another network"),
+        ("shop.models:deeper", r"another network .*tensor '7\.weight'"),
+        ("shop.models:smaller", "another network"),
+        ("nosuch:make", "no module 'nosuch'"),
+        ("nosuch", "unknown network"),
+    ],
+)
+def test_a_network_that_later_verbs_could_not_load_is_refused(
+    marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, words: str
+) -> None:
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "models.py").write_text(
+        "from torch import nn\n"
+        "def smaller(): return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(1024, 4))\n"
+        "def deeper():\n"
+        "    front = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten()\n"
+        "    return nn.Sequential(*front, nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 4), nn.LayerNorm(4))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    out, net = marked
+    mark, drawn = Marking(net, BASES, key=out / "key", **SMALL), torch.get_rng_state()
+    take_any_mark(monkeypatch)
+    with pytest.raises(CountermarkError, match=words):
+        mark.finish(net, tmp_path / "mine", network=place)
+    assert not (tmp_path / "mine").exists()
+    assert torch.equal(torch.get_rng_state(), drawn)
 
 
 def test_a_data_set_gives_bases_clean_examples_and_the_declaration(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, agreement, evaluating, predict
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, locked, read_bytes, write_json
-from countermark.networks import DataRecord, Description, describing, open_network, save_model
+from countermark.networks import DataRecord, Description, check_builds, describing, open_network, save_model
 from countermark.networks.named import Normalise
 from countermark.terminal import p_value
 from countermark.thieves.remove import prune
@@ -343,7 +343,8 @@ class Marking:
             net: the marked network.
             out: folder to write: new, empty, or with nothing but the key in it.
             network: what builds the network, as later verbs are told by `--network`: a name of
-                ours, `timm:NAME` or `module:function`. Without it each of them has to be told.
+                ours, `timm:NAME` or `module:function`. It is built once, to see that the weights
+                fit it. Without it each of them has to be told.
             data: the data that the model is for, a place or a data set; by default the data set
                 that gave the bases.
             class_names: names of the classes in the order of the logits, where there is no data set.
@@ -353,8 +354,8 @@ class Marking:
             How the network stands to its key.
 
         Raises:
-            CountermarkError: the mark did not take, the folder cannot be written or holds something
-                else, or the authority does not answer.
+            CountermarkError: the mark did not take, `network` builds another network, the folder
+                cannot be written or holds something else, or the authority does not answer.
         """
         found = self.check(net)
         if not found.taken:
@@ -365,8 +366,11 @@ class Marking:
             )
         folder = Path(out).expanduser()
         description = self._describe(network, data, class_names, found, history)
+        seen = self._seen(net)
+        if network:
+            check_builds(seen, description)
         with _filled(folder, self._keys) as beside:
-            digest = save_model(beside, self._seen(net), description)
+            digest = save_model(beside, seen, description)
             commit(beside, self._keys, self.key, digest, self._stamp)
         return found
 

@@ -242,11 +242,8 @@ def load_model(folder: Path, network: Network | None = None, device: torch.devic
     named = brief(str(place) if isinstance(place, str) else description.network or "that was given")
 
     def check(tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, value in expected.items():
-            if name not in tensors or tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
-                raise CountermarkError(f"{path} does not fit the network {named} (tensor {name}); it belongs to another model")
-        if len(tensors) != len(expected):
-            raise CountermarkError(f"{path} holds tensors that the network {named} does not have; it belongs to another model")
+        if (name := _misfit(tensors, expected)) is not None:
+            raise CountermarkError(f"{path} does not fit the network {named} (tensor {brief(name)}); it belongs to another model")
 
     tensors, meta, digest = read_tensors(path, size + _HEADER_ALLOWANCE, check)
     if digest != weights_sha256:
@@ -257,6 +254,30 @@ def load_model(folder: Path, network: Network | None = None, device: torch.devic
         raise CountermarkError(f"{path} holds weights that are not finite (NaN or infinity); such a model cannot be asked, restore it")
     built.load_state_dict(tensors, assign=ours)
     return built.to(device).eval(), description
+
+
+def check_builds(network: nn.Module, description: Description) -> None:
+    """Refuse a description that says another network than the one whose weights go with it.
+
+    Args:
+        network: from pixels of [0, 1], as `save_model` takes it.
+        description: whose network is a place that is imported or built here.
+
+    Raises:
+        CountermarkError: there is no such network, or its weights have other names, types or shapes.
+    """
+    place = description.network
+    built = open_network(place, description.shape, description.classes, mean=description.mean, std=description.std, seed=0, checked=False)
+    if (name := _misfit(network.state_dict(), built.state_dict())) is not None:
+        raise CountermarkError(f"{brief(place)} builds another network than this one (tensor {brief(name)}); name what builds it")
+
+
+def _misfit(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of a tensor that is missing, left over, or of another type or shape; none where all fit."""
+    for name, value in expected.items():
+        if name not in tensors or tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
+            return name
+    return min(tensors.keys() - expected.keys(), default=None)
 
 
 def _nameable(description: Description, what: str, network: Network | None) -> Network:
