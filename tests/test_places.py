@@ -1,5 +1,6 @@
 """Addresses: those that cannot be asked, and those that would put a password into files that others read."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from countermark.cli import main
 from countermark.errors import CountermarkError
+from countermark.files import new_folder
 from countermark.places import check_address
 from countermark.suspects import Endpoint
 
@@ -71,3 +73,24 @@ def test_a_password_in_an_address_gets_into_no_file(verb: str, json: bool, tmp_p
     after = [path for path in sorted(tmp_path.rglob("*")) if not path.name.startswith("log.db")]
     assert after == [path for path in before if not path.name.startswith("log.db")]
     assert not any(b"owner:secret" in path.read_bytes() for path in after if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data_sha256": "b"}, "with other images; run it again"),
+        ({"data_sha256": "b", "pools": {"bases": 9}, "threat": {}}, "with other images; run it again"),
+        ({"weights_sha256": "c", "seed": 2}, r"with other weights and other options \(seed\); run it again"),
+        ({"known_sha256": "d"}, "with other images that the weights were trained on; run"),
+        ({"pools": {"bases": 9}}, r"with other options \(pools\); run"),
+        (dict.fromkeys("abcdefg", 1), r"with other options \(a, b, c, d, e, \.\.\.\); run"),
+    ],
+)
+def test_unfinished_work_says_what_is_other(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    run = {"seed": 1, "data_sha256": "a", "pools": {"bases": 8}}
+    with contextlib.suppress(KeyboardInterrupt), new_folder(tmp_path / "new", run) as folder:
+        (folder / "checkpoint-source").write_text("work")
+        raise KeyboardInterrupt
+    with pytest.raises(CountermarkError, match=words), new_folder(tmp_path / "new", {**run, **change}):
+        pass
+    assert (tmp_path / "new.partial" / "checkpoint-source").exists()

@@ -46,6 +46,9 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+_CONTENTS = {"data_sha256": "images", "known_sha256": "images that the weights were trained on", "weights_sha256": "weights"}
+_FOLLOWING = ("data", "pools", "threat")  # of a configuration: they may follow from its images
+_NAMED = 5  # options that a message names
 _TEMPORARY_PREFIX = ".torn-"
 _METADATA_KEY = "countermark"  # one key only: with several, safetensors orders them at random
 
@@ -294,9 +297,9 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
         config = partial / "config.json"
         if not config.exists():
             write_bytes(config, record)
-        elif read_bytes(config, JSON_LIMIT) != record:
+        elif (begun := read_bytes(config, JSON_LIMIT)) != record:
             raise CountermarkError(
-                f"{partial} holds unfinished work with other options; run it again with those (see its config.json) or delete it"
+                f"{partial} holds unfinished work with {_others(begun, record)}; run it again with those (see its config.json) or delete it"
             )
         yield partial
         try:
@@ -310,6 +313,20 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
         if partial.is_dir() and [entry.name for entry in partial.iterdir()] in ([], ["config.json"]):
             shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
+
+
+def _others(begun: bytes, wanted: bytes) -> str:
+    """What two configurations do not have in common, in words: their options, or what is told by its digest."""
+    try:
+        before, now = (parse_json(each, "config.json") for each in (begun, wanted))
+    except CountermarkError:
+        return "other options"
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    contents = [f"other {_CONTENTS[name]}" for name in _CONTENTS if name in changed]
+    if contents:
+        changed = [name for name in changed if name not in (*_CONTENTS, *_FOLLOWING)]
+    options = [f"other options ({', '.join(changed[:_NAMED])}{', ...' if changed[_NAMED:] else ''})"] if changed else []
+    return " and ".join([*contents, *options])
 
 
 CHECKPOINT_PREFIX = "checkpoint-"
