@@ -827,7 +827,7 @@ def test_functions_refuse_what_the_command_line_refuses(tmp_path: Path) -> None:
         "--epochs takes a whole number, not '3'": {"epochs": "3"},
         "--epochs takes a whole number, not True": {"epochs": True},
         "--epsilon takes a number": {"epsilon": "much"},
-        "--network takes a path, not 3": {"network": 3},
+        "--network takes a name or module:function, not 3": {"network": 3},
         "--tsa takes text, not b'x'": {"tsa": b"x"},
         "--json takes true or false": {"json": 1},
         "--cache takes a path, not 3": {"cache": 3},

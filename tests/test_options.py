@@ -79,8 +79,28 @@ def test_data_that_moved_is_named_and_held_to_its_digest(mine: Path, data: Datas
 @pytest.mark.parametrize("name", ["network", "data"])
 @pytest.mark.parametrize("value", [3, 0.5, True, np.int64(1)])
 def test_a_number_is_no_place(verb: Callable[..., Any], name: str, value: object, mine: Path) -> None:
-    with pytest.raises(cm.CountermarkError, match=f"{option(name)} takes a path"):
+    kind = {"network": "a name or module:function", "data": "a path"}[name]
+    with pytest.raises(cm.CountermarkError, match=f"{option(name)} takes {kind}, not"):
         verb(mine, **{name: value})
+
+
+@pytest.mark.parametrize("value", [0.5, 1, np.float32(0.5), [0.5], (0.5,), ("1/2",)])
+def test_one_number_stands_for_all_channels(value: Any, tmp_path: Path) -> None:
+    given = ProtectConfig("digits", out=tmp_path / "new", mean=value, std=value)
+    assert given.mean == given.std == (float(np.asarray(value).item() if value != ("1/2",) else 0.5),)
+
+
+@pytest.mark.parametrize("value", [True, "half"])
+def test_what_is_no_number_normalises_nothing(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(cm.CountermarkError, match=r"--mean takes .*a number"):
+        ProtectConfig("digits", out=tmp_path / "new", mean=value)
+
+
+@pytest.mark.parametrize("name", ["out", "cache", "weights"])
+def test_a_path_with_a_zero_byte_is_refused(name: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"out": tmp_path / "new", name: "a\0b"}
+    with pytest.raises(cm.CountermarkError, match=f"--{name}: .* zero byte"):
+        cm.protect("digits", **options)
 
 
 def test_what_is_no_path_is_recorded_by_what_names_it(data: Dataset) -> None:

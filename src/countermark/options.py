@@ -439,8 +439,8 @@ def _held(name: str, hint: Any, value: Any) -> Any:
     if origin is Literal:
         choose(name.replace("_", " "), value, parts)
         return value
-    if origin is tuple and isinstance(value, tuple | list):
-        return tuple(_held(name, parts[0], each) for each in value)
+    if origin is tuple and isinstance(value, tuple | list | Real):
+        return tuple(_held(name, parts[0], each) for each in (value if isinstance(value, tuple | list) else (value,)))
     if origin in (typing.Union, UnionType):
         rest = [part for part in parts if part is not NoneType]
         if value is None and len(rest) < len(parts):
@@ -449,7 +449,6 @@ def _held(name: str, hint: Any, value: Any) -> Any:
             return _held(name, rest[0], value)
         if isinstance(value, str | Path) or (set(rest) != {str, Path} and value is not None and not isinstance(value, Real)):
             return value  # a place, or the thing itself
-        hint = Path
     if hint is float and isinstance(value, str):
         with contextlib.suppress(CountermarkError):
             return budget(value)
@@ -467,8 +466,11 @@ def _kind(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return f"one of {', '.join(typing.get_args(hint))}"
     parts = [part for part in typing.get_args(hint) if part not in (NoneType, ...)]
-    several = "one value or more, each " if typing.get_origin(hint) is tuple else ""
-    return several + _kind(Path if Path in parts else parts[0])
+    if typing.get_origin(hint) is tuple:
+        return f"one value or more, each {_kind(parts[0])}"
+    if len(parts) > 1 and Path not in parts and not any(isinstance(part, Place) for part in parts):
+        return "a name or module:function"
+    return _kind(Path if Path in parts else parts[0])
 
 
 def takes_several(config: type[VerbConfig], name: str) -> bool:
@@ -501,6 +503,8 @@ def _placed(value: str | Path, place: Place, name: str) -> str | Path:
         reason = f"there is no home folder for {value}"
         raise CountermarkError(f"{name}: {reason}; write the path without ~") from error
     try:
+        if "\0" in str(path):
+            raise ValueError("it has a zero byte in it")
         if place is Place.READ and not path.exists():
             raise CountermarkError(f"{path} does not exist; check {name}")
         if place is Place.NEW:
