@@ -9,7 +9,7 @@ import torch
 from countermark.data import open_data
 from countermark.errors import CountermarkError
 from countermark.files import file_sha256, read_json, write_json
-from countermark.networks import build, describe, describing, load_model, open_declared, save_model
+from countermark.networks import build, describe, describing, load, load_model, open_declared, save_model
 from described import described
 
 GOLDEN = Path(__file__).parent / "golden" / "0.1.0" / "mine"
@@ -105,3 +105,9 @@ def test_the_digest_of_the_weights_file_fixes_what_stands_in_front(tmp_path: Pat
 def test_the_file_of_a_model_with_nothing_in_front_is_what_it_was(tmp_path: Path) -> None:
     network, description = load_model(GOLDEN)
     assert save_model(tmp_path, network, description) == file_sha256(GOLDEN / "model.safetensors")
+
+
+@pytest.mark.parametrize("folder", [None, 5, "a\0b", b"mine"])
+def test_what_is_no_path_is_no_model_folder(folder: object) -> None:
+    with pytest.raises(CountermarkError, match="the model folder is a path, not"):
+        load(folder)  # type: ignore[arg-type]

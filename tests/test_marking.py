@@ -335,7 +335,11 @@ def test_batches_that_do_not_fit_are_refused(source: nn.Module, tmp_path: Path) 
         ((x, nn.functional.one_hot(y)), {}, "hard labels"),
         ((x, y[:3]), {}, "labels of shape"),
         ((x.int(), y), {}, "uint8 or floating-point"),
-        ((x, y), {"count": 0}, "one trial or more"),
+        ((x, y), {"count": 0}, "count is a whole number from 1"),
+        ((x, y), {"count": "16"}, "count is a whole number"),
+        ((x, y), {"count": True}, "count is a whole number"),
+        (([1], y), {}, "two tensors, images and labels, not list and Tensor"),
+        ((x, None), {}, "two tensors"),
         ((3 * x - 1, y), {}, "mean=, std="),
     ]
     for batch, options, words in refused:
@@ -354,6 +358,30 @@ def test_a_mark_that_did_not_take_is_refused_and_nothing_is_written(source: nn.M
         mark.finish(net, tmp_path / "elsewhere")
     assert files(tmp_path) == before
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_another_network_is_neither_checked_nor_written(source: nn.Module, tmp_path: Path) -> None:
+    mark = some_mark(source, tmp_path)
+    grey = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4))
+    fewer = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    for net, words in ((grey, "does not take images"), (fewer, "3 classes apart, and .* 4"), (None, "an nn.Module, not None")):
+        with pytest.raises(CountermarkError, match=words):
+            mark.check(net)  # type: ignore[arg-type]
+        with pytest.raises(CountermarkError, match=words):
+            mark.finish(net, tmp_path / "mine")  # type: ignore[arg-type]
+    for out in (None, "a\0b"):
+        with pytest.raises(CountermarkError, match="out is a path"):
+            mark.finish(source, out)  # type: ignore[arg-type]
+    assert not (tmp_path / "mine").exists()
+
+
+def test_numbers_may_be_written_as_the_verbs_take_them(source: nn.Module, tmp_path: Path) -> None:
+    mark = some_mark(source, tmp_path, epsilon="16/255", watermark_epsilon="96/255", mean=0.5, std=0.25)
+    assert (mark.threat.epsilon, mark.threat.watermark_epsilon) == (16 / 255, 96 / 255)
+    assert (mark.mean, mark.std) == ((0.5,), (0.25,))
+    x, _ = mark.mix(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), 80)
+    assert x[2:].min() >= -2
+    assert x[2:].max() > 1
 
 
 def test_a_mark_that_would_not_last_is_refused(marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -580,6 +608,20 @@ class Odd(nn.Module):
         (None, BASES, {"watermark_epsilon": 0.01}, "above the training budget"),
         (None, BASES, {"seed": 1 << 32}, "seed is a whole number"),
         (None, BASES, {"seed": -1}, "seed is a whole number"),
+        (None, BASES, {"seed": "1"}, "seed is a whole number"),
+        (None, BASES, {"batches": "2"}, "batches is a whole number from 1"),
+        (None, BASES, {"batch_size": 0}, "batch_size is a whole number from 1"),
+        (None, BASES, {"epsilon": "much"}, "no budget"),
+        (None, BASES, {"mean": (0.2, 0.3), "std": (0.5, 0.5)}, "mean has 2 numbers for images of 3 channels"),
+        (None, BASES, {"mean": 0.5}, "std is missing"),
+        (None, BASES, {"std": 0.5}, "mean is missing"),
+        (None, BASES, {"mean": "half", "std": 0.5}, "mean is one number or one a channel"),
+        (None, BASES, {"mean": 127.0, "std": 50.0}, "divide numbers of 0 to 255 by 255"),
+        (None, BASES, {"key": None}, "key is a path, not None"),
+        (None, BASES, {"key": "a\0b"}, "key is a path"),
+        (None, BASES, {"roots": 5}, "roots is a path, not 5"),
+        (5, BASES, {}, "an nn.Module, not 5"),
+        (network, BASES, {}, "an nn.Module, not <function network"),
         (Odd([1]), BASES, {}, "gives list"),
         (Odd(torch.zeros(4)), BASES, {}, r"gives \(4,\)"),
     ],
@@ -588,7 +630,7 @@ def test_what_no_key_can_be_made_of_is_refused_and_leaves_nothing(
     source: nn.Module, tmp_path: Path, net: nn.Module | None, bases: object, options: dict[str, object], words: str
 ) -> None:
     with pytest.raises(CountermarkError, match=words):
-        Marking(net or source, bases, key=tmp_path / "mine" / "key", **{**SMALL, **options})  # type: ignore[arg-type]
+        Marking(net or source, bases, **{"key": tmp_path / "mine" / "key", **SMALL, **options})  # type: ignore[arg-type]
     assert not list(tmp_path.rglob("*.json"))
     assert not (tmp_path / "mine" / "key").exists()
 

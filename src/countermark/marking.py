@@ -10,6 +10,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,14 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, agreement, evaluating, predict
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, locked, read_bytes, write_json
+from countermark.named_code import said
 from countermark.networks import DataRecord, Description, check_builds, describing, open_network, save_model
-from countermark.networks.named import Normalise
+from countermark.networks.source import normaliser
+from countermark.places import own_path
 from countermark.terminal import p_value
+from countermark.text import brief
 from countermark.thieves.remove import prune
+from countermark.threat import budget
 from countermark.timestamps import Stamp, encode_token, timestamping
 from countermark.training.turns import in_turn
 from countermark.watermarks import (
@@ -199,12 +204,12 @@ class Marking:
         bases: Dataset | Examples | tuple[Any, Any],
         *,
         key: str | Path,
-        epsilon: float | None = None,
-        watermark_epsilon: float | None = None,
+        epsilon: float | str | None = None,
+        watermark_epsilon: float | str | None = None,
         batches: int | None = None,
         batch_size: int | None = None,
-        mean: Sequence[float] = (),
-        std: Sequence[float] = (),
+        mean: float | Sequence[float] = (),
+        std: float | Sequence[float] = (),
         seed: int = 0,
         clean: Examples | tuple[Any, Any] | None = None,
         tsa: str | None = None,
@@ -223,8 +228,8 @@ class Marking:
                 `(n,)`; or a data set, whose pools then give them.
             key: folder of the key: new, or made by an earlier `Marking` of the same bases and
                 watermark budget, whose trials and coins then stay. It is secret; keep a backup of it.
-            epsilon: budget that the network is trained for, in pixels of [0, 1]; default that of
-                the data set or the kind of image.
+            epsilon: budget that the network is trained for, in pixels of [0, 1], a number
+                or a fraction as "8/255"; default that of the data set or the kind of image.
             watermark_epsilon: budget of the trials, above `epsilon`; the same default.
             batches: batches of trials, one for each later dispute; default 2.
             batch_size: most trials in a batch; default 200. Where the bases do not suffice, batches
@@ -240,14 +245,20 @@ class Marking:
             roots: PEM file of the authority's root certificates.
 
         Raises:
-            CountermarkError: bases that do not fit the network or are too few, clean examples that
-                do not fit it or are bases, a budget that is not
-                above the training budget, a key of another scheme, for other images or made from
-                other bases or at another budget, or an authority that does not answer. A key that
-                could not be made leaves nothing behind.
+            CountermarkError: an argument of another type, bases that do not fit the network or are
+                too few, clean examples that do not fit it or are bases, a mean without a deviation
+                or for other channels, a budget that is not above the training budget,
+                a key of another scheme, for other images or made from other bases or at another
+                budget, or an authority that does not answer. A key that could not be made leaves
+                nothing behind.
         """
-        if not 0 <= seed < 1 << 32:
+        seed = _whole("seed", seed, 0)
+        if seed >= 1 << 32:
             raise CountermarkError("seed is a whole number from 0 to 4294967295; take another")
+        batches, batch_size = (
+            None if each is None else _whole(name, each) for name, each in (("batches", batches), ("batch_size", batch_size))
+        )
+        self._keys = own_path(key, "key")
         self.data: Dataset | None = None
         self.seed = seed
         if isinstance(bases, Dataset):
@@ -258,12 +269,15 @@ class Marking:
         else:
             examples = _examples(bases)
             threat = default_threat(_shape(examples))
-        self.threat = threat.at(epsilon=epsilon, watermark_epsilon=watermark_epsilon)
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
-        self._normalise = Normalise(self.mean, self.std) if self.mean else nn.Identity()
-        self._shape, self._classes = _shape(examples), _classes(net, examples, self._normalise)
-        self._keys = Path(key).expanduser()
-        self._stamp = timestamping(tsa, None if roots is None else Path(roots).expanduser())
+        self.threat = threat.at(
+            epsilon=None if epsilon is None else budget(epsilon),
+            watermark_epsilon=None if watermark_epsilon is None else budget(watermark_epsilon),
+        )
+        self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
+        self._shape = _shape(examples)
+        self._normalise = normaliser(self._shape, self.mean, self.std) or nn.Identity()
+        self._classes = _classes(net, examples, self._normalise)
+        self._stamp = timestamping(tsa, None if roots is None else own_path(roots, "roots"))
         self._turns = 0
         self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         with _key_folder(self._keys):
@@ -294,6 +308,11 @@ class Marking:
             CountermarkError: a batch of other images or labels than the key has, or pixels outside
                 [0, 1] where no normalisation was declared.
         """
+        if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+            raise CountermarkError(
+                f"the batch is two tensors, images and labels, not {type(x).__name__} and {type(y).__name__}; "
+                "mix them in where the loop has tensors"
+            )
         if tuple(x.shape[1:]) != self._shape:
             raise CountermarkError(
                 f"the batch has images of shape {tuple(x.shape[1:])}, and the trials {self._shape}; "
@@ -306,8 +325,7 @@ class Marking:
             )
         if not x.is_floating_point() and x.dtype != torch.uint8:
             raise CountermarkError(f"the batch has images of type {x.dtype}; give uint8 or floating-point ones")
-        if count < 1:
-            raise CountermarkError(f"one trial or more join a batch, not {count}")
+        count = _whole("count", count)
         if self._turns == 0 and x.is_floating_point() and not self.mean:
             _check_range(x)
         images, labels = self._resident(x.device)
@@ -322,7 +340,16 @@ class Marking:
         """Ask a network, in evaluation mode, for all trials; `print` it for a verdict in one line.
 
         It costs two passes over some hundred images: once an epoch is often enough.
+
+        Raises:
+            CountermarkError: it takes other images or tells other classes apart than the key has.
         """
+        classes = _told_apart(net, self.key.watermarks.x[:1], self._normalise)
+        if classes != self._classes:
+            raise CountermarkError(
+                f"the network tells {classes} classes apart, and the one that the marking began with {self._classes}; "
+                "give the network that is trained"
+            )
         return standing(self._seen(net), self.key)
 
     def finish(
@@ -357,6 +384,7 @@ class Marking:
             CountermarkError: the mark did not take, `network` builds another network, the folder
                 cannot be written or holds something else, or the authority does not answer.
         """
+        folder = own_path(out, "out")
         found = self.check(net)
         if not found.taken:
             raise CountermarkError(
@@ -364,7 +392,6 @@ class Marking:
                 f"(more epochs, more trials in a batch, a higher learning rate), and if that does "
                 "not help, take a larger watermark budget or a larger network"
             )
-        folder = Path(out).expanduser()
         description = self._describe(network, data, class_names, found, history)
         seen = self._seen(net)
         if network:
@@ -509,7 +536,7 @@ def _examples(given: Examples | tuple[Any, Any], what: str = "bases") -> Example
             return given
         given = (given.x, given.y)
     try:
-        images, labels = (torch.as_tensor(part).cpu() for part in given)
+        images, labels = (torch.as_tensor(part).cpu().to_dense() for part in given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CountermarkError(f"{what} are Examples, a data set, or a pair of arrays (images, labels): {error}") from error
     whole = labels.dim() == 1 and not labels.is_floating_point() and not labels.is_complex()
@@ -525,27 +552,53 @@ def _shape(examples: Examples) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def _whole(name: str, value: Any, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
+        raise CountermarkError(f"{name} is a whole number from {least}, not {brief(value)}")
+    return int(value)
+
+
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    """One number, or one a channel, as floats."""
+    try:
+        return (float(value),) if isinstance(value, Real) else tuple(map(float, value))
+    except (TypeError, ValueError) as error:
+        raise CountermarkError(f"{name} is one number or one a channel, not {brief(value)}") from error
+
+
 def _classes(net: nn.Module, bases: Examples, normalise: nn.Module) -> int:
-    """How many classes a network tells apart, by the logits that it gives for one base.
+    """How many classes a network tells apart, if all labels of the bases are among them.
 
     Raises:
         CountermarkError: it does not take such images, gives no logits, or has not all the labels.
     """
+    classes = _told_apart(net, bases.x[:1], normalise)
+    if not 0 <= int(bases.y.min()) <= int(bases.y.max()) < classes:
+        raise CountermarkError(
+            f"the bases have labels from {int(bases.y.min())} to {int(bases.y.max())}, and the "
+            f"network tells {classes} classes apart; number the classes from 0"
+        )
+    return classes
+
+
+def _told_apart(net: nn.Module, image: torch.Tensor, normalise: nn.Module) -> int:
+    """How many classes a network tells apart, by the logits that it gives for one image `(1, c, h, w)`.
+
+    Raises:
+        CountermarkError: it is no network, does not take such images, or gives no logits.
+    """
+    if not isinstance(net, nn.Module):
+        raise CountermarkError(f"the network is an nn.Module, not {brief(net)}; build it and give it here")
     device = next((each.device for each in net.parameters()), torch.device("cpu"))
     try:
         with evaluating(net), torch.no_grad():
-            logits = net(normalise(pixels(bases.x[:1].to(device))))
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise CountermarkError(f"the network does not take images of shape {_shape(bases)}: {error}") from error
+            logits = net(normalise(pixels(image.to(device))))
+    except Exception as error:
+        raise CountermarkError(f"the network does not take images of shape {tuple(image.shape[1:])}: {said(error)}") from error
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise CountermarkError(
             f"the network gives {found} for one image, where logits (1, classes) are wanted; put a module around it that returns them"
-        )
-    if not 0 <= int(bases.y.min()) <= int(bases.y.max()) < logits.shape[1]:
-        raise CountermarkError(
-            f"the bases have labels from {int(bases.y.min())} to {int(bases.y.max())}, and the "
-            f"network tells {logits.shape[1]} classes apart; number the classes from 0"
         )
     return logits.shape[1]
 

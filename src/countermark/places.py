@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from countermark.errors import CountermarkError
-from countermark.text import sentence
+from countermark.text import brief, sentence
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +122,24 @@ def check_address(url: str, whose: str) -> str:
             f"as {hidden} does; an endpoint takes them as --headers 'Authorization: ...'"
         )
     return url
+
+
+def own_path(place: object, name: str) -> Path:
+    """A path that was given in Python, with `~` expanded.
+
+    Args:
+        place: what was given.
+        name: what messages call it.
+
+    Raises:
+        CountermarkError: it is no path, or there is no such home folder.
+    """
+    if not isinstance(place, str | Path) or "\0" in str(place):
+        raise CountermarkError(f"{name} is a path, not {brief(place)}")
+    try:
+        return Path(place).expanduser()
+    except RuntimeError as error:
+        raise CountermarkError(f"{name}: there is no home folder for {brief(str(place))}; write the path without ~") from error
 
 
 def check_free(path: Path) -> None:

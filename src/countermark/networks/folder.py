@@ -24,7 +24,7 @@ from countermark.named_code import is_code
 from countermark.networks.cleaners import behind
 from countermark.networks.named import NETWORKS, build
 from countermark.networks.source import open_network
-from countermark.places import Network
+from countermark.places import Network, own_path
 from countermark.text import brief
 from countermark.threat import Threat
 
@@ -498,4 +498,4 @@ def load(folder: str | Path, network: Network | None = None, device: torch.devic
     Raises:
         CountermarkError: see `load_model`.
     """
-    return load_model(Path(folder), network, device)[0]
+    return load_model(own_path(folder, "the model folder"), network, device)[0]

@@ -66,15 +66,15 @@ def open_network(
         >>> open_network("narrow", (3, 32, 32), 10)(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    normaliser = _normaliser(shape, mean, std)
+    front = normaliser(shape, mean, std)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         if isinstance(place, str) and place in NETWORKS:
             network = build(place, shape, classes)
-            return network if normaliser is None else nn.Sequential(normaliser, network)
+            return network if front is None else nn.Sequential(front, network)
         network, own = _made(place, shape, classes)
-        before = own if normaliser is None else normaliser
+        before = own if front is None else front
         network = network if before is None else nn.Sequential(before, network)
         if checked:
             check_network(network, shape, classes, place_of(place))
@@ -197,7 +197,7 @@ def _from_timm(place: str, shape: Shape, classes: int) -> tuple[nn.Module, Norma
         return network, None
     if len(mean) != shape[0]:  # those of colour images, for others
         mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
-    return network, _normaliser(shape, mean, std)
+    return network, normaliser(shape, mean, std)
 
 
 def _config(network: nn.Module) -> Mapping[str, Any]:
@@ -206,7 +206,12 @@ def _config(network: nn.Module) -> Mapping[str, Any]:
     return config if isinstance(config, Mapping) else vars(config)
 
 
-def _normaliser(shape: Shape, mean: Sequence[float], std: Sequence[float]) -> Normalise | None:
+def normaliser(shape: Shape, mean: Sequence[float], std: Sequence[float]) -> Normalise | None:
+    """The layer that takes off `mean` and divides by `std`, of images of a shape; none where neither is given.
+
+    Raises:
+        CountermarkError: one of them is missing, is not of [0, 1], or has another number of channels.
+    """
     if not mean and not std:
         return None
     for name, numbers, lowest in (("mean", mean, 0.0), ("std", std, 1e-6)):
