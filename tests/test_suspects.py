@@ -282,10 +282,27 @@ def test_a_function_of_your_own_is_asked(owner: Path, digits: Pools) -> None:
     assert (dumb.verdict, dumb.answers.unanswered) == ("inconclusive", dumb.test.trials)
 
 
-@pytest.mark.parametrize("answer", [lambda x: x, lambda x: [1] * len(x), lambda x: torch.zeros(len(x)), lambda x: torch.zeros(1).long()])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda x: x,
+        lambda x: [1] * len(x),
+        lambda x: np.full(len(x), 2**64 - 1, np.uint64),
+        lambda x: np.ones(len(x)),
+        lambda x: torch.zeros(len(x)),
+        lambda x: torch.zeros(1).long(),
+    ],
+)
 def test_a_function_that_gives_no_labels_is_refused(answer: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    with pytest.raises(CountermarkError, match="int64 labels"):
+    with pytest.raises(CountermarkError, match="a tensor of int64 labels, or an array of whole numbers"):
         open_suspect(answer, SHAPE)(torch.rand(3, *SHAPE))
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8])
+def test_a_function_may_answer_with_an_array(kind: type) -> None:
+    x = torch.rand(8, *SHAPE)
+    answers = open_suspect(lambda x: bright(0, x).numpy().astype(kind), SHAPE)(x)  # type: ignore[arg-type,return-value]
+    assert torch.equal(answers, bright(0, x))
 
 
 class Flaky:

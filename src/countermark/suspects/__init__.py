@@ -7,6 +7,7 @@ endpoint behind HTTP, or any function of your own from images to labels.
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -129,6 +130,8 @@ def _answers_of(function: Suspect) -> Callable[[torch.Tensor], list[int]]:
 
 
 def _checked(labels: object, count: int) -> list[int]:
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and np.can_cast(labels.dtype, np.int64):
+        labels = torch.as_tensor(labels.astype(np.int64))
     fits = (
         isinstance(labels, torch.Tensor)
         and labels.dtype == torch.int64
@@ -137,8 +140,8 @@ def _checked(labels: object, count: int) -> list[int]:
     )
     if not isinstance(labels, torch.Tensor) or not fits:
         raise CountermarkError(
-            f"a suspect that is a function answers {count} images with int64 labels of the shape "
-            f"({count},), each a class number or -1 for no answer"
+            f"a suspect that is a function answers {count} images with a tensor of int64 labels, or an array of whole "
+            f"numbers, of the shape ({count},), each a class number or -1 for no answer"
         )
     return labels.tolist()
 
