@@ -527,3 +527,8 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
 
 def test_a_normaliser_holds_no_weights() -> None:
     assert not nn.Sequential(Normalise((0.1, 0.2, 0.3), 0.5)).state_dict()
+
+
+def test_a_function_that_may_ask_for_nothing_is_told_so() -> None:
+    with pytest.raises(CountermarkError, match=r"shop:photos wants \(place\); it may ask for nothing$"):
+        called(lambda place: place, "shop:photos", {})

@@ -93,7 +93,8 @@ def called(function: Any, place: str, known: Mapping[str, Any], *positional: Any
         fits = len(required) <= len(positional) <= len(places) and all(each in places for each in required)
         if given or not fits:
             wanted = ", ".join(each.name for each in required)
-            raise CountermarkError(f"{place} wants ({brief(wanted)[1:-1]}); it may ask for {', '.join(known)} by these names, or nothing")
+            may = f"for {', '.join(known)} by these names, or nothing" if known else "for nothing"
+            raise CountermarkError(f"{place} wants ({brief(wanted)[1:-1]}); it may ask {may}")
         arguments = positional
     elif not given and not inspect.isclass(function) and any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters):
         arguments = positional  # a decorator hides what the function asks for
