@@ -100,6 +100,9 @@ class _Scan:
         if "train" not in below or not below["train"][0] or not below.keys() <= SPLITS.keys():
             if not below:
                 raise CountermarkError(f"{self.place} has no class folders; give a folder with one folder of images for each class")
+            if below.keys() <= SPLITS.keys() and any(folders for folders, _ in below.values()):
+                there = ", ".join(map(brief, below))
+                raise CountermarkError(f"{self.place} has no class folders in train, only {there}; add images to train on, train/CLASS/*")
             self._refuse_nested(below)
             return {"train": {name: images for name, (_, images) in below.items()}}
         parts: dict[str, dict[str, list[Path]]] = {}
