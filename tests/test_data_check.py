@@ -303,3 +303,25 @@ def test_a_set_of_many_images_is_never_read_whole(tmp_path: Path, monkeypatch: p
     assert len(pools.digests()) == 5
     pools.training.batch(torch.arange(10), torch.device("cpu"))
     assert max(most) <= 16
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_data_that_keep_their_size_are_not_asked_for_another(by_name: bool, tmp_path: Path) -> None:
+    """The size is the model's, and nobody typed it."""
+    data, cache = "digits" if by_name else open_data("digits"), tmp_path / "cache"
+    x = np.stack([drawn(i) for i in range(24)])
+    made = open_data((x, np.arange(24) % 2), size=4, cache=cache)
+    with pytest.raises(CountermarkError, match="it is for other data"):
+        open_declared(declared(made), data=data, cache=cache)
+
+
+def test_what_there_is_none_of_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "none.npz", x_train=np.zeros((0, 8, 8), np.uint8), y_train=np.zeros(0, np.int64), class_names=["cat", "dog"])
+    assert cli.main(["data", "check", str(tmp_path / "none.npz"), "--cache", str(tmp_path / "cache")]) == 1
+    said = capsys.readouterr().out
+    assert "has no images that can be read" in said
+    assert "images:    " not in said
+    place = class_folders(tmp_path / "photos", 2, 6)
+    (place / "class0" / "notes.txt").write_text("text")
+    cli.main(["data", "check", str(place), "--cache", str(tmp_path / "cache")])
+    assert "ignored:   1 other file\n" in capsys.readouterr().out

@@ -310,7 +310,9 @@ def open_declared(description: Description, *, data: DataPlace | None = None, ca
         CountermarkError: it cannot be opened, or it is not what it was when the model was made.
     """
     record = description.data
-    found = _kept(record, cache) if data is None else open_data(data, size=record.size, skip_damaged=record.skip_damaged, cache=cache)
+    fixed = isinstance(data, Dataset) or (isinstance(data, str) and data in KNOWN)  # such images keep their size
+    size = None if fixed else record.size
+    found = _kept(record, cache) if data is None else open_data(data, size=size, skip_damaged=record.skip_damaged, cache=cache)
     found = found if description.pool_sizes is None else replace(found, pool_sizes=description.pool_sizes)
     shown = found.place or "the data"
     if (description.shape, description.classes) != (found.shape, found.classes):

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from countermark.data.check import Findings, check_data
-from countermark.data.reading import some
+from countermark.data.reading import count_of, some
 from countermark.options import AnyData, DataOptions, verb
 from countermark.terminal import print_lines, print_table
 from countermark.text import brief
@@ -44,10 +44,11 @@ def show(findings: Findings) -> None:
     print_lines(f"{found.place}: {found.images:,} images of {len(found.class_names)} classes")
     print_table("", ("class", *parts), rows)
     kind = "colour" if found.colour else "grey"
-    print_lines(
-        f"images:    {kind}, {some([f'{shape} ({number:,})' for shape, number in found.shapes.items()])}"
-        + ("" if findings.size is None else f", brought to {findings.size}x{findings.size}")
-    )
+    if found.shapes:
+        print_lines(
+            f"images:    {kind}, {some([f'{shape} ({number:,})' for shape, number in found.shapes.items()])}"
+            + ("" if findings.size is None else f", brought to {findings.size}x{findings.size}")
+        )
     if found.converted:
         print_lines(f"converted: {', '.join(f'{number:,} {what}' for what, number in found.converted.items())}")
     left_out = ", left out" if found.damaged and findings.digest is not None else ""
@@ -55,7 +56,7 @@ def show(findings: Findings) -> None:
     if found.doubles is not None:
         print_lines(f"doubles:   {found.doubles:,}" + (f", {found.disputed:,} of them under another label" if found.disputed else ""))
     if found.ignored:
-        print_lines(f"ignored:   {found.ignored:,} other files")
+        print_lines(f"ignored:   {count_of(found.ignored, 'other file')}")
     if found.cut:
         print_lines("test part: there is none, so every sixth image was cut out as one")
     if findings.pools is not None:
