@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from countermark.data import Dataset, open_data
+from countermark.data.images import from_array
 from countermark.errors import CountermarkError
 from noise import drawn
 
@@ -96,6 +97,24 @@ def test_arrays_come_in_all_the_usual_wrappings(cache: Path) -> None:
         open_data(expected, size=16)
 
 
+@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, torch.Tensor.half, torch.Tensor.to_sparse])
+def test_tensors_are_read_however_they_are_stored(change: Callable[[torch.Tensor], torch.Tensor], cache: Path) -> None:
+    x = (torch.from_numpy(colour()[..., 0]) > 128).float()
+    assert same(open_data((change(x), labels()), cache=cache), open_data((x, labels()), cache=cache))
+    assert np.array_equal(from_array(change(x[0])).pixels, from_array(x[0]).pixels)
+
+
+@pytest.mark.parametrize("size", ["16", 16.5, True, 0, 4097, np.bool_(True)])
+def test_a_size_that_is_none(size: Any, cache: Path) -> None:
+    assert "a side of 1 to 4096 pixels, not " in refusal((colour(), labels()), cache, size=size)
+
+
+def test_a_size_and_a_cache_as_python_has_them(cache: Path) -> None:
+    assert open_data((colour(), labels()), cache=str(cache), size=np.int32(4)).shape == (3, 4, 4)  # type: ignore[arg-type]
+    with pytest.raises(CountermarkError, match="cache is a path, not 5"):
+        open_data((colour(), labels()), cache=5)  # type: ignore[arg-type]
+
+
 def test_labels_may_be_strings(cache: Path) -> None:
     words = np.array(["dog", "cat"])[labels()]
     data = open_data((colour(), words), cache=cache)
@@ -113,7 +132,14 @@ def test_labels_may_be_strings(cache: Path) -> None:
         (lambda x, y: (x.astype(np.int64), y), "type int64"),
         (lambda x, y: (x.astype(np.uint16), y), "type uint16"),
         (lambda x, y: (x[..., :2], y), "neither"),
-        (lambda x, y: (x[:, :3], y), "can be read as"),
+        (lambda x, y: (x[:, :3], y), r"can be read as .* for grey images, and PIL images for colour"),
+        (lambda x, y: (x[:, 0, 0, 0], y), r"x_train has the shape \(24,\)"),
+        (lambda x, y: (y, x), r"x_train has the shape \(24,\)"),
+        (lambda x, y: (np.array(1), np.array(1)), r"x_train has the shape \(\)"),
+        (lambda x, y: ((x[:, 0, 0, 0], y), (x, y)), r"x_train has the shape \(24,\)"),
+        (lambda x, y: (torch.empty(24, 8, 8, device="meta"), y), "x_train cannot be read as an array"),
+        (lambda x, y: {"x_train": [[1], [1, 2]], "y_train": y}, "x_train cannot be read as an array"),
+        (lambda x, y: (x, np.full(N, 10**12)), "the label 1000000000000; labels number the classes, as 0, 1, 2"),
         (lambda x, y: (x[:, :0], y), "shape"),
         (lambda x, y: (x[..., None], y), "shape"),
         (lambda x, y: (x, y[:-1]), "23 labels for 24 images"),
@@ -127,7 +153,7 @@ def test_labels_may_be_strings(cache: Path) -> None:
         (lambda x, y: (x, np.zeros_like(y)), "one class"),
         (lambda x, y: (x, np.where(np.arange(N) == 5, 2, y)), "'2' has 1"),
         (lambda x, y: (x, y, x[:2], np.array([0, 2])), "label 2, and there are 2 classes"),
-        (lambda x, y: (x[:0], y[:0]), "no images"),
+        (lambda x, y: (x[:0], y[:0]), "no images that can be read; give 2 or more for each class"),
         (lambda x, y: {"x_train": x}, "it needs x_train and y_train"),
         (lambda x, y: {"x_train": x, "y_train": y, "x_test": x}, "without the other"),
         (lambda x, y: {"train": (x, y), "class_names": ["a"]}, "label 1, and there are 1 classes"),
@@ -203,15 +229,15 @@ class _Bomb:
     ("members", "word"),
     [
         ({}, "of no name"),
-        ({"x_train.npy": b"", "y_train.npy": npy(labels())}, "no array of a .npz file"),
-        ({"x_train.npy": b"\x80\x04pickle", "y_train.npy": npy(labels())}, "no array of a .npz file"),
+        ({"x_train.npy": b"", "y_train.npy": npy(labels())}, "no .npz file of arrays"),
+        ({"x_train.npy": b"\x80\x04pickle", "y_train.npy": npy(labels())}, "no .npz file of arrays"),
         ({"x_train.npy": npy(colour())[:-1], "y_train.npy": npy(labels())}, "the file is truncated"),
         ({"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:-1]}, "the file is truncated"),
         ({"x_train.npy": npy(np.array([_Bomb()] * N), allow_pickle=True), "y_train.npy": npy(labels())}, "never unpickled"),
         ({"x_train.npy": npy(colour()), "y_train.npy": npy(np.array([_Bomb()] * N), allow_pickle=True)}, "never unpickled"),
         ({"x_train.npy": npy(np.asfortranarray(colour())), "y_train.npy": npy(labels())}, "column by column"),
-        ({"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:10]}, "no array of a .npz file"),
-        ({"x_train.npy": b"\x93NUMPY\x01\x00\x10\x00{'descr': '|u1',", "y_train.npy": npy(labels())}, "no array of a .npz file"),
+        ({"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:10]}, "no .npz file of arrays"),
+        ({"x_train.npy": b"\x93NUMPY\x01\x00\x10\x00{'descr': '|u1',", "y_train.npy": npy(labels())}, "no .npz file of arrays"),
     ],
 )
 def test_damaged_npz_files_are_refused(members: dict[str, bytes], word: str, tmp_path: Path, cache: Path) -> None:

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from countermark.data.images import MOST_PIXELS, Array, DamagedError, channels_last, eight_bits, from_pixels
+from countermark.data.images import MOST_PIXELS, Array, DamagedError, as_array, channels_last, eight_bits, from_pixels
 from countermark.data.reading import PARTS, Item, Listing, file_state, some
 from countermark.errors import CountermarkError
 from countermark.text import brief, sentence
@@ -76,7 +76,7 @@ def list_arrays(place: str, arrays: Mapping[str, Any]) -> Listing:
     Raises:
         CountermarkError: they have other names, or see `list_parts`.
     """
-    values = {name: _array(value) for name, value in arrays.items()}
+    values = {name: _array(place, name, value) for name, value in arrays.items()}
     parts = {
         part: Part(images, labels, values[images].shape, values[labels], partial(_blocks, values[images]))
         for part, (images, labels) in _names(values.keys(), place).items()
@@ -121,7 +121,7 @@ def whole_labels(values: Any, origin: str, count: int) -> Array:
     if y.dtype.kind not in "iubf" or (y.dtype.kind == "f" and not (np.isfinite(y) & (y == np.floor(y))).all()):
         raise CountermarkError(f"{origin} holds labels that are not whole; give whole numbers from 0, or strings")
     if y.size and (y.min() < 0 or y.max() >= 2**31):
-        raise CountermarkError(f"{origin} holds the label {y.min() if y.min() < 0 else y.max()}; labels are whole numbers from 0")
+        raise CountermarkError(f"{origin} holds the label {y.min() if y.min() < 0 else y.max()}; labels number the classes, as 0, 1, 2")
     return y.astype(np.int64)
 
 
@@ -147,7 +147,9 @@ def settle_labels(labels: Mapping[str, Array], class_names: Any = None) -> tuple
         return {origin: np.array([numbers[each] for each in y.tolist()], dtype=np.int64) for origin, y in labels.items()}, names
     classes = len(names) if names is not None else int(train.max(initial=-1)) + 1
     if names is None and classes > len(train):
-        raise CountermarkError(f"{first} holds the label {classes - 1}, but only {len(train)} images; labels are whole numbers from 0")
+        raise CountermarkError(
+            f"{first} holds the label {classes - 1}, but only {len(train)} images; labels number the classes, as 0, 1, 2"
+        )
     for origin, y in labels.items():
         if y.dtype.kind == "U":
             raise CountermarkError(f"{origin} holds strings, and {first} holds numbers; give one kind of label")
@@ -206,8 +208,11 @@ def _items(name: str, part: Part, labels: Array) -> Iterator[Item]:
             done += 1
 
 
-def _array(value: Any) -> Array:
-    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+def _array(place: str, name: str, value: Any) -> Array:
+    try:
+        return as_array(value)
+    except DamagedError as error:
+        raise CountermarkError(f"{place}: {name} {error}") from error
 
 
 def _blocks(images: Array) -> Iterator[Array]:
@@ -230,7 +235,7 @@ def _reading(origin: str) -> Iterator[None]:
     except Exception as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or sentence(str(error)) or type(error).__name__
         raise CountermarkError(
-            f"cannot read {origin}: {reason}; it is damaged, or no array of a .npz file that numpy.savez wrote"
+            f"cannot read {origin}: {reason}; it is damaged, or no .npz file of arrays as numpy.savez writes it"
         ) from error
 
 
@@ -243,7 +248,9 @@ def _member(place: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...]
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, columns, dtype = read(stream)
         if dtype.hasobject:
-            raise CountermarkError(f"{origin} holds Python objects, which are never unpickled; save it as uint8")
+            raise CountermarkError(
+                f"{origin} holds Python objects, which are never unpickled; save images as uint8 and labels as numbers or strings"
+            )
         size, there = dtype.itemsize * math.prod(shape), archive.getinfo(f"{name}.npy").file_size - stream.tell()
         if size != there or min(shape, default=0) < 0:
             raise CountermarkError(

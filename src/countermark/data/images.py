@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from countermark.errors import CountermarkError
@@ -96,6 +97,8 @@ def decode(file: Path | bytes, size: int | None = None) -> Decoded:
             return prepare(image, size)
     except (CountermarkError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise DamagedError(f"has more than the {MOST_PIXELS} pixels that are decoded") from error
     except UnidentifiedImageError as error:
         raise DamagedError("is not a PNG, JPEG, WebP or BMP image") from error
     except Exception as error:  # a damaged file makes Pillow's plugins raise nearly anything
@@ -136,12 +139,27 @@ def from_array(array: Any, size: int | None = None) -> Decoded:
     Raises:
         DamagedError: it has another shape, or values that are neither uint8 nor of [0, 1].
     """
-    pixels, kinds = eight_bits(np.asarray(array.detach().cpu() if hasattr(array, "detach") else array))
+    pixels, kinds = eight_bits(as_array(array))
     if pixels.ndim == 2:
         pixels = pixels[None]
     elif channels_last(pixels.shape):
         pixels = pixels.transpose(2, 0, 1)
     return from_pixels(pixels, kinds, size)
+
+
+def as_array(value: Any) -> Array:
+    """An array or a tensor, wherever and however it is stored, as an array of NumPy.
+
+    Raises:
+        DamagedError: it holds no numbers, as a tensor on the device `meta`.
+    """
+    try:
+        if isinstance(value, torch.Tensor):
+            value = value.detach().cpu().to_dense()
+            value = value.float() if value.dtype == torch.bfloat16 else value
+        return np.asarray(value)
+    except Exception as error:  # anybody's object
+        raise DamagedError(f"cannot be read as an array: {sentence(str(error)) or type(error).__name__}") from error
 
 
 def from_pixels(pixels: Array, kinds: tuple[str, ...] = (), size: int | None = None) -> Decoded:
@@ -167,7 +185,9 @@ def channels_last(shape: tuple[int, ...]) -> bool:
         raise DamagedError(f"an image has the shape (h, w), (h, w, c) or (c, h, w), not {tuple(shape)}")
     first, last = shape[0] in (1, 3), shape[2] in (1, 3)
     if first and last:
-        raise DamagedError(f"the shape {tuple(shape)} can be read as (h, w, c) and as (c, h, w); give (h, w) for grey images")
+        raise DamagedError(
+            f"the shape {tuple(shape)} can be read as (h, w, c) and as (c, h, w); give (h, w) for grey images, and PIL images for colour"
+        )
     if not first and not last:
         raise DamagedError(f"an image has 1 channel (grey) or 3 (colour), and the shape {tuple(shape)} has neither")
     return last

@@ -73,7 +73,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_array, value)) and len(value[0].shape) > 2
+    return isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_array, value))
 
 
 def _is_set(value: Any) -> bool:

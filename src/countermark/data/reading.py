@@ -151,7 +151,9 @@ class Found:
                 "repair or delete them, or leave them out with --skip-damaged"
             )
         if self.images == 0:
-            return f"{self.place} has no images that can be read; give PNG, JPEG, WebP or BMP files in one folder for each class"
+            return (
+                f"{self.place} has no images that can be read; give {FEWEST} or more for each class (in a folder: PNG, JPEG, WebP or BMP)"
+            )
         if len(self.class_names) < 2:
             return f"{self.place} has one class, {brief(self.class_names[0])}; a classifier needs two or more"
         lacking = [f"{brief(name)} has {number}" for name, number in zip(self.class_names, self._trainable, strict=True) if number < FEWEST]

@@ -7,6 +7,7 @@ from: they are uint8 `(n, c, h, w)` with whole labels, in one order, under one d
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from countermark.data.reading import Found, Listing
 from countermark.data.store import bring_in
 from countermark.errors import CountermarkError, nearest
 from countermark.named_code import called, imported, is_code
+from countermark.places import own_path
 from countermark.text import brief
 
 _LARGEST = 4096  # side of the squares that images are brought to
@@ -97,7 +99,7 @@ def open_data(
         >>> data.shape, data.classes, len(data.train), len(data.test)
         ((3, 8, 8), 2, 20, 4)
     """
-    options = Options(size, skip_damaged, None if cache is None else Path(cache))
+    options = Options(size, skip_damaged, None if cache is None else own_path(cache, "cache"))
     found, data = read_data(place, options)
     if data is None:
         raise CountermarkError(found.complaint(size=size, skip_damaged=skip_damaged) or f"{found.place} cannot be read")
@@ -110,8 +112,11 @@ def read_data(place: Any, options: Options) -> tuple[Found, Dataset | None]:
     Raises:
         CountermarkError: there is no data at the place.
     """
-    if options.size is not None and not 1 <= options.size <= _LARGEST:
-        raise CountermarkError(f"images are brought to a side of 1 to {_LARGEST} pixels, not {options.size}; give another --size")
+    size: Any = options.size
+    if size is not None:
+        if isinstance(size, bool) or not isinstance(size, Integral) or not 1 <= int(size) <= _LARGEST:
+            raise CountermarkError(f"images are brought to a side of 1 to {_LARGEST} pixels, not {brief(size)}; give another --size")
+        options = replace(options, size=int(size))
     for reader in READERS:
         if reader.takes(place):
             return reader.bring(place, options)
