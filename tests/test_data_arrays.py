@@ -158,6 +158,7 @@ def test_labels_may_be_strings(cache: Path) -> None:
         (lambda x, y: {"x_train": x, "y_train": y, "x_test": x}, "without the other"),
         (lambda x, y: {"train": (x, y), "class_names": ["a"]}, "label 1, and there are 1 classes"),
         (lambda x, y: {"train": (x, y), "class_names": ["a", "a"]}, "different strings"),
+        (lambda x, y: {"train": (x, y), "class_names": 5}, "different strings"),
         (lambda x, y: {}, "of no name"),
         (lambda x, y: 17, "'int', which is no data set"),
         (lambda x, y: (x, y, x), "no data set"),

@@ -111,3 +111,9 @@ def test_the_file_of_a_model_with_nothing_in_front_is_what_it_was(tmp_path: Path
 def test_what_is_no_path_is_no_model_folder(folder: object) -> None:
     with pytest.raises(CountermarkError, match="the model folder is a path, not"):
         load(folder)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["gpu", 5, "cuda:x"])
+def test_what_is_no_device_is_refused(device: object) -> None:
+    with pytest.raises(CountermarkError, match="unknown device"):
+        load(GOLDEN, device=device)  # type: ignore[arg-type]

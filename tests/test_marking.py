@@ -620,6 +620,7 @@ class Odd(nn.Module):
         (None, BASES, {"key": None}, "key is a path, not None"),
         (None, BASES, {"key": "a\0b"}, "key is a path"),
         (None, BASES, {"roots": 5}, "roots is a path, not 5"),
+        (None, BASES, {"tsa": 5}, "address of a timestamp authority"),
         (5, BASES, {}, "an nn.Module, not 5"),
         (network, BASES, {}, "an nn.Module, not <function network"),
         (Odd([1]), BASES, {}, "gives list"),

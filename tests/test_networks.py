@@ -19,6 +19,7 @@ from countermark.named_code import called, imported, is_code
 from countermark.networks.named import Normalise, build
 from countermark.networks.source import check_network, inner, open_network, place_of
 from countermark.networks.weights import load_weights
+from countermark.threat import Threat
 
 SHAPE = (3, 8, 8)
 
@@ -532,3 +533,16 @@ def test_a_normaliser_holds_no_weights() -> None:
 def test_a_function_that_may_ask_for_nothing_is_told_so() -> None:
     with pytest.raises(CountermarkError, match=r"shop:photos wants \(place\); it may ask for nothing$"):
         called(lambda place: place, "shop:photos", {})
+
+
+def test_one_number_normalises_all_channels() -> None:
+    x = torch.rand(2, 3, 8, 8)
+    one, several = (open_network("small", (3, 8, 8), 2, mean=mean, std=mean, seed=0).eval() for mean in (0.5, (0.5,)))
+    assert torch.equal(one(x), several(x))
+    with pytest.raises(CountermarkError, match="mean is one number or one a channel, not 'a'"):
+        open_network("small", (3, 8, 8), 2, mean="a", std=0.5)  # type: ignore[arg-type]
+
+
+def test_a_budget_that_is_text_is_no_threat() -> None:
+    with pytest.raises(CountermarkError, match=r"the epsilon is in pixels, a number in .0, 1., not '8/255'"):
+        Threat("8/255", 10, 2 / 255, 16 / 255)  # type: ignore[arg-type]

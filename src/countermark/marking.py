@@ -10,7 +10,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, locked, read_bytes, write_json
 from countermark.named_code import said
 from countermark.networks import DataRecord, Description, check_builds, describing, open_network, save_model
-from countermark.networks.source import normaliser
-from countermark.places import own_path
+from countermark.networks.source import normaliser, numbers
+from countermark.places import check_address, own_path
 from countermark.terminal import p_value
 from countermark.text import brief
 from countermark.thieves.remove import prune
@@ -273,10 +273,12 @@ class Marking:
             epsilon=None if epsilon is None else budget(epsilon),
             watermark_epsilon=None if watermark_epsilon is None else budget(watermark_epsilon),
         )
-        self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
+        self.mean, self.std = numbers("mean", mean), numbers("std", std)
         self._shape = _shape(examples)
         self._normalise = normaliser(self._shape, self.mean, self.std) or nn.Identity()
         self._classes = _classes(net, examples, self._normalise)
+        if tsa is not None:
+            check_address(str(tsa), "a timestamp authority")
         self._stamp = timestamping(tsa, None if roots is None else own_path(roots, "roots"))
         self._turns = 0
         self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -556,14 +558,6 @@ def _whole(name: str, value: Any, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         raise CountermarkError(f"{name} is a whole number from {least}, not {brief(value)}")
     return int(value)
-
-
-def _numbers(name: str, value: Any) -> tuple[float, ...]:
-    """One number, or one a channel, as floats."""
-    try:
-        return (float(value),) if isinstance(value, Real) else tuple(map(float, value))
-    except (TypeError, ValueError) as error:
-        raise CountermarkError(f"{name} is one number or one a channel, not {brief(value)}") from error
 
 
 def _classes(net: nn.Module, bases: Examples, normalise: nn.Module) -> int:

@@ -5,6 +5,8 @@ Budgets are L-inf bounds in pixels of [0, 1]. A watermark is an adversarial exam
 
 import math
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from countermark.errors import CountermarkError
 from countermark.text import brief
@@ -50,9 +52,10 @@ class Threat:
         Raises:
             CountermarkError: a number out of range, or a watermark budget that is not above the other.
         """
-        for name, value in (("epsilon", self.epsilon), ("step size", self.step_size), ("watermark budget", self.watermark_epsilon)):
-            if not 0 < value < 1:
-                raise CountermarkError(f"the {name} is in pixels, a number in (0, 1), not {value}")
+        given: dict[str, Any] = {"epsilon": self.epsilon, "step size": self.step_size, "watermark budget": self.watermark_epsilon}
+        for name, value in given.items():
+            if not isinstance(value, Real) or not 0 < float(value) < 1:
+                raise CountermarkError(f"the {name} is in pixels, a number in (0, 1), not {brief(value)}")
         if self.steps < 1:
             raise CountermarkError(f"PGD takes one step or more, not {self.steps}")
         if self.watermark_epsilon <= self.epsilon:

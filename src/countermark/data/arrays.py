@@ -159,7 +159,8 @@ def settle_labels(labels: Mapping[str, Array], class_names: Any = None) -> tuple
 
 
 def _class_names(values: Any) -> tuple[str, ...]:
-    names = tuple(values.tolist() if isinstance(values, np.ndarray) else values)
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    names = tuple(values) if isinstance(values, Iterable) else (values,)
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
         raise CountermarkError(f"class names are different strings, one for each class, not {brief(names)}")
     return names

@@ -9,6 +9,7 @@ import copy
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,8 +34,8 @@ def open_network(
     shape: Shape,
     classes: int,
     *,
-    mean: Sequence[float] = (),
-    std: Sequence[float] = (),
+    mean: float | Sequence[float] = (),
+    std: float | Sequence[float] = (),
     seed: int | None = None,
     checked: bool = True,
 ) -> nn.Module:
@@ -66,7 +67,7 @@ def open_network(
         >>> open_network("narrow", (3, 32, 32), 10)(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    front = normaliser(shape, mean, std)
+    front = normaliser(shape, numbers("mean", mean), numbers("std", std))
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
@@ -204,6 +205,18 @@ def _config(network: nn.Module) -> Mapping[str, Any]:
     """What timm says of a network: the size and normalisation of the images that it was made for."""
     config: Any = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
     return config if isinstance(config, Mapping) else vars(config)
+
+
+def numbers(name: str, value: Any) -> tuple[float, ...]:
+    """One number, or one a channel, as floats.
+
+    Raises:
+        CountermarkError: it is neither.
+    """
+    try:
+        return (float(value),) if isinstance(value, Real) else tuple(map(float, value))
+    except (TypeError, ValueError) as error:
+        raise CountermarkError(f"{name} is one number or one a channel, not {brief(value)}") from error
 
 
 def normaliser(shape: Shape, mean: Sequence[float], std: Sequence[float]) -> Normalise | None:
