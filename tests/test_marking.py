@@ -93,7 +93,7 @@ def marked(source: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple
     out = tmp_path_factory.mktemp("marked") / "mine"
     net = copied(source)
     mark = Marking(net, BASES, key=out / "key", **SMALL)
-    for _ in range(8):
+    for _ in range(40):  # coins are drawn anew, and some take longer
         loop(net, mark, 6)
         if mark.check(net).taken:
             break
