@@ -60,7 +60,7 @@ test: $(VENV)/.dev $(PEERS)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 # What a processor computes in decides how training goes; no test may. oneDNN can be told to do without newer instructions.
-NUMERICAL := training attacks domain folding strict guard protect theft_and_removal
+NUMERICAL := training attacks domain folding strict guard protect thieves cleaners marking
 test-avx2: $(VENV)/.dev
 	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal $(NUMERICAL:%=tests/test_%.py)
 
