@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from countermark.data.dataset import SMALLEST_BATCH
 from countermark.data.pools import POOLS
 from countermark.data.reading import Found, count_doubles
 from countermark.data.source import Options, read_data
@@ -67,11 +66,8 @@ def check_data(
     except CountermarkError as error:
         return replace(findings, problem=str(error))
     pools = {name: len(getattr(cut, name)) for name in POOLS}
-    trials = pools["bases"] // data.batches
+    lacks = data.lacks_bases(cut)
     problem = None
-    if trials < SMALLEST_BATCH:
-        problem = (
-            f"{found.place}: {pools['bases']} watermark bases are too few for {data.batches} batches of "
-            f"{SMALLEST_BATCH} trials; a model can be trained on it, and a mark in it would prove little: give more images"
-        )
+    if lacks is not None:
+        problem = f"{found.place}: {lacks}; a model can be trained on it, and a mark in it would prove little: give more images"
     return replace(findings, pools=pools, problem=problem)

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from countermark.data import KNOWN, Dataset, Examples, Pools, known_images, load_ood, open_data
-from countermark.data.dataset import SMALLEST_BATCH
 from countermark.data.pools import packed
 from countermark.device import describe
 from countermark.errors import CountermarkError
@@ -318,12 +317,9 @@ def _check_room(config: ProtectConfig, data: Dataset, pools: Pools) -> None:
             f"{config.out} lies among the images of {place}, and would count as one of their classes; choose another --out"
         )
     scheme = SCHEMES.get(config.scheme)
-    needed = data.batches * SMALLEST_BATCH
-    if scheme is not None and scheme.coins and len(pools.bases) < needed:
-        raise CountermarkError(
-            f"{len(pools.bases)} watermark bases are too few for {data.batches} batches of {SMALLEST_BATCH} trials; "
-            "give more images, or --scheme none for a model without a mark"
-        )
+    lacks = data.lacks_bases(pools)
+    if scheme is not None and scheme.coins and lacks is not None:
+        raise CountermarkError(f"{lacks}; give more images, or --scheme none for a model without a mark")
 
 
 def _either(*configs: TrainConfig | None) -> TrainConfig:
