@@ -9,7 +9,6 @@ it was. `tests/drawing.py` draws the images and `tests/authority.py` is the time
 """
 
 import argparse
-import importlib
 import json
 import os
 import re
@@ -17,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ TESTS = Path(__file__).parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
 from authority import Authority  # noqa: E402
+from countermark.data import open_data  # noqa: E402
 from countermark.networks import Description, describe, open_declared, save_model  # noqa: E402
 from countermark.suspects import open_suspect  # noqa: E402
 from countermark.suspects.asker import Asking  # noqa: E402
@@ -35,19 +36,35 @@ from countermark.thieves import THEFTS, Means  # noqa: E402
 from countermark.thieves.steal import untrained  # noqa: E402
 from countermark.training import TrainConfig, train  # noqa: E402
 from drawing import draw_folder  # noqa: E402
+from residual import make  # noqa: E402
 
-DATA = ["--size", "32", "--skip-damaged"]
 NETWORK = "shop:make"
-VERDICTS = {"verify": (0, 1), "trace": (0, 1, 3), "adjudicate": (0, 1, 3)}
+VERDICTS = {"verify": (0, 1, 3), "trace": (0, 1, 3), "adjudicate": (0, 1, 3)}
 """Exit statuses that are an answer; those of all other verbs are 0."""
 
 
 @dataclass
 class Story:
-    """Commands in one folder, what they took and what they found."""
+    """Commands in one folder, what they took and what they found.
+
+    Attributes:
+        work: the folder.
+        size: side of the images in pixels.
+        start: the words that begin a command line.
+        rows: title, seconds and findings of each command so far.
+        found: the values of each command's result, by its title.
+    """
 
     work: Path
+    size: int = 32
+    start: Sequence[str] = (sys.executable, "-m", "countermark")
     rows: list[list[str]] = field(default_factory=list)
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def data(self) -> list[object]:
+        """How the images are to be read."""
+        return ["--size", self.size, "--skip-damaged"]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -55,43 +72,33 @@ class Story:
         return {**os.environ, "PYTHONPATH": str(self.work), "COLUMNS": "200"}
 
     def command(self, *words: object) -> list[str]:
-        """A command line, with the user's network where the verb wants it named."""
+        """A command line; the user's network is named where a model folder wants it."""
         verb = [str(word) for word in words]
-        line = [sys.executable, "-m", "countermark"]
-        if "--network" not in verb and self.takes(verb[0], "--network"):
+        folders = [self.work / word for word in verb if (self.work / word / "model.json").is_file()]
+        if verb[0] == "protect" or any(describe(folder).network == NETWORK for folder in folders):
             verb += ["--network", NETWORK]
-        return [*line, *verb]
+        return [*self.start, *verb]
 
-    def takes(self, verb: str, option: str) -> bool:
-        """Whether a verb has an option."""
-        line = [sys.executable, "-m", "countermark", verb, "--help"]
-        said = subprocess.run(line, capture_output=True, text=True, env=self.environment)
-        return option in said.stdout
-
-    def tell(self, title: str, *words: object, out: str | None = None) -> dict[str, Any]:
+    def tell(self, title: str, *words: object, out: str | None = None) -> None:
         """Run a command unless what it makes is there, and note its time and what it found."""
         kept = self.work / f"{title.replace(' ', '-').replace('/', '-')}.json"
         if kept.exists() and (out is None or (self.work / out).exists()):
-            found: dict[str, Any] = json.loads(kept.read_text())
+            done: dict[str, Any] = json.loads(kept.read_text())
         else:
             begun = time.monotonic()
-            done = subprocess.run(
+            said = subprocess.run(
                 [*self.command(*words), "--json"],
                 capture_output=True,
                 text=True,
                 cwd=self.work,
                 env=self.environment,
             )
-            if done.returncode not in VERDICTS.get(str(words[0]), (0,)):
-                raise SystemExit(f"{title}: exit {done.returncode}: {done.stderr.strip()}")
-            found = {
-                "seconds": time.monotonic() - begun,
-                "status": done.returncode,
-                "result": json.loads(done.stdout or "{}"),
-            }
-            kept.write_text(json.dumps(found))
-        self.note(title, found["seconds"], _said(found["result"]))
-        return dict(found["result"])
+            if said.returncode not in VERDICTS.get(str(words[0]), (0,)):
+                raise SystemExit(f"{title}: exit {said.returncode}: {said.stderr.strip()}")
+            done = {"seconds": time.monotonic() - begun, "result": json.loads(said.stdout or "{}")}
+            kept.write_text(json.dumps(done))
+        self.found[title] = _flat(done["result"])
+        self.note(title, done["seconds"], _said(self.found[title]))
 
     def note(self, title: str, seconds: float, said: str) -> None:
         """Add a line to the table, and say it at once."""
@@ -99,8 +106,8 @@ class Story:
         print(f"{title}: {seconds:.0f} s, {said}", file=sys.stderr, flush=True)
 
 
-def _said(result: dict[str, Any]) -> str:
-    """What is worth a line of a verb's result."""
+def _said(found: dict[str, Any]) -> str:
+    """What is worth a line of the values of a verb's result."""
     wanted = {
         "images": "images",
         "damaged": "damaged",
@@ -114,7 +121,6 @@ def _said(result: dict[str, Any]) -> str:
         "named": "named",
         "tied": "tied",
     }
-    found = _flat(result)
     parts = [f"{title} {_brief(found[name])}".strip() for name, title in wanted.items() if found.get(name) is not None]
     return ", ".join(parts) or "done"
 
@@ -133,55 +139,87 @@ def _brief(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
-def prepare(work: Path, each: int) -> None:
+@dataclass(frozen=True)
+class Length:
+    """How much of the story is told.
+
+    Attributes:
+        epochs: of the user's own loop and of thieves.
+        images: test images of strict evaluation.
+        queries: of thieves.
+        thefts: those that are tried, `white` among them.
+        removals: options of those that are tried.
+    """
+
+    epochs: int = 4
+    images: int = 100
+    queries: int = 2000
+    thefts: Sequence[str] = tuple(THEFTS)
+    removals: Sequence[tuple[object, ...]] = (
+        ("--prune", 0.5),
+        ("--finetune", 20, "--learning-rate", 0.01),
+        ("--median", 3),
+        ("--denoise", 16),
+    )
+
+
+def prepare(work: Path, each: int, size: int) -> None:
     """Draw the images and write the module."""
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "photos").exists():
-        draw_folder(work / "photos.partial", each, dirty=True)
+        draw_folder(work / "photos.partial", each, size=size, dirty=True)
         (work / "photos.partial").rename(work / "photos")
     shutil.copy(TESTS / "residual.py", work / "shop.py")
 
 
-def own_weights(work: Path, epochs: int) -> None:
+def own_weights(work: Path, size: int, epochs: int) -> None:
     """What a user may have: weights that a loop of their own trained on all of the folder."""
     if (work / "own.pt").exists():
         return
-    from countermark.data import open_data  # the images once more, as a user's loop would read them
-
-    sys.path.insert(0, str(work))
-    shop = importlib.import_module("shop")
-    data = open_data(work / "photos", size=32, skip_damaged=True)
+    data = open_data(work / "photos", size=size, skip_damaged=True)
     torch.manual_seed(1)
-    network = shop.make(data.shape, data.classes)
+    network = make(data.shape, data.classes)
     train(network, data.train, TrainConfig("standard", None, epochs))
     torch.save(network.state_dict(), work / "own.pt")
 
 
-def tell(story: Story, mine: str, authority: Authority, epochs: int, images: int, *options: object) -> None:
+def begin(story: Story) -> None:
+    """Look at the images, and train a stranger's model on them."""
+    story.tell("data check", "data", "check", "photos", *story.data)
+    stranger = ["--scheme", "none", "--objective", "standard", "--seed", 1, "--out", "stranger"]
+    story.tell("stranger: protect", "protect", "--data", "photos", *story.data, *stranger, out="stranger")
+
+
+def tell(story: Story, mine: str, authority: Authority, length: Length, *options: object) -> None:
     """One story: protect, measure, steal, remove, guard, serve, trace, claim, judge."""
     stamped = ["--tsa", authority.url, "--roots", authority.root]
     key = f"{mine}/key"
-    story.tell(f"{mine}: protect", "protect", "--data", "photos", *DATA, "--out", mine, *options, *stamped, out=mine)
-    story.tell(f"{mine}: evaluate --strict", "evaluate", mine, "--strict", "--images", images)
+    story.tell(f"{mine}: protect", "protect", "--data", "photos", *story.data, "--out", mine, *options, *stamped, out=mine)
+    story.tell(f"{mine}: evaluate --strict", "evaluate", mine, "--strict", "--images", length.images)
     story.tell(f"{mine}: verify", "verify", mine, "--key", key)
-    for setting in THEFTS:
+    story.tell(f"{mine}: verify stranger", "verify", "stranger", "--key", key)
+    for setting in length.thefts:
         copy, fewer = f"{mine}-{setting}", []
         if THEFTS[setting].options:
-            fewer = ["--queries", 2000, "--epochs", epochs]
+            fewer = ["--queries", length.queries, "--epochs", length.epochs]
         story.tell(f"{mine}: steal {setting}", "steal", mine, "--setting", setting, "--out", copy, *fewer, out=copy)
         story.tell(f"{mine}: verify {setting}", "verify", copy, "--key", key)
-    for way in (("--prune", 0.5), ("--finetune", 20, "--learning-rate", 0.01), ("--median", 3), ("--denoise", 16)):
-        copy = f"{mine}-{way[0][2:]}"
+    for way in length.removals:
+        name = str(way[0]).removeprefix("--")
+        copy = f"{mine}-{name}"
         story.tell(f"{mine}: remove {' '.join(map(str, way))}", "remove", mine, *way, "--out", copy, out=copy)
-        story.tell(f"{mine}: verify {way[0][2:]}", "verify", copy, "--key", key)
+        story.tell(f"{mine}: verify {name}", "verify", copy, "--key", key)
     story.tell(f"{mine}: guard", "guard", mine, "--cost", 0.5, "--tsa", authority.url)
+    exported = f"{mine}.onnx"
+    story.tell(f"{mine}: export", "export", mine, "--format", "onnx", "--out", exported, out=exported)
+    story.tell(f"{mine}: verify onnx", "verify", exported, "--key", key)
     thief = served(story, mine)
     story.tell(f"{mine}: trace", "trace", thief, "--key", key, "--log", f"{mine}.db")
-    pruned = f"{mine}-prune"
-    claim = f"{mine}-claim"
-    story.tell(f"{mine}: claim", "claim", pruned, "--key", key, "--out", claim, *stamped, out=claim)
-    judged = ["--roots", authority.root, "--out", f"{mine}-judgement"]
-    story.tell(f"{mine}: adjudicate", "adjudicate", claim, "--suspect", pruned, *judged)
+    stolen = f"{mine}-white"
+    claim, owners = f"{mine}-claim", ["--owner-network", NETWORK]
+    story.tell(f"{mine}: claim", "claim", stolen, "--key", key, "--out", claim, *owners, *stamped, out=claim)
+    judged = ["--roots", authority.root, *owners, "--out", f"{mine}-judgement"]
+    story.tell(f"{mine}: adjudicate", "adjudicate", claim, "--suspect", stolen, *judged)
 
 
 def served(story: Story, mine: str) -> str:
@@ -230,20 +268,20 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("work", type=Path)
     parser.add_argument("--each", type=int, default=1200, help="images of each of the six classes")
+    parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
     parser.add_argument("--objective", default="standard", help="of the model from scratch")
     parser.add_argument("--epochs", type=int, default=4, help="of the user's own loop, and of thieves")
     parser.add_argument("--images", type=int, default=100, help="test images of strict evaluation")
     given = parser.parse_args()
     work = given.work.resolve()
-    prepare(work, given.each)
-    story = Story(work)
+    prepare(work, given.each, given.size)
+    story = Story(work, given.size)
     authority = Authority(work / "authority")
-    story.tell("data check", "data", "check", "photos", *DATA)
-    scratch = ["--network", NETWORK, "--objective", given.objective]
-    tell(story, "scratch", authority, given.epochs, given.images, *scratch)
-    own_weights(work, given.epochs)
-    weights = ["--network", NETWORK, "--weights", "own.pt"]
-    tell(story, "weights", authority, given.epochs, given.images, *weights)
+    length = Length(given.epochs, given.images)
+    begin(story)
+    tell(story, "scratch", authority, length, "--objective", given.objective)
+    own_weights(work, given.size, given.epochs)
+    tell(story, "weights", authority, length, "--weights", "own.pt")
     print_table("the open house", ["command", "seconds", "found"], story.rows)
 
 
