@@ -110,6 +110,24 @@ def test_code_that_is_not_there_is_one_line(shop: Path, place: str, said: str) -
 
 
 @pytest.mark.parametrize(
+    ("shape", "classes", "seed", "said"),
+    [
+        ((3, 32), 10, 0, "shape is"),
+        ("332", 10, 0, "shape is"),
+        ((3, 0, 32), 10, 0, "shape is"),
+        ((3, 32, 32), "2", 0, "classes is"),
+        ((3, 32, 32), 1, 0, "classes is"),
+        ((3, 32, 32), 10, "a", "seed is"),
+    ],
+)
+@pytest.mark.parametrize("place", ["narrow", nn.Flatten()])
+def test_what_is_no_shape_number_of_classes_or_seed_is_one_line(
+    place: object, shape: object, classes: object, seed: object, said: str
+) -> None:
+    assert said in fails(lambda: open_network(place, shape, classes, seed=seed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("place", "code"),
     [
         ("a:b", True),

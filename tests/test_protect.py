@@ -433,3 +433,10 @@ def test_a_model_is_not_written_among_its_images_and_too_few_images_make_no_mark
     with pytest.raises(CountermarkError, match="watermark bases are too few for 2 batches of 40"):
         protect(tmp_path / "photos", out=tmp_path / "mine", cache=tmp_path.with_name("cache"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_called_like_a_known_data_set_is_not_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name goes before the folder, so a model may be written in there."""
+    monkeypatch.chdir(tmp_path)
+    draw_folder(tmp_path / "digits", each=1, size=8)
+    assert protect("digits", out="digits/mine", scheme="none", epochs=1).trials == 0

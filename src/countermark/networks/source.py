@@ -9,7 +9,7 @@ import copy
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -60,13 +60,15 @@ def open_network(
         The network from pixels of [0, 1] `(n, c, h, w)` to logits `(n, classes)`.
 
     Raises:
-        CountermarkError: there is no such network, its code cannot be imported or raises, or it is
-            no classifier of such images that Countermark can train and ask (see `check_network`).
+        CountermarkError: a shape, number of classes or seed that is none, there is no such network,
+            its code cannot be imported or raises, or it is no classifier of such images that
+            Countermark can train and ask (see `check_network`).
 
     Example:
         >>> open_network("narrow", (3, 32, 32), 10)(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
+    _check_sizes(shape, classes, seed)
     front = normaliser(shape, numbers("mean", mean), numbers("std", std))
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
@@ -83,6 +85,21 @@ def open_network(
             with _evaluating(network):  # lazy layers learn their sizes
                 _output(network, torch.zeros(1, *shape), classes, place_of(place))
     return network
+
+
+def _check_sizes(shape: object, classes: object, seed: object) -> None:
+    """Refuse what is no shape of an image, no number of classes, no seed.
+
+    Raises:
+        CountermarkError: one of them is not.
+    """
+    sides = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    if len(sides) != 3 or not all(isinstance(side, Integral) and side > 0 for side in sides):
+        raise CountermarkError(f"shape is (channels, height, width) of one image, not {brief(shape)}")
+    if not isinstance(classes, Integral) or classes < 2:
+        raise CountermarkError(f"classes is a whole number from 2, not {brief(classes)}")
+    if seed is not None and not isinstance(seed, Integral):
+        raise CountermarkError(f"seed is a whole number or None, not {brief(seed)}")
 
 
 def place_of(place: Network) -> str:

@@ -312,7 +312,8 @@ def _check_room(config: ProtectConfig, data: Dataset, pools: Pools) -> None:
             for a mark.
     """
     place, out = data.place, Path(config.out).expanduser().resolve()
-    if place and Path(place).is_dir() and out.is_relative_to(Path(place).resolve()):
+    folder = place not in KNOWN and bool(place) and Path(place).is_dir()
+    if folder and out.is_relative_to(Path(place).resolve()):
         raise CountermarkError(
             f"{config.out} lies among the images of {place}, and would count as one of their classes; choose another --out"
         )
