@@ -634,18 +634,23 @@ def test_any_number_of_images_gets_a_recipe(images: int, kind: str, objective: s
     config = recipe(given, objective, GREY)
     marked = marking(config, given, objective)
     assert marked.watermark_batch == (32 if images < 5000 else 16)
-    for each in (config, marked, gentle(config, given) if objective == "standard" else marked):
+    for each in (config, marked, gentle(config, given, nn.Flatten()) if objective == "standard" else marked):
         assert 4 <= each.epochs <= 80
         steps = each.epochs * (images // min(each.batch_size, images))
         assert steps <= 9600 or each.epochs <= 10  # no more than was asked for, but for the least
 
 
 def test_given_weights_are_marked_gently() -> None:
-    given = Traits("colour", 37_500)
-    config = gentle(recipe(given, "standard", COLOUR), given)
-    assert (config.objective, config.attack, config.average) == ("standard", None, 0.0)
-    assert config.learning_rate < recipe(given, "standard", COLOUR).learning_rate
-    assert gentle(config, given, epochs=9).epochs == 9
+    """Some forty showings of each of 400 trials; at the rate of training where batch norm bears it."""
+    given, few = Traits("colour", 37_500), Traits("colour", 3000)
+    config = recipe(given, "standard", COLOUR)
+    plain, steady = nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
+    marked = gentle(config, given, steady)
+    assert (marked.objective, marked.attack, marked.epochs) == ("standard", None, 5)
+    assert 35 <= marked.epochs * (37_500 // 128) * marked.watermark_batch / 400 <= 50
+    assert marked.learning_rate == config.learning_rate > gentle(config, given, plain).learning_rate
+    assert gentle(config, few, steady).learning_rate < gentle(config, given, plain).learning_rate
+    assert gentle(config, given, steady, epochs=9).epochs == 9
 
 
 def test_dropout_is_left_out_where_the_recipe_says_so(digits: Pools) -> None:

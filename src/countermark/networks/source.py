@@ -94,9 +94,9 @@ def _check_sizes(shape: object, classes: object, seed: object) -> None:
         CountermarkError: one of them is not.
     """
     sides = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
-    if len(sides) != 3 or not all(isinstance(side, Integral) and side > 0 for side in sides):
+    if len(sides) != 3 or not all(isinstance(side, Integral) and int(side) > 0 for side in sides):
         raise CountermarkError(f"shape is (channels, height, width) of one image, not {brief(shape)}")
-    if not isinstance(classes, Integral) or classes < 2:
+    if not isinstance(classes, Integral) or int(classes) < 2:
         raise CountermarkError(f"classes is a whole number from 2, not {brief(classes)}")
     if seed is not None and not isinstance(seed, Integral):
         raise CountermarkError(f"seed is a whole number or None, not {brief(seed)}")

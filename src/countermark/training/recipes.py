@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
+from torch import nn
 
 from countermark.data import Dataset, Examples, known, pixels
 from countermark.data.pools import sizes
@@ -212,7 +213,8 @@ def marking(source: TrainConfig, given: Traits, objective: str) -> TrainConfig:
     """The recipe that trains the source model on, with watermarks in every batch.
 
     The learning rate rises to its peak again, which lets the mark settle in many weights: it then
-    survives pruning and fine-tuning.
+    survives pruning and fine-tuning. On colour images a shorter run, or a lower peak, costs accuracy
+    (docs/log.md).
 
     Args:
         source: what `recipe` gave for the source model.
@@ -221,7 +223,7 @@ def marking(source: TrainConfig, given: Traits, objective: str) -> TrainConfig:
     """
     if source.schedule == "constant":
         return replace(source, epochs=max(1, source.epochs // 2))
-    epochs = given.epochs(1800, 5, 40)
+    epochs = given.epochs(2700 if given.kind == "colour" else 1800, 5, 40)
     if objective == "strong":
         epochs = given.epochs(3600 if given.kind == "ink" else 4300, 10, 80)
     if objective == "fast" and source.attack is not None and given.kind == "grey" and not given.few:
@@ -235,17 +237,22 @@ def marking(source: TrainConfig, given: Traits, objective: str) -> TrainConfig:
     )
 
 
-def gentle(config: TrainConfig, given: Traits, epochs: int | None = None) -> TrainConfig:
-    """The recipe that marks given weights and leaves them as good as they were: no adversary, smaller steps.
+def gentle(config: TrainConfig, given: Traits, network: nn.Module, epochs: int | None = None) -> TrainConfig:
+    """The recipe that marks given weights and leaves them as good as they were: no adversary, few epochs.
 
-    32 trials a batch at half the usual rate: 300 coins were all learned in 656 steps at no cost of
-    accuracy (docs/log.md). Few images make many epochs, so the rate is lower there.
+    Each trial is shown some 40 times, which is what it takes; more of it costs accuracy. The rate
+    rises to that of training where batch norm bears it, or fine-tuning would wash the mark out again
+    (docs/log.md). Few images make many epochs, so the rate is lower there.
 
     Args:
         config: what `recipe` gave for the objective `standard`.
         given: traits of the data.
+        network: what will be marked.
         epochs: instead of the recipe's own.
     """
     marked = marking(config, given, "standard")
     epochs = epochs or given.epochs(1500, 4, 40)
-    return replace(marked, epochs=epochs, learning_rate=0.02 if given.few else 0.05, watermark_batch=32, average=0.0)
+    if given.few:
+        return replace(marked, epochs=epochs, learning_rate=0.02, watermark_batch=32, average=0.0)
+    steady = any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in network.modules())
+    return replace(marked, epochs=epochs, learning_rate=0.1 if steady else 0.05, watermark_batch=12)

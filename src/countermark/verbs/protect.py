@@ -286,8 +286,6 @@ def _plan(config: ProtectConfig) -> _Plan:
     embedding = marking(_either(training), given, objective)
     if config.embedding == "epoch":
         embedding = replace(_either(training), embedding="epoch")
-    if config.weights is not None and objective == "standard":
-        embedding, training = gentle(_either(training), given, epochs=config.epochs), None
     open_hardware(hardware)  # before a secret is drawn for work that cannot begin
     plan = _Plan(
         config=config,
@@ -300,8 +298,11 @@ def _plan(config: ProtectConfig) -> _Plan:
         embedding=None if config.scheme == "none" else embedding,
         weights_sha256=None if config.weights is None else weights_sha256(config.weights),
     )
-    plan.source(config.seed)  # likewise: a network that cannot be built, weights that do not fit
-    return plan
+    network = plan.source(config.seed)  # likewise: one that cannot be built, weights that do not fit
+    if config.weights is None or objective != "standard":
+        return plan
+    gently = gentle(_either(training), given, network, epochs=config.epochs)
+    return replace(plan, training=None, embedding=None if config.scheme == "none" else gently)
 
 
 def _check_room(config: ProtectConfig, data: Dataset, pools: Pools) -> None:
