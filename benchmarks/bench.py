@@ -52,18 +52,27 @@ Crafting = Callable[[nn.Module, torch.Tensor, torch.Tensor, Attack], torch.Tenso
 
 
 def ours(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack, kind: torch.dtype = torch.float32, dropping: bool = False
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    attack: Attack,
+    kind: torch.dtype = torch.float32,
+    dropping: bool = False,
 ) -> torch.Tensor:
     """Our loop on a prepared network; steps on lost examples are saved only when `dropping`, since the peers save none."""
     steps = {"epsilon": attack.epsilon, "steps": attack.steps, "step_size": attack.step_size}
     return pgd(prepare(model, kind), x, y, stop_when_lost=dropping, **steps)  # type: ignore[arg-type]
 
 
-def by_torchattacks(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack) -> torch.Tensor:
+def by_torchattacks(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack
+) -> torch.Tensor:
     """Torchattacks' PGD."""
     import torchattacks
 
-    points: torch.Tensor = torchattacks.PGD(model, eps=attack.epsilon, alpha=attack.step_size, steps=attack.steps, random_start=True)(x, y)
+    points: torch.Tensor = torchattacks.PGD(
+        model, eps=attack.epsilon, alpha=attack.step_size, steps=attack.steps, random_start=True
+    )(x, y)
     return points
 
 
@@ -72,7 +81,9 @@ def by_foolbox(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attac
     import foolbox
 
     wrapped = foolbox.PyTorchModel(model, bounds=(0, 1))
-    run = foolbox.attacks.LinfPGD(abs_stepsize=attack.step_size, steps=attack.steps, random_start=True)
+    run = foolbox.attacks.LinfPGD(
+        abs_stepsize=attack.step_size, steps=attack.steps, random_start=True
+    )
     points: torch.Tensor = run(wrapped, x, y, epsilons=attack.epsilon)[1]
     return points
 
@@ -82,7 +93,14 @@ def by_art(model: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack) -
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
-    classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, clip_values=(0.0, 1.0), device_type="cpu")
+    classifier = PyTorchClassifier(
+        model,
+        nn.CrossEntropyLoss(),
+        tuple(x.shape[1:]),
+        10,
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
     run = ProjectedGradientDescentPyTorch(
         classifier,
         eps=attack.epsilon,
@@ -121,7 +139,14 @@ def gemm() -> dict[str, Any]:
     return found
 
 
-def speed(network: str, data: str, model: nn.Module, contenders: dict[str, Crafting], images: int, rounds: int) -> dict[str, Any]:
+def speed(
+    network: str,
+    data: str,
+    model: nn.Module,
+    contenders: dict[str, Crafting],
+    images: int,
+    rounds: int,
+) -> dict[str, Any]:
     """Seconds of each contender's PGD, in turn, and the accuracy that it leaves."""
     catalogued = known(data)
     attack = Attack(catalogued.threat.epsilon, catalogued.threat.steps, catalogued.threat.step_size)
@@ -133,13 +158,26 @@ def speed(network: str, data: str, model: nn.Module, contenders: dict[str, Craft
         for name, craft in contenders.items():
             torch.manual_seed(number)
             begun = time.process_time()
-            points = torch.cat([craft(model, a, b, attack) for a, b in zip(torch.split(x, 250), torch.split(y, 250), strict=True)])
+            points = torch.cat(
+                [
+                    craft(model, a, b, attack)
+                    for a, b in zip(torch.split(x, 250), torch.split(y, 250), strict=True)
+                ]
+            )
             took = time.process_time() - begun
             if number:
                 seconds[name].append(took)
             with torch.no_grad():
                 left[name].append(
-                    100 * float((torch.cat([model(part) for part in torch.split(points, 250)]).argmax(1) == y).double().mean())
+                    100
+                    * float(
+                        (
+                            torch.cat([model(part) for part in torch.split(points, 250)]).argmax(1)
+                            == y
+                        )
+                        .double()
+                        .mean()
+                    )
                 )
     middle = {name: statistics.median(times) for name, times in seconds.items()}
     peers = [name for name in contenders if "countermark" not in name]
@@ -149,8 +187,14 @@ def speed(network: str, data: str, model: nn.Module, contenders: dict[str, Craft
         "images": images,
         "steps": attack.steps,
         "seconds": seconds,
-        "image_steps_per_second": {name: images * attack.steps / took for name, took in middle.items()},
-        "times_as_fast": {name: {peer: middle[peer] / middle[name] for peer in peers} for name in middle if name not in peers},
+        "image_steps_per_second": {
+            name: images * attack.steps / took for name, took in middle.items()
+        },
+        "times_as_fast": {
+            name: {peer: middle[peer] / middle[name] for peer in peers}
+            for name in middle
+            if name not in peers
+        },
         "accuracy_left": {name: statistics.mean(rates) for name, rates in left.items()},
         "threads": torch.get_num_threads(),
     }
@@ -176,7 +220,12 @@ def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) 
 
     catalogued = known(data)
     model = build(network, catalogued.shape, catalogued.classes, seed=1).train()
-    run = torchattacks.PGD(model, eps=catalogued.threat.epsilon, alpha=catalogued.threat.step_size, steps=catalogued.threat.steps)
+    run = torchattacks.PGD(
+        model,
+        eps=catalogued.threat.epsilon,
+        alpha=catalogued.threat.step_size,
+        steps=catalogued.threat.steps,
+    )
     optimiser = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9, weight_decay=5e-4)
     x, y = pixels(training.x[: 128 * (steps + 1)]), training.y[: 128 * (steps + 1)]
     begun = 0.0
@@ -200,16 +249,22 @@ def trained(data: str, network: str, anew: bool = False) -> tuple[nn.Module, dic
     config = recipe(known_traits(data), "fast", catalogued.threat, seed=0)
     if network == "paper":  # so few passes want a higher rate and a longer step
         attack = Attack(catalogued.threat.epsilon, 1, 0.75 * catalogued.threat.epsilon)
-        config = replace(config, attack=attack, epochs=EPOCHS[data], learning_rate=0.2, average=0.99)
+        config = replace(
+            config, attack=attack, epochs=EPOCHS[data], learning_rate=0.2, average=0.99
+        )
     begun = time.process_time()
-    records = train(model, pools.training, config, validation=pools.validation, title=f"{network}, {data}")
+    records = train(
+        model, pools.training, config, validation=pools.validation, title=f"{network}, {data}"
+    )
     took = time.process_time() - begun
     attack = Attack(catalogued.threat.epsilon, catalogued.threat.steps, catalogued.threat.step_size)
     made = {
         "seconds": took,
         "epochs": len(records),
         "test_accuracy": accuracy(model, pools.test),
-        "adversarial_accuracy": adversarial_accuracy(model, pools.test, attack, title="the paper's PGD"),
+        "adversarial_accuracy": adversarial_accuracy(
+            model, pools.test, attack, title="the paper's PGD"
+        ),
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder, model, describing(open_data(data), network))
@@ -241,7 +296,10 @@ def strict_part(folders: list[Path], images: int) -> list[dict[str, Any]]:
 
     for data in () if folders else PAPER:
         trained(data, "small")
-    return [compare(folder, images, ["countermark", "pyautoattack"]) for folder in folders or [DONE / f"small-{data}" for data in PAPER]]
+    return [
+        compare(folder, images, ["countermark", "pyautoattack"])
+        for folder in folders or [DONE / f"small-{data}" for data in PAPER]
+    ]
 
 
 def scaling_part() -> list[dict[str, Any]]:
@@ -261,7 +319,9 @@ def pgd_part(images: int, rounds: int) -> dict[str, Any]:
         contenders = dict(CONTENDERS)
         if computes_bf16("cpu"):
             contenders["countermark, bf16"] = partial(ours, kind=torch.bfloat16)
-        found[network] = speed(network, "mnist", model, contenders, images, rounds) | {"flops_of_a_step": flops(model, (1, 28, 28))}
+        found[network] = speed(network, "mnist", model, contenders, images, rounds) | {
+            "flops_of_a_step": flops(model, (1, 28, 28))
+        }
     return found
 
 
@@ -272,60 +332,104 @@ def summary(parts: dict[str, Any]) -> dict[str, Any]:
         paper, small = parts["pgd"]["paper"], parts["pgd"]["small"]
         bf16 = paper["times_as_fast"].get("countermark, bf16")
         top["pgd_paper_bf16_vs_torchattacks"] = None if bf16 is None else bf16["torchattacks"]
-        top["pgd_paper_fp32_vs_torchattacks"] = paper["times_as_fast"]["countermark"]["torchattacks"]
-        quickest = "countermark" if bf16 is None else "countermark, bf16"  # what evaluation takes on this processor
-        left = [(name, found["accuracy_left"]) for found in (paper, small) for name in found["accuracy_left"] if "countermark" in name]
-        top["pgd_disagreement"] = max(abs(rates[name] - rates["torchattacks"]) for name, rates in left)
+        top["pgd_paper_fp32_vs_torchattacks"] = paper["times_as_fast"]["countermark"][
+            "torchattacks"
+        ]
+        quickest = (
+            "countermark" if bf16 is None else "countermark, bf16"
+        )  # what evaluation takes on this processor
+        left = [
+            (name, found["accuracy_left"])
+            for found in (paper, small)
+            for name in found["accuracy_left"]
+            if "countermark" in name
+        ]
+        top["pgd_disagreement"] = max(
+            abs(rates[name] - rates["torchattacks"]) for name, rates in left
+        )
         top["pgd_small_vs_torchattacks"] = small["times_as_fast"][quickest]["torchattacks"]
         if "gemm" in parts:
             rate = paper["image_steps_per_second"][quickest] * paper["flops_of_a_step"] / 1e9
-            top["gemm_ceiling_fraction"] = rate / parts["gemm"]["float32" if bf16 is None else "bfloat16"]
+            top["gemm_ceiling_fraction"] = (
+                rate / parts["gemm"]["float32" if bf16 is None else "bfloat16"]
+            )
     if "strict" in parts:
-        top["strict_evaluation_speedup"] = min(one["times_ours"]["pyautoattack"] for one in parts["strict"])
-        top["strict_disagreement"] = max(abs(one["strict"]["countermark"] - one["strict"]["pyautoattack"]) for one in parts["strict"])
+        top["strict_evaluation_speedup"] = min(
+            one["times_ours"]["pyautoattack"] for one in parts["strict"]
+        )
+        top["strict_disagreement"] = max(
+            abs(one["strict"]["countermark"] - one["strict"]["pyautoattack"])
+            for one in parts["strict"]
+        )
     for data, made in parts.get("recipe", {}).items():
         top[f"recipe_speedup_{data}"] = made["speedup"] if made["reached"] else None
     protected = protected_runs(parts)
     for (objective, data, epsilon, model), runs in protected.items():
         if objective == "strong" and model == "marked":
-            top[f"strict_accuracy_{data}_{epsilon:g}"] = statistics.mean(run["strict_accuracy_of_part"] for run in runs)
+            top[f"strict_accuracy_{data}_{epsilon:g}"] = statistics.mean(
+                run["strict_accuracy_of_part"] for run in runs
+            )
     pairs = [
         (runs, protected[objective, data, epsilon, "unmarked"])
         for (objective, data, epsilon, model), runs in protected.items()
         if model == "marked"
     ]
-    gained = [one["strict_accuracy_of_part"] - other["strict_accuracy_of_part"] for pair in pairs for one, other in zip(*pair, strict=True)]
+    gained = [
+        one["strict_accuracy_of_part"] - other["strict_accuracy_of_part"]
+        for pair in pairs
+        for one, other in zip(*pair, strict=True)
+    ]
     if gained:
         top["strict_lost_by_marking"] = -min(gained)
     return top
 
 
-def protected_runs(parts: dict[str, Any]) -> dict[tuple[str, str, float, str], list[dict[str, Any]]]:
+def protected_runs(
+    parts: dict[str, Any],
+) -> dict[tuple[str, str, float, str], list[dict[str, Any]]]:
     """The models of benchmarks/strong.jsonl, seeds together, by recipe, data set, budget, and marked or not."""
     found: dict[tuple[str, str, float, str], list[dict[str, Any]]] = {}
     for run in parts.get("strong", []):
-        found.setdefault((run["objective"], run["data"], run["epsilon"], run["model"]), []).append(run)
+        found.setdefault((run["objective"], run["data"], run["epsilon"], run["model"]), []).append(
+            run
+        )
     return found
 
 
 TARGETS = {
     "pgd_paper_bf16_vs_torchattacks": (12.0, "PGD, paper's network, bf16, times torchattacks"),
     "pgd_paper_fp32_vs_torchattacks": (1.5, "PGD, paper's network, float32, times torchattacks"),
-    "pgd_small_vs_torchattacks": (3.0, "PGD, small network, bf16 where the processor has it, times torchattacks"),
+    "pgd_small_vs_torchattacks": (
+        3.0,
+        "PGD, small network, bf16 where the processor has it, times torchattacks",
+    ),
     "gemm_ceiling_fraction": (
         0.4,
         "share of the measured matrix-product ceiling in that loop, counting the operations of direct convolutions",
     ),
-    "strict_evaluation_speedup": (4.0, "strict evaluation, times pyautoattack (the slower of the models below)"),
-    "recipe_speedup_mnist": (300.0, "time to the paper's adversarial accuracy, MNIST, times less than its recipe"),
+    "strict_evaluation_speedup": (
+        4.0,
+        "strict evaluation, times pyautoattack (the slower of the models below)",
+    ),
+    "recipe_speedup_mnist": (
+        300.0,
+        "time to the paper's adversarial accuracy, MNIST, times less than its recipe",
+    ),
     "recipe_speedup_fashion_mnist": (300.0, "the same, Fashion-MNIST"),
 }
 AT_MOST = {
     "pgd_disagreement": (0.3, "what PGD leaves, furthest from torchattacks, points"),
     "strict_disagreement": (0.3, "strict accuracy, furthest from pyautoattack, points"),
-    "strict_lost_by_marking": (0.5, "strict accuracy that marking costs, points, the worst of the models below"),
+    "strict_lost_by_marking": (
+        0.5,
+        "strict accuracy that marking costs, points, the worst of the models below",
+    ),
 }
-STRICT = {"strict_accuracy_mnist_0.3": 93.0, "strict_accuracy_mnist_0.25": 94.0, "strict_accuracy_fashion_mnist_0.15": 71.0}
+STRICT = {
+    "strict_accuracy_mnist_0.3": 93.0,
+    "strict_accuracy_mnist_0.25": 94.0,
+    "strict_accuracy_fashion_mnist_0.15": 71.0,
+}
 
 
 def write_page(record: dict[str, Any]) -> None:
@@ -353,11 +457,23 @@ def write_page(record: dict[str, Any]) -> None:
                 else f"{value:.2f}"
             )
             lines.append(f"| {what} | {wanted:g} | {shown} |")
-    lines += [f"| {what} | at most {most:g} | {record[name]:.2f} |" for name, (most, what) in AT_MOST.items() if name in record]
+    lines += [
+        f"| {what} | at most {most:g} | {record[name]:.2f} |"
+        for name, (most, what) in AT_MOST.items()
+        if name in record
+    ]
     for name, value in record.items():
         if name.startswith("strict_accuracy"):
-            lines.append(f"| {name.replace('_', ' ')}, marked, mean over the seeds | {STRICT.get(name, '')} | {value:.1f} |")
-    lines += _pgd_lines(parts) + _recipe_lines(parts) + _strict_lines(parts) + _strong_lines(parts) + _scaling_lines(parts)
+            lines.append(
+                f"| {name.replace('_', ' ')}, marked, mean over the seeds | {STRICT.get(name, '')} | {value:.1f} |"
+            )
+    lines += (
+        _pgd_lines(parts)
+        + _recipe_lines(parts)
+        + _strict_lines(parts)
+        + _strong_lines(parts)
+        + _scaling_lines(parts)
+    )
     write_bytes(PAGE, ("\n".join(lines) + "\n").encode())
 
 
@@ -365,8 +481,14 @@ def _pgd_lines(parts: dict[str, Any]) -> list[str]:
     lines = []
     for network, found in parts.get("pgd", {}).items():
         lines += ["", f"## PGD, network `{network}`", ""]
-        lines += [f"{found['images']} images, {found['steps']} steps, {found['threads']} thread(s), {found['data']}.", ""]
-        lines += ["| | images x steps a second | times torchattacks | accuracy left |", "|---|---|---|---|"]
+        lines += [
+            f"{found['images']} images, {found['steps']} steps, {found['threads']} thread(s), {found['data']}.",
+            "",
+        ]
+        lines += [
+            "| | images x steps a second | times torchattacks | accuracy left |",
+            "|---|---|---|---|",
+        ]
         rates = found["image_steps_per_second"]
         lines += [
             f"| {name} | {rate:,.0f} | {rate / rates['torchattacks']:.2f} | {found['accuracy_left'][name]:.1f} |"
@@ -378,7 +500,9 @@ def _pgd_lines(parts: dict[str, Any]) -> list[str]:
             "",
             f"The fastest matrix product here: {ceiling['float32']:,.0f} GFLOP/s in float32, {ceiling['bfloat16']:,.0f} in bfloat16",
         ]
-        lines += [f"({'with' if ceiling['bf16_in_hardware'] else 'without'} bf16 in hardware), {ceiling['threads']} thread(s)."]
+        lines += [
+            f"({'with' if ceiling['bf16_in_hardware'] else 'without'} bf16 in hardware), {ceiling['threads']} thread(s)."
+        ]
     return lines
 
 
@@ -421,7 +545,12 @@ def _strict_lines(parts: dict[str, Any]) -> list[str]:
         ]
         for one in parts.get("strict", [])
     ]
-    return _section("Strict evaluation", [], "model | images | PGD | ours | pyautoattack | all together | times as fast", rows)
+    return _section(
+        "Strict evaluation",
+        [],
+        "model | images | PGD | ours | pyautoattack | all together | times as fast",
+        rows,
+    )
 
 
 def _strong_lines(parts: dict[str, Any]) -> list[str]:
@@ -459,7 +588,9 @@ def _scaling_lines(parts: dict[str, Any]) -> list[str]:
     for one in parts.get("scaling", []):
         same = before.get("what") == one["what"]
         growth = f"n^{math.log10(one['seconds'] / before['seconds']):.2f}" if same else ""
-        rows.append([one["what"], f"{one['size']:,}", f"{one['seconds']:.3g}", growth, f"{one['MiB']:.0f}"])
+        rows.append(
+            [one["what"], f"{one['size']:,}", f"{one['seconds']:.3g}", growth, f"{one['MiB']:.0f}"]
+        )
         before = one
     notes = [
         "![time over the size of the input](scaling.svg)",
@@ -473,19 +604,36 @@ def _scaling_lines(parts: dict[str, Any]) -> list[str]:
 
 def about() -> dict[str, Any]:
     """The machine, as far as a ratio needs it."""
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    found = {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count(), "torch": torch.__version__}
+    names = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    found = {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+    }
     return {**found, "bf16": computes_bf16("cpu")}
 
 
 def main() -> None:
     """Make what is not there, or what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=[], choices=["gemm", "pgd", "strict", "recipe", "scaling", "strong"])
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=[],
+        choices=["gemm", "pgd", "strict", "recipe", "scaling", "strong"],
+    )
     parser.add_argument("--images", type=int, default=1000, help="of the PGD and strict parts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--models", nargs="+", type=Path, default=[], help="model folders for the strict part, instead of models of its own"
+        "--models",
+        nargs="+",
+        type=Path,
+        default=[],
+        help="model folders for the strict part, instead of models of its own",
     )
     options = parser.parse_args()
     keep_freed_memory()
@@ -494,7 +642,9 @@ def main() -> None:
     kept = DONE / "parts.json"
     parts: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     if parts.setdefault("machine", about()) != about():
-        raise SystemExit(f"{kept} is of another machine ({parts['machine']}); delete {DONE} to begin anew")
+        raise SystemExit(
+            f"{kept} is of another machine ({parts['machine']}); delete {DONE} to begin anew"
+        )
     work: dict[str, Callable[[], Any]] = {
         "gemm": gemm,
         "recipe": lambda: recipes(20),
@@ -503,12 +653,18 @@ def main() -> None:
         "scaling": scaling_part,
         "strong": lambda: parts["strong"],
     }
-    parts["strong"] = [json.loads(line) for line in STRONG.read_text().splitlines()]  # fresh whatever is made: every page shows it
+    parts["strong"] = [
+        json.loads(line) for line in STRONG.read_text().splitlines()
+    ]  # fresh whatever is made: every page shows it
     for name, make in work.items():
         if name in options.parts or (not options.parts and (name not in parts or name == "strong")):
             parts[name] = make()
             write_bytes(kept, json.dumps(parts).encode())
-            record = {**summary(parts), "machine": parts["machine"], "runs": {part: parts[part] for part in work if part in parts}}
+            record = {
+                **summary(parts),
+                "machine": parts["machine"],
+                "runs": {part: parts[part] for part in work if part in parts},
+            }
             write_bytes(RESULTS, (json.dumps(record, indent=1) + "\n").encode())
             write_page(record)
             print(name, json.dumps(summary(parts)), flush=True)

@@ -40,7 +40,12 @@ PRUNED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 
 def judged(
-    mine: Path, network: nn.Module, description: Description, batch: int, authority: Authority, work: Path
+    mine: Path,
+    network: nn.Module,
+    description: Description,
+    batch: int,
+    authority: Authority,
+    work: Path,
 ) -> tuple[str, float | None]:
     """Claim one batch against a copy and judge it: the verdict, and log10 of p."""
     copy = work / "copy"
@@ -55,13 +60,17 @@ def judged(
     return found.verdict, found.test.log10_p_value
 
 
-def unlearned(mine: Path, network: nn.Module, description: Description, batch: int, epochs: int) -> nn.Module:
+def unlearned(
+    mine: Path, network: nn.Module, description: Description, batch: int, epochs: int
+) -> nn.Module:
     """A thief who has seen one batch: he tunes his copy on it with the other answers, and on his own data."""
     key = load_key(mine / "key")
     seen = key.watermarks.batch == batch
     pool = open_declared(description).pools(description.seed).thief[slice(0, 4000)]
     wrong = Examples(key.watermarks.x[seen], key.others[seen])
-    config = TrainConfig(objective="standard", attack=None, epochs=epochs, learning_rate=0.02, seed=5)
+    config = TrainConfig(
+        objective="standard", attack=None, epochs=epochs, learning_rate=0.02, seed=5
+    )
     train(network, pool, config, watermarks=wrong)
     return network
 
@@ -78,14 +87,29 @@ def play(runs: Path, data: str, seed: int, authority: Authority) -> None:
             network = prune(network, share)
         for batch in range(2):
             verdict, p = judged(mine, network, description, batch, authority, work)
-            record = {"data": data, "seed": seed, "pruned": share, "batch": batch, "verdict": verdict, "log10_p": p}
+            record = {
+                "data": data,
+                "seed": seed,
+                "pruned": share,
+                "batch": batch,
+                "verdict": verdict,
+                "log10_p": p,
+            }
             print(json.dumps({**record, "test_accuracy": accuracy(network, test)}), flush=True)
     for epochs in (1, 3):
         network, description = load_model(mine)
         forgetful = unlearned(mine, network, description, 0, epochs)
         for batch in range(2):
             verdict, p = judged(mine, forgetful, description, batch, authority, work)
-            record = {"data": data, "seed": seed, "unlearned": 0, "epochs": epochs, "batch": batch, "verdict": verdict, "log10_p": p}
+            record = {
+                "data": data,
+                "seed": seed,
+                "unlearned": 0,
+                "epochs": epochs,
+                "batch": batch,
+                "verdict": verdict,
+                "log10_p": p,
+            }
             print(json.dumps({**record, "test_accuracy": accuracy(forgetful, test)}), flush=True)
 
 
@@ -94,13 +118,18 @@ def prepare_timing(runs: Path, authority: Authority, trials: int = 1000) -> Path
     folder = runs / "timing"
     model = folder / "model"
     model.mkdir(parents=True, exist_ok=True)
-    digest = save_model(model, build("small", (1, 28, 28), 10, seed=0), describing(open_data("mnist"), "small"))
+    digest = save_model(
+        model, build("small", (1, 28, 28), 10, seed=0), describing(open_data("mnist"), "small")
+    )
     made = some_trials(2 * trials)
     made = replace(made, x=torch.randint(0, 256, (2 * trials, 1, 28, 28), dtype=torch.uint8))
     owner = claimant(made, authority)
     out = folder / "claim"
     out.mkdir(exist_ok=True)
-    write_claim(out, replace(owner.claim(owner.labels, suspect={"kind": "file", "sha256": digest}), model=model))
+    write_claim(
+        out,
+        replace(owner.claim(owner.labels, suspect={"kind": "file", "sha256": digest}), model=model),
+    )
     return folder
 
 
@@ -123,9 +152,23 @@ def timing(runs: Path, authority: Authority, rounds: int = 5) -> None:
     """Adjudicate in fresh processes: seconds after imports, peak memory."""
     folder = prepare_timing(runs, authority)
     for _ in range(rounds):
-        done = subprocess.run([sys.executable, "-c", TIMED, str(folder), str(authority.root)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", TIMED, str(folder), str(authority.root)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         seconds, mebibytes, trials = done.stdout.split()
-        print(json.dumps({"seconds": round(float(seconds), 3), "MiB": round(float(mebibytes)), "trials": int(trials)}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "seconds": round(float(seconds), 3),
+                    "MiB": round(float(mebibytes)),
+                    "trials": int(trials),
+                }
+            ),
+            flush=True,
+        )
 
 
 def main() -> None:
@@ -134,7 +177,9 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["mnist", "fashion_mnist"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"))
-    parser.add_argument("--timing", action="store_true", help="only what a judgement of 1,000 trials costs")
+    parser.add_argument(
+        "--timing", action="store_true", help="only what a judgement of 1,000 trials costs"
+    )
     options = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -149,7 +194,10 @@ def main() -> None:
                     play(options.runs, data, seed, authority)
     finally:
         authority.close()
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB", file=sys.stderr)
+    print(
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -51,9 +51,17 @@ def random_keys(suspect: Path, key_folder: Path) -> dict[str, Any]:
     for _ in range(KEYS):
         secret = generator.randbytes(32)
         flips = (
-            1 - 2 * draw_coins(canonical_json({**key.c1, "public_key": secret.hex()}), b"", leaf_secrets(secret, len(key.watermarks))).int()
+            1
+            - 2
+            * draw_coins(
+                canonical_json({**key.c1, "public_key": secret.hex()}),
+                b"",
+                leaf_secrets(secret, len(key.watermarks)),
+            ).int()
         )
-        values.append(sign_flip_test((signed * flips).tolist()).randomised_p_value(generator.random()))
+        values.append(
+            sign_flip_test((signed * flips).tolist()).randomised_p_value(generator.random())
+        )
     values.sort()
     distance = max(max((i + 1) / KEYS - value, value - i / KEYS) for i, value in enumerate(values))
     rates = {str(alpha): sum(value <= alpha for value in values) / KEYS for alpha in ALPHAS}
@@ -67,7 +75,9 @@ def study(data: str, seed: int, out: Path) -> dict[str, Any]:
     suspects: dict[str, dict[str, Any]] = {"model": {**made, **asked(model, key)}}
     for rate in PRUNED:
         folder = base / f"pruned-{rate}"
-        metrics = once(folder, lambda rate=rate, folder=folder: remove(model, out=folder, prune=rate))
+        metrics = once(
+            folder, lambda rate=rate, folder=folder: remove(model, out=folder, prune=rate)
+        )
         suspects[f"pruned {rate:.0%}"] = {**metrics, **asked(folder, key)}
     tuned = base / "finetuned"
     metrics = once(tuned, lambda: remove(model, out=tuned, finetune=FINETUNED))
@@ -78,18 +88,32 @@ def study(data: str, seed: int, out: Path) -> dict[str, Any]:
     }
     for title, (name, options) in strangers.items():
         place = base / name
-        metrics = once(place, lambda place=place, options=options: protect(data, out=place, scheme="none", **options))
+        metrics = once(
+            place,
+            lambda place=place, options=options: protect(data, out=place, scheme="none", **options),
+        )
         suspects[title] = {**metrics, **asked(place, key)}
     stolen = base / "black"
-    metrics = once(stolen, lambda: steal(base / "robust", setting="black", out=stolen, queries=12_800))
+    metrics = once(
+        stolen, lambda: steal(base / "robust", setting="black", out=stolen, queries=12_800)
+    )
     suspects["black-box theft of a stranger"] = {**metrics, **asked(stolen, key)}
     suspects["the source model, before the mark"] = {
         "test_accuracy": made["unmarked_test_accuracy"],
         "adversarial_accuracy": made["unmarked_adversarial_accuracy"],
         **asked(key / "source", key),
     }
-    keys = {"robust stranger": random_keys(base / "robust", key), "source model": random_keys(key / "source", key)}
-    return {"data": data, "seed": seed, "seconds_to_protect": made["seconds"], "suspects": suspects, "random_keys": keys}
+    keys = {
+        "robust stranger": random_keys(base / "robust", key),
+        "source model": random_keys(key / "source", key),
+    }
+    return {
+        "data": data,
+        "seed": seed,
+        "seconds_to_protect": made["seconds"],
+        "suspects": suspects,
+        "random_keys": keys,
+    }
 
 
 def main() -> int:
@@ -100,25 +124,37 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/first_light.json"))
     arguments = parser.parse_args()
     keep_freed_memory()
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     studies = []
     for seed in arguments.seeds:
         for data in arguments.data:
             studies.append(study(data, seed, arguments.out))
-            arguments.results.write_text(json.dumps({"machine": machine, "studies": studies}, indent=1) + "\n")
+            arguments.results.write_text(
+                json.dumps({"machine": machine, "studies": studies}, indent=1) + "\n"
+            )
             show(studies[-1])
     return 0
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"\n{result['data']}, seed {result['seed']} (protect: {result['seconds_to_protect']:.0f} s)\n")
+    print(
+        f"\n{result['data']}, seed {result['seed']} (protect: {result['seconds_to_protect']:.0f} s)\n"
+    )
     print("| suspect | test | adversarial | coins | log10 p | verdict |\n|---|---|---|---|---|---|")
     for title, row in result["suspects"].items():
         coins = f"{row['agreements']}:{row['disagreements']}"
         accuracies = f"{row['test_accuracy']:.2f} | {row['adversarial_accuracy']:.2f}"
-        print(f"| {title} | {accuracies} | {coins} | {row['log10_p_value']:.1f} | {row['verdict']} |")
+        print(
+            f"| {title} | {accuracies} | {coins} | {row['log10_p_value']:.1f} | {row['verdict']} |"
+        )
     for title, found in result["random_keys"].items():
-        print(f"\n{KEYS} random keys against the {title}: KS x sqrt(n) {found['ks_times_sqrt_n']:.2f}, p <= alpha at {found['rates']}")
+        print(
+            f"\n{KEYS} random keys against the {title}: KS x sqrt(n) {found['ks_times_sqrt_n']:.2f}, p <= alpha at {found['rates']}"
+        )
     sys.stdout.flush()
 
 

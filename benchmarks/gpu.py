@@ -23,12 +23,20 @@ from typing import Any, BinaryIO
 
 from countermark.cli import main as main_of_ours
 
-TOTAL = float(os.environ.get("TOTAL", 340))  # seconds for everything; a step that would begin later is left out
+TOTAL = float(
+    os.environ.get("TOTAL", 340)
+)  # seconds for everything; a step that would begin later is left out
 LONGEST = 150.0  # seconds for one step
 SHOWN = ("test_accuracy", "adversarial_accuracy", "watermark_accuracy", "cost", "queries")
-LARGEST_DIFFERENCE = {"test_accuracy": 0.5, "adversarial_accuracy": 1.0, "watermark_accuracy": 0.5}  # points
+LARGEST_DIFFERENCE = {
+    "test_accuracy": 0.5,
+    "adversarial_accuracy": 1.0,
+    "watermark_accuracy": 0.5,
+}  # points
 SMALL = bool(os.environ.get("SMALL"))
-EPOCHS = 12  # of the unmarked colour model; its own recipe takes more than the minutes that there are
+EPOCHS = (
+    12  # of the unmarked colour model; its own recipe takes more than the minutes that there are
+)
 
 
 class Steps:
@@ -40,7 +48,9 @@ class Steps:
         self.begun = time.monotonic()
         self.done: list[dict[str, Any]] = []
 
-    def run(self, name: str, *words: object, device: str | None = None, fine: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    def run(
+        self, name: str, *words: object, device: str | None = None, fine: tuple[int, ...] = (0,)
+    ) -> dict[str, Any]:
         """Run a command of ours with `--json`; returns what it printed, nothing if it failed."""
         line = [*map(str, words), "--device", device or self.device, "--json"]
 
@@ -58,11 +68,18 @@ class Steps:
 
         return self.record(name, here, fine)
 
-    def record(self, name: str, run: Callable[[float, BinaryIO], tuple[int, bytes]], fine: tuple[int, ...] = (0,)) -> dict[str, Any]:
+    def record(
+        self,
+        name: str,
+        run: Callable[[float, BinaryIO], tuple[int, bytes]],
+        fine: tuple[int, ...] = (0,),
+    ) -> dict[str, Any]:
         """Run a step; the last line that it prints may be a JSON object."""
         left = TOTAL - (time.monotonic() - self.begun)
         if left <= 0:
-            self.done.append({"step": name, "seconds": 0.0, "status": "left out, no time", "failed": True})
+            self.done.append(
+                {"step": name, "seconds": 0.0, "status": "left out, no time", "failed": True}
+            )
             return {}
         begun = time.monotonic()
         log = self.out / f"{name.replace(' ', '-')}.log"
@@ -73,11 +90,22 @@ class Steps:
         lines = output.decode(errors="replace").strip().splitlines()
         if lines and lines[-1].startswith("{"):
             found = json.loads(lines[-1])
-        words = log.read_text(errors="replace").strip().splitlines()[-1:] if status not in fine else []
+        words = (
+            log.read_text(errors="replace").strip().splitlines()[-1:] if status not in fine else []
+        )
         seconds = round(time.monotonic() - begun, 1)
-        step = {"step": name, "seconds": seconds, "status": status, "failed": status not in fine, "found": found, "said": words}
+        step = {
+            "step": name,
+            "seconds": seconds,
+            "status": status,
+            "failed": status not in fine,
+            "found": found,
+            "said": words,
+        }
         self.done.append(step)
-        sys.stdout.write(f"{step['seconds']:6.1f} s  {name}: {status} {summary(found)} {' '.join(words)[:300]}\n")
+        sys.stdout.write(
+            f"{step['seconds']:6.1f} s  {name}: {status} {summary(found)} {' '.join(words)[:300]}\n"
+        )
         sys.stdout.flush()
         return found
 
@@ -89,7 +117,16 @@ def _too_long(_number: int, _frame: object) -> None:
 def tests(seconds: float, stream: BinaryIO) -> tuple[int, bytes]:
     """The tests that want a GPU, in a process of their own."""
     file = Path(__file__).parent.parent / "tests" / "test_gpu.py"
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=8", "-p", "no:cacheprovider", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--maxfail=8",
+        "-p",
+        "no:cacheprovider",
+        str(file),
+    ]
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stream, timeout=seconds)
     except subprocess.TimeoutExpired as error:
@@ -99,7 +136,11 @@ def tests(seconds: float, stream: BinaryIO) -> tuple[int, bytes]:
 
 def summary(found: dict[str, Any]) -> str:
     """What of a result goes into the table."""
-    parts = [f"{name.replace('_', ' ')} {found[name]:.2f}" for name in SHOWN if isinstance(found.get(name), float | int)]
+    parts = [
+        f"{name.replace('_', ' ')} {found[name]:.2f}"
+        for name in SHOWN
+        if isinstance(found.get(name), float | int)
+    ]
     strict, test = found.get("strict"), found.get("test")
     if isinstance(strict, dict):
         parts.append(f"strict accuracy {strict['strict_accuracy']:.2f}")
@@ -127,11 +168,36 @@ def story(steps: Steps, name: str, data: list[object], work: Path) -> Path:
     if not steps.run(f"{name} protect", "protect", *data, "--out", model):
         return model
     steps.run(f"{name} evaluate strict", "evaluate", model, "--strict", "--images", images)
-    steps.run(f"{name} steal", "steal", model, "--setting", "black", "--queries", queries, "--out", folder / f"{name}-stolen")
+    steps.run(
+        f"{name} steal",
+        "steal",
+        model,
+        "--setting",
+        "black",
+        "--queries",
+        queries,
+        "--out",
+        folder / f"{name}-stolen",
+    )
     steps.run(f"{name} prune", "remove", model, "--prune", 0.5, "--out", folder / f"{name}-pruned")
-    steps.run(f"{name} finetune", "remove", model, "--finetune", 1 if SMALL else 5, "--out", folder / f"{name}-tuned")
+    steps.run(
+        f"{name} finetune",
+        "remove",
+        model,
+        "--finetune",
+        1 if SMALL else 5,
+        "--out",
+        folder / f"{name}-tuned",
+    )
     for suspect in ("", "-pruned", "-tuned"):
-        steps.run(f"{name}{suspect} verify", "verify", f"{model}{suspect}", "--key", model / "key", fine=(0, 1, 3))
+        steps.run(
+            f"{name}{suspect} verify",
+            "verify",
+            f"{model}{suspect}",
+            "--key",
+            model / "key",
+            fine=(0, 1, 3),
+        )
     steps.run(f"{name} guard", "guard", model, "--cost", 0.5)
     return model
 
@@ -142,11 +208,20 @@ def compare(steps: Steps, name: str, model: Path) -> Iterator[dict[str, Any]]:
         return
     images = 50 if SMALL else 1000
     ask = ("evaluate", model, "--images", images)
-    there, here = (steps.run(f"{name} evaluate {device}", *ask, device=device) for device in (steps.device, "cpu"))
+    there, here = (
+        steps.run(f"{name} evaluate {device}", *ask, device=device)
+        for device in (steps.device, "cpu")
+    )
     for measure, most in LARGEST_DIFFERENCE.items():
         if isinstance(there.get(measure), float) and isinstance(here.get(measure), float):
             difference = abs(there[measure] - here[measure])
-            yield {"model": name, "measure": measure, "there": there[measure], "here": here[measure], "same": difference <= most}
+            yield {
+                "model": name,
+                "measure": measure,
+                "there": there[measure],
+                "here": here[measure],
+                "same": difference <= most,
+            }
 
 
 def table(steps: Steps, compared: list[dict[str, Any]], machine: dict[str, Any]) -> str:
@@ -154,10 +229,14 @@ def table(steps: Steps, compared: list[dict[str, Any]], machine: dict[str, Any])
     lines = [f"{machine['device']}, PyTorch {machine['torch']}, Python {machine['python']}", ""]
     lines += ["| step | seconds | status | result |", "|---|---|---|---|"]
     for step in steps.done:
-        lines.append(f"| {step['step']} | {step['seconds']} | {step['status']} | {summary(step.get('found', {}))} |")
+        lines.append(
+            f"| {step['step']} | {step['seconds']} | {step['status']} | {summary(step.get('found', {}))} |"
+        )
     lines += ["", "| model | measure | device | processor | the same |", "|---|---|---|---|---|"]
     for row in compared:
-        lines.append(f"| {row['model']} | {row['measure']} | {row['there']:.2f} | {row['here']:.2f} | {row['same']} |")
+        lines.append(
+            f"| {row['model']} | {row['measure']} | {row['there']:.2f} | {row['here']:.2f} | {row['same']} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -171,20 +250,38 @@ def main() -> None:
     mnist = story(steps, "mnist", ["digits" if SMALL else "mnist"], work)
     cifar = story(steps, "cifar10", [photos, "--epochs", EPOCHS], work)
     compared = [*compare(steps, "mnist", mnist), *compare(steps, "cifar10", cifar)]
-    timm: list[object] = [photos, "--network", "timm:resnet18", "--objective", "standard", "--epochs", 1 if SMALL else 3]
+    timm: list[object] = [
+        photos,
+        "--network",
+        "timm:resnet18",
+        "--objective",
+        "standard",
+        "--epochs",
+        1 if SMALL else 3,
+    ]
     steps.run("timm protect", "protect", *timm, "--out", work / "models" / "timm")
     steps.record("paths on the GPU", tests)
     import torch
 
     from countermark.device import describe
 
-    machine = {"device": describe(steps.device, "auto"), "torch": torch.__version__, "python": sys.version.split()[0]}
-    (out / "gpu.json").write_text(json.dumps({"machine": machine, "steps": steps.done, "compared": compared}, indent=1))
+    machine = {
+        "device": describe(steps.device, "auto"),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    (out / "gpu.json").write_text(
+        json.dumps({"machine": machine, "steps": steps.done, "compared": compared}, indent=1)
+    )
     (out / "gpu.md").write_text(table(steps, compared, machine))
     sys.stdout.write(table(steps, compared, machine))
     failed = [step["step"] for step in steps.done if step["failed"]]
     differing = [row for row in compared if not row["same"]]
-    sys.exit(f"failed: {', '.join(failed) or 'none'}; differing: {len(differing)}" if failed or differing else 0)
+    sys.exit(
+        f"failed: {', '.join(failed) or 'none'}; differing: {len(differing)}"
+        if failed or differing
+        else 0
+    )
 
 
 if __name__ == "__main__":

@@ -36,9 +36,16 @@ CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("kit", type=Path, help="folder to make")
-    options.add_argument("--cifar10", type=Path, required=True, help="ZIP archive of CIFAR-10 as .../{train,test}/CLASS/*.jpg")
+    options.add_argument(
+        "--cifar10",
+        type=Path,
+        required=True,
+        help="ZIP archive of CIFAR-10 as .../{train,test}/CLASS/*.jpg",
+    )
     options.add_argument("--python", default="3.12", help="version of Python over there")
     given = options.parse_args()
     given.kit.mkdir(parents=True, exist_ok=True)
@@ -55,8 +62,20 @@ def wheels(folder: Path, python: str) -> None:
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE))
     wanted = [f"{name}=={pinned[name]}" for name in WHEELS]
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
-    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--implementation", "cp")
-    subprocess.run([*pip, "--python-version", python, *platforms, "--dest", str(folder), *wanted], check=True)
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--implementation",
+        "cp",
+    )
+    subprocess.run(
+        [*pip, "--python-version", python, *platforms, "--dest", str(folder), *wanted], check=True
+    )
 
 
 def mnist(folder: Path) -> None:

@@ -38,14 +38,18 @@ class Randomising(nn.Module):
         super().__init__()
         self.copy, self.generator = copy, torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            best = torch.cat([copy(pixels(part)).topk(2, dim=1).values for part in torch.split(natural, 500)])
+            best = torch.cat(
+                [copy(pixels(part)).topk(2, dim=1).values for part in torch.split(natural, 500)]
+            )
         self.threshold = (best[:, 0] - best[:, 1]).quantile(share)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, the two best exchanged by chance."""
         logits: torch.Tensor = self.copy(x)
         values, classes = logits.topk(2, dim=1)
-        flip = (values[:, 0] - values[:, 1] < self.threshold) & (torch.rand(len(x), generator=self.generator) < 0.5)
+        flip = (values[:, 0] - values[:, 1] < self.threshold) & (
+            torch.rand(len(x), generator=self.generator) < 0.5
+        )
         swapped = logits.scatter(1, classes, values.flip(1))
         return torch.where(flip.unsqueeze(1), swapped, logits)
 
@@ -59,8 +63,15 @@ def interleaved(accounts: list[Account]) -> list[Row]:
 
 def again(rows: list[Row], secret: bytes) -> list[Row]:
     """The same queries at a service with another secret."""
-    keys = {client: client_key(secret, rows[0].model, client) for client in {row.client for row in rows}}
-    return [replace(row, answer=row.tails if coin(keys[row.client], row.cell) < row.chance else row.heads) for row in rows]
+    keys = {
+        client: client_key(secret, rows[0].model, client) for client in {row.client for row in rows}
+    }
+    return [
+        replace(
+            row, answer=row.tails if coin(keys[row.client], row.cell) < row.chance else row.heads
+        )
+        for row in rows
+    ]
 
 
 def main() -> None:
@@ -74,30 +85,48 @@ def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     data, seed, count = options.data, options.seed, options.queries
-    folder, pools, shape = options.runs / f"{data}-{seed}", load_pools(options.data, options.seed), known(options.data).shape
+    folder, pools, shape = (
+        options.runs / f"{data}-{seed}",
+        load_pools(options.data, options.seed),
+        known(options.data).shape,
+    )
     network, secret = load_model(folder)[0], load_secret(folder / "key")
     found = calibrated(folder, network, data, pools, COST[data])
     model = GuardedModel(network, Guard(found.settings, secret))
     generator = torch.Generator().manual_seed(seed)
     asked = [torch.randperm(len(pools.thief), generator=generator)[:count] for _ in range(CLIENTS)]
-    asked[1] = torch.cat((asked[0][: count // 2], asked[1][count // 2 :]))  # half of the thief's queries
+    asked[1] = torch.cat(
+        (asked[0][: count // 2], asked[1][count // 2 :])
+    )  # half of the thief's queries
     tenths = [index[: count // 10] if k < 10 else index for k, index in enumerate(asked)]
 
     def service(asked: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Row]]:
         accounts = [Account(model, f"client {k}") for k in range(CLIENTS)]
-        return [account(pools.thief.x[index]) for account, index in zip(accounts, asked, strict=True)], interleaved(accounts)
+        return [
+            account(pools.thief.x[index]) for account, index in zip(accounts, asked, strict=True)
+        ], interleaved(accounts)
 
     answers, rows = service(asked)
     record: dict[str, object] = {"data": data, "seed": seed, "queries": count, "trials": len(rows)}
 
     def traced(name: str, suspect: nn.Module, rows: list[Row] = rows) -> None:
         result = trace_accounts(rows, predict(suspect, images_of(rows, shape)), secret)
-        first = [(account.client, round(account.log10_p_value, 1)) for account in result.accounts[:3]]
-        record[name] = {"named": result.named, "together_log10_p": result.together_log10_p_value, "first": first}
+        first = [
+            (account.client, round(account.log10_p_value, 1)) for account in result.accounts[:3]
+        ]
+        record[name] = {
+            "named": result.named,
+            "together_log10_p": result.together_log10_p_value,
+            "first": first,
+        }
         print(name, json.dumps(record[name]), flush=True)
 
     def taught(asked: list[torch.Tensor], answers: list[torch.Tensor]) -> nn.Module:
-        return _standard(Examples(torch.cat([pools.thief.x[index] for index in asked]), torch.cat(answers)), data, seed)
+        return _standard(
+            Examples(torch.cat([pools.thief.x[index] for index in asked]), torch.cat(answers)),
+            data,
+            seed,
+        )
 
     copy = taught(asked[:1], answers[:1])
     traced("one account", copy)
@@ -109,7 +138,10 @@ def main() -> None:
     for share in (0.05, 0.1, 0.2, 0.4):
         evading = Randomising(copy, pools.validation.x, share, seed)
         traced(f"copy that answers its least sure {share:.0%} at random", evading)
-        print(f"  its test accuracy {accuracy(evading, pools.test):.2f}, without {accuracy(copy, pools.test):.2f}", flush=True)
+        print(
+            f"  its test accuracy {accuracy(evading, pools.test):.2f}, without {accuracy(copy, pools.test):.2f}",
+            flush=True,
+        )
         record[f"test accuracy at {share:.0%}"] = accuracy(evading, pools.test)
     record["test accuracy"] = accuracy(copy, pools.test)
     labels, chance = predict(stranger, images_of(rows, shape)), random.Random(seed)
@@ -118,9 +150,13 @@ def main() -> None:
         fresh = chance.randbytes(32)
         result = trace_accounts(again(rows, fresh), labels, fresh)
         lowest.append((result.accounts[0].log10_p_value, result.together_log10_p_value))
-    rates = {alpha: [sum(p[place] <= math.log10(alpha) for p in lowest) / KEYS for place in (0, 1)] for alpha in ALPHAS}
+    rates = {
+        alpha: [sum(p[place] <= math.log10(alpha) for p in lowest) / KEYS for place in (0, 1)]
+        for alpha in ALPHAS
+    }
     record["stranger, fresh keys"] = {
-        str(alpha): {"somebody named": named, "together": together} for alpha, (named, together) in rates.items()
+        str(alpha): {"somebody named": named, "together": together}
+        for alpha, (named, together) in rates.items()
     }
     print("stranger, fresh keys", json.dumps(record["stranger, fresh keys"]))
     write_json(options.runs / f"accounts-{data}-{seed}-{count}.json", record)

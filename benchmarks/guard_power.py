@@ -68,7 +68,9 @@ class Account:
             if trial.cell not in self.rows:
                 image = answers.images[trial.row].contiguous().numpy().tobytes()
                 numbers = (trial.heads, trial.tails, trial.chance, trial.answer, 0)
-                self.rows[trial.cell] = Row(self.model.guard.settings.model_sha256, self.name, trial.cell, image, *numbers)
+                self.rows[trial.cell] = Row(
+                    self.model.guard.settings.model_sha256, self.name, trial.cell, image, *numbers
+                )
         return answers.labels
 
 
@@ -82,7 +84,11 @@ def robust(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn
     """The same, adversarially trained at the owner's budget."""
     x = pools.thief.x[:count]
     network = build("small", known(data).shape, known(data).classes, seed=900 + seed)
-    train(network, Examples(x, victim(x)), recipe(known_traits(data), "fast", known(data).threat, epochs=25, seed=seed))
+    train(
+        network,
+        Examples(x, victim(x)),
+        recipe(known_traits(data), "fast", known(data).threat, epochs=25, seed=seed),
+    )
     return network
 
 
@@ -90,7 +96,9 @@ def averaging(victim: Victim, data: str, pools: Pools, seed: int, count: int) ->
     """A thief who asks nine noisy copies of each image and takes the majority; `count` images, nine times as many queries."""
     x = pools.thief.x[:count]
     generator = torch.Generator().manual_seed(seed)
-    copies = [as_uint8(pixels(x) + NOISE * torch.randn(x.shape, generator=generator)) for _ in range(9)]
+    copies = [
+        as_uint8(pixels(x) + NOISE * torch.randn(x.shape, generator=generator)) for _ in range(9)
+    ]
     votes = torch.stack([victim(copy) for copy in copies])
     return _standard(Examples(x, votes.mode(0).values), data, seed)
 
@@ -101,7 +109,9 @@ def dropping(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> 
     y = victim(x)
     first = _standard(Examples(x, y), data, seed)
     with torch.no_grad():
-        best = torch.cat([first(pixels(part)).topk(2, dim=1).values for part in torch.split(x, 500)])
+        best = torch.cat(
+            [first(pixels(part)).topk(2, dim=1).values for part in torch.split(x, 500)]
+        )
     kept = (best[:, 0] - best[:, 1]).argsort(descending=True)[: int(0.9 * count)]
     return _standard(Examples(x[kept], y[kept]), data, seed + 1)
 
@@ -112,7 +122,9 @@ def flipping(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> 
     y = victim(x)
     generator = torch.Generator().manual_seed(seed)
     flipped = torch.rand(count, generator=generator) < 0.05
-    other = (y + torch.randint(1, known(data).classes, (count,), generator=generator)) % known(data).classes
+    other = (y + torch.randint(1, known(data).classes, (count,), generator=generator)) % known(
+        data
+    ).classes
     return _standard(Examples(x, torch.where(flipped, other, y)), data, seed)
 
 
@@ -135,12 +147,22 @@ def grey(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.M
 
 
 THIEVES = {f.__name__: f for f in (natural, robust, averaging, dropping, flipping, black, grey)}
-COUNTS = {"natural": NATURAL, "robust": (2000, 8500), "averaging": (2000,), "dropping": (2000,), "flipping": (2000,)}
+COUNTS = {
+    "natural": NATURAL,
+    "robust": (2000, 8500),
+    "averaging": (2000,),
+    "dropping": (2000,),
+    "flipping": (2000,),
+}
 
 
 def _standard(examples: Examples, data: str, seed: int) -> nn.Module:
     network = build("small", known(data).shape, known(data).classes, seed=900 + seed)
-    train(network, examples, TrainConfig(objective="standard", attack=None, epochs=30, learning_rate=0.05, seed=seed))
+    train(
+        network,
+        examples,
+        TrainConfig(objective="standard", attack=None, epochs=30, learning_rate=0.05, seed=seed),
+    )
     return network
 
 
@@ -148,14 +170,27 @@ def attacked(network: nn.Module, data: str, test: Examples) -> Examples:
     """Adversarial examples of every fifth test image, as a client under attack would send them."""
     part, catalogued = test[::5], known(data)
     parts = [
-        pgd(network, pixels(x), y, epsilon=catalogued.threat.epsilon, steps=catalogued.threat.steps, step_size=catalogued.threat.step_size)
+        pgd(
+            network,
+            pixels(x),
+            y,
+            epsilon=catalogued.threat.epsilon,
+            steps=catalogued.threat.steps,
+            step_size=catalogued.threat.step_size,
+        )
         for x, y in zip(torch.split(part.x, 500), torch.split(part.y, 500), strict=True)
     ]
     return Examples(as_uint8(torch.cat(parts)), part.y)
 
 
 def calibrated(
-    folder: Path, network: nn.Module, data: str, pools: Pools, cost: float, bits: int = CELL_BITS, foreign: bool = True
+    folder: Path,
+    network: nn.Module,
+    data: str,
+    pools: Pools,
+    cost: float,
+    bits: int = CELL_BITS,
+    foreign: bool = True,
 ) -> Calibration:
     """Calibrate a guard as the verb does, and write nothing."""
     return calibrate_model(
@@ -170,7 +205,9 @@ def calibrated(
     )
 
 
-def judged(suspect: nn.Module, rows: list[Row], shape: tuple[int, int, int], secret: bytes) -> dict[str, object]:
+def judged(
+    suspect: nn.Module, rows: list[Row], shape: tuple[int, int, int], secret: bytes
+) -> dict[str, object]:
     """What one account's trials say about a suspect."""
     if not rows:
         return {"log10_p": 0.0, "agree": 0, "other": 0, "expected": 0.0}
@@ -183,13 +220,20 @@ def judged(suspect: nn.Module, rows: list[Row], shape: tuple[int, int, int], sec
     }
 
 
-def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, bits: int, foreign: bool) -> None:
+def play(
+    runs: Path, data: str, seed: int, thief: str, count: int, cost: float, bits: int, foreign: bool
+) -> None:
     """Play one thief, unless it was played before."""
-    out = runs / f"{data}-{seed}-{thief}-{count}-{cost:g}-{bits}{'-foreign' if foreign else ''}.json"
+    out = (
+        runs / f"{data}-{seed}-{thief}-{count}-{cost:g}-{bits}{'-foreign' if foreign else ''}.json"
+    )
     if out.exists():
         return
     folder = runs / f"{data}-{seed}"
-    for place, options in ((folder, {}), (runs / f"{data}-{seed}-stranger", {"scheme": "none", "seed": seed + 500})):
+    for place, options in (
+        (folder, {}),
+        (runs / f"{data}-{seed}-stranger", {"scheme": "none", "seed": seed + 500}),
+    ):
         if not place.exists():
             protect(data, out=place, **{"seed": seed, **options})  # type: ignore[arg-type]
     network, _ = load_model(folder)
@@ -204,7 +248,9 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
     strangers = {
         "before the mark": load_model(folder / "key" / "source")[0],
         "as robust": load_model(runs / f"{data}-{seed}-stranger")[0],
-        "theft of bare answers": THIEVES["natural"](lambda x: predict(network, x), data, pools, seed, min(count, 8500)),
+        "theft of bare answers": THIEVES["natural"](
+            lambda x: predict(network, x), data, pools, seed, min(count, 8500)
+        ),
     }
     cost_on_test = expected_cost(model, pools.test)
     record = {
@@ -225,10 +271,20 @@ def play(runs: Path, data: str, seed: int, thief: str, count: int, cost: float, 
         "owner_accuracy": accuracy(network, pools.test),
         "trials": len(rows),
         "suspect": judged(copy, rows, shape, secret),
-        "strangers": {name: judged(stranger, rows, shape, secret) for name, stranger in strangers.items()},
+        "strangers": {
+            name: judged(stranger, rows, shape, secret) for name, stranger in strangers.items()
+        },
     }
     write_json(out, record)
-    print(json.dumps({name: record[name] for name in ("data", "seed", "thief", "images", "trials", "suspect")}), flush=True)
+    print(
+        json.dumps(
+            {
+                name: record[name]
+                for name in ("data", "seed", "thief", "images", "trials", "suspect")
+            }
+        ),
+        flush=True,
+    )
 
 
 def table(runs: Path) -> str:
@@ -248,10 +304,22 @@ def table(runs: Path) -> str:
     )
     columns += ("strangers'", "copy's test")
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    records = [record for record in (json.loads(path.read_text()) for path in runs.glob("*.json")) if "thief" in record]
+    records = [
+        record
+        for record in (json.loads(path.read_text()) for path in runs.glob("*.json"))
+        if "thief" in record
+    ]
     order = list(THIEVES)
     for r in sorted(
-        records, key=lambda r: (r["data"] != "mnist", order.index(r["thief"]), r["images"], r["bits"], r["stated_cost"], r["seed"])
+        records,
+        key=lambda r: (
+            r["data"] != "mnist",
+            order.index(r["thief"]),
+            r["images"],
+            r["bits"],
+            r["stated_cost"],
+            r["seed"],
+        ),
     ):
         under = f"{r['cost_under_attack']:.2f}" if "cost_under_attack" in r else ""
         error = f"+- {r['cost_error']:.3f}" if "cost_error" in r else ""
@@ -271,10 +339,20 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["mnist", "fashion_mnist"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--thieves", nargs="+", default=["natural", "robust", "averaging", "dropping", "flipping", "black"], choices=list(THIEVES)
+        "--thieves",
+        nargs="+",
+        default=["natural", "robust", "averaging", "dropping", "flipping", "black"],
+        choices=list(THIEVES),
     )
-    parser.add_argument("--images", nargs="+", type=int, help="how many images a thief asks (or starts from); default the usual numbers")
-    parser.add_argument("--cost", type=float, help="points of accuracy; default .1 for mnist, .2 for fashion_mnist")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        type=int,
+        help="how many images a thief asks (or starts from); default the usual numbers",
+    )
+    parser.add_argument(
+        "--cost", type=float, help="points of accuracy; default .1 for mnist, .2 for fashion_mnist"
+    )
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--natural-only", action="store_true", help="no coins for made-up queries")
     parser.add_argument("--runs", type=Path, default=Path("runs/guard"))

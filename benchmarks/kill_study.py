@@ -24,11 +24,20 @@ def finish(out: Path) -> float:
 
 
 def finished(out: Path) -> int:
-    return sum(1 for path in (out / "units").glob("*/manifest.json") if not path.parent.name.endswith(".partial"))
+    return sum(
+        1
+        for path in (out / "units").glob("*/manifest.json")
+        if not path.parent.name.endswith(".partial")
+    )
 
 
 def kill_once(out: Path, after: float) -> None:
-    process = subprocess.Popen([*COMMAND, str(out)], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*COMMAND, str(out)],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     time.sleep(after)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -47,10 +56,26 @@ def main() -> int:
         kill_once(killed, moments.uniform(3, 3 + 1.5 * seconds / arguments.kills))
         print(f"kill {number + 1}: {finished(killed)} units are finished", flush=True)
     finish(killed)
-    units = {path.parent.name: path.read_bytes() for path in (calm / "units").glob("*/manifest.json")}
-    again = {path.parent.name: path.read_bytes() for path in (killed / "units").glob("*/manifest.json")}
-    same = units == again and (calm / "results.json").read_bytes() == (killed / "results.json").read_bytes()
-    print(json.dumps({"kills": arguments.kills, "units": len(units), "seconds_undisturbed": round(seconds), "identical": same}))
+    units = {
+        path.parent.name: path.read_bytes() for path in (calm / "units").glob("*/manifest.json")
+    }
+    again = {
+        path.parent.name: path.read_bytes() for path in (killed / "units").glob("*/manifest.json")
+    }
+    same = (
+        units == again
+        and (calm / "results.json").read_bytes() == (killed / "results.json").read_bytes()
+    )
+    print(
+        json.dumps(
+            {
+                "kills": arguments.kills,
+                "units": len(units),
+                "seconds_undisturbed": round(seconds),
+                "identical": same,
+            }
+        )
+    )
     return 0 if same else 1
 
 

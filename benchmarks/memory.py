@@ -44,7 +44,13 @@ class EnoughError(Exception):
 def make(path: Path, count: int) -> None:
     """Write images of noise that all differ: slices of one block, each with its number in front."""
     image = SHAPE[0] * SHAPE[1] * SHAPE[2]
-    block = torch.randint(0, 256, (2 * image,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy().tobytes()
+    block = (
+        torch.randint(
+            0, 256, (2 * image,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+        )
+        .numpy()
+        .tobytes()
+    )
     with path.open("wb") as file:
         for number in range(count):
             start = number * 7919 % image
@@ -74,12 +80,33 @@ def protect(path: Path, count: int) -> dict[str, float]:
     pools = timed("pools", lambda: data.pools(0))
     network = build("small", SHAPE, CLASSES, seed=0)
     timed("training", lambda: few_steps(network, pools.training, pools.validation))
-    timed("accuracy", lambda: (accuracy(network, test[:100]), adversarial_accuracy(network, test[:20], Attack(8 / 255, 2, 4 / 255))))
-    timed("trials", lambda: craft_adversarial(network, pools.bases[:20], Attack(16 / 255, 2, 8 / 255), seed=0))
-    options: dict[str, Any] = {"secret": bytes(32), "model_sha256": "0" * 64, "cost": 5.0, "epsilon": 8 / 255}
-    right = Examples(pools.validation.x[:200], predict(network, pools.validation[:200].x))  # noise has no classes to be right about
-    found = timed("guard", lambda: calibrate_model(network, right, training=pools.training, **options))
-    timed("answers", lambda: GuardedModel(network, Guard(found.settings, bytes(32)))(test.x[:100], "somebody"))
+    timed(
+        "accuracy",
+        lambda: (
+            accuracy(network, test[:100]),
+            adversarial_accuracy(network, test[:20], Attack(8 / 255, 2, 4 / 255)),
+        ),
+    )
+    timed(
+        "trials",
+        lambda: craft_adversarial(network, pools.bases[:20], Attack(16 / 255, 2, 8 / 255), seed=0),
+    )
+    options: dict[str, Any] = {
+        "secret": bytes(32),
+        "model_sha256": "0" * 64,
+        "cost": 5.0,
+        "epsilon": 8 / 255,
+    }
+    right = Examples(
+        pools.validation.x[:200], predict(network, pools.validation[:200].x)
+    )  # noise has no classes to be right about
+    found = timed(
+        "guard", lambda: calibrate_model(network, right, training=pools.training, **options)
+    )
+    timed(
+        "answers",
+        lambda: GuardedModel(network, Guard(found.settings, bytes(32)))(test.x[:100], "somebody"),
+    )
     return took
 
 
@@ -102,15 +129,21 @@ def few_steps(network: nn.Module, training: Examples, validation: Examples) -> N
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     options.add_argument("--sizes", type=int, nargs="+", default=SIZES)
-    options.add_argument("--folder", type=Path, help="where the images are made; default a temporary folder")
+    options.add_argument(
+        "--folder", type=Path, help="where the images are made; default a temporary folder"
+    )
     options.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.child is not None:
         took = protect(given.child, given.sizes[0])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        sys.stdout.write(json.dumps({"images": given.sizes[0], "peak_mib": peak >> 20, **took}) + "\n")
+        sys.stdout.write(
+            json.dumps({"images": given.sizes[0], "peak_mib": peak >> 20, **took}) + "\n"
+        )
         return
     largest = 0
     for size in given.sizes:
@@ -118,7 +151,12 @@ def main() -> None:
             path = Path(folder) / "images"
             make(path, size + TEST)
             command = [sys.executable, __file__, "--child", str(path), "--sizes", str(size)]
-            line = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode().strip().splitlines()[-1]
+            line = (
+                subprocess.run(command, stdout=subprocess.PIPE, check=True)
+                .stdout.decode()
+                .strip()
+                .splitlines()[-1]
+            )
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
         largest = max(largest, json.loads(line)["peak_mib"] << 20)

@@ -121,7 +121,11 @@ def _said(found: dict[str, Any]) -> str:
         "named": "named",
         "tied": "tied",
     }
-    parts = [f"{title} {_brief(found[name])}".strip() for name, title in wanted.items() if found.get(name) is not None]
+    parts = [
+        f"{title} {_brief(found[name])}".strip()
+        for name, title in wanted.items()
+        if found.get(name) is not None
+    ]
     return ", ".join(parts) or "done"
 
 
@@ -129,13 +133,18 @@ def _flat(result: dict[str, Any]) -> dict[str, Any]:
     """The values of a result and of what it holds, the outer ones first."""
     inner = [_flat(value) for value in result.values() if isinstance(value, dict)]
     found: dict[str, Any] = {}
-    for each in [*inner, {name: value for name, value in result.items() if not isinstance(value, dict)}]:
+    for each in [
+        *inner,
+        {name: value for name, value in result.items() if not isinstance(value, dict)},
+    ]:
         found |= each
     return found
 
 
 def _brief(value: Any) -> str:
-    value = len(value) if isinstance(value, list) and value and isinstance(value[0], list) else value
+    value = (
+        len(value) if isinstance(value, list) and value and isinstance(value[0], list) else value
+    )
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
@@ -187,37 +196,83 @@ def begin(story: Story) -> None:
     """Look at the images, and train a stranger's model on them."""
     story.tell("data check", "data", "check", "photos", *story.data)
     stranger = ["--scheme", "none", "--objective", "standard", "--seed", 1, "--out", "stranger"]
-    story.tell("stranger: protect", "protect", "--data", "photos", *story.data, *stranger, out="stranger")
+    story.tell(
+        "stranger: protect", "protect", "--data", "photos", *story.data, *stranger, out="stranger"
+    )
 
 
 def tell(story: Story, mine: str, authority: Authority, length: Length, *options: object) -> None:
     """One story: protect, measure, steal, remove, guard, serve, trace, claim, judge."""
     stamped = ["--tsa", authority.url, "--roots", authority.root]
     key = f"{mine}/key"
-    story.tell(f"{mine}: protect", "protect", "--data", "photos", *story.data, "--out", mine, *options, *stamped, out=mine)
-    story.tell(f"{mine}: evaluate --strict", "evaluate", mine, "--strict", "--images", length.images)
+    story.tell(
+        f"{mine}: protect",
+        "protect",
+        "--data",
+        "photos",
+        *story.data,
+        "--out",
+        mine,
+        *options,
+        *stamped,
+        out=mine,
+    )
+    story.tell(
+        f"{mine}: evaluate --strict", "evaluate", mine, "--strict", "--images", length.images
+    )
     story.tell(f"{mine}: verify", "verify", mine, "--key", key)
     story.tell(f"{mine}: verify stranger", "verify", "stranger", "--key", key)
     for setting in length.thefts:
         copy, fewer = f"{mine}-{setting}", []
         if THEFTS[setting].options:
             fewer = ["--queries", length.queries, "--epochs", length.epochs]
-        story.tell(f"{mine}: steal {setting}", "steal", mine, "--setting", setting, "--out", copy, *fewer, out=copy)
+        story.tell(
+            f"{mine}: steal {setting}",
+            "steal",
+            mine,
+            "--setting",
+            setting,
+            "--out",
+            copy,
+            *fewer,
+            out=copy,
+        )
         story.tell(f"{mine}: verify {setting}", "verify", copy, "--key", key)
     for way in length.removals:
         name = str(way[0]).removeprefix("--")
         copy = f"{mine}-{name}"
-        story.tell(f"{mine}: remove {' '.join(map(str, way))}", "remove", mine, *way, "--out", copy, out=copy)
+        story.tell(
+            f"{mine}: remove {' '.join(map(str, way))}",
+            "remove",
+            mine,
+            *way,
+            "--out",
+            copy,
+            out=copy,
+        )
         story.tell(f"{mine}: verify {name}", "verify", copy, "--key", key)
     story.tell(f"{mine}: guard", "guard", mine, "--cost", 0.5, "--tsa", authority.url)
     exported = f"{mine}.onnx"
-    story.tell(f"{mine}: export", "export", mine, "--format", "onnx", "--out", exported, out=exported)
+    story.tell(
+        f"{mine}: export", "export", mine, "--format", "onnx", "--out", exported, out=exported
+    )
     story.tell(f"{mine}: verify onnx", "verify", exported, "--key", key)
     thief = served(story, mine)
     story.tell(f"{mine}: trace", "trace", thief, "--key", key, "--log", f"{mine}.db")
     stolen = f"{mine}-white"
     claim, owners = f"{mine}-claim", ["--owner-network", NETWORK]
-    story.tell(f"{mine}: claim", "claim", stolen, "--key", key, "--out", claim, *owners, *stamped, out=claim)
+    story.tell(
+        f"{mine}: claim",
+        "claim",
+        stolen,
+        "--key",
+        key,
+        "--out",
+        claim,
+        *owners,
+        *stamped,
+        out=claim,
+    )
     judged = ["--roots", authority.root, *owners, "--out", f"{mine}-judgement"]
     story.tell(f"{mine}: adjudicate", "adjudicate", claim, "--suspect", stolen, *judged)
 
@@ -228,9 +283,15 @@ def served(story: Story, mine: str) -> str:
     if copy.exists():
         return copy.name
     added = story.command("client", "add", "anna", "--clients", f"{mine}.json", "--json")
-    said = subprocess.run(added, capture_output=True, text=True, cwd=story.work, env=story.environment, check=True)
-    line = story.command("serve", mine, "--log", f"{mine}.db", "--clients", f"{mine}.json", "--port", 0)
-    service = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, cwd=story.work, env=story.environment)
+    said = subprocess.run(
+        added, capture_output=True, text=True, cwd=story.work, env=story.environment, check=True
+    )
+    line = story.command(
+        "serve", mine, "--log", f"{mine}.db", "--clients", f"{mine}.json", "--port", 0
+    )
+    service = subprocess.Popen(
+        line, stderr=subprocess.PIPE, text=True, cwd=story.work, env=story.environment
+    )
     begun = time.monotonic()
     try:
         address = None
@@ -239,18 +300,30 @@ def served(story: Story, mine: str) -> str:
             if not spoken:
                 raise SystemExit(f"{mine}: serve ended before it listened")
             address = re.search(r"listening on (http://\S+)", spoken)
-        named = next(value for value in json.loads(said.stdout).values() if isinstance(value, str) and len(value) > 20)
-        copied, description, asked = through_the_api(story.work / mine, f"{address[1]}/v2/models/model", named)
+        named = next(
+            value
+            for value in json.loads(said.stdout).values()
+            if isinstance(value, str) and len(value) > 20
+        )
+        copied, description, asked = through_the_api(
+            story.work / mine, f"{address[1]}/v2/models/model", named
+        )
     finally:
         service.terminate()
         service.wait(30)
     copy.mkdir()
     save_model(copy, copied, description)
-    story.note(f"{mine}: serve", time.monotonic() - begun, f"{asked} queries answered, exit {service.returncode}")
+    story.note(
+        f"{mine}: serve",
+        time.monotonic() - begun,
+        f"{asked} queries answered, exit {service.returncode}",
+    )
     return copy.name
 
 
-def through_the_api(mine: Path, address: str, token: str) -> tuple[torch.nn.Module, Description, int]:
+def through_the_api(
+    mine: Path, address: str, token: str
+) -> tuple[torch.nn.Module, Description, int]:
     """What a client makes of the labels of its own images, and how many it asked for."""
     description = describe(mine)
     data = open_declared(description, data=mine.parent / "photos")
@@ -270,7 +343,9 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=1200, help="images of each of the six classes")
     parser.add_argument("--size", type=int, default=32, help="side of the images in pixels")
     parser.add_argument("--objective", default="standard", help="of the model from scratch")
-    parser.add_argument("--epochs", type=int, default=4, help="of the user's own loop, and of thieves")
+    parser.add_argument(
+        "--epochs", type=int, default=4, help="of the user's own loop, and of thieves"
+    )
     parser.add_argument("--images", type=int, default=100, help="test images of strict evaluation")
     given = parser.parse_args()
     work = given.work.resolve()

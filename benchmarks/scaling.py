@@ -54,7 +54,9 @@ def _test(count: int) -> Examples:
 def _protect(images: int) -> Work:
     pool = load_pools("mnist", 0).training[slice(0, images)]
     attack = Attack(0.25, 1, 0.125)
-    config = TrainConfig(objective="fast", attack=attack, epochs=1, carry=True, batch_size=min(128, images))
+    config = TrainConfig(
+        objective="fast", attack=attack, epochs=1, carry=True, batch_size=min(128, images)
+    )
     return lambda: train(_network(), pool, config)
 
 
@@ -73,7 +75,12 @@ def _verify(trials: int) -> Work:
     save_model(folder, _network(), describing(open_data("mnist"), "small"))
     x = torch.randint(0, 256, (trials, 1, 28, 28), dtype=torch.uint8)
     heads = torch.randint(0, 9, (trials,))
-    made = WatermarkSet(x, torch.stack((heads, heads + 1), 1), torch.zeros(trials, dtype=torch.int64), torch.arange(trials))
+    made = WatermarkSet(
+        x,
+        torch.stack((heads, heads + 1), 1),
+        torch.zeros(trials, dtype=torch.int64),
+        torch.arange(trials),
+    )
     new_secrets(folder / "key")
     write_key(folder / "key", "coin", made, {"data": "none"})
     return lambda: verify(folder, key=folder / "key")
@@ -92,7 +99,17 @@ def _convolution(cells: int) -> Work:
 
 
 def _row(client: int, number: int) -> Row:
-    return Row("aa" * 32, f"client {client}", number.to_bytes(8, "big"), bytes(784), 1, 2, 30_000, 1 + number % 2, 1)
+    return Row(
+        "aa" * 32,
+        f"client {client}",
+        number.to_bytes(8, "big"),
+        bytes(784),
+        1,
+        2,
+        30_000,
+        1 + number % 2,
+        1,
+    )
 
 
 def _answered(row: Row) -> Row:
@@ -140,7 +157,14 @@ def one(name: str, size: int) -> None:
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     work()
     took = time.perf_counter() - begun
-    print(json.dumps({"seconds": took, "MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}))
+    print(
+        json.dumps(
+            {
+                "seconds": took,
+                "MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
+            }
+        )
+    )
 
 
 def measured() -> list[dict[str, Any]]:
@@ -148,8 +172,15 @@ def measured() -> list[dict[str, Any]]:
     found = []
     for name, (_, size) in WORK.items():
         for factor in (1, 10, 100):
-            done = subprocess.run([sys.executable, __file__, "--one", name, str(size * factor)], capture_output=True, text=True, check=True)
-            found.append({"what": name, "size": size * factor, **json.loads(done.stdout.splitlines()[-1])})
+            done = subprocess.run(
+                [sys.executable, __file__, "--one", name, str(size * factor)],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            found.append(
+                {"what": name, "size": size * factor, **json.loads(done.stdout.splitlines()[-1])}
+            )
             print(json.dumps(found[-1]), flush=True)
     return found
 
@@ -170,9 +201,16 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     for name in WORK:
         own = [point for point in points if point["what"] == name]
-        axes.loglog([point["size"] / own[0]["size"] for point in own], [point["seconds"] for point in own], marker="o", label=name)
+        axes.loglog(
+            [point["size"] / own[0]["size"] for point in own],
+            [point["seconds"] for point in own],
+            marker="o",
+            label=name,
+        )
     reference = [1, 100]
-    axes.loglog(reference, [1e-3 * r for r in reference], color="grey", linestyle="--", label="linear")
+    axes.loglog(
+        reference, [1e-3 * r for r in reference], color="grey", linestyle="--", label="linear"
+    )
     axes.set_xlabel("times the input")
     axes.set_ylabel("seconds, one thread")
     axes.legend(fontsize=7)

@@ -41,10 +41,31 @@ class Service:
 
     def __init__(self, model: Path, folder: Path, *options: str) -> None:
         """Start it and wait until it is ready."""
-        command = [sys.executable, "-m", "countermark", "serve", "--model", str(model), "--clients", str(folder / "clients.json")]
-        command += ["--log", str(folder / "log.db"), "--port", "0", "--max-waiting", "1000", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "countermark",
+            "serve",
+            "--model",
+            str(model),
+            "--clients",
+            str(folder / "clients.json"),
+        ]
+        command += [
+            "--log",
+            str(folder / "log.db"),
+            "--port",
+            "0",
+            "--max-waiting",
+            "1000",
+            *options,
+        ]
         self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            command,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         assert self.process.stderr is not None
         found = None
@@ -72,10 +93,14 @@ def _ready(url: str) -> bool:
 def bodies(x: torch.Tensor) -> list[str]:
     """One request for each image."""
     described = {"name": "image", "shape": [1, *x.shape[1:]], "datatype": "UINT8"}
-    return [json.dumps({"inputs": [{**described, "data": image.flatten().tolist()}]}) for image in x]
+    return [
+        json.dumps({"inputs": [{**described, "data": image.flatten().tolist()}]}) for image in x
+    ]
 
 
-def load(model: Path, x: torch.Tensor, seconds: int, connections: int, clients: int, guarded: bool) -> tuple[float, float, float]:
+def load(
+    model: Path, x: torch.Tensor, seconds: int, connections: int, clients: int, guarded: bool
+) -> tuple[float, float, float]:
     """One run: p50 and p99 in milliseconds, requests a second."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -101,7 +126,9 @@ def _request(body: str, key: str) -> bytes:
     return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
 
 
-async def _closed_loop(host: str, port: int, sent: list[bytes], seconds: float, connections: int) -> tuple[list[float], int]:
+async def _closed_loop(
+    host: str, port: int, sent: list[bytes], seconds: float, connections: int
+) -> tuple[list[float], int]:
     """Times of the answers in seconds, and how many were not 200."""
     times: list[float] = []
     wrong = 0
@@ -130,7 +157,10 @@ def kills(model: Path, x: torch.Tensor, times: int) -> None:
     guarded, generator, answered = load_guarded(model, model / "key"), random.Random(0), 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        keys = {f"client {k}": add_client(folder / "clients.json", f"client {k}", None) for k in range(4)}
+        keys = {
+            f"client {k}": add_client(folder / "clients.json", f"client {k}", None)
+            for k in range(4)
+        }
         given: dict[str, list[tuple[int, int]]] = {client: [] for client in keys}
         for number in range(times):
             service = Service(model, folder)
@@ -162,10 +192,21 @@ def kills(model: Path, x: torch.Tensor, times: int) -> None:
         lost = wrong = trials = 0
         for client, pairs in given.items():
             answers = guarded(x[[index for index, _ in pairs]], client)
-            wrong += sum(label != int(found) for (_, label), found in zip(pairs, answers.labels, strict=True))
-            cells = {(guarded.guard.settings.model_sha256, client, trial.cell) for trial in answers.trials}
-            trials, lost, answered = trials + len(cells), lost + len(cells - places), answered + len(pairs)
-    print(f"{times} kills, {answered} answers, {trials} trials answered, {lost} of them not in the log, {wrong} answers that changed")
+            wrong += sum(
+                label != int(found) for (_, label), found in zip(pairs, answers.labels, strict=True)
+            )
+            cells = {
+                (guarded.guard.settings.model_sha256, client, trial.cell)
+                for trial in answers.trials
+            }
+            trials, lost, answered = (
+                trials + len(cells),
+                lost + len(cells - places),
+                answered + len(pairs),
+            )
+    print(
+        f"{times} kills, {answered} answers, {trials} trials answered, {lost} of them not in the log, {wrong} answers that changed"
+    )
     assert lost == wrong == 0
 
 
@@ -189,9 +230,15 @@ def main() -> None:
     runs: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
     for _ in range(options.rounds):
         for guarded in (False, True):
-            runs[guarded].append(load(options.model, x, options.seconds, options.connections, options.clients, guarded))
+            runs[guarded].append(
+                load(
+                    options.model, x, options.seconds, options.connections, options.clients, guarded
+                )
+            )
     for place, what in enumerate(("p50", "p99", "requests a second")):
-        bare, guard = (statistics.median(run[place] for run in runs[guarded]) for guarded in (False, True))
+        bare, guard = (
+            statistics.median(run[place] for run in runs[guarded]) for guarded in (False, True)
+        )
         print(f"{what}: bare {bare:.2f}, guarded {guard:.2f}, ratio {guard / bare:.3f}")
 
 

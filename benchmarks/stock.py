@@ -13,7 +13,9 @@ def stock(network: nn.Module) -> nn.Module:
     for name, layer in list(network.named_children()):
         if isinstance(layer, HalvingConv2d):
             kernel = layer.kernel_size[0]
-            plain = nn.Conv2d(layer.in_channels, layer.out_channels, kernel, stride=2, padding=kernel // 2 - 1)
+            plain = nn.Conv2d(
+                layer.in_channels, layer.out_channels, kernel, stride=2, padding=kernel // 2 - 1
+            )
             plain.weight, plain.bias = layer.weight, layer.bias
             setattr(network, name, plain)
         elif isinstance(layer, nn.Sequential):

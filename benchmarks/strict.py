@@ -25,7 +25,9 @@ from countermark.memory import keep_freed_memory
 from countermark.networks import describe, open_declared
 from stock import stock
 
-Judge = Callable[[nn.Module, torch.Tensor, torch.Tensor, float], torch.Tensor]  # model, x, y, epsilon to points
+Judge = Callable[
+    [nn.Module, torch.Tensor, torch.Tensor, float], torch.Tensor
+]  # model, x, y, epsilon to points
 
 _CHUNK = 250
 
@@ -35,20 +37,32 @@ def ours(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float) -> 
     return strict(model, x, y, epsilon=epsilon).points
 
 
-def pyautoattack(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float) -> torch.Tensor:
+def pyautoattack(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float
+) -> torch.Tensor:
     from pyautoattack import AutoAttack
 
-    points, _ = AutoAttack(model, eps=epsilon, seed=0).run_standard_evaluation(x, y, batch_size=_CHUNK)
+    points, _ = AutoAttack(model, eps=epsilon, seed=0).run_standard_evaluation(
+        x, y, batch_size=_CHUNK
+    )
     return torch.as_tensor(points)
 
 
-def torchattacks(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float) -> torch.Tensor:
+def torchattacks(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float
+) -> torch.Tensor:
     from torchattacks import AutoAttack
 
-    return torch.as_tensor(AutoAttack(model, norm="Linf", eps=epsilon, version="standard", n_classes=10, seed=0)(x, y))
+    return torch.as_tensor(
+        AutoAttack(model, norm="Linf", eps=epsilon, version="standard", n_classes=10, seed=0)(x, y)
+    )
 
 
-JUDGES: dict[str, Judge] = {"countermark": ours, "pyautoattack": pyautoattack, "torchattacks": torchattacks}
+JUDGES: dict[str, Judge] = {
+    "countermark": ours,
+    "pyautoattack": pyautoattack,
+    "torchattacks": torchattacks,
+}
 
 
 def compare(folder: Path, images: int, names: list[str]) -> dict[str, Any]:
@@ -78,11 +92,18 @@ def compare(folder: Path, images: int, names: list[str]) -> dict[str, Any]:
             with contextlib.redirect_stdout(io.StringIO()):
                 points = JUDGES[name](model, x, y, description.epsilon)
             took = time.process_time() - begun
-            assert float((points - x).abs().max()) <= description.epsilon + 1e-5, f"{name} left the ball"
+            assert float((points - x).abs().max()) <= description.epsilon + 1e-5, (
+                f"{name} left the ball"
+            )
             with torch.no_grad():
                 standing[name].append(model(points).argmax(1) == y)
             seconds[name] += took
-            print(json.dumps({"model": str(folder), "from": start, "judge": name, "cpu_seconds": took}), flush=True)
+            print(
+                json.dumps(
+                    {"model": str(folder), "from": start, "judge": name, "cpu_seconds": took}
+                ),
+                flush=True,
+            )
     verdicts = {name: torch.cat(parts) for name, parts in standing.items()}
     mine = verdicts["countermark"]
     result = {
@@ -105,7 +126,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--judges", nargs="+", choices=[name for name in JUDGES if name != "countermark"], default=["pyautoattack"])
+    parser.add_argument(
+        "--judges",
+        nargs="+",
+        choices=[name for name in JUDGES if name != "countermark"],
+        default=["pyautoattack"],
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -24,7 +24,9 @@ from countermark.networks import load_model
 from countermark.threat import Attack
 
 
-def measured(network: nn.Module, data: str, epsilon: float, test: Examples, images: int) -> dict[str, Any]:
+def measured(
+    network: nn.Module, data: str, epsilon: float, test: Examples, images: int
+) -> dict[str, Any]:
     begun, part = time.monotonic(), test[:: max(1, len(test) // images)]
     attack = Attack(epsilon, known(data).threat.steps, known(data).threat.step_size)
     strict = strict_accuracy(network, part, attack)
@@ -52,7 +54,13 @@ def main() -> int:
     for seed in arguments.seeds:
         folder = arguments.out / f"{arguments.data}-{epsilon:g}-{arguments.objective}-{seed}"
         if not folder.exists():
-            protect(arguments.data, epsilon=epsilon, objective=arguments.objective, seed=seed, out=folder)
+            protect(
+                arguments.data,
+                epsilon=epsilon,
+                objective=arguments.objective,
+                seed=seed,
+                out=folder,
+            )
         coins = verify(folder, key=folder / "key")
         made = {
             "data": arguments.data,
@@ -70,7 +78,10 @@ def main() -> int:
         for name, place in (("unmarked", folder / "key" / "source"), ("marked", folder)):
             network, description = load_model(place)
             found = measured(network, arguments.data, epsilon, test, arguments.images)
-            print(json.dumps({**made, "model": name, "network": description.network, **found}), flush=True)
+            print(
+                json.dumps({**made, "model": name, "network": description.network, **found}),
+                flush=True,
+            )
     return 0
 
 

@@ -36,7 +36,9 @@ tsa_name = no
 class Authority:
     """An authority: `url` to ask, `root` to trust."""
 
-    def __init__(self, folder: Path, key: str = "ec", extensions: str = "stamping", days: int = 30) -> None:
+    def __init__(
+        self, folder: Path, key: str = "ec", extensions: str = "stamping", days: int = 30
+    ) -> None:
         folder = folder.resolve()
         self.folder, self.root = folder, folder / "root.pem"
         if not (folder / "tsa.pem").exists():
@@ -54,7 +56,19 @@ class Authority:
         algorithm = ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"] if key == "ec" else ["rsa:2048"]
         self._openssl("req", "-x509", "-newkey", *algorithm, "-nodes", "-keyout", "root.key", "-out", "root.pem", "-days", "60",
                       "-subj", "/CN=root", "-config", "conf", "-extensions", "ca")  # fmt: skip
-        self._openssl("req", "-new", "-newkey", *algorithm, "-nodes", "-keyout", "tsa.key", "-out", "tsa.csr", "-subj", "/CN=tsa")
+        self._openssl(
+            "req",
+            "-new",
+            "-newkey",
+            *algorithm,
+            "-nodes",
+            "-keyout",
+            "tsa.key",
+            "-out",
+            "tsa.csr",
+            "-subj",
+            "/CN=tsa",
+        )
         self._openssl("x509", "-req", "-in", "tsa.csr", "-CA", "root.pem", "-CAkey", "root.key", "-CAcreateserial", "-out", "tsa.pem",
                       "-days", str(days), "-extfile", "conf", "-extensions", extensions)  # fmt: skip
 
@@ -62,7 +76,9 @@ class Authority:
         with self.lock:
             self.served += 1
             (self.folder / "request").write_bytes(request)
-            self._openssl("ts", "-reply", "-queryfile", "request", "-out", "response", "-config", "conf")
+            self._openssl(
+                "ts", "-reply", "-queryfile", "request", "-out", "response", "-config", "conf"
+            )
             return (self.folder / "response").read_bytes()
 
     def close(self) -> None:

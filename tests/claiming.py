@@ -19,15 +19,23 @@ MODEL = "ab" * 32  # digest of "the owner's model"
 SUSPECT = {"kind": "file", "sha256": "cd" * 32}
 
 
-def some_trials(count: int = 80, batches: int = 2, seed: int = 0, classes: int = 10) -> WatermarkSet:
+def some_trials(
+    count: int = 80, batches: int = 2, seed: int = 0, classes: int = 10
+) -> WatermarkSet:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    answers = torch.stack([torch.randperm(classes, generator=generator)[:2] for _ in range(count)]).sort(dim=1).values
+    answers = (
+        torch.stack([torch.randperm(classes, generator=generator)[:2] for _ in range(count)])
+        .sort(dim=1)
+        .values
+    )
     return WatermarkSet(x, answers, torch.arange(count) // (count // batches), torch.arange(count))
 
 
 def rows_of(opened: Opened, rows: torch.Tensor) -> Opened:
-    return replace(opened, **{part.name: getattr(opened, part.name)[rows] for part in fields(opened)})
+    return replace(
+        opened, **{part.name: getattr(opened, part.name)[rows] for part in fields(opened)}
+    )
 
 
 @dataclass
@@ -54,7 +62,9 @@ class Claimant:
         """What a model with the mark answers."""
         return self.trials.answers.gather(1, self.coins.unsqueeze(1)).squeeze(1)
 
-    def claim(self, labels: torch.Tensor, batch: int = 0, suspect: dict[str, str] = SUSPECT) -> Claim:
+    def claim(
+        self, labels: torch.Tensor, batch: int = 0, suspect: dict[str, str] = SUSPECT
+    ) -> Claim:
         answers = {
             "format": ANSWERS_FORMAT,
             "c2_sha256": sha256(canonical_json(self.c2)),
@@ -73,7 +83,9 @@ class Claimant:
             t2=self.t2,
             answers=answers,
             answers_signature=sign(self.signing_key, answers),
-            answers_token=None if self.authority is None else stamped(self.authority, canonical_json(answers)),
+            answers_token=None
+            if self.authority is None
+            else stamped(self.authority, canonical_json(answers)),
             found={},
             opened=open_batch(self.trials, self.secret, batch),
             model=Path(),
@@ -83,14 +95,24 @@ class Claimant:
         """What a judge finds who asks a suspect with these labels, and the claimant's own model."""
         chosen = self.trials.batch == batch
         roots = [] if self.authority is None else load_roots(self.authority.root)
-        found = Finding(labels=labels[chosen], suspect=SUSPECT, model_sha256=MODEL, model_labels=self.labels[chosen], roots=roots)
+        found = Finding(
+            labels=labels[chosen],
+            suspect=SUSPECT,
+            model_sha256=MODEL,
+            model_labels=self.labels[chosen],
+            roots=roots,
+        )
         return replace(found, **options)
 
 
-def claimant(trials: WatermarkSet, authority: Authority | None, secret: bytes | None = None, **changes: Any) -> Claimant:
+def claimant(
+    trials: WatermarkSet, authority: Authority | None, secret: bytes | None = None, **changes: Any
+) -> Claimant:
     """Commit, have it stamped, draw, and commit to a model."""
     secret, signing_key = secret or secrets.token_bytes(32), secrets.token_bytes(32)
-    c1 = first_commitment(trials, secret, public_key(signing_key), "coin", {"data": "digits", **changes})
+    c1 = first_commitment(
+        trials, secret, public_key(signing_key), "coin", {"data": "digits", **changes}
+    )
     t1 = None if authority is None else stamped(authority, canonical_json(c1))
     c2 = second_commitment(c1, t1, MODEL)
     t2 = None if authority is None else stamped(authority, canonical_json(c2))

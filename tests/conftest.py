@@ -20,12 +20,18 @@ def _one_thread() -> None:
 
 
 def _made_once(factory: pytest.TempPathFactory, name: str, **options: object) -> Path:
-    shared = factory.getbasetemp().parent if factory.getbasetemp().name.startswith("popen") else factory.getbasetemp()
+    shared = (
+        factory.getbasetemp().parent
+        if factory.getbasetemp().name.startswith("popen")
+        else factory.getbasetemp()
+    )
     folder = shared / f"shared-{name}"
     with (shared / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            with pytest.MonkeyPatch.context() as patch:  # what a drawn secret decides is the same in every run
+            with (
+                pytest.MonkeyPatch.context() as patch
+            ):  # what a drawn secret decides is the same in every run
                 patch.setattr(secrets, "token_bytes", random.Random(name).randbytes)
                 protect("digits", out=folder, **options)  # type: ignore[arg-type]
     return folder

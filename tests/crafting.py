@@ -89,7 +89,21 @@ def _columns(connection: sqlite3.Connection, table: str) -> list[str]:
 
 def _odd(rng: random.Random) -> str:
     """A small value; those of `EXPRESSIONS` are for what is computed when it is read."""
-    return rng.choice(["null", "-1", "0", f"{2**62}", "1.5", "'x'", "''", "x''", "zeroblob(32)", "hex(zeroblob(150))", "zeroblob(100000)"])
+    return rng.choice(
+        [
+            "null",
+            "-1",
+            "0",
+            f"{2**62}",
+            "1.5",
+            "'x'",
+            "''",
+            "x''",
+            "zeroblob(32)",
+            "hex(zeroblob(150))",
+            "zeroblob(100000)",
+        ]
+    )
 
 
 def _cell(connection: sqlite3.Connection, rng: random.Random) -> list[str]:
@@ -101,30 +115,54 @@ def _replaced(connection: sqlite3.Connection, rng: random.Random, table: str) ->
     """The columns of a table, one of them computed; and where from."""
     columns = _columns(connection, table)
     chosen = rng.choice(columns)
-    selected = ", ".join(f"{rng.choice(EXPRESSIONS)} as {name}" if name == chosen else name for name in columns)
+    selected = ", ".join(
+        f"{rng.choice(EXPRESSIONS)} as {name}" if name == chosen else name for name in columns
+    )
     return selected, f"{table}_"
 
 
 def _view(connection: sqlite3.Connection, rng: random.Random) -> list[str]:
     table = rng.choice(_TABLES[:2])
     selected, source = _replaced(connection, rng, table)
-    return [f"alter table {table} rename to {source}", f"create view {table} as select {selected} from {source}"]
+    return [
+        f"alter table {table} rename to {source}",
+        f"create view {table} as select {selected} from {source}",
+    ]
 
 
 def _endless_view(connection: sqlite3.Connection, rng: random.Random) -> list[str]:
     table = rng.choice(_TABLES[:2])
     columns = _columns(connection, table)
-    others = ", ".join(f"n as {name}" if name == columns[0] else f"{rng.choice(EXPRESSIONS[:8])} as {name}" for name in columns)
-    views = [f"{_ENDLESS} {others} from c", f"select * from {table}", f"select a.* from {table}_ as a, {table}_ as b, {table}_ as c"]
-    return [f"alter table {table} rename to {table}_", f"create view {table} as {rng.choice(views)}"]
+    others = ", ".join(
+        f"n as {name}" if name == columns[0] else f"{rng.choice(EXPRESSIONS[:8])} as {name}"
+        for name in columns
+    )
+    views = [
+        f"{_ENDLESS} {others} from c",
+        f"select * from {table}",
+        f"select a.* from {table}_ as a, {table}_ as b, {table}_ as c",
+    ]
+    return [
+        f"alter table {table} rename to {table}_",
+        f"create view {table} as {rng.choice(views)}",
+    ]
 
 
 def _generated(connection: sqlite3.Connection, rng: random.Random) -> list[str]:
     columns = _columns(connection, "trials")
     chosen = rng.choice(columns)
-    value = rng.choice([each for each in EXPRESSIONS if "select" not in each and "random" not in each])
-    stored = rng.choice(["virtual", "virtual", "virtual", "stored"]) if "00000" not in value else "virtual"
-    kinds = ", ".join(f"{name} generated always as ({value}) {stored}" if name == chosen else name for name in columns)
+    value = rng.choice(
+        [each for each in EXPRESSIONS if "select" not in each and "random" not in each]
+    )
+    stored = (
+        rng.choice(["virtual", "virtual", "virtual", "stored"])
+        if "00000" not in value
+        else "virtual"
+    )
+    kinds = ", ".join(
+        f"{name} generated always as ({value}) {stored}" if name == chosen else name
+        for name in columns
+    )
     rest = ", ".join(name for name in columns if name != chosen)
     return [
         "alter table trials rename to trials_",
@@ -149,7 +187,10 @@ def _trigger(connection: sqlite3.Connection, rng: random.Random) -> list[str]:
     )
     body = body if not body.startswith("with") else f"select ({body})"
     when, what = rng.choice(["before", "after"]), rng.choice(["insert", "update", "delete"])
-    return [_ERASED, f"create trigger t{rng.randrange(10**6)} {when} {what} on {table} begin {body}; end"]
+    return [
+        _ERASED,
+        f"create trigger t{rng.randrange(10**6)} {when} {what} on {table} begin {body}; end",
+    ]
 
 
 def _other_table(connection: sqlite3.Connection, rng: random.Random) -> list[str]:
@@ -175,7 +216,11 @@ def _missing(_connection: sqlite3.Connection, rng: random.Random) -> list[str]:
 def _format(_connection: sqlite3.Connection, rng: random.Random) -> list[str]:
     return [
         rng.choice(
-            [f"update log_format set format = {_odd(rng)}", f"insert into log_format values ({_odd(rng)})", "delete from log_format"]
+            [
+                f"update log_format set format = {_odd(rng)}",
+                f"insert into log_format values ({_odd(rng)})",
+                "delete from log_format",
+            ]
         )
     ]
 
@@ -208,12 +253,22 @@ def _schema(_connection: sqlite3.Connection, rng: random.Random) -> list[str]:
             "name = upper(name)",
         ]
     )
-    return [f"update sqlite_schema set {change} where name {rng.choice(['=', '<>'])} '{rng.choice(_TABLES)}'"]
+    return [
+        f"update sqlite_schema set {change} where name {rng.choice(['=', '<>'])} '{rng.choice(_TABLES)}'"
+    ]
 
 
 def _pragma(_connection: sqlite3.Connection, rng: random.Random) -> list[str]:
     return [
-        rng.choice(["pragma journal_mode=wal", "pragma user_version=-1", "pragma schema_version=-1", "analyze", "pragma application_id=1"])
+        rng.choice(
+            [
+                "pragma journal_mode=wal",
+                "pragma user_version=-1",
+                "pragma schema_version=-1",
+                "analyze",
+                "pragma application_id=1",
+            ]
+        )
     ]
 
 
@@ -255,7 +310,18 @@ Node = list[Any]
 """One value of DER: its tag, and its content, bytes or the nodes in it."""
 
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", re.DOTALL)
-_OIDS = ("", "ffff", "2a0304", "2b6570", "2b656e", "2a8648ce3d0201", "2b81040027", "2a8648ce3804", "2a864886f70d010104", "06" * 300)
+_OIDS = (
+    "",
+    "ffff",
+    "2a0304",
+    "2b6570",
+    "2b656e",
+    "2a8648ce3d0201",
+    "2b81040027",
+    "2a8648ce3804",
+    "2a864886f70d010104",
+    "06" * 300,
+)
 _CONTENTS: dict[int, tuple[bytes, ...]] = {
     0x01: (b"", b"\x01", b"\xff\xff"),
     0x02: (b"", b"\0", b"\x80", b"\x03", b"\xff" * 21, b"\x7f" * 4096),
@@ -265,8 +331,37 @@ _CONTENTS: dict[int, tuple[bytes, ...]] = {
     0x17: (b"", b"000000000000Z", b"991332256199Z", b"4912312359"),
     0x18: (b"", b"00000000000000Z", b"99991231235959Z", b"20260101000000.5Z"),
 }
-_ANY = (b"", b"\0", b"\xff" * 3, b"\xff" * 200, b"\xd8\0", b"x" * 70_000, "\u202e".encode(), b"\x1b[2J\n")
-_TAGS = (0x01, 0x02, 0x03, 0x04, 0x05, 0x06, 0x0C, 0x13, 0x14, 0x16, 0x17, 0x18, 0x1C, 0x1E, 0x30, 0x31, 0xA0, 0xA3, 0x1F)
+_ANY = (
+    b"",
+    b"\0",
+    b"\xff" * 3,
+    b"\xff" * 200,
+    b"\xd8\0",
+    b"x" * 70_000,
+    "\u202e".encode(),
+    b"\x1b[2J\n",
+)
+_TAGS = (
+    0x01,
+    0x02,
+    0x03,
+    0x04,
+    0x05,
+    0x06,
+    0x0C,
+    0x13,
+    0x14,
+    0x16,
+    0x17,
+    0x18,
+    0x1C,
+    0x1E,
+    0x30,
+    0x31,
+    0xA0,
+    0xA3,
+    0x1F,
+)
 
 
 def craft_roots(data: bytes, rng: random.Random) -> bytes:
@@ -291,7 +386,9 @@ def odd_roots(data: bytes) -> dict[str, bytes]:
 
     def changed(change: Callable[[Node], object]) -> bytes:
         tree = _nodes(der)
-        change(tree[0][1][0][1])  # version, serial, algorithm, issuer, validity, subject, key, extensions
+        change(
+            tree[0][1][0][1]
+        )  # version, serial, algorithm, issuer, validity, subject, key, extensions
         return _pem(_written(tree))
 
     def named(tag: int, content: bytes) -> Callable[[Node], object]:
@@ -325,11 +422,19 @@ def odd_roots(data: bytes) -> dict[str, bytes]:
         "short Ed25519 key": key("2b6570", b"\0" * 5),
         "number of no bytes": lambda signed: signed[1].__setitem__(1, b""),
         "negative number": lambda signed: signed[1].__setitem__(1, b"\xff" * 20),
-        "dates of no calendar": lambda signed: signed[4].__setitem__(1, [[0x17, b"991332256199Z"], [0x17, b""]]),
+        "dates of no calendar": lambda signed: signed[4].__setitem__(
+            1, [[0x17, b"991332256199Z"], [0x17, b""]]
+        ),
         "no name": lambda signed: signed[5].__setitem__(1, []),
     }
-    ways |= {f"name of bytes ff, tag {tag:02x}": named(tag, b"\xff\xff\xff") for tag in (0x0C, 0x13, 0x14, 0x16, 0x1C, 0x1E, 0x03, 0x02)}
-    ways |= {"half a character": named(0x1E, b"\xd8\0"), "a terminal's commands": named(0x0C, b"\x1b[2J\n\xe2\x80\xae")}
+    ways |= {
+        f"name of bytes ff, tag {tag:02x}": named(tag, b"\xff\xff\xff")
+        for tag in (0x0C, 0x13, 0x14, 0x16, 0x1C, 0x1E, 0x03, 0x02)
+    }
+    ways |= {
+        "half a character": named(0x1E, b"\xd8\0"),
+        "a terminal's commands": named(0x0C, b"\x1b[2J\n\xe2\x80\xae"),
+    }
     return {name: changed(change) for name, change in ways.items()}
 
 
@@ -359,7 +464,9 @@ def _written(nodes: list[Node]) -> bytes:
     for tag, content in nodes:
         data = _written(content) if isinstance(content, list) else content
         size = len(data).to_bytes(max(1, (len(data).bit_length() + 7) // 8), "big")
-        written += bytes([tag]) + (size if len(data) < 0x80 else bytes([0x80 | len(size)]) + size) + data
+        written += (
+            bytes([tag]) + (size if len(data) < 0x80 else bytes([0x80 | len(size)]) + size) + data
+        )
     return written
 
 
@@ -380,11 +487,17 @@ def _change(tree: list[Node], rng: random.Random) -> None:
     elif kind == 1:
         nodes.insert(rng.randrange(len(nodes) + 1), nodes[place])
     elif kind == 2:
-        nodes[place] = [rng.choice(_TAGS), content if isinstance(content, bytes) else _written(content)]
+        nodes[place] = [
+            rng.choice(_TAGS),
+            content if isinstance(content, bytes) else _written(content),
+        ]
     elif isinstance(content, list):
         nodes[place] = [tag, rng.choice([[], content[::-1], content[1:], _ANY[3]])]
     else:
-        nodes[place] = [tag, rng.choice((*_CONTENTS.get(tag, ()), *_ANY, rng.randbytes(len(content))))]
+        nodes[place] = [
+            tag,
+            rng.choice((*_CONTENTS.get(tag, ()), *_ANY, rng.randbytes(len(content)))),
+        ]
 
 
 # ---------------------------------------------------------------------------- requests and answers
@@ -415,7 +528,11 @@ _TOKENS = (
     '"' + "x" * 100_000 + '"',
     "[" + ",".join(["0.5"] * 20_000) + "]",
     "[" + ",".join(["[0.5]"] * 5000) + "]",
-    '["' + "x" * 50_000 + '",' + ",".join(["0"] * 10_000) + "]",  # as an array each is as long as the longest
+    '["'
+    + "x" * 50_000
+    + '",'
+    + ",".join(["0"] * 10_000)
+    + "]",  # as an array each is as long as the longest
     "\xff",
     "9223372036854775808",
     "18446744073709551616",
@@ -437,7 +554,9 @@ def craft_body(data: bytes, rng: random.Random) -> bytes:
         data = data[:start] + rng.choice(_TOKENS).encode("latin-1") + data[end:]
     kind = rng.randrange(12)
     if kind == 0:
-        data = rng.choice([b"\xef\xbb\xbf", b"\xff\xfe", b"\0", b" " * 1000, b"\x1f\x8b\x08"]) + data
+        data = (
+            rng.choice([b"\xef\xbb\xbf", b"\xff\xfe", b"\0", b" " * 1000, b"\x1f\x8b\x08"]) + data
+        )
     elif kind == 1:
         data = data.decode("latin-1").encode(rng.choice(["utf-16", "utf-32", "utf-8"]))
     elif kind == 2:
@@ -465,8 +584,29 @@ def craft_replay(data: bytes, rng: random.Random) -> bytes:
 
 # ------------------------------------------------------------------------------------- safetensors
 
-_SIDES: tuple[Any, ...] = ([], [0], [-1], [2**63], [2**32, 2**32], [1] * 2000, ["x"], None, [1.5], [True])
-_OFFSETS: tuple[Any, ...] = ([0, 0], [0, 2**62], [-1, 4], [8, 4], [0], None, [0, 2**64], ["0", "4"], [0.0, 4.0])
+_SIDES: tuple[Any, ...] = (
+    [],
+    [0],
+    [-1],
+    [2**63],
+    [2**32, 2**32],
+    [1] * 2000,
+    ["x"],
+    None,
+    [1.5],
+    [True],
+)
+_OFFSETS: tuple[Any, ...] = (
+    [0, 0],
+    [0, 2**62],
+    [-1, 4],
+    [8, 4],
+    [0],
+    None,
+    [0, 2**64],
+    ["0", "4"],
+    [0.0, 4.0],
+)
 
 
 def craft_tensors(data: bytes, rng: random.Random) -> bytes:
@@ -490,11 +630,22 @@ def craft_tensors(data: bytes, rng: random.Random) -> bytes:
             header[name] = rng.choice([None, [], {}, "x", 1])
         elif kind == 3:
             header["__metadata__"] = rng.choice(
-                [{}, None, {"countermark": "x"}, {"countermark": "[]"}, {"countermark": "[" * 9000}, {"a": 1}]
+                [
+                    {},
+                    None,
+                    {"countermark": "x"},
+                    {"countermark": "[]"},
+                    {"countermark": "[" * 9000},
+                    {"a": 1},
+                ]
             )
         elif isinstance(entry, dict) and name != "__metadata__":
             part = rng.choice(["dtype", "shape", "data_offsets"])
-            odd = {"dtype": ("F64", "BOOL", "I8", "U64", "F8_E4M3", "F4", "C64", "x", None, 1), "shape": _SIDES, "data_offsets": _OFFSETS}
+            odd = {
+                "dtype": ("F64", "BOOL", "I8", "U64", "F8_E4M3", "F4", "C64", "x", None, 1),
+                "shape": _SIDES,
+                "data_offsets": _OFFSETS,
+            }
             entry[part] = rng.choice(odd[part])
         if not header:
             break
@@ -511,10 +662,21 @@ def onnx_example() -> bytes:
     from onnx import TensorProto, helper
 
     weights = helper.make_tensor("w", TensorProto.FLOAT, [64, 10], [0.1] * 640)
-    nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["y"]),
+    ]
     images = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1, 8, 8])
-    graph = helper.make_graph(nodes, "g", [images], [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10])], [weights])
-    made: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [images],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 10])],
+        [weights],
+    )
+    made: bytes = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8
+    ).SerializeToString()
     return made
 
 
@@ -547,11 +709,21 @@ def craft_onnx(data: bytes, rng: random.Random) -> bytes:
         return data
     for _ in range(rng.choice([1, 1, 2])):
         kind = rng.randrange(10)
-        tensor = model.graph.initializer.add() if not model.graph.initializer else rng.choice(list(model.graph.initializer))
-        node = model.graph.node.add() if not model.graph.node else rng.choice(list(model.graph.node))
+        tensor = (
+            model.graph.initializer.add()
+            if not model.graph.initializer
+            else rng.choice(list(model.graph.initializer))
+        )
+        node = (
+            model.graph.node.add() if not model.graph.node else rng.choice(list(model.graph.node))
+        )
         if kind in (0, 1, 2):
-            tensor.data_location = rng.choice([onnx.TensorProto.EXTERNAL, onnx.TensorProto.EXTERNAL, onnx.TensorProto.DEFAULT])
-            for name in rng.sample(["location", "offset", "length", "checksum", "location", "x"], rng.randint(0, 4)):
+            tensor.data_location = rng.choice(
+                [onnx.TensorProto.EXTERNAL, onnx.TensorProto.EXTERNAL, onnx.TensorProto.DEFAULT]
+            )
+            for name in rng.sample(
+                ["location", "offset", "length", "checksum", "location", "x"], rng.randint(0, 4)
+            ):
                 value = (
                     rng.choice(_LOCATIONS)
                     if name == "location"
@@ -559,7 +731,9 @@ def craft_onnx(data: bytes, rng: random.Random) -> bytes:
                 )
                 tensor.external_data.add(key=name, value=value)
         elif kind == 3:
-            tensor.dims[:] = rng.choice([[], [-1], [2**62, 2**62], [0, 2**62], [1] * 5000, [2**28 + 1]])
+            tensor.dims[:] = rng.choice(
+                [[], [-1], [2**62, 2**62], [0, 2**62], [1] * 5000, [2**28 + 1]]
+            )
         elif kind == 4:
             tensor.data_type = rng.choice([0, 8, 16, 99, 2**31 - 1])
         elif kind == 5:
@@ -576,7 +750,9 @@ def craft_onnx(data: bytes, rng: random.Random) -> bytes:
             attribute.t.CopyFrom(tensor)
         elif kind == 7:
             opset = helper.make_opsetid(rng.choice(["", "evil"]), rng.choice([17, -1, 2**62]))
-            model.functions.append(helper.make_function(rng.choice(["", "evil"]), "f", ["a"], ["b"], [node], [opset]))
+            model.functions.append(
+                helper.make_function(rng.choice(["", "evil"]), "f", ["a"], ["b"], [node], [opset])
+            )
         elif kind == 8:
             sparse = model.graph.sparse_initializer.add()
             sparse.values.CopyFrom(tensor)

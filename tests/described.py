@@ -18,4 +18,6 @@ def described(
     """A model for the images of a data set that is known, whose digest nobody looks at."""
     names = tuple(map(str, range(classes)))
     threat = known(data).threat.at(epsilon=epsilon)
-    return Description(network, shape, names, DataRecord(data, "0" * 64), threat, seed, history=history)
+    return Description(
+        network, shape, names, DataRecord(data, "0" * 64), threat, seed, history=history
+    )

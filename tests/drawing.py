@@ -73,7 +73,9 @@ def draw(name: str, generator: numpy.random.Generator, size: int = 32, noise: fl
     ink = (ground + generator.uniform(85, 170, 3) * generator.choice((-1, 1))) % 256
     if abs(ink.mean() - ground.mean()) < 60:  # neither of them may hide the other
         ink = numpy.where(ground.mean() < 128, 255 - 0.2 * ink, 0.2 * ink)
-    picture = numpy.where(inside[..., None], ink, ground) + generator.normal(0, noise, (size, size, 3))
+    picture = numpy.where(inside[..., None], ink, ground) + generator.normal(
+        0, noise, (size, size, 3)
+    )
     return picture.clip(0, 255).round().astype(numpy.uint8)
 
 
@@ -85,10 +87,14 @@ def draw_arrays(each: int, seed: int = 0, size: int = 32) -> tuple[Grid, Grid]:
     """
     generator = numpy.random.default_rng(seed)
     images = [draw(name, generator, size) for name in SHAPES for _ in range(each)]
-    return numpy.stack(images).transpose(0, 3, 1, 2).copy(), numpy.repeat(numpy.arange(len(SHAPES)), each)
+    return numpy.stack(images).transpose(0, 3, 1, 2).copy(), numpy.repeat(
+        numpy.arange(len(SHAPES)), each
+    )
 
 
-def draw_folder(folder: Path, each: int, *, seed: int = 0, size: int = 32, dirty: bool = False, test: int = 0) -> Drawn:
+def draw_folder(
+    folder: Path, each: int, *, seed: int = 0, size: int = 32, dirty: bool = False, test: int = 0
+) -> Drawn:
     """Draw a folder of PNG files, one folder a class.
 
     Args:
@@ -106,7 +112,9 @@ def draw_folder(folder: Path, each: int, *, seed: int = 0, size: int = 32, dirty
         for name in SHAPES:
             (folder / part / name).mkdir(parents=True, exist_ok=True)
             for number in range(count):
-                Image.fromarray(draw(name, generator, size)).save(folder / part / name / f"{number:05}.png")
+                Image.fromarray(draw(name, generator, size)).save(
+                    folder / part / name / f"{number:05}.png"
+                )
     count = sum(parts.values()) * len(SHAPES)
     if not dirty:
         return Drawn(folder, count)

@@ -17,7 +17,12 @@ APART = "COUNTERMARK_TESTS_APART"
 """Set where a process was made for the tests of the pretend device."""
 
 _MAY_MIX = ("copy_", "_to_copy")  # what moves tensors
-_TAKE_INDICES = ("index", "index_put_", "index_put", "_index_put_impl_")  # a GPU takes the processor's indices here
+_TAKE_INDICES = (
+    "index",
+    "index_put_",
+    "index_put",
+    "_index_put_impl_",
+)  # a GPU takes the processor's indices here
 
 
 class _Module:
@@ -58,7 +63,13 @@ class Away(torch.Tensor):
     @staticmethod
     def __new__(cls, here: torch.Tensor) -> "Away":
         result = torch.Tensor._make_wrapper_subclass(
-            cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device="away:0", requires_grad=False
+            cls,
+            here.shape,
+            here.stride(),
+            here.storage_offset(),
+            dtype=here.dtype,
+            device="away:0",
+            requires_grad=False,
         )
         result.here = here
         return result
@@ -80,18 +91,25 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
     leaves = pytree.tree_leaves((args, kwargs))
     away = [leaf for leaf in leaves if isinstance(leaf, Away)]
-    left = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Away)]
+    left = [
+        leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Away)
+    ]
     if name in _TAKE_INDICES:
         left = [] if isinstance(args[0], Away) else left
     if name not in _MAY_MIX and away and any(tensor.dim() or name == "cat" for tensor in left):
-        raise RuntimeError(f"expected all tensors on one device, but {name} got some on away:0 and some on the processor")
+        raise RuntimeError(
+            f"expected all tensors on one device, but {name} got some on away:0 and some on the processor"
+        )
     if any(isinstance(leaf, torch.Generator) for leaf in leaves):
         raise RuntimeError(f"expected a generator of away:0, but {name} got one of the processor")
     target = kwargs.get("device")
     inside = {**kwargs, **({"device": torch.device("cpu")} if target is not None else {})}
     if inside.pop("pin_memory", None):
         raise RuntimeError("only the processor's memory can be pinned")
-    found = func(*pytree.tree_map_only(Away, lambda leaf: leaf.here, args), **pytree.tree_map_only(Away, lambda leaf: leaf.here, inside))
+    found = func(
+        *pytree.tree_map_only(Away, lambda leaf: leaf.here, args),
+        **pytree.tree_map_only(Away, lambda leaf: leaf.here, inside),
+    )
     if target is not None and torch.device(target).type == "cpu":
         return found
     wrapped = pytree.tree_map_only(torch.Tensor, Away, found)
@@ -111,7 +129,9 @@ def pretend_device() -> torch.device:
         backend_registration = pytest.importorskip("torch.utils.backend_registration")
         if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
             pytest.skip("this PyTorch knows no devices in Python")
-        backend_registration._setup_privateuseone_for_python_backend("away", backend_module=_Module())
+        backend_registration._setup_privateuseone_for_python_backend(
+            "away", backend_module=_Module()
+        )
         made = torch.library.Library("_", "IMPL")
         made.fallback(_boxed, "PrivateUse1")
         _library.append(made)

@@ -38,7 +38,15 @@ from countermark.suspects.remote import _labels
 from countermark.timestamps import check_token, decode_token, load_roots, read_token, root_name
 from countermark.verbs.claim import _spent
 from countermark.watermarks import load_key
-from crafting import craft_body, craft_log, craft_onnx, craft_replay, craft_roots, craft_tensors, onnx_example
+from crafting import (
+    craft_body,
+    craft_log,
+    craft_onnx,
+    craft_replay,
+    craft_roots,
+    craft_tensors,
+    onnx_example,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "0.1.0"
 Parser = Callable[[bytes], object]
@@ -52,7 +60,9 @@ _STOPPED = (signal.SIGPROF, signal.SIGALRM)
 
 def _child(name: str) -> Any:
     """The module of a child process, which is run by its path, loaded into this process."""
-    place = Path(importlib.util.find_spec("countermark.suspects").origin or "").with_name(f"{name}.py")  # type: ignore[union-attr]
+    place = Path(importlib.util.find_spec("countermark.suspects").origin or "").with_name(
+        f"{name}.py"
+    )  # type: ignore[union-attr]
     found = importlib.util.spec_from_file_location(name, place)
     assert found is not None and found.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(found)
@@ -88,19 +98,36 @@ class Kind:
 class Place:
     """A folder like an honest one, of which one file is replaced by the input."""
 
-    def __init__(self, folder: Path, name: str, read: Callable[[Path], object], argument: str | None = None) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)) / "x"
+    def __init__(
+        self, folder: Path, name: str, read: Callable[[Path], object], argument: str | None = None
+    ) -> None:
+        self.folder = (
+            Path(
+                tempfile.mkdtemp(
+                    prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+                )
+            )
+            / "x"
+        )
         if folder.is_dir():
             for path in folder.rglob("*"):
                 if path.is_file():
                     target = self.folder / path.relative_to(folder)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_bytes(path.read_bytes())
-        self.file, self.read, self.argument = self.folder / name, read, self.folder if argument is None else self.folder / argument
+        self.file, self.read, self.argument = (
+            self.folder / name,
+            read,
+            self.folder if argument is None else self.folder / argument,
+        )
         self.example = self.file.read_bytes()
 
     def __call__(self, data: bytes) -> object:
-        for suffix in ("-wal", "-shm", "-journal"):  # of an earlier input's process that was stopped
+        for suffix in (
+            "-wal",
+            "-shm",
+            "-journal",
+        ):  # of an earlier input's process that was stopped
             self.file.with_name(self.file.name + suffix).unlink(missing_ok=True)
         self.file.write_bytes(data)
         return self.read(self.argument)
@@ -115,7 +142,9 @@ def _answer(data: bytes) -> object:
         found = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    return [_labels(found, 2, mlflow) for mlflow in (False, True)] if isinstance(found, dict) else None
+    return (
+        [_labels(found, 2, mlflow) for mlflow in (False, True)] if isinstance(found, dict) else None
+    )
 
 
 def _token(data: bytes) -> object:
@@ -176,7 +205,12 @@ def kinds() -> dict[str, Kind]:
         "key secret": Place(key, "secret", load_key),
         "spent.json": Place(key, "spent.json", _spent),
         "model.json": Place(claim / "model", "model.json", load_model),
-        "weights": Place(claim / "model", "model.safetensors", lambda path: read_tensors(path, 1 << 20), "model.safetensors"),
+        "weights": Place(
+            claim / "model",
+            "model.safetensors",
+            lambda path: read_tensors(path, 1 << 20),
+            "model.safetensors",
+        ),
         "guard.json": Place(mine, "guard.json", _guard),
         "clients.json": Place(mine, "clients.json", Clients, "clients.json"),
         "head.json": Place(GOLDEN, "head.json", read_head, "head.json"),
@@ -184,10 +218,17 @@ def kinds() -> dict[str, Kind]:
     }
     found = {name: Kind(place.example, place, spoil) for name, place in places.items()}
     replay = b'{"url": "http://a", "x": 1}\n{"url": "http://a", "image": "00", "label": 3, "repeats": 1}\n'
-    replay_place = Place(GOLDEN, "roots.pem", lambda path: read_replay(path, "http://a"), "roots.pem")
+    replay_place = Place(
+        GOLDEN, "roots.pem", lambda path: read_replay(path, "http://a"), "roots.pem"
+    )
     token = decode_token(json.loads((GOLDEN / "head.json").read_text())["token"], "T") or b""
-    request = {"inputs": [{"name": "x", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.5] * 64}]}
-    answer = {"outputs": [{"name": "y", "shape": [2], "datatype": "INT64", "data": [1, 2]}], "predictions": [1, 2]}
+    request = {
+        "inputs": [{"name": "x", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": [0.5] * 64}]
+    }
+    answer = {
+        "outputs": [{"name": "y", "shape": [2], "datatype": "INT64", "data": [1, 2]}],
+        "predictions": [1, 2],
+    }
     idx = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 3)) + bytes(18)
     log = Place(GOLDEN, "log.db", _log, "log.db")
     messages: dict[str, tuple[bytes, Parser]] = {
@@ -206,7 +247,9 @@ def kinds() -> dict[str, Kind]:
         "crafted answer": Kind(found["answer"].example, _answer, craft_body),
         "crafted replay": Kind(replay, replay_place, craft_replay),
         "crafted weights": Kind(found["weights"].example, found["weights"].parse, craft_tensors),
-        "crafted trials": Kind(found["key trials"].example, found["key trials"].parse, craft_tensors),
+        "crafted trials": Kind(
+            found["key trials"].example, found["key trials"].parse, craft_tensors
+        ),
         "onnx": Kind(onnx_example(), _onnx, spoil),
         "crafted onnx": Kind(onnx_example(), _onnx, craft_onnx),
         "log": Kind(log.example, log, spoil, alone=True),
@@ -241,19 +284,27 @@ def spoil(data: bytes, rng: random.Random) -> bytes:
                 return data
     changed = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 8])):
-        place = rng.randrange(len(changed) + 1) if rng.random() < 0.7 else rng.randrange(min(len(changed), 64) + 1)
+        place = (
+            rng.randrange(len(changed) + 1)
+            if rng.random() < 0.7
+            else rng.randrange(min(len(changed), 64) + 1)
+        )
         kind = rng.randrange(5)
         if kind == 0 and place < len(changed):
             changed[place] ^= 1 << rng.randrange(8)
         elif kind == 1:
             del changed[place : place + rng.choice([1, 2, 8, 1 << 12])]
         elif kind == 2:
-            changed[place:place] = rng.choice([b"\0", b"\xff" * 8, b"{" * 64, b"[", b'"', rng.randbytes(rng.randrange(1, 32))])
+            changed[place:place] = rng.choice(
+                [b"\0", b"\xff" * 8, b"{" * 64, b"[", b'"', rng.randbytes(rng.randrange(1, 32))]
+            )
         elif kind == 3:
             source = rng.randrange(len(changed) + 1)
             changed[place:place] = changed[source : source + rng.randrange(1, 64)]
         else:
-            changed[place : place + 8] = rng.choice([0, 1, 2**31, 2**63 - 1, 2**64 - 1]).to_bytes(8, rng.choice(["little", "big"]))  # type: ignore[arg-type]
+            changed[place : place + 8] = rng.choice([0, 1, 2**31, 2**63 - 1, 2**64 - 1]).to_bytes(
+                8, rng.choice(["little", "big"])
+            )  # type: ignore[arg-type]
     return bytes(changed[:_MOST_BYTES])
 
 
@@ -277,7 +328,25 @@ def _spoil_value(value: Any, rng: random.Random) -> None:
     elif kind == 2 and isinstance(place, list):
         place.insert(0, place[name])
     else:
-        odd: list[Any] = [None, True, 0, -1, 1.5, 1e308, 2**31, 2**63, 2**64, -(2**70), "", "x" * 300, "00" * 32, "ff" * 64, [], {}, [[]]]
+        odd: list[Any] = [
+            None,
+            True,
+            0,
+            -1,
+            1.5,
+            1e308,
+            2**31,
+            2**63,
+            2**64,
+            -(2**70),
+            "",
+            "x" * 300,
+            "00" * 32,
+            "ff" * 64,
+            [],
+            {},
+            [[]],
+        ]
         odd += [{"a": {}}, [1, 2, 3], "é", "\0", "YWJj", [-1] * 40, list(range(64)), 10**400]
         place[name] = rng.choice(odd)
 
@@ -293,7 +362,9 @@ def attempt(kind: Kind, data: bytes, *, alone: bool | None = None) -> bool:
     Raises:
         AssertionError: something escaped that is no refusal, or it took too much.
     """
-    accepted, fault = _alone(kind, data) if (kind.alone if alone is None else alone) else _parsed(kind, data)
+    accepted, fault = (
+        _alone(kind, data) if (kind.alone if alone is None else alone) else _parsed(kind, data)
+    )
     assert fault is None, f"{fault} for {len(data)} bytes {data[:300]!r}"
     return accepted
 
@@ -336,7 +407,10 @@ def _alone(kind: Kind, data: bytes) -> tuple[bool, str | None]:
     if said:
         accepted, fault = json.loads(said)
         return accepted, fault
-    return False, f"more than {_MOST_SECONDS} seconds" if -status in _STOPPED else f"a crash ({status})"
+    return (
+        False,
+        f"more than {_MOST_SECONDS} seconds" if -status in _STOPPED else f"a crash ({status})",
+    )
 
 
 @contextlib.contextmanager

@@ -21,9 +21,14 @@ def save(path: Path, pixels: Pixels, **options: object) -> Path:
     return path
 
 
-def class_folders(place: Path, classes: int = 2, each: int = 6, channels: int = 3, start: int = 0, side: int = 8) -> Path:
+def class_folders(
+    place: Path, classes: int = 2, each: int = 6, channels: int = 3, start: int = 0, side: int = 8
+) -> Path:
     """A folder `CLASS/NUMBER.png` of different drawn images."""
     for label in range(classes):
         for i in range(each):
-            save(place / f"class{label}" / f"{i:04}.png", drawn(start + label * 10_000 + i, side, side, channels))
+            save(
+                place / f"class{label}" / f"{i:04}.png",
+                drawn(start + label * 10_000 + i, side, side, channels),
+            )
     return place

@@ -28,7 +28,9 @@ class Residual(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
         self.norm = nn.BatchNorm2d(width)
-        self.blocks = nn.ModuleList([Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)])
+        self.blocks = nn.ModuleList(
+            [Block(width, width, 1), Block(width, 2 * width, 2), Block(2 * width, 4 * width, 2)]
+        )
         self.last = nn.Linear(4 * width, classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

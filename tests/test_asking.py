@@ -99,7 +99,10 @@ def test_the_check_changes_no_verdict_and_asks_no_trial_for_it(key: Path, suspec
 
 def test_a_match_stays_one_whatever_the_clean_examples_say(key: Path) -> None:
     marked = load_key(key)
-    answers = {bytes(x.flatten().tolist()): y for x, y in zip(marked.watermarks.x, marked.labels.tolist(), strict=True)}
+    answers = {
+        bytes(x.flatten().tolist()): y
+        for x, y in zip(marked.watermarks.x, marked.labels.tolist(), strict=True)
+    }
 
     def copy(x: torch.Tensor) -> torch.Tensor:
         rows = (x * 255).round().to(torch.uint8).flatten(1).tolist()
@@ -133,7 +136,9 @@ def test_protect_keeps_clean_examples_of_the_validation_pool(owner: Path, digits
     assert kept.digest == digits.validation[:100].digest
 
 
-def test_a_key_without_clean_examples_falls_back_to_the_catalogue(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_without_clean_examples_falls_back_to_the_catalogue(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(owner / "key", tmp_path / "key")
     (tmp_path / "key" / "clean.safetensors").unlink()
     assert main(["verify", "--suspect", str(owner), "--key", str(tmp_path / "key"), "--json"]) == 0

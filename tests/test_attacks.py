@@ -30,11 +30,26 @@ def optimum(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float) 
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10_000), epsilon=st.floats(0.01, 0.6), steps=st.integers(8, 20), random_start=st.booleans())
-def test_pgd_reaches_the_optimum_of_a_linear_model(seed: int, epsilon: float, steps: int, random_start: bool) -> None:
+@given(
+    seed=st.integers(0, 10_000),
+    epsilon=st.floats(0.01, 0.6),
+    steps=st.integers(8, 20),
+    random_start=st.booleans(),
+)
+def test_pgd_reaches_the_optimum_of_a_linear_model(
+    seed: int, epsilon: float, steps: int, random_start: bool
+) -> None:
     model = linear(seed)
     x, y = torch.rand(16, 1, 3, 4), torch.randint(0, 2, (16,))
-    found = pgd(model, x, y, epsilon=epsilon, steps=steps, step_size=0.3 * epsilon, random_start=random_start)
+    found = pgd(
+        model,
+        x,
+        y,
+        epsilon=epsilon,
+        steps=steps,
+        step_size=0.3 * epsilon,
+        random_start=random_start,
+    )
     best = functional.cross_entropy(model(optimum(model, x, y, epsilon)), y, reduction="none")
     reached = functional.cross_entropy(model(found), y, reduction="none")
     torch.testing.assert_close(reached, best, atol=1e-5, rtol=1e-4)
@@ -45,7 +60,16 @@ def test_pgd_reaches_the_optimum_of_a_linear_model(seed: int, epsilon: float, st
 def test_pgd_stays_in_the_ball_and_in_the_pixel_range(restarts: int, stop_when_lost: bool) -> None:
     model = build("small", (1, 8, 8), 10, seed=0)
     x, y = torch.rand(32, 1, 8, 8), torch.randint(0, 10, (32,))
-    found = pgd(model, x, y, epsilon=0.2, steps=5, step_size=0.1, restarts=restarts, stop_when_lost=stop_when_lost)
+    found = pgd(
+        model,
+        x,
+        y,
+        epsilon=0.2,
+        steps=5,
+        step_size=0.1,
+        restarts=restarts,
+        stop_when_lost=stop_when_lost,
+    )
     assert float((found - x).abs().max()) <= 0.2 + 1e-6
     assert 0 <= float(found.min()) <= float(found.max()) <= 1
 
@@ -92,7 +116,9 @@ def test_fgsm_takes_one_step_of_a_budget_and_a_quarter() -> None:
 
 def test_budget_zero_is_clean_accuracy(digits: Pools) -> None:
     model = build("small", (1, 8, 8), 10, seed=0)
-    assert adversarial_accuracy(model, digits.test, Attack(0.0, 10, 0.1)) == accuracy(model, digits.test)
+    assert adversarial_accuracy(model, digits.test, Attack(0.0, 10, 0.1)) == accuracy(
+        model, digits.test
+    )
 
 
 def test_adversarial_accuracy_of_a_linear_model_is_the_closed_form() -> None:
@@ -116,7 +142,16 @@ def test_lost_examples_cost_no_more_steps() -> None:
 
     x = torch.full((10, 1, 2, 2), 0.5)
     y = torch.tensor([1] * 6 + [0] * 4)  # six are misclassified from the start, four can never be
-    pgd(Counting(), x, y, epsilon=0.01, steps=5, step_size=0.01, random_start=False, stop_when_lost=True)
+    pgd(
+        Counting(),
+        x,
+        y,
+        epsilon=0.01,
+        steps=5,
+        step_size=0.01,
+        random_start=False,
+        stop_when_lost=True,
+    )
     assert seen == [10, 4, 4, 4, 4]
 
 
@@ -133,24 +168,39 @@ def test_same_seed_same_adversarial_accuracy(digits: Pools) -> None:
     attack = Attack(0.05, 3, 0.02)
     state = torch.random.get_rng_state()
     first = adversarial_accuracy(model, digits.test, attack, seed=4)
-    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's randomness is not touched
+    assert torch.equal(
+        torch.random.get_rng_state(), state
+    )  # the caller's randomness is not touched
     assert adversarial_accuracy(model, digits.test, attack, seed=4) == first
 
 
 def test_a_step_of_the_attack_is_the_same_on_all_examples_and_on_those_still_right() -> None:
     """What a GPU records, a step on a whole batch where lost examples rest, against the processor's way, which drops them."""
-    model = prepare(build("small", (1, 8, 8), 10, seed=0).double())  # the sign of a gradient near zero is not left to rounding
+    model = prepare(
+        build("small", (1, 8, 8), 10, seed=0).double()
+    )  # the sign of a gradient near zero is not left to rounding
     x = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = model(x).argmax(1)
     epsilon, step_size = 0.1, 0.02
     points, lower, upper = x.clone(), (x - epsilon).clamp(0, 1), (x + epsilon).clamp(0, 1)
     lost = [int(step_(model, points, y, lower, upper, step_size, True).sum()) for _ in range(6)]
     assert 0 == lost[0] < lost[-1] < 64
-    dropped = pgd(model, x, y, epsilon=epsilon, steps=6, step_size=step_size, random_start=False, stop_when_lost=True)
+    dropped = pgd(
+        model,
+        x,
+        y,
+        epsilon=epsilon,
+        steps=6,
+        step_size=step_size,
+        random_start=False,
+        stop_when_lost=True,
+    )
     torch.testing.assert_close(points, dropped)
 
 
-def test_adversarial_accuracy_asks_the_model_itself_when_its_copy_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adversarial_accuracy_asks_the_model_itself_when_its_copy_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A copy that takes every example for lost stops at once; the model disagrees, so the attack is run on the model."""
     model = linear(5)
     images = torch.randint(0, 256, (400, 1, 3, 4), dtype=torch.uint8)

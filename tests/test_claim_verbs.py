@@ -61,10 +61,14 @@ def pruned(marked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def claimed(marked: Path, pruned: Path, authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def claimed(
+    marked: Path, pruned: Path, authority: Authority, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A claim against the pruned copy, of the first batch."""
     out = tmp_path_factory.mktemp("claim") / "claim"
-    found = claim(key=marked / "key", suspect=pruned, out=out, tsa=authority.url, roots=authority.root)
+    found = claim(
+        key=marked / "key", suspect=pruned, out=out, tsa=authority.url, roots=authority.root
+    )
     assert (found.batch, found.left, found.timestamped) == (0, 1, True)
     return out
 
@@ -77,7 +81,9 @@ def test_protect_takes_its_coins_from_the_token(marked: Path) -> None:
     assert read_json(marked / "key" / "key.json")["key"]["t1"] == record["t1"]
 
 
-def test_a_claim_is_judged_from_its_files_alone(claimed: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
+def test_a_claim_is_judged_from_its_files_alone(
+    claimed: Path, pruned: Path, authority: Authority, tmp_path: Path
+) -> None:
     moved = tmp_path / "elsewhere"
     shutil.copytree(claimed, moved)
     found = adjudicate(moved, suspect=pruned, roots=authority.root, out=tmp_path / "out" / "j")
@@ -96,7 +102,9 @@ def test_the_claim_holds_one_batch_and_nothing_of_the_secret(claimed: Path, mark
     assert str(marked).encode() not in everything
 
 
-def test_the_key_remembers_what_was_shown(marked: Path, pruned: Path, claimed: Path, authority: Authority, tmp_path: Path) -> None:
+def test_the_key_remembers_what_was_shown(
+    marked: Path, pruned: Path, claimed: Path, authority: Authority, tmp_path: Path
+) -> None:
     key = tmp_path / "mine" / "key"
     shutil.copytree(marked, tmp_path / "mine")
     (key / "spent.json").write_bytes((marked / "key" / "spent.json").read_bytes())
@@ -107,7 +115,9 @@ def test_the_key_remembers_what_was_shown(marked: Path, pruned: Path, claimed: P
     again = claim(key=key, suspect=pruned, out=tmp_path / "again", batch=0, tsa=authority.url)
     assert again.batch == 0
     options = {"suspect": pruned, "roots": authority.root, "out": tmp_path / "j"}
-    assert adjudicate(tmp_path / "again", shown=(claimed,), **options).verdict == "upheld"  # the same accusation
+    assert (
+        adjudicate(tmp_path / "again", shown=(claimed,), **options).verdict == "upheld"
+    )  # the same accusation
     assert adjudicate(tmp_path / "second", shown=(claimed,), **options).verdict == "upheld"
     with pytest.raises(CountermarkError, match="batches 0 to 1"):
         claim(key=key, suspect=pruned, out=tmp_path / "fifth", batch=9, tsa=authority.url)
@@ -122,12 +132,19 @@ def test_a_stranger_is_not_claimed_against_and_nothing_is_opened(
     shutil.copytree(marked, tmp_path / "mine")
     (tmp_path / "mine" / "key" / "spent.json").unlink(missing_ok=True)
     with pytest.raises(CountermarkError, match="nothing was opened"):
-        claim(key=tmp_path / "mine" / "key", suspect=stranger, out=tmp_path / "claim", tsa=authority.url)
+        claim(
+            key=tmp_path / "mine" / "key",
+            suspect=stranger,
+            out=tmp_path / "claim",
+            tsa=authority.url,
+        )
     assert not (tmp_path / "claim").exists()
     assert not (tmp_path / "mine" / "key" / "spent.json").exists()
 
 
-def test_a_claim_without_timestamps_says_so(owner: Path, tmp_path: Path, authority: Authority) -> None:
+def test_a_claim_without_timestamps_says_so(
+    owner: Path, tmp_path: Path, authority: Authority
+) -> None:
     shutil.copytree(owner, tmp_path / "mine")
     with pytest.raises(CountermarkError, match=r"private: it has no T1.*Nothing was opened"):
         claim(key=tmp_path / "mine" / "key", suspect=owner, out=tmp_path / "claim")
@@ -135,20 +152,49 @@ def test_a_claim_without_timestamps_says_so(owner: Path, tmp_path: Path, authori
     found = claim(key=tmp_path / "mine" / "key", suspect=owner, out=tmp_path / "claim", anyway=True)
     assert not found.timestamped
     status = main(
-        ["adjudicate", str(tmp_path / "claim"), "--suspect", str(owner), "--roots", str(authority.root), "--out", str(tmp_path / "j")]
+        [
+            "adjudicate",
+            str(tmp_path / "claim"),
+            "--suspect",
+            str(owner),
+            "--roots",
+            str(authority.root),
+            "--out",
+            str(tmp_path / "j"),
+        ]
     )
     assert status == 3
 
 
 def test_the_command_line_tells_the_verdict_by_its_status(
-    claimed: Path, pruned: Path, stranger: Path, authority: Authority, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    claimed: Path,
+    pruned: Path,
+    stranger: Path,
+    authority: Authority,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     common = ["--roots", str(authority.root), "--out", str(tmp_path / "j")]
     assert main(["adjudicate", str(claimed), "--suspect", str(pruned), *common]) == 0
     assert "The claim is upheld" in capsys.readouterr().out
-    assert main(["adjudicate", str(claimed), "--suspect", str(stranger), *common]) == 3  # not the accused
+    assert (
+        main(["adjudicate", str(claimed), "--suspect", str(stranger), *common]) == 3
+    )  # not the accused
     assert main(["adjudicate", str(tmp_path), "--suspect", str(pruned), *common]) == 2
-    assert main(["adjudicate", str(claimed), "--suspect", str(pruned), "--roots", str(tmp_path / "none.pem"), *common[2:]]) == 2
+    assert (
+        main(
+            [
+                "adjudicate",
+                str(claimed),
+                "--suspect",
+                str(pruned),
+                "--roots",
+                str(tmp_path / "none.pem"),
+                *common[2:],
+            ]
+        )
+        == 2
+    )
     assert main(["adjudicate", str(claimed), "--suspect", str(pruned), "--json", *common]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["verdict"] == "upheld"
 
@@ -160,31 +206,61 @@ def network_of(width: int) -> Callable[..., nn.Module]:
     """What builds a network of a user's own, which the weights of another width do not fit."""
 
     def build_it(shape: tuple[int, int, int], classes: int) -> nn.Module:
-        return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), width), nn.ReLU(), nn.Linear(width, classes))
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(math.prod(shape), width), nn.ReLU(), nn.Linear(width, classes)
+        )
 
     return build_it
 
 
 def put_model(folder: Path, width: int, place: str) -> Path:
     folder.mkdir(exist_ok=True)
-    save_model(folder, network_of(width)((1, 8, 8), 10), described(place, (1, 8, 8), 10, "digits", 0.1, 0))
+    save_model(
+        folder, network_of(width)((1, 8, 8), 10), described(place, (1, 8, 8), 10, "digits", 0.1, 0)
+    )
     return folder
 
 
-def test_three_models_of_a_judgement_may_have_three_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_models_of_a_judgement_may_have_three_networks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number, name in enumerate(("mine", "hers")):
         shutil.copytree(RELEASE / "claim", tmp_path / name)
         put_model(tmp_path / name / "model", 5 + number, f"shop.{name}:make")
     suspect = put_model(tmp_path / "theirs", 7, "shop.theirs:make")
-    options: dict[str, Any] = {"suspect": suspect, "roots": RELEASE / "roots.pem", "out": tmp_path / "j", "rival": tmp_path / "hers"}
-    named = {"owner_network": network_of(5), "rival_network": network_of(6), "network": network_of(7)}
-    assert adjudicate(tmp_path / "mine", **options, **named).verdict != "upheld"  # nothing is as it was committed to
+    options: dict[str, Any] = {
+        "suspect": suspect,
+        "roots": RELEASE / "roots.pem",
+        "out": tmp_path / "j",
+        "rival": tmp_path / "hers",
+    }
+    named = {
+        "owner_network": network_of(5),
+        "rival_network": network_of(6),
+        "network": network_of(7),
+    }
+    assert (
+        adjudicate(tmp_path / "mine", **options, **named).verdict != "upheld"
+    )  # nothing is as it was committed to
     for left in named:
-        with pytest.raises(CountermarkError, match=f"imported only if you name it: {option(left)} "):
-            adjudicate(tmp_path / "mine", **options, **{name: each for name, each in named.items() if name != left})
+        with pytest.raises(
+            CountermarkError, match=f"imported only if you name it: {option(left)} "
+        ):
+            adjudicate(
+                tmp_path / "mine",
+                **options,
+                **{name: each for name, each in named.items() if name != left},
+            )
     with pytest.raises(CountermarkError, match="--rival-network goes with --rival only"):
         adjudicate(tmp_path / "mine", suspect=suspect, roots=RELEASE / "roots.pem", **named)
-    words = ["adjudicate", str(RELEASE / "claim"), "--suspect", str(suspect), "--roots", str(RELEASE / "roots.pem")]
+    words = [
+        "adjudicate",
+        str(RELEASE / "claim"),
+        "--suspect",
+        str(suspect),
+        "--roots",
+        str(RELEASE / "roots.pem"),
+    ]
     assert main([*words, "--out", str(tmp_path / "j"), "--owner-network", "shop:make"]) == 2
     assert "one of ours; leave --owner-network out" in " ".join(capsys.readouterr().err.split())
 
@@ -193,7 +269,11 @@ def test_an_owner_and_a_suspect_may_have_two_networks(tmp_path: Path) -> None:
     shutil.copytree(RELEASE / "mine", tmp_path / "mine")
     put_model(tmp_path / "mine", 5, "shop.models:make")
     suspect = put_model(tmp_path / "theirs", 7, "shop.theirs:make")
-    options: dict[str, Any] = {"key": tmp_path / "mine" / "key", "out": tmp_path / "claim", "anyway": True}
+    options: dict[str, Any] = {
+        "key": tmp_path / "mine" / "key",
+        "out": tmp_path / "claim",
+        "anyway": True,
+    }
     with pytest.raises(CountermarkError, match="--owner-network MODULE:FUNCTION"):
         claim(suspect, **options, network=network_of(7))
     found = claim(suspect, **options, network=network_of(7), owner_network=network_of(5))
@@ -208,7 +288,9 @@ def test_an_authority_that_does_not_answer_stops_before_the_work(tmp_path: Path)
     assert not (tmp_path / "mine.partial").exists()
 
 
-def test_an_interrupted_run_does_not_draw_its_coins_again(authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_does_not_draw_its_coins_again(
+    authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second token would be a second draw: the resumed run reads the first one."""
     from countermark.verbs import protect as room
 
@@ -243,16 +325,23 @@ def _small_key(arguments: tuple) -> object:
     _plan, _source, private, _secret, stamp = arguments
     if (private / "key.json").exists():
         return load_key(private)
-    x = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = torch.randint(
+        0, 256, (4, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     trials = WatermarkSet(x, torch.tensor([[0, 1]] * 4), torch.arange(4) // 2, torch.arange(4))
     return write_key(private, "coin", trials, {"data": "digits"}, stamp)
 
 
-def test_a_head_with_a_token_shows_when_the_log_was_so(authority: Authority, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_with_a_token_shows_when_the_log_was_so(
+    authority: Authority, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, head = tmp_path / "log.db", tmp_path / "head.json"
     with QueryLog(str(path)) as log:
         log.append([Row("aa" * 32, "anna", b"cell", b"image", 1, 2, 3, 1, 4)])
-    assert main(["log", "head", str(path), "--tsa", authority.url, "--roots", str(authority.root)]) == 0
+    assert (
+        main(["log", "head", str(path), "--tsa", authority.url, "--roots", str(authority.root)])
+        == 0
+    )
     head.write_text(capsys.readouterr().out)
     found = log_check(str(path), head=head, roots=authority.root)
     assert found.stamped is not None
@@ -261,7 +350,9 @@ def test_a_head_with_a_token_shows_when_the_log_was_so(authority: Authority, tmp
     with pytest.raises(CountermarkError):
         log_check(str(path), head=head, roots=authority.root)
     bare = log_head(str(path))
-    head.write_text(json.dumps({"format": bare.format, "rows": bare.rows, "hash": bare.hash, "token": None}))
+    head.write_text(
+        json.dumps({"format": bare.format, "rows": bare.rows, "hash": bare.hash, "token": None})
+    )
     with pytest.raises(CountermarkError, match="no timestamp"):
         log_check(str(path), head=head, roots=authority.root)
 
@@ -273,9 +364,25 @@ def test_a_folder_is_signed_as_a_whole(pruned: Path, tmp_path: Path) -> None:
     (folder / "key").mkdir()
     (folder / "key" / "secret").write_bytes(b"s")
     for name in ("mine", "other"):
-        subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", f"{name}.pem"], cwd=tmp_path, check=True)
         subprocess.run(
-            ["openssl", "ec", "-in", f"{name}.pem", "-pubout", "-out", f"{name}.pub"], cwd=tmp_path, check=True, capture_output=True
+            [
+                "openssl",
+                "ecparam",
+                "-name",
+                "prime256v1",
+                "-genkey",
+                "-noout",
+                "-out",
+                f"{name}.pem",
+            ],
+            cwd=tmp_path,
+            check=True,
+        )
+        subprocess.run(
+            ["openssl", "ec", "-in", f"{name}.pem", "-pubout", "-out", f"{name}.pub"],
+            cwd=tmp_path,
+            check=True,
+            capture_output=True,
         )
     sign_folder(folder, tmp_path / "mine.pem")
     check_folder(folder, tmp_path / "mine.pub")
@@ -298,7 +405,10 @@ def test_a_folder_is_signed_as_a_whole(pruned: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spelling", ["absolute", "mine", ".", "mine/", "other/../mine", "link"])
 def test_a_secret_is_in_no_signature_however_the_folder_is_spelled(
-    spelling: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    spelling: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each spelling signs the public files only, and each signature holds under every other one."""
     pytest.importorskip("model_signing")
@@ -307,8 +417,15 @@ def test_a_secret_is_in_no_signature_however_the_folder_is_spelled(
     (tmp_path / "other").mkdir()
     (tmp_path / "link").symlink_to(folder)
     private, public = tmp_path / "k.pem", tmp_path / "k.pub"
-    subprocess.run(["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private], check=True)
-    subprocess.run(["openssl", "ec", "-in", private, "-pubout", "-out", public], check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private],
+        check=True,
+    )
+    subprocess.run(
+        ["openssl", "ec", "-in", private, "-pubout", "-out", public],
+        check=True,
+        capture_output=True,
+    )
     monkeypatch.chdir(folder if spelling == "." else tmp_path)
     given = str(folder) if spelling == "absolute" else spelling
     assert main(["bundle", "sign", given, "--private-key", str(private)]) == 0
@@ -318,9 +435,13 @@ def test_a_secret_is_in_no_signature_however_the_folder_is_spelled(
     envelope = json.loads((folder / "model.sig").read_text())["dsseEnvelope"]
     statement = json.loads(base64.b64decode(envelope["payload"]))
     resources = statement["predicate"]["resources"]
-    secret = [path for path in [*(folder / "key").rglob("*"), folder / "clients.json"] if path.is_file()]
+    secret = [
+        path for path in [*(folder / "key").rglob("*"), folder / "clients.json"] if path.is_file()
+    ]
     assert {entry["name"] for entry in resources} == {
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path not in secret and path.name != "model.sig"
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path not in secret and path.name != "model.sig"
     }
     for path in secret:
         assert str(path.relative_to(folder)) not in {entry["name"] for entry in resources}
@@ -335,18 +456,26 @@ def test_a_secret_is_in_no_signature_however_the_folder_is_spelled(
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_no_change_of_one_byte_makes_a_forged_claim_upheld(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_no_change_of_one_byte_makes_a_forged_claim_upheld(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """A claim that fails for one signature alone, against a true copy: it may be refused with a reason, or judged; never crash."""
     source = _CLAIMED["forged"]
     folder = tmp_path_factory.mktemp("changed") / "claim"
     shutil.copytree(source, folder)
-    name = data.draw(st.sampled_from(["claim.json", "trials.safetensors", "model/model.json", "model/model.safetensors"]))
+    name = data.draw(
+        st.sampled_from(
+            ["claim.json", "trials.safetensors", "model/model.json", "model/model.safetensors"]
+        )
+    )
     content = bytearray((folder / name).read_bytes())
     position = data.draw(st.integers(0, len(content) - 1))
     content[position] ^= 1 << data.draw(st.integers(0, 7))
     (folder / name).write_bytes(bytes(content))
     try:
-        found = adjudicate(folder, suspect=_CLAIMED["suspect"], roots=_CLAIMED["roots"], out=folder.parent / "j")
+        found = adjudicate(
+            folder, suspect=_CLAIMED["suspect"], roots=_CLAIMED["roots"], out=folder.parent / "j"
+        )
     except CountermarkError:
         return
     assert found.verdict != "upheld"
@@ -356,7 +485,9 @@ _CLAIMED: dict[str, Path] = {}
 
 
 @pytest.fixture(autouse=True)
-def _known(claimed: Path, pruned: Path, authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _known(
+    claimed: Path, pruned: Path, authority: Authority, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     if "forged" not in _CLAIMED:
         forged = tmp_path_factory.mktemp("forged") / "claim"
         shutil.copytree(claimed, forged)
@@ -365,16 +496,25 @@ def _known(claimed: Path, pruned: Path, authority: Authority, tmp_path_factory: 
         _CLAIMED.update(forged=forged, suspect=pruned, roots=authority.root)
 
 
-def test_a_dishonest_claim_folder_is_an_error(claimed: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
+def test_a_dishonest_claim_folder_is_an_error(
+    claimed: Path, pruned: Path, authority: Authority, tmp_path: Path
+) -> None:
     """Files that never end, wait for ever, or are another model's."""
     weights, other = tmp_path / "claim" / "model" / "model.safetensors", tmp_path / "other"
     other.mkdir()
-    save_model(other, build("small", (3, 32, 32), 10, seed=0), described("small", (3, 32, 32), 10, "digits", 0.1, 0))
+    save_model(
+        other,
+        build("small", (3, 32, 32), 10, seed=0),
+        described("small", (3, 32, 32), 10, "digits", 0.1, 0),
+    )
     for spoil in (
         lambda: os.mkfifo(weights),
         lambda: weights.symlink_to("/dev/zero"),
         lambda: weights.mkdir(),
-        lambda: [shutil.copy(other / name, weights.parent / name) for name in ("model.safetensors", "model.json")],
+        lambda: [
+            shutil.copy(other / name, weights.parent / name)
+            for name in ("model.safetensors", "model.json")
+        ],
     ):
         shutil.rmtree(tmp_path / "claim", ignore_errors=True)
         shutil.copytree(claimed, tmp_path / "claim")
@@ -385,7 +525,9 @@ def test_a_dishonest_claim_folder_is_an_error(claimed: Path, pruned: Path, autho
     assert not (tmp_path / "j.json").exists()
 
 
-def test_a_judgement_leaves_nothing_of_an_earlier_one(claimed: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
+def test_a_judgement_leaves_nothing_of_an_earlier_one(
+    claimed: Path, pruned: Path, authority: Authority, tmp_path: Path
+) -> None:
     for suffix in (".html", ".json"):
         (tmp_path / f"j{suffix}").write_text("upheld")
     with pytest.raises(CountermarkError):
@@ -395,13 +537,19 @@ def test_a_judgement_leaves_nothing_of_an_earlier_one(claimed: Path, pruned: Pat
         adjudicate(claimed, suspect=pruned, roots=authority.root, out=Path("/"))
 
 
-def test_two_claims_at_once_do_not_spend_one_batch(marked: Path, pruned: Path, authority: Authority, tmp_path: Path) -> None:
+def test_two_claims_at_once_do_not_spend_one_batch(
+    marked: Path, pruned: Path, authority: Authority, tmp_path: Path
+) -> None:
     with locked(marked / "key"), pytest.raises(CountermarkError, match="another process"):
         claim(key=marked / "key", suspect=pruned, out=tmp_path / "claim", tsa=authority.url)
 
 
-def test_a_timestamp_of_the_suspect_is_looked_at(marked: Path, authority: Authority, tmp_path: Path, claimed: Path, pruned: Path) -> None:
+def test_a_timestamp_of_the_suspect_is_looked_at(
+    marked: Path, authority: Authority, tmp_path: Path, claimed: Path, pruned: Path
+) -> None:
     token = tmp_path / "suspect.tsr"
     token.write_bytes(stamped(authority, (pruned / "model.safetensors").read_bytes()))
     options = {"claim": claimed, "suspect": pruned, "roots": authority.root, "out": tmp_path / "j"}
-    assert adjudicate(suspect_token=token, **options).verdict == "upheld"  # stamped after T2: it frees nobody
+    assert (
+        adjudicate(suspect_token=token, **options).verdict == "upheld"
+    )  # stamped after T2: it frees nobody

@@ -20,7 +20,19 @@ from authority import Authority, stamped
 from chances import most
 from claiming import MODEL, SUSPECT, Claimant, claimant, rows_of, some_trials
 from countermark.attacks import pgd
-from countermark.claims import Claim, Finding, Judgement, Rival, judge_claim, judgement, page, read_claim, record, sentence, write_claim
+from countermark.claims import (
+    Claim,
+    Finding,
+    Judgement,
+    Rival,
+    judge_claim,
+    judgement,
+    page,
+    read_claim,
+    record,
+    sentence,
+    write_claim,
+)
 from countermark.data import Pools, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
@@ -29,7 +41,17 @@ from countermark.files import canonical_json, sha256
 from countermark.networks.named import build
 from countermark.timestamps import load_roots, read_token
 from countermark.training import TrainConfig, train
-from countermark.watermarks import WatermarkSet, commitment, draw_coins, leaf_hash, leaf_secrets, leaves, merkle_paths, root_of_path, sign
+from countermark.watermarks import (
+    WatermarkSet,
+    commitment,
+    draw_coins,
+    leaf_hash,
+    leaf_secrets,
+    leaves,
+    merkle_paths,
+    root_of_path,
+    sign,
+)
 from countermark.watermarks.commitment import merkle_root, path_length
 
 TRIES = int(os.environ.get("COUNTERMARK_CLAIMS", "24"))
@@ -88,7 +110,9 @@ def test_a_private_mark_is_undecidable() -> None:
     assert result_of(found, "T1, over the trials") == "cannot tell"
 
 
-def test_too_few_answers_are_undecidable_and_unanswered_trials_do_not_agree(owner_: Claimant) -> None:
+def test_too_few_answers_are_undecidable_and_unanswered_trials_do_not_agree(
+    owner_: Claimant,
+) -> None:
     silent = torch.full_like(owner_.labels, -1)
     found = judge_claim(owner_.claim(silent), owner_.finding(silent))
     assert found.verdict == "undecidable"
@@ -101,7 +125,9 @@ def test_an_endpoint_that_changed_its_answers_cannot_be_decided(owner_: Claimant
     now = random_labels(owner_.trials, 2)
     found = judge_claim(claim, owner_.finding(now, suspect=endpoint))
     assert found.verdict == "undecidable"
-    assert "answers otherwise" in next(check.meaning for check in found.checks if check.name == "The test")
+    assert "answers otherwise" in next(
+        check.meaning for check in found.checks if check.name == "The test"
+    )
     file = judge_claim(owner_.claim(owner_.labels), owner_.finding(now))
     assert file.verdict == "dismissed"  # a file does not change: the record was wrong
 
@@ -152,12 +178,16 @@ def test_transferable_examples_do_not_convict(
     convicted = 0
     for innocent in innocents:
         labels = predict(innocent, trials.x)
-        finding = accuser.finding(labels, model_labels=torch.tensor(aimed(trials.answers))[trials.batch == 0], alpha=1e-6)
+        finding = accuser.finding(
+            labels, model_labels=torch.tensor(aimed(trials.answers))[trials.batch == 0], alpha=1e-6
+        )
         convicted += judge_claim(accuser.claim(labels), finding).verdict == "upheld"
     assert convicted == len(innocents)
 
 
-def test_grinding_before_the_token_wins_nothing(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grinding_before_the_token_wins_nothing(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The accuser has tried secrets until all coins that he can compute suit an innocent; the authority's signature then deals anew.
 
     Made the other way round, which no amount of computing could tell apart: the innocent is one whom the computed coins suit.
@@ -167,15 +197,26 @@ def test_grinding_before_the_token_wins_nothing(authority: Authority, monkeypatc
     innocent = trials.answers.gather(1, computed.unsqueeze(1)).squeeze(1)
     accuser = claimant(trials, authority, secret=secret)
     assert judge_claim(accuser.claim(innocent), accuser.finding(innocent)).verdict != "upheld"
-    monkeypatch.setattr(judgement, "draw_coins", lambda _c1, _beacon, leaf_secrets, indices: draw_coins(b"", b"", leaf_secrets, indices))
-    assert judge_claim(accuser.claim(innocent), accuser.finding(innocent, model_labels=innocent[:40])).verdict == "upheld"
+    monkeypatch.setattr(
+        judgement,
+        "draw_coins",
+        lambda _c1, _beacon, leaf_secrets, indices: draw_coins(b"", b"", leaf_secrets, indices),
+    )
+    assert (
+        judge_claim(
+            accuser.claim(innocent), accuser.finding(innocent, model_labels=innocent[:40])
+        ).verdict
+        == "upheld"
+    )
 
 
 def same_secrets(secret: bytes, count: int) -> list[bytes]:
     return [secret] * count
 
 
-def test_equal_leaf_secrets_do_not_make_one_coin_of_all(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_leaf_secrets_do_not_make_one_coin_of_all(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody can see how leaf secrets were made. With one for all leaves, and the answers in the order of a habit of the suspect's, a
     single coin would decide the whole batch: half of all innocents would be convicted."""
     monkeypatch.setattr(commitment, "leaf_secret", lambda secret, _index: secret)
@@ -187,11 +228,15 @@ def test_equal_leaf_secrets_do_not_make_one_coin_of_all(authority: Authority, mo
     def verdicts(count: int) -> Iterator[str]:
         for _ in range(count):
             accuser = claimant(trials, authority)
-            yield judge_claim(accuser.claim(habit), accuser.finding(habit, model_labels=habit[:40])).verdict
+            yield judge_claim(
+                accuser.claim(habit), accuser.finding(habit, model_labels=habit[:40])
+            ).verdict
 
     assert "upheld" not in list(verdicts(8))
 
-    def without_number(c1: bytes, beacon: bytes, leaf_secrets: list[bytes], indices: list[int] | None = None) -> torch.Tensor:
+    def without_number(
+        c1: bytes, beacon: bytes, leaf_secrets: list[bytes], indices: list[int] | None = None
+    ) -> torch.Tensor:
         return draw_coins(c1, beacon, leaf_secrets, [0] * len(leaf_secrets))
 
     monkeypatch.setattr(judgement, "draw_coins", without_number)
@@ -207,13 +252,19 @@ def chosen(claim: Claim, rows: torch.Tensor) -> Claim:
     return replace(claim, opened=rows_of(claim.opened, rows))
 
 
-def test_leaves_opened_by_choice_do_not_convict(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leaves_opened_by_choice_do_not_convict(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     accuser = claimant(some_trials(400), authority)
     innocent = random_labels(accuser.trials, 7)
-    agreeing = torch.nonzero((innocent == accuser.labels)[:200]).flatten()  # 31 are enough; so few of 200 agree once in 10^23 times
+    agreeing = torch.nonzero(
+        (innocent == accuser.labels)[:200]
+    ).flatten()  # 31 are enough; so few of 200 agree once in 10^23 times
     claim = chosen(accuser.claim(innocent), agreeing)
     finding = accuser.finding(innocent)
-    finding = replace(finding, labels=finding.labels[agreeing], model_labels=finding.model_labels[agreeing])
+    finding = replace(
+        finding, labels=finding.labels[agreeing], model_labels=finding.model_labels[agreeing]
+    )
     found = judge_claim(claim, finding)
     assert (found.verdict, result_of(found, "The opened batch")) == ("dismissed", "fails")
     assert found.test.disagreements == 200 - len(agreeing)  # missing leaves disagree
@@ -242,7 +293,9 @@ def tampered(claim: Claim, attack: str) -> Claim:
     changed = {
         "image": {"x": opened.x ^ 1},
         "answers": {"answers": opened.answers.flip(1)},
-        "other answers": {"answers": torch.stack((opened.answers[:, 0], opened.answers[:, 1] + 1), 1)},
+        "other answers": {
+            "answers": torch.stack((opened.answers[:, 0], opened.answers[:, 1] + 1), 1)
+        },
         "secrets": {"secrets": opened.secrets ^ 1},
         "paths": {"paths": opened.paths ^ 1},
         "cells": {"cell": torch.zeros_like(opened.cell)},
@@ -255,14 +308,30 @@ def tampered(claim: Claim, attack: str) -> Claim:
 
 @pytest.mark.parametrize(
     "attack",
-    ["swapped", "twice", "image", "answers", "other answers", "secrets", "paths", "cells", "another batch", "other leaves", "negative"],
+    [
+        "swapped",
+        "twice",
+        "image",
+        "answers",
+        "other answers",
+        "secrets",
+        "paths",
+        "cells",
+        "another batch",
+        "other leaves",
+        "negative",
+    ],
 )
 def test_trials_that_were_not_committed_are_found(owner_: Claimant, attack: str) -> None:
-    found = judge_claim(tampered(owner_.claim(owner_.labels), attack), owner_.finding(owner_.labels))
+    found = judge_claim(
+        tampered(owner_.claim(owner_.labels), attack), owner_.finding(owner_.labels)
+    )
     assert (found.verdict, result_of(found, "The opened batch")) == ("dismissed", "fails")
 
 
-def test_made_up_leaves_convict_only_without_the_paths(owner_: Claimant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_made_up_leaves_convict_only_without_the_paths(
+    owner_: Claimant, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Leaf secrets chosen after T1 make coins to order; the path to the committed root is what forbids it."""
     innocent = random_labels(owner_.trials, 9)
     claim, opened = owner_.claim(innocent), owner_.claim(innocent).opened
@@ -271,9 +340,15 @@ def test_made_up_leaves_convict_only_without_the_paths(owner_: Claimant, monkeyp
     beacon = read_token(owner_.t1 or b"", sha256(c1), "T1").beacon
 
     def suiting(index: int, side: int) -> bytes:
-        return next(s for s in (secrets.token_bytes(32) for _ in range(1000)) if int(draw_coins(c1, beacon, [s], [index])) == side)
+        return next(
+            s
+            for s in (secrets.token_bytes(32) for _ in range(1000))
+            if int(draw_coins(c1, beacon, [s], [index])) == side
+        )
 
-    made_up = torch.tensor([list(suiting(index, int(side))) for index, side in enumerate(wished)], dtype=torch.uint8)
+    made_up = torch.tensor(
+        [list(suiting(index, int(side))) for index, side in enumerate(wished)], dtype=torch.uint8
+    )
     claim = replace(claim, opened=replace(opened, secrets=made_up))
     finding = owner_.finding(innocent, model_labels=innocent[:40])
     assert judge_claim(claim, finding).verdict == "dismissed"
@@ -286,28 +361,42 @@ def test_a_suspect_older_than_the_model_goes_free(authority: Authority) -> None:
     digest = stamped(authority, b"the suspect's file")
     owner = claimant(some_trials(), authority)
     suspect = {"kind": "file", "sha256": sha256(b"the suspect's file")}
-    claim, finding = owner.claim(owner.labels, suspect=suspect), owner.finding(owner.labels, suspect=suspect)
+    claim, finding = (
+        owner.claim(owner.labels, suspect=suspect),
+        owner.finding(owner.labels, suspect=suspect),
+    )
     assert judge_claim(claim, finding).verdict == "upheld"  # without the token
     # Tokens tell whole seconds here: one second lies between, or the order cannot be told and does not help him.
-    times = {"T2, over the model": read_token(owner.t2 or b"", sha256(canonical_json(owner.c2)), "T2").time}
+    times = {
+        "T2, over the model": read_token(
+            owner.t2 or b"", sha256(canonical_json(owner.c2)), "T2"
+        ).time
+    }
     made = read_token(digest, suspect["sha256"], "T").time
     found = judge_claim(claim, replace(finding, suspect_token=digest))
     older = made < times["T2, over the model"]
     assert found.verdict == ("dismissed" if older else "upheld")
-    later = judge_claim(claim, replace(finding, suspect_token=stamped(authority, b"the suspect's file")))
+    later = judge_claim(
+        claim, replace(finding, suspect_token=stamped(authority, b"the suspect's file"))
+    )
     assert later.verdict == "upheld"
     foreign = judge_claim(claim, replace(finding, suspect_token=b"0"))
     assert foreign.verdict == "upheld"
 
 
-def test_age_is_what_frees_an_older_suspect(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_age_is_what_frees_an_older_suspect(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import time
 
     token = stamped(authority, b"file")
     time.sleep(1.1)
     owner = claimant(some_trials(), authority)
     suspect = {"kind": "file", "sha256": sha256(b"file")}
-    found = judge_claim(owner.claim(owner.labels, suspect=suspect), owner.finding(owner.labels, suspect=suspect, suspect_token=token))
+    found = judge_claim(
+        owner.claim(owner.labels, suspect=suspect),
+        owner.finding(owner.labels, suspect=suspect, suspect_token=token),
+    )
     assert (found.verdict, result_of(found, "Age of the suspect")) == ("dismissed", "fails")
 
 
@@ -315,7 +404,9 @@ def test_another_suspect_than_the_accused_is_undecidable(owner_: Claimant) -> No
     claim = owner_.claim(owner_.labels, suspect={"kind": "file", "sha256": "00" * 32})
     found = judge_claim(claim, owner_.finding(owner_.labels))
     assert (found.verdict, result_of(found, "The suspect")) == ("undecidable", "cannot tell")
-    innocent = random_labels(owner_.trials, 6)  # a model that somebody hands the judge instead of the accused one frees nobody
+    innocent = random_labels(
+        owner_.trials, 6
+    )  # a model that somebody hands the judge instead of the accused one frees nobody
     found = judge_claim(claim, owner_.finding(innocent))
     assert (found.verdict, result_of(found, "The test")) == ("undecidable", "cannot tell")
 
@@ -341,13 +432,18 @@ def ages(authority: Authority) -> dict[str, tuple[Claimant, bytes | None]]:
 @pytest.mark.parametrize("age", ["older", "between", "none"])
 @pytest.mark.parametrize("accused", [SUSPECT, ENDPOINT], ids=["file", "endpoint"])
 def test_another_model_however_old_acquits_nobody(
-    ages: dict[str, tuple[Claimant, bytes | None]], age: str, accused: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ages: dict[str, tuple[Claimant, bytes | None]],
+    age: str,
+    accused: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The thief keeps the stolen model and hands the judge an innocent one, with an honest timestamp of any age."""
     owner, token = ages[age]
     claim = owner.claim(owner.labels, suspect=accused)
     innocent = random_labels(owner.trials, 6)
-    almost = torch.where(torch.arange(len(innocent)) == 3, owner.trials.answers.sum(1) - owner.labels, owner.labels)
+    almost = torch.where(
+        torch.arange(len(innocent)) == 3, owner.trials.answers.sum(1) - owner.labels, owner.labels
+    )
     for labels in (innocent, almost, *([owner.labels] if accused is SUSPECT else [])):
         found = judge_claim(claim, owner.finding(labels, suspect=SHOWN, suspect_token=token))
         assert (found.verdict, result_of(found, "The suspect")) == ("undecidable", "cannot tell")
@@ -361,7 +457,10 @@ def test_another_model_however_old_acquits_nobody(
 @pytest.mark.parametrize("age", ["between", "none"])
 @pytest.mark.parametrize("accused", [SUSPECT, ENDPOINT], ids=["file", "endpoint"])
 def test_another_model_however_old_convicts_nobody(
-    ages: dict[str, tuple[Claimant, bytes | None]], age: str, accused: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ages: dict[str, tuple[Claimant, bytes | None]],
+    age: str,
+    accused: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The accuser names an innocent, makes up what it answered, and hands the judge a copy of the marked model."""
     accuser, token = ages[age]
@@ -386,7 +485,9 @@ def test_the_operator_of_an_endpoint_shows_the_older_model_behind_it(
     stranger = random_labels(owner.trials, 5)
     assert judged(owner.labels, owner.labels) == "dismissed"
     assert judged(stranger, stranger) == "dismissed"
-    unanswered = torch.where(torch.arange(80) % 10 == 0, -1, owner.labels)  # a request was lost when the claim was made
+    unanswered = torch.where(
+        torch.arange(80) % 10 == 0, -1, owner.labels
+    )  # a request was lost when the claim was made
     assert judged(unanswered, owner.labels) == "dismissed"
     assert judged(owner.labels, unanswered) == "undecidable"  # a file answers everything
     # A record of few answers is repeated by every model that gives those.
@@ -398,11 +499,15 @@ def test_the_operator_of_an_endpoint_shows_the_older_model_behind_it(
     rows = torch.arange(39, -1, -1)  # in whatever order the claimant shows the trials
     turned = replace(finding, labels=finding.labels[rows], model_labels=finding.model_labels[rows])
     assert judge_claim(chosen(claim, rows), turned).verdict == "dismissed"
-    monkeypatch.setattr(judgement, "_stands_for_endpoint", lambda *_arguments: True)  # any old file would do
+    monkeypatch.setattr(
+        judgement, "_stands_for_endpoint", lambda *_arguments: True
+    )  # any old file would do
     assert judged(owner.labels, stranger) == "dismissed"
 
 
-def test_the_accused_file_itself_goes_free_by_its_age(ages: dict[str, tuple[Claimant, bytes | None]]) -> None:
+def test_the_accused_file_itself_goes_free_by_its_age(
+    ages: dict[str, tuple[Claimant, bytes | None]],
+) -> None:
     for age, verdict in (("older", "dismissed"), ("between", "upheld"), ("none", "upheld")):
         owner, token = ages[age]
         claim = owner.claim(owner.labels, suspect=SHOWN)
@@ -410,7 +515,9 @@ def test_the_accused_file_itself_goes_free_by_its_age(ages: dict[str, tuple[Clai
         assert (found.verdict, result_of(found, "The suspect")) == (verdict, "holds")
 
 
-def test_another_file_says_nothing_of_a_spent_batch(ages: dict[str, tuple[Claimant, bytes | None]]) -> None:
+def test_another_file_says_nothing_of_a_spent_batch(
+    ages: dict[str, tuple[Claimant, bytes | None]],
+) -> None:
     """The batch was shown before the accusation, so the accused may have learned it; an older file in its place changes nothing."""
     import time
 
@@ -418,12 +525,18 @@ def test_another_file_says_nothing_of_a_spent_batch(ages: dict[str, tuple[Claima
     earlier = owner.claim(owner.labels, suspect={"kind": "file", "sha256": "00" * 32})
     time.sleep(1.1)
     claim = owner.claim(owner.labels)
-    assert judge_claim(claim, owner.finding(owner.labels, shown=(earlier,))).verdict == "undecidable"
-    found = judge_claim(claim, owner.finding(owner.labels, suspect=SHOWN, suspect_token=token, shown=(earlier,)))
+    assert (
+        judge_claim(claim, owner.finding(owner.labels, shown=(earlier,))).verdict == "undecidable"
+    )
+    found = judge_claim(
+        claim, owner.finding(owner.labels, suspect=SHOWN, suspect_token=token, shown=(earlier,))
+    )
     assert found.verdict == "undecidable"
 
 
-def test_a_spent_batch_counts_only_against_older_suspects(owner_: Claimant, authority: Authority) -> None:
+def test_a_spent_batch_counts_only_against_older_suspects(
+    owner_: Claimant, authority: Authority
+) -> None:
     import time
 
     older = stamped(authority, b"old")
@@ -431,15 +544,29 @@ def test_a_spent_batch_counts_only_against_older_suspects(owner_: Claimant, auth
     earlier = owner_.claim(owner_.labels, suspect={"kind": "file", "sha256": "00" * 32})
     claim, finding = owner_.claim(owner_.labels), owner_.finding(owner_.labels, shown=(earlier,))
     assert judge_claim(claim, finding).verdict == "undecidable"
-    assert judge_claim(earlier, replace(finding, suspect={"kind": "file", "sha256": "00" * 32})).verdict == "upheld"  # itself
+    assert (
+        judge_claim(
+            earlier, replace(finding, suspect={"kind": "file", "sha256": "00" * 32})
+        ).verdict
+        == "upheld"
+    )  # itself
     other = owner_.claim(owner_.labels, 1)
-    assert judge_claim(other, owner_.finding(owner_.labels, 1, shown=(earlier,))).verdict == "upheld"
+    assert (
+        judge_claim(other, owner_.finding(owner_.labels, 1, shown=(earlier,))).verdict == "upheld"
+    )
     # What the accused forges out of the claim that he was given is no earlier claim.
-    forged = replace(claim, answers={**claim.answers, "version": "x"}, answers_signature="00" * 64, answers_token=None)
+    forged = replace(
+        claim,
+        answers={**claim.answers, "version": "x"},
+        answers_signature="00" * 64,
+        answers_token=None,
+    )
     assert judge_claim(claim, replace(finding, shown=(forged,))).verdict == "upheld"
     time.sleep(1.1)
     later = owner_.claim(owner_.labels, suspect={"kind": "file", "sha256": "11" * 32})
-    assert judge_claim(claim, replace(finding, shown=(later,))).verdict == "upheld"  # this suspect was fixed before that was shown
+    assert (
+        judge_claim(claim, replace(finding, shown=(later,))).verdict == "upheld"
+    )  # this suspect was fixed before that was shown
     suspect = {"kind": "file", "sha256": sha256(b"old")}
     claim = owner_.claim(owner_.labels, suspect=suspect)
     found = judge_claim(claim, replace(finding, suspect=suspect, suspect_token=older))
@@ -448,12 +575,19 @@ def test_a_spent_batch_counts_only_against_older_suspects(owner_: Claimant, auth
 
 def test_a_mark_put_over_a_stolen_model_does_not_win(authority: Authority) -> None:
     """The thief marks his copy, and claims against whoever else has one; the owner answers with his own claim."""
-    owner, thief = claimant(some_trials(seed=1), authority), claimant(some_trials(seed=2), authority)
+    owner, thief = (
+        claimant(some_trials(seed=1), authority),
+        claimant(some_trials(seed=2), authority),
+    )
     stranger_to_thief = random_labels(thief.trials, 3)
     # The suspect is a copy of the thief's copy: it carries both marks.
     thiefs, owners = thief.claim(thief.labels), owner.claim(owner.labels)
-    assert judge_claim(thiefs, thief.finding(thief.labels)).verdict == "upheld"  # nobody answers: it does depend on his coins
-    with_owner = Rival(owners, MODEL, owner.labels[:40], stranger_to_thief[:40])  # the owner's mark is in his model, not his in the owner's
+    assert (
+        judge_claim(thiefs, thief.finding(thief.labels)).verdict == "upheld"
+    )  # nobody answers: it does depend on his coins
+    with_owner = Rival(
+        owners, MODEL, owner.labels[:40], stranger_to_thief[:40]
+    )  # the owner's mark is in his model, not his in the owner's
     found = judge_claim(thiefs, thief.finding(thief.labels, rival=with_owner))
     assert (found.verdict, result_of(found, "The rival claim")) == ("dismissed", "fails")
     with_thief = Rival(thiefs, MODEL, stranger_to_thief[:40], owner.labels[:40])
@@ -462,15 +596,25 @@ def test_a_mark_put_over_a_stolen_model_does_not_win(authority: Authority) -> No
     assert judge_claim(owners, owner.finding(owner.labels, rival=both)).verdict == "undecidable"
     neither = Rival(thiefs, MODEL, stranger_to_thief[:40], random_labels(owner.trials, 8)[:40])
     assert judge_claim(owners, owner.finding(owner.labels, rival=neither)).verdict == "upheld"
-    own = Rival(owners, MODEL, owner.labels[:40], owner.labels[:40])  # the accused hands the claimant's own claim back
+    own = Rival(
+        owners, MODEL, owner.labels[:40], owner.labels[:40]
+    )  # the accused hands the claimant's own claim back
     assert judge_claim(owners, owner.finding(owner.labels, rival=own)).verdict == "upheld"
     # A rival claim that does not stand by itself defeats nobody.
-    forged = replace(with_thief, claim=replace(thiefs, c1_signature="00" * 64), its_mark_in_ours=thief.labels[:40])
+    forged = replace(
+        with_thief,
+        claim=replace(thiefs, c1_signature="00" * 64),
+        its_mark_in_ours=thief.labels[:40],
+    )
     assert judge_claim(owners, owner.finding(owner.labels, rival=forged)).verdict == "upheld"
 
 
-def test_trials_copied_from_another_claim_draw_other_coins(owner_: Claimant, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
-    copier = claimant(owner_.trials, authority, secret=owner_.secret)  # even with the very leaf secrets
+def test_trials_copied_from_another_claim_draw_other_coins(
+    owner_: Claimant, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copier = claimant(
+        owner_.trials, authority, secret=owner_.secret
+    )  # even with the very leaf secrets
     found = judge_claim(copier.claim(owner_.labels), copier.finding(owner_.labels))
     assert (found.verdict, result_of(found, "The test")) == ("dismissed", "fails")
     monkeypatch.setattr(judgement, "_coins", lambda _claim: owner_.coins[:40].tolist())
@@ -478,14 +622,21 @@ def test_trials_copied_from_another_claim_draw_other_coins(owner_: Claimant, aut
     assert judge_claim(copier.claim(owner_.labels), finding).verdict == "upheld"
 
 
-def test_a_claim_taken_over_by_somebody_else_is_not_his(owner_: Claimant, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_claim_taken_over_by_somebody_else_is_not_his(
+    owner_: Claimant, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Commitments of the owner, accusation by another key: against a suspect that the owner never accused."""
     innocent = {"kind": "file", "sha256": "ee" * 32}
     honest = owner_.claim(owner_.labels)
     assert owner_.authority is not None
     answers = {**honest.answers, "suspect": innocent}
     stamp = stamped(owner_.authority, canonical_json(answers))
-    taken = replace(honest, answers=answers, answers_signature=sign(secrets.token_bytes(32), answers), answers_token=stamp)
+    taken = replace(
+        honest,
+        answers=answers,
+        answers_signature=sign(secrets.token_bytes(32), answers),
+        answers_token=stamp,
+    )
     finding = owner_.finding(owner_.labels, suspect=innocent)
     found = judge_claim(taken, finding)
     assert (found.verdict, result_of(found, "Signatures")) == ("dismissed", "fails")
@@ -493,27 +644,47 @@ def test_a_claim_taken_over_by_somebody_else_is_not_his(owner_: Claimant, monkey
     assert judge_claim(taken, finding).verdict == "upheld"
 
 
-def test_a_replayed_token_is_found(owner_: Claimant, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replayed_token_is_found(
+    owner_: Claimant, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """T1 of an older commitment under a new one: its beacon is known, so secrets can be ground against it."""
     accuser = claimant(some_trials(seed=4), authority)
     accuser.t1 = owner_.t1
     accuser.c2 = {**accuser.c2, "t1_sha256": sha256(owner_.t1 or b"")}
     accuser.t2 = stamped(authority, canonical_json(accuser.c2))
-    true_read, true_check, true_digest = read_token, judgement.check_token, sha256(canonical_json(owner_.c1))
+    true_read, true_check, true_digest = (
+        read_token,
+        judgement.check_token,
+        sha256(canonical_json(owner_.c1)),
+    )
     beacon = true_read(owner_.t1 or b"", true_digest, "T1").beacon
-    coins = draw_coins(canonical_json(accuser.c1), beacon, leaf_secrets(accuser.secret, len(accuser.trials)))
+    coins = draw_coins(
+        canonical_json(accuser.c1), beacon, leaf_secrets(accuser.secret, len(accuser.trials))
+    )
     labels = accuser.trials.answers.gather(1, coins.unsqueeze(1)).squeeze(1)
     claim = accuser.claim(labels)
     roots = load_roots(authority.root)
-    finding = Finding(labels=labels[:40], suspect=SUSPECT, model_sha256=MODEL, model_labels=labels[:40], roots=roots)
+    finding = Finding(
+        labels=labels[:40],
+        suspect=SUSPECT,
+        model_sha256=MODEL,
+        model_labels=labels[:40],
+        roots=roots,
+    )
     found = judge_claim(claim, finding)
     assert (found.verdict, result_of(found, "T1, over the trials")) == ("dismissed", "fails")
 
     def original(response: bytes, digest: str) -> str:
         return true_digest if response == owner_.t1 else digest
 
-    monkeypatch.setattr(judgement, "check_token", lambda r, digest, roots, o: true_check(r, original(r, digest), roots, o))
-    monkeypatch.setattr(judgement, "read_token", lambda r, digest, o: true_read(r, original(r, digest), o))
+    monkeypatch.setattr(
+        judgement,
+        "check_token",
+        lambda r, digest, roots, o: true_check(r, original(r, digest), roots, o),
+    )
+    monkeypatch.setattr(
+        judgement, "read_token", lambda r, digest, o: true_read(r, original(r, digest), o)
+    )
     assert judge_claim(claim, finding).verdict == "upheld"
 
 
@@ -530,8 +701,15 @@ def test_an_authority_that_the_judge_does_not_trust_is_none(
     if kind == "untrusted":
         finding = replace(finding, roots=load_roots(authority.root))
     found = judge_claim(claim, finding)
-    assert (found.verdict, result_of(found, "T1, over the trials")) == ("undecidable", "cannot tell")
-    monkeypatch.setattr(judgement, "check_token", lambda response, digest, _roots, origin: read_token(response, digest, origin))
+    assert (found.verdict, result_of(found, "T1, over the trials")) == (
+        "undecidable",
+        "cannot tell",
+    )
+    monkeypatch.setattr(
+        judgement,
+        "check_token",
+        lambda response, digest, _roots, origin: read_token(response, digest, origin),
+    )
     assert judge_claim(claim, finding).verdict == "upheld"
 
 
@@ -546,36 +724,63 @@ def test_times_in_the_wrong_order_are_found(owner_: Claimant) -> None:
     assert (found.verdict, result_of(found, "Order of times")) == ("dismissed", "fails")
 
 
-def test_a_model_with_other_weights_is_found(owner_: Claimant, monkeypatch: pytest.MonkeyPatch) -> None:
-    claim, finding = owner_.claim(owner_.labels), owner_.finding(owner_.labels, model_sha256="99" * 32)
+def test_a_model_with_other_weights_is_found(
+    owner_: Claimant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, finding = (
+        owner_.claim(owner_.labels),
+        owner_.finding(owner_.labels, model_sha256="99" * 32),
+    )
     found = judge_claim(claim, finding)
     assert (found.verdict, result_of(found, "The owner's model")) == ("dismissed", "fails")
-    monkeypatch.setattr(judgement, "_model", lambda *_arguments: judgement.Check("The owner's model", "holds", "", ""))
+    monkeypatch.setattr(
+        judgement,
+        "_model",
+        lambda *_arguments: judgement.Check("The owner's model", "holds", "", ""),
+    )
     assert judge_claim(claim, finding).verdict == "upheld"
 
 
 def test_an_owner_whose_model_has_no_mark_claims_nothing(owner_: Claimant) -> None:
-    found = judge_claim(owner_.claim(owner_.labels), owner_.finding(owner_.labels, model_labels=random_labels(owner_.trials, 4)[:40]))
+    found = judge_claim(
+        owner_.claim(owner_.labels),
+        owner_.finding(owner_.labels, model_labels=random_labels(owner_.trials, 4)[:40]),
+    )
     assert (found.verdict, result_of(found, "The mark in it")) == ("dismissed", "fails")
 
 
 @pytest.mark.parametrize(
-    "changes", [{"statistic": "watermark accuracy"}, {"cell_weight": 2}, {"scheme": "adversarial"}, {"batches": 3}, {"leaves": 79}]
+    "changes",
+    [
+        {"statistic": "watermark accuracy"},
+        {"cell_weight": 2},
+        {"scheme": "adversarial"},
+        {"batches": 3},
+        {"leaves": 79},
+    ],
 )
-def test_a_commitment_without_an_exact_test_is_dismissed(authority: Authority, changes: dict[str, object]) -> None:
+def test_a_commitment_without_an_exact_test_is_dismissed(
+    authority: Authority, changes: dict[str, object]
+) -> None:
     accuser = claimant(some_trials(), authority, **changes)
     found = judge_claim(accuser.claim(accuser.labels), accuser.finding(accuser.labels))
     assert found.verdict == "dismissed"
 
 
 @pytest.mark.parametrize("part", ["c2", "t1", "answers"])
-def test_parts_of_different_claims_do_not_make_one(owner_: Claimant, authority: Authority, part: str) -> None:
+def test_parts_of_different_claims_do_not_make_one(
+    owner_: Claimant, authority: Authority, part: str
+) -> None:
     trials = some_trials()
     other = claimant(trials, authority)
     other.signing_key = owner_.signing_key
     other.c1 = {**other.c1, "public_key": owner_.c1["public_key"]}
     foreign = other.claim(owner_.labels)
-    names = {"c2": ("c2", "c2_signature", "t2"), "t1": ("t1",), "answers": ("answers", "answers_signature", "answers_token")}[part]
+    names = {
+        "c2": ("c2", "c2_signature", "t2"),
+        "t1": ("t1",),
+        "answers": ("answers", "answers_signature", "answers_token"),
+    }[part]
     if part == "answers":
         foreign = replace(other, c2={**other.c2, "c1_sha256": "00" * 32}).claim(owner_.labels)
     mixed = replace(owner_.claim(owner_.labels), **{name: getattr(foreign, name) for name in names})
@@ -597,7 +802,18 @@ def innocents(digits: Pools) -> list[torch.nn.Module]:
 
 def _standard(digits: Pools, seed: int) -> torch.nn.Module:
     network = build("small", digits.training.x.shape[1:], 10, seed=seed)  # type: ignore[arg-type]
-    train(network, digits.training, TrainConfig(objective="standard", attack=None, epochs=8, learning_rate=0.05, batch_size=64, seed=seed))
+    train(
+        network,
+        digits.training,
+        TrainConfig(
+            objective="standard",
+            attack=None,
+            epochs=8,
+            learning_rate=0.05,
+            batch_size=64,
+            seed=seed,
+        ),
+    )
     return network.eval()
 
 
@@ -611,7 +827,9 @@ class _Mean(torch.nn.Module):
         return -torch.stack([model(x).log_softmax(1) for model in self.models]).mean(0)
 
 
-def transferable(surrogates: list[torch.nn.Module], innocents: list[torch.nn.Module], digits: Pools) -> tuple[WatermarkSet, list[float]]:
+def transferable(
+    surrogates: list[torch.nn.Module], innocents: list[torch.nn.Module], digits: Pools
+) -> tuple[WatermarkSet, list[float]]:
     """Targeted examples on several surrogates, those that all of them are surest of; and how often each innocent gives the target."""
     x, y = pixels(digits.training.x), digits.training.y
     target = (y + 1) % 10
@@ -619,13 +837,19 @@ def transferable(surrogates: list[torch.nn.Module], innocents: list[torch.nn.Mod
     crafted = pgd(ensemble, x, target, epsilon=0.45, steps=20, step_size=0.06)
     images = crafted.mul(255).round().to(torch.uint8)
     with torch.no_grad():
-        scores = torch.stack([model(pixels(images)).log_softmax(1)[range(len(y)), target] for model in surrogates]).amin(0)
+        scores = torch.stack(
+            [model(pixels(images)).log_softmax(1)[range(len(y)), target] for model in surrogates]
+        ).amin(0)
     kept = scores.topk(160).indices
     answers = torch.stack((y[kept], target[kept]), 1).sort(1).values
     count = len(kept)
-    trials = WatermarkSet(images[kept], answers, torch.arange(count) // (count // 2), torch.arange(count))
+    trials = WatermarkSet(
+        images[kept], answers, torch.arange(count) // (count // 2), torch.arange(count)
+    )
     wanted = torch.tensor(aimed(answers))
-    return trials, [float((predict(model, trials.x) == wanted).double().mean()) for model in innocents]
+    return trials, [
+        float((predict(model, trials.x) == wanted).double().mean()) for model in innocents
+    ]
 
 
 def targets(answers: torch.Tensor) -> list[int]:
@@ -638,7 +862,10 @@ def aimed(answers: torch.Tensor) -> list[int]:
 
 
 def test_false_claims_are_upheld_at_most_at_the_level(
-    authority: Authority, surrogates: list[torch.nn.Module], innocents: list[torch.nn.Module], digits: Pools
+    authority: Authority,
+    surrogates: list[torch.nn.Module],
+    innocents: list[torch.nn.Module],
+    digits: Pools,
 ) -> None:
     """Every attack that the claimant can repeat, again and again, each time with a fresh key and fresh tokens.
 
@@ -660,13 +887,27 @@ def test_false_claims_are_upheld_at_most_at_the_level(
             for alpha in levels:
                 counts[alpha] += found.test.p_value <= alpha
             rows = torch.nonzero(labels[:half] == accuser.labels[:half]).flatten()
-            subset = replace(finding, labels=finding.labels[rows], model_labels=finding.model_labels[rows])
+            subset = replace(
+                finding, labels=finding.labels[rows], model_labels=finding.model_labels[rows]
+            )
             attacks = [(chosen(claim, rows), subset), (replace(claim, t1=None), finding)]
-            attacks += [(tampered(claim, rng.choice(["swapped", "twice", "secrets", "cells", "other leaves"])), finding)]
-            verdicts = [found.verdict, *(judge_claim(attack, seen).verdict for attack, seen in attacks)]
+            attacks += [
+                (
+                    tampered(
+                        claim, rng.choice(["swapped", "twice", "secrets", "cells", "other leaves"])
+                    ),
+                    finding,
+                )
+            ]
+            verdicts = [
+                found.verdict,
+                *(judge_claim(attack, seen).verdict for attack, seen in attacks),
+            ]
             upheld += verdicts.count("upheld")
             tried += len(verdicts)
-    print(f"\n{tried} false claims, {upheld} upheld; of {keys} keys, innocent by innocent, p <= alpha: {below}")
+    print(
+        f"\n{tried} false claims, {upheld} upheld; of {keys} keys, innocent by innocent, p <= alpha: {below}"
+    )
     assert upheld == 0
     for counts in below:
         assert all(count <= most(keys, alpha) for alpha, count in counts.items()), (keys, counts)
@@ -683,13 +924,21 @@ def test_a_claim_survives_its_folder(owner_: Claimant, tmp_path: Path, owner: Pa
     again = read_claim(folder)
     assert again.c1 == claim.c1
     assert (again.t1, again.t2, again.answers_token) == (claim.t1, claim.t2, claim.answers_token)
-    assert all(torch.equal(getattr(again.opened, name), getattr(claim.opened, name)) for name in ("index", "x", "secrets", "paths"))
+    assert all(
+        torch.equal(getattr(again.opened, name), getattr(claim.opened, name))
+        for name in ("index", "x", "secrets", "paths")
+    )
     assert judge_claim(again, owner_.finding(owner_.labels)).verdict == "upheld"
 
 
 def test_the_page_says_everything_and_runs_nothing(owner_: Claimant) -> None:
-    nasty = {"kind": "endpoint", "url": "http://x/<script>alert(1)</script>\x1b[2J\nholds The test \ud800"}
-    found = judge_claim(owner_.claim(owner_.labels, suspect=nasty), owner_.finding(owner_.labels, suspect=nasty))
+    nasty = {
+        "kind": "endpoint",
+        "url": "http://x/<script>alert(1)</script>\x1b[2J\nholds The test \ud800",
+    }
+    found = judge_claim(
+        owner_.claim(owner_.labels, suspect=nasty), owner_.finding(owner_.labels, suspect=nasty)
+    )
     text = page(found, {"Suspect": nasty["url"]})
     assert "<script" not in text
     assert not any("\x1b" in check.found or "\n" in check.found for check in found.checks)
@@ -717,7 +966,9 @@ def test_a_leaf_binds_every_bit_of_its_trial(index: int, bit: int, data: st.Data
 
 
 @pytest.mark.parametrize("name", ["claim.json", "trials.safetensors"])
-def test_a_damaged_claim_is_an_error(owner_: Claimant, tmp_path: Path, owner: Path, name: str) -> None:
+def test_a_damaged_claim_is_an_error(
+    owner_: Claimant, tmp_path: Path, owner: Path, name: str
+) -> None:
     write_claim(tmp_path, replace(owner_.claim(owner_.labels), model=owner))
     whole = (tmp_path / name).read_bytes()
     for damage in (b"", whole[: len(whole) // 2], whole + b" ", b"\x80\x04K\x01."):

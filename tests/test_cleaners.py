@@ -25,14 +25,18 @@ def cleaned(name: str, amount: float, x: torch.Tensor) -> torch.Tensor:
     return CLEANERS[name].make((x.shape[1], x.shape[2], x.shape[3]), amount)(x)
 
 
-def windows(x: torch.Tensor, side: int) -> list[tuple[tuple[int, int, int, int], list[float], list[float]]]:
+def windows(
+    x: torch.Tensor, side: int
+) -> list[tuple[tuple[int, int, int, int], list[float], list[float]]]:
     """For each value its place, its window with the border continued, and what lies within."""
     n, c, h, w = x.shape
     near = range(-(side // 2), side // 2 + 1)
     found = []
     for i, j, row, column in itertools.product(range(n), range(c), range(h), range(w)):
         places = [(row + a, column + b) for a in near for b in near]
-        continued = [float(x[i, j, min(max(a, 0), h - 1), min(max(b, 0), w - 1)]) for a, b in places]
+        continued = [
+            float(x[i, j, min(max(a, 0), h - 1), min(max(b, 0), w - 1)]) for a, b in places
+        ]
         within = [float(x[i, j, a, b]) for a, b in places if 0 <= a < h and 0 <= b < w]
         found.append(((i, j, row, column), continued, within))
     return found
@@ -58,7 +62,9 @@ def test_thresholds_clips_and_levels_are_those_of_each_pixel() -> None:
     ):
         assert white == float(was > 0.4)
         assert stretched == pytest.approx(min(max((was - 0.35) / 0.3, 0), 1), abs=1e-5)
-        assert level == pytest.approx(min((0, 1 / 3, 2 / 3, 1), key=lambda value: abs(value - was)), abs=1e-6)
+        assert level == pytest.approx(
+            min((0, 1 / 3, 2 / 3, 1), key=lambda value: abs(value - was)), abs=1e-6
+        )
 
 
 @pytest.mark.parametrize(("name", "amount"), [("threshold", 0.5), ("levels", 2), ("levels", 7)])
@@ -72,7 +78,9 @@ def test_cleaned_pixels_are_pixels_of_any_size_and_let_attacks_through(name: str
     """Black, white and random images, down to a single pixel; no gradient is lost."""
     for shape in ((3, 8, 8), (1, 7, 9), (4, 1, 1)):
         torch.manual_seed(0)
-        x = torch.cat((torch.zeros(1, *shape), torch.ones(1, *shape), torch.rand(2, *shape))).requires_grad_()
+        x = torch.cat(
+            (torch.zeros(1, *shape), torch.ones(1, *shape), torch.rand(2, *shape))
+        ).requires_grad_()
         out = CLEANERS[name].make(shape, CLEANERS[name].amount.default)(x)
         assert out.shape == x.shape
         assert 0 <= float(out.detach().min()) <= float(out.detach().max()) <= 1
@@ -89,7 +97,9 @@ def test_an_attack_behind_a_threshold_finds_what_the_flat_gradient_hides() -> No
         network[2].weight.copy_(torch.tensor([[1.0, 1, 1], [-1, -1, -1]]))
     dark = torch.full((1, *SHAPE), 0.45)
     front = behind([("threshold", 0.5)], network, SHAPE)
-    found = pgd(front, dark, torch.tensor([1]), epsilon=0.1, steps=5, step_size=0.05, random_start=False)
+    found = pgd(
+        front, dark, torch.tensor([1]), epsilon=0.1, steps=5, step_size=0.05, random_start=False
+    )
     assert float((found - dark).abs().max()) == pytest.approx(0.1)
     assert bool((found > 0.5).all())
 
@@ -117,7 +127,9 @@ def test_the_last_cleaner_sees_the_image_first() -> None:
         ([("levels", float("inf"))], "a number of levels"),
     ],
 )
-def test_cleaners_that_there_are_not_are_refused(cleaners: list[tuple[str, float]], what: str) -> None:
+def test_cleaners_that_there_are_not_are_refused(
+    cleaners: list[tuple[str, float]], what: str
+) -> None:
     with pytest.raises(CountermarkError, match=what):
         behind(cleaners, nn.Flatten(), SHAPE)
 

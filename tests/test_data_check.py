@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 import countermark
 from countermark import cli
-from countermark.data import KNOWN, Dataset, Examples, by_digest, known_images, load_ood, open_data, store
+from countermark.data import (
+    KNOWN,
+    Dataset,
+    Examples,
+    by_digest,
+    known_images,
+    load_ood,
+    open_data,
+    store,
+)
 from countermark.data.check import check_data
 from countermark.data.pools import POOLS, packed, unpacked
 from countermark.data.source import READERS
@@ -44,7 +53,13 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     assert [sum(each) for each in zip(*found.counts.values(), strict=True)] == [122, 121, 121]
     assert found.converted == {"alpha": 1, "grey": 1}
     assert found.damaged == (("class2/bad\nname.png", "is not a PNG, JPEG, WebP or BMP image"),)
-    assert (found.doubles, found.disputed, found.ignored, found.cut, found.colour) == (2, 1, 1, True, True)
+    assert (found.doubles, found.disputed, found.ignored, found.cut, found.colour) == (
+        2,
+        1,
+        1,
+        True,
+        True,
+    )
     assert found.shapes == {"8x8": 364}
     assert findings.problem is not None
     assert "1 image cannot be read" in findings.problem
@@ -54,10 +69,15 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     data = open_data(place, skip_damaged=True, cache=tmp_path / "cache")
     assert findings.pools == {name: len(getattr(data.pools(0), name)) for name in POOLS}
     assert (findings.digest, findings.shape) == (data.digest, data.shape)
-    assert "bases are too few for 2 batches of 40 trials" in str(findings.problem)  # 303 images leave 75
+    assert "bases are too few for 2 batches of 40 trials" in str(
+        findings.problem
+    )  # 303 images leave 75
 
 
-@pytest.mark.parametrize(("each", "word"), [(5, "are too few for pools"), (40, "watermark bases are too few"), (300, None)])
+@pytest.mark.parametrize(
+    ("each", "word"),
+    [(5, "are too few for pools"), (40, "watermark bases are too few"), (300, None)],
+)
 def test_too_little_for_a_mark_is_said(each: int, word: str | None, tmp_path: Path) -> None:
     findings = check_data(class_folders(tmp_path / "photos", 2, each), cache=tmp_path / "cache")
     assert findings.found.images == 2 * each
@@ -80,7 +100,10 @@ def test_shapes_are_listed_where_a_size_is_missing(tmp_path: Path) -> None:
 def test_a_known_data_set_and_an_open_one_can_be_checked() -> None:
     findings = check_data("digits")
     assert findings.found.counts["test"] == tuple(open_data("digits").test.y.bincount().tolist())
-    assert (findings.problem, findings.pools) == (None, {"training": 937, "validation": 60, "bases": 220, "thief": 280, "test": 300})
+    assert (findings.problem, findings.pools) == (
+        None,
+        {"training": 937, "validation": 60, "bases": 220, "thief": 280, "test": 300},
+    )
     assert check_data(open_data("digits")) == findings
 
 
@@ -90,16 +113,26 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str
     return status, out, err
 
 
-def test_the_verb_shows_a_table_and_gives_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_verb_shows_a_table_and_gives_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place, cache = soiled(tmp_path / "photos"), ("--cache", tmp_path / "cache")
     status, out, _ = check(capsys, place, *cache)
     assert status == 1
-    for line in ("class0", "converted: 1 alpha, 1 grey", r"'class2/bad\nname.png' is not", "doubles:   2, 1 of them under another label"):
+    for line in (
+        "class0",
+        "converted: 1 alpha, 1 grey",
+        r"'class2/bad\nname.png' is not",
+        "doubles:   2, 1 of them under another label",
+    ):
         assert line in out
     assert all(line.isprintable() for line in out.splitlines())
     status, out, _ = check(capsys, place, *cache, "--skip-damaged", "--json")
     told = json.loads(out)
-    assert (told["found"]["doubles"], told["digest"]) == (2, open_data(place, skip_damaged=True, cache=tmp_path / "cache").digest)
+    assert (told["found"]["doubles"], told["digest"]) == (
+        2,
+        open_data(place, skip_damaged=True, cache=tmp_path / "cache").digest,
+    )
     status, out, _ = check(capsys, class_folders(tmp_path / "many", 2, 300), *cache)
     assert (status, "It can be used." in out) == (0, True)
     for wrong in (tmp_path / "gone", tmp_path / "cache", ""):
@@ -117,7 +150,12 @@ def random_data(contents: list[int], test: list[int], seed: int) -> Dataset:
     """A data set of tiny images, of which equal numbers give equal images."""
 
     def examples(numbers: list[int]) -> Examples:
-        x = torch.tensor(numbers, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+        x = (
+            torch.tensor(numbers, dtype=torch.uint8)
+            .reshape(-1, 1, 1, 1)
+            .expand(-1, 1, 2, 2)
+            .contiguous()
+        )
         return Examples(x, torch.arange(len(numbers)) % 2)
 
     sizes = {"validation": 3, "bases": 4, "thief": 2}
@@ -125,12 +163,22 @@ def random_data(contents: list[int], test: list[int], seed: int) -> Dataset:
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=120), st.lists(st.integers(0, 40), max_size=10), st.integers(0, 100), st.data())
-def test_equal_images_never_fall_into_two_pools(contents: list[int], test: list[int], seed: int, draw: st.DataObject) -> None:
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=120),
+    st.lists(st.integers(0, 40), max_size=10),
+    st.integers(0, 100),
+    st.data(),
+)
+def test_equal_images_never_fall_into_two_pools(
+    contents: list[int], test: list[int], seed: int, draw: st.DataObject
+) -> None:
     """Whatever is equal to what; every image that is no test image is in one pool; known ones are held out last."""
     data = random_data(contents, test, seed)
     every = contents + test
-    known = torch.tensor(draw.draw(st.lists(st.booleans(), min_size=len(every), max_size=len(every))), dtype=torch.bool)
+    known = torch.tensor(
+        draw.draw(st.lists(st.booleans(), min_size=len(every), max_size=len(every))),
+        dtype=torch.bool,
+    )
     assert torch.equal(unpacked(packed(known), len(every)), known)
     usable = set(contents) - set(test)
     for mask in (None, known):
@@ -145,7 +193,9 @@ def test_equal_images_never_fall_into_two_pools(contents: list[int], test: list[
             assert all(first == second or not seen[first] & seen[second] for second in POOLS)
         assert set().union(*seen.values()) == usable | set(test)
         held = seen["validation"] | seen["bases"] | seen["thief"]
-        assert sorted(pools.training.x[:, 0, 0, 0].tolist()) == sorted(n for n in contents if n in usable - held)
+        assert sorted(pools.training.x[:, 0, 0, 0].tolist()) == sorted(
+            n for n in contents if n in usable - held
+        )
         if mask is not None:
             knew = {n for n, each in zip(every, mask.tolist(), strict=True) if each}
             assert held <= usable - knew or usable - knew <= held
@@ -164,7 +214,9 @@ def test_the_pools_of_0_1_0_are_what_they_were() -> None:
     assert torch.equal(pools.training.x, data.train.x[order])
 
 
-def test_given_weights_know_the_training_part_and_not_the_validation_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_weights_know_the_training_part_and_not_the_validation_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number, (part, each) in enumerate({"train": 40, "val": 40, "test": 5}.items()):
         class_folders(tmp_path / "photos" / part, 2, each, start=number * 100_000)
     data = open_data(tmp_path / "photos", cache=tmp_path / "cache")
@@ -175,13 +227,22 @@ def test_given_weights_know_the_training_part_and_not_the_validation_part(tmp_pa
     flat = open_data(class_folders(tmp_path / "flat", 2, 12), cache=tmp_path / "cache")
     assert bool(known_images(flat, None).all())  # its test part was cut out here
     assert bool(known_images(open_data("digits"), None).all())  # and theirs
-    assert known_images(data, (data.test.x, data.test.y), cache=tmp_path / "cache").tolist() == [False] * 160 + [True] * 10
-    elsewhere = class_folders(tmp_path / "elsewhere", 2, 3)  # three of the first forty of each class
+    assert (
+        known_images(data, (data.test.x, data.test.y), cache=tmp_path / "cache").tolist()
+        == [False] * 160 + [True] * 10
+    )
+    elsewhere = class_folders(
+        tmp_path / "elsewhere", 2, 3
+    )  # three of the first forty of each class
     assert known_images(data, elsewhere, cache=tmp_path / "cache").sum() == 6
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "trained_data.py").write_text("import numpy as np\n\ndef make():\n    return np.load('x.npy'), np.arange(8) % 2\n")
+    (tmp_path / "trained_data.py").write_text(
+        "import numpy as np\n\ndef make():\n    return np.load('x.npy'), np.arange(8) % 2\n"
+    )
     np.save("x.npy", data.train.x[:8].numpy())
-    assert known_images(data, "trained_data:make", cache=tmp_path / "cache").sum() == 8  # its owner named the code
+    assert (
+        known_images(data, "trained_data:make", cache=tmp_path / "cache").sum() == 8
+    )  # its owner named the code
     with pytest.raises(CountermarkError, match="there is no module"):
         known_images(data, f"{'a' * 300}:b")
 
@@ -190,14 +251,22 @@ def test_a_mask_of_other_images_is_refused() -> None:
     data = open_data("digits")
     with pytest.raises(CountermarkError, match="mask of the 1497 training and the 300 test images"):
         data.pools(0, torch.ones(1497, dtype=torch.bool))
-    for text in ("", "?", packed(torch.ones(100, dtype=torch.bool)), packed(torch.ones(1 << 20, dtype=torch.bool))):
+    for text in (
+        "",
+        "?",
+        packed(torch.ones(100, dtype=torch.bool)),
+        packed(torch.ones(1 << 20, dtype=torch.bool)),
+    ):
         with pytest.raises(CountermarkError, match="does not fit the data"):
             unpacked(text, 1797)
 
 
 def test_the_pools_are_declared_by_their_sizes_and_by_what_was_known(tmp_path: Path) -> None:
     """Neither another place for the same images, nor what becomes of those that were known, changes a pool."""
-    data, known = open_data("digits"), torch.rand(1797, generator=torch.Generator().manual_seed(0)) < 0.6
+    data, known = (
+        open_data("digits"),
+        torch.rand(1797, generator=torch.Generator().manual_seed(0)) < 0.6,
+    )
     pools = data.pools(5, known)
     description = describing(data, "small", seed=5, known=packed(known))
     np.savez(
@@ -209,7 +278,10 @@ def test_the_pools_are_declared_by_their_sizes_and_by_what_was_known(tmp_path: P
         class_names=np.array(data.class_names),
     )
     assert open_data(tmp_path / "digits.npz", cache=tmp_path / "cache").held_out != data.held_out
-    again = declared_pools(description, open_declared(description, data=tmp_path / "digits.npz", cache=tmp_path / "cache"))
+    again = declared_pools(
+        description,
+        open_declared(description, data=tmp_path / "digits.npz", cache=tmp_path / "cache"),
+    )
     assert again.digests() == pools.digests()
     assert again.known == pools.known
 
@@ -238,7 +310,10 @@ def test_declared_data_are_found_where_they_are_and_in_the_cache(tmp_path: Path)
     again = open_declared(description, cache=cache)
     assert (again.digest, again.place, again.size) == (data.digest, str(place), 4)
     assert again.pools(0).digests() == data.pools(0).digests()
-    assert open_declared(description, data=tmp_path / "moved", cache=tmp_path / "other").digest == data.digest
+    assert (
+        open_declared(description, data=tmp_path / "moved", cache=tmp_path / "other").digest
+        == data.digest
+    )
     with pytest.raises(CountermarkError, match=r"are gone from .*photos.*--data PLACE"):
         open_declared(description, cache=tmp_path / "empty")
 
@@ -261,11 +336,19 @@ def test_objects_are_found_in_the_cache_by_their_digest(tmp_path: Path) -> None:
     with pytest.raises(CountermarkError, match="given in Python"):
         open_declared(declared(data), cache=tmp_path / "empty")
     assert open_declared(declared(data), data=data).digest == data.digest
-    for digest in ("", "../sets/" + data.digest, data.digest + "/.", "/", data.digest.upper() + "G"):
+    for digest in (
+        "",
+        "../sets/" + data.digest,
+        data.digest + "/.",
+        "/",
+        data.digest.upper() + "G",
+    ):
         assert by_digest(digest, tmp_path / "cache") is None
 
 
-def test_no_code_is_imported_because_a_model_folder_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_code_is_imported_because_a_model_folder_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "declared_data.py").write_text("raise SystemExit('it was imported')\n")
     monkeypatch.chdir(tmp_path)
     arrays = np.stack([drawn(i) for i in range(24)]), np.arange(24) % 2
@@ -280,11 +363,23 @@ def test_every_reader_takes_a_place_of_its_own(tmp_path: Path) -> None:
     """The table has no row that another one hides."""
     np.savez(tmp_path / "x.npz", x=np.zeros(1))
     (tmp_path / "x.parquet").write_bytes(b"")
-    places = [open_data("digits"), "digits", tmp_path / "x.npz", tmp_path / "x.parquet", tmp_path, "shop.data:make", (1, 2)]
-    assert [next(i for i, reader in enumerate(READERS) if reader.takes(place)) for place in places] == list(range(len(READERS)))
+    places = [
+        open_data("digits"),
+        "digits",
+        tmp_path / "x.npz",
+        tmp_path / "x.parquet",
+        tmp_path,
+        "shop.data:make",
+        (1, 2),
+    ]
+    assert [
+        next(i for i, reader in enumerate(READERS) if reader.takes(place)) for place in places
+    ] == list(range(len(READERS)))
 
 
-def test_a_set_of_many_images_is_never_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_of_many_images_is_never_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Pools, digests and batches of a set that is too large for memory ask for a few images at a time."""
     monkeypatch.setattr(store, "_RESIDENT", 0)
     monkeypatch.setattr("countermark.data.examples._CHUNK", 8 * 8 * 3 * 16)
@@ -315,9 +410,19 @@ def test_data_that_keep_their_size_are_not_asked_for_another(by_name: bool, tmp_
         open_declared(declared(made), data=data, cache=cache)
 
 
-def test_what_there_is_none_of_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.savez(tmp_path / "none.npz", x_train=np.zeros((0, 8, 8), np.uint8), y_train=np.zeros(0, np.int64), class_names=["cat", "dog"])
-    assert cli.main(["data", "check", str(tmp_path / "none.npz"), "--cache", str(tmp_path / "cache")]) == 1
+def test_what_there_is_none_of_is_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(
+        tmp_path / "none.npz",
+        x_train=np.zeros((0, 8, 8), np.uint8),
+        y_train=np.zeros(0, np.int64),
+        class_names=["cat", "dog"],
+    )
+    assert (
+        cli.main(["data", "check", str(tmp_path / "none.npz"), "--cache", str(tmp_path / "cache")])
+        == 1
+    )
     said = capsys.readouterr().out
     assert "has no images that can be read" in said
     assert "images:    " not in said

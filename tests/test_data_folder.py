@@ -31,7 +31,9 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def opened(place: Path, cache: Path, size: int | None = None, skip_damaged: bool = False) -> Dataset:
+def opened(
+    place: Path, cache: Path, size: int | None = None, skip_damaged: bool = False
+) -> Dataset:
     return stored(list_folder(place), size=size, skip_damaged=skip_damaged, cache=cache)
 
 
@@ -64,7 +66,9 @@ def test_parts_are_read_in_sorted_order(tmp_path: Path, cache: Path, other: str)
     assert not found(tmp_path / "photos", cache).cut
 
 
-def test_a_validation_part_beside_a_test_part_ends_the_training_part(tmp_path: Path, cache: Path) -> None:
+def test_a_validation_part_beside_a_test_part_ends_the_training_part(
+    tmp_path: Path, cache: Path
+) -> None:
     for number, part in enumerate(("train", "val", "test")):
         class_folders(tmp_path / "photos" / part, 2, 3, start=number * 100_000)
     data = opened(tmp_path / "photos", cache)
@@ -79,7 +83,9 @@ def test_a_sixth_of_each_class_is_cut_by_content(tmp_path: Path, cache: Path) ->
     for i in range(5):
         save(place / "class0" / f"again{i}.png", drawn(7))
     data = opened(place, cache)
-    assert data.test.y.bincount().tolist() == [3, 3] or len(data.test) > 6  # more only where the double is among them
+    assert (
+        data.test.y.bincount().tolist() == [3, 3] or len(data.test) > 6
+    )  # more only where the double is among them
     assert len(data.train) + len(data.test) == 41
     assert data.doubles == 5
     assert found(place, cache).cut
@@ -131,7 +137,9 @@ def test_a_file_is_read_by_its_content(tmp_path: Path, cache: Path) -> None:
     assert len(opened(place, cache).train) == 10
 
 
-def test_several_shapes_are_listed_and_a_size_brings_them_to_one(tmp_path: Path, cache: Path) -> None:
+def test_several_shapes_are_listed_and_a_size_brings_them_to_one(
+    tmp_path: Path, cache: Path
+) -> None:
     place = class_folders(tmp_path / "photos", 2, 6)
     save(place / "class0" / "a.png", drawn(1, 10, 20))
     save(place / "class1" / "b.png", drawn(2, 10, 20))
@@ -182,17 +190,47 @@ def test_damaged_files_are_named_or_left_out(tmp_path: Path, cache: Path) -> Non
         (lambda place: class_folders(place, 1), "one class"),
         (lambda place: save(class_folders(place) / "rare" / "a.png", drawn(1)), "'rare' has 1"),
         (lambda place: (class_folders(place) / "none").mkdir(), "'none' has 0"),
-        (lambda place: save(class_folders(place) / "class0" / "more" / "a.png", drawn(1)), "class0/more is a folder within a class"),
-        (lambda place: class_folders(place / "test"), "no class folders in train, only 'test'; add images to train on"),
-        (lambda place: [class_folders(place / part) for part in ("test", "val")], "only 'test', 'val'"),
-        (lambda place: [(place / "train").mkdir(), class_folders(place / "test")], "no class folders in train"),
-        (lambda place: save(class_folders(place / "train") / ".." / "test" / "dog" / "a.png", drawn(1)), "lacks: 'dog'"),
-        (lambda place: save(class_folders(place / "train") / "class0" / "deep" / "a.png", drawn(1)), "within a class"),
-        (lambda place: [class_folders(place / part) for part in ("train", "val", "valid")], "several folders"),
-        (lambda place: save(class_folders(place / "train") / ".." / "cat" / "a.png", drawn(1)), "within a class"),
+        (
+            lambda place: save(class_folders(place) / "class0" / "more" / "a.png", drawn(1)),
+            "class0/more is a folder within a class",
+        ),
+        (
+            lambda place: class_folders(place / "test"),
+            "no class folders in train, only 'test'; add images to train on",
+        ),
+        (
+            lambda place: [class_folders(place / part) for part in ("test", "val")],
+            "only 'test', 'val'",
+        ),
+        (
+            lambda place: [(place / "train").mkdir(), class_folders(place / "test")],
+            "no class folders in train",
+        ),
+        (
+            lambda place: save(
+                class_folders(place / "train") / ".." / "test" / "dog" / "a.png", drawn(1)
+            ),
+            "lacks: 'dog'",
+        ),
+        (
+            lambda place: save(
+                class_folders(place / "train") / "class0" / "deep" / "a.png", drawn(1)
+            ),
+            "within a class",
+        ),
+        (
+            lambda place: [class_folders(place / part) for part in ("train", "val", "valid")],
+            "several folders",
+        ),
+        (
+            lambda place: save(class_folders(place / "train") / ".." / "cat" / "a.png", drawn(1)),
+            "within a class",
+        ),
     ],
 )
-def test_folders_that_are_no_data_set(make: Callable[[Path], object], word: str, tmp_path: Path, cache: Path) -> None:
+def test_folders_that_are_no_data_set(
+    make: Callable[[Path], object], word: str, tmp_path: Path, cache: Path
+) -> None:
     (tmp_path / "photos").mkdir()
     make(tmp_path / "photos")
     assert word in refusal(tmp_path / "photos", cache)
@@ -204,7 +242,9 @@ def test_a_class_called_train_is_a_class(tmp_path: Path, cache: Path) -> None:
     assert opened(place, cache).class_names == ("class1", "train")
 
 
-def test_links_out_of_the_folder_are_refused_and_others_followed(tmp_path: Path, cache: Path) -> None:
+def test_links_out_of_the_folder_are_refused_and_others_followed(
+    tmp_path: Path, cache: Path
+) -> None:
     place = class_folders(tmp_path / "photos", 2, 6)
     outside = class_folders(tmp_path / "outside", 1, 2)
     link = place / "class0" / "link.png"
@@ -244,7 +284,9 @@ def test_any_name_of_a_file_system_is_read_and_shown_safely(tmp_path: Path, cach
     assert r"\udcff" in refusal(place, tmp_path / "fresh")
 
 
-def test_equal_images_are_counted_and_so_are_those_of_another_class(tmp_path: Path, cache: Path) -> None:
+def test_equal_images_are_counted_and_so_are_those_of_another_class(
+    tmp_path: Path, cache: Path
+) -> None:
     place = class_folders(tmp_path / "photos", 2, 6)
     save(place / "class0" / "same.bmp", drawn(0))  # another file of the same pixels
     save(place / "class1" / "other.png", drawn(0))
@@ -255,7 +297,9 @@ def test_equal_images_are_counted_and_so_are_those_of_another_class(tmp_path: Pa
 # The cache.
 
 
-def test_an_unchanged_folder_is_not_read_again(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unchanged_folder_is_not_read_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = class_folders(tmp_path / "photos", 2, 6)
     first = opened(place, cache)
     with monkeypatch.context() as patch:
@@ -263,7 +307,11 @@ def test_an_unchanged_folder_is_not_read_again(tmp_path: Path, cache: Path, monk
         again = opened(place, cache)
         assert torch.equal(again.train.x, first.train.x)
         assert again.digest == first.digest
-        assert (again.converted, again.parts, again.doubles) == (first.converted, first.parts, first.doubles)
+        assert (again.converted, again.parts, again.doubles) == (
+            first.converted,
+            first.parts,
+            first.doubles,
+        )
         monkeypatch.chdir(tmp_path)
         assert opened(Path("photos"), cache).digest == first.digest
     for change in (
@@ -308,11 +356,18 @@ def test_a_set_is_found_by_its_digest_when_the_folder_is_gone(tmp_path: Path, ca
     assert by_digest("0" * 64, cache) is None
 
 
-def test_the_digest_is_that_of_the_images_and_not_of_their_place(tmp_path: Path, cache: Path) -> None:
+def test_the_digest_is_that_of_the_images_and_not_of_their_place(
+    tmp_path: Path, cache: Path
+) -> None:
     one, two = (opened(class_folders(tmp_path / name, 2, 6), cache) for name in ("one", "two"))
     assert one.digest == two.digest
     assert len(list((cache / "sets").iterdir())) == 1
-    assert one.digest == replace(one, train=replace(one.train, sha256=None), test=replace(one.test, sha256=None)).digest
+    assert (
+        one.digest
+        == replace(
+            one, train=replace(one.train, sha256=None), test=replace(one.test, sha256=None)
+        ).digest
+    )
 
 
 @pytest.mark.parametrize("file", ["images", "examples.safetensors", "record.json"])
@@ -329,7 +384,9 @@ def test_a_damaged_set_is_made_anew(file: str, damage: str, tmp_path: Path, cach
     assert by_digest(data.digest, cache) is not None
 
 
-def test_a_large_set_stays_in_its_file_and_a_cut_file_is_an_error(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_set_stays_in_its_file_and_a_cut_file_is_an_error(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store, "_RESIDENT", 100)
     place = class_folders(tmp_path / "photos", 2, 60)
     data = opened(place, cache)
@@ -340,13 +397,17 @@ def test_a_large_set_stays_in_its_file_and_a_cut_file_is_an_error(tmp_path: Path
     assert torch.equal(resident.train.contents(), data.train.contents())
     chosen = torch.tensor([5, 3, 90])
     assert torch.equal(data.train[chosen].read().x, resident.train.x[chosen])
-    assert torch.equal(data.train[chosen].contents(), replace(resident.train[chosen], numbers=None).contents())
+    assert torch.equal(
+        data.train[chosen].contents(), replace(resident.train[chosen], numbers=None).contents()
+    )
     os.truncate(cache / "sets" / data.digest / "images", 1000)
     with pytest.raises(CountermarkError, match="shorter than it was"):
         data.train.x[len(data.train) - 1 :]
 
 
-def _open_in_child(place: Path, cache: Path, start: Path, queue: "multiprocessing.Queue[str]") -> None:
+def _open_in_child(
+    place: Path, cache: Path, start: Path, queue: "multiprocessing.Queue[str]"
+) -> None:
     while not start.exists():
         time.sleep(0.001)
     queue.put(opened(place, cache).digest)
@@ -356,7 +417,10 @@ def test_two_processes_may_read_the_same_folder_at_once(tmp_path: Path, cache: P
     place = class_folders(tmp_path / "photos", 2, 30)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    children = [context.Process(target=_open_in_child, args=(place, cache, tmp_path / "go", queue)) for _ in range(3)]
+    children = [
+        context.Process(target=_open_in_child, args=(place, cache, tmp_path / "go", queue))
+        for _ in range(3)
+    ]
     for child in children:
         child.start()
     (tmp_path / "go").touch()
@@ -367,7 +431,9 @@ def test_two_processes_may_read_the_same_folder_at_once(tmp_path: Path, cache: P
     assert [path.name for path in (cache / "sets").iterdir()] == list(digests)
 
 
-def test_what_a_killed_process_left_is_swept_away_and_what_one_builds_is_not(tmp_path: Path, cache: Path) -> None:
+def test_what_a_killed_process_left_is_swept_away_and_what_one_builds_is_not(
+    tmp_path: Path, cache: Path
+) -> None:
     for name in ("dead", "alive", "young"):
         (cache / "sets" / f".torn-{name}").mkdir(parents=True)
     for name in ("dead", "alive"):
@@ -381,11 +447,19 @@ def test_what_a_killed_process_left_is_swept_away_and_what_one_builds_is_not(tmp
     assert {path.name for path in (cache / "sets").glob(".*")} == {".torn-alive", ".torn-young"}
 
 
-def test_a_record_of_a_place_that_somebody_changed_is_not_believed(tmp_path: Path, cache: Path) -> None:
+def test_a_record_of_a_place_that_somebody_changed_is_not_believed(
+    tmp_path: Path, cache: Path
+) -> None:
     place = class_folders(tmp_path / "photos", 2, 6)
     data = opened(place, cache)
     (record,) = (cache / "places").iterdir()
-    for content in (b"", b"{}", b"[]", record.read_bytes()[:-3], json.dumps({"set": "../..", "found": {}}).encode()):
+    for content in (
+        b"",
+        b"{}",
+        b"[]",
+        record.read_bytes()[:-3],
+        json.dumps({"set": "../..", "found": {}}).encode(),
+    ):
         record.write_bytes(content)
         assert opened(place, cache).digest == data.digest
 
@@ -395,7 +469,9 @@ def test_a_cache_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) 
         opened(class_folders(tmp_path / "photos"), Path("/dev/null"))
 
 
-def test_an_interruption_leaves_nothing(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_leaves_nothing(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = class_folders(tmp_path / "photos", 2, 60)
     calls = []
 
@@ -422,7 +498,9 @@ def test_cmyk_16_bit_and_animated_files_in_one_folder(tmp_path: Path, cache: Pat
 
 
 @pytest.mark.parametrize("taken", [1, 300])
-def test_few_large_images_are_held_while_they_are_decoded_ahead(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_large_images_are_held_while_they_are_decoded_ahead(
+    taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was decoded and is not yet wanted is bounded by its bytes; whoever stops early is not kept waiting."""
     side, most = 64, 0
     read: list[int] = []

@@ -39,12 +39,16 @@ def opened(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_file_without_loss_gives_its_pixels(form: str, channels: int) -> None:
     pixels = drawn(1, 5, 7, channels)
-    found = decode(packed(Image.fromarray(pixels), form, **({"lossless": True} if form == "WEBP" else {})))
+    found = decode(
+        packed(Image.fromarray(pixels), form, **({"lossless": True} if form == "WEBP" else {}))
+    )
     assert found.shape == (5, 7)
     assert found.kinds == ()
     if form == "WEBP" and channels == 1:  # a format of colours
         pixels = np.repeat(pixels[:, :, None], 3, axis=2)
-    assert np.array_equal(found.pixels, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+    assert np.array_equal(
+        found.pixels, pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    )
 
 
 def test_a_jpeg_is_near_its_pixels_and_grey_ones_have_one_channel() -> None:
@@ -69,7 +73,9 @@ def test_transparency_is_laid_over_white() -> None:
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putdata([0, 1])
-    assert opened(packed(palette, transparency=b"\x00\xff")).tolist() == [[[255, 255, 255], [40, 50, 60]]]
+    assert opened(packed(palette, transparency=b"\x00\xff")).tolist() == [
+        [[255, 255, 255], [40, 50, 60]]
+    ]
     assert decode(packed(palette, transparency=1)).kinds == ("palette", "alpha")
     assert opened(packed(palette, transparency=1)).tolist() == [[[10, 20, 30], [255, 255, 255]]]
     assert opened(packed(palette)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
@@ -143,14 +149,19 @@ def test_size_scales_the_largest_centred_square(height: int, width: int, size: i
     found = decode(packed(Image.fromarray(pixels)), size)
     assert found.shape == (height, width)
     assert found.pixels.shape == (3, size, size)
-    assert np.array_equal(found.pixels.transpose(1, 2, 0), np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC)))
+    assert np.array_equal(
+        found.pixels.transpose(1, 2, 0),
+        np.asarray(cut.resize((size, size), Image.Resampling.BICUBIC)),
+    )
 
 
 def test_scaling_down_is_antialiased_and_needs_little_memory_for_a_strip() -> None:
     fine = np.indices((64, 64)).sum(0) % 2 * 255  # a chessboard of single pixels
     found = decode(packed(Image.fromarray(fine.astype(np.uint8))), 4)
     assert np.abs(found.pixels.astype(int) - 128).max() <= 4
-    strip = decode(packed(Image.new("L", (60_000, 1))), 64)  # the short side to 64 alone would make 245 million pixels
+    strip = decode(
+        packed(Image.new("L", (60_000, 1))), 64
+    )  # the short side to 64 alone would make 245 million pixels
     assert strip.pixels.shape == (1, 64, 64)
 
 
@@ -165,7 +176,9 @@ def png_of(width: int, height: int) -> bytes:
     """A PNG whose header promises a large image of almost no bytes."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     rows = zlib.compress(bytes(1000))
     return (
@@ -176,15 +189,23 @@ def png_of(width: int, height: int) -> bytes:
     )
 
 
-@pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (2**31 - 1, 2**31 - 1), (1 << 27, 1)])
-def test_a_bomb_is_refused_by_its_header(width: int, height: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("width", "height"), [(20_000, 20_000), (2**31 - 1, 2**31 - 1), (1 << 27, 1)]
+)
+def test_a_bomb_is_refused_by_its_header(
+    width: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("it was decoded"))
     with pytest.raises(DamagedError, match=r"^has .* 67108864 (pixels )?that are decoded$"):
         decode(png_of(width, height), 32)
 
 
 def test_one_pixel_is_an_image() -> None:
-    assert decode(packed(Image.new("RGB", (1, 1), (1, 2, 3)))).pixels.tolist() == [[[1]], [[2]], [[3]]]
+    assert decode(packed(Image.new("RGB", (1, 1), (1, 2, 3)))).pixels.tolist() == [
+        [[1]],
+        [[2]],
+        [[3]],
+    ]
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP"])
@@ -200,7 +221,14 @@ def test_a_truncated_file_is_refused(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"no image at all", b"GIF89a" + bytes(100), b"\x80\x04\x95pickle", b"II*\x00" + bytes(64), b"%!PS-Adobe-3.0 EPSF-3.0"]
+    "data",
+    [
+        b"no image at all",
+        b"GIF89a" + bytes(100),
+        b"\x80\x04\x95pickle",
+        b"II*\x00" + bytes(64),
+        b"%!PS-Adobe-3.0 EPSF-3.0",
+    ],
 )
 def test_other_formats_are_refused(data: bytes) -> None:
     with pytest.raises(DamagedError, match="is not a PNG, JPEG, WebP or BMP image"):
@@ -208,7 +236,9 @@ def test_other_formats_are_refused(data: bytes) -> None:
 
 
 @settings(deadline=None)
-@given(st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "WEBP", "BMP"]), st.integers(0, 10**6))
+@given(
+    st.binary(max_size=200), st.sampled_from(["PNG", "JPEG", "WEBP", "BMP"]), st.integers(0, 10**6)
+)
 def test_no_bytes_make_it_fail_otherwise(noise: bytes, form: str, place: int) -> None:
     data = bytearray(packed(Image.fromarray(drawn(11)), form))
     start = place % len(data)

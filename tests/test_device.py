@@ -25,7 +25,13 @@ from countermark.data import Examples, pixels
 from countermark.data.examples import Rows
 from countermark.device import batch_size, check_device, describe, seeded, settle, settle_precision
 from countermark.errors import CountermarkError
-from countermark.evaluation import accuracy, adversarial_accuracy, device_of, predict, strict_accuracy
+from countermark.evaluation import (
+    accuracy,
+    adversarial_accuracy,
+    device_of,
+    predict,
+    strict_accuracy,
+)
 from countermark.guard import Guard, GuardedModel, calibrate_model, expected_cost
 from countermark.networks import save_model
 from countermark.networks.named import build
@@ -39,11 +45,15 @@ from countermark.watermarks import coin_set, craft_adversarial
 from described import described
 
 if elsewhere.APART not in os.environ:
-    pytest.skip("test_device_apart.py runs these in a process of their own", allow_module_level=True)
+    pytest.skip(
+        "test_device_apart.py runs these in a process of their own", allow_module_level=True
+    )
 elsewhere.pretend_device()  # before any test goes backwards: autograd counts its devices once
 pgd_module = sys.modules["countermark.attacks.pgd"]  # the package has a function of that name
 ATTACK = Attack(0.1, 3, 0.05)
-PLAIN = TrainConfig("standard", None, 2, batch_size=16, hardware=Hardware("cpu", precision="32-true"))
+PLAIN = TrainConfig(
+    "standard", None, 2, batch_size=16, hardware=Hardware("cpu", precision="32-true")
+)
 
 
 @pytest.fixture
@@ -52,7 +62,9 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     device = elsewhere.pretend_device()
     make = torch.tensor
 
-    def tensor(*values: Any, device: Any = None, **options: Any) -> torch.Tensor:  # which PyTorch's Python backends lack
+    def tensor(
+        *values: Any, device: Any = None, **options: Any
+    ) -> torch.Tensor:  # which PyTorch's Python backends lack
         return make(*values, **options) if device is None else make(*values, **options).to(device)
 
     monkeypatch.setattr(torch, "tensor", tensor)
@@ -75,7 +87,13 @@ def examples(count: int = 48, seed: int = 0, channels: int = 1) -> Examples:
 def normed() -> nn.Module:
     """A network with batch norm and dropout, none of it known to the quick layers by name."""
     torch.manual_seed(0)
-    layers = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.2)
+    layers = (
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.2),
+    )
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 2))
 
 
@@ -99,20 +117,27 @@ class Branched(nn.Module):
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    **{name: lambda name=name: build(name, (1, 8, 8), 2, seed=0) for name in ("small", "paper", "clipped", "surrogate")},  # type: ignore[misc]
+    **{
+        name: lambda name=name: build(name, (1, 8, 8), 2, seed=0)
+        for name in ("small", "paper", "clipped", "surrogate")
+    },  # type: ignore[misc]
     "normed": normed,
     "branched": Branched,
 }
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:12345", "cpu:0", "CUDA", "", "auto\n"])
+@pytest.mark.parametrize(
+    "name", ["gpu", "cuda:", "cuda:x", "cuda:12345", "cpu:0", "CUDA", "", "auto\n"]
+)
 def test_a_misspelt_device_is_refused(name: str) -> None:
     for refuse in (check_device, settle):
         with pytest.raises(CountermarkError, match="unknown device"):
             refuse(name)
 
 
-def test_a_device_that_is_not_there_is_an_error_that_says_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_is_not_there_is_an_error_that_says_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for found, said in ((1, "the only one is cuda:0"), (3, "there are cuda:0 to cuda:2")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda found=found: found)
@@ -120,10 +145,16 @@ def test_a_device_that_is_not_there_is_an_error_that_says_what_there_is(monkeypa
         assert settle(f"cuda:{found - 1}") == torch.device("cuda", found - 1)
         with pytest.raises(CountermarkError, match=f"no device cuda:{found} here; {said}"):
             settle(f"cuda:{found}")
-        with pytest.raises(CountermarkError, match=f"no {found + 1} cuda devices here; take {found}"):
+        with pytest.raises(
+            CountermarkError, match=f"no {found + 1} cuda devices here; take {found}"
+        ):
             settled(Hardware("cuda", found + 1))
     assert settled(Hardware("cuda:1", 1, "32-true")).accelerator == "cuda:1"
-    assert settled(Hardware("cuda:0", 1, "32-true")) == settled(Hardware("auto", 1, "32-true")) == Hardware("cuda", 1, "32-true")
+    assert (
+        settled(Hardware("cuda:0", 1, "32-true"))
+        == settled(Hardware("auto", 1, "32-true"))
+        == Hardware("cuda", 1, "32-true")
+    )
     with pytest.raises(CountermarkError, match="cuda:1 is one device"):
         settled(Hardware("cuda:1", 2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -173,7 +204,12 @@ def test_seeded_gives_the_same_numbers_and_leaves_the_generators_alone() -> None
 
 def test_the_pretend_device_refuses_what_a_gpu_refuses(away: torch.device) -> None:
     there, here = torch.ones(3).to(away), torch.ones(3)
-    for wrong in (lambda: there + here, lambda: torch.cat((there, here)), lambda: here[there.long()], lambda: nn.Linear(3, 1)(there)):
+    for wrong in (
+        lambda: there + here,
+        lambda: torch.cat((there, here)),
+        lambda: here[there.long()],
+        lambda: nn.Linear(3, 1)(there),
+    ):
         with pytest.raises(RuntimeError, match="one device"):
             wrong()
     with pytest.raises(RuntimeError, match="generator"):
@@ -182,7 +218,9 @@ def test_the_pretend_device_refuses_what_a_gpu_refuses(away: torch.device) -> No
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_evaluation_is_where_the_model_is(name: str, away: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_is_where_the_model_is(
+    name: str, away: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(evaluation, "strict", functools.partial(strict, steps=15, queries=100))
     shown, here = examples(10), NETWORKS[name]().eval()
     there = copy.deepcopy(here).to(away)
@@ -202,14 +240,19 @@ def test_evaluation_is_where_the_model_is(name: str, away: torch.device, monkeyp
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_crafting_is_where_the_model_is_and_trials_come_back(name: str, away: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crafting_is_where_the_model_is_and_trials_come_back(
+    name: str, away: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("countermark.watermarks.sets.SMALLEST_BATCH", 1)
     bases, here = examples(60), NETWORKS[name]().eval()
     there = copy.deepcopy(here).to(away)
     images, answers = craft_adversarial(there, bases, ATTACK, seed=3)
     assert images.device == answers.device == torch.device("cpu")
     assert all(
-        torch.equal(one, other) for one, other in zip((images, answers), craft_adversarial(here, bases, ATTACK, seed=3), strict=True)
+        torch.equal(one, other)
+        for one, other in zip(
+            (images, answers), craft_adversarial(here, bases, ATTACK, seed=3), strict=True
+        )
     )
     crafted = coin_set(there, bases, replace(ATTACK, epsilon=0.5, step_size=0.2), 1, 4, seed=3)
     assert crafted.x.device == crafted.answers.device == torch.device("cpu")
@@ -224,18 +267,36 @@ def trains_away(away: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.de
 OBJECTIVES = {
     "standard": PLAIN,
     "pgd": replace(PLAIN, objective="pgd", attack=ATTACK),
-    "fast": replace(PLAIN, objective="fast", attack=replace(ATTACK, steps=1), carry=True, flip=True, shift=1, average=0.9),
-    "epoch": replace(PLAIN, embedding="epoch", craft_in_training_mode=True, objective="pgd", attack=ATTACK),
+    "fast": replace(
+        PLAIN,
+        objective="fast",
+        attack=replace(ATTACK, steps=1),
+        carry=True,
+        flip=True,
+        shift=1,
+        average=0.9,
+    ),
+    "epoch": replace(
+        PLAIN, embedding="epoch", craft_in_training_mode=True, objective="pgd", attack=ATTACK
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ["paper", "branched"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_training_is_on_its_device_and_the_network_stays_there(
-    objective: str, name: str, trains_away: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    objective: str,
+    name: str,
+    trains_away: torch.device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shown, marks, network = examples(64), examples(20, seed=9), NETWORKS[name]()
-    options: dict[str, Any] = {"validation": examples(20, seed=5), "watermarks": marks, "checkpoint": tmp_path / "c"}
+    options: dict[str, Any] = {
+        "validation": examples(20, seed=5),
+        "watermarks": marks,
+        "checkpoint": tmp_path / "c",
+    }
     records = train(network, shown, OBJECTIVES[objective], **options)
     assert len(records) == 2
     assert records[-1].watermark_accuracy is not None
@@ -243,12 +304,17 @@ def test_training_is_on_its_device_and_the_network_stays_there(
     again = NETWORKS[name]()
     assert train(again, shown, OBJECTIVES[objective], **options) == records  # out of the checkpoint
     assert all(
-        torch.equal(one.cpu(), other.cpu()) for one, other in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+        torch.equal(one.cpu(), other.cpu())
+        for one, other in zip(
+            network.state_dict().values(), again.state_dict().values(), strict=True
+        )
     )
     assert predict(again, shown.x).device == torch.device("cpu")
 
 
-def test_examples_that_do_not_fit_are_moved_batch_by_batch(trains_away: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_that_do_not_fit_are_moved_batch_by_batch(
+    trains_away: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = []
     for room in (1 << 30, 0):
         monkeypatch.setattr(loop, "_SMALL_ROOM", room)
@@ -259,17 +325,27 @@ def test_examples_that_do_not_fit_are_moved_batch_by_batch(trains_away: torch.de
 
 def test_perturbations_that_do_not_fit_are_not_carried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_MOST_CARRIED", 1000)
-    monkeypatch.setattr(loop, "_first_perturbations", lambda *_: pytest.fail("perturbations of the whole set"))
-    records = train(NETWORKS["small"](), examples(), replace(OBJECTIVES["fast"], attack=Attack(0.1, 1, 0.05)))
+    monkeypatch.setattr(
+        loop, "_first_perturbations", lambda *_: pytest.fail("perturbations of the whole set")
+    )
+    records = train(
+        NETWORKS["small"](), examples(), replace(OBJECTIVES["fast"], attack=Attack(0.1, 1, 0.05))
+    )
     assert len(records) == 2
-    changed = loop._carrying(replace(OBJECTIVES["fast"], attack=Attack(0.1, 1, 0.05, random_start=False)), examples())
+    changed = loop._carrying(
+        replace(OBJECTIVES["fast"], attack=Attack(0.1, 1, 0.05, random_start=False)), examples()
+    )
     assert changed.attack == Attack(0.1, 1, 0.125, random_start=True)
     assert not changed.carry
 
 
 @pytest.mark.parametrize("name", THEFTS)
 def test_theft_is_where_victim_and_surrogate_are(name: str, trains_away: torch.device) -> None:
-    theft, victim, copied = THEFTS[name], NETWORKS["small"]().eval().to(trains_away), NETWORKS["surrogate"]()
+    theft, victim, copied = (
+        THEFTS[name],
+        NETWORKS["small"]().eval().to(trains_away),
+        NETWORKS["surrogate"](),
+    )
     means = Means(pool=examples(60), threat=GREY, attack=ATTACK, seeds=20, queries=50, epochs=1)
     if theft.sees is not None:
         assert theft.run(theft.sees(victim, means), copied, means) == 50
@@ -286,7 +362,10 @@ def test_removals_are_where_the_model_is(trains_away: torch.device) -> None:
         accuracy(changed, thief)
     here = NETWORKS["paper"]().eval()
     assert torch.equal(predict(prune(network, 0.5), thief.x), predict(prune(here, 0.5), thief.x))
-    assert torch.equal(predict(add_noise(network, 0.5, means), thief.x), predict(add_noise(here, 0.5, means), thief.x))
+    assert torch.equal(
+        predict(add_noise(network, 0.5, means), thief.x),
+        predict(add_noise(here, 0.5, means), thief.x),
+    )
 
 
 @pytest.mark.parametrize("name", ["small", "branched"])
@@ -296,37 +375,59 @@ def test_a_guard_is_where_its_model_is(name: str, away: torch.device) -> None:
     there = copy.deepcopy(here).to(away)
     found = []
     for model in (here, there):
-        options: dict[str, Any] = {"secret": b"s" * 32, "model_sha256": "ab" * 32, "cost": 2.0, "training": shown, "epsilon": 0.4}
+        options: dict[str, Any] = {
+            "secret": b"s" * 32,
+            "model_sha256": "ab" * 32,
+            "cost": 2.0,
+            "training": shown,
+            "epsilon": 0.4,
+        }
         calibration = calibrate_model(model, examples(60, seed=4), **options)
         guarded = GuardedModel(model, Guard(calibration.settings, b"s" * 32), tolerance=1e-5)
         answers = guarded(examples(40, seed=6).x, "somebody")
-        found.append((calibration, answers.labels.tolist(), answers.trials, expected_cost(guarded, shown)))
+        found.append(
+            (calibration, answers.labels.tolist(), answers.trials, expected_cost(guarded, shown))
+        )
     assert found[0] == found[1]
 
 
 def test_a_model_folder_is_asked_on_the_device(away: torch.device, tmp_path: Path) -> None:
     network, shown = NETWORKS["small"]().eval(), examples()
     save_model(tmp_path, network, described("small", (1, 8, 8), 2, "digits", 0.1, 0))
-    answers = [open_suspect(tmp_path, (1, 8, 8), device=device)(shown.x) for device in ("cpu", away)]
+    answers = [
+        open_suspect(tmp_path, (1, 8, 8), device=device)(shown.x) for device in ("cpu", away)
+    ]
     assert torch.equal(*answers)
     assert answers[1].device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("precise", [True, False])
-def test_a_recorded_attack_finds_what_pgd_finds(precise: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recorded_attack_finds_what_pgd_finds(
+    precise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a GPU nothing is recorded: the step itself stands for its replay. Its tensors stay the same ones, its weights change."""
     monkeypatch.setattr(pgd_module, "_captured", lambda step: step)
     network, shown = NETWORKS["paper"]().eval(), examples(32)
 
     def precision() -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if precise else torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+        return (
+            contextlib.nullcontext()
+            if precise
+            else torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+        )
 
     recorded, places = Recording(network, precision), set()
     for number, part in enumerate((slice(0, 12), slice(12, 24), slice(24, 32), slice(0, 12))):
         x, y = pixels(shown.x[part]), shown.y[part]
         start = None if number % 2 else x + 0.03
         for epsilon in (0.05, 0.2):
-            options: dict[str, Any] = {"epsilon": epsilon, "steps": 3, "step_size": epsilon / 2, "random_start": True, "start": start}
+            options: dict[str, Any] = {
+                "epsilon": epsilon,
+                "steps": 3,
+                "step_size": epsilon / 2,
+                "random_start": True,
+                "start": start,
+            }
             found = []
             for attack in (recorded, functools.partial(pgd, network)):
                 torch.manual_seed(number)
@@ -363,7 +464,12 @@ def test_training_replays_its_attack_where_it_can(monkeypatch: pytest.MonkeyPatc
             patch.setattr(loop, "_records", lambda *_: True)
             patch.setattr(loop, "Recording", recording)
             assert train(recorded, examples(), config, validation=examples(20, seed=5)) == records
-        assert all(torch.equal(*pair) for pair in zip(plain.state_dict().values(), recorded.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(*pair)
+            for pair in zip(
+                plain.state_dict().values(), recorded.state_dict().values(), strict=True
+            )
+        )
     assert len(made) == 2
 
 
@@ -381,7 +487,9 @@ def test_a_seeded_block_changes_no_setting_of_cudnn_but_one() -> None:
 def test_what_is_saved_says_the_kind_of_device_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    records = [EvaluateConfig("model", device=device).record() for device in ("auto", "cuda", "cuda:1")]
+    records = [
+        EvaluateConfig("model", device=device).record() for device in ("auto", "cuda", "cuda:1")
+    ]
     assert records[0] == records[1] == records[2]
     assert records[0]["device"] == "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -390,16 +498,22 @@ def test_what_is_saved_says_the_kind_of_device_and_no_more(monkeypatch: pytest.M
         EvaluateConfig("model", device="gpu")
 
 
-def test_a_run_does_not_go_on_on_another_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_does_not_go_on_on_another_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = tmp_path / "c"
     train(NETWORKS["small"](), examples(), PLAIN, checkpoint=kept)
     monkeypatch.setattr(loop, "settle", lambda _name: torch.device("mps"))
-    monkeypatch.setattr(loop, "open_hardware", lambda _hardware: elsewhere.Fabric(torch.device("cpu")))
+    monkeypatch.setattr(
+        loop, "open_hardware", lambda _hardware: elsewhere.Fabric(torch.device("cpu"))
+    )
     with pytest.raises(CountermarkError, match="another kind of processor"):
         train(NETWORKS["small"](), examples(), PLAIN, checkpoint=kept)
 
 
-def test_images_in_a_file_are_measured_crafted_trained_on_and_guarded_from_there(tmp_path: Path) -> None:
+def test_images_in_a_file_are_measured_crafted_trained_on_and_guarded_from_there(
+    tmp_path: Path,
+) -> None:
     """Nothing needs all of them in memory, and the numbers are those of tensors."""
     shown = examples(80)
     (tmp_path / "images").write_bytes(b"head" + shown.x.numpy().tobytes())
@@ -407,8 +521,16 @@ def test_images_in_a_file_are_measured_crafted_trained_on_and_guarded_from_there
     found = []
     for source in (shown, Examples(rows, shown.y)):
         network = NETWORKS["small"]()
-        records = train(network, source, replace(OBJECTIVES["fast"], epochs=8), validation=source[:20])
-        options: dict[str, Any] = {"secret": b"s" * 32, "model_sha256": "ab" * 32, "cost": 2.0, "training": source, "epsilon": 0.4}
+        records = train(
+            network, source, replace(OBJECTIVES["fast"], epochs=8), validation=source[:20]
+        )
+        options: dict[str, Any] = {
+            "secret": b"s" * 32,
+            "model_sha256": "ab" * 32,
+            "cost": 2.0,
+            "training": source,
+            "epsilon": 0.4,
+        }
         found.append(
             (
                 records,

@@ -14,7 +14,17 @@ import elsewhere
 
 def test_every_path_stays_on_its_device() -> None:
     there = Path(__file__).with_name("test_device.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", str(there)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:randomly",
+        str(there),
+    ]
     environment = {**os.environ, elsewhere.APART: "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -20,22 +20,35 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, adversarial_accuracy, predict, strict_accuracy
 from countermark.networks.named import build
 from countermark.thieves import Means
-from countermark.thieves.steal import algorithm_2, algorithm_2_adversarially, learn_answers, probabilities
+from countermark.thieves.steal import (
+    algorithm_2,
+    algorithm_2_adversarially,
+    learn_answers,
+    probabilities,
+)
 from countermark.threat import GREY, Attack
 from countermark.training import Hardware, TrainConfig, train
 from countermark.watermarks import coin_set, craft_adversarial, published_set
 
-PLAIN = TrainConfig("standard", None, 1, batch_size=16, hardware=Hardware("cpu", precision="32-true"))
+PLAIN = TrainConfig(
+    "standard", None, 1, batch_size=16, hardware=Hardware("cpu", precision="32-true")
+)
 PGD = Attack(0.1, 3, 0.05)
 Entry = Callable[[nn.Module, torch.Tensor, torch.Tensor], object]
 
 ATTACKS: dict[str, Entry] = {
     "pgd": lambda model, x, y: pgd(model, x, y, epsilon=0.1, steps=3, step_size=0.05, restarts=2),
-    "pgd until lost": lambda model, x, y: pgd(model, x, y, epsilon=0.1, steps=3, step_size=0.05, restarts=2, stop_when_lost=True),
+    "pgd until lost": lambda model, x, y: pgd(
+        model, x, y, epsilon=0.1, steps=3, step_size=0.05, restarts=2, stop_when_lost=True
+    ),
     "apgd_ce": lambda model, x, y: apgd_ce(model, x, y, epsilon=0.1, steps=8),
-    "apgd_targeted": lambda model, x, y: apgd_targeted(model, x, y, (y + 1) % 10, epsilon=0.1, steps=8)[0],
+    "apgd_targeted": lambda model, x, y: apgd_targeted(
+        model, x, y, (y + 1) % 10, epsilon=0.1, steps=8
+    )[0],
     "square": lambda model, x, y: square(model, x, y, epsilon=0.1, queries=20),
-    "fab_targeted": lambda model, x, y: fab_targeted(model, x, y, (y + 1) % 10, epsilon=0.1, steps=8),
+    "fab_targeted": lambda model, x, y: fab_targeted(
+        model, x, y, (y + 1) % 10, epsilon=0.1, steps=8
+    ),
     "strict": lambda model, x, y: strict(model, x, y, epsilon=0.1, steps=8, queries=20).points,
 }
 MEASURES: dict[str, Entry] = {
@@ -46,7 +59,9 @@ MEASURES: dict[str, Entry] = {
 }
 MAKERS: dict[str, Entry] = {
     "train": lambda model, x, y: train(model, Examples(x, y), PLAIN),
-    "train against pgd": lambda model, x, y: train(model, Examples(x, y), replace(PLAIN, objective="pgd", attack=PGD)),
+    "train against pgd": lambda model, x, y: train(
+        model, Examples(x, y), replace(PLAIN, objective="pgd", attack=PGD)
+    ),
     "craft_adversarial": lambda model, x, y: craft_adversarial(model, Examples(x, y), PGD, 0),
     "coin_set": lambda model, x, y: coin_set(model, Examples(x, y), PGD, 1, 40, 0),
     "distil": lambda model, x, y: distil(model, Examples(x, y)),
@@ -63,9 +78,19 @@ def distil(model: nn.Module, natural: Examples) -> int:
 class Poisoned(nn.Module):
     """A network some of whose logits are no numbers; those of images that `where` picks."""
 
-    def __init__(self, value: float, where: Callable[[torch.Tensor], torch.Tensor], classes: slice = slice(0, 1)) -> None:
+    def __init__(
+        self,
+        value: float,
+        where: Callable[[torch.Tensor], torch.Tensor],
+        classes: slice = slice(0, 1),
+    ) -> None:
         super().__init__()
-        self.inner, self.value, self.where, self.classes = build("small", (1, 8, 8), 10, seed=0), value, where, classes
+        self.inner, self.value, self.where, self.classes = (
+            build("small", (1, 8, 8), 10, seed=0),
+            value,
+            where,
+            classes,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.inner(x)
@@ -90,7 +115,9 @@ def model() -> nn.Module:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_logits_that_are_not_finite_are_no_answer(entry: str, value: float, images: torch.Tensor) -> None:
+def test_logits_that_are_not_finite_are_no_answer(
+    entry: str, value: float, images: torch.Tensor
+) -> None:
     """The largest of NaN is class 0, so such a model was right about every image of that class.
 
     A class that is masked by -inf is refused as well.
@@ -104,7 +131,9 @@ def test_logits_that_are_not_finite_are_no_answer(entry: str, value: float, imag
 
 
 @pytest.mark.parametrize("entry", [*ATTACKS, *MEASURES])
-def test_one_image_without_an_answer_is_found_among_others(entry: str, images: torch.Tensor, model: nn.Module) -> None:
+def test_one_image_without_an_answer_is_found_among_others(
+    entry: str, images: torch.Tensor, model: nn.Module
+) -> None:
     images[:, 0, 0, 0].clamp_(max=0.6)
     images[7, 0, 0, 0] = 0.95
     y = predict(model, images)
@@ -113,10 +142,14 @@ def test_one_image_without_an_answer_is_found_among_others(entry: str, images: t
         ENTRIES[entry](odd, images, y)
 
 
-def test_a_model_that_only_fails_under_attack_gets_no_figure(images: torch.Tensor, model: nn.Module) -> None:
+def test_a_model_that_only_fails_under_attack_gets_no_figure(
+    images: torch.Tensor, model: nn.Module
+) -> None:
     """Clean images are answered; what the attack makes of them is not, and that is no resistance."""
     clean = pixels(images.mul(255).round().to(torch.uint8))
-    odd = Poisoned(torch.nan, lambda x: (255 * x - (255 * x).round()).abs().flatten(1).amax(1) > 0.01)
+    odd = Poisoned(
+        torch.nan, lambda x: (255 * x - (255 * x).round()).abs().flatten(1).amax(1) > 0.01
+    )
     examples = Examples(clean, predict(model, clean))
     assert accuracy(odd, examples) == 100
     for measure in (adversarial_accuracy, strict_accuracy):
@@ -124,9 +157,13 @@ def test_a_model_that_only_fails_under_attack_gets_no_figure(images: torch.Tenso
             measure(odd, examples, PGD)
 
 
-@pytest.mark.parametrize("wrong", ["0..255", "normalised", "nan", "infinite", "a little below 0", "int64"])
+@pytest.mark.parametrize(
+    "wrong", ["0..255", "normalised", "nan", "infinite", "a little below 0", "int64"]
+)
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_images_outside_of_0_to_1_are_refused(entry: str, wrong: str, images: torch.Tensor, model: nn.Module) -> None:
+def test_images_outside_of_0_to_1_are_refused(
+    entry: str, wrong: str, images: torch.Tensor, model: nn.Module
+) -> None:
     y = torch.zeros(len(images), dtype=torch.int64)
     x = images.clone()
     if wrong == "0..255":
@@ -141,8 +178,12 @@ def test_images_outside_of_0_to_1_are_refused(entry: str, wrong: str, images: to
         ENTRIES[entry](model, x, y)
 
 
-def test_watermarks_and_validation_examples_outside_of_0_to_1_are_refused(images: torch.Tensor, model: nn.Module) -> None:
-    good, bad = (Examples(x, torch.zeros(len(x), dtype=torch.int64)) for x in (images, images * 255))
+def test_watermarks_and_validation_examples_outside_of_0_to_1_are_refused(
+    images: torch.Tensor, model: nn.Module
+) -> None:
+    good, bad = (
+        Examples(x, torch.zeros(len(x), dtype=torch.int64)) for x in (images, images * 255)
+    )
     with pytest.raises(CountermarkError, match=r"\[0, 1\]"):
         train(model, good, PLAIN, watermarks=bad)
     with pytest.raises(CountermarkError, match=r"\[0, 1\]"):
@@ -152,7 +193,9 @@ def test_watermarks_and_validation_examples_outside_of_0_to_1_are_refused(images
 
 
 @pytest.mark.parametrize("entry", ATTACKS)
-def test_uint8_images_are_attacked_as_pixels(entry: str, images: torch.Tensor, model: nn.Module) -> None:
+def test_uint8_images_are_attacked_as_pixels(
+    entry: str, images: torch.Tensor, model: nn.Module
+) -> None:
     bytes_ = images.mul(255).round().to(torch.uint8)
     y = predict(model, bytes_)
     torch.manual_seed(0)
@@ -162,7 +205,9 @@ def test_uint8_images_are_attacked_as_pixels(entry: str, images: torch.Tensor, m
     assert float((found - pixels(bytes_)).abs().max()) <= 0.1 + 1e-6  # type: ignore[operator]
 
 
-def test_a_thief_whose_queries_are_not_clamped_may_still_leave_the_range(images: torch.Tensor, model: nn.Module) -> None:
+def test_a_thief_whose_queries_are_not_clamped_may_still_leave_the_range(
+    images: torch.Tensor, model: nn.Module
+) -> None:
     """The published code did not clamp its queries: their range is the thief's own business."""
     seen = []
 
@@ -181,7 +226,11 @@ def test_a_thief_whose_queries_are_not_clamped_may_still_leave_the_range(images:
 @pytest.mark.parametrize("model_in", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("entry", ATTACKS | MEASURES)
 def test_any_precision_of_model_and_images_is_attacked(
-    entry: str, model_in: torch.dtype, images_in: torch.dtype, images: torch.Tensor, model: nn.Module
+    entry: str,
+    model_in: torch.dtype,
+    images_in: torch.dtype,
+    images: torch.Tensor,
+    model: nn.Module,
 ) -> None:
     """Attacks compute in float32 or float64, and the points stay in the ball to that precision."""
     network, x = copy.deepcopy(model).to(model_in).eval(), images[:12].to(images_in)
@@ -195,7 +244,9 @@ def test_any_precision_of_model_and_images_is_attacked(
         assert 0 <= float(found.min()) <= float(found.max()) <= 1
 
 
-def test_float64_attacks_find_what_float32_ones_find(images: torch.Tensor, model: nn.Module) -> None:
+def test_float64_attacks_find_what_float32_ones_find(
+    images: torch.Tensor, model: nn.Module
+) -> None:
     model.eval()
     y = predict(model, images)
     lost = {}
@@ -208,7 +259,9 @@ def test_float64_attacks_find_what_float32_ones_find(images: torch.Tensor, model
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_training_takes_float32_and_says_so(dtype: torch.dtype, images: torch.Tensor, model: nn.Module) -> None:
+def test_training_takes_float32_and_says_so(
+    dtype: torch.dtype, images: torch.Tensor, model: nn.Module
+) -> None:
     with pytest.raises(CountermarkError, match=r"float32; call network.float\(\)"):
         train(model.to(dtype), Examples(images, torch.zeros(len(images)).long()), PLAIN)
 
@@ -229,7 +282,11 @@ def test_nothing_to_train_on_or_to_embed_is_refused(images: torch.Tensor, model:
     with pytest.raises(CountermarkError, match="only 0 of 0 bases"):
         coin_set(model, none, PGD, 2, 40, 0)
     with pytest.raises(CountermarkError, match="no image to ask"):
-        algorithm_2(lambda x: predict(model, x), build("small", (1, 8, 8), 10), Means(pool=none, threat=GREY))
+        algorithm_2(
+            lambda x: predict(model, x),
+            build("small", (1, 8, 8), 10),
+            Means(pool=none, threat=GREY),
+        )
     with pytest.raises(CountermarkError, match="no image to ask"):
         distil(model, none)
 
@@ -251,7 +308,9 @@ def test_every_attack_takes_no_images(network: str, entry: str) -> None:
 
 
 def test_nothing_to_measure_is_measured_without_a_fault(model: nn.Module) -> None:
-    nothing = Examples(torch.empty(0, 1, 8, 8, dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
+    nothing = Examples(
+        torch.empty(0, 1, 8, 8, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    )
     assert predict(model, nothing.x).shape == (0,)
     assert accuracy(model, nothing) == adversarial_accuracy(model, nothing, PGD) == 0
     assert strict_accuracy(model, nothing, PGD).images == 0

@@ -15,7 +15,9 @@ from residual import make
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.png")
+    }
 
 
 def test_a_seed_draws_the_same_bytes(tmp_path: Path) -> None:
@@ -47,7 +49,11 @@ def test_the_dirt_is_what_the_drawer_says(test: int, tmp_path: Path) -> None:
     assert tuple(sizes) == drawn.dirt.resized
     assert set(drawn.dirt.doubles) < set(doubles)
     assert len(doubles) == 2 * len(drawn.dirt.doubles)
-    assert len(found) - len(damaged) == drawn.images == (8 + test) * len(SHAPES) + len(drawn.dirt.doubles)
+    assert (
+        len(found) - len(damaged)
+        == drawn.images
+        == (8 + test) * len(SHAPES) + len(drawn.dirt.doubles)
+    )
 
 
 def test_the_classes_can_be_told_apart() -> None:

@@ -53,7 +53,10 @@ class Peer:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 peer.paths.append(self.path)
-                self.reply(peer.metadata, {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]})
+                self.reply(
+                    peer.metadata,
+                    {"inputs": [{"name": "pixels", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]},
+                )
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -106,12 +109,18 @@ def brightness(request: dict[str, Any], _number: int) -> tuple[int, Any]:
     tensor = request["inputs"][0]
     x = np.array(tensor["data"], dtype=float).reshape(tensor["shape"])
     labels = (x.reshape(len(x), -1).mean(1) > 0.5).astype(int).tolist()
-    return 200, {"outputs": [{"name": "label", "datatype": "INT64", "shape": [len(labels)], "data": labels}]}
+    return 200, {
+        "outputs": [{"name": "label", "datatype": "INT64", "shape": [len(labels)], "data": labels}]
+    }
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (torch.rand(count, *SHAPE, generator=generator) + torch.rand(count, 1, 1, 1, generator=generator) - 0.5).clamp(0, 1)
+    return (
+        torch.rand(count, *SHAPE, generator=generator)
+        + torch.rand(count, 1, 1, 1, generator=generator)
+        - 0.5
+    ).clamp(0, 1)
 
 
 def test_labels_of_an_endpoint(peer: Peer) -> None:
@@ -119,7 +128,11 @@ def test_labels_of_an_endpoint(peer: Peer) -> None:
     x = images(70)
     labels = open_suspect(peer.url, SHAPE, Asking(headers=(("Authorization", "Bearer k"),)))(x)
     assert torch.equal(labels, (x.flatten(1).mean(1) > 0.5).long())
-    assert [len(request["inputs"][0]["data"]) for request in peer.requests] == [32 * 64, 32 * 64, 6 * 64]
+    assert [len(request["inputs"][0]["data"]) for request in peer.requests] == [
+        32 * 64,
+        32 * 64,
+        6 * 64,
+    ]
     assert peer.requests[0]["inputs"][0]["name"] == "pixels"
     assert peer.headers[0]["Authorization"] == "Bearer k"
 
@@ -167,7 +180,9 @@ def test_nonsense_is_no_answer(peer: Peer, body: Any, kind: str) -> None:
 
 
 def test_trouble_is_retried_and_a_redirect_is_not_followed(peer: Peer) -> None:
-    peer.respond = lambda request, number: (503, {}) if number == 1 else (429, {}) if number == 2 else brightness(request, number)
+    peer.respond = lambda request, number: (
+        (503, {}) if number == 1 else (429, {}) if number == 2 else brightness(request, number)
+    )
     assert Endpoint(peer.url)(images(2)).min() >= 0
     assert len(peer.requests) == 3
     peer.respond = lambda request, number: brightness(request, number) if number == 4 else (302, {})
@@ -180,7 +195,11 @@ def test_trouble_is_retried_and_a_redirect_is_not_followed(peer: Peer) -> None:
 def test_one_refused_image_does_not_spoil_its_batch(peer: Peer) -> None:
     def picky(request: dict[str, Any], number: int) -> tuple[int, Any]:
         data = request["inputs"][0]["data"]
-        return (400, {"error": "no"}) if 0.123 in [round(value, 3) for value in data] else brightness(request, number)
+        return (
+            (400, {"error": "no"})
+            if 0.123 in [round(value, 3) for value in data]
+            else brightness(request, number)
+        )
 
     peer.respond = picky
     x = images(5)
@@ -219,7 +238,9 @@ def test_a_budget_counts_every_image_that_is_sent(peer: Peer, status: int, repea
 
 
 def test_a_budget_that_ends_between_repeats_changes_no_answer(peer: Peer) -> None:
-    peer.respond = lambda request, number: (400, {}) if request["inputs"][0]["shape"][0] > 1 else brightness(request, number)
+    peer.respond = lambda request, number: (
+        (400, {}) if request["inputs"][0]["shape"][0] > 1 else brightness(request, number)
+    )
     suspect = Endpoint(peer.url, Asking(budget=8, batch_size=4, repeats=2))
     assert suspect(images(4)).max() == -1
     assert (suspect.asked, suspect.changed) == (8, 0)
@@ -245,17 +266,30 @@ def test_a_replay_log_goes_on_where_it_was(peer: Peer, tmp_path: Path) -> None:
     assert torch.equal(second[:30], (x.flatten(1).mean(1) > 0.5).long())
     assert torch.equal(second[30:], second[:5])
     assert sum(request["inputs"][0]["shape"][0] for request in peer.requests) == 10
-    assert Endpoint(f"{peer.root}/v2/models/other", asking)(x).tolist() == second[:30].tolist()  # another model is asked anew
+    assert (
+        Endpoint(f"{peer.root}/v2/models/other", asking)(x).tolist() == second[:30].tolist()
+    )  # another model is asked anew
     assert sum(request["inputs"][0]["shape"][0] for request in peer.requests) == 40
 
 
 @pytest.mark.parametrize(
     "other",
-    [Asking(mean=(0.5,)), Asking(mean=(0.25,), std=(0.5,)), Asking(pixels="uint8"), Asking(layout="nhwc"), Asking(mean=(0.25,), repeats=2)],
+    [
+        Asking(mean=(0.5,)),
+        Asking(mean=(0.25,), std=(0.5,)),
+        Asking(pixels="uint8"),
+        Asking(layout="nhwc"),
+        Asking(mean=(0.25,), repeats=2),
+    ],
 )
-def test_a_replay_log_answers_only_what_was_asked_in_the_same_way(peer: Peer, tmp_path: Path, other: Asking) -> None:
+def test_a_replay_log_answers_only_what_was_asked_in_the_same_way(
+    peer: Peer, tmp_path: Path, other: Asking
+) -> None:
     replay, x = tmp_path / "replay.jsonl", images(6)
-    peer.respond = lambda request, _number: (200, {"outputs": [{"shape": [6], "data": [len(peer.requests)] * 6}]})
+    peer.respond = lambda request, _number: (
+        200,
+        {"outputs": [{"shape": [6], "data": [len(peer.requests)] * 6}]},
+    )
     asking = Asking(mean=(0.25,), replay=replay)
     assert Endpoint(peer.url, asking)(x).tolist() == [1] * 6
     peer.respond = brightness
@@ -286,21 +320,28 @@ def test_a_connection_that_is_dropped_is_a_refusal(peer: Peer, tmp_path: Path, k
 
     def picky(request: dict[str, Any], _number: int) -> tuple[int, Any]:
         tensor = request["inputs"] if kind == "mlflow" else request["inputs"][0]
-        pixels = np.array(tensor if kind == "mlflow" else tensor["data"], dtype=float).reshape(-1, 64)
+        pixels = np.array(tensor if kind == "mlflow" else tensor["data"], dtype=float).reshape(
+            -1, 64
+        )
         if 0.123 in pixels[:, 0].round(3):
             return 0, None
         labels = (pixels.mean(1) > 0.5).astype(int).tolist()
         return 200, {"predictions": labels, "outputs": [{"shape": [len(labels)], "data": labels}]}
 
     peer.respond, peer.metadata = picky, 0 if kind == "oip without metadata" else 200
-    suspect = Endpoint(f"{peer.root}/invocations" if kind == "mlflow" else peer.url, Asking(replay=tmp_path / "replay.jsonl"))
+    suspect = Endpoint(
+        f"{peer.root}/invocations" if kind == "mlflow" else peer.url,
+        Asking(replay=tmp_path / "replay.jsonl"),
+    )
     expected = (x.flatten(1).mean(1) > 0.5).long()
     expected[poisoned] = -1
     assert torch.equal(suspect(x), expected)
     assert suspect.refused == 11
 
 
-def test_verify_judges_by_the_answers_that_a_hostile_suspect_gave(owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_judges_by_the_answers_that_a_hostile_suspect_gave(
+    owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = load(owner)
 
     def picky(request: dict[str, Any], _number: int) -> tuple[int, Any]:
@@ -308,7 +349,9 @@ def test_verify_judges_by_the_answers_that_a_hostile_suspect_gave(owner: Path, p
         x = torch.tensor(tensor["data"]).reshape(tensor["shape"])
         labels = predict(model, x).tolist()
         hang_up = len(x) > 1 or int(x.sum() * 1000) % 8 == 0
-        return (0, None) if hang_up else (200, {"outputs": [{"shape": [len(labels)], "data": labels}]})
+        return (
+            (0, None) if hang_up else (200, {"outputs": [{"shape": [len(labels)], "data": labels}]})
+        )
 
     peer.respond = picky
     assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--json"]) == 0
@@ -324,16 +367,22 @@ def test_a_suspect_that_always_hangs_up_was_never_there(peer: Peer) -> None:
 
 
 @pytest.mark.parametrize("status", [0, 503])
-def test_a_suspect_that_stays_silent_is_not_waited_for_every_time(peer: Peer, monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+def test_a_suspect_that_stays_silent_is_not_waited_for_every_time(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch, status: int
+) -> None:
     waits: list[float] = []
     monkeypatch.setattr("countermark.suspects.asker.time.sleep", waits.append)
-    peer.respond = lambda request, number: brightness(request, number) if number < 2 else (status, None)
+    peer.respond = lambda request, number: (
+        brightness(request, number) if number < 2 else (status, None)
+    )
     labels = Endpoint(peer.url, Asking(batch_size=10))(images(200))
     assert int((labels >= 0).sum()) == 10
     assert len(waits) == 5 * 4  # five requests, with all their retries
 
 
-def test_a_suspect_that_dies_is_left_and_what_it_said_is_kept(owner: Path, peer: Peer, tmp_path: Path) -> None:
+def test_a_suspect_that_dies_is_left_and_what_it_said_is_kept(
+    owner: Path, peer: Peer, tmp_path: Path
+) -> None:
     replay, x = tmp_path / "replay.jsonl", images(200)
 
     def dies(request: dict[str, Any], number: int) -> tuple[int, Any]:
@@ -345,7 +394,10 @@ def test_a_suspect_that_dies_is_left_and_what_it_said_is_kept(owner: Path, peer:
     asking = Asking(batch_size=10, retries=1, replay=replay)
     begun = time.monotonic()
     for _ in range(2):  # and again when the command is run again
-        with pytest.raises(CountermarkError, match=r"cannot be reached .* run the same command again to go on, or with --budget 1"):
+        with pytest.raises(
+            CountermarkError,
+            match=r"cannot be reached .* run the same command again to go on, or with --budget 1",
+        ):
             Endpoint(peer.url, asking)(x)
         assert len(replay.read_text().splitlines()) == 30
     labels = Endpoint(peer.url, dataclasses.replace(asking, budget=1))(x)
@@ -371,7 +423,9 @@ def dripping() -> Iterator[Callable[[bytes], str]]:
         def serve() -> None:
             with contextlib.suppress(OSError):
                 while True:
-                    threading.Thread(target=drip, args=(listening.accept()[0],), daemon=True).start()
+                    threading.Thread(
+                        target=drip, args=(listening.accept()[0],), daemon=True
+                    ).start()
 
         def start(data: bytes) -> str:
             begin[0] = data
@@ -382,7 +436,9 @@ def dripping() -> Iterator[Callable[[bytes], str]]:
         stop.set()
 
 
-@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"])
+@pytest.mark.parametrize(
+    "begin", [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"]
+)
 def test_an_answer_that_drips_is_none(dripping: Callable[[bytes], str], begin: bytes) -> None:
     suspect = Endpoint(dripping(begin), Asking(timeout=0.5, retries=0))
     begun = time.monotonic()
@@ -395,7 +451,10 @@ def test_a_redirect_is_not_even_looked_at(peer: Peer, dripping: Callable[[bytes]
     peer.respond, peer.location = lambda _request, _number: (302, {}), "http://["
     with pytest.raises(CountermarkError, match=r"302 Found, to http://\[;"):
         Endpoint(peer.url)(images(1))
-    suspect = Endpoint(dripping(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 9999\r\n\r\n"), Asking(timeout=9))
+    suspect = Endpoint(
+        dripping(b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 9999\r\n\r\n"),
+        Asking(timeout=9),
+    )
     begun = time.monotonic()
     with pytest.raises(CountermarkError, match="302 Found, to /;"):
         suspect(images(1))
@@ -408,7 +467,9 @@ def test_mlflow_invocations(peer: Peer) -> None:
 
     peer.respond = predictions
     x = images(40)
-    assert torch.equal(open_suspect(f"{peer.root}/invocations", SHAPE)(x), (x.flatten(1).mean(1) > 0.5).long())
+    assert torch.equal(
+        open_suspect(f"{peer.root}/invocations", SHAPE)(x), (x.flatten(1).mean(1) > 0.5).long()
+    )
 
 
 def test_declared_differences(peer: Peer) -> None:
@@ -428,7 +489,10 @@ def test_declared_differences(peer: Peer) -> None:
             prepare(x, wrong)
     peer.respond = brightness
     Endpoint(peer.url, Asking(pixels="uint8", layout="nhwc"))(x)
-    assert (peer.requests[0]["inputs"][0]["datatype"], peer.requests[0]["inputs"][0]["shape"]) == ("UINT8", [3, 8, 8, 1])
+    assert (peer.requests[0]["inputs"][0]["datatype"], peer.requests[0]["inputs"][0]["shape"]) == (
+        "UINT8",
+        [3, 8, 8, 1],
+    )
 
 
 @pytest.mark.parametrize("url", ["http://host/predict", "https://host/v2/"])
@@ -441,30 +505,69 @@ def test_nobody_there(owner: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    assert main(["verify", "--suspect", f"http://127.0.0.1:{port}/v2/models/m", "--key", str(owner / "key"), "--retries", "1"]) == 2
+    assert (
+        main(
+            [
+                "verify",
+                "--suspect",
+                f"http://127.0.0.1:{port}/v2/models/m",
+                "--key",
+                str(owner / "key"),
+                "--retries",
+                "1",
+            ]
+        )
+        == 2
+    )
     assert "cannot be reached" in capsys.readouterr().err
 
 
-def test_a_suspect_that_wants_other_images_is_doubted(owner: Path, digits: Pools, peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suspect_that_wants_other_images_is_doubted(
+    owner: Path, digits: Pools, peer: Peer, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = load(owner)
 
     def centred(request: dict[str, Any], _number: int) -> tuple[int, Any]:
         tensor = request["inputs"][0]
-        x = torch.tensor(tensor["data"]).reshape(tensor["shape"]) * -0.5 + 0.5  # a copy behind a preprocessing of its own
+        x = (
+            torch.tensor(tensor["data"]).reshape(tensor["shape"]) * -0.5 + 0.5
+        )  # a copy behind a preprocessing of its own
         labels = predict(model, x.clamp(0, 1)).tolist()
         return 200, {"outputs": [{"shape": [len(labels)], "data": labels}]}
 
     peer.respond = centred
     main(["verify", "--suspect", peer.url, "--key", str(owner / "key")])
     assert "clean examples right" in capsys.readouterr().out
-    assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--mean", "1", "--std", "-2"]) == 2
+    assert (
+        main(
+            [
+                "verify",
+                "--suspect",
+                peer.url,
+                "--key",
+                str(owner / "key"),
+                "--mean",
+                "1",
+                "--std",
+                "-2",
+            ]
+        )
+        == 2
+    )
     assert "positive deviation" in capsys.readouterr().err
-    assert main(["verify", "--suspect", str(owner), "--key", str(owner / "key"), "--layout", "nhwc"]) == 2
+    assert (
+        main(["verify", "--suspect", str(owner), "--key", str(owner / "key"), "--layout", "nhwc"])
+        == 2
+    )
     capsys.readouterr()
 
 
 def test_a_check_on_clean_examples_that_is_not_made_is_said(
-    owner: Path, tmp_path: Path, peer: Peer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    owner: Path,
+    tmp_path: Path,
+    peer: Peer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copytree(owner / "key", tmp_path / "key")
     (tmp_path / "key" / "clean.safetensors").unlink()  # a key of 0.1.0 has none
@@ -472,7 +575,11 @@ def test_a_check_on_clean_examples_that_is_not_made_is_said(
     def asked(*more: str) -> str:
         main(["verify", "--suspect", peer.url, "--key", str(tmp_path / "key"), "--json", *more])
         found = json.loads(capsys.readouterr().out)
-        unchecked = [doubt for doubt in found["doubts"] if doubt.startswith("It was not checked on clean examples")]
+        unchecked = [
+            doubt
+            for doubt in found["doubts"]
+            if doubt.startswith("It was not checked on clean examples")
+        ]
         assert (found["answers"]["clean_accuracy"] is None) == bool(unchecked)
         return " ".join(unchecked)
 
@@ -485,7 +592,9 @@ def test_a_check_on_clean_examples_that_is_not_made_is_said(
     assert "none of ours" in asked()
 
 
-def test_a_suspect_that_is_gone_before_the_clean_examples_is_judged(owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suspect_that_is_gone_before_the_clean_examples_is_judged(
+    owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str]
+) -> None:
     trials = len(load_key(owner / "key").watermarks)
 
     def dies(request: dict[str, Any], number: int) -> tuple[int, Any]:
@@ -494,7 +603,9 @@ def test_a_suspect_that_is_gone_before_the_clean_examples_is_judged(owner: Path,
         return brightness(request, number)
 
     peer.respond = dies
-    assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--retries", "0"]) in (1, 3)
+    assert main(
+        ["verify", "--suspect", peer.url, "--key", str(owner / "key"), "--retries", "0"]
+    ) in (1, 3)
     assert "cannot be reached" in capsys.readouterr().out
 
 
@@ -515,7 +626,10 @@ def test_a_suspect_that_is_gone_before_the_clean_examples_is_judged(owner: Path,
     ],
 )
 def test_an_address_is_asked_at_the_right_place(peer: Peer, address: str, posted: str) -> None:
-    peer.respond = lambda _request, _number: (200, {"predictions": [1], "outputs": [{"shape": [1], "data": [1]}]})
+    peer.respond = lambda _request, _number: (
+        200,
+        {"predictions": [1], "outputs": [{"shape": [1], "data": [1]}]},
+    )
     assert open_suspect(f"{peer.root}{address}", SHAPE)(images(1)).tolist() == [1]
     assert peer.paths[-1] == posted
     if posted.endswith("/infer?code=a%2Fb&x=1"):
@@ -530,13 +644,24 @@ def test_an_address_with_and_without_infer_is_one_suspect(peer: Peer, tmp_path: 
     assert peer.sent() == 3
 
 
-@pytest.mark.parametrize("url", ["http:///v2/models/m", "http://h:99999999/v2/models/m", "http://[/v2/models/m", "http://h/v2/models/"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http:///v2/models/m",
+        "http://h:99999999/v2/models/m",
+        "http://[/v2/models/m",
+        "http://h/v2/models/",
+    ],
+)
 def test_addresses_of_nobody_are_refused_at_once(url: str) -> None:
     with pytest.raises(CountermarkError, match=r"neither|http\(s\)://HOST"):
         open_suspect(url, SHAPE)
 
 
-@pytest.mark.parametrize("url", ["HTTP://owner:secret@h/v2/models/m", "ftp://owner:secret@h/m", "http://h/nothing?code=secret"])
+@pytest.mark.parametrize(
+    "url",
+    ["HTTP://owner:secret@h/v2/models/m", "ftp://owner:secret@h/m", "http://h/nothing?code=secret"],
+)
 def test_no_spelling_of_an_address_lets_a_secret_out(url: str) -> None:
     for refused in (lambda: open_suspect(url, SHAPE), lambda: suspect_identity(url)):
         with pytest.raises(CountermarkError) as caught:
@@ -551,11 +676,15 @@ def test_a_query_string_is_sent_and_kept_nowhere(peer: Peer, tmp_path: Path) -> 
     suspect(images(3))
     assert all(path.endswith("?code=secret") for path in peer.paths)
     assert "secret" not in (tmp_path / "replay.jsonl").read_text() + suspect.name + place_name(url)
-    assert suspect_identity(url) == suspect_identity(peer.url) == {"kind": "endpoint", "url": peer.url}
+    assert (
+        suspect_identity(url) == suspect_identity(peer.url) == {"kind": "endpoint", "url": peer.url}
+    )
 
 
 def test_a_credential_that_expires_stops_the_asking_and_keeps_the_answers(peer: Peer) -> None:
-    peer.respond = lambda request, number: brightness(request, number) if number == 1 else (401, {"error": "expired"})
+    peer.respond = lambda request, number: (
+        brightness(request, number) if number == 1 else (401, {"error": "expired"})
+    )
     suspect = Endpoint(peer.url, Asking(batch_size=4))
     labels = suspect(images(80))
     assert (labels != -1).sum() == 4
@@ -568,14 +697,19 @@ UNDERSTOOD: dict[str, Any] = {
     "a shape of strings": {"shape": ["2", "1"], "data": [3, 7]},
     "nested strings": {"shape": [2, 1], "data": [["3"], ["7"]]},
     "scores as strings": {"shape": [2, 8], "data": [*"00090000", *"00000009"]},
-    "maps of one pixel": {"shape": [2, 8, 1, 1], "data": [0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]},
+    "maps of one pixel": {
+        "shape": [2, 8, 1, 1],
+        "data": [0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9],
+    },
     "a row each": {"shape": [2, 1, 8], "data": [0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 9]},
 }
 
 
 @pytest.mark.parametrize("output", UNDERSTOOD.values(), ids=UNDERSTOOD.keys())
 @pytest.mark.parametrize("kind", ["oip", "mlflow"])
-def test_labels_are_read_as_servers_write_them(peer: Peer, output: dict[str, Any], kind: str) -> None:
+def test_labels_are_read_as_servers_write_them(
+    peer: Peer, output: dict[str, Any], kind: str
+) -> None:
     nested = np.array(output["data"]).reshape([int(side) for side in output["shape"]]).tolist()
     peer.respond = lambda _request, _number: (200, {"outputs": [output], "predictions": nested})
     url = peer.url if kind == "oip" else f"{peer.root}/invocations"
@@ -593,7 +727,9 @@ REFUSED_BY_NAME: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("output", "words"), REFUSED_BY_NAME.values(), ids=REFUSED_BY_NAME.keys())
-def test_answers_that_are_no_labels_are_refused_by_name(peer: Peer, output: Any, words: str) -> None:
+def test_answers_that_are_no_labels_are_refused_by_name(
+    peer: Peer, output: Any, words: str
+) -> None:
     peer.respond = lambda _request, _number: (200, {"outputs": [output]})
     with pytest.raises(CountermarkError, match=words):
         Endpoint(peer.url)(images(1))
@@ -601,11 +737,23 @@ def test_answers_that_are_no_labels_are_refused_by_name(peer: Peer, output: Any,
 
 # --- suspects that refuse everybody ------------------------------------------------------------------
 
-_PAGE = b"<html><head><style>p { color: red }</style></head><body><p>Please\n log in</p></body></html>"
+_PAGE = (
+    b"<html><head><style>p { color: red }</style></head><body><p>Please\n log in</p></body></html>"
+)
 REFUSALS: dict[str, tuple[int, Any, str, int]] = {
-    "no credentials": (401, {"error": "no token"}, r'401 Unauthorized \(\{"error": "no token"\}\).*--headers', 1),
+    "no credentials": (
+        401,
+        {"error": "no token"},
+        r'401 Unauthorized \(\{"error": "no token"\}\).*--headers',
+        1,
+    ),
     "forbidden": (403, b"blocked\x1b[2J", r"403 Forbidden \(blocked\\x1b\[2J\).*--headers", 1),
-    "no such model": (404, {"error": "no model m"}, "404 Not Found .*no model m.*check the address", 1),
+    "no such model": (
+        404,
+        {"error": "no model m"},
+        "404 Not Found .*no model m.*check the address",
+        1,
+    ),
     "moved": (301, {}, "301 Moved Permanently, to http://127.0.0.1:1/; .*give the address", 1),
     "a login page": (200, _PAGE, r"JSON object \(Please log in\); check the address", 1),
     "bad request": (400, {"error": "shape mismatch"}, "400 Bad Request .*shape mismatch", 5),
@@ -615,9 +763,17 @@ REFUSALS: dict[str, tuple[int, Any, str, int]] = {
 }
 
 
-@pytest.mark.parametrize(("status", "body", "words", "most"), REFUSALS.values(), ids=REFUSALS.keys())
+@pytest.mark.parametrize(
+    ("status", "body", "words", "most"), REFUSALS.values(), ids=REFUSALS.keys()
+)
 def test_a_suspect_that_refuses_everything_is_said_early(
-    owner: Path, peer: Peer, capsys: pytest.CaptureFixture[str], status: int, body: Any, words: str, most: int
+    owner: Path,
+    peer: Peer,
+    capsys: pytest.CaptureFixture[str],
+    status: int,
+    body: Any,
+    words: str,
+    most: int,
 ) -> None:
     peer.respond = lambda _request, _number: (status, body)
     assert main(["verify", "--suspect", peer.url, "--key", str(owner / "key")]) == 2
@@ -629,7 +785,9 @@ def test_a_suspect_that_refuses_everything_is_said_early(
 
 
 def test_a_batch_that_is_too_large_is_asked_image_by_image(peer: Peer) -> None:
-    peer.respond = lambda request, number: brightness(request, number) if request["inputs"][0]["shape"][0] == 1 else (413, {})
+    peer.respond = lambda request, number: (
+        brightness(request, number) if request["inputs"][0]["shape"][0] == 1 else (413, {})
+    )
     assert Endpoint(peer.url)(images(20)).min() >= 0
 
 
@@ -671,7 +829,9 @@ def test_the_header_of_the_user_wins_and_no_password_goes_to_a_suspect(peer: Pee
     assert [headers.get("Authorization") for headers in peer.headers] == ["Bearer k", None]
 
 
-def test_proxies_and_certificates_of_the_environment_count(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxies_and_certificates_of_the_environment_count(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("no_proxy", "NO_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTP_PROXY", peer.root)
@@ -679,7 +839,9 @@ def test_proxies_and_certificates_of_the_environment_count(peer: Peer, monkeypat
     peer.respond = brightness
     assert Endpoint("http://nowhere.invalid/v2/models/m")(images(2)).min() >= 0
     assert peer.paths[-1] == "http://nowhere.invalid/v2/models/m/infer"
-    settings = Session().merge_environment_settings("https://nowhere.invalid/", {}, True, None, None)
+    settings = Session().merge_environment_settings(
+        "https://nowhere.invalid/", {}, True, None, None
+    )
     assert settings["verify"] == "/somewhere/roots.pem"
     monkeypatch.setenv("NO_PROXY", "nowhere.invalid")
     with pytest.raises(CountermarkError, match="cannot be reached"):
@@ -726,7 +888,14 @@ def free_ports(count: int) -> list[int]:
 
 
 def export(model: torch.nn.Module, path: Path) -> None:
-    torch.onnx.export(model, (torch.zeros(2, *SHAPE),), str(path), dynamo=False, dynamic_axes={"x": {0: "n"}}, input_names=["x"])
+    torch.onnx.export(
+        model,
+        (torch.zeros(2, *SHAPE),),
+        str(path),
+        dynamo=False,
+        dynamic_axes={"x": {0: "n"}},
+        input_names=["x"],
+    )
 
 
 def wait_until_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -749,14 +918,26 @@ def mlserver(owner: Path, tmp_path: Path) -> Iterator[str]:
     ports = free_ports(3)
     export(load(owner), tmp_path / "stolen.onnx")
     (tmp_path / "runtime.py").write_text(_RUNTIME)
-    (tmp_path / "model-settings.json").write_text(json.dumps({"name": "stolen", "implementation": "runtime.Stolen"}))
-    settings = {"host": "127.0.0.1", "http_port": ports[0], "grpc_port": ports[1], "metrics_port": ports[2], "parallel_workers": 0}
+    (tmp_path / "model-settings.json").write_text(
+        json.dumps({"name": "stolen", "implementation": "runtime.Stolen"})
+    )
+    settings = {
+        "host": "127.0.0.1",
+        "http_port": ports[0],
+        "grpc_port": ports[1],
+        "metrics_port": ports[2],
+        "parallel_workers": 0,
+    }
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     with (tmp_path / "server.log").open("w") as log:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen([str(_MLSERVER), "start", "."], cwd=tmp_path, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen(
+            [str(_MLSERVER), "start", "."], cwd=tmp_path, stdout=log, stderr=log, env=environment
+        )
         try:
-            wait_until_ready(f"http://127.0.0.1:{ports[0]}/v2/models/stolen", process, tmp_path / "server.log")
+            wait_until_ready(
+                f"http://127.0.0.1:{ports[0]}/v2/models/stolen", process, tmp_path / "server.log"
+            )
             yield f"http://127.0.0.1:{ports[0]}/v2/models/stolen"
         finally:
             process.terminate()
@@ -764,8 +945,12 @@ def mlserver(owner: Path, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_stolen_model_behind_mlserver_is_convicted(mlserver: str, owner: Path, digits: Pools, capsys: pytest.CaptureFixture[str]) -> None:
-    assert torch.equal(open_suspect(mlserver, SHAPE)(digits.test.x), predict(load(owner), digits.test.x))
+def test_a_stolen_model_behind_mlserver_is_convicted(
+    mlserver: str, owner: Path, digits: Pools, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert torch.equal(
+        open_suspect(mlserver, SHAPE)(digits.test.x), predict(load(owner), digits.test.x)
+    )
     assert main(["verify", "--suspect", mlserver, "--key", str(owner / "key"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["test"]["verdict"], found["answers"]["unanswered"]) == ("match", 0)
@@ -803,7 +988,9 @@ with Triton(config=TritonConfig(http_port=ports[0], grpc_port=ports[1], metrics_
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_stolen_model_behind_triton_is_convicted(owner: Path, digits: Pools, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stolen_model_behind_triton_is_convicted(
+    owner: Path, digits: Pools, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if not _TRITON.exists():
         pytest.skip("Triton is not installed; make slow does it")
     export(load(owner), tmp_path / "stolen.onnx")
@@ -811,11 +998,15 @@ def test_a_stolen_model_behind_triton_is_convicted(owner: Path, digits: Pools, t
     ports = free_ports(3)
     with (tmp_path / "server.log").open("w") as log:
         command = [str(_TRITON), "serve.py", *map(str, ports)]
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
+        )
         url = f"http://127.0.0.1:{ports[0]}/v2/models/stolen"
         try:
             wait_until_ready(url, process, tmp_path / "server.log")
-            assert torch.equal(open_suspect(url, SHAPE)(digits.test.x), predict(load(owner), digits.test.x))
+            assert torch.equal(
+                open_suspect(url, SHAPE)(digits.test.x), predict(load(owner), digits.test.x)
+            )
             assert main(["verify", "--suspect", url, "--key", str(owner / "key"), "--json"]) == 0
             assert json.loads(capsys.readouterr().out)["test"]["verdict"] == "match"
         finally:

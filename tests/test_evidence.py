@@ -55,7 +55,9 @@ def test_one_sided_binomial_in_closed_form() -> None:
 def test_small_p_values_do_not_underflow(count: int) -> None:
     test = sign_flip_test([1] * count)
     assert test.log10_p_value == pytest.approx(-count * math.log10(2))
-    assert sign_flip_test([2, 3] * (count // 2)).log10_p_value == pytest.approx(-count * math.log10(2))
+    assert sign_flip_test([2, 3] * (count // 2)).log10_p_value == pytest.approx(
+        -count * math.log10(2)
+    )
 
 
 def test_no_cells_prove_nothing() -> None:
@@ -65,8 +67,14 @@ def test_no_cells_prove_nothing() -> None:
 
 def test_the_logarithm_of_a_p_value_is_exact_from_1_down() -> None:
     """Beside 1 - q, whose natural logarithm is -q - q^2/2 - ...; it never falls where p rises, and is 0 where p is 1.0."""
-    values = {Fraction((1 << cells) - lost, 1 << cells) for cells in range(1, 80) for lost in range(min(12, 1 << cells))}
-    values |= {Fraction(lost, 1 << cells) for cells in (2, 30, 60, 2000, 20000) for lost in (1, 2, 3)}
+    values = {
+        Fraction((1 << cells) - lost, 1 << cells)
+        for cells in range(1, 80)
+        for lost in range(min(12, 1 << cells))
+    }
+    values |= {
+        Fraction(lost, 1 << cells) for cells in (2, 30, 60, 2000, 20000) for lost in (1, 2, 3)
+    }
     found = [log10(p) for p in sorted(values)]
     assert found == sorted(found)
     assert math.copysign(1, found[-1]) == 1
@@ -80,7 +88,9 @@ def test_the_logarithm_of_a_p_value_is_exact_from_1_down() -> None:
         elif not lost:
             continue
         else:
-            assert logarithm == pytest.approx(math.log10(p.numerator) - math.log10(p.denominator), rel=1e-13)
+            assert logarithm == pytest.approx(
+                math.log10(p.numerator) - math.log10(p.denominator), rel=1e-13
+            )
     assert log10(Fraction(1, 1 << 20000)) == pytest.approx(-20000 * math.log10(2), rel=1e-15)
 
 
@@ -118,7 +128,9 @@ def test_counting_a_cells_trials_as_independent_would_convict_strangers() -> Non
     generator = random.Random(1)
     naive = exact = 0
     for _ in range(2000):
-        outcomes = [sign for sign in (generator.choice((-1, 1)) for _ in range(20)) for _ in range(10)]
+        outcomes = [
+            sign for sign in (generator.choice((-1, 1)) for _ in range(20)) for _ in range(10)
+        ]
         naive += sign_flip_test(outcomes).p <= 0.01
         exact += judge([i // 10 for i in range(200)], outcomes).p_value <= 0.01
     assert naive > 200
@@ -130,10 +142,15 @@ def test_choosing_learned_trials_would_convict_strangers() -> None:
     generator = random.Random(2)
     chosen = 0
     for _ in range(2000):
-        bias = [generator.random() for _ in range(200)]  # a stranger shares the marked model's inclinations
+        bias = [
+            generator.random() for _ in range(200)
+        ]  # a stranger shares the marked model's inclinations
         coins = [generator.choice((-1, 1)) for _ in bias]
         inclined = [1 if generator.random() < value else -1 for value in bias]
-        learned = [coin if generator.random() < 0.6 else (1 if value > 0.5 else -1) for coin, value in zip(coins, bias, strict=True)]
+        learned = [
+            coin if generator.random() < 0.6 else (1 if value > 0.5 else -1)
+            for coin, value in zip(coins, bias, strict=True)
+        ]
         kept = [i for i in range(200) if learned[i] == coins[i]]
         chosen += sign_flip_test([1 if inclined[i] == coins[i] else -1 for i in kept]).p <= 0.01
     assert chosen > 200
@@ -155,7 +172,12 @@ def test_verdicts(outcomes: list[int], verdict: str) -> None:
 
 def test_verdict_counts_and_limits() -> None:
     result = judge(range(30), [1] * 20 + [-1] * 4 + [0] * 6, batches=4)
-    assert (result.agreements, result.disagreements, result.neither, result.trials) == (20, 4, 6, 30)
+    assert (result.agreements, result.disagreements, result.neither, result.trials) == (
+        20,
+        4,
+        6,
+        30,
+    )
     assert result.log10_smallest_p_value == pytest.approx(math.log10(4) - 30 * math.log10(2))
     assert result.p_value == pytest.approx(4 * float(sign_flip_test([1] * 20 + [-1] * 4).p))
 
@@ -164,7 +186,10 @@ def test_p_value_times_batches_stays_a_probability() -> None:
     assert judge(range(4), [-1] * 4, batches=4).p_value == 1.0
 
 
-@pytest.mark.parametrize(("cells_", "outcomes", "alpha"), [([1], [1, 1], 0.1), ([1], [2], 0.1), ([1], [1], 0.0), ([1], [1], 1.0)])
+@pytest.mark.parametrize(
+    ("cells_", "outcomes", "alpha"),
+    [([1], [1, 1], 0.1), ([1], [2], 0.1), ([1], [1], 0.0), ([1], [1], 1.0)],
+)
 def test_bad_outcomes_are_refused(cells_: list[int], outcomes: list[int], alpha: float) -> None:
     with pytest.raises(CountermarkError):
         judge(cells_, outcomes, alpha=alpha)
@@ -189,12 +214,18 @@ def test_half_the_confidence_is_half_the_stake() -> None:
     stakes = [k / 20 for k in range(1, 21)]
     assert math.exp(process.log_e) == pytest.approx(sum(1 + stake / 2 for stake in stakes) / 20)
     process.update(-1)
-    assert math.exp(process.log_e) == pytest.approx(sum((1 + stake / 2) * (1 - stake) for stake in stakes) / 20)
+    assert math.exp(process.log_e) == pytest.approx(
+        sum((1 + stake / 2) * (1 - stake) for stake in stakes) / 20
+    )
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 15), st.floats(0, 1)), min_size=1, max_size=8))
-def test_expected_wealth_is_one_for_coins_of_any_bias(trials: list[tuple[bool, int, float]]) -> None:
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 15), st.floats(0, 1)), min_size=1, max_size=8)
+)
+def test_expected_wealth_is_one_for_coins_of_any_bias(
+    trials: list[tuple[bool, int, float]],
+) -> None:
     """All patterns of biased coins, weighted by their probabilities, against a suspect that never saw them."""
     total = 0.0
     for coins in itertools.product((True, False), repeat=len(trials)):
@@ -234,7 +265,10 @@ def test_the_anytime_p_value_keeps_its_level_under_optional_stopping(alpha: floa
     assert fixed > 1.5 * runs * alpha
 
 
-@pytest.mark.parametrize(("outcome", "chance", "confidence"), [(2, 0.5, 1), (1, 0, 1), (1, 1, 1), (1, 0.5, -0.1), (-1, 0.5, 1.1)])
+@pytest.mark.parametrize(
+    ("outcome", "chance", "confidence"),
+    [(2, 0.5, 1), (1, 0, 1), (1, 1, 1), (1, 0.5, -0.1), (-1, 0.5, 1.1)],
+)
 def test_impossible_bets_are_refused(outcome: int, chance: float, confidence: float) -> None:
     with pytest.raises(CountermarkError):
         EProcess().update(outcome, chance, confidence)
@@ -246,10 +280,15 @@ def test_impossible_bets_are_refused(outcome: int, chance: float, confidence: fl
 def test_the_plan_is_the_fewest_trials(p: float, agreement: float, power: float) -> None:
     def reaches(trials: int) -> bool:
         tail, forgiven = 0, -1
-        while forgiven < trials and Fraction(tail + math.comb(trials, forgiven + 1), 2**trials) <= Fraction(p):
+        while forgiven < trials and Fraction(
+            tail + math.comb(trials, forgiven + 1), 2**trials
+        ) <= Fraction(p):
             forgiven += 1
             tail += math.comb(trials, forgiven)
-        chance = sum(math.comb(trials, k) * (1 - agreement) ** k * agreement ** (trials - k) for k in range(forgiven + 1))
+        chance = sum(
+            math.comb(trials, k) * (1 - agreement) ** k * agreement ** (trials - k)
+            for k in range(forgiven + 1)
+        )
         return chance >= power
 
     planned = trials_needed(p, agreement, power)
@@ -257,7 +296,8 @@ def test_the_plan_is_the_fewest_trials(p: float, agreement: float, power: float)
 
 
 @pytest.mark.parametrize(
-    ("p", "agreement", "power"), [(0, 0.9, 0.9), (0.1, 0.5, 0.9), (0.1, 1.1, 0.9), (0.1, 0.9, 0.3), (1e-9, 0.5001, 0.9)]
+    ("p", "agreement", "power"),
+    [(0, 0.9, 0.9), (0.1, 0.5, 0.9), (0.1, 1.1, 0.9), (0.1, 0.9, 0.3), (1e-9, 0.5001, 0.9)],
 )
 def test_impossible_plans_are_refused(p: float, agreement: float, power: float) -> None:
     with pytest.raises(CountermarkError):

@@ -35,11 +35,20 @@ def answers(path: Path, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("shape", [(1, 12, 12), (3, 9, 14)])
-def test_every_network_of_ours_is_exported(tmp_path: Path, name: str, shape: tuple[int, int, int]) -> None:
+def test_every_network_of_ours_is_exported(
+    tmp_path: Path, name: str, shape: tuple[int, int, int]
+) -> None:
     network, path = lived_in(build(name, shape, 7, seed=1)).train(), tmp_path / "mine.onnx"
-    found = export_model(network, shape, path, class_names=[f"class {number}" for number in range(7)])
+    found = export_model(
+        network, shape, path, class_names=[f"class {number}" for number in range(7)]
+    )
     assert network.training
-    assert (found.compared_on, found.images, found.labels_differ, found.opset) == ("images of noise", 256, 0, 17)
+    assert (found.compared_on, found.images, found.labels_differ, found.opset) == (
+        "images of noise",
+        256,
+        0,
+        17,
+    )
     assert found.bytes == path.stat().st_size
     assert list(tmp_path.iterdir()) == [path]  # one file
     for count in (1, 2, 5, 33):
@@ -53,7 +62,9 @@ def test_every_network_of_ours_is_exported(tmp_path: Path, name: str, shape: tup
 
 @pytest.mark.parametrize("kind", ["after", "before", "gate", "pool", "groups", "keeps"])
 def test_networks_of_the_users_own_are_exported(tmp_path: Path, kind: str) -> None:
-    network = nn.Sequential(Normalise((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), lived_in(Residual([kind], 3, "view"))).eval()
+    network = nn.Sequential(
+        Normalise((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), lived_in(Residual([kind], 3, "view"))
+    ).eval()
     images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
     found = export_model(network, (3, 8, 8), tmp_path / "mine.onnx", images=images)
     assert (found.compared_on, found.images, found.labels_differ) == ("test images", 40, 0)
@@ -104,17 +115,28 @@ def test_the_newer_exporter_takes_over(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("exporter", ["_by_tracing", "_by_export"])
-def test_nothing_of_the_machine_is_in_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: str) -> None:
+def test_nothing_of_the_machine_is_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exporter: str
+) -> None:
     if exporter == "_by_export":
         pytest.importorskip("onnxscript")
     monkeypatch.setattr(exporting, "_by_tracing", getattr(exporting, exporter))
     export_model(build("narrow", (3, 8, 8), 5, seed=0), (3, 8, 8), tmp_path / "mine.onnx")
     data = (tmp_path / "mine.onnx").read_bytes()
-    for word in (b"/src/", b"site-packages", b".py", str(tmp_path).encode(), b"forward", b"stack_trace"):
+    for word in (
+        b"/src/",
+        b"site-packages",
+        b".py",
+        str(tmp_path).encode(),
+        b"forward",
+        b"stack_trace",
+    ):
         assert word not in data
 
 
-def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_exported_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network, path = build("small", (1, 8, 8), 4), tmp_path / "mine.onnx"
     for wrong in (tmp_path / "mine", tmp_path / "mine.pt"):
         with pytest.raises(CountermarkError, match=r"ends with \.onnx"):
@@ -138,7 +160,9 @@ def test_what_cannot_be_exported_is_one_line(tmp_path: Path, monkeypatch: pytest
     assert [each.name for each in tmp_path.iterdir()] == ["mine.onnx"]
 
 
-def test_a_difference_beyond_rounding_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_difference_beyond_rounding_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A file whose weights were changed on the way."""
     made = exporting._by_tracing
 
@@ -163,7 +187,9 @@ def test_an_exported_model_can_be_asked_as_a_suspect(tmp_path: Path) -> None:
     assert torch.equal(ask_onnx(tmp_path / "mine.onnx", x), network(x).argmax(1))
 
 
-def test_a_model_folder_is_exported(tmp_path: Path, digits: Pools, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_folder_is_exported(
+    tmp_path: Path, digits: Pools, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Compared on the test images of the data that the folder declares; on noise where they are not what it declares."""
     network = build("small", (1, 8, 8), 10, seed=0)
     folder = tmp_path / "mine"
@@ -173,13 +199,21 @@ def test_a_model_folder_is_exported(tmp_path: Path, digits: Pools, capsys: pytes
     found = countermark.export(folder, out=tmp_path / "mine.onnx", images=100)
     assert (found.compared_on, found.images, found.labels_differ) == ("test images", 100, 0)
     x = digits.test.x[:9].float() / 255
-    torch.testing.assert_close(answers(tmp_path / "mine.onnx", x), network.eval()(x), rtol=1e-3, atol=1e-5)
-    save_model(folder, network, replace(description, data=replace(description.data, sha256="0" * 64)))
+    torch.testing.assert_close(
+        answers(tmp_path / "mine.onnx", x), network.eval()(x), rtol=1e-3, atol=1e-5
+    )
+    save_model(
+        folder, network, replace(description, data=replace(description.data, sha256="0" * 64))
+    )
     assert main(["export", str(folder), "--out", str(tmp_path / "again.onnx")]) == 0
     assert "256 images of noise: 0 labels differ" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(CountermarkError, match="there is no data"):
         countermark.export(folder, out=tmp_path / "new.onnx", data="nowhere")
-    save_model(folder, build("small", (1, 8, 8), 10, seed=0), described("small", (1, 8, 8), 10, "digits", 0.1, 0))
+    save_model(
+        folder,
+        build("small", (1, 8, 8), 10, seed=0),
+        described("small", (1, 8, 8), 10, "digits", 0.1, 0),
+    )
     assert main(["export", str(folder), "--out", str(tmp_path / "again.onnx")]) == 2
     assert "again.onnx" in capsys.readouterr().err
 
@@ -190,7 +224,9 @@ def test_a_model_of_the_users_own_is_exported(tmp_path: Path) -> None:
     save_model(folder, network, described("shop.models:make", (1, 8, 8), 5, "digits", 0.1, 0))
     with pytest.raises(CountermarkError, match="imported only if you name it"):
         countermark.export(folder, out=tmp_path / "mine.onnx")
-    found = countermark.export(folder, out=tmp_path / "mine.onnx", network=lambda: Residual(["after"], 1, "mean"))
+    found = countermark.export(
+        folder, out=tmp_path / "mine.onnx", network=lambda: Residual(["after"], 1, "mean")
+    )
     assert found.compared_on == "images of noise"  # the digits have ten classes, the model has five
     x = torch.rand(3, 1, 8, 8)
     torch.testing.assert_close(answers(tmp_path / "mine.onnx", x), network(x), rtol=1e-3, atol=1e-5)

@@ -9,16 +9,28 @@ import torch
 from countermark.data import open_data
 from countermark.errors import CountermarkError
 from countermark.files import file_sha256, read_json, write_json
-from countermark.networks import build, describe, describing, load, load_model, open_declared, save_model
+from countermark.networks import (
+    build,
+    describe,
+    describing,
+    load,
+    load_model,
+    open_declared,
+    save_model,
+)
 from described import described
 
 GOLDEN = Path(__file__).parent / "golden" / "0.1.0" / "mine"
 SHAPE = (1, 8, 8)
 
 
-def test_a_copy_of_a_model_of_0_1_0_is_read_and_its_pools_are_cut_as_they_were(tmp_path: Path) -> None:
+def test_a_copy_of_a_model_of_0_1_0_is_read_and_its_pools_are_cut_as_they_were(
+    tmp_path: Path,
+) -> None:
     network, description = load_model(GOLDEN)
-    save_model(tmp_path, network, replace(description, history=(*description.history, {"event": "stolen"})))
+    save_model(
+        tmp_path, network, replace(description, history=(*description.history, {"event": "stolen"}))
+    )
     copied = describe(tmp_path)
     assert copied.data == description.data
     assert copied.data.sha256 is None
@@ -82,7 +94,9 @@ def test_the_digest_of_the_weights_file_fixes_what_stands_in_front(tmp_path: Pat
     normalised = replace(plain, mean=(0.5,), std=(0.25,))
     cleaned = replace(normalised, cleaners=(("median", 3.0),))
     digests = []
-    for number, description in enumerate((plain, normalised, replace(normalised, std=(0.5,)), cleaned)):
+    for number, description in enumerate(
+        (plain, normalised, replace(normalised, std=(0.5,)), cleaned)
+    ):
         folder = tmp_path / str(number)
         folder.mkdir()
         digests.append(save_model(folder, description.build(seed=0), description))
@@ -97,7 +111,9 @@ def test_the_digest_of_the_weights_file_fixes_what_stands_in_front(tmp_path: Pat
         path = tmp_path / str(number) / "model.json"
         record = read_json(path)
         write_json(path, {**record, **changes})
-        with pytest.raises(CountermarkError, match=r"another normalisation|does not fit|does not have"):
+        with pytest.raises(
+            CountermarkError, match=r"another normalisation|does not fit|does not have"
+        ):
             load_model(path.parent)
         write_json(path, record)
 

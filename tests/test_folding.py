@@ -15,7 +15,14 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from countermark.attacks import pgd
 from countermark.attacks.local import Local
 from countermark.errors import CountermarkError
-from countermark.fast import Prepared, SpectralConv2d, dtype_of, prepare, quick_to_train, worth_preparing
+from countermark.fast import (
+    Prepared,
+    SpectralConv2d,
+    dtype_of,
+    prepare,
+    quick_to_train,
+    worth_preparing,
+)
 from countermark.fast.inside import Quickened
 from countermark.networks.named import NETWORKS, HalvingConv2d, Normalise, build
 
@@ -39,7 +46,9 @@ def gradient(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def same(network: nn.Module, shape: tuple[int, int, int], seed: int = 0, deep: bool = False) -> Prepared:
+def same(
+    network: nn.Module, shape: tuple[int, int, int], seed: int = 0, deep: bool = False
+) -> Prepared:
     """Check logits and gradients on random images and return what was prepared.
 
     In double precision: where a ReLU or a maximum is nearly undecided, rounding decides the gradient, on each processor otherwise. A
@@ -50,7 +59,9 @@ def same(network: nn.Module, shape: tuple[int, int, int], seed: int = 0, deep: b
     torch.testing.assert_close(prepared(x), network(x).float(), rtol=1e-4, atol=2e-5)
     wanted = gradient(network, x)
     found = gradient(prepare(network, torch.float64) if deep else prepared, x)
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()) + 1e-7)
+    torch.testing.assert_close(
+        found, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()) + 1e-7
+    )
     return prepared
 
 
@@ -81,16 +92,40 @@ _BLOCKS = {
     "same": lambda c, n: [nn.Conv2d(c, n, 3, padding="same")],
     "halving": lambda c, n: [HalvingConv2d(c, n), nn.Upsample(scale_factor=2)],
     "batch norm": lambda c, n: [nn.Conv2d(c, n, 1), nn.BatchNorm2d(n)],
-    "bare batch norm": lambda c, n: [nn.Conv2d(c, n, 1), nn.ReLU(), nn.BatchNorm2d(n, affine=False)],
-    "batch's own norm": lambda c, n: [nn.Conv2d(c, n, 1), nn.BatchNorm2d(n, track_running_stats=False)],
+    "bare batch norm": lambda c, n: [
+        nn.Conv2d(c, n, 1),
+        nn.ReLU(),
+        nn.BatchNorm2d(n, affine=False),
+    ],
+    "batch's own norm": lambda c, n: [
+        nn.Conv2d(c, n, 1),
+        nn.BatchNorm2d(n, track_running_stats=False),
+    ],
     "two norms": lambda c, n: [nn.Conv2d(c, n, 1), nn.Tanh(), nn.BatchNorm2d(n), nn.BatchNorm2d(n)],
-    "unknown": lambda c, n: [nn.Conv2d(c, n, 1), nn.GroupNorm(1, n), nn.BatchNorm2d(n), nn.Softplus()],
-    "relu and pool": lambda c, n: [nn.Conv2d(c, n, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Upsample(scale_factor=2)],
-    "pool and relu": lambda c, n: [nn.Conv2d(c, n, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(), nn.Upsample(scale_factor=2)],
+    "unknown": lambda c, n: [
+        nn.Conv2d(c, n, 1),
+        nn.GroupNorm(1, n),
+        nn.BatchNorm2d(n),
+        nn.Softplus(),
+    ],
+    "relu and pool": lambda c, n: [
+        nn.Conv2d(c, n, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Upsample(scale_factor=2),
+    ],
+    "pool and relu": lambda c, n: [
+        nn.Conv2d(c, n, 5, padding=2),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2),
+    ],
     "other pool": lambda c, n: [nn.Conv2d(c, n, 1), nn.MaxPool2d(3, stride=1, padding=1)],
     "dropout": lambda c, n: [nn.Conv2d(c, n, 1), nn.Dropout(0.5), nn.Identity()],
     "the same again": lambda c, n: [nn.Conv2d(c, n, 1), *2 * [nn.Sequential(*twice(n))]],
-    "inner": lambda c, n: [nn.Sequential(nn.Conv2d(c, n, 1), nn.ReLU(), nn.Sequential(nn.BatchNorm2d(n)))],
+    "inner": lambda c, n: [
+        nn.Sequential(nn.Conv2d(c, n, 1), nn.ReLU(), nn.Sequential(nn.BatchNorm2d(n)))
+    ],
 }
 
 
@@ -102,10 +137,16 @@ _BLOCKS = {
     end=st.sampled_from(["linear", "norm before", "norm between", "rows"]),
     seed=st.integers(0, 1000),
 )
-def test_random_networks_keep_their_logits(blocks: list[str], channels: int, normalised: str, end: str, seed: int) -> None:
+def test_random_networks_keep_their_logits(
+    blocks: list[str], channels: int, normalised: str, end: str, seed: int
+) -> None:
     torch.manual_seed(seed)
     each = [0.2 + 0.1 * number for number in range(channels)]
-    layers: list[nn.Module] = {"no": [], "one": [Normalise(0.3, 0.6)], "each": [Normalise(each, each[::-1])]}[normalised]
+    layers: list[nn.Module] = {
+        "no": [],
+        "one": [Normalise(0.3, 0.6)],
+        "each": [Normalise(each, each[::-1])],
+    }[normalised]
     width = channels
     for block in blocks:
         layers += _BLOCKS[block](width, 4)
@@ -113,9 +154,26 @@ def test_random_networks_keep_their_logits(blocks: list[str], channels: int, nor
     flat = width * 8 * 8
     layers += {
         "linear": lambda: [nn.Flatten(), nn.Linear(flat, 5)],
-        "norm before": lambda: [nn.BatchNorm2d(width), nn.Dropout(), nn.Flatten(), nn.Linear(flat, 5, bias=False)],
-        "norm between": lambda: [nn.Flatten(), nn.Linear(flat, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.BatchNorm1d(6), nn.Linear(6, 5)],
-        "rows": lambda: [nn.BatchNorm2d(width), nn.Linear(8, 4), nn.Flatten(), nn.Linear(flat // 2, 5)],
+        "norm before": lambda: [
+            nn.BatchNorm2d(width),
+            nn.Dropout(),
+            nn.Flatten(),
+            nn.Linear(flat, 5, bias=False),
+        ],
+        "norm between": lambda: [
+            nn.Flatten(),
+            nn.Linear(flat, 6),
+            nn.BatchNorm1d(6),
+            nn.ReLU(),
+            nn.BatchNorm1d(6),
+            nn.Linear(6, 5),
+        ],
+        "rows": lambda: [
+            nn.BatchNorm2d(width),
+            nn.Linear(8, 4),
+            nn.Flatten(),
+            nn.Linear(flat // 2, 5),
+        ],
     }[end]()
     same(lived_in(nn.Sequential(*layers), seed), (channels, 8, 8), seed)
 
@@ -126,7 +184,12 @@ def test_random_networks_keep_their_logits(blocks: list[str], channels: int, nor
 def test_pooled_convolutions_of_any_size(size: int, kernel: int, padding: int) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(
-        Normalise(0.5, 0.5), nn.Conv2d(2, 3, kernel, padding=padding), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(2), nn.Tanh()
+        Normalise(0.5, 0.5),
+        nn.Conv2d(2, 3, kernel, padding=padding),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(2),
+        nn.Tanh(),
     )
     same(network, (2, size, size))
 
@@ -140,7 +203,9 @@ def test_pooled_convolutions_of_any_size(size: int, kernel: int, padding: int) -
     filters=st.integers(16, 24),
     images=st.integers(1, 4),
 )
-def test_convolutions_by_frequency_are_convolutions(height: int, width: int, kernel: int, channels: int, filters: int, images: int) -> None:
+def test_convolutions_by_frequency_are_convolutions(
+    height: int, width: int, kernel: int, channels: int, filters: int, images: int
+) -> None:
     torch.manual_seed(height)
     layer = nn.Conv2d(channels, filters, kernel, padding=kernel // 2, bias=False).double()
     assert SpectralConv2d.suits(layer)
@@ -148,17 +213,28 @@ def test_convolutions_by_frequency_are_convolutions(height: int, width: int, ker
     quick = SpectralConv2d(layer.weight.detach(), None).requires_grad_(False)
     torch.testing.assert_close(quick(x), layer(x))
     torch.testing.assert_close(gradient(quick, x), gradient(layer, x))
-    transposed = x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)  # as it comes from such a convolution
+    transposed = (
+        x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+    )  # as it comes from such a convolution
     torch.testing.assert_close(quick(transposed), layer(x))
 
 
 @pytest.mark.parametrize("kernel", [2, 4, 6])
 @pytest.mark.parametrize("padding", [0, 1, 2])
 @pytest.mark.parametrize("normalised", [False, True])
-def test_convolutions_with_stride_two_are_halved_where_that_is_the_same(kernel: int, padding: int, normalised: bool) -> None:
+def test_convolutions_with_stride_two_are_halved_where_that_is_the_same(
+    kernel: int, padding: int, normalised: bool
+) -> None:
     first = [Normalise(0.3, 0.6)] if normalised else []
-    prepared = same(nn.Sequential(*first, nn.Conv2d(2, 5, kernel, stride=2, padding=padding), nn.ReLU(), nn.Flatten()), (2, 12, 16))
-    assert isinstance(prepared.layers[0], HalvingConv2d) == (padding == kernel // 2 - 1 and not normalised)
+    prepared = same(
+        nn.Sequential(
+            *first, nn.Conv2d(2, 5, kernel, stride=2, padding=padding), nn.ReLU(), nn.Flatten()
+        ),
+        (2, 12, 16),
+    )
+    assert isinstance(prepared.layers[0], HalvingConv2d) == (
+        padding == kernel // 2 - 1 and not normalised
+    )
 
 
 def test_wide_convolutions_go_by_frequency_and_others_do_not() -> None:
@@ -178,7 +254,9 @@ def test_wide_convolutions_go_by_frequency_and_others_do_not() -> None:
     kinds = [isinstance(layer, SpectralConv2d) for layer in prepared.modules()]
     assert sum(kinds) == 2
     same(lived_in(network), (3, 40, 36))  # too large for it: computed as ever
-    assert not any(isinstance(layer, SpectralConv2d) for layer in prepare(network, torch.bfloat16).modules())
+    assert not any(
+        isinstance(layer, SpectralConv2d) for layer in prepare(network, torch.bfloat16).modules()
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 12, 16)])
@@ -189,12 +267,16 @@ def test_a_network_of_quick_layers_trains_alike(shape: tuple[int, int, int]) -> 
             layer.p = 0.0  # masks are drawn in the order of memory
     twin = copy.deepcopy(network)
     quick = quick_to_train(twin)
-    assert {id(parameter) for parameter in quick.parameters()} == {id(parameter) for parameter in twin.parameters()}
+    assert {id(parameter) for parameter in quick.parameters()} == {
+        id(parameter) for parameter in twin.parameters()
+    }
     x, y = torch.rand(6, *shape, dtype=torch.float64), torch.arange(6)
     for trained, answers in ((network, network.train()(x)), (twin, quick.train()(x))):
         functional.cross_entropy(answers, y).backward()
         torch.optim.SGD(trained.parameters(), lr=0.1).step()
-    for (name, value), other in zip(network.state_dict().items(), twin.state_dict().values(), strict=True):
+    for (name, value), other in zip(
+        network.state_dict().items(), twin.state_dict().values(), strict=True
+    ):
         torch.testing.assert_close(value, other, msg=name)
 
 
@@ -208,7 +290,17 @@ def test_networks_with_nothing_to_hasten_come_back() -> None:
 
 def test_a_layer_that_stands_in_several_places_stays_in_all() -> None:
     pool, relu = nn.MaxPool2d(2), nn.ReLU()
-    body = [nn.Conv2d(1, 8, 3, padding=1), relu, pool, nn.Conv2d(8, 8, 5, padding=2), relu, pool, nn.Flatten(), nn.Linear(128, 9), relu]
+    body = [
+        nn.Conv2d(1, 8, 3, padding=1),
+        relu,
+        pool,
+        nn.Conv2d(8, 8, 5, padding=2),
+        relu,
+        pool,
+        nn.Flatten(),
+        nn.Linear(128, 9),
+        relu,
+    ]
     network = nn.Sequential(*body, nn.Linear(9, 10))
     same(network, (1, 16, 16))
     x = torch.rand(4, 1, 16, 16, dtype=torch.float64)
@@ -232,7 +324,15 @@ def test_layers_that_hooks_or_subclasses_changed_stay_as_they_are() -> None:
     hooked = nn.Conv2d(4, 4, 3)
     hooked.register_forward_hook(lambda layer, given, result: result + 1)
     pruned = prune.l1_unstructured(nn.Conv2d(4, 4, 3), "weight", 0.5)
-    network = nn.Sequential(Doubled(1, 4, 3), nn.BatchNorm2d(4), hooked, nn.BatchNorm2d(4), pruned, nn.BatchNorm2d(4), nn.Flatten())
+    network = nn.Sequential(
+        Doubled(1, 4, 3),
+        nn.BatchNorm2d(4),
+        hooked,
+        nn.BatchNorm2d(4),
+        pruned,
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+    )
     same(lived_in(network), (1, 12, 12))
 
 
@@ -241,7 +341,14 @@ def test_the_callers_network_does_not_change() -> None:
     before = copy.deepcopy(network.state_dict())
     prepared = prepare(network)
     prepared.train()
-    pgd(prepared, torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64), epsilon=0.1, steps=2, step_size=0.1)
+    pgd(
+        prepared,
+        torch.rand(4, 1, 8, 8),
+        torch.zeros(4, dtype=torch.int64),
+        epsilon=0.1,
+        steps=2,
+        step_size=0.1,
+    )
     assert network.training
     assert all(layer.training for layer in network.modules())
     assert not any(layer.training for layer in prepared.modules())
@@ -259,9 +366,13 @@ def test_a_pools_gradient_goes_to_the_first_of_equal_pixels() -> None:
 def test_bf16_agrees_with_float32() -> None:
     shape = (1, 12, 16)
     x = torch.rand(200, *shape, generator=torch.Generator().manual_seed(1))
-    halves = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(2), nn.Flatten(), nn.Linear(6 * 10 * 14, 10))
+    halves = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.Tanh(), nn.Flatten(2), nn.Flatten(), nn.Linear(6 * 10 * 14, 10)
+    )
     named = [build(name, shape, 10, seed=2) for name in NETWORKS]
-    for network in (lived_in(one) for one in (*named, halves, nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))):
+    for network in (
+        lived_in(one) for one in (*named, halves, nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+    ):
         wanted, found = network(x).detach(), prepare(network, torch.bfloat16)(x)
         assert found.dtype is torch.float32
         assert float((found - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
@@ -271,10 +382,17 @@ def test_bf16_agrees_with_float32() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 12, 16)])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_and_its_copies_take_an_empty_batch(name: str, shape: tuple[int, int, int]) -> None:
+def test_every_network_and_its_copies_take_an_empty_batch(
+    name: str, shape: tuple[int, int, int]
+) -> None:
     """Gradients of the input pass through as well, and one image more is computed as ever."""
     network = lived_in(build(name, shape, 7, seed=1))
-    for model in (network, quick_to_train(network), prepare(network), prepare(network, torch.bfloat16)):
+    for model in (
+        network,
+        quick_to_train(network),
+        prepare(network),
+        prepare(network, torch.bfloat16),
+    ):
         x = torch.empty(0, *shape, requires_grad=True)
         logits = model(x)
         assert logits.shape == (0, 7)
@@ -283,7 +401,9 @@ def test_every_network_and_its_copies_take_an_empty_batch(name: str, shape: tupl
         assert model(torch.rand(1, *shape)).shape == (1, 7)
 
 
-def _other(layer: nn.Module, before: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+def _other(
+    layer: nn.Module, before: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Something else than the layer computes; a copy of the layer still calls the layer itself, in whichever precision that is."""
     return lambda x: 1 - before(x.to(dtype_of(layer, x.dtype))).to(x.dtype)
 
@@ -306,7 +426,11 @@ def _called(layer: nn.Module) -> None:
 
 
 def _subclassed(layer: nn.Module) -> None:
-    layer.__class__ = type("Other", (type(layer),), {"__call__": lambda self, x: 1 - type(self).__mro__[1].__call__(self, x)})
+    layer.__class__ = type(
+        "Other",
+        (type(layer),),
+        {"__call__": lambda self, x: 1 - type(self).__mro__[1].__call__(self, x)},
+    )
 
 
 _CHANGES = {
@@ -316,13 +440,29 @@ _CHANGES = {
     "subclass": _subclassed,
     "hook": lambda layer: layer.register_forward_hook(lambda *parts: 1 - parts[2]),
 }
-_PLACES = {"convolution": [1], "pool": [2], "relu": [3], "norm": [4], "flatten": [7], "linear": [8], "inner": [0], "whole": []}
+_PLACES = {
+    "convolution": [1],
+    "pool": [2],
+    "relu": [3],
+    "norm": [4],
+    "flatten": [7],
+    "linear": [8],
+    "inner": [0],
+    "whole": [],
+}
 
 
 def changeable() -> nn.Sequential:
     torch.manual_seed(0)
     first = nn.Sequential(Normalise(0.4, 0.5))
-    layers = [first, nn.Conv2d(1, 16, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 5, padding=2)]
+    layers = [
+        first,
+        nn.Conv2d(1, 16, 5, padding=2),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.BatchNorm2d(16),
+        nn.Conv2d(16, 16, 5, padding=2),
+    ]
     return nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(16 * 4 * 4, 5))
 
 
@@ -339,12 +479,16 @@ def test_a_layer_that_computes_something_else_is_not_taken_apart(place: str, cha
     assert not torch.allclose(network(x), plain(x), atol=1e-2)
     torch.testing.assert_close(quick_to_train(network)(x), network(x), rtol=1e-4, atol=2e-5)
     with torch.no_grad():
-        torch.testing.assert_close(Local(prepare(network), x).logits, network(x), rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(
+            Local(prepare(network), x).logits, network(x), rtol=1e-4, atol=2e-5
+        )
     same(network, (1, 8, 8))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-@pytest.mark.parametrize("wrap", [weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm])
+@pytest.mark.parametrize(
+    "wrap", [weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm]
+)
 def test_weights_that_are_computed_are_computed_in_copies_too(wrap: object) -> None:
     network = lived_in(changeable())
     for number in (1, 5, 8):
@@ -354,7 +498,9 @@ def test_weights_that_are_computed_are_computed_in_copies_too(wrap: object) -> N
 
 def test_a_hook_around_every_module_runs_around_every_layer() -> None:
     network, seen = lived_in(changeable()), []
-    handle = nn.modules.module.register_module_forward_hook(lambda layer, *_: seen.append(type(layer)))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda layer, *_: seen.append(type(layer))
+    )
     try:
         prepare(network)(torch.rand(1, 1, 8, 8))
     finally:
@@ -366,7 +512,11 @@ def test_quantised_weights_are_left_alone() -> None:
     """Weights of a tensor subclass compute what they like; no batch norm is folded into them."""
     torchao = pytest.importorskip("torchao.quantization")
     torch.manual_seed(0)
-    network = lived_in(nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 5)))
+    network = lived_in(
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 5)
+        )
+    )
     quantised, x = copy.deepcopy(network), torch.rand(3, 1, 8, 8)
     torchao.quantize_(quantised, torchao.Int8DynamicActivationInt8WeightConfig())
     with torch.no_grad():
@@ -385,13 +535,21 @@ def test_a_network_of_any_precision_is_prepared(name: str, dtype: torch.dtype) -
     for images in (x, x.to(dtype)):
         logits = prepared(images)
         assert logits.dtype is torch.float32
-        torch.testing.assert_close(logits, exact(x), rtol=0, atol=0.05 * scale if dtype.itemsize < 4 else 1e-4 * scale)
+        torch.testing.assert_close(
+            logits, exact(x), rtol=0, atol=0.05 * scale if dtype.itemsize < 4 else 1e-4 * scale
+        )
     assert all(parameter.dtype is dtype for parameter in network.parameters())
 
 
 def test_what_is_folded_lies_where_the_network_lies() -> None:
     """A normaliser holds no tensor and so no device; the device without memory stands for a GPU."""
-    layers = [Normalise(0.4, 0.5), nn.Conv2d(2, 5, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(80, 3)]
+    layers = [
+        Normalise(0.4, 0.5),
+        nn.Conv2d(2, 5, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(80, 3),
+    ]
     network = nn.Sequential(*layers).to("meta")
     assert prepare(network)(torch.rand(2, 2, 8, 8, device="meta")).shape == (2, 3)
 
@@ -409,7 +567,11 @@ class Block(nn.Module):
         self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=kind == "bias", groups=groups)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width, affine=kind != "bare")
-        self.pool, self.up, self.dropout = nn.MaxPool2d(2), nn.Upsample(scale_factor=2), nn.Dropout(0.5)
+        self.pool, self.up, self.dropout = (
+            nn.MaxPool2d(2),
+            nn.Upsample(scale_factor=2),
+            nn.Dropout(0.5),
+        )
         self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1), nn.Sigmoid())
         self.kept: list[torch.Tensor] = []
 
@@ -449,8 +611,29 @@ class Block(nn.Module):
         return y + x if kind == "open" else relu(y + x)
 
 
-_KINDS = ("after", "before", "bias", "bare", "groups", "open", "pool", "dropout", "gate", "keeps", "another argument")
-_ODD = ("counts", "one norm twice", "one convolution twice", "used twice", "looks", "asks for a tensor", "weights", "statistics")
+_KINDS = (
+    "after",
+    "before",
+    "bias",
+    "bare",
+    "groups",
+    "open",
+    "pool",
+    "dropout",
+    "gate",
+    "keeps",
+    "another argument",
+)
+_ODD = (
+    "counts",
+    "one norm twice",
+    "one convolution twice",
+    "used twice",
+    "looks",
+    "asks for a tensor",
+    "weights",
+    "statistics",
+)
 
 
 class Residual(nn.Module):
@@ -476,13 +659,17 @@ class Residual(nn.Module):
     wrapped=st.sampled_from(["alone", "normalised", "in pieces"]),
     seed=st.integers(0, 1000),
 )
-def test_random_residual_networks_keep_their_logits(kinds: list[str], channels: int, head: str, wrapped: str, seed: int) -> None:
+def test_random_residual_networks_keep_their_logits(
+    kinds: list[str], channels: int, head: str, wrapped: str, seed: int
+) -> None:
     torch.manual_seed(seed)
     network: nn.Module = Residual(kinds, channels, head)
     if wrapped == "normalised":
         network = nn.Sequential(Normalise((0.3,) * channels, 0.6), network)
     if wrapped == "in pieces":
-        network = nn.Sequential(network.first, network.norm, *network.blocks, nn.Flatten(), nn.Linear(256, 5))
+        network = nn.Sequential(
+            network.first, network.norm, *network.blocks, nn.Flatten(), nn.Linear(256, 5)
+        )
     same(lived_in(network, seed), (channels, 8, 8), seed, deep=True)
 
 
@@ -497,11 +684,20 @@ def test_batch_norms_behind_convolutions_are_folded(kind: str) -> None:
     assert worth_preparing(network)
     prepared = same(network, (3, 8, 8), deep=True)
     left = [layer for layer in prepared.modules() if isinstance(layer, nn.BatchNorm2d)]
-    assert len(left) == (1 if kind == "before" else 0)  # the copy is what computes, and the network itself is given up
+    assert len(left) == (
+        1 if kind == "before" else 0
+    )  # the copy is what computes, and the network itself is given up
 
 
 @pytest.mark.parametrize(
-    ("kind", "norms"), [("one norm twice", 1), ("one convolution twice", 1), ("used twice", 1), ("weights", 2), ("statistics", 2)]
+    ("kind", "norms"),
+    [
+        ("one norm twice", 1),
+        ("one convolution twice", 1),
+        ("used twice", 1),
+        ("weights", 2),
+        ("statistics", 2),
+    ],
 )
 def test_what_would_change_something_else_is_not_folded(kind: str, norms: int) -> None:
     network = lived_in(Residual([kind], 3, "mean"))
@@ -518,7 +714,9 @@ def test_a_copy_that_computes_something_else_is_given_up(dtype: torch.dtype) -> 
     prepared = prepare(network, dtype)
     x = torch.rand(4, 3, 8, 8, dtype=torch.float64)
     assert prepared(x[:0]).shape == (0, 5)  # nothing is compared on no images
-    torch.testing.assert_close(prepared(x), network(x).float(), rtol=1e-4, atol=0.1 if dtype is torch.bfloat16 else 2e-5)
+    torch.testing.assert_close(
+        prepared(x), network(x).float(), rtol=1e-4, atol=0.1 if dtype is torch.bfloat16 else 2e-5
+    )
     assert not any(isinstance(layer, nn.Identity) for layer in prepared.modules())
 
 

@@ -36,9 +36,14 @@ def sparse(folder: Path, side: int, entries: dict[str, list[int]] | None = None)
     with (folder / "model.safetensors").open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + start)
-    save_model(folder / "small", build("small", SHAPE, 10), described("small", SHAPE, 10, "digits", 0.1, 0))
+    save_model(
+        folder / "small", build("small", SHAPE, 10), described("small", SHAPE, 10, "digits", 0.1, 0)
+    )
     record = read_json(folder / "small" / "model.json")
-    write_json(folder / "model.json", {**record, "network": {**record["network"], "place": "wide"}, "shape": [1, side, side]})
+    write_json(
+        folder / "model.json",
+        {**record, "network": {**record["network"], "place": "wide"}, "shape": [1, side, side]},
+    )
     return folder
 
 
@@ -50,7 +55,9 @@ def sparse(folder: Path, side: int, entries: dict[str, list[int]] | None = None)
         lambda folder: load_model(sparse_of_another_network(folder)),
     ],
 )
-def test_sizes_are_compared_before_weights_are_read(tmp_path: Path, read: Callable[[Path], object]) -> None:
+def test_sizes_are_compared_before_weights_are_read(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
     (tmp_path / "small").mkdir()
     folder = sparse(tmp_path, 400)
     assert (folder / "model.safetensors").stat().st_size > 1 << 30
@@ -76,7 +83,12 @@ def test_a_key_says_how_many_trials_before_they_are_read(owner: Path, tmp_path: 
     shutil.copytree(owner / "key", tmp_path / "key")
     path = tmp_path / "key" / "trials.safetensors"
     count, start, header = 1 << 20, 0, {}
-    kinds = {"x": ("U8", [count, 1, 8, 8]), "answers": ("I64", [count, 2]), "batch": ("I64", [count]), "cell": ("I64", [count])}
+    kinds = {
+        "x": ("U8", [count, 1, 8, 8]),
+        "answers": ("I64", [count, 2]),
+        "batch": ("I64", [count]),
+        "cell": ("I64", [count]),
+    }
     for name, (kind, shape) in kinds.items():
         size = int(np.prod(shape)) * {"U8": 1, "I64": 8}[kind]
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, start + size]}

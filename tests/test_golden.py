@@ -17,7 +17,11 @@ from countermark.timestamps import check_token, decode_token, load_roots
 from countermark.verbs.verify import verify
 from countermark.watermarks import check_signature, load_key
 
-RELEASES = sorted(path for path in (Path(__file__).parent / "golden").iterdir() if path.is_dir() and path.name[0].isdigit())
+RELEASES = sorted(
+    path
+    for path in (Path(__file__).parent / "golden").iterdir()
+    if path.is_dir() and path.name[0].isdigit()
+)
 
 
 @pytest.fixture(params=RELEASES, ids=lambda path: path.name)
@@ -37,7 +41,10 @@ def test_model_and_key_are_read_and_belong_together(release: Path) -> None:
 
 
 def test_the_commitment_holds(release: Path) -> None:
-    record, roots = read_json(release / "mine" / "commitment.json"), load_roots(release / "roots.pem")
+    record, roots = (
+        read_json(release / "mine" / "commitment.json"),
+        load_roots(release / "roots.pem"),
+    )
     public = record["c1"]["public_key"]
     for part, token in (("c1", "t1"), ("c2", "t2"), ("c3", "t3")):
         check_signature(public, record[part], record[f"{part}_signature"], part)
@@ -52,7 +59,9 @@ def test_the_guard_answers_as_it_did(release: Path) -> None:
     """The same key, client and query give the same trial, whatever the release."""
     model = load_guarded(release / "mine", release / "mine" / "key")
     with QueryLog(str(release / "log.db"), create=False) as log:
-        rows = {row.cell: row for row in log.rows(read_head(release / "head.json")) if row is not None}
+        rows = {
+            row.cell: row for row in log.rows(read_head(release / "head.json")) if row is not None
+        }
     assert rows
     answered = model(load_pools("digits", 0).thief.x, "anna")
     again = {trial.cell: trial for trial in reversed(answered.trials)}

@@ -14,7 +14,13 @@ from countermark import evaluation
 from countermark.attacks import Recording, capturable, pgd, strict
 from countermark.data import pixels
 from countermark.device import describe, settle
-from countermark.evaluation import accuracy, adversarial_accuracy, device_of, predict, strict_accuracy
+from countermark.evaluation import (
+    accuracy,
+    adversarial_accuracy,
+    device_of,
+    predict,
+    strict_accuracy,
+)
 from countermark.fast import prepare
 from countermark.guard import Guard, GuardedModel, calibrate_model
 from countermark.networks.named import Normalise, build
@@ -29,7 +35,9 @@ PRECISE = Hardware("cuda", precision="32-true")
 
 def trained(name: str, hardware: Hardware = PRECISE) -> torch.nn.Module:
     network = NETWORKS[name]()
-    train(network, examples(256), TrainConfig("standard", None, 15, batch_size=32, hardware=hardware))
+    train(
+        network, examples(256), TrainConfig("standard", None, 15, batch_size=32, hardware=hardware)
+    )
     return network.eval()
 
 
@@ -39,13 +47,18 @@ def test_the_gpu_is_what_auto_means() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_model_measures_the_same_as_on_the_processor(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_measures_the_same_as_on_the_processor(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(evaluation, "strict", functools.partial(strict, steps=20, queries=200))
     there, shown = trained(name), examples(200, seed=3)
     here = copy.deepcopy(there).cpu()
     assert (predict(here, shown.x) == predict(there, shown.x)).double().mean() >= 0.98
     for precision in ("32-true", "bf16-mixed"):
-        left = [adversarial_accuracy(model, shown, ATTACK, precision=precision) for model in (here, there)]
+        left = [
+            adversarial_accuracy(model, shown, ATTACK, precision=precision)
+            for model in (here, there)
+        ]
         assert abs(left[0] - left[1]) <= 3
     found = [strict_accuracy(model, shown, ATTACK).strict_accuracy for model in (here, there)]
     assert abs(found[0] - found[1]) <= 4
@@ -53,7 +66,9 @@ def test_a_model_measures_the_same_as_on_the_processor(name: str, monkeypatch: p
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["small", "paper"])
-def test_a_replayed_step_is_the_step_itself(name: str, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replayed_step_is_the_step_itself(
+    name: str, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quick = prepare(trained(name), precision)
     x, y = (part.cuda() for part in (pixels(examples(64).x), examples(64).y))
     found = []
@@ -66,11 +81,27 @@ def test_a_replayed_step_is_the_step_itself(name: str, precision: torch.dtype, m
 
 
 def test_a_step_behind_a_normaliser_by_channel_is_recorded() -> None:
-    network = torch.nn.Sequential(Normalise((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), build("narrow", (3, 8, 8), 2)).cuda().eval()
+    network = (
+        torch.nn.Sequential(
+            Normalise((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), build("narrow", (3, 8, 8), 2)
+        )
+        .cuda()
+        .eval()
+    )
     assert capturable(network)
     shown = examples(32, channels=3)
-    x, y, recorded = pixels(shown.x).cuda(), shown.y.cuda(), Recording(network, contextlib.nullcontext)
-    options: dict[str, Any] = {"epsilon": 0.1, "steps": 3, "step_size": 0.05, "random_start": False, "start": None}
+    x, y, recorded = (
+        pixels(shown.x).cuda(),
+        shown.y.cuda(),
+        Recording(network, contextlib.nullcontext),
+    )
+    options: dict[str, Any] = {
+        "epsilon": 0.1,
+        "steps": 3,
+        "step_size": 0.05,
+        "random_start": False,
+        "start": None,
+    }
     found = [attack(x, y, **options) for attack in (recorded, functools.partial(pgd, network))]
     assert float((found[0] != found[1]).double().mean()) < 0.02
 
@@ -85,26 +116,41 @@ def test_crafting_again_gives_the_same_trials(name: str) -> None:
 @pytest.mark.parametrize("hardware", [GPU, PRECISE])
 @pytest.mark.parametrize("name", ["paper", "branched"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_training_learns_there_and_stays_there(objective: str, name: str, hardware: Hardware, tmp_path: Path) -> None:
+def test_training_learns_there_and_stays_there(
+    objective: str, name: str, hardware: Hardware, tmp_path: Path
+) -> None:
     network, shown = NETWORKS[name](), examples(256)
-    calm = {"learning_rate": 0.02} if name == "branched" else {}  # at the usual rate it diverges on any device
+    calm = (
+        {"learning_rate": 0.02} if name == "branched" else {}
+    )  # at the usual rate it diverges on any device
     config = replace(OBJECTIVES[objective], epochs=10, hardware=hardware, watermark_batch=4, **calm)
-    options: dict[str, Any] = {"validation": examples(60, seed=5), "watermarks": examples(20, seed=9), "checkpoint": tmp_path / "c"}
+    options: dict[str, Any] = {
+        "validation": examples(60, seed=5),
+        "watermarks": examples(20, seed=9),
+        "checkpoint": tmp_path / "c",
+    }
     records = train(network, shown, config, **options)
     assert device_of(network) == torch.device("cuda", 0)
     assert accuracy(network, shown) >= 80
     again = NETWORKS[name]()
     assert train(again, shown, config, **options) == records
-    assert all(torch.equal(*pair) for pair in zip(network.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("objective", ["pgd", "fast"])
-def test_training_is_the_same_with_its_attack_replayed_or_not(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_the_same_with_its_attack_replayed_or_not(
+    objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     networks = []
     for records in (True, False):
         monkeypatch.setattr(loop, "_records", lambda *_, records=records: records)
         networks.append(NETWORKS["surrogate"]())
-        train(networks[-1], examples(256), replace(OBJECTIVES[objective], epochs=2, hardware=PRECISE))
+        train(
+            networks[-1], examples(256), replace(OBJECTIVES[objective], epochs=2, hardware=PRECISE)
+        )
     for one, other in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-3)
 
@@ -120,7 +166,9 @@ def test_examples_that_do_not_fit_give_the_same_network(monkeypatch: pytest.Monk
 def test_a_guarded_answer_does_not_depend_on_its_batch() -> None:
     model, shown = trained("small"), examples(400, seed=6)
     options: dict[str, Any] = {"secret": b"s" * 32, "model_sha256": "ab" * 32, "cost": 2.0}
-    guarded = GuardedModel(model, Guard(calibrate_model(model, examples(300, seed=4), **options).settings, b"s" * 32))
+    guarded = GuardedModel(
+        model, Guard(calibrate_model(model, examples(300, seed=4), **options).settings, b"s" * 32)
+    )
     whole = guarded(shown.x, "somebody")
     parts = [guarded(part, "somebody") for part in torch.split(shown.x, 7)]
     assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))

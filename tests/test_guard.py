@@ -41,7 +41,15 @@ from countermark.guard import (
     trace_accounts,
     write_guard,
 )
-from countermark.guard.core import STEPS, WHOLE, boundary, client_key, coin, projections, tails_chance
+from countermark.guard.core import (
+    STEPS,
+    WHOLE,
+    boundary,
+    client_key,
+    coin,
+    projections,
+    tails_chance,
+)
 from countermark.guard.model import Split
 from countermark.networks import load
 from countermark.networks.named import build
@@ -56,13 +64,23 @@ TRACES = int(os.environ.get("COUNTERMARK_TRACES", "1000"))
 """Strangers in the simulations; docs/guard-results.md has those of 10,000."""
 
 
-def guard_of(slope: float = 2.0, reach: float = 1.5, bits: int = 8, features: int = 12, secret: bytes = SECRET) -> Guard:
+def guard_of(
+    slope: float = 2.0,
+    reach: float = 1.5,
+    bits: int = 8,
+    features: int = 12,
+    secret: bytes = SECRET,
+) -> Guard:
     return Guard(GuardSettings(MODEL, slope, reach, (0.0,) * bits, features), secret)
 
 
-def queries(count: int, classes: int = 5, features: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def queries(
+    count: int, classes: int = 5, features: int = 12, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, classes, generator=generator) * 2, torch.randn(count, features, generator=generator)
+    return torch.randn(count, classes, generator=generator) * 2, torch.randn(
+        count, features, generator=generator
+    )
 
 
 # --- coins ---------------------------------------------------------------------------------------------------------------------------
@@ -85,7 +103,11 @@ def test_only_near_answers_change_and_only_to_the_second_class() -> None:
 def test_the_coin_is_tails_as_often_as_its_chance_says() -> None:
     """Over many clients, with the margin's own chance, brute force."""
     logits, features = torch.tensor([[0.4, 0.0, -9.0]]), torch.zeros(1, 12)
-    tails = sum(guard.answer(logits, features, f"client {k}")[1][0].answer == 1 for guard in [guard_of()] for k in range(4000))
+    tails = sum(
+        guard.answer(logits, features, f"client {k}")[1][0].answer == 1
+        for guard in [guard_of()]
+        for k in range(4000)
+    )
     chance = 1 / (1 + math.exp(2.0 * 0.4))
     assert abs(tails - 4000 * chance) < 5 * math.sqrt(4000 * chance * (1 - chance))
 
@@ -141,13 +163,17 @@ def test_foreign_queries_meet_fair_coins_in_cells_of_their_own() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 1 << 30), st.floats(0.001, 0.5))
-def test_no_perturbation_within_the_budget_makes_an_image_foreign(seed: int, epsilon: float) -> None:
+def test_no_perturbation_within_the_budget_makes_an_image_foreign(
+    seed: int, epsilon: float
+) -> None:
     """Of any image in range, by the worst of all perturbations; and a little more is enough."""
     generator = torch.Generator().manual_seed(seed)
     training = torch.randint(0, 256, (3, 2, 4, 4), generator=generator, dtype=torch.uint8)
     usual = familiar(training, epsilon)
     low, high = training.amin(0).double(), training.amax(0).double()
-    x = (low + (high - low) * torch.rand(20, 2, 4, 4, generator=generator, dtype=torch.float64)) / 255
+    x = (
+        low + (high - low) * torch.rand(20, 2, 4, 4, generator=generator, dtype=torch.float64)
+    ) / 255
     for side in (-1, 1):
         assert not usual.foreign(as_uint8((x + side * epsilon).clamp(0, 1))).any()
     beyond = (high / 255 + epsilon + 1.01 / 255).unsqueeze(0)
@@ -156,8 +182,12 @@ def test_no_perturbation_within_the_budget_makes_an_image_foreign(seed: int, eps
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 1 << 30), st.integers(2, 9), st.sampled_from([0.0, 1 / 255, 0.01, 0.1]))
-def test_strangeness_is_what_leaving_each_image_out_finds(seed: int, count: int, epsilon: float) -> None:
-    training = torch.randint(100, 130, (count, 1, 3, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+def test_strangeness_is_what_leaving_each_image_out_finds(
+    seed: int, count: int, epsilon: float
+) -> None:
+    training = torch.randint(
+        100, 130, (count, 1, 3, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     others = [torch.cat((training[:k], training[k + 1 :])) for k in range(count)]
     found = [bool(familiar(others[k], epsilon).foreign(training[k : k + 1])) for k in range(count)]
     assert strangeness(training, epsilon) == sum(found) / count
@@ -170,7 +200,11 @@ def test_chances_are_those_of_the_logistic_function(logit: float, steps: int) ->
     assert chance % step == 0
     assert chance + tails_chance(-logit, steps) == WHOLE
     assert abs(chance / WHOLE - 1 / (1 + math.exp(-logit))) <= 1 / steps
-    assert steps != STEPS or abs(logit) > 4 or abs(chance / WHOLE - 1 / (1 + math.exp(-logit))) <= 1 / 128
+    assert (
+        steps != STEPS
+        or abs(logit) > 4
+        or abs(chance / WHOLE - 1 / (1 + math.exp(-logit))) <= 1 / 128
+    )
 
 
 def test_the_keyed_projections_are_signs_of_the_keys_own() -> None:
@@ -192,7 +226,9 @@ def test_scores_agree_with_the_answers(seed: int) -> None:
 
 
 def test_scores_agree_with_the_answers_where_classes_are_tied() -> None:
-    logits = torch.tensor([[0.0, 0.0, 0.0], [9.0, 9.0000008, 0.0], [9.0, 9.0000008, 0.0], [0.0, 100.0, 100.0]])
+    logits = torch.tensor(
+        [[0.0, 0.0, 0.0], [9.0, 9.0000008, 0.0], [9.0, 9.0000008, 0.0], [0.0, 100.0, 100.0]]
+    )
     answers = torch.tensor([1, 0, 1, 2])
     assert torch.equal(consistent_scores(logits, answers).argmax(1), answers)
 
@@ -209,7 +245,9 @@ def test_scores_agree_with_the_answers_where_classes_are_tied() -> None:
         (torch.zeros(3, 5), torch.full((3, 12), math.inf)),
     ],
 )
-def test_answers_that_do_not_fit_the_guard_are_refused(logits: torch.Tensor, features: torch.Tensor) -> None:
+def test_answers_that_do_not_fit_the_guard_are_refused(
+    logits: torch.Tensor, features: torch.Tensor
+) -> None:
     with pytest.raises(CountermarkError):
         guard_of().answer(logits, features, "anna")
 
@@ -217,16 +255,27 @@ def test_answers_that_do_not_fit_the_guard_are_refused(logits: torch.Tensor, fea
 # --- calibration ---------------------------------------------------------------------------------------------------------------------
 
 
-def ambiguous(count: int, sharpness: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def ambiguous(
+    count: int, sharpness: float, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of a model whose first class is right with probability 1 / (1 + exp(-sharpness x margin)), exactly."""
     generator = torch.Generator().manual_seed(seed)
     margins = torch.rand(count, generator=generator, dtype=torch.float64) * 10
     first = torch.randint(0, 4, (count,), generator=generator)
     second = (first + 1 + torch.randint(0, 3, (count,), generator=generator)) % 4
     logits = torch.full((count, 4), -99.0, dtype=torch.float64)
-    logits[torch.arange(count), first], logits[torch.arange(count), second] = margins, torch.zeros(count, dtype=torch.float64)
-    right = torch.rand(count, generator=generator, dtype=torch.float64) < torch.sigmoid(sharpness * margins)
-    return logits.float(), torch.randn(count, 12, generator=generator), torch.where(right, first, second)
+    logits[torch.arange(count), first], logits[torch.arange(count), second] = (
+        margins,
+        torch.zeros(count, dtype=torch.float64),
+    )
+    right = torch.rand(count, generator=generator, dtype=torch.float64) < torch.sigmoid(
+        sharpness * margins
+    )
+    return (
+        logits.float(),
+        torch.randn(count, 12, generator=generator),
+        torch.where(right, first, second),
+    )
 
 
 def test_calibration_finds_the_reliability_and_keeps_the_cost() -> None:
@@ -238,13 +287,22 @@ def test_calibration_finds_the_reliability_and_keeps_the_cost() -> None:
     costs = []
     for k in range(20):
         answers, _ = guard.answer(fresh[0], fresh[1], f"client {k}")
-        costs.append(100 * float((fresh[0].argmax(1) == fresh[2]).double().mean() - (answers == fresh[2]).double().mean()))
+        costs.append(
+            100
+            * float(
+                (fresh[0].argmax(1) == fresh[2]).double().mean()
+                - (answers == fresh[2]).double().mean()
+            )
+        )
     assert sum(costs) / len(costs) == pytest.approx(0.5, abs=0.15)
 
 
 def test_a_dearer_guard_has_more_coins() -> None:
     logits, features, y = ambiguous(5000, sharpness=0.8)
-    found = [calibrate(logits, features, y, secret=SECRET, model_sha256=MODEL, cost=cost) for cost in (0.05, 0.2, 1.0)]
+    found = [
+        calibrate(logits, features, y, secret=SECRET, model_sha256=MODEL, cost=cost)
+        for cost in (0.05, 0.2, 1.0)
+    ]
     assert found[0].entropy < found[1].entropy < found[2].entropy
     assert found[0].settings.reach < found[1].settings.reach < found[2].settings.reach
     # Four times the cost buys twice the coins, as the design says.
@@ -255,16 +313,27 @@ def test_the_entropy_is_what_a_perfect_copy_can_reach() -> None:
     logits, features, y = ambiguous(20000, sharpness=0.8)
     found = calibrate(logits, features, y, secret=SECRET, model_sha256=MODEL, cost=0.5)
     _, trials = Guard(found.settings, SECRET).answer(logits, features, "anna")
-    surprise = sum(-math.log2((t.chance if t.answer == t.tails else WHOLE - t.chance) / WHOLE) for t in trials)
+    surprise = sum(
+        -math.log2((t.chance if t.answer == t.tails else WHOLE - t.chance) / WHOLE) for t in trials
+    )
     assert surprise / len(y) == pytest.approx(found.entropy, rel=0.05)
 
 
 def test_a_model_that_makes_no_mistake_can_be_guarded_and_one_that_always_does_cannot() -> None:
     logits, features, y = ambiguous(1000, sharpness=0.8)
-    perfect = calibrate(logits, features, logits.argmax(1), secret=SECRET, model_sha256=MODEL, cost=0.1)
+    perfect = calibrate(
+        logits, features, logits.argmax(1), secret=SECRET, model_sha256=MODEL, cost=0.1
+    )
     assert 0.08 < perfect.cost <= 0.1
     with pytest.raises(CountermarkError, match="as often as the first"):
-        calibrate(logits, features, logits.topk(2, dim=1).indices[:, 1], secret=SECRET, model_sha256=MODEL, cost=0.1)
+        calibrate(
+            logits,
+            features,
+            logits.topk(2, dim=1).indices[:, 1],
+            secret=SECRET,
+            model_sha256=MODEL,
+            cost=0.1,
+        )
     with pytest.raises(CountermarkError, match="too few"):
         calibrate(logits[:10], features[:10], y[:10], secret=SECRET, model_sha256=MODEL, cost=0.1)
 
@@ -274,7 +343,9 @@ def test_a_model_that_makes_no_mistake_can_be_guarded_and_one_that_always_does_c
 
 @pytest.fixture
 def guarded(owner_network: nn.Module, digits: Pools) -> GuardedModel:
-    found = calibrate_model(owner_network, digits.validation, secret=SECRET, model_sha256=MODEL, cost=2.0)
+    found = calibrate_model(
+        owner_network, digits.validation, secret=SECRET, model_sha256=MODEL, cost=2.0
+    )
     return GuardedModel(owner_network, Guard(found.settings, SECRET))
 
 
@@ -284,7 +355,9 @@ def owner_network(stranger: object) -> nn.Module:
     return load(str(stranger))
 
 
-def test_the_same_query_has_the_same_answer_in_any_batch(guarded: GuardedModel, digits: Pools) -> None:
+def test_the_same_query_has_the_same_answer_in_any_batch(
+    guarded: GuardedModel, digits: Pools
+) -> None:
     x = digits.training.x
     whole = guarded(x, "anna")
     assert len(whole.trials) > 20
@@ -300,8 +373,14 @@ def test_the_same_query_has_the_same_answer_in_any_batch(guarded: GuardedModel, 
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 1 << 30), st.sampled_from([2, 3, 5]), st.sampled_from([(2.0, 1e-4), (2.0, 1e-3), (1e-3, 1e-2), (1e-3, 0.05)]))
-def test_a_sure_question_stays_whatever_happens_within_the_tolerance(seed: int, classes: int, case: tuple[float, float]) -> None:
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from([2, 3, 5]),
+    st.sampled_from([(2.0, 1e-4), (2.0, 1e-3), (1e-3, 1e-2), (1e-3, 0.05)]),
+)
+def test_a_sure_question_stays_whatever_happens_within_the_tolerance(
+    seed: int, classes: int, case: tuple[float, float]
+) -> None:
     """Every logit moved as far as the tolerance allows, the features towards the nearest side of their cell.
 
     Margins are put around the reach, and third classes near the second. With a slope of 1e-3 all chances are one half, so that pair, cell
@@ -313,11 +392,15 @@ def test_a_sure_question_stays_whatever_happens_within_the_tolerance(seed: int, 
     generator = torch.Generator().manual_seed(seed)
     logits, features = queries(80, classes, seed=seed)
     order = logits.argsort(dim=1, descending=True)
-    room = 2 * tolerance * (1 + logits.abs().amax(1)) * (4 * torch.rand(80, generator=generator) - 2)
+    room = (
+        2 * tolerance * (1 + logits.abs().amax(1)) * (4 * torch.rand(80, generator=generator) - 2)
+    )
     rows = torch.arange(80)
     logits[rows[:30], order[:30, 1]] = logits[rows[:30], order[:30, 0]] - 1.5 + room[:30]
     if classes > 2:
-        logits[rows[20:50], order[20:50, 2]] = logits[rows[20:50], order[20:50, 1]] - room[20:50].abs()
+        logits[rows[20:50], order[20:50, 2]] = (
+            logits[rows[20:50], order[20:50, 1]] - room[20:50].abs()
+        )
     images = torch.full((80, 1, 2, 2), 0x80, dtype=torch.uint8)
     images[::5, 0, 0, 0] = 0x81
     signs = projections(SECRET, MODEL, 12, 8).float()
@@ -326,9 +409,13 @@ def test_a_sure_question_stays_whatever_happens_within_the_tolerance(seed: int, 
     step = 0.999 * tolerance * (1 + features.abs().sum(1)) / 12 * -above[rows, nearest].sign()
     sides = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1
     moved = logits + 0.999 * tolerance * (1 + logits.abs().amax(1, keepdim=True)) * sides
-    questions = {question.row: question for question in guard.questions(logits, features, images, tolerance)}
+    questions = {
+        question.row: question for question in guard.questions(logits, features, images, tolerance)
+    }
     answers, _ = guard.answer(logits, features, "anna", images)
-    other_answers, trials = guard.answer(moved, features + step[:, None] * signs.T[nearest], "anna", images)
+    other_answers, trials = guard.answer(
+        moved, features + step[:, None] * signs.T[nearest], "anna", images
+    )
     others = {trial.row: trial for trial in trials}
     sure = {row for row, question in questions.items() if question.sure}
     assert sure & set(range(50, 80))
@@ -336,7 +423,10 @@ def test_a_sure_question_stays_whatever_happens_within_the_tolerance(seed: int, 
         assert other_answers[row] == answers[row]
         assert (row in others) == (row in sure)
         if row in sure:
-            assert (others[row].cell, others[row].chance) == (questions[row].cell, questions[row].chance)
+            assert (others[row].cell, others[row].chance) == (
+                questions[row].cell,
+                questions[row].chance,
+            )
     assert all(question.sure for question in guard.questions(logits, features, images))
 
 
@@ -353,7 +443,10 @@ def test_a_sure_question_stays_whatever_happens_within_the_tolerance(seed: int, 
     ],
 )
 def test_what_is_sure(logits: list[float], far: bool, sure: bool) -> None:
-    guard = Guard(GuardSettings(MODEL, 2.0, 1.5, (0.0,) * 8, 12, Familiar("00" * 4, "80" * 4), (0.0,) * 14), SECRET)
+    guard = Guard(
+        GuardSettings(MODEL, 2.0, 1.5, (0.0,) * 8, 12, Familiar("00" * 4, "80" * 4), (0.0,) * 14),
+        SECRET,
+    )
     image = torch.full((1, 1, 2, 2), 0x81 if far else 0x80, dtype=torch.uint8)
     features = queries(1, seed=3)[1]
     (question,) = guard.questions(torch.tensor([logits]), features, image, tolerance=1e-5)
@@ -378,14 +471,20 @@ def test_what_a_batch_would_change_is_computed_alone(guarded: GuardedModel, digi
     network, guard, x = Swaying(guarded.network), guarded.guard, digits.training.x[:500]
     model = GuardedModel(network, guard, tolerance=1e-2)
     alone = [model(x[row : row + 1], "anna") for row in range(len(x))]
-    trials = {row: (found.trials[0].cell, found.trials[0].chance) for row, found in enumerate(alone) if found.trials}
+    trials = {
+        row: (found.trials[0].cell, found.trials[0].chance)
+        for row, found in enumerate(alone)
+        if found.trials
+    }
     assert len(trials) > 20
     for size in (7, 64, 99):
         before, seen = network.passes, 0
         for start in range(0, len(x), size):
             found = model(x[start : start + size], "anna")
             assert found.labels.tolist() == [int(one.labels) for one in alone[start : start + size]]
-            assert all(trials[start + trial.row] == (trial.cell, trial.chance) for trial in found.trials)
+            assert all(
+                trials[start + trial.row] == (trial.cell, trial.chance) for trial in found.trials
+            )
             seen += len(found.trials)
         assert seen == len(trials)
         assert len(x) // size < network.passes - before
@@ -402,11 +501,15 @@ def test_few_queries_are_computed_again(guarded: GuardedModel, digits: Pools) ->
 def far_sighted(owner_network: nn.Module, digits: Pools) -> GuardedModel:
     """The owner's model behind a guard with coins for foreign queries as well, and few others."""
     options = {"training": digits.training, "epsilon": known("digits").threat.epsilon}
-    found = calibrate_model(owner_network, digits.validation, secret=SECRET, model_sha256=MODEL, cost=0.5, **options)
+    found = calibrate_model(
+        owner_network, digits.validation, secret=SECRET, model_sha256=MODEL, cost=0.5, **options
+    )
     return GuardedModel(owner_network, Guard(found.settings, SECRET))
 
 
-def test_what_made_up_queries_cost_is_taken_off_the_near_ties(owner_network: nn.Module, digits: Pools) -> None:
+def test_what_made_up_queries_cost_is_taken_off_the_near_ties(
+    owner_network: nn.Module, digits: Pools
+) -> None:
     """One training image with a bright corner alone: its like are one in so many honest queries, and half of them get the other class."""
     bright = digits.training.x.clone()
     bright[:, :, 0, 0] = 0
@@ -415,31 +518,57 @@ def test_what_made_up_queries_cost_is_taken_off_the_near_ties(owner_network: nn.
     assert spent >= 50 / len(bright)
 
     def calibrated(cost: float, training: Examples | None) -> Calibration:
-        options = {"secret": SECRET, "model_sha256": MODEL, "cost": cost, "training": training, "epsilon": 0.25}
+        options = {
+            "secret": SECRET,
+            "model_sha256": MODEL,
+            "cost": cost,
+            "training": training,
+            "epsilon": 0.25,
+        }
         return calibrate_model(owner_network, digits.validation, **options)  # type: ignore[arg-type]
 
     seen = Examples(bright, digits.training.y)
-    both, near, without = calibrated(4 * spent, seen), calibrated(3 * spent, None), calibrated(1.9 * spent, seen)
+    both, near, without = (
+        calibrated(4 * spent, seen),
+        calibrated(3 * spent, None),
+        calibrated(1.9 * spent, seen),
+    )
     assert both.settings.familiar is not None
     assert (both.settings.slope, both.foreign_cost) == (near.settings.slope, spent)
     assert both.entropy == pytest.approx(near.entropy + spent / 50)
     assert both.cost == pytest.approx(near.cost + spent)
     assert near.cost <= 3 * spent
-    assert (without.settings.familiar, without.settings.outlines, without.foreign_cost) == (None, (), spent)
+    assert (without.settings.familiar, without.settings.outlines, without.foreign_cost) == (
+        None,
+        (),
+        spent,
+    )
     assert without.cost <= 1.9 * spent
     with pytest.raises(CountermarkError, match="at least two"):
         calibrated(1.0, seen[:1])
 
 
-def walk(victim: Callable[[torch.Tensor], torch.Tensor], digits: Pools, queries: int, seed: int) -> nn.Module:
+def walk(
+    victim: Callable[[torch.Tensor], torch.Tensor], digits: Pools, queries: int, seed: int
+) -> nn.Module:
     """A thief by Algorithm 2, starting from images of his own."""
     copy = build("surrogate", (1, 8, 8), 10, seed=seed)
-    means = Means(pool=digits.thief, threat=known("digits").threat, seeds=100, queries=queries, epochs=2, batch_size=32, seed=seed)
+    means = Means(
+        pool=digits.thief,
+        threat=known("digits").threat,
+        seeds=100,
+        queries=queries,
+        epochs=2,
+        batch_size=32,
+        seed=seed,
+    )
     algorithm_2(victim, copy, means)
     return copy
 
 
-def test_a_thiefs_walk_is_foreign_and_honest_queries_are_not(far_sighted: GuardedModel, digits: Pools) -> None:
+def test_a_thiefs_walk_is_foreign_and_honest_queries_are_not(
+    far_sighted: GuardedModel, digits: Pools
+) -> None:
     asked: list[torch.Tensor] = []
 
     def victim(x: torch.Tensor) -> torch.Tensor:
@@ -453,11 +582,18 @@ def test_a_thiefs_walk_is_foreign_and_honest_queries_are_not(far_sighted: Guarde
     assert not foreign(digits.training.x).any()
     for honest in (x, lost):
         assert float(foreign(as_uint8(honest)).double().mean()) < 0.02
-    assert float(foreign(as_uint8(asked[-1])).double().mean()) > 0.1  # the last round, four or five steps away
+    assert (
+        float(foreign(as_uint8(asked[-1])).double().mean()) > 0.1
+    )  # the last round, four or five steps away
 
 
-def test_foreign_queries_have_one_answer_in_any_batch(far_sighted: GuardedModel, digits: Pools) -> None:
-    x = (pixels(digits.test.x) + 0.6 * torch.randn(digits.test.x.shape, generator=torch.Generator().manual_seed(4))).clamp(0, 1)
+def test_foreign_queries_have_one_answer_in_any_batch(
+    far_sighted: GuardedModel, digits: Pools
+) -> None:
+    x = (
+        pixels(digits.test.x)
+        + 0.6 * torch.randn(digits.test.x.shape, generator=torch.Generator().manual_seed(4))
+    ).clamp(0, 1)
     whole = far_sighted(x, "anna")
     assert sum(trial.chance == WHOLE // 2 for trial in whole.trials) > 20
     for size in (1, 7):
@@ -471,18 +607,27 @@ def test_strangers_agree_with_the_coins_of_a_thiefs_walk_as_often_as_they_should
     """A client who walks by what he is told, on coins for made-up queries, again and again: a stranger's wealth does not grow."""
     runs = TRACES // 20 if TRACES > 1000 else 30
     stranger = build("small", (1, 8, 8), 10, seed=9)
-    train(stranger, digits.thief, TrainConfig(objective="standard", attack=None, epochs=10, batch_size=32, seed=9))
+    train(
+        stranger,
+        digits.thief,
+        TrainConfig(objective="standard", attack=None, epochs=10, batch_size=32, seed=9),
+    )
     agreed = expected = spread = 0.0
     lowest, made_up = [], 0
     for run in range(runs):
         client = f"client {run}"
         rows: dict[bytes, Row] = {}
 
-        def victim(x: torch.Tensor, client: str = client, rows: dict[bytes, Row] = rows) -> torch.Tensor:
+        def victim(
+            x: torch.Tensor, client: str = client, rows: dict[bytes, Row] = rows
+        ) -> torch.Tensor:
             answers = far_sighted(x, client)
             for t in answers.trials:
                 image = answers.images[t.row].numpy().tobytes()
-                rows.setdefault(t.cell, Row(MODEL, client, t.cell, image, t.heads, t.tails, t.chance, t.answer, 20000))
+                rows.setdefault(
+                    t.cell,
+                    Row(MODEL, client, t.cell, image, t.heads, t.tails, t.chance, t.answer, 20000),
+                )
             return answers.labels
 
         walk(victim, digits, 800, seed=run)
@@ -507,7 +652,10 @@ def test_strangers_agree_with_the_coins_of_a_thiefs_walk_as_often_as_they_should
 def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools) -> None:
     test = digits.test
     bare = float((guarded.network(pixels(test.x)).argmax(1) == test.y).double().mean())
-    costs = [100 * (bare - float((guarded(test.x, f"client {k}").labels == test.y).double().mean())) for k in range(60)]
+    costs = [
+        100 * (bare - float((guarded(test.x, f"client {k}").labels == test.y).double().mean()))
+        for k in range(60)
+    ]
     spread = np.std(costs) / math.sqrt(len(costs))
     expected = expected_cost(guarded, test)
     assert abs(np.mean(costs) - expected.points) < 5.5 * spread + 1e-9
@@ -531,7 +679,11 @@ def test_features_are_of_the_layer_that_ran_last_wherever_it_stands(digits: Pool
         def __init__(self, runs: bool) -> None:
             super().__init__()
             self.runs = runs
-            self.head, self.body, self.unused = nn.Linear(32, 10), nn.Linear(64, 32), nn.Linear(7, 7)
+            self.head, self.body, self.unused = (
+                nn.Linear(32, 10),
+                nn.Linear(64, 32),
+                nn.Linear(7, 7),
+            )
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(self.body(x.flatten(1)).relu()) if self.runs else x.flatten(1)
@@ -545,7 +697,9 @@ def test_features_are_of_the_layer_that_ran_last_wherever_it_stands(digits: Pool
 def test_queries_are_rounded_to_eight_bits(guarded: GuardedModel) -> None:
     x = torch.rand(5, 1, 8, 8)
     assert torch.equal(as_uint8(x), (x * 255).round().to(torch.uint8))
-    assert torch.equal(as_uint8(torch.tensor([-1.0, 2.0])), torch.tensor([0, 255], dtype=torch.uint8))
+    assert torch.equal(
+        as_uint8(torch.tensor([-1.0, 2.0])), torch.tensor([0, 255], dtype=torch.uint8)
+    )
     assert torch.equal(guarded(x, "anna").images, as_uint8(x))
 
 
@@ -558,12 +712,17 @@ def row_of(client: str, cell: int, chance: int = WHOLE // 2, secret: bytes = SEC
     return Row(MODEL, client, code, bytes([cell % 256] * 4), 1, 2, chance, 2 if tails else 1, 20000)
 
 
-def answers_of(rows: list[Row], copied: str | None, share: float = 1.0, seed: int = 0) -> torch.Tensor:
+def answers_of(
+    rows: list[Row], copied: str | None, share: float = 1.0, seed: int = 0
+) -> torch.Tensor:
     """A suspect that remembers one client's coins with a probability, and else answers without them."""
     generator = random.Random(seed)
     free = [1 if generator.random() < 0.5 else 2 for _ in rows]
     return torch.tensor(
-        [row.answer if row.client == copied and generator.random() < share else answer for row, answer in zip(rows, free, strict=True)]
+        [
+            row.answer if row.client == copied and generator.random() < share else answer
+            for row, answer in zip(rows, free, strict=True)
+        ]
     )
 
 
@@ -592,16 +751,24 @@ def test_the_p_value_is_the_e_processs_times_the_accounts_share_of_the_level(era
     account = next(account for account in found.accounts if account.client == "client 2")
     place = 3 + erased
     assert account.log10_p_alone == pytest.approx(process.log10_p_value)
-    assert account.log10_p_value == pytest.approx(process.log10_p_value + math.log10((place + 1) * (place + 2)))
+    assert account.log10_p_value == pytest.approx(
+        process.log10_p_value + math.log10((place + 1) * (place + 2))
+    )
 
 
 def test_erased_accounts_weaken_what_all_together_say() -> None:
     """Accounts may have been erased for what they said: whatever that was, nothing is gained by it."""
     rows = interleaved(6, 25)
-    answers = torch.tensor([row.answer if row.client < "client 3" else 3 - row.answer for row in rows])
+    answers = torch.tensor(
+        [row.answer if row.client < "client 3" else 3 - row.answer for row in rows]
+    )
     whole = trace_accounts(rows, answers, SECRET).together_log10_p_value
-    kept = [(row, answer) for row, answer in zip(rows, answers, strict=True) if row.client < "client 3"]
-    without = trace_accounts([row for row, _ in kept], torch.stack([answer for _, answer in kept]), SECRET, erased=3)
+    kept = [
+        (row, answer) for row, answer in zip(rows, answers, strict=True) if row.client < "client 3"
+    ]
+    without = trace_accounts(
+        [row for row, _ in kept], torch.stack([answer for _, answer in kept]), SECRET, erased=3
+    )
     assert without.together_log10_p_value >= whole - 1e-9
 
 
@@ -618,7 +785,10 @@ def test_many_weak_accounts_convict_together() -> None:
     rows = interleaved(20, 14)
     behind = {f"client {k}" for k in range(10)}
     answers = torch.tensor(
-        [row.answer if row.client in behind else free for row, free in zip(rows, answers_of(rows, None).tolist(), strict=True)]
+        [
+            row.answer if row.client in behind else free
+            for row, free in zip(rows, answers_of(rows, None).tolist(), strict=True)
+        ]
     )
     found = trace_accounts(rows, answers, SECRET)
     assert found.named == ()
@@ -635,7 +805,9 @@ def test_a_log_of_another_key_is_refused() -> None:
         images_of(rows, (1, 8, 8))
 
 
-def adaptive_client(generator: random.Random, key: bytes, most: int) -> Iterator[tuple[bytes, int, bool, bool]]:
+def adaptive_client(
+    generator: random.Random, key: bytes, most: int
+) -> Iterator[tuple[bytes, int, bool, bool]]:
     """Trials of a client who knows which answer the suspect gives everywhere, and asks where it suits him.
 
     He walks on: where the coin agreed with the suspect he asks the same cell again and again, and he stops altogether when more trials
@@ -652,13 +824,18 @@ def adaptive_client(generator: random.Random, key: bytes, most: int) -> Iterator
         agrees = coin(key, code) < chance  # the suspect says tails everywhere
         yield code, chance, agrees, first
         agreed, disagreed = agreed + agrees, disagreed + (not agrees)
-        if agreed > disagreed + 8 * math.sqrt(max(agreed + disagreed, 1)) / 4 and agreed + disagreed > 10:
+        if (
+            agreed > disagreed + 8 * math.sqrt(max(agreed + disagreed, 1)) / 4
+            and agreed + disagreed > 10
+        ):
             return
         if not agrees or generator.random() < 0.3:
             cell = generator.randrange(1 << 40)
 
 
-def test_strangers_keep_the_level_whatever_a_client_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_strangers_keep_the_level_whatever_a_client_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Adaptive queries and optional stopping: the plain count convicts strangers, ours keeps its level."""
     generator = random.Random(5)
     levels = (0.05, 0.01, 0.001)
@@ -668,7 +845,10 @@ def test_strangers_keep_the_level_whatever_a_client_does(capsys: pytest.CaptureF
         process, score, variance = EProcess(), 0.0, 0.0
         for _, chance, agrees, first in adaptive_client(generator, key, 60):
             probability = chance / WHOLE
-            score, variance = score + agrees - probability, variance + probability * (1 - probability)
+            score, variance = (
+                score + agrees - probability,
+                variance + probability * (1 - probability),
+            )
             if first:
                 process.update(1 if agrees else -1, probability)
         counted = 0.5 * math.erfc(score / math.sqrt(2 * variance))
@@ -683,14 +863,20 @@ def test_strangers_keep_the_level_whatever_a_client_does(capsys: pytest.CaptureF
         assert naive[alpha] > 3 * TRACES * alpha
 
 
-def test_strangers_get_nobody_named_more_often_than_alpha(capsys: pytest.CaptureFixture[str]) -> None:
+def test_strangers_get_nobody_named_more_often_than_alpha(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Logs of twenty clients, a stranger, fresh secrets: somebody is named at most at the rate alpha, and so for all accounts together."""
     runs = TRACES // 5
     levels = (0.05, 0.01, 0.001)
     named, together = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
     for run in range(runs):
         secret = run.to_bytes(32, "big")
-        rows = [row_of(f"client {k}", cell, (cell % 3 + 1) * WHOLE // 4, secret) for cell in range(12) for k in range(20)]
+        rows = [
+            row_of(f"client {k}", cell, (cell % 3 + 1) * WHOLE // 4, secret)
+            for cell in range(12)
+            for k in range(20)
+        ]
         found = trace_accounts(rows, answers_of(rows, None, seed=run), secret)
         for alpha in levels:
             named[alpha] += found.accounts[0].log10_p_value <= math.log10(alpha)
@@ -703,7 +889,9 @@ def test_strangers_get_nobody_named_more_often_than_alpha(capsys: pytest.Capture
         assert together[alpha] <= runs * alpha + 3 * math.sqrt(runs * alpha)
 
 
-def test_opening_accounts_until_one_is_lucky_convicts_nobody_too_often(capsys: pytest.CaptureFixture[str]) -> None:
+def test_opening_accounts_until_one_is_lucky_convicts_nobody_too_often(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Clients who know the suspect's answers open accounts one after another, and stop with the first that a count of accounts would name.
 
     A stranger agrees with fair coins half of the time. Only services with an account that could be named are traced.
@@ -722,14 +910,23 @@ def test_opening_accounts_until_one_is_lucky_convicts_nobody_too_often(capsys: p
             counted[alpha] += bool(lucky.any())
             if wealth[:accounts].max() < 6 / alpha:
                 continue
-            opened = [(k, cell) for k in range(accounts) for cell in range(int(np.argmax(lucky[k])) + 1 if lucky[k].any() else each)]
+            opened = [
+                (k, cell)
+                for k in range(accounts)
+                for cell in range(int(np.argmax(lucky[k])) + 1 if lucky[k].any() else each)
+            ]
             rows = [row_of(f"client {k}", cell) for k, cell in opened]
-            answers = [row.answer if agrees[place] else 3 - row.answer for row, place in zip(rows, opened, strict=True)]
+            answers = [
+                row.answer if agrees[place] else 3 - row.answer
+                for row, place in zip(rows, opened, strict=True)
+            ]
             found = trace_accounts(rows, torch.tensor(answers), SECRET)
             named[alpha] += found.accounts[0].log10_p_value <= math.log10(alpha)
     with capsys.disabled():
         if TRACES > 1000:
-            print(f"{runs} services where accounts are opened until one is lucky: times the accounts {counted}, ours {named}")
+            print(
+                f"{runs} services where accounts are opened until one is lucky: times the accounts {counted}, ours {named}"
+            )
     for alpha in levels:
         assert named[alpha] <= runs * alpha + 3 * math.sqrt(runs * alpha)
     assert counted[0.05] > 1.5 * runs * 0.05
@@ -747,13 +944,35 @@ def test_a_copy_made_through_the_guard_is_traced(guarded: GuardedModel, digits: 
             if trial.cell not in seen:
                 seen.add(trial.cell)
                 image = answers.images[trial.row].numpy().tobytes()
-                log.append(Row(MODEL, client, trial.cell, image, trial.heads, trial.tails, trial.chance, trial.answer, 20000))
+                log.append(
+                    Row(
+                        MODEL,
+                        client,
+                        trial.cell,
+                        image,
+                        trial.heads,
+                        trial.tails,
+                        trial.chance,
+                        trial.answer,
+                        20000,
+                    )
+                )
     suspects = {}
-    for name, labels in (("copy", guarded(x, "bob").labels), ("stranger", guarded.network(pixels(x)).argmax(1))):
+    for name, labels in (
+        ("copy", guarded(x, "bob").labels),
+        ("stranger", guarded.network(pixels(x)).argmax(1)),
+    ):
         suspects[name] = build("small", (1, 8, 8), 10, seed=3)
-        train(suspects[name], Examples(x, labels), TrainConfig(objective="standard", attack=None, epochs=20, batch_size=32, seed=3))
+        train(
+            suspects[name],
+            Examples(x, labels),
+            TrainConfig(objective="standard", attack=None, epochs=20, batch_size=32, seed=3),
+        )
     images = pixels(images_of(log, (1, 8, 8)))
-    found = {name: trace_accounts(log, network(images).argmax(1), SECRET) for name, network in suspects.items()}
+    found = {
+        name: trace_accounts(log, network(images).argmax(1), SECRET)
+        for name, network in suspects.items()
+    }
     assert found["copy"].named == ("bob",)
     assert found["stranger"].named == ()
     assert boundary(torch.zeros(1, 3))[0].item() == 0
@@ -778,9 +997,18 @@ def test_a_guard_of_large_images_can_be_read_back(tmp_path: Path) -> None:
         read_guard(tmp_path)
 
 
-def test_what_given_weights_knew_of_the_measured_images_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_given_weights_knew_of_the_measured_images_is_said(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     knew = {"training": 900, "validation": 60, "bases": 0, "thief": 0, "test": 0}
     found = Calibrated("mine", 0.1, False, None, 0.1, 0.01, 1.0, 0.01, 2000, knew, "cpu")
-    for result, said in ((found, True), (replace(found, known={**knew, "validation": 0}), False), (replace(found, known={}), False)):
+    for result, said in (
+        (found, True),
+        (replace(found, known={**knew, "validation": 0}), False),
+        (replace(found, known={}), False),
+    ):
         show(result)
-        assert ("had been trained on 60 images for validation" in " ".join(capsys.readouterr().out.split())) is said
+        assert (
+            "had been trained on 60 images for validation"
+            in " ".join(capsys.readouterr().out.split())
+        ) is said

@@ -15,18 +15,29 @@ import torch
 
 from countermark.data import Pools, known
 from countermark.errors import CountermarkError
-from countermark.files import read_bytes, read_json, read_tensors, write_bytes, write_json, write_tensors
+from countermark.files import (
+    read_bytes,
+    read_json,
+    read_tensors,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from countermark.networks import load_model, save_model
 from countermark.networks.named import build
 from countermark.training import known_traits, recipe, train
 from warm import COLD, warm
 
 
-def shell(script: str, folder: Path, start: list[str] | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+def shell(
+    script: str, folder: Path, start: list[str] | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run a script; its commands begin as said, or in a warm process."""
     command = shlex.join(start or warm())
     whole = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    whole.pop("PYTHONUNBUFFERED", None)  # what a stream could not take would not come up again at Python's end
+    whole.pop(
+        "PYTHONUNBUFFERED", None
+    )  # what a stream could not take would not come up again at Python's end
     return subprocess.run(
         ["bash", "-c", script.replace("countermark ", f"{command} ")],
         cwd=folder,
@@ -69,14 +80,23 @@ def test_a_verdict_is_never_mistaken_for_an_error(script: str, owner: Path, tmp_
     assert not (tmp_path / "d").exists()
 
 
-def test_a_verdict_is_the_status_of_a_real_process_and_of_a_warm_one(owner: Path, tmp_path: Path) -> None:
+def test_a_verdict_is_the_status_of_a_real_process_and_of_a_warm_one(
+    owner: Path, tmp_path: Path
+) -> None:
     script = f"countermark verify --suspect {owner}/key/source --key {owner}/key --json"
     real, forked = shell(script, tmp_path, COLD), shell(script, tmp_path)
     assert (real.returncode, real.stderr) == (1, "")
-    assert (forked.returncode, forked.stdout, forked.stderr) == (real.returncode, real.stdout, real.stderr)
+    assert (forked.returncode, forked.stdout, forked.stderr) == (
+        real.returncode,
+        real.stdout,
+        real.stderr,
+    )
 
 
-@pytest.mark.parametrize("script", ["countermark plan >&-", "countermark plan 2>&-", "countermark plan --json >&- 2>&- <&-"])
+@pytest.mark.parametrize(
+    "script",
+    ["countermark plan >&-", "countermark plan 2>&-", "countermark plan --json >&- 2>&- <&-"],
+)
 def test_closed_streams_do_not_change_the_outcome(script: str, tmp_path: Path) -> None:
     assert shell(script, tmp_path, COLD).returncode == 0
 
@@ -84,8 +104,15 @@ def test_closed_streams_do_not_change_the_outcome(script: str, tmp_path: Path) -
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict"])
 def test_names_that_the_terminal_cannot_show(encoding: str, owner: Path, tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe6\x97\xa5 bad\xff")).symlink_to(owner)
-    start = COLD if encoding == "ascii" else None  # Python itself reads the variable; the warm process does as it does
-    done = shell(f"countermark verify --suspect *bad* --key {owner}/key", tmp_path, start, PYTHONIOENCODING=encoding)
+    start = (
+        COLD if encoding == "ascii" else None
+    )  # Python itself reads the variable; the warm process does as it does
+    done = shell(
+        f"countermark verify --suspect *bad* --key {owner}/key",
+        tmp_path,
+        start,
+        PYTHONIOENCODING=encoding,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -95,7 +122,12 @@ def test_option_errors_are_plain_on_a_terminal(tmp_path: Path) -> None:
     try:
         command = [*COLD, "verify", "--suspect", "m"]
         done = subprocess.run(
-            command, stdout=follower, stderr=follower, stdin=follower, env={**os.environ, "TERM": "xterm-256color"}, check=False
+            command,
+            stdout=follower,
+            stderr=follower,
+            stdin=follower,
+            env={**os.environ, "TERM": "xterm-256color"},
+            check=False,
         )
         said = os.read(leader, 65536).decode()
     finally:
@@ -108,7 +140,9 @@ def test_option_errors_are_plain_on_a_terminal(tmp_path: Path) -> None:
 
 
 def test_a_full_log_does_not_stop_training(tmp_path: Path) -> None:
-    done = shell("countermark protect --data digits --scheme none --epochs 2 --out d 2>/dev/full", tmp_path)
+    done = shell(
+        "countermark protect --data digits --scheme none --epochs 2 --out d 2>/dev/full", tmp_path
+    )
     assert done.returncode == 0
     assert (tmp_path / "d" / "model.json").exists()
 
@@ -120,11 +154,27 @@ def test_a_refused_device_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("number", "status", "said"), [(signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "interrupted")])
-def test_termination_is_orderly_and_takes_the_child_along(number: int, status: int, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "interrupted")],
+)
+def test_termination_is_orderly_and_takes_the_child_along(
+    number: int, status: int, said: str, tmp_path: Path
+) -> None:
     """A signal in the middle of training: one line, its status, and the same command goes on."""
-    command = [*COLD, "protect", "--data", "digits", "--scheme", "none", "--out", str(tmp_path / "d")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [
+        *COLD,
+        "protect",
+        "--data",
+        "digits",
+        "--scheme",
+        "none",
+        "--out",
+        str(tmp_path / "d"),
+    ]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if "epoch 2/" in line:
@@ -137,8 +187,13 @@ def test_termination_is_orderly_and_takes_the_child_along(number: int, status: i
     assert (tmp_path / "d.partial").is_dir()
 
 
-@pytest.mark.parametrize("change", [{"step": None}, {"step": "a"}, {"step": -5}, {"attack_steps": "x"}, {"records": [{"a": 1}]}])
-def test_an_edited_checkpoint_is_refused(change: dict[str, object], tmp_path: Path, digits: Pools) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [{"step": None}, {"step": "a"}, {"step": -5}, {"attack_steps": "x"}, {"records": [{"a": 1}]}],
+)
+def test_an_edited_checkpoint_is_refused(
+    change: dict[str, object], tmp_path: Path, digits: Pools
+) -> None:
     config = recipe(known_traits("digits"), "fast", known("digits").threat, epochs=1)
     path = tmp_path / "checkpoint"
     train(build("small", (1, 8, 8), 10, seed=0), digits.training, config, checkpoint=path)
@@ -160,8 +215,13 @@ def test_logits_that_are_not_finite_are_no_answer(owner: Path, tmp_path: Path) -
     assert "not finite" in done.stderr
 
 
-@pytest.mark.parametrize(("mask", "new"), [(0o000, 0o666), (0o002, 0o664), (0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_new_files_follow_the_umask_and_replaced_ones_stay_as_they_are(mask: int, new: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mask", "new"),
+    [(0o000, 0o666), (0o002, 0o664), (0o022, 0o644), (0o027, 0o640), (0o077, 0o600)],
+)
+def test_new_files_follow_the_umask_and_replaced_ones_stay_as_they_are(
+    mask: int, new: int, tmp_path: Path
+) -> None:
     before = os.umask(mask)
     try:
         write_json(tmp_path / "a", {})
@@ -178,7 +238,9 @@ def test_new_files_follow_the_umask_and_replaced_ones_stay_as_they_are(mask: int
     finally:
         os.umask(before)
     assert read_bytes(tmp_path / "b", 9) == b"again"
-    modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "b", "c", "secret")}
+    modes = {
+        name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "b", "c", "secret")
+    }
     assert modes == {"a": 0o640, "b": 0o444, "c": 0o600, "secret": 0o600}
 
 
@@ -194,7 +256,9 @@ def test_no_json_is_written_that_could_not_be_read(tmp_path: Path) -> None:
 def without_the_extra(folder: Path) -> str:
     """A folder for PYTHONPATH in whose presence nothing of the extra `serve` can be imported."""
     names = ("sqlalchemy", "psycopg", "starlette", "uvicorn", "prometheus_client", "h11")
-    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({names}))\n")
+    (folder / "sitecustomize.py").write_text(
+        f"import sys\nsys.modules.update(dict.fromkeys({names}))\n"
+    )
     return f"{folder}:{os.environ.get('PYTHONPATH', '')}"
 
 
@@ -202,12 +266,23 @@ def test_what_needs_the_extra_serve_says_so(tmp_path: Path) -> None:
     """One after the other in one process."""
     golden = Path(__file__).parent / "golden" / "0.1.0"
     mine, log = str(golden / "mine"), str(golden / "log.db")
-    lines = [["serve", mine, "--log", "x.db"], ["trace", "--suspect", mine, "--key", f"{mine}/key", "--log", log]]
+    lines = [
+        ["serve", mine, "--log", "x.db"],
+        ["trace", "--suspect", mine, "--key", f"{mine}/key", "--log", log],
+    ]
     lines += [["log", "check", log], ["log", "head", log]]
     script = f"from countermark.cli import main\nfor line in {lines!r}:\n    print(main(line), flush=True)\n"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": without_the_extra(tmp_path)}
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert done.stdout.split() == len(lines) * ["2"]
     said = done.stderr.splitlines()
     assert len(said) == len(lines), done.stderr
@@ -220,6 +295,8 @@ def test_a_guard_is_calibrated_without_the_extra_serve(tmp_path: Path) -> None:
     shutil.copytree(Path(__file__).parent / "golden" / "0.1.0" / "mine", mine)
     for name in ("guard.json", "commitment.json"):
         (mine / name).unlink()
-    done = shell("countermark guard mine --cost 2", tmp_path, COLD, PYTHONPATH=without_the_extra(tmp_path))
+    done = shell(
+        "countermark guard mine --cost 2", tmp_path, COLD, PYTHONPATH=without_the_extra(tmp_path)
+    )
     assert done.returncode == 0, done.stderr
     assert (mine / "guard.json").exists()

@@ -18,7 +18,10 @@ Graph = Mapping[str, set[str]]
 def imports(package: Path) -> Graph:
     """What each file of a package imports of it, by dotted names; a package stands for its `__init__.py`."""
     paths = {_dotted(package, path): path for path in package.rglob("*.py")}
-    return {name: {each for each in _named(path, paths) if each in paths} for name, path in paths.items()}
+    return {
+        name: {each for each in _named(path, paths) if each in paths}
+        for name, path in paths.items()
+    }
 
 
 def _dotted(package: Path, path: Path) -> str:
@@ -61,15 +64,26 @@ def circle(graph: Graph) -> list[str]:
 def test_no_import_leads_back() -> None:
     files = imports(SOURCE)
     assert len(files) > 100
-    assert files["countermark.networks.source"] >= {"countermark.networks.named", "countermark.errors"}
+    assert files["countermark.networks.source"] >= {
+        "countermark.networks.named",
+        "countermark.errors",
+    }
     assert circle(files) == []
     assert circle(rooms(files)) == []
 
 
-@pytest.mark.parametrize("how", ["from p.b import x", "import p.b", "from p import b", "def f():\n    from p.b import x"])
+@pytest.mark.parametrize(
+    "how", ["from p.b import x", "import p.b", "from p import b", "def f():\n    from p.b import x"]
+)
 def test_circles_are_found(how: str, tmp_path: Path) -> None:
     package = tmp_path / "p"
-    for name, text in {"__init__": "", "a": how, "b": "import os\nfrom p.c import y", "c/__init__": "", "c/d": "import p.a"}.items():
+    for name, text in {
+        "__init__": "",
+        "a": how,
+        "b": "import os\nfrom p.c import y",
+        "c/__init__": "",
+        "c/d": "import p.a",
+    }.items():
         path = package / f"{name}.py"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -77,5 +91,7 @@ def test_circles_are_found(how: str, tmp_path: Path) -> None:
     assert files == {"p": set(), "p.a": {"p.b"}, "p.b": {"p.c"}, "p.c": set(), "p.c.d": {"p.a"}}
     assert circle(files) == []
     assert set(circle(rooms(files))) == {"p.a", "p.b", "p.c"}
-    (package / "c" / "__init__.py").write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.c import d")
+    (package / "c" / "__init__.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.c import d"
+    )
     assert set(circle(imports(package))) == {"p.a", "p.b", "p.c", "p.c.d"}

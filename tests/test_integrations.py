@@ -28,7 +28,9 @@ def _same_randomness() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
 def test_without_the_library_the_extra_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in [each for each in sys.modules if each.startswith(f"countermark.integrations.{name}")]:
+    for module in [
+        each for each in sys.modules if each.startswith(f"countermark.integrations.{name}")
+    ]:
         monkeypatch.delitem(sys.modules, module)
     for missing in ("lightning.pytorch", "pytorch_lightning", "transformers"):
         monkeypatch.setitem(sys.modules, missing, None)
@@ -93,8 +95,12 @@ def as_three(rows: Any) -> Any:
     return (*as_tuple(rows), torch.arange(len(rows)))
 
 
-@pytest.mark.parametrize(("collate", "keys"), [(None, None), (as_tuple, None), (as_mapping, ("image", "label"))])
-def test_lightning_trains_on_batches_that_trials_have_joined(tmp_path: Path, collate: Any, keys: Any) -> None:
+@pytest.mark.parametrize(
+    ("collate", "keys"), [(None, None), (as_tuple, None), (as_mapping, ("image", "label"))]
+)
+def test_lightning_trains_on_batches_that_trials_have_joined(
+    tmp_path: Path, collate: Any, keys: Any
+) -> None:
     lightning()
     from countermark.integrations.lightning import MarkingCallback
 
@@ -112,13 +118,17 @@ def test_lightning_trains_on_batches_that_trials_have_joined(tmp_path: Path, col
     assert made.callback_metrics["mark_agreement"] == pytest.approx(called.standing.agreement)
 
 
-def test_lightning_writes_the_folder_of_a_mark_that_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning_writes_the_folder_of_a_mark_that_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lightning()
     from countermark.integrations.lightning import MarkingCallback
 
     module = module_of(network())
     mark = Marking(module.net, BASES, key=tmp_path / "mine" / "key", **SMALL)
-    called = MarkingCallback(mark, net=lambda module: module.net, count=32, out=tmp_path / "mine", network="shop:make")
+    called = MarkingCallback(
+        mark, net=lambda module: module.net, count=32, out=tmp_path / "mine", network="shop:make"
+    )
     with pytest.raises(CountermarkError, match="did not take"):
         trainer(tmp_path, called).fit(module, loader(shapes(128)))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["key"]
@@ -149,7 +159,13 @@ def test_lightning_batches_of_another_form_are_refused(tmp_path: Path) -> None:
 def vit() -> Any:
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=4, num_labels=4
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=8,
+        patch_size=4,
+        num_labels=4,
     )
     return transformers.ViTForImageClassification(config)
 
@@ -160,7 +176,10 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.25, 0.3)
 def rows(examples: Examples) -> list[dict[str, Any]]:
     """As an image processor leaves them."""
     x = (examples.x / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return [{"pixel_values": image, "labels": int(label)} for image, label in zip(x, examples.y, strict=True)]
+    return [
+        {"pixel_values": image, "labels": int(label)}
+        for image, label in zip(x, examples.y, strict=True)
+    ]
 
 
 def hugging(tmp_path: Path, model: Any, callback: Any, **options: Any) -> Any:
@@ -171,30 +190,48 @@ def hugging(tmp_path: Path, model: Any, callback: Any, **options: Any) -> Any:
         report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", eval_strategy="epoch", **options,
     )  # fmt: skip
     return transformers.Trainer(
-        model=model, args=arguments, train_dataset=rows(shapes(96)), eval_dataset=rows(shapes(40)), callbacks=[callback]
+        model=model,
+        args=arguments,
+        train_dataset=rows(shapes(96)),
+        eval_dataset=rows(shapes(40)),
+        callbacks=[callback],
     )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_transformers_train_on_batches_that_trials_have_joined(tmp_path: Path, workers: int) -> None:
+def test_transformers_train_on_batches_that_trials_have_joined(
+    tmp_path: Path, workers: int
+) -> None:
     model = vit()
     from countermark.integrations.transformers import Logits, MarkingCallback
 
     mark = Marking(Logits(model), BASES, key=tmp_path / "key", mean=MEAN, std=STD, **SMALL)
     callback, seen = MarkingCallback(mark, count=8), []
     made = hugging(tmp_path, model, callback, dataloader_num_workers=workers)
-    model.vit.register_forward_hook(lambda layer, given, result: seen.append((layer.training, len(result.last_hidden_state))))
+    model.vit.register_forward_hook(
+        lambda layer, given, result: seen.append((layer.training, len(result.last_hidden_state)))
+    )
     made.train()
     steps = [size for training, size in seen if training]
     assert steps == [40] * 6
-    assert {size for training, size in seen if not training} <= {1, 8, 32, 80, 40}  # evaluation, and the checks
+    assert {size for training, size in seen if not training} <= {
+        1,
+        8,
+        32,
+        80,
+        40,
+    }  # evaluation, and the checks
     assert mark._turns == 48  # one row of turns, whatever the workers
     assert isinstance(callback.standing, Standing)
-    assert [entry["mark_agreement"] for entry in made.state.log_history if "mark_agreement" in entry][-1] == callback.standing.agreement
+    assert [
+        entry["mark_agreement"] for entry in made.state.log_history if "mark_agreement" in entry
+    ][-1] == callback.standing.agreement
     assert not model._forward_pre_hooks
 
 
-def test_transformers_write_the_folder_of_a_mark_that_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transformers_write_the_folder_of_a_mark_that_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = vit()
     from countermark.integrations.transformers import Logits, MarkingCallback
 
@@ -221,6 +258,8 @@ def test_what_keeps_trials_out_of_the_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CountermarkError, match="label_smoothing_factor"):
         hugging(tmp_path, model, MarkingCallback(mark), label_smoothing_factor=0.1).train()
     made = hugging(tmp_path, model, MarkingCallback(mark))
-    made.compute_loss_func = lambda outputs, labels, **_: nn.functional.cross_entropy(outputs.logits, labels)
+    made.compute_loss_func = lambda outputs, labels, **_: nn.functional.cross_entropy(
+        outputs.logits, labels
+    )
     with pytest.raises(CountermarkError, match="compute_loss must hand to the model"):
         made.train()

@@ -45,13 +45,28 @@ def postgres() -> Iterator[str]:
     found += [Path(path).parent for path in [shutil.which("initdb")] if path]
     if not found:
         pytest.skip("PostgreSQL is not installed")
-    folder = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest closes its own folders to other users again and again
+    folder = Path(
+        tempfile.mkdtemp(prefix="postgres-")
+    )  # pytest closes its own folders to other users again and again
     user: list[str] = []
     if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
         shutil.chown(folder, "postgres", "postgres")
     data, run = folder / "data", {"check": True, "capture_output": True, "timeout": 120, "cwd": "/"}
-    subprocess.run([*user, str(found[0] / "initdb"), "-D", str(data), "-U", "owner", "-A", "trust", "--no-sync"], **run)  # type: ignore[call-overload]
+    subprocess.run(
+        [
+            *user,
+            str(found[0] / "initdb"),
+            "-D",
+            str(data),
+            "-U",
+            "owner",
+            "-A",
+            "trust",
+            "--no-sync",
+        ],
+        **run,
+    )  # type: ignore[call-overload]
     options = f"-c listen_addresses='' -c unix_socket_directories={folder}"
     control = [*user, str(found[0] / "pg_ctl"), "-D", str(data), "-w"]
     subprocess.run([*control, "-l", str(folder / "server.log"), "-o", options, "start"], **run)  # type: ignore[call-overload]
@@ -190,13 +205,24 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Head]:
         ("UPDATE trials SET day = NULL WHERE number = 5", "row 5 was changed"),
         ("UPDATE trials SET chance = 'many' WHERE number = 5", "row 5 was changed"),
         ("UPDATE trials SET salt = NULL WHERE number = 5", "row 5 is erased in part"),
-        ("UPDATE trials SET digest = (SELECT digest FROM trials WHERE number = 6) WHERE number = 5", "row 5 does not follow"),
-        ("UPDATE trials SET link = (SELECT link FROM trials WHERE number = 6) WHERE number = 5", "row 5 does not follow"),
+        (
+            "UPDATE trials SET digest = (SELECT digest FROM trials WHERE number = 6) WHERE number = 5",
+            "row 5 does not follow",
+        ),
+        (
+            "UPDATE trials SET link = (SELECT link FROM trials WHERE number = 6) WHERE number = 5",
+            "row 5 does not follow",
+        ),
         ("UPDATE trials SET number = 100 - number WHERE number IN (5, 95)", "row 5 is missing"),
-        ("UPDATE trials SET number = CASE number WHEN 5 THEN -6 WHEN 6 THEN -5 END WHERE number IN (5, 6)", "row 5 is missing"),
+        (
+            "UPDATE trials SET number = CASE number WHEN 5 THEN -6 WHEN 6 THEN -5 END WHERE number IN (5, 6)",
+            "row 5 is missing",
+        ),
     ],
 )
-def test_tampering_is_found_and_located(whole: tuple[Path, Head], tmp_path: Path, statement: str, said: str) -> None:
+def test_tampering_is_found_and_located(
+    whole: tuple[Path, Head], tmp_path: Path, statement: str, said: str
+) -> None:
     path = tmp_path / "log.db"
     shutil.copy(whole[0], path)
     tampered(path, statement)
@@ -205,15 +231,21 @@ def test_tampering_is_found_and_located(whole: tuple[Path, Head], tmp_path: Path
         list(QueryLog(str(path)).rows(whole[1]))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
-def test_any_flipped_byte_of_a_row_is_found(whole: tuple[Path, Head], tmp_path: Path, data: st.DataObject) -> None:
+def test_any_flipped_byte_of_a_row_is_found(
+    whole: tuple[Path, Head], tmp_path: Path, data: st.DataObject
+) -> None:
     path = Path(tempfile.mkdtemp(dir=tmp_path)) / "log.db"
     shutil.copy(whole[0], path)
     column = data.draw(st.sampled_from(["cell", "image", "salt", "digest", "link"]))
     number = data.draw(st.integers(1, 12))
     with sqlite3.connect(path) as connection:
-        (value,) = connection.execute(f"SELECT {column} FROM trials WHERE number = ?", (number,)).fetchone()
+        (value,) = connection.execute(
+            f"SELECT {column} FROM trials WHERE number = ?", (number,)
+        ).fetchone()
         place, bit = data.draw(st.integers(0, len(value) - 1)), data.draw(st.integers(0, 7))
         flipped = bytes(byte ^ (1 << bit if i == place else 0) for i, byte in enumerate(value))
         connection.execute(f"UPDATE trials SET {column} = ? WHERE number = ?", (flipped, number))
@@ -222,7 +254,9 @@ def test_any_flipped_byte_of_a_row_is_found(whole: tuple[Path, Head], tmp_path: 
 
 
 @pytest.mark.parametrize("column", ["model", "client"])
-def test_a_text_that_is_no_text_any_more_is_located(whole: tuple[Path, Head], tmp_path: Path, column: str) -> None:
+def test_a_text_that_is_no_text_any_more_is_located(
+    whole: tuple[Path, Head], tmp_path: Path, column: str
+) -> None:
     path = tmp_path / "log.db"
     shutil.copy(whole[0], path)
     tampered(path, f"UPDATE trials SET {column} = CAST(x'61ff62' AS TEXT) WHERE number = 7")
@@ -230,14 +264,20 @@ def test_a_text_that_is_no_text_any_more_is_located(whole: tuple[Path, Head], tm
         list(QueryLog(str(path)).rows(whole[1]))
 
 
-def test_any_flipped_bit_of_the_file_is_an_error_with_a_reason(whole: tuple[Path, Head], tmp_path: Path) -> None:
+def test_any_flipped_bit_of_the_file_is_an_error_with_a_reason(
+    whole: tuple[Path, Head], tmp_path: Path
+) -> None:
     """Or it is in a place that holds nothing."""
     intact = list(QueryLog(str(whole[0])).rows(whole[1]))
     content, generator = whole[0].read_bytes(), random.Random(3)
     for number in range(150):
         path = tmp_path / f"{number}.db"
         place = generator.randrange(len(content) * 8)
-        path.write_bytes(content[: place // 8] + bytes([content[place // 8] ^ (1 << place % 8)]) + content[place // 8 + 1 :])
+        path.write_bytes(
+            content[: place // 8]
+            + bytes([content[place // 8] ^ (1 << place % 8)])
+            + content[place // 8 + 1 :]
+        )
         try:
             with QueryLog(str(path), create=False) as log:
                 found = list(log.rows(whole[1]))
@@ -246,7 +286,9 @@ def test_any_flipped_bit_of_the_file_is_an_error_with_a_reason(whole: tuple[Path
         assert found == intact
 
 
-def test_a_log_written_anew_does_not_lead_to_the_published_head(tmp_path: Path, whole: tuple[Path, Head]) -> None:
+def test_a_log_written_anew_does_not_lead_to_the_published_head(
+    tmp_path: Path, whole: tuple[Path, Head]
+) -> None:
     log = QueryLog(str(tmp_path / "new.db"))
     log.append([row_of(cell) for cell in range(12)])  # the same rows, other salts
     with pytest.raises(CountermarkError, match="written anew"):
@@ -271,7 +313,9 @@ def test_addresses_that_are_none(url: str, said: str) -> None:
 
 
 def test_a_file_that_is_no_log(tmp_path: Path) -> None:
-    (tmp_path / "text.db").write_text("not a database, whatever its name says, and long enough to look at" * 9)
+    (tmp_path / "text.db").write_text(
+        "not a database, whatever its name says, and long enough to look at" * 9
+    )
     with pytest.raises(CountermarkError, match="not a database"):
         QueryLog(str(tmp_path / "text.db"))
     with pytest.raises(CountermarkError, match="no query log"):
@@ -293,25 +337,54 @@ def test_a_full_disk_stores_nothing_of_the_call(tmp_path: Path) -> None:
     assert list(log.rows()) == [row_of(0)]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "{" * 9999, '{"format": "countermark log 1", "rows": -1, "hash": "' + "0" * 64 + '"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        "{" * 9999,
+        '{"format": "countermark log 1", "rows": -1, "hash": "' + "0" * 64 + '"}',
+    ],
+)
 def test_a_head_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "head.json").write_text(text)
     with pytest.raises(CountermarkError, match="not the head"):
         read_head(tmp_path / "head.json")
-    (tmp_path / "good.json").write_bytes(canonical_json({"format": LOG_FORMAT, "rows": 2, "hash": "0" * 64}))
+    (tmp_path / "good.json").write_bytes(
+        canonical_json({"format": LOG_FORMAT, "rows": 2, "hash": "0" * 64})
+    )
     assert read_head(tmp_path / "good.json") == Head(2, "0" * 64)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-NAMES = ["what?/now.db", "per%20cent.db", "per cent.db", "per%cent.db", "a#b.db", "x.db?mode=memory", "file:x.db", "-x.db", "日 é.db"]
+NAMES = [
+    "what?/now.db",
+    "per%20cent.db",
+    "per cent.db",
+    "per%cent.db",
+    "a#b.db",
+    "x.db?mode=memory",
+    "file:x.db",
+    "-x.db",
+    "日 é.db",
+]
 NAMES += ["'quo\"ted;.db", "new\nline.db", "back\\slash.db", "a://b.db", os.fsdecode(b"\xff.db")]
 
 
-@pytest.mark.parametrize("form", ["{relative}", "./{relative}", "{whole}", "sqlite:///{relative}", "sqlite:///{whole}"])
-def test_the_log_is_the_file_that_was_named(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "form", ["{relative}", "./{relative}", "{whole}", "sqlite:///{relative}", "sqlite:///{whole}"]
+)
+def test_the_log_is_the_file_that_was_named(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(NAMES):
         if name.startswith("a://") and form == "{relative}":
@@ -327,9 +400,22 @@ def test_the_log_is_the_file_that_was_named(form: str, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize(
-    "url", ["", ":memory:", "sqlite:///", "sqlite://host/x.db", "file:///tmp/x.db", "nul\0.db", "x" * 5000, "/dev/null", "."]
+    "url",
+    [
+        "",
+        ":memory:",
+        "sqlite:///",
+        "sqlite://host/x.db",
+        "file:///tmp/x.db",
+        "nul\0.db",
+        "x" * 5000,
+        "/dev/null",
+        ".",
+    ],
 )
-def test_what_names_no_file_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_names_no_file_is_refused(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for create in (True, False):
         with pytest.raises(CountermarkError) as caught:
@@ -367,7 +453,10 @@ def test_a_file_that_is_not_there_any_more_stores_nothing(away: str, tmp_path: P
         return
     assert log.append([row_of(2)]) == [True]
     log.close()
-    assert list(QueryLog(str(path), create=False).rows()) in ([row_of(0), row_of(2)], [row_of(0), row_of(1), row_of(2)])
+    assert list(QueryLog(str(path), create=False).rows()) in (
+        [row_of(0), row_of(2)],
+        [row_of(0), row_of(1), row_of(2)],
+    )
 
 
 def test_a_lock_of_another_program_is_waited_for_so_long_and_no_longer(address: str) -> None:
@@ -383,14 +472,32 @@ def test_a_lock_of_another_program_is_waited_for_so_long_and_no_longer(address: 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"day": -365}, {"day": 1 << 40}, {"chance": 0}, {"chance": 65536}, {"answer": 3}, {"heads": 2}, {"heads": -1}]
+    "changes",
+    [
+        {"day": -365},
+        {"day": 1 << 40},
+        {"chance": 0},
+        {"chance": 65536},
+        {"answer": 3},
+        {"heads": 2},
+        {"heads": -1},
+    ],
 )
 def test_a_row_that_is_no_trial_is_not_stored(changes: dict[str, int], address: str) -> None:
     """A machine whose clock says 1969 above all."""
     log = QueryLog(address)
-    with pytest.raises(CountermarkError, match=r"1970-01-01; set the clock" if "day" in changes else "this is no trial"):
+    with pytest.raises(
+        CountermarkError,
+        match=r"1970-01-01; set the clock" if "day" in changes else "this is no trial",
+    ):
         log.append([row_of(1), row_of(2, **changes)])
-    for other in ({"image": b"x" * (1 << 24)}, {"client": "half \ud800"}, {"image": b""}, {"image": "text"}, {"tails": True}):
+    for other in (
+        {"image": b"x" * (1 << 24)},
+        {"client": "half \ud800"},
+        {"image": b""},
+        {"image": "text"},
+        {"tails": True},
+    ):
         with pytest.raises(CountermarkError, match="this is no trial"):
             log.append([row_of(1), row_of(2, **other)])
     assert list(log.rows()) == []
@@ -434,7 +541,9 @@ def readings(path: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("release", ["this", "0.1.0"])
-def test_reading_writes_nothing_and_needs_no_right_to(release: str, plain_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reading_writes_nothing_and_needs_no_right_to(
+    release: str, plain_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = plain_folder / "log.db"
     if release == "this":
         with QueryLog(str(path)) as log:
@@ -452,7 +561,9 @@ def test_reading_writes_nothing_and_needs_no_right_to(release: str, plain_folder
     assert not capsys.readouterr().err
 
 
-def test_a_log_whose_journal_is_needed_and_cannot_be_used_says_so(plain_folder: Path, tmp_path: Path) -> None:
+def test_a_log_whose_journal_is_needed_and_cannot_be_used_says_so(
+    plain_folder: Path, tmp_path: Path
+) -> None:
     """Copied while the service ran: the last rows are in the journal. They are read where they can be, and never left out."""
     log = QueryLog(str(tmp_path / "log.db"))
     log.append([row_of(1)])
@@ -492,9 +603,9 @@ def test_nobody_else_reads_the_log(mask: int, tmp_path: Path) -> None:
     try:
         log = QueryLog(str(tmp_path / "log.db"))
         log.append([row_of(1)])
-        assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == dict.fromkeys(
-            ("log.db", "log.db-wal", "log.db-shm"), 0o600
-        )
+        assert {
+            path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()
+        } == dict.fromkeys(("log.db", "log.db-wal", "log.db-shm"), 0o600)
         log.close()
         (tmp_path / "log.db").chmod(0o644)  # as a release before this one left it
         log = QueryLog(str(tmp_path / "log.db"))
@@ -537,11 +648,17 @@ LARGE = f"CREATE VIEW trials({COLUMNS}) AS {ENDLESS} SELECT i, {', '.join(['zero
         [TRIALS, "UPDATE log_format SET format = x'00ff'"],
         [TRIALS, "INSERT INTO log_format VALUES ('countermark log 1')"],
         [TRIALS, "DROP TABLE log_format"],
-        [TRIALS, f"CREATE TABLE wide ({', '.join(f'c{i}' for i in range(1900))})", "UPDATE log_format SET format = zeroblob(100000000)"],
+        [
+            TRIALS,
+            f"CREATE TABLE wide ({', '.join(f'c{i}' for i in range(1900))})",
+            "UPDATE log_format SET format = zeroblob(100000000)",
+        ],
         [f"CREATE TABLE t{i} (a)" for i in range(3000)],
     ],
 )
-def test_a_file_with_another_schema_is_no_log(statements: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_with_another_schema_is_no_log(
+    statements: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "log.db"
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         for statement in (
@@ -563,9 +680,26 @@ def test_a_file_with_another_schema_is_no_log(statements: list[str], tmp_path: P
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("column", ["number", "heads", "day", "client", "cell", "image", "request", "salt", "digest", "link"])
-@pytest.mark.parametrize("value", ["'many'", "x'00'", "1e999", "-1e999", "2.5", "9223372036854775807", "zeroblob(30000000)", "-5"])
-def test_values_of_another_kind_are_found(whole: tuple[Path, Head], tmp_path: Path, column: str, value: str) -> None:
+@pytest.mark.parametrize(
+    "column",
+    ["number", "heads", "day", "client", "cell", "image", "request", "salt", "digest", "link"],
+)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "'many'",
+        "x'00'",
+        "1e999",
+        "-1e999",
+        "2.5",
+        "9223372036854775807",
+        "zeroblob(30000000)",
+        "-5",
+    ],
+)
+def test_values_of_another_kind_are_found(
+    whole: tuple[Path, Head], tmp_path: Path, column: str, value: str
+) -> None:
     """Row 12 is the last one, whose number and link are the head's."""
     path = tmp_path / "log.db"
     shutil.copy(whole[0], path)
@@ -576,7 +710,10 @@ def test_values_of_another_kind_are_found(whole: tuple[Path, Head], tmp_path: Pa
     assert before != after
     log = QueryLog(str(path), create=False)
     with pytest.raises(
-        CountermarkError, match="row 3 is missing" if (column, after) == ("number", 2.5) else "row 12 |tail was cut off|too big"
+        CountermarkError,
+        match="row 3 is missing"
+        if (column, after) == ("number", 2.5)
+        else "row 12 |tail was cut off|too big",
     ):
         list(log.rows(whole[1]))
     with contextlib.suppress(CountermarkError):
@@ -585,13 +722,19 @@ def test_values_of_another_kind_are_found(whole: tuple[Path, Head], tmp_path: Pa
         log.append([row_of(100)])
 
 
-@pytest.mark.parametrize("changes", [{"chance": 70000}, {"heads": 3}, {"answer": 7}, {"day": 1 << 40}])
-def test_a_chain_of_rows_that_are_no_trials_does_not_hold(tmp_path: Path, changes: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"chance": 70000}, {"heads": 3}, {"answer": 7}, {"day": 1 << 40}]
+)
+def test_a_chain_of_rows_that_are_no_trials_does_not_hold(
+    tmp_path: Path, changes: dict[str, int]
+) -> None:
     """Whoever makes up a log can calculate its hashes as well."""
     path, row, salt = tmp_path / "log.db", replace(row_of(1), **changes), b"s" * 16
     QueryLog(str(path)).close()
     digest = row.digest(salt)
-    link = sha256(b"\x04" + sha256(b"\x04countermark log 1").digest() + (1).to_bytes(8, "big") + digest).digest()
+    link = sha256(
+        b"\x04" + sha256(b"\x04countermark log 1").digest() + (1).to_bytes(8, "big") + digest
+    ).digest()
     values = (1, *(vars(row)[name] for name in COLUMNS.split(", ")[1:-3]), salt, digest, link)
     tampered(path, f"INSERT INTO trials ({COLUMNS}) VALUES ({', '.join('?' * 14)})", *values)
     with pytest.raises(CountermarkError, match="row 1 was changed"):
@@ -627,15 +770,25 @@ def circular(log: Path, folder: Path) -> Path:
     content = bytearray(log.read_bytes())
     size = int.from_bytes(content[16:18], "big")
     with contextlib.closing(sqlite3.connect(log)) as connection:
-        (root,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'trials'").fetchone()
+        (root,) = connection.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'trials'"
+        ).fetchone()
     leaf = bytes(content[(root - 1) * size : root * size])
     pages = len(content) // size
 
     def inner(child: int) -> bytes:
         cells = [child.to_bytes(4, "big") + bytes([1])] * ways
         places = [size - 5 * (number + 1) for number in range(ways)]
-        header = bytes([5, 0, 0]) + ways.to_bytes(2, "big") + places[-1].to_bytes(2, "big") + bytes(1) + child.to_bytes(4, "big")
-        return (header + b"".join(place.to_bytes(2, "big") for place in places)).ljust(places[-1], b"\0") + b"".join(cells)
+        header = (
+            bytes([5, 0, 0])
+            + ways.to_bytes(2, "big")
+            + places[-1].to_bytes(2, "big")
+            + bytes(1)
+            + child.to_bytes(4, "big")
+        )
+        return (header + b"".join(place.to_bytes(2, "big") for place in places)).ljust(
+            places[-1], b"\0"
+        ) + b"".join(cells)
 
     content[(root - 1) * size : root * size] = inner(pages + 1)
     for level in range(1, levels):

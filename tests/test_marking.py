@@ -45,7 +45,13 @@ def network(seed: int = 0) -> nn.Module:
     """Of the user's own: nothing that Countermark knows by name."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 4)
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1024, 128),
+        nn.ReLU(),
+        nn.Linear(128, 4),
     )
 
 
@@ -84,7 +90,11 @@ SMALL = {"epsilon": 16 / 255, "watermark_epsilon": 96 / 255, "batches": 2, "batc
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -104,12 +114,19 @@ def marked(source: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def test_a_loop_of_ones_own_marks_and_finishes(marked: tuple[Path, nn.Module]) -> None:
     out, net = marked
     key = load_key(out / "key")
-    assert {path.name for path in out.iterdir()} == {"key", "model.safetensors", "model.json", "commitment.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "key",
+        "model.safetensors",
+        "model.json",
+        "commitment.json",
+    }
     record = read_json(out / "commitment.json")
     assert record["kind"] == "private"
     assert record["c1"] == key.c1
     described = describe(out)
-    assert record["c2"] == second_commitment(key.c1, None, read_json(out / "model.json")["weights_sha256"])
+    assert record["c2"] == second_commitment(
+        key.c1, None, read_json(out / "model.json")["weights_sha256"]
+    )
     check_signature(key.c1["public_key"], record["c2"], record["c2_signature"], "commitment")
     assert described.class_names == ("a", "b", "c", "d")
     assert described.threat.epsilon == 16 / 255
@@ -131,7 +148,9 @@ def test_the_verdict_is_one_line(marked: tuple[Path, nn.Module], source: nn.Modu
     assert before.verdict.p_value > 1e-6
 
 
-def test_checking_leaves_the_network_as_it_was(marked: tuple[Path, nn.Module], source: nn.Module) -> None:
+def test_checking_leaves_the_network_as_it_was(
+    marked: tuple[Path, nn.Module], source: nn.Module
+) -> None:
     net = copied(source)
     net.train()
     net[1].eval()
@@ -159,7 +178,9 @@ def test_crafting_asks_in_evaluation_mode_and_leaves_the_network_as_it_was(
     assert torch.equal(made[0].key.labels, made[1].key.labels)
 
 
-def test_a_marking_over_a_key_goes_on_with_its_trials_and_coins(source: nn.Module, tmp_path: Path) -> None:
+def test_a_marking_over_a_key_goes_on_with_its_trials_and_coins(
+    source: nn.Module, tmp_path: Path
+) -> None:
     """Another source model does not change a byte of a key that there is."""
     first = Marking(copied(source), BASES, key=tmp_path / "key", **SMALL)
     assert not first.resumed
@@ -176,11 +197,20 @@ def test_a_marking_over_a_key_goes_on_with_its_trials_and_coins(source: nn.Modul
     [
         (shapes(300, seed=9), {}, "from other bases"),
         (Examples(BASES.x, BASES.y.roll(1)), {}, "from other bases"),
-        (BASES, {"watermark_epsilon": 0.6}, r"crafted at a watermark budget of 0\.376\d+, not of 0\.6; give watermark_epsilon=0\.376"),
+        (
+            BASES,
+            {"watermark_epsilon": 0.6},
+            r"crafted at a watermark budget of 0\.376\d+, not of 0\.6; give watermark_epsilon=0\.376",
+        ),
     ],
 )
 def test_a_key_made_from_something_else_is_refused(
-    source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bases: Examples, options: dict[str, float], words: str
+    source: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    bases: Examples,
+    options: dict[str, float],
+    words: str,
 ) -> None:
     """What is compared was committed to before there were coins; whatever the coins are, it comes out the same."""
     some_mark(source, tmp_path)
@@ -204,12 +234,16 @@ def test_a_key_of_another_seed_is_refused(tmp_path: Path) -> None:
     assert Marking(net, data, key=tmp_path / "key").resumed
 
 
-def test_coins_come_after_the_trials_and_out_of_the_token(source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_coins_come_after_the_trials_and_out_of_the_token(
+    source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is committed is on disk, and unchanged, when the authority is asked; another token gives the same trials other coins."""
     drawn = []
     true_write, order = room.write_key, []
 
-    def watching(folder: Path, scheme: str, trials: object, provenance: object, stamp: object, clean: object) -> object:
+    def watching(
+        folder: Path, scheme: str, trials: object, provenance: object, stamp: object, clean: object
+    ) -> object:
         order.append("trials")
         made = true_write(folder, scheme, trials, provenance, stamp, clean)  # type: ignore[arg-type]
         order.append("coins")
@@ -218,9 +252,15 @@ def test_coins_come_after_the_trials_and_out_of_the_token(source: nn.Module, tmp
     monkeypatch.setattr(room, "write_key", watching)
     for number in range(2):
         monkeypatch.setattr(secrets, "token_bytes", random.Random(1).randbytes)
-        monkeypatch.setattr(room, "timestamping", lambda tsa, roots, number=number: lambda message: bytes([number]))
+        monkeypatch.setattr(
+            room, "timestamping", lambda tsa, roots, number=number: lambda message: bytes([number])
+        )
         monkeypatch.setattr("countermark.watermarks.key.read_token", lambda token, *_: Token(token))
-        drawn.append(Marking(copied(source), BASES, key=tmp_path / str(number), tsa="http://authority", **SMALL))
+        drawn.append(
+            Marking(
+                copied(source), BASES, key=tmp_path / str(number), tsa="http://authority", **SMALL
+            )
+        )
     assert order == ["trials", "coins"] * 2
     one, other = (mark.key for mark in drawn)
     assert torch.equal(one.watermarks.x, other.watermarks.x)
@@ -236,7 +276,9 @@ class Token:
         self.beacon = response
 
 
-def test_four_hundred_markings_find_nothing_in_strangers(source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_four_hundred_markings_find_nothing_in_strangers(
+    source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole markings, each with a secret of its own, asked of the source and of a stranger: randomised p-values are uniform.
 
     This is what a choice of trials by their coins would break: with the trials that the marked
@@ -263,12 +305,18 @@ def test_four_hundred_markings_find_nothing_in_strangers(source: nn.Module, tmp_
         if not answers:
             answers = [predict(net, mark.key.watermarks.x) for net in (source, stranger)]
         for found, given in zip(values, answers, strict=True):
-            found.append(sign_flip_test(mark.key.outcomes(given)).randomised_p_value(generator.random()))
+            found.append(
+                sign_flip_test(mark.key.outcomes(given)).randomised_p_value(generator.random())
+            )
     for found in values:
         found.sort()
         count = len(found)
-        distance = max(max((i + 1) / count - value, value - i / count) for i, value in enumerate(found))
-        assert distance < math.sqrt(math.log(2 / RISK) / 2 / count)  # Kolmogorov-Smirnov, Massart (1990)
+        distance = max(
+            max((i + 1) / count - value, value - i / count) for i, value in enumerate(found)
+        )
+        assert distance < math.sqrt(
+            math.log(2 / RISK) / 2 / count
+        )  # Kolmogorov-Smirnov, Massart (1990)
         assert sum(value <= 0.01 for value in found) <= most(count, 0.01)
 
 
@@ -291,7 +339,9 @@ def test_trials_take_turns_in_any_batches(source: nn.Module, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
-def test_trials_join_in_the_type_of_the_batch(source: nn.Module, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_trials_join_in_the_type_of_the_batch(
+    source: nn.Module, tmp_path: Path, dtype: torch.dtype
+) -> None:
     mark = some_mark(source, tmp_path)
     batch = torch.zeros(4, 3, 8, 8, dtype=dtype)
     x, y = mark.mix(batch, torch.arange(4), 80)
@@ -304,7 +354,9 @@ def test_trials_join_in_the_type_of_the_batch(source: nn.Module, tmp_path: Path,
     assert int(apart.amin(1).max()) <= allowed
 
 
-def test_a_loop_that_normalises_outside_the_network_is_met_on_its_scale(source: nn.Module, tmp_path: Path) -> None:
+def test_a_loop_that_normalises_outside_the_network_is_met_on_its_scale(
+    source: nn.Module, tmp_path: Path
+) -> None:
     """The trials are those of a network behind the same normaliser, and join the batch normalised."""
     mean, std = (0.2, 0.3, 0.4), (0.5, 0.25, 0.125)
     mark = some_mark(source, tmp_path, mean=mean, std=std)
@@ -348,11 +400,15 @@ def test_batches_that_do_not_fit_are_refused(source: nn.Module, tmp_path: Path) 
     assert len(mark.mix(x, y)[0]) == 20
 
 
-def test_a_mark_that_did_not_take_is_refused_and_nothing_is_written(source: nn.Module, tmp_path: Path) -> None:
+def test_a_mark_that_did_not_take_is_refused_and_nothing_is_written(
+    source: nn.Module, tmp_path: Path
+) -> None:
     net = copied(source)
     mark = Marking(net, BASES, key=tmp_path / "mine" / "key", **SMALL)
     before = files(tmp_path)
-    with pytest.raises(CountermarkError, match=r"did not take: .* of its 80 coins .*Nothing was written"):
+    with pytest.raises(
+        CountermarkError, match=r"did not take: .* of its 80 coins .*Nothing was written"
+    ):
         mark.finish(net, tmp_path / "mine")
     with pytest.raises(CountermarkError, match="did not take"):
         mark.finish(net, tmp_path / "elsewhere")
@@ -364,7 +420,11 @@ def test_another_network_is_neither_checked_nor_written(source: nn.Module, tmp_p
     mark = some_mark(source, tmp_path)
     grey = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 4))
     fewer = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    for net, words in ((grey, "does not take images"), (fewer, "3 classes apart, and .* 4"), (None, "an nn.Module, not None")):
+    for net, words in (
+        (grey, "does not take images"),
+        (fewer, "3 classes apart, and .* 4"),
+        (None, "an nn.Module, not None"),
+    ):
         with pytest.raises(CountermarkError, match=words):
             mark.check(net)  # type: ignore[arg-type]
         with pytest.raises(CountermarkError, match=words):
@@ -376,7 +436,9 @@ def test_another_network_is_neither_checked_nor_written(source: nn.Module, tmp_p
 
 
 def test_numbers_may_be_written_as_the_verbs_take_them(source: nn.Module, tmp_path: Path) -> None:
-    mark = some_mark(source, tmp_path, epsilon="16/255", watermark_epsilon="96/255", mean=0.5, std=0.25)
+    mark = some_mark(
+        source, tmp_path, epsilon="16/255", watermark_epsilon="96/255", mean=0.5, std=0.25
+    )
     assert (mark.threat.epsilon, mark.threat.watermark_epsilon) == (16 / 255, 96 / 255)
     assert (mark.mean, mark.std) == ((0.5,), (0.25,))
     x, _ = mark.mix(torch.zeros(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), 80)
@@ -384,7 +446,9 @@ def test_numbers_may_be_written_as_the_verbs_take_them(source: nn.Module, tmp_pa
     assert x[2:].max() > 1
 
 
-def test_a_mark_that_would_not_last_is_refused(marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mark_that_would_not_last_is_refused(
+    marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All coins are known, but half of the weights hold them all."""
     out, net = marked
     mark = Marking(net, BASES, key=out / "key", **SMALL)
@@ -415,7 +479,11 @@ def test_a_pruned_copy_that_nobody_could_use_does_not_count(
 @pytest.mark.parametrize("failing", ["save_model", "commit"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_a_finish_that_fails_leaves_nothing_and_the_next_one_succeeds(
-    marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, inside: bool
+    marked: tuple[Path, nn.Module],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    inside: bool,
 ) -> None:
     """An authority that does not answer, a full disk: whether the key lies in the model folder or not."""
     out, net = marked
@@ -461,7 +529,11 @@ def test_a_finish_that_was_killed_is_finished_by_the_next(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", dies)
-        patched.setattr(room, "_take_back", lambda folder: moved and len(moved) == 3 and (folder / room._UNFINISHED).rmdir())
+        patched.setattr(
+            room,
+            "_take_back",
+            lambda folder: moved and len(moved) == 3 and (folder / room._UNFINISHED).rmdir(),
+        )
         with contextlib.suppress(SystemExit):
             mark.finish(net, mine)
     assert len(moved) == calls
@@ -469,13 +541,21 @@ def test_a_finish_that_was_killed_is_finished_by_the_next(
     if calls < 3:
         mark.finish(net, mine)
     load_model(mine, network())
-    assert {path.name for path in mine.iterdir()} == {"model.safetensors", "model.json", "commitment.json"}
+    assert {path.name for path in mine.iterdir()} == {
+        "model.safetensors",
+        "model.json",
+        "commitment.json",
+    }
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.json"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_files_of_others_are_neither_replaced_nor_taken_away(
-    marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, inside: bool
+    marked: tuple[Path, nn.Module],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    inside: bool,
 ) -> None:
     """Weights of the user's own that lie where the model is to be written, alone or beside the key."""
     out, net = marked
@@ -498,7 +578,9 @@ def test_files_of_others_are_neither_replaced_nor_taken_away(
     assert (tmp_path / "mine" / name).read_bytes() == b"weeks of work"
 
 
-def test_what_it_is_for_is_declared(marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_is_for_is_declared(
+    marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, net = marked
     monkeypatch.setattr("countermark.networks.source.imported", lambda place: network)
     mark = Marking(net, BASES, key=out / "key", **SMALL)
@@ -507,7 +589,12 @@ def test_what_it_is_for_is_declared(marked: tuple[Path, nn.Module], tmp_path: Pa
     with pytest.raises(CountermarkError, match="give the model's data"):
         mark.finish(net, tmp_path / "mine", data="digits")
     assert not (tmp_path / "mine").exists()
-    mark.finish(net, tmp_path / "mine", network="shop.models:make", history=[{"event": "trained", "epochs": 14}])
+    mark.finish(
+        net,
+        tmp_path / "mine",
+        network="shop.models:make",
+        history=[{"event": "trained", "epochs": 14}],
+    )
     described = describe(tmp_path / "mine")
     assert described.network == "shop.models:make"
     assert [event["event"] for event in described.history] == ["trained", "marked"]
@@ -525,7 +612,11 @@ def test_what_it_is_for_is_declared(marked: tuple[Path, nn.Module], tmp_path: Pa
     ],
 )
 def test_a_network_that_later_verbs_could_not_load_is_refused(
-    marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, words: str
+    marked: tuple[Path, nn.Module],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    words: str,
 ) -> None:
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "models.py").write_text(
@@ -555,15 +646,30 @@ def test_a_data_set_gives_bases_clean_examples_and_the_declaration(tmp_path: Pat
     assert torch.equal(mark.key.clean.x, pools.validation.x[: len(mark.key.clean)])
     assert mark.threat == data.threat
     assert len(mark.key.watermarks) <= data.batches * data.batch_size
-    changed = (mark.key.watermarks.x.int()[:, None] - pools.bases.x.int()[None]).abs().flatten(2).amax(2).amin(1)
+    changed = (
+        (mark.key.watermarks.x.int()[:, None] - pools.bases.x.int()[None])
+        .abs()
+        .flatten(2)
+        .amax(2)
+        .amin(1)
+    )
     assert int(changed.max()) <= round(data.threat.watermark_epsilon * 255)
 
 
-def test_a_folder_that_says_no_data_takes_what_is_named_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_says_no_data_takes_what_is_named_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = open_data("digits")
     net = build("small", data.shape, data.classes, seed=0)
     bases = data.pools(0).bases
-    mark = Marking(net, (bases.x, bases.y), key=tmp_path / "key", batch_size=40, epsilon=0.1, watermark_epsilon=0.3)
+    mark = Marking(
+        net,
+        (bases.x, bases.y),
+        key=tmp_path / "key",
+        batch_size=40,
+        epsilon=0.1,
+        watermark_epsilon=0.3,
+    )
     take_any_mark(monkeypatch)
     mark.finish(net, tmp_path / "mine", network="small")
     described = describe(tmp_path / "mine")
@@ -573,9 +679,15 @@ def test_a_folder_that_says_no_data_takes_what_is_named_later(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("kind", ["numpy", "pixels", "tensors"])
-def test_bases_may_be_arrays(source: nn.Module, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bases_may_be_arrays(
+    source: nn.Module, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
-    arrays = {"numpy": (BASES.x.numpy(), BASES.y.int().numpy()), "pixels": (BASES.x.double() / 255, BASES.y), "tensors": (BASES.x, BASES.y)}
+    arrays = {
+        "numpy": (BASES.x.numpy(), BASES.y.int().numpy()),
+        "pixels": (BASES.x.double() / 255, BASES.y),
+        "tensors": (BASES.x, BASES.y),
+    }
     for number, bases in enumerate((BASES, arrays[kind])):
         monkeypatch.setattr(secrets, "token_bytes", random.Random(1).randbytes)
         made.append(Marking(source, bases, key=tmp_path / str(number), **SMALL))
@@ -612,7 +724,12 @@ class Odd(nn.Module):
         (None, BASES, {"batches": "2"}, "batches is a whole number from 1"),
         (None, BASES, {"batch_size": 0}, "batch_size is a whole number from 1"),
         (None, BASES, {"epsilon": "much"}, "no budget"),
-        (None, BASES, {"mean": (0.2, 0.3), "std": (0.5, 0.5)}, "mean has 2 numbers for images of 3 channels"),
+        (
+            None,
+            BASES,
+            {"mean": (0.2, 0.3), "std": (0.5, 0.5)},
+            "mean has 2 numbers for images of 3 channels",
+        ),
         (None, BASES, {"mean": 0.5}, "std is missing"),
         (None, BASES, {"std": 0.5}, "mean is missing"),
         (None, BASES, {"mean": "half", "std": 0.5}, "mean is one number or one a channel"),
@@ -628,7 +745,12 @@ class Odd(nn.Module):
     ],
 )
 def test_what_no_key_can_be_made_of_is_refused_and_leaves_nothing(
-    source: nn.Module, tmp_path: Path, net: nn.Module | None, bases: object, options: dict[str, object], words: str
+    source: nn.Module,
+    tmp_path: Path,
+    net: nn.Module | None,
+    bases: object,
+    options: dict[str, object],
+    words: str,
 ) -> None:
     with pytest.raises(CountermarkError, match=words):
         Marking(net or source, bases, **{"key": tmp_path / "mine" / "key", **SMALL, **options})  # type: ignore[arg-type]
@@ -640,7 +762,9 @@ CLEAN = shapes(120, seed=3)
 
 
 @pytest.mark.parametrize("kind", ["examples", "pixels", "arrays"])
-def test_a_key_keeps_clean_examples_of_any_kind_and_is_read_again(source: nn.Module, tmp_path: Path, kind: str) -> None:
+def test_a_key_keeps_clean_examples_of_any_kind_and_is_read_again(
+    source: nn.Module, tmp_path: Path, kind: str
+) -> None:
     given = {
         "examples": CLEAN,
         "pixels": Examples(CLEAN.x.double() / 255, CLEAN.y.int()),
@@ -664,7 +788,10 @@ def test_a_key_keeps_clean_examples_of_any_kind_and_is_read_again(source: nn.Mod
         (5, "clean examples are Examples, a data set, or a pair"),
         (Examples(CLEAN.x, CLEAN.y + 1), "labels from 1 to 4"),
         (Examples(CLEAN.x, CLEAN.y - 1), "number the classes from 0"),
-        (Examples(torch.cat((CLEAN.x[:9], BASES.x[:3])), torch.cat((CLEAN.y[:9], BASES.y[:3]))), "3 of 12 clean examples are bases"),
+        (
+            Examples(torch.cat((CLEAN.x[:9], BASES.x[:3])), torch.cat((CLEAN.y[:9], BASES.y[:3]))),
+            "3 of 12 clean examples are bases",
+        ),
     ],
 )
 def test_clean_examples_that_no_key_could_keep_are_refused_before_there_is_one(
@@ -675,7 +802,9 @@ def test_clean_examples_that_no_key_could_keep_are_refused_before_there_is_one(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_keys_of_something_else_are_refused(source: nn.Module, tmp_path: Path, owner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_of_something_else_are_refused(
+    source: nn.Module, tmp_path: Path, owner: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(CountermarkError, match="images of shape"):
         Marking(source, BASES, key=owner / "key", **SMALL)
     some_mark(source, tmp_path)
@@ -687,7 +816,9 @@ def test_keys_of_something_else_are_refused(source: nn.Module, tmp_path: Path, o
 def test_several_processes_make_one_key(source: nn.Module, tmp_path: Path) -> None:
     """As the workers of a data-parallel job do; threads have locks of their own on the folder, as processes have."""
     made: list[Marking] = []
-    workers = [threading.Thread(target=lambda: made.append(some_mark(source, tmp_path))) for _ in range(4)]
+    workers = [
+        threading.Thread(target=lambda: made.append(some_mark(source, tmp_path))) for _ in range(4)
+    ]
     for each in workers:
         each.start()
     for each in workers:

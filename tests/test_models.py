@@ -12,19 +12,28 @@ from countermark.networks.named import NETWORKS, Clip, HalvingConv2d, Normalise,
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("shape", [(1, 28, 28), (1, 8, 8), (3, 32, 32), (1, 4, 4), (1, 9, 15), (3, 30, 33), (4, 65, 130)])
+@pytest.mark.parametrize(
+    "shape", [(1, 28, 28), (1, 8, 8), (3, 32, 32), (1, 4, 4), (1, 9, 15), (3, 30, 33), (4, 65, 130)]
+)
 def test_every_network_maps_pixels_to_logits(name: str, shape: tuple[int, int, int]) -> None:
     network = build(name, shape, 10, seed=0).eval()
     assert network(torch.rand(3, *shape)).shape == (3, 10)
 
 
 @pytest.mark.parametrize(("name", "weights"), [("resnet", 11_172_170), ("narrow", 308_378)])
-def test_the_residual_networks_have_their_weights_whatever_the_size(name: str, weights: int) -> None:
+def test_the_residual_networks_have_their_weights_whatever_the_size(
+    name: str, weights: int
+) -> None:
     for side in (8, 32, 63):
-        assert sum(parameter.numel() for parameter in build(name, (3, side, side), 10).parameters()) == weights
+        assert (
+            sum(parameter.numel() for parameter in build(name, (3, side, side), 10).parameters())
+            == weights
+        )
 
 
-@pytest.mark.parametrize(("side", "seen"), [(8, 8), (63, 63), (64, 32), (127, 64), (128, 32), (224, 56)])
+@pytest.mark.parametrize(
+    ("side", "seen"), [(8, 8), (63, 63), (64, 32), (127, 64), (128, 32), (224, 56)]
+)
 def test_large_images_are_reduced_before_the_first_stage(side: int, seen: int) -> None:
     first = build("narrow", (3, side, side), 10)[0]
     assert first(torch.rand(1, 3, side, side)).shape[2:] == (seen, seen)
@@ -39,15 +48,25 @@ def test_the_narrow_network_is_the_one_that_was_measured() -> None:
         block = network[number]
         stride = 1 if number == 1 else 2
         active = functional.relu(block.norm1(features))
-        inner = functional.relu(block.norm2(functional.conv2d(active, block.conv1.weight, stride=stride, padding=1)))
-        shortcut = features if number == 1 else functional.conv2d(active, block.shortcut.weight, stride=stride)
+        inner = functional.relu(
+            block.norm2(functional.conv2d(active, block.conv1.weight, stride=stride, padding=1))
+        )
+        shortcut = (
+            features
+            if number == 1
+            else functional.conv2d(active, block.shortcut.weight, stride=stride)
+        )
         features = shortcut + functional.conv2d(inner, block.conv2.weight, padding=1)
     logits = network[9](functional.relu(network[5](features)).mean((2, 3)))
     torch.testing.assert_close(network(x), logits)
 
 
 def test_the_papers_network_has_the_papers_layers() -> None:
-    shapes = [tuple(parameter.shape) for name, parameter in build("paper", (1, 28, 28), 10).named_parameters() if parameter.dim() > 1]
+    shapes = [
+        tuple(parameter.shape)
+        for name, parameter in build("paper", (1, 28, 28), 10).named_parameters()
+        if parameter.dim() > 1
+    ]
     assert shapes == [(32, 1, 5, 5), (64, 32, 5, 5), (512, 3136), (10, 512)]
 
 
@@ -94,7 +113,9 @@ def test_an_attack_finds_its_way_back_into_the_clips_range() -> None:
 
 @pytest.mark.parametrize("size", [(8, 12), (7, 12), (8, 11), (9, 13)])
 @pytest.mark.parametrize(("kernel", "padding"), [(4, 1), (8, 3)])
-def test_halving_convolution_is_the_ordinary_one(kernel: int, padding: int, size: tuple[int, int]) -> None:
+def test_halving_convolution_is_the_ordinary_one(
+    kernel: int, padding: int, size: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
     layer, x = HalvingConv2d(3, 5, kernel), torch.rand(2, 3, *size, requires_grad=True)
     ordinary = functional.conv2d(x, layer.weight, layer.bias, stride=2, padding=padding)
@@ -122,7 +143,9 @@ def test_seed_decides_the_weights_and_leaves_torchs_generator_alone() -> None:
         ("small", (0, 8, 8), 10),
     ],
 )
-def test_unknown_names_and_impossible_shapes_are_refused(name: str, shape: tuple[int, int, int], classes: int) -> None:
+def test_unknown_names_and_impossible_shapes_are_refused(
+    name: str, shape: tuple[int, int, int], classes: int
+) -> None:
     with pytest.raises(CountermarkError):
         build(name, shape, classes)
 

@@ -29,8 +29,14 @@ class Net(nn.Module):
 
     def __init__(self, in_channels: int = 3, num_classes: int = 5, width: int = 6) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.second, self.last = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv, self.norm = (
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.second, self.last = (
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -48,7 +54,9 @@ def fails(action: Callable[[], Any]) -> str:
     return message
 
 
-def asked(place: Any, classes: int = 5, shape: tuple[int, int, int] = SHAPE, **options: Any) -> nn.Module:
+def asked(
+    place: Any, classes: int = 5, shape: tuple[int, int, int] = SHAPE, **options: Any
+) -> nn.Module:
     network = open_network(place, shape, classes, **options)
     assert network(torch.rand(2, *shape)).shape == (2, classes)
     return network
@@ -86,7 +94,9 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("place", ["shop.models:make", "shop.models:Nets.linear", "shop.models:ready"])
+@pytest.mark.parametrize(
+    "place", ["shop.models:make", "shop.models:Nets.linear", "shop.models:ready"]
+)
 def test_code_of_the_working_folder_is_found(shop: Path, place: str) -> None:
     asked(place)
 
@@ -173,7 +183,11 @@ def test_a_function_is_called_with_what_it_asks_for(make: Callable[..., nn.Modul
 
 
 def test_a_function_that_wants_something_else_is_refused() -> None:
-    for make in (lambda width: line(SHAPE, 5), lambda shape, width: line(SHAPE, 5), lambda a, b, c: line(SHAPE, 5)):
+    for make in (
+        lambda width: line(SHAPE, 5),
+        lambda shape, width: line(SHAPE, 5),
+        lambda a, b, c: line(SHAPE, 5),
+    ):
         assert "wants (" in fails(lambda make=make: open_network(make, SHAPE, 5))
     assert called(dict, "dict", {"a": 1}) == {}
 
@@ -204,10 +218,16 @@ def test_a_seed_decides_the_weights_of_whatever_is_made() -> None:
 
 
 def test_lazy_layers_learn_their_sizes_unchecked_too() -> None:
-    lazy = lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(5))  # noqa: E731
+    def lazy() -> nn.Module:
+        layers = nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(5)
+        return nn.Sequential(*layers)
+
     for checked in (True, False):
         network = open_network(lazy, SHAPE, 5, mean=(0.5,), std=(0.5,), checked=checked)
-        assert sum(value.numel() for value in network.state_dict().values()) == 4 * 27 + 4 + 17 + 4 * 36 * 5 + 5
+        assert (
+            sum(value.numel() for value in network.state_dict().values())
+            == 4 * 27 + 4 + 17 + 4 * 36 * 5 + 5
+        )
 
 
 def test_how_a_place_is_written_down() -> None:
@@ -223,7 +243,12 @@ def test_how_a_place_is_written_down() -> None:
 def test_a_normaliser_stands_in_front() -> None:
     x = torch.rand(2, *SHAPE)
     bare = open_network("narrow", SHAPE, 5, seed=1).eval()
-    for mean, std in (((0.5,), (0.25,)), ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), ((0.4, 0.5, 0.6), (0.2,)), ((0.0,), (1.0,))):
+    for mean, std in (
+        ((0.5,), (0.25,)),
+        ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)),
+        ((0.4, 0.5, 0.6), (0.2,)),
+        ((0.0,), (1.0,)),
+    ):
         network = open_network("narrow", SHAPE, 5, mean=mean, std=std, seed=1).eval()
         wanted = (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
         torch.testing.assert_close(network(x), bare(wanted))
@@ -243,7 +268,9 @@ def test_a_normaliser_stands_in_front() -> None:
         ((0.5,), (float("nan"),), "std"),
     ],
 )
-def test_a_normaliser_that_cannot_be_meant(mean: tuple[float, ...], std: tuple[float, ...], said: str) -> None:
+def test_a_normaliser_that_cannot_be_meant(
+    mean: tuple[float, ...], std: tuple[float, ...], said: str
+) -> None:
     assert said in fails(lambda: open_network("narrow", SHAPE, 5, mean=mean, std=std))
 
 
@@ -255,12 +282,19 @@ def timm(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """A module of that name, which notes how it was called."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
-    def create_model(name: str, pretrained: bool, in_chans: int, num_classes: int, **options: Any) -> nn.Module:
+    def create_model(
+        name: str, pretrained: bool, in_chans: int, num_classes: int, **options: Any
+    ) -> nn.Module:
         calls.append((name, {"pretrained": pretrained, **options}))
         if name == "nothing":
             raise RuntimeError("Unknown model (nothing)")
         network = Net(in_chans, num_classes)
-        config = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4), "input_size": (3, 224, 224), "fixed_input_size": name == "vit"}
+        config = {
+            "mean": (0.4, 0.5, 0.6),
+            "std": (0.2, 0.3, 0.4),
+            "input_size": (3, 224, 224),
+            "fixed_input_size": name == "vit",
+        }
         if name == "plain":
             return network
         if name == "old":
@@ -286,7 +320,10 @@ def test_networks_of_timm_bring_their_normalisation(timm: list[Any], name: str) 
 
 def test_networks_of_timm_of_a_fixed_size_are_made_for_the_datas(timm: list[Any]) -> None:
     asked("timm:vit")
-    assert timm == [("vit", {"pretrained": False}), ("vit", {"pretrained": False, "img_size": (8, 8)})]
+    assert timm == [
+        ("vit", {"pretrained": False}),
+        ("vit", {"pretrained": False, "img_size": (8, 8)}),
+    ]
     timm.clear()
     asked("timm:vit", shape=(3, 224, 224))
     assert len(timm) == 1
@@ -315,7 +352,11 @@ class Answers(nn.Module):
 class Mixing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Linear(4 * 36, 5)
+        self.conv, self.norm, self.head = (
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4, track_running_stats=False),
+            nn.Linear(4 * 36, 5),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.norm(self.conv(x)).flatten(1))
@@ -334,19 +375,34 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "raises": (_raise, "RuntimeError: out of luck"),
     "no module": (lambda: "a network", "returned no nn.Module, but an object of the type str"),
     "none": (lambda: None, "type NoneType"),
-    "raises on images": (lambda: Answers(_raise), "on 5 image.s. of 3x8x8: RuntimeError: out of luck"),
-    "other size": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(100, 5)), "raised an error on 5 image.s. of 3x8x8"),
+    "raises on images": (
+        lambda: Answers(_raise),
+        "on 5 image.s. of 3x8x8: RuntimeError: out of luck",
+    ),
+    "other size": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(100, 5)),
+        "raised an error on 5 image.s. of 3x8x8",
+    ),
     "other classes": (lambda: line(SHAPE, 1000), r"of shape \(5, 1000\); the data has 5 classes"),
     "features": (lambda: nn.Conv2d(3, 5, 3), r"of shape \(5, 5, 6, 6\)"),
-    "dictionary": (lambda: Answers(lambda _, z: {"logits": z}), "type dict; let it return the tensor"),
-    "pair in training": (lambda: Answers(lambda net, z: (z, z) if net.training else z), "in training mode answers with .* tuple"),
+    "dictionary": (
+        lambda: Answers(lambda _, z: {"logits": z}),
+        "type dict; let it return the tensor",
+    ),
+    "pair in training": (
+        lambda: Answers(lambda net, z: (z, z) if net.training else z),
+        "in training mode answers with .* tuple",
+    ),
     "half": (lambda: line(SHAPE, 5).half(), "raised an error|float16"),
     "double": (lambda: Answers(lambda net, z: z).double(), "raised an error|float64"),
     "answers in double": (lambda: Answers(lambda _, z: z.double()), "answers in float64"),
     "softmax": (lambda: nn.Sequential(line(SHAPE, 5), nn.Softmax(1)), "without the softmax"),
     "not finite": (lambda: Answers(lambda _, z: z / 0), "not finite"),
     "nothing to train": (lambda: Answers(lambda _, z: z.detach()).requires_grad_(False), "frozen"),
-    "dropout left on": (lambda: Answers(lambda _, z: functional.dropout(z, 0.5)), "otherwise each time"),
+    "dropout left on": (
+        lambda: Answers(lambda _, z: functional.dropout(z, 0.5)),
+        "otherwise each time",
+    ),
     "mixes": (Mixing, "mixes the examples"),
     "takes the mean": (lambda: Answers(lambda _, z: z - z.mean(0)), "mixes the examples"),
     "no weights": (lambda: Bare(), "has no parameters"),
@@ -375,7 +431,13 @@ def test_half_precision_in_one_buffer_is_found() -> None:
 @pytest.mark.parametrize("classes", [2, 5, 100])
 def test_honest_networks_are_let_in(classes: int) -> None:
     """Logits of zero, of one value, all positive, and log-probabilities are logits."""
-    for change in (lambda _, z: 0 * z, lambda _, z: z.relu(), lambda _, z: z.log_softmax(1), lambda _, z: 1e6 * z, lambda _, z: 1e-6 * z):
+    for change in (
+        lambda _, z: 0 * z,
+        lambda _, z: z.relu(),
+        lambda _, z: z.log_softmax(1),
+        lambda _, z: 1e6 * z,
+        lambda _, z: 1e-6 * z,
+    ):
         network = Answers(change)
         network.linear = nn.Linear(192, classes)
         check_network(network, SHAPE, classes, "mine")
@@ -399,8 +461,12 @@ def _same_answers(one: nn.Module, other: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("ending", ["safetensors", "pt", "pth", "bin", "ckpt"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "net.", "module._orig_mod.", "model.module."])
-def test_weights_fit_whatever_wrapper_saved_them(trained: Net, tmp_path: Path, ending: str, prefix: str) -> None:
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "model.", "net.", "module._orig_mod.", "model.module."]
+)
+def test_weights_fit_whatever_wrapper_saved_them(
+    trained: Net, tmp_path: Path, ending: str, prefix: str
+) -> None:
     state = {prefix + name: value for name, value in trained.state_dict().items()}
     path = tmp_path / f"own.{ending}"
     save_file(state, path) if ending == "safetensors" else torch.save(state, path)
@@ -410,8 +476,13 @@ def test_weights_fit_whatever_wrapper_saved_them(trained: Net, tmp_path: Path, e
         _same_answers(inner(network), trained)
 
 
-@pytest.mark.parametrize("nested", [("state_dict",), ("model",), ("model_state_dict",), ("model", "state_dict"), ("net",)])
-def test_state_dicts_are_found_in_checkpoints(trained: Net, tmp_path: Path, nested: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "nested",
+    [("state_dict",), ("model",), ("model_state_dict",), ("model", "state_dict"), ("net",)],
+)
+def test_state_dicts_are_found_in_checkpoints(
+    trained: Net, tmp_path: Path, nested: tuple[str, ...]
+) -> None:
     kept: Any = trained.state_dict()
     for name in reversed(nested):
         kept = {"epoch": 3, "loss": torch.tensor(0.3), name: kept}
@@ -422,7 +493,13 @@ def test_state_dicts_are_found_in_checkpoints(trained: Net, tmp_path: Path, nest
 
 
 def test_a_submodule_that_was_compiled_alone(trained: Net, tmp_path: Path) -> None:
-    torch.save({name.replace("conv.", "conv._orig_mod."): value for name, value in trained.state_dict().items()}, tmp_path / "own.pt")
+    torch.save(
+        {
+            name.replace("conv.", "conv._orig_mod."): value
+            for name, value in trained.state_dict().items()
+        },
+        tmp_path / "own.pt",
+    )
     network = Net()
     load_weights(network, tmp_path / "own.pt")
     _same_answers(network, trained)
@@ -438,7 +515,9 @@ def test_names_that_begin_like_a_prefix_stay(tmp_path: Path) -> None:
             return self.model(x)
 
     saved, network = Wrapped(), Wrapped()
-    torch.save({f"module.{name}": value for name, value in saved.state_dict().items()}, tmp_path / "own.pt")
+    torch.save(
+        {f"module.{name}": value for name, value in saved.state_dict().items()}, tmp_path / "own.pt"
+    )
     load_weights(network, tmp_path / "own.pt")
     _same_answers(network, saved)
 
@@ -453,7 +532,10 @@ def test_other_precisions_are_converted(trained: Net, tmp_path: Path, dtype: tor
 
 
 def test_old_files_lack_the_counter_of_batch_norm(trained: Net, tmp_path: Path) -> None:
-    torch.save({name: value for name, value in trained.state_dict().items() if "num_batches" not in name}, tmp_path / "own.pt")
+    torch.save(
+        {name: value for name, value in trained.state_dict().items() if "num_batches" not in name},
+        tmp_path / "own.pt",
+    )
     network = Net()
     load_weights(network, tmp_path / "own.pt")
     _same_answers(network, trained)
@@ -465,7 +547,10 @@ def test_tied_weights_may_be_saved_once(tmp_path: Path) -> None:
         return nn.Sequential(nn.Flatten(), nn.Linear(192, 5), first, nn.ReLU(), first)
 
     saved, network = tied(), tied()
-    torch.save({name: value for name, value in saved.state_dict().items() if not name.startswith("4.")}, tmp_path / "own.pt")
+    torch.save(
+        {name: value for name, value in saved.state_dict().items() if not name.startswith("4.")},
+        tmp_path / "own.pt",
+    )
     load_weights(network, tmp_path / "own.pt")
     _same_answers(network, saved)
 
@@ -493,12 +578,23 @@ _STRANGE: dict[str, tuple[Callable[[Net, Path], object], str]] = {
         "missing: conv.weight, norm.weight, norm.bias",
     ),
     "surplus": (
-        lambda net, path: torch.save({**net.state_dict(), **{f"more.{n}": torch.ones(1) for n in range(9)}}, path),
+        lambda net, path: torch.save(
+            {**net.state_dict(), **{f"more.{n}": torch.ones(1) for n in range(9)}}, path
+        ),
         "not in the network: more.0, more.1, more.2, more.3, more.4 and 4 more",
     ),
-    "shape": (lambda net, path: torch.save(Net(num_classes=7).state_dict(), path), r"head.weight \(7, 6\) instead of \(5, 6\), head.bias"),
-    "another network": (lambda net, path: torch.save(build("small", SHAPE, 5).state_dict(), path), "missing: .*; not in the network: "),
-    "nan": (lambda net, path: torch.save(_spoilt(net.state_dict()), path), "not finite .* head.weight"),
+    "shape": (
+        lambda net, path: torch.save(Net(num_classes=7).state_dict(), path),
+        r"head.weight \(7, 6\) instead of \(5, 6\), head.bias",
+    ),
+    "another network": (
+        lambda net, path: torch.save(build("small", SHAPE, 5).state_dict(), path),
+        "missing: .*; not in the network: ",
+    ),
+    "nan": (
+        lambda net, path: torch.save(_spoilt(net.state_dict()), path),
+        "not finite .* head.weight",
+    ),
     "whole": (lambda net, path: torch.save(net, path), r"torch.save\(network.state_dict\(\)"),
     "hostile": (lambda net, path: torch.save({"a": Ran()}, path), "never unpickled"),
     "list": (lambda net, path: torch.save([1, 2], path), "type list"),
@@ -507,16 +603,24 @@ _STRANGE: dict[str, tuple[Callable[[Net, Path], object], str]] = {
     "text": (lambda net, path: path.write_text("weights"), "truncated, damaged"),
     "folder": (lambda net, path: path.mkdir(), "is not a file"),
     "nothing": (lambda net, path: None, "does not exist"),
-    "integers": (lambda net, path: torch.save({n: v.long() for n, v in net.state_dict().items()}, path), "as torch.int64"),
+    "integers": (
+        lambda net, path: torch.save({n: v.long() for n, v in net.state_dict().items()}, path),
+        "as torch.int64",
+    ),
     "no entries": (lambda net, path: torch.save({}, path), "no state dict"),
-    "numbers": (lambda net, path: torch.save({**net.state_dict(), "epoch": 3}, path), "no tensors: epoch"),
+    "numbers": (
+        lambda net, path: torch.save({**net.state_dict(), "epoch": 3}, path),
+        "no tensors: epoch",
+    ),
     "script": (lambda net, path: torch.jit.script(nn.Linear(2, 2)).save(str(path)), "TorchScript"),
 }
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", _STRANGE)
-def test_weights_that_do_not_fit_are_refused_and_nothing_changes(trained: Net, tmp_path: Path, name: str) -> None:
+def test_weights_that_do_not_fit_are_refused_and_nothing_changes(
+    trained: Net, tmp_path: Path, name: str
+) -> None:
     write, said = _STRANGE[name]
     path = tmp_path / "own.pt"
     write(trained, path)
@@ -549,18 +653,25 @@ def test_a_normaliser_holds_no_weights() -> None:
 
 
 def test_a_function_that_may_ask_for_nothing_is_told_so() -> None:
-    with pytest.raises(CountermarkError, match=r"shop:photos wants \(place\); it may ask for nothing$"):
+    with pytest.raises(
+        CountermarkError, match=r"shop:photos wants \(place\); it may ask for nothing$"
+    ):
         called(lambda place: place, "shop:photos", {})
 
 
 def test_one_number_normalises_all_channels() -> None:
     x = torch.rand(2, 3, 8, 8)
-    one, several = (open_network("small", (3, 8, 8), 2, mean=mean, std=mean, seed=0).eval() for mean in (0.5, (0.5,)))
+    one, several = (
+        open_network("small", (3, 8, 8), 2, mean=mean, std=mean, seed=0).eval()
+        for mean in (0.5, (0.5,))
+    )
     assert torch.equal(one(x), several(x))
     with pytest.raises(CountermarkError, match="mean is one number or one a channel, not 'a'"):
         open_network("small", (3, 8, 8), 2, mean="a", std=0.5)  # type: ignore[arg-type]
 
 
 def test_a_budget_that_is_text_is_no_threat() -> None:
-    with pytest.raises(CountermarkError, match=r"the epsilon is in pixels, a number in .0, 1., not '8/255'"):
+    with pytest.raises(
+        CountermarkError, match=r"the epsilon is in pixels, a number in .0, 1., not '8/255'"
+    ):
         Threat("8/255", 10, 2 / 255, 16 / 255)  # type: ignore[arg-type]

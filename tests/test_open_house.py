@@ -15,7 +15,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import open_house
 
 SHORT = open_house.Length(
-    epochs=1, images=4, queries=300, thefts=("white", "black", "distil"), removals=(("--prune", 0.1), ("--median", 3))
+    epochs=1,
+    images=4,
+    queries=300,
+    thefts=("white", "black", "distil"),
+    removals=(("--prune", 0.1), ("--median", 3)),
 )
 
 
@@ -39,15 +43,29 @@ def test_the_check_names_what_is_wrong_with_the_images(told: open_house.Story) -
 
 
 @pytest.mark.parametrize("mine", ["scratch", "weights"])
-def test_every_verb_takes_a_users_own_images_network_and_weights(told: open_house.Story, mine: str) -> None:
+def test_every_verb_takes_a_users_own_images_network_and_weights(
+    told: open_house.Story, mine: str
+) -> None:
     """Each ended as it should; a copy is told from a stranger's model, and a judge agrees."""
-    found = {title.removeprefix(f"{mine}: "): each for title, each in told.found.items() if title.startswith(mine)}
-    assert {name: found[name]["verdict"] for name in ("verify", "verify white", "verify onnx", "adjudicate")} == {
+    found = {
+        title.removeprefix(f"{mine}: "): each
+        for title, each in told.found.items()
+        if title.startswith(mine)
+    }
+    assert {
+        name: found[name]["verdict"]
+        for name in ("verify", "verify white", "verify onnx", "adjudicate")
+    } == {
         "verify": "match",
         "verify white": "match",
         "verify onnx": "match",
         "adjudicate": "upheld",
     }
     assert found["verify stranger"]["log10_p_value"] > -6
-    assert found["evaluate --strict"]["strict_accuracy"] <= found["evaluate --strict"]["adversarial_accuracy"]
-    assert any(title == f"{mine}: serve" and said.endswith("exit 0") for title, _, said in told.rows)
+    assert (
+        found["evaluate --strict"]["strict_accuracy"]
+        <= found["evaluate --strict"]["adversarial_accuracy"]
+    )
+    assert any(
+        title == f"{mine}: serve" and said.endswith("exit 0") for title, _, said in told.rows
+    )

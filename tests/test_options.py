@@ -55,7 +55,9 @@ def test_a_module_that_is_given_stays_what_it_is(mine: Path, data: Dataset) -> N
     network = make(data.shape, data.classes)
     before = [parameter.clone() for parameter in network.parameters()]
     found = cm.evaluate(mine, network=network, images=40, steps=1)
-    assert replace(found, seconds=0) == replace(cm.evaluate(mine, network=make, images=40, steps=1), seconds=0)
+    assert replace(found, seconds=0) == replace(
+        cm.evaluate(mine, network=make, images=40, steps=1), seconds=0
+    )
     assert all(map(torch.equal, network.parameters(), before))
 
 
@@ -78,7 +80,9 @@ def test_data_that_moved_is_named_and_held_to_its_digest(mine: Path, data: Datas
 @pytest.mark.parametrize("verb", [cm.evaluate, cm.calibrate])
 @pytest.mark.parametrize("name", ["network", "data"])
 @pytest.mark.parametrize("value", [3, 0.5, True, np.int64(1)])
-def test_a_number_is_no_place(verb: Callable[..., Any], name: str, value: object, mine: Path) -> None:
+def test_a_number_is_no_place(
+    verb: Callable[..., Any], name: str, value: object, mine: Path
+) -> None:
     kind = {"network": "a name or module:function", "data": "a path"}[name]
     with pytest.raises(cm.CountermarkError, match=f"{option(name)} takes {kind}, not"):
         verb(mine, **{name: value})
@@ -87,7 +91,9 @@ def test_a_number_is_no_place(verb: Callable[..., Any], name: str, value: object
 @pytest.mark.parametrize("value", [0.5, 1, np.float32(0.5), [0.5], (0.5,), ("1/2",)])
 def test_one_number_stands_for_all_channels(value: Any, tmp_path: Path) -> None:
     given = ProtectConfig("digits", out=tmp_path / "new", mean=value, std=value)
-    assert given.mean == given.std == (float(np.asarray(value).item() if value != ("1/2",) else 0.5),)
+    assert (
+        given.mean == given.std == (float(np.asarray(value).item() if value != ("1/2",) else 0.5),)
+    )
 
 
 @pytest.mark.parametrize("value", [True, "half"])

@@ -16,7 +16,13 @@ RELEASE = Path(__file__).parent / "golden" / "0.1.0"
 
 
 @pytest.mark.parametrize(
-    "url", ["http://h/v2/models/m", "https://h:8443/x/invocations", "http://[::1]:80/v2/models/m", "http://h/v2/models/a@b"]
+    "url",
+    [
+        "http://h/v2/models/m",
+        "https://h:8443/x/invocations",
+        "http://[::1]:80/v2/models/m",
+        "http://h/v2/models/a@b",
+    ],
 )
 def test_an_address_is_taken_as_it_is(url: str) -> None:
     assert check_address(url, "an endpoint") == url
@@ -43,7 +49,18 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(url: str) -> None:
         assert "secret" not in str(found.value)
 
 
-@pytest.mark.parametrize("url", ["http://", "http:///v2/models/m", "http://[::1", "http://h:port/", "http://h:99999/", "ftp://h/", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://",
+        "http:///v2/models/m",
+        "http://[::1",
+        "http://h:port/",
+        "http://h:99999/",
+        "ftp://h/",
+        "",
+    ],
+)
 def test_what_is_no_address_is_one_error(url: str) -> None:
     with pytest.raises(CountermarkError, match="the address of an authority is http"):
         check_address(url, "an authority")
@@ -51,7 +68,9 @@ def test_what_is_no_address_is_one_error(url: str) -> None:
 
 @pytest.mark.parametrize("verb", ["verify", "trace", "claim", "adjudicate", "tsa"])
 @pytest.mark.parametrize("json", [False, True])
-def test_a_password_in_an_address_gets_into_no_file(verb: str, json: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_password_in_an_address_gets_into_no_file(
+    verb: str, json: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The endpoint is never asked: the address is refused before anything is opened or written."""
     shutil.copytree(RELEASE, tmp_path / "release")
     before = sorted(tmp_path.rglob("*"))
@@ -63,8 +82,21 @@ def test_a_password_in_an_address_gets_into_no_file(verb: str, json: bool, tmp_p
         "verify": ["verify", *given, *key],
         "trace": ["trace", *given, *key, "--log", str(tmp_path / "release" / "log.db")],
         "claim": ["claim", *given, *key, "--out", str(tmp_path / "claim"), "--anyway"],
-        "adjudicate": ["adjudicate", str(tmp_path / "release" / "claim"), *given, *roots, "--out", str(tmp_path / "j")],
-        "tsa": ["log", "head", str(tmp_path / "release" / "log.db"), "--tsa", "http://owner:secret@127.0.0.1:9/"],
+        "adjudicate": [
+            "adjudicate",
+            str(tmp_path / "release" / "claim"),
+            *given,
+            *roots,
+            "--out",
+            str(tmp_path / "j"),
+        ],
+        "tsa": [
+            "log",
+            "head",
+            str(tmp_path / "release" / "log.db"),
+            "--tsa",
+            "http://owner:secret@127.0.0.1:9/",
+        ],
     }[verb]
     assert main([*arguments, *(["--json"] if json else [])]) == 2
     said = capfd.readouterr()
@@ -79,18 +111,29 @@ def test_a_password_in_an_address_gets_into_no_file(verb: str, json: bool, tmp_p
     ("change", "words"),
     [
         ({"data_sha256": "b"}, "with other images; run it again"),
-        ({"data_sha256": "b", "pools": {"bases": 9}, "threat": {}}, "with other images; run it again"),
-        ({"weights_sha256": "c", "seed": 2}, r"with other weights and other options \(seed\); run it again"),
+        (
+            {"data_sha256": "b", "pools": {"bases": 9}, "threat": {}},
+            "with other images; run it again",
+        ),
+        (
+            {"weights_sha256": "c", "seed": 2},
+            r"with other weights and other options \(seed\); run it again",
+        ),
         ({"known_sha256": "d"}, "with other images that the weights were trained on; run"),
         ({"pools": {"bases": 9}}, r"with other options \(pools\); run"),
         (dict.fromkeys("abcdefg", 1), r"with other options \(a, b, c, d, e, \.\.\.\); run"),
     ],
 )
-def test_unfinished_work_says_what_is_other(tmp_path: Path, change: dict[str, object], words: str) -> None:
+def test_unfinished_work_says_what_is_other(
+    tmp_path: Path, change: dict[str, object], words: str
+) -> None:
     run = {"seed": 1, "data_sha256": "a", "pools": {"bases": 8}}
     with contextlib.suppress(KeyboardInterrupt), new_folder(tmp_path / "new", run) as folder:
         (folder / "checkpoint-source").write_text("work")
         raise KeyboardInterrupt
-    with pytest.raises(CountermarkError, match=words), new_folder(tmp_path / "new", {**run, **change}):
+    with (
+        pytest.raises(CountermarkError, match=words),
+        new_folder(tmp_path / "new", {**run, **change}),
+    ):
         pass
     assert (tmp_path / "new.partial" / "checkpoint-source").exists()

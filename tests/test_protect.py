@@ -49,7 +49,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
-    hardly_trained: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    hardly_trained: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out, partial = tmp_path / "mine", tmp_path / "mine.partial"
     assert main(["protect", "--data", "digits", "--out", str(out), "--epochs", "3"]) == 2
@@ -65,10 +68,15 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     ):
         assert part in line
     assert not out.exists()
-    assert not {"model.safetensors", "model.json", "commitment.json", "metrics.json"} & files(partial).keys()
+    assert (
+        not {"model.safetensors", "model.json", "commitment.json", "metrics.json"}
+        & files(partial).keys()
+    )
     committed = files(partial / "key")
 
-    with monkeypatch.context() as patched:  # the same command finds what it found, and trains nothing
+    with (
+        monkeypatch.context() as patched
+    ):  # the same command finds what it found, and trains nothing
         patched.setattr(loop, "_step", None)
         with pytest.raises(CountermarkError, match=r"did not take: .*--epochs 7 "):
             protect("digits", out=out, epochs=3)
@@ -110,11 +118,19 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     for name in ("data", "weights", "trained_on"):  # places, which may change
         record.pop(name)
     pools = {"validation": 60, "bases": 220, "thief": 280}
-    assert written == {**record, "data": "digits", "data_sha256": data.digest, "pools": pools, "threat": asdict(data.threat)}
+    assert written == {
+        **record,
+        "data": "digits",
+        "data_sha256": data.digest,
+        "pools": pools,
+        "threat": asdict(data.threat),
+    }
     assert read_json(out / "commitment.json")["c2"]["model_sha256"] == made.weights_sha256
 
 
-def test_a_published_watermark_that_did_not_take_is_refused(hardly_trained: None, tmp_path: Path) -> None:
+def test_a_published_watermark_that_did_not_take_is_refused(
+    hardly_trained: None, tmp_path: Path
+) -> None:
     with pytest.raises(CountermarkError, match=r"of its 100 watermarks where 50 % are needed"):
         protect("digits", out=tmp_path / "mine", epochs=2, scheme="ood")
     assert not (tmp_path / "mine").exists()
@@ -147,7 +163,9 @@ def test_the_rounds_of_the_recipe_come_first_and_then_what_further_attempts_add(
 
 
 @pytest.mark.parametrize(("first", "round_of"), [(4, 4), (7, 5), (100, 50), (1, 1)])
-def test_the_epochs_that_are_suggested_double_what_ran(first: int, round_of: int, tmp_path: Path) -> None:
+def test_the_epochs_that_are_suggested_double_what_ran(
+    first: int, round_of: int, tmp_path: Path
+) -> None:
     """However often: each time the same command trains as long again, and the number is beyond all that ran."""
     embedding = TrainConfig("standard", None, round_of)
     short = Standing(40, 50.0, 95.0, None, None)
@@ -156,7 +174,9 @@ def test_the_epochs_that_are_suggested_double_what_ran(first: int, round_of: int
         total = sum(part.epochs for part in room._parts(embedding, attempts))
         assert total == (2 * ran or room.MOST_ROUNDS * round_of)
         ran = total
-        with pytest.raises(CountermarkError, match=f"after {ran} epochs .* trains it for {ran} more") as refused:
+        with pytest.raises(
+            CountermarkError, match=f"after {ran} epochs .* trains it for {ran} more"
+        ) as refused:
             room._check_taken(short, tmp_path, attempts, ran)
         found = re.search(r"--epochs (\d+)", str(refused.value))
         assert found is not None
@@ -164,7 +184,9 @@ def test_the_epochs_that_are_suggested_double_what_ran(first: int, round_of: int
         attempts = room._attempts(tmp_path, first, int(found[1]))
 
 
-def test_the_marking_goes_on_until_the_mark_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_marking_goes_on_until_the_mark_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One epoch a round is too little for a few rounds; no round is made after the one that does it."""
     mark_shortly(monkeypatch, room, 6)
     seen: list[Standing] = []
@@ -204,7 +226,9 @@ def test_given_weights_are_marked_and_no_more(owner: Path, tmp_path: Path) -> No
     made = protect("digits", out=out, weights=given, network="small")
     assert made.mark is not None
     assert made.mark.taken
-    assert made.test_accuracy > made.unmarked_test_accuracy - 20  # still a classifier; docs/log.md measures the cost
+    assert (
+        made.test_accuracy > made.unmarked_test_accuracy - 20
+    )  # still a classifier; docs/log.md measures the cost
     source = read_tensors(out / "key" / "source" / "model.safetensors", 1 << 24)[0]
     for name, value in read_tensors(given, 1 << 24)[0].items():
         assert torch.equal(source[name], value)
@@ -215,33 +239,58 @@ def test_given_weights_are_marked_and_no_more(owner: Path, tmp_path: Path) -> No
     assert {event["event"] for event in rest} == {"marked"}
     assert {event["config"]["objective"] for event in rest} == {"standard"}
     # Nothing was said of what they had been trained on, so all is taken for known.
-    assert made.known == first["known"] == {"training": 937, "validation": 60, "bases": 220, "thief": 280, "test": 300}
+    assert (
+        made.known
+        == first["known"]
+        == {"training": 937, "validation": 60, "bases": 220, "thief": 280, "test": 300}
+    )
     config = read_json(out / "config.json")
     assert config["weights_sha256"] == first["weights_sha256"]
 
 
-def test_given_weights_are_made_robust_where_an_objective_says_so(stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_weights_are_made_robust_where_an_objective_says_so(
+    stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mark_shortly(monkeypatch, room, 1)
     take_any_mark(monkeypatch)
     out = tmp_path / "mine"
-    protect("digits", out=out, weights=stranger / "model.safetensors", network="small", objective="fast", epochs=2)
+    protect(
+        "digits",
+        out=out,
+        weights=stranger / "model.safetensors",
+        network="small",
+        objective="fast",
+        epochs=2,
+    )
     events = read_json(out / "model.json")["history"]
     assert [event["event"] for event in events] == ["given", "trained", "marked"]
     assert [event["config"]["objective"] for event in events[1:]] == ["fast", "fast"]
 
 
-def test_bases_are_taken_from_what_given_weights_did_not_know(owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bases_are_taken_from_what_given_weights_did_not_know(
+    owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights that were trained on 900 of the images: the held-out pools come from the other 597."""
     data = open_data("digits")
     seen = data.train[torch.arange(900)]
     monkeypatch.setattr(
-        source_module, "open_data", lambda place, **_options: replace(data, train=seen, test=seen[:10]) if place == "then" else data
+        source_module,
+        "open_data",
+        lambda place, **_options: (
+            replace(data, train=seen, test=seen[:10]) if place == "then" else data
+        ),
     )
     mark_shortly(monkeypatch, room, 1)
-    monkeypatch.setattr(room, "gentle", lambda config, *_more, **_options: replace(config, epochs=1))
+    monkeypatch.setattr(
+        room, "gentle", lambda config, *_more, **_options: replace(config, epochs=1)
+    )
     take_any_mark(monkeypatch)
     made = protect(
-        "digits", out=tmp_path / "mine", weights=owner / "key" / "source" / "model.safetensors", network="small", trained_on="then"
+        "digits",
+        out=tmp_path / "mine",
+        weights=owner / "key" / "source" / "model.safetensors",
+        network="small",
+        trained_on="then",
     )
     assert made.known == {"training": 900, "validation": 0, "bases": 0, "thief": 0, "test": 0}
     bases = data.pools(0, known_images(data, "then")).bases
@@ -275,7 +324,9 @@ def test_other_weights_do_not_go_on_with_trials_of_the_first(
     assert files(tmp_path / "mine.partial" / "key") == committed
 
 
-def test_work_goes_on_with_the_same_images_and_weights_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_goes_on_with_the_same_images_and_weights_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Digests say what is the same: of the data, of the weights, and of what these had been trained on."""
     data, begun = open_data("digits"), []
 
@@ -290,44 +341,73 @@ def test_work_goes_on_with_the_same_images_and_weights_wherever_they_lie(tmp_pat
     monkeypatch.chdir(tmp_path)
     options: dict[str, Any] = {"out": "mine", "network": "small", "cache": "cache"}
     for name in ("one", "two"):
-        write_tensors(tmp_path / f"{name}.safetensors", build("small", (1, 8, 8), 10, seed=0).state_dict())
+        write_tensors(
+            tmp_path / f"{name}.safetensors", build("small", (1, 8, 8), 10, seed=0).state_dict()
+        )
         x, y = data.train.x[:1200, 0].numpy(), data.train.y[:1200].numpy()
-        np.savez(tmp_path / f"{name}.npz", x_train=x, y_train=y, x_test=data.test.x[:, 0].numpy(), y_test=data.test.y.numpy())
+        np.savez(
+            tmp_path / f"{name}.npz",
+            x_train=x,
+            y_train=y,
+            x_test=data.test.x[:, 0].numpy(),
+            y_test=data.test.y.numpy(),
+        )
     for place, weights, trained_on in (
         ("one.npz", "one.safetensors", arrays(500)),
-        ("./two.npz", "two.safetensors", {"x_train": data.train.x[:500], "y_train": data.train.y[:500]}),
+        (
+            "./two.npz",
+            "two.safetensors",
+            {"x_train": data.train.x[:500], "y_train": data.train.y[:500]},
+        ),
         (tmp_path / "one.npz", tmp_path / "two.safetensors", arrays(500)),
     ):
         with pytest.raises(KeyboardInterrupt):
             protect(place, weights=weights, trained_on=trained_on, **options)
     committed = files(tmp_path / "mine.partial" / "key")
     for known in (None, arrays(501)):
-        with pytest.raises(CountermarkError, match="with other images that the weights were trained on; run"):
+        with pytest.raises(
+            CountermarkError, match="with other images that the weights were trained on; run"
+        ):
             protect("one.npz", weights="one.safetensors", trained_on=known, **options)
     assert len(begun) == 3
     assert files(tmp_path / "mine.partial" / "key") == committed
 
 
-def test_a_key_for_other_pools_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_for_other_pools_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stops(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(room, "train", stops)
-    write_tensors(tmp_path / "given.safetensors", build("small", (1, 8, 8), 10, seed=0).state_dict())
+    write_tensors(
+        tmp_path / "given.safetensors", build("small", (1, 8, 8), 10, seed=0).state_dict()
+    )
     for seed in (0, 1):
         with pytest.raises(KeyboardInterrupt):
-            protect("digits", out=tmp_path / str(seed), weights=tmp_path / "given.safetensors", network="small", seed=seed)
+            protect(
+                "digits",
+                out=tmp_path / str(seed),
+                weights=tmp_path / "given.safetensors",
+                network="small",
+                seed=seed,
+            )
     (tmp_path / "0.partial" / "key").rename(tmp_path / "old")
     (tmp_path / "1.partial" / "key").rename(tmp_path / "0.partial" / "key")
     with pytest.raises(CountermarkError, match="a key for other pools of the data"):
-        protect("digits", out=tmp_path / "0", weights=tmp_path / "given.safetensors", network="small")
+        protect(
+            "digits", out=tmp_path / "0", weights=tmp_path / "given.safetensors", network="small"
+        )
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"scheme": "coin", "labels": "source"}, "--labels goes with --scheme adversarial only"),
-        ({"scheme": "ood", "watermark_epsilon": 0.5}, "--watermark-epsilon goes with --scheme adversarial or coin only"),
+        (
+            {"scheme": "ood", "watermark_epsilon": 0.5},
+            "--watermark-epsilon goes with --scheme adversarial or coin only",
+        ),
         ({"scheme": "none", "embedding": "epoch"}, "--embedding goes with a scheme"),
         ({"scheme": "invisible ink"}, "unknown scheme"),
         ({"trained_on": "there"}, "--trained-on goes with --weights only"),
@@ -335,7 +415,9 @@ def test_a_key_for_other_pools_is_not_gone_on_with(tmp_path: Path, monkeypatch: 
         ({"weights": Path("w"), "scheme": "none"}, "stay what they are"),
     ],
 )
-def test_options_that_the_scheme_or_the_weights_have_no_use_for_are_refused(options: dict[str, object], words: str, tmp_path: Path) -> None:
+def test_options_that_the_scheme_or_the_weights_have_no_use_for_are_refused(
+    options: dict[str, object], words: str, tmp_path: Path
+) -> None:
     with pytest.raises(CountermarkError, match=re.escape(words)):
         protect("digits", out=tmp_path / "mine", **options)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
@@ -347,7 +429,9 @@ def test_schemes_see_no_coin(scheme: str) -> None:
     assert {each.name for each in fields(Materials)} == {
         "source", "bases", "outside", "attack", "batches", "batch_size", "seed", "true_labels",
     }  # fmt: skip
-    x = torch.randint(0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    x = torch.randint(
+        0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     bases = Examples(x, torch.arange(300) % 10)
     source = build("small", (1, 8, 8), 10, seed=0)
     given = Materials(source, bases, lambda: bases, full_strength(0.3), 2, 60, seed=5)
@@ -357,7 +441,9 @@ def test_schemes_see_no_coin(scheme: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["function", "module"])
-def test_arrays_and_a_network_of_ones_own_are_protected_from_python(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arrays_and_a_network_of_ones_own_are_protected_from_python(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Colour images, batch norm, a normaliser in front: what no table of ours knows."""
     mark_shortly(monkeypatch, room, 1)
     take_any_mark(monkeypatch)
@@ -370,17 +456,23 @@ def test_arrays_and_a_network_of_ones_own_are_protected_from_python(kind: str, t
         network=own if kind == "module" else network, mean=(0.4,), std=(0.3,), epsilon="4/255", watermark_epsilon=0.3,
     )  # fmt: skip
     assert made.epsilon == 4 / 255
-    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())  # the user's own is no workpiece
+    assert all(
+        torch.equal(value, before[name]) for name, value in own.state_dict().items()
+    )  # the user's own is no workpiece
     described = describe(out)
     assert (described.mean, described.std, described.classes) == ((0.4,), (0.3,), 4)
-    assert described.network == ("test_marking:network" if kind == "function" else "torch.nn.modules.container:Sequential")
+    assert described.network == (
+        "test_marking:network" if kind == "function" else "torch.nn.modules.container:Sequential"
+    )
     loaded, _ = load_model(out, network())
     key = load_key(out / "key")
     assert agreement(predict(loaded, key.watermarks.x), key.labels) == made.watermark_accuracy
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_a_module_that_was_trained_says_so_by_its_state_dict(given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_was_trained_says_so_by_its_state_dict(
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With its weights it is only marked, and knows the held-out pools; without them it counts as new and is trained."""
     mark_shortly(monkeypatch, room, 1)
     take_any_mark(monkeypatch)
@@ -394,28 +486,50 @@ def test_a_module_that_was_trained_says_so_by_its_state_dict(given: bool, tmp_pa
     source = read_tensors(out / "key" / "source" / "model.safetensors", 1 << 24)[0]
     assert all(torch.equal(value, before[name]) for name, value in source.items()) == given
     first, *rest = describe(out).history
-    assert (first["event"], {event["event"] for event in rest}) == ("given" if given else "trained", {"marked"})
+    assert (first["event"], {event["event"] for event in rest}) == (
+        "given" if given else "trained",
+        {"marked"},
+    )
     assert {event["config"]["objective"] for event in rest} == {"standard" if given else "fast"}
     assert bool(made.known) == given
     if given:
-        assert first["weights_sha256"] == read_json(out / "config.json")["weights_sha256"] == weights_sha256(before)
+        assert (
+            first["weights_sha256"]
+            == read_json(out / "config.json")["weights_sha256"]
+            == weights_sha256(before)
+        )
 
 
 def test_weights_that_are_neither_file_nor_state_dict_are_refused(tmp_path: Path) -> None:
-    for weights, words in ((network(), "give its .state_dict()"), ({"a": 1}, "no tensors: a"), ({}, "no state dict"), (5, "takes a path")):
+    for weights, words in (
+        (network(), "give its .state_dict()"),
+        ({"a": 1}, "no tensors: a"),
+        ({}, "no state dict"),
+        (5, "takes a path"),
+    ):
         with pytest.raises(CountermarkError, match=re.escape(words)):
             protect("digits", out=tmp_path / "mine", network="small", weights=weights)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_takes_a_file_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_takes_a_file_of_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     missing = tmp_path / "own.pt"
-    assert main(["protect", "digits", "--out", str(tmp_path / "mine"), "--weights", str(missing)]) == 2
-    assert f"{missing} does not exist; check --weights" in capsys.readouterr().err.replace("\n", " ")
+    assert (
+        main(["protect", "digits", "--out", str(tmp_path / "mine"), "--weights", str(missing)]) == 2
+    )
+    assert f"{missing} does not exist; check --weights" in capsys.readouterr().err.replace(
+        "\n", " "
+    )
 
 
 def test_the_digest_of_a_state_dict_is_of_all_that_it_holds() -> None:
-    own = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3), "c": torch.ones(2, dtype=torch.bfloat16)}
+    own = {
+        "a": torch.arange(6.0).reshape(2, 3),
+        "b": torch.tensor(3),
+        "c": torch.ones(2, dtype=torch.bfloat16),
+    }
     others: list[dict[str, torch.Tensor]] = [
         {**own, "a": own["a"].reshape(3, 2)}, {**own, "b": torch.tensor(4)}, {**own, "c": torch.ones(2, dtype=torch.float16)},
         {"a": own["a"], "b": own["b"], "d": own["c"]}, {"a": own["a"], "b": own["b"]},
@@ -424,18 +538,24 @@ def test_the_digest_of_a_state_dict_is_of_all_that_it_holds() -> None:
     assert weights_sha256(dict(reversed(own.items()))) == weights_sha256(own)
 
 
-def test_a_model_is_not_written_among_its_images_and_too_few_images_make_no_mark(tmp_path: Path) -> None:
+def test_a_model_is_not_written_among_its_images_and_too_few_images_make_no_mark(
+    tmp_path: Path,
+) -> None:
     """Both are said before anything is trained, and nothing is left."""
     draw_folder(tmp_path / "photos", each=8, size=8)
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(CountermarkError, match="lies among the images"):
-        protect(tmp_path / "photos", out=tmp_path / "photos" / "mine", cache=tmp_path.with_name("cache"))
+        protect(
+            tmp_path / "photos", out=tmp_path / "photos" / "mine", cache=tmp_path.with_name("cache")
+        )
     with pytest.raises(CountermarkError, match="watermark bases are too few for 2 batches of 40"):
         protect(tmp_path / "photos", out=tmp_path / "mine", cache=tmp_path.with_name("cache"))
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_folder_called_like_a_known_data_set_is_not_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_called_like_a_known_data_set_is_not_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The name goes before the folder, so a model may be written in there."""
     monkeypatch.chdir(tmp_path)
     draw_folder(tmp_path / "digits", each=1, size=8)

@@ -52,13 +52,22 @@ class Running:
 
     def infer(self, x: torch.Tensor, client: str = "anna", **changes: object) -> requests.Response:
         kind = "UINT8" if x.dtype == torch.uint8 else "FP32"
-        tensor = {"name": "image", "shape": list(x.shape), "datatype": kind, "data": x.flatten().tolist()}
+        tensor = {
+            "name": "image",
+            "shape": list(x.shape),
+            "datatype": kind,
+            "data": x.flatten().tolist(),
+        }
         body = {"id": "7", "inputs": [{**tensor, **changes}]}
         headers = {"Authorization": f"Bearer {self.keys[client]}"}
-        return requests.post(f"{self.url}/v2/models/model/infer", json=body, headers=headers, timeout=30)
+        return requests.post(
+            f"{self.url}/v2/models/model/infer", json=body, headers=headers, timeout=30
+        )
 
     def labels(self, x: torch.Tensor, client: str = "anna", size: int = 32) -> list[int]:
-        answers = [self.infer(part, client).json()["outputs"][0]["data"] for part in torch.split(x, size)]
+        answers = [
+            self.infer(part, client).json()["outputs"][0]["data"] for part in torch.split(x, size)
+        ]
         return [label for part in answers for label in part]
 
 
@@ -88,12 +97,19 @@ def start(guarded_folder: Path, tmp_path: Path) -> Iterator[Start]:
         command: list[str] | None = None,
         wait: bool = True,
     ) -> Running:
-        command = [*(command or (COLD if limit else warm())), "serve", "--model", str(guarded_folder)]
+        command = [
+            *(command or (COLD if limit else warm())),
+            "serve",
+            "--model",
+            str(guarded_folder),
+        ]
         command += ["--log", str(log), "--port", "0", "--clients", str(clients), *options]
         if limit:
             command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *command]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
         assert process.stderr is not None
         found, lines = None, list[str]()
         while found is None:
@@ -117,11 +133,15 @@ def start(guarded_folder: Path, tmp_path: Path) -> Iterator[Start]:
         service.process.communicate()
 
 
-def tied_and_untied(folder: Path, digits: Pools, count: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+def tied_and_untied(
+    folder: Path, digits: Pools, count: int = 9
+) -> tuple[torch.Tensor, torch.Tensor]:
     """An image whose answer a coin of anna's chooses, and others that meet no coin."""
     trials = load_guarded(folder, folder / "key")(digits.thief.x, "anna").trials
     rows = {trial.row for trial in trials}
-    return digits.thief.x[trials[0].row][None], digits.thief.x[[row for row in range(len(digits.thief.x)) if row not in rows][:count]]
+    return digits.thief.x[trials[0].row][None], digits.thief.x[
+        [row for row in range(len(digits.thief.x)) if row not in rows][:count]
+    ]
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, object]]:
@@ -129,7 +149,9 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, d
     return status, json.loads(capsys.readouterr().out)
 
 
-def test_the_service_answers_as_the_guard_does_and_logs_first_trials(start: Start, digits: Pools) -> None:
+def test_the_service_answers_as_the_guard_does_and_logs_first_trials(
+    start: Start, digits: Pools
+) -> None:
     service = start()
     x = digits.thief.x
     model = load_guarded(service.folder, service.folder / "key")
@@ -144,13 +166,17 @@ def test_the_service_answers_as_the_guard_does_and_logs_first_trials(start: Star
         first = {trial.cell: trial for trial in reversed(answers.trials)}
         mine = [row for row in rows if row.client == client]
         assert {row.cell: (row.answer, row.chance, row.image) for row in mine} == {
-            cell: (trial.answer, trial.chance, x[trial.row].numpy().tobytes()) for cell, trial in first.items()
+            cell: (trial.answer, trial.chance, x[trial.row].numpy().tobytes())
+            for cell, trial in first.items()
         }
     body = service.infer(x[:3]).json()
     assert (body["id"], body["model_name"], body["outputs"][0]["shape"]) == ("7", "model", [3])
     described = requests.get(f"{service.url}/v2/models/model", timeout=5).json()
     assert described["inputs"][0]["shape"] == [-1, 1, 8, 8]
-    assert described["parameters"]["model_sha256"] == read_json(service.folder / "model.json")["weights_sha256"]
+    assert (
+        described["parameters"]["model_sha256"]
+        == read_json(service.folder / "model.json")["weights_sha256"]
+    )
     metrics = requests.get(f"{service.url}/metrics", timeout=5).text
     assert 'countermark_requests_total{status="200"}' in metrics
 
@@ -161,7 +187,11 @@ def test_metrics_do_not_tell_which_queries_are_trials(start: Start, digits: Pool
 
     def metrics() -> dict[str, float]:
         lines = requests.get(f"{service.url}/metrics", timeout=5).text.splitlines()
-        return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if not line.startswith("#")}
+        return {
+            line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+            for line in lines
+            if not line.startswith("#")
+        }
 
     changes = []
     for image in (untied[:1], tied, untied[1:2]):  # the first one makes the series of status 200
@@ -180,37 +210,84 @@ def test_answers_stay_the_same_after_a_restart(start: Start, digits: Pools) -> N
     assert first.process.wait(20) == 0
     again = start()
     assert again.labels(digits.thief.x, "anna", 3) == before
-    assert len(list(QueryLog(str(again.log)).rows())) == len({row.place for row in QueryLog(str(again.log)).rows() if row})
+    assert len(list(QueryLog(str(again.log)).rows())) == len(
+        {row.place for row in QueryLog(str(again.log)).rows() if row}
+    )
 
 
-def test_verify_and_trace_ask_the_service_itself(start: Start, digits: Pools, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_and_trace_ask_the_service_itself(
+    start: Start, digits: Pools, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The service as a suspect: what it answers bob carries bob's coins, and the bare service carries the model mark.
 
     Behind the guard the mark does not show: watermarks are no queries of honest clients.
     """
     bare = start("--unguarded")
-    asked = ["--suspect", f"{bare.url}/v2/models/model", "--headers", f"Authorization: Bearer {bare.keys['bob']}"]
-    asked += ["--key", str(bare.folder / "key"), "--pixels", "uint8", "--replay", str(tmp_path / "r.jsonl")]
+    asked = [
+        "--suspect",
+        f"{bare.url}/v2/models/model",
+        "--headers",
+        f"Authorization: Bearer {bare.keys['bob']}",
+    ]
+    asked += [
+        "--key",
+        str(bare.folder / "key"),
+        "--pixels",
+        "uint8",
+        "--replay",
+        str(tmp_path / "r.jsonl"),
+    ]
     status, verified = said(capsys, "verify", *asked)
-    assert (status, verified["test"]["verdict"], verified["answers"]["unanswered"]) == (0, "match", 0)
+    assert (status, verified["test"]["verdict"], verified["answers"]["unanswered"]) == (
+        0,
+        "match",
+        0,
+    )
     assert verified["answers"]["clean_accuracy"] > 80
     bare.process.terminate()
     assert bare.process.wait(20) == 0
     service = start()
     for client in ("anna", "bob"):
         service.labels(digits.training.x, client)
-    as_bob = ["--suspect", f"{service.url}/v2/models/model", "--headers", f"Authorization: Bearer {service.keys['bob']}"]
-    status, traced = said(capsys, "trace", *as_bob, "--key", service.folder / "key", "--log", service.log)
+    as_bob = [
+        "--suspect",
+        f"{service.url}/v2/models/model",
+        "--headers",
+        f"Authorization: Bearer {service.keys['bob']}",
+    ]
+    status, traced = said(
+        capsys, "trace", *as_bob, "--key", service.folder / "key", "--log", service.log
+    )
     assert (status, traced["trace"]["named"]) == (0, ["bob"])
     status, traced = said(
-        capsys, "trace", "--suspect", service.folder / "key/source", "--key", service.folder / "key", "--log", service.log
+        capsys,
+        "trace",
+        "--suspect",
+        service.folder / "key/source",
+        "--key",
+        service.folder / "key",
+        "--log",
+        service.log,
     )
     assert (status, traced["trace"]["named"]) in ((1, []), (3, []))
     status, head = said(capsys, "log", "head", service.log)
     (tmp_path / "head.json").write_text(json.dumps(head))
-    assert said(capsys, "log", "check", service.log, "--head", tmp_path / "head.json")[1]["covered"] == head["rows"]
+    assert (
+        said(capsys, "log", "check", service.log, "--head", tmp_path / "head.json")[1]["covered"]
+        == head["rows"]
+    )
     assert said(capsys, "log", "erase", service.log, "--client", "anna")[1]["rows"] > 0  # type: ignore[operator]
-    status, traced = said(capsys, "trace", *as_bob, "--key", service.folder / "key", "--log", service.log, "--head", tmp_path / "head.json")
+    status, traced = said(
+        capsys,
+        "trace",
+        *as_bob,
+        "--key",
+        service.folder / "key",
+        "--log",
+        service.log,
+        "--head",
+        tmp_path / "head.json",
+    )
     assert (status, traced["trace"]["named"]) == (0, ["bob"])
     assert [account["client"] for account in traced["trace"]["accounts"]] == ["bob"]  # type: ignore[attr-defined]
 
@@ -225,7 +302,9 @@ BAD = {
     "no input": (b'{"inputs": []}', 400, "list of one tensor"),
     "identity": (b'{"id": 3, "inputs": [{}]}', 400, "id is a string"),
     "half a character": (
-        b'{"id": "\\ud800", "inputs": [{"shape": [1,1,8,8], "datatype": "UINT8", "data": [' + b"0," * 63 + b"0]}]}",
+        b'{"id": "\\ud800", "inputs": [{"shape": [1,1,8,8], "datatype": "UINT8", "data": ['
+        + b"0," * 63
+        + b"0]}]}",
         400,
         "id is a string",
     ),
@@ -243,17 +322,28 @@ BAD = {
     "numbers among lists": ({"data": [[0] * 63, 0]}, 400, "numbers"),
     "lists of other lengths inside": ({"data": [[[0] * 8] * 7 + [[0] * 7, [0]]]}, 400, "numbers"),
     "a deep number": (
-        b'{"inputs": [{"shape": [1,1,8,8], "datatype": "UINT8", "data": ' + b"[" * 400 + b"0" + b"]" * 403,
+        b'{"inputs": [{"shape": [1,1,8,8], "datatype": "UINT8", "data": '
+        + b"[" * 400
+        + b"0"
+        + b"]" * 403,
         400,
         "JSON|numbers",
     ),
     "a huge number": ({"data": [0] * 63 + [10**400]}, 400, "from 0 to 255"),
-    "a huger number": (b'{"inputs": [{"shape": [1,1,8,8], "datatype": "FP32", "data": [' + b"9" * 9000 + b"]}]}", 400, "not valid JSON"),
+    "a huger number": (
+        b'{"inputs": [{"shape": [1,1,8,8], "datatype": "FP32", "data": [' + b"9" * 9000 + b"]}]}",
+        400,
+        "not valid JSON",
+    ),
     "nothing": ({"data": None}, 400, "numbers"),
     "too dark": ({"data": [-1] * 64}, 400, "from 0 to 255"),
     "too bright": ({"data": [256] * 64}, 400, "from 0 to 255"),
     "halves": ({"data": [0.5] * 64}, 400, "whole numbers"),
-    "not a number": (b'{"inputs": [{"shape": [1,1,8,8], "datatype": "FP32", "data": [' + b"NaN," * 63 + b"0]}]}", 400, "from 0 to 1"),
+    "not a number": (
+        b'{"inputs": [{"shape": [1,1,8,8], "datatype": "FP32", "data": [' + b"NaN," * 63 + b"0]}]}",
+        400,
+        "from 0 to 1",
+    ),
     "pixels of FP32": ({"datatype": "FP32", "data": [1.01] * 64}, 400, "from 0 to 1"),
     "oversize": (b" " * 300_000, 413, "more than 200000 bytes"),
 }
@@ -261,7 +351,10 @@ BAD = {
 
 def test_bad_requests_get_a_reason_and_the_service_stays_up(start: Start, digits: Pools) -> None:
     service = start("--max-body", "200000")
-    address, headers = f"{service.url}/v2/models/model/infer", {"Authorization": f"Bearer {service.keys['anna']}"}
+    address, headers = (
+        f"{service.url}/v2/models/model/infer",
+        {"Authorization": f"Bearer {service.keys['anna']}"},
+    )
     good = {"name": "image", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": [0] * 64}
     for name, (bad, status, reason) in BAD.items():
         body = bad if isinstance(bad, bytes) else json.dumps({"inputs": [{**good, **bad}]}).encode()  # type: ignore[dict-item]
@@ -270,13 +363,30 @@ def test_bad_requests_get_a_reason_and_the_service_stays_up(start: Start, digits
         assert re.search(reason, answer.json()["error"]), (name, answer.text)
     chunks = requests.post(address, data=iter([b" " * 100_000] * 3), headers=headers, timeout=10)
     assert chunks.status_code == 413
-    for wrong in ({}, {"Authorization": "Bearer nobody"}, {"Authorization": f"Basic {service.keys['anna']}"}):
-        assert requests.post(address, json={"inputs": [good]}, headers=wrong, timeout=10).status_code == 401
-    for path, status in (("/v2/models/other", 404), ("/v2/models/model/versions/2/infer", 404), ("/x", 404), ("/v2/health/live", 200)):
+    for wrong in (
+        {},
+        {"Authorization": "Bearer nobody"},
+        {"Authorization": f"Basic {service.keys['anna']}"},
+    ):
+        assert (
+            requests.post(address, json={"inputs": [good]}, headers=wrong, timeout=10).status_code
+            == 401
+        )
+    for path, status in (
+        ("/v2/models/other", 404),
+        ("/v2/models/model/versions/2/infer", 404),
+        ("/x", 404),
+        ("/v2/health/live", 200),
+    ):
         verb = requests.post if path.endswith("infer") else requests.get
         assert verb(service.url + path, headers=headers, timeout=5).status_code == status, path
     assert requests.delete(f"{service.url}/v2/models/model", timeout=5).status_code == 405
-    assert requests.post(address, data=b"x", headers={**headers, "Content-Encoding": "gzip"}, timeout=5).status_code == 415
+    assert (
+        requests.post(
+            address, data=b"x", headers={**headers, "Content-Encoding": "gzip"}, timeout=5
+        ).status_code
+        == 415
+    )
     assert service.labels(digits.test.x[:5]) is not None
 
 
@@ -303,7 +413,9 @@ def test_slow_clients_are_cut_off(start: Start, digits: Pools) -> None:
         assert bool(answer) == bool(status), answer
     assert service.infer(digits.test.x[:1]).status_code == 200
     silent, asked_too_much = connected(service), connected(service)  # the one GETs with a body
-    asked_too_much.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+    asked_too_much.sendall(
+        b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    )
     assert drip([asked_too_much])[0].startswith(b"HTTP/1.1 200")
     assert silent.recv(100) == b""
     assert "Traceback" not in ended(service)
@@ -329,7 +441,9 @@ def test_an_honest_client_may_send_its_body_after_the_answer(start: Start) -> No
     service = start("--timeout", "2")
     late = connected(service)
     for _ in range(2):
-        late.sendall(b"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        late.sendall(
+            b"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+        )
         answer = b""
         while not answer.endswith(b"}"):
             answer += late.recv(1000)
@@ -342,10 +456,15 @@ def test_broken_requests_make_no_traceback(start: Start, digits: Pools) -> None:
     signed = f"Host: x\r\nAuthorization: Bearer {service.keys['anna']}\r\n"
     for head in (signed, "Host: x\r\n"):
         for pause in (0, 0.2):
-            for body in ("Content-Length: 1000\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\nzz\r\n"):
+            for body in (
+                "Content-Length: 1000\r\n\r\n{",
+                "Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+            ):
                 broken = connected(service)
                 lines, _, rest = body.rpartition("\r\n\r\n")
-                broken.sendall(f"POST /v2/models/model/infer HTTP/1.1\r\n{head}{lines}\r\n\r\n".encode())
+                broken.sendall(
+                    f"POST /v2/models/model/infer HTTP/1.1\r\n{head}{lines}\r\n\r\n".encode()
+                )
                 time.sleep(pause)
                 with contextlib.suppress(ConnectionError):
                     broken.sendall(rest.encode())
@@ -362,7 +481,11 @@ def connected(service: Running) -> socket.socket:
 
 def drip(connections: list[socket.socket], seconds: float = 60) -> list[bytes]:
     """Send each connection a byte now and then until the service has closed them all; what it answered."""
-    received, is_open, begun = [b""] * len(connections), set(range(len(connections))), time.monotonic()
+    received, is_open, begun = (
+        [b""] * len(connections),
+        set(range(len(connections))),
+        time.monotonic(),
+    )
     while is_open:
         assert time.monotonic() - begun < seconds, (is_open, received)
         for number in sorted(is_open):
@@ -441,20 +564,36 @@ def test_open_requests_are_finished_before_the_end(start: Start, digits: Pools) 
     assert "stopped" in (service.process.stdout.read() if service.process.stdout else "")
 
 
-def test_signed_requests_tie_a_client_to_his_queries(start: Start, digits: Pools, tmp_path: Path) -> None:
+def test_signed_requests_tie_a_client_to_his_queries(
+    start: Start, digits: Pools, tmp_path: Path
+) -> None:
     private = Ed25519PrivateKey.generate()
     public = private.public_key().public_bytes_raw().hex()
     key = add_client(tmp_path / "clients.json", "carol", public)
     service = start()
     digest = read_json(service.folder / "model.json")["weights_sha256"]
     for x in torch.split(digits.thief.x, 40):
-        tensor = {"name": "image", "shape": list(x.shape), "datatype": "UINT8", "data": x.flatten().tolist()}
+        tensor = {
+            "name": "image",
+            "shape": list(x.shape),
+            "datatype": "UINT8",
+            "data": x.flatten().tolist(),
+        }
         signature = sign_request(private.private_bytes_raw(), digest, x)
         statuses = []
-        for signed in (signature, "", "00" * 64, sign_request(private.private_bytes_raw(), digest, x[:1])):
+        for signed in (
+            signature,
+            "",
+            "00" * 64,
+            sign_request(private.private_bytes_raw(), digest, x[:1]),
+        ):
             headers = {"Authorization": f"Bearer {key}", "Countermark-Signature": signed}
             address = f"{service.url}/v2/models/model/infer"
-            statuses.append(requests.post(address, json={"inputs": [tensor]}, headers=headers, timeout=10).status_code)
+            statuses.append(
+                requests.post(
+                    address, json={"inputs": [tensor]}, headers=headers, timeout=10
+                ).status_code
+            )
         assert statuses == [200, 401, 401, 401]
     rows = [row for row in QueryLog(str(service.log)).rows() if row is not None]
     assert len(rows) > 5
@@ -484,7 +623,10 @@ def test_while_the_log_is_away_only_queries_with_a_coin_fail(start: Start, digit
     for _ in range(2):
         assert service.infer(untied).status_code == 200
         answer = service.infer(tied)
-        assert (answer.status_code, answer.json()) == (500, {"error": "the query could not be answered; try again later"})
+        assert (answer.status_code, answer.json()) == (
+            500,
+            {"error": "the query could not be answered; try again later"},
+        )
         assert service.infer(untied).status_code == 200
         assert ready() == 503
     rename(service.log, "away", "trials")
@@ -495,11 +637,18 @@ def test_while_the_log_is_away_only_queries_with_a_coin_fail(start: Start, digit
     assert service.infer(tied).status_code == 200
     assert len(list(QueryLog(str(service.log)).rows())) == 1
     errors = ended(service)
-    assert errors.count(f"countermark: the query log sqlite:///{service.log} cannot be used: no such table") == 1
+    assert (
+        errors.count(
+            f"countermark: the query log sqlite:///{service.log} cannot be used: no such table"
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("away", ["renamed", "removed"])
-def test_a_log_whose_file_is_away_stores_nothing_and_says_so(start: Start, digits: Pools, away: str) -> None:
+def test_a_log_whose_file_is_away_stores_nothing_and_says_so(
+    start: Start, digits: Pools, away: str
+) -> None:
     """Its file is removed while the service has it open: what is written there would be lost."""
     service = start()
     tied, untied = tied_and_untied(service.folder, digits)
@@ -559,9 +708,14 @@ class Choosy(Broken):
         return super().append(rows)
 
 
-def test_a_row_that_cannot_be_stored_fails_its_own_query_alone(guarded_folder: Path, digits: Pools) -> None:
+def test_a_row_that_cannot_be_stored_fails_its_own_query_alone(
+    guarded_folder: Path, digits: Pools
+) -> None:
     model, log = load_guarded(guarded_folder, guarded_folder / "key"), Choosy()
-    tied_of = {client: digits.thief.x[[model(digits.thief.x, client).trials[0].row]] for client in ("anna", "bob")}
+    tied_of = {
+        client: digits.thief.x[[model(digits.thief.x, client).trials[0].row]]
+        for client in ("anna", "bob")
+    }
 
     async def ask() -> None:
         engine = Engine(model, log, max_batch=64, max_waiting=8)  # type: ignore[arg-type]
@@ -577,7 +731,9 @@ def test_a_row_that_cannot_be_stored_fails_its_own_query_alone(guarded_folder: P
     assert [row.client for row in log.rows] == ["bob"]
 
 
-def test_without_its_log_the_service_answers_nothing_that_a_coin_chose(guarded_folder: Path, digits: Pools) -> None:
+def test_without_its_log_the_service_answers_nothing_that_a_coin_chose(
+    guarded_folder: Path, digits: Pools
+) -> None:
     model, log = load_guarded(guarded_folder, guarded_folder / "key"), Broken()
     tied, untied = tied_and_untied(guarded_folder, digits)
 
@@ -587,7 +743,9 @@ def test_without_its_log_the_service_answers_nothing_that_a_coin_chose(guarded_f
         with pytest.raises(CountermarkError, match="no space"):
             await engine.answer(tied, "anna")
         assert engine.failed == "no space left"
-        together = await asyncio.gather(engine.answer(tied, "anna"), engine.answer(untied, "anna"), return_exceptions=True)
+        together = await asyncio.gather(
+            engine.answer(tied, "anna"), engine.answer(untied, "anna"), return_exceptions=True
+        )
         assert isinstance(together[0], CountermarkError)
         assert together[1] == model(untied, "anna").labels.tolist()
         assert engine.waiting == 0
@@ -621,12 +779,17 @@ class Stuck(Broken):
         return super().append(rows)
 
 
-def test_queries_that_nobody_waits_for_wait_no_more(guarded_folder: Path, digits: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queries_that_nobody_waits_for_wait_no_more(
+    guarded_folder: Path, digits: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three clients give up while the log hangs: one is in its hands, the others leave, and what they asked is never stored."""
     monkeypatch.setattr("countermark.service.engine._HANGS", 1000.0)
     model, log = load_guarded(guarded_folder, guarded_folder / "key"), Stuck()
     _, untied = tied_and_untied(guarded_folder, digits)
-    tied_of = {client: digits.thief.x[[model(digits.thief.x, client).trials[0].row]] for client in ("anna", "bob", "carol")}
+    tied_of = {
+        client: digits.thief.x[[model(digits.thief.x, client).trials[0].row]]
+        for client in ("anna", "bob", "carol")
+    }
 
     async def ask() -> None:
         engine = Engine(model, log, max_batch=64, max_waiting=2)  # type: ignore[arg-type]
@@ -662,7 +825,9 @@ class Slow(torch.nn.Module):
         return self.last(x.flatten(1))
 
 
-def test_a_pass_has_no_more_images_than_it_may_and_none_that_nobody_waits_for(digits: Pools) -> None:
+def test_a_pass_has_no_more_images_than_it_may_and_none_that_nobody_waits_for(
+    digits: Pools,
+) -> None:
     network = Slow()
 
     async def ask() -> None:
@@ -682,7 +847,9 @@ def test_a_pass_has_no_more_images_than_it_may_and_none_that_nobody_waits_for(di
             await asyncio.sleep(0.01)
         network.let_go.clear()
         sizes = [1, 63, 63, 1, 32, 32, 64, 10]
-        asked = [asyncio.create_task(engine.answer(digits.training.x[:size], "anna")) for size in sizes]
+        asked = [
+            asyncio.create_task(engine.answer(digits.training.x[:size], "anna")) for size in sizes
+        ]
         while len(network.sizes) < 2:
             await asyncio.sleep(0.01)
         asked[-1].cancel()
@@ -711,12 +878,22 @@ def test_a_pass_has_no_more_images_than_it_may_and_none_that_nobody_waits_for(di
     ],
 )
 def test_bad_options_start_nothing(
-    owner: Path, guarded_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said_: str
+    owner: Path,
+    guarded_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    said_: str,
 ) -> None:
     (tmp_path / "text").write_text("{}\n")
     add_client(tmp_path / "clients.json", "anna", None)
     places = {"none": tmp_path / "none", "text": tmp_path / "text", "owner": owner}
-    given = {"--model": str(guarded_folder), "--log": str(tmp_path / "log.db"), "--clients": str(tmp_path / "clients.json"), "--port": "0"}
+    given = {
+        "--model": str(guarded_folder),
+        "--log": str(tmp_path / "log.db"),
+        "--clients": str(tmp_path / "clients.json"),
+        "--port": "0",
+    }
     given |= {options[0]: options[1].format(**places)}
     assert main(["serve", *(word for pair in given.items() for word in pair)]) == 2
     assert re.search(said_, capsys.readouterr().err)
@@ -737,7 +914,9 @@ def test_the_file_of_clients(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert read_json(path)["clients"].keys() == {"anna"}
 
 
-def test_clients_added_side_by_side_are_all_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clients_added_side_by_side_are_all_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, names = tmp_path / "clients.json", [f"client {k}" for k in range(8)]
     with ThreadPoolExecutor(8) as threads:
         keys = list(threads.map(lambda name: add_client(path, name, None), names))
@@ -747,27 +926,53 @@ def test_clients_added_side_by_side_are_all_there(tmp_path: Path, capsys: pytest
     out, err = capsys.readouterr()
     assert Clients(path).find(out.strip())
     assert "only after it is started again" in err
-    assert main(["client", "add", "anna", "--clients", str(tmp_path / "none" / "clients.json")]) == 2
+    assert (
+        main(["client", "add", "anna", "--clients", str(tmp_path / "none" / "clients.json")]) == 2
+    )
     assert "cannot write" in capsys.readouterr().err
 
 
 def test_the_guards_digest_is_in_the_commitment(
     guarded_folder: Path, owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, after = read_json(owner / "commitment.json"), read_json(guarded_folder / "commitment.json")
+    before, after = (
+        read_json(owner / "commitment.json"),
+        read_json(guarded_folder / "commitment.json"),
+    )
     assert "c3" not in before
     assert after["c3"]["guard_sha256"] == guard_sha256(read_json(guarded_folder / "guard.json"))
-    assert (before["c1"], before["c2"], before["t2"]) == (after["c1"], after["c2"], after["t2"])  # what was stamped stays as it is
+    assert (before["c1"], before["c2"], before["t2"]) == (
+        after["c1"],
+        after["c2"],
+        after["t2"],
+    )  # what was stamped stays as it is
     assert main(["guard", str(guarded_folder), "--cost", "8"]) == 0
     assert main(["serve", str(guarded_folder), "--log", str(tmp_path / "log.db")]) == 2
     assert "clients.json does not exist" in capsys.readouterr().err
-    for wrong in (["--cost", "0"], ["--bits", "65"], ["--key", str(tmp_path)], ["--key", str(tmp_path / "none")]):
+    for wrong in (
+        ["--cost", "0"],
+        ["--bits", "65"],
+        ["--key", str(tmp_path)],
+        ["--key", str(tmp_path / "none")],
+    ):
         assert main(["guard", "--model", str(guarded_folder), *wrong]) == 2
     capsys.readouterr()
     shutil.copytree(guarded_folder, tmp_path / "other")
     settings = read_json(tmp_path / "other" / "guard.json")
-    wrong_settings = [("slope", -1.0), ("offsets", []), ("features", 1.5), ("model_sha256", "x" * 64), ("reach", None)]
-    for name, value in [*wrong_settings, ("steps", 48), ("steps", 1), ("steps", 64.0), ("steps", True)]:
+    wrong_settings = [
+        ("slope", -1.0),
+        ("offsets", []),
+        ("features", 1.5),
+        ("model_sha256", "x" * 64),
+        ("reach", None),
+    ]
+    for name, value in [
+        *wrong_settings,
+        ("steps", 48),
+        ("steps", 1),
+        ("steps", 64.0),
+        ("steps", True),
+    ]:
         changed = {**settings, "settings": {**settings["settings"], name: value}}
         write_json(tmp_path / "other" / "guard.json", changed)
         with pytest.raises(CountermarkError, match=r"guard\.json lacks usable settings"):
@@ -785,7 +990,9 @@ def test_answers_do_not_wait_for_an_acknowledgement(host: str) -> None:
         found: asyncio.Queue[int] = asyncio.Queue()
 
         def note(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            found.put_nowait(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            found.put_nowait(
+                writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            )
             writer.close()
 
         try:
@@ -800,14 +1007,24 @@ def test_answers_do_not_wait_for_an_acknowledgement(host: str) -> None:
     assert asyncio.run(accepted())
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's memory is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(),
+    reason="the peak of a process's memory is read from /proc",
+)
 def test_a_request_takes_memory_of_the_order_of_its_body(start: Start, digits: Pools) -> None:
     """An array of strings has room for the longest in every place; an object is thirty times its text."""
     service = start(command=COLD)
     assert service.infer(digits.test.x[:64]).status_code == 200
 
     def peak() -> int:
-        return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{service.process.pid}/status").read_text())[0]) << 10
+        return (
+            int(
+                re.findall(
+                    r"VmHWM:\s+(\d+)", Path(f"/proc/{service.process.pid}/status").read_text()
+                )[0]
+            )
+            << 10
+        )
 
     def tensor(data: str) -> str:
         return f'{{"inputs": [{{"name": "image", "shape": [64, 1, 8, 8], "datatype": "FP32", "data": {data}}}]}}'
@@ -825,14 +1042,20 @@ def test_a_request_takes_memory_of_the_order_of_its_body(start: Start, digits: P
     before = peak()
     for name, body in hostile.items():
         headers = {"Authorization": f"Bearer {service.keys['anna']}"}
-        answer = requests.post(f"{service.url}/v2/models/model/infer", data=body.encode(), headers=headers, timeout=30)
+        answer = requests.post(
+            f"{service.url}/v2/models/model/infer", data=body.encode(), headers=headers, timeout=30
+        )
         assert answer.status_code == 400, (name, answer.text)
         assert peak() - before < 64 << 20, name
     assert "Traceback" not in ended(service)
 
 
-@pytest.mark.parametrize(("options", "limit"), [(("--max-waiting", "4"), ""), ((), "-n 256"), ((), "-Sn 256")])
-def test_idle_connections_keep_nobody_out(start: Start, digits: Pools, options: tuple[str, ...], limit: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "limit"), [(("--max-waiting", "4"), ""), ((), "-n 256"), ((), "-Sn 256")]
+)
+def test_idle_connections_keep_nobody_out(
+    start: Start, digits: Pools, options: tuple[str, ...], limit: str
+) -> None:
     """They need no key. The one that waits longest makes room, and files never run out."""
     service = start("--timeout", "60", *options, limit=limit)
     with contextlib.ExitStack() as closing:
@@ -859,7 +1082,9 @@ def test_a_new_connection_is_refused_where_all_others_are_being_answered(start: 
         assert whole(closing.enter_context(connected(service))).startswith(b"HTTP/1.1 503")
         busy.sendall(b"{broken} ")
         assert whole(busy, b"}").startswith(b"HTTP/1.1 400")
-        assert exchange(service, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+        assert exchange(
+            service, b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+        ).startswith(b"HTTP/1.1 200")
 
 
 def whole(connection: socket.socket, end: bytes = b"") -> bytes:
@@ -882,7 +1107,10 @@ def exchange(service: Running, sent: bytes) -> bytes:
 
 # What a proxy in front may read otherwise.
 
-INFER, HIDDEN = b"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\n", b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+INFER, HIDDEN = (
+    b"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\n",
+    b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 AMBIGUOUS = {
     "both lengths": INFER + b"Content-Length: 5\r\n" + CHUNKED + b"\r\n0\r\n\r\n",
@@ -909,7 +1137,13 @@ AMBIGUOUS = {
     "an asterisk": b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n",
     "a tunnel": b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
 }
-BAD_CHUNKS = (b"0x5\r\nhello\r\n0\r\n\r\n", b"-1\r\n", b"5;\n\r\nhello\r\n0\r\n\r\n", b"5\nhello\n0\n\n", b"5\r\nhello!0\r\n\r\n")
+BAD_CHUNKS = (
+    b"0x5\r\nhello\r\n0\r\n\r\n",
+    b"-1\r\n",
+    b"5;\n\r\nhello\r\n0\r\n\r\n",
+    b"5\nhello\n0\n\n",
+    b"5\r\nhello!0\r\n\r\n",
+)
 
 
 def test_what_a_proxy_may_read_otherwise_is_refused(start: Start) -> None:
@@ -924,7 +1158,14 @@ def test_what_a_proxy_may_read_otherwise_is_refused(start: Start) -> None:
         assert received.count(b"HTTP/1.1 ") == 1, (chunks, received)
     old = HIDDEN.replace(b"1.1", b"1.0").replace(b"Host: x", b"Connection: keep-alive")
     assert exchange(service, old + HIDDEN).count(b"HTTP/1.1 200") == 1
-    plain = exchange(service, HIDDEN + INFER + b"Content-Length: 5\r\n\r\nhello" + HIDDEN[:-2] + b"Connection: close\r\n\r\n")
+    plain = exchange(
+        service,
+        HIDDEN
+        + INFER
+        + b"Content-Length: 5\r\n\r\nhello"
+        + HIDDEN[:-2]
+        + b"Connection: close\r\n\r\n",
+    )
     assert [answer[:3] for answer in plain.split(b"HTTP/1.1 ")[1:]] == [b"200", b"401", b"200"]
     assert ended(service).count("\n") == 0
 
@@ -932,11 +1173,18 @@ def test_what_a_proxy_may_read_otherwise_is_refused(start: Start) -> None:
 def test_chunks_are_taken_and_end_the_connection(start: Start, digits: Pools) -> None:
     service = start()
     image = digits.test.x[:1]
-    tensor = {"name": "image", "shape": list(image.shape), "datatype": "UINT8", "data": image.tolist()}
+    tensor = {
+        "name": "image",
+        "shape": list(image.shape),
+        "datatype": "UINT8",
+        "data": image.tolist(),
+    }
     body = json.dumps({"inputs": [tensor]}).encode()
     parts = (body[k : k + 100] for k in range(0, len(body), 100))
     headers = {"Authorization": f"Bearer {service.keys['anna']}"}
-    answer = requests.post(f"{service.url}/v2/models/model/infer", data=parts, headers=headers, timeout=10)
+    answer = requests.post(
+        f"{service.url}/v2/models/model/infer", data=parts, headers=headers, timeout=10
+    )
     assert answer.status_code == 200
     assert answer.headers["Connection"] == "close"
     assert answer.json()["outputs"][0]["data"] == service.labels(image)
@@ -946,7 +1194,12 @@ def test_nobody_is_sent_elsewhere(start: Start) -> None:
     service = start()
     for path in ("/v2/", "/metrics/", "/v2/models/model/", "/v2/models/model/infer/", "//y/v2"):
         for verb in (requests.get, requests.post):
-            answer = verb(service.url + path, headers={"Host": "elsewhere.example"}, allow_redirects=False, timeout=5)
+            answer = verb(
+                service.url + path,
+                headers={"Host": "elsewhere.example"},
+                allow_redirects=False,
+                timeout=5,
+            )
             assert answer.status_code == 404, path
             assert "location" not in answer.headers
 
@@ -954,7 +1207,12 @@ def test_nobody_is_sent_elsewhere(start: Start) -> None:
 def test_a_body_is_json_as_it_is(start: Start, digits: Pools) -> None:
     service = start()
     address = f"{service.url}/v2/models/model/infer"
-    tensor = {"name": "image", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": digits.test.x[0].tolist()}
+    tensor = {
+        "name": "image",
+        "shape": [1, 1, 8, 8],
+        "datatype": "UINT8",
+        "data": digits.test.x[0].tolist(),
+    }
     cases = [
         ({"Content-Encoding": "identity"}, 200, ""),
         ({"Content-Encoding": ""}, 200, ""),
@@ -971,7 +1229,10 @@ def test_a_body_is_json_as_it_is(start: Start, digits: Pools) -> None:
 
 def test_an_attack_says_little_on_standard_error(start: Start) -> None:
     service = start()
-    for sent in (b"\x16\x03\x01 no HTTP\r\n\r\n", b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n"):
+    for sent in (
+        b"\x16\x03\x01 no HTTP\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: x\r\nConnection: upgrade, close\r\nUpgrade: websocket\r\n\r\n",
+    ):
         for _ in range(100):
             exchange(service, sent)
     assert "\n" not in ended(service)
@@ -980,7 +1241,9 @@ def test_an_attack_says_little_on_standard_error(start: Start) -> None:
 # A log that does not answer, and the end.
 
 
-def test_a_log_that_another_program_holds_is_told_and_holds_nobody(start: Start, digits: Pools) -> None:
+def test_a_log_that_another_program_holds_is_told_and_holds_nobody(
+    start: Start, digits: Pools
+) -> None:
     """The first trial waits for the lock in vain, the next ones not at all."""
     service = start("--drain", "1")
     tied, untied = tied_and_untied(service.folder, digits)
@@ -1073,11 +1336,29 @@ def tied_of(model: GuardedModel, digits: Pools, client: str) -> torch.Tensor:
     return digits.thief.x[[model(digits.thief.x, client).trials[0].row]]
 
 
-def test_a_second_service_on_an_address_leaves_nothing_behind(start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_service_on_an_address_leaves_nothing_behind(
+    start: Start, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     service = start()
-    options = {"--log": tmp_path / "other.db", "--clients": tmp_path / "clients.json", "--port": service.url.rpartition(":")[2]}
-    assert main(["serve", str(service.folder), *(str(word) for pair in options.items() for word in pair)]) == 2
-    assert re.fullmatch(r"countermark: cannot listen on 127\.0\.0\.1:\d+: .*; choose another --port or --host\n", capsys.readouterr().err)
+    options = {
+        "--log": tmp_path / "other.db",
+        "--clients": tmp_path / "clients.json",
+        "--port": service.url.rpartition(":")[2],
+    }
+    assert (
+        main(
+            [
+                "serve",
+                str(service.folder),
+                *(str(word) for pair in options.items() for word in pair),
+            ]
+        )
+        == 2
+    )
+    assert re.fullmatch(
+        r"countermark: cannot listen on 127\.0\.0\.1:\d+: .*; choose another --port or --host\n",
+        capsys.readouterr().err,
+    )
     assert not (tmp_path / "other.db").exists()
 
 
@@ -1112,7 +1393,9 @@ def test_a_damaged_file_of_clients_is_told_at_the_start(tmp_path: Path, account:
 
 def test_a_file_of_clients_that_is_full_stays_readable(tmp_path: Path) -> None:
     path, account = tmp_path / "clients.json", {"key_sha256": "0" * 64, "public_key": "0" * 64}
-    write_json(path, {"format": CLIENTS_FORMAT, "clients": {f"client {k}": account for k in range(5437)}})
+    write_json(
+        path, {"format": CLIENTS_FORMAT, "clients": {f"client {k}": account for k in range(5437)}}
+    )
     with pytest.raises(CountermarkError, match="no room for another client"):
         add_client(path, 50 * "\N{GRINNING FACE}", None)
     Clients(path)
@@ -1138,7 +1421,9 @@ def test_an_exception_in_the_code_is_told_once_and_in_one_line(start: Start, dig
     assert re.search("RuntimeError: first line second line; set COUNTERMARK_TRACEBACK=1", lines[0])
 
 
-def test_passes_of_the_model_that_fail_are_told_once(digits: Pools, capsys: pytest.CaptureFixture[str]) -> None:
+def test_passes_of_the_model_that_fail_are_told_once(
+    digits: Pools, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def ask() -> None:
         engine = Engine(torch.nn.Linear(3, 10), None, max_batch=64, max_waiting=8)
         await engine.start()

@@ -27,7 +27,9 @@ from countermark.files import read_json, write_json
 from countermark.networks.named import NETWORKS, build
 from countermark.threat import Attack
 
-strict_module = importlib.import_module("countermark.attacks.strict")  # the package's name is the function
+strict_module = importlib.import_module(
+    "countermark.attacks.strict"
+)  # the package's name is the function
 
 
 class Scaled(nn.Module):
@@ -44,12 +46,16 @@ def linear(classes: int = 4, seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(12, classes)).eval()
 
 
-def examples(model: nn.Module, count: int = 200, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def examples(
+    model: nn.Module, count: int = 200, seed: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
     x = torch.rand(count, 1, 3, 4, generator=torch.Generator().manual_seed(seed))
     return x, model(x).argmax(1)
 
 
-def best_margins(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float) -> torch.Tensor:
+def best_margins(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float
+) -> torch.Tensor:
     """Highest z_t - z_y in the ball for every class t, exactly: each pixel moves to the end of its box that the weights point to."""
     weight, bias = model[1].weight.detach(), model[1].bias.detach()
     lower, upper = (x - epsilon).clamp(0, 1).flatten(1), (x + epsilon).clamp(0, 1).flatten(1)
@@ -89,7 +95,9 @@ def straight(shape: tuple[int, int, int], classes: int) -> tuple[nn.Module, nn.M
     line = nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))
     nothing = torch.zeros(1, *shape)
     with torch.no_grad():
-        model.last.bias -= model(torch.full_like(nothing, 0.5))[0]  # so that more than one class is met
+        model.last.bias -= model(torch.full_like(nothing, 0.5))[
+            0
+        ]  # so that more than one class is met
         line[1].bias.copy_(model(nothing)[0])
         line[1].weight.copy_(torch.func.jacrev(model)(nothing).view(classes, -1))
     return model, line.eval()
@@ -109,7 +117,10 @@ def test_the_worst_case_of_a_residual_network_is_the_closed_form(side: int, clas
     found = strict(model, x, y, epsilon=epsilon, queries=20)
     expected = robust(line, x, y, epsilon)
     assert 10 < int(expected.sum()) < 40
-    near = best_margins(line, x, y, epsilon).scatter(1, y.unsqueeze(1), -torch.inf).amax(1).abs() < 2e-5
+    near = (
+        best_margins(line, x, y, epsilon).scatter(1, y.unsqueeze(1), -torch.inf).amax(1).abs()
+        < 2e-5
+    )
     assert bool(((found.broken_by == -1) == expected)[~near].all())
     assert int(near.sum()) < 10
 
@@ -148,11 +159,15 @@ class Watched(nn.Module):
 
 
 @pytest.mark.parametrize(("side", "together"), [(16, 256), (32, 256), (64, 85), (224, 6)])
-def test_no_more_pixels_are_asked_about_at_once_than_memory_is_sure_to_hold(side: int, together: int) -> None:
+def test_no_more_pixels_are_asked_about_at_once_than_memory_is_sure_to_hold(
+    side: int, together: int
+) -> None:
     assert batch_size(torch.device("cpu"), (3, side, side), 256) == together
 
 
-def test_large_images_in_colour_are_attacked_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_in_colour_are_attacked_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Square breaks what is within reach of 224x224 pixels, and nothing else."""
     model = Watched()
     monkeypatch.setattr(strict_module, "prepare", lambda network: network)  # which copies the list
@@ -161,13 +176,18 @@ def test_large_images_in_colour_are_attacked_a_few_at_a_time(monkeypatch: pytest
     y = (shift.flatten() > 0).long()
     found = strict(model, x, y, epsilon=0.01, steps=3, queries=50)
     assert torch.equal(found.broken_by != -1, shift.flatten().abs() < 0.01)
-    lost = square(model, x[:4], y[:4], epsilon=0.01, queries=100).mean((1, 2, 3)).sub(0.5).sign() != shift[:4].flatten().sign()
+    lost = (
+        square(model, x[:4], y[:4], epsilon=0.01, queries=100).mean((1, 2, 3)).sub(0.5).sign()
+        != shift[:4].flatten().sign()
+    )
     assert lost.tolist() == [True, False, True, False]
     assert max(model.seen) <= 1 << 20
     model.seen.clear()
     images = (x * 255).round().to(torch.uint8)
     predict(model, images)
-    monkeypatch.setattr(evaluation, "strict", lambda model, x, y, **_: Strict(x, torch.full_like(y, -1)))
+    monkeypatch.setattr(
+        evaluation, "strict", lambda model, x, y, **_: Strict(x, torch.full_like(y, -1))
+    )
     assert strict_accuracy(model, Examples(images, y), Attack(0.01, 2, 0.01)).images == 8
     assert max(model.seen) <= 1 << 20
 
@@ -195,7 +215,9 @@ def test_targeted_apgd_breaks_all_that_its_target_can_break() -> None:
     assert bool(lost[margin > 0.01].all())
     assert not bool(lost[robust(model, x, y, epsilon)].any())
     assert bool((lacks[lost] == 0).all())
-    assert float((lacks[~lost] > 0).float().mean()) > 0.9  # the ratio can rise while z_t - z_y falls
+    assert (
+        float((lacks[~lost] > 0).float().mean()) > 0.9
+    )  # the ratio can rise while z_t - z_y falls
     assert float(lacks.max()) > 1.5  # those were given up
 
 
@@ -216,7 +238,9 @@ def test_fab_finds_the_least_distance_of_a_linear_model() -> None:
     low, high = torch.zeros(len(x)), torch.ones(len(x))
     for _ in range(30):
         middle = (low + high) / 2
-        holds = torch.stack([robust(model, x[i : i + 1], y[i : i + 1], float(middle[i]))[0] for i in range(len(x))])
+        holds = torch.stack(
+            [robust(model, x[i : i + 1], y[i : i + 1], float(middle[i]))[0] for i in range(len(x))]
+        )
         low, high = torch.where(holds, middle, low), torch.where(holds, high, middle)
     near = high < 0.6
     assert int(near.sum()) > 100
@@ -241,9 +265,13 @@ def test_projections_are_the_nearest_points_of_the_plane_in_the_box(seed: int, s
     direction = normal.sign() * -value.sign().unsqueeze(1)
     furthest = value + (normal * direction * torch.where(direction > 0, 1 - points, points)).sum(1)
     reachable = furthest.sign() != value.sign()
-    torch.testing.assert_close(left[reachable], torch.zeros_like(left[reachable]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        left[reachable], torch.zeros_like(left[reachable]), atol=1e-4, rtol=0
+    )
     torch.testing.assert_close(left[~reachable], furthest[~reachable], atol=1e-4, rtol=1e-4)
-    length = moves.abs().amax(1)  # no shorter move reaches as far: with a little less of each pixel the plane is not met
+    length = moves.abs().amax(
+        1
+    )  # no shorter move reaches as far: with a little less of each pixel the plane is not met
     shorter = torch.minimum(moves.abs(), 0.98 * length.unsqueeze(1)) * moves.sign()
     assert bool(((value + (normal * shorter).sum(1)).sign() == value.sign())[reachable].all())
 
@@ -257,8 +285,18 @@ def test_brute_force_in_three_pixels() -> None:
     x = torch.rand(150, 1, 1, 3)
     y = model(x).argmax(1)
     epsilon = 0.08
-    grid = torch.tensor(list(itertools.product(torch.linspace(-1, 1, 13).tolist(), repeat=3))).view(-1, 1, 1, 3) * epsilon
-    broken = torch.stack([(model((one + grid).clamp(0, 1)).argmax(1) != label).any() for one, label in zip(x, y, strict=True)])
+    grid = (
+        torch.tensor(list(itertools.product(torch.linspace(-1, 1, 13).tolist(), repeat=3))).view(
+            -1, 1, 1, 3
+        )
+        * epsilon
+    )
+    broken = torch.stack(
+        [
+            (model((one + grid).clamp(0, 1)).argmax(1) != label).any()
+            for one, label in zip(x, y, strict=True)
+        ]
+    )
     torch.manual_seed(0)
     lost = strict(model, x, y, epsilon=epsilon, queries=200).broken_by != -1
     assert 20 < int(broken.sum()) < 130
@@ -288,7 +326,9 @@ def test_square_breaks_what_hides_its_gradients() -> None:
     found = strict(model, x, y, epsilon=epsilon, queries=1000)
     standing = int((found.broken_by == -1).sum())
     truth = int(robust(plain, x, y, epsilon).sum())
-    assert int((model(blind).argmax(1) == y).sum()) == len(x)  # its gradient is zero: PGD does not move
+    assert int((model(blind).argmax(1) == y).sum()) == len(
+        x
+    )  # its gradient is zero: PGD does not move
     assert abs(standing - truth) <= 8
     assert int((found.broken_by == STAGES.index("Square")).sum()) > 20
 
@@ -359,10 +399,21 @@ def test_one_seed_one_verdict() -> None:
 def test_what_drops_out_does_not_change_the_verdict_on_the_others() -> None:
     """FAB is not random: each example alone comes out as among all, though there others leave before it."""
     model, x, y = digits_model()
-    model, x, y = model.double(), x[5:].double(), y[5:]  # which side of a boundary a point is on is not left to rounding
+    model, x, y = (
+        model.double(),
+        x[5:].double(),
+        y[5:],
+    )  # which side of a boundary a point is on is not left to rounding
     target = model(x).topk(2).indices[:, 1]
     together = fab_targeted(model, x, y, target, epsilon=0.01, steps=30)
-    alone = torch.cat([fab_targeted(model, x[i : i + 1], y[i : i + 1], target[i : i + 1], epsilon=0.01, steps=30) for i in range(len(x))])
+    alone = torch.cat(
+        [
+            fab_targeted(
+                model, x[i : i + 1], y[i : i + 1], target[i : i + 1], epsilon=0.01, steps=30
+            )
+            for i in range(len(x))
+        ]
+    )
     lost = model(together).argmax(1) != y
     assert 0 < int(lost.sum()) < len(x)
     assert torch.equal(lost, model(alone).argmax(1) != y)
@@ -370,16 +421,26 @@ def test_what_drops_out_does_not_change_the_verdict_on_the_others() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (2, 12, 16), (3, 9, 15)])
 @pytest.mark.parametrize("name", [*NETWORKS, "unknown layers", "nothing known", "strides"])
-def test_small_changes_are_computed_where_they_reach(name: str, shape: tuple[int, int, int]) -> None:
+def test_small_changes_are_computed_where_they_reach(
+    name: str, shape: tuple[int, int, int]
+) -> None:
     torch.manual_seed(0)
     if name in NETWORKS:
         model = build(name, shape, 10, seed=1)
     elif name == "nothing known":
         model = nn.Sequential(nn.GroupNorm(1, shape[0]), nn.Flatten(), nn.LazyLinear(4))
     elif name == "strides":
-        model = nn.Sequential(nn.Conv2d(shape[0], 3, 2, stride=3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+        model = nn.Sequential(
+            nn.Conv2d(shape[0], 3, 2, stride=3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4)
+        )
     else:
-        model = nn.Sequential(nn.Conv2d(shape[0], 3, 3, padding=1), nn.Tanh(), nn.Softplus(), nn.Flatten(), nn.LazyLinear(4))
+        model = nn.Sequential(
+            nn.Conv2d(shape[0], 3, 3, padding=1),
+            nn.Tanh(),
+            nn.Softplus(),
+            nn.Flatten(),
+            nn.LazyLinear(4),
+        )
     model(torch.rand(2, *shape))
     model.eval()
     for layer in model.modules():
@@ -392,11 +453,16 @@ def test_small_changes_are_computed_where_they_reach(name: str, shape: tuple[int
         torch.testing.assert_close(local.logits, model(x), rtol=1e-4, atol=1e-5)
         for number in range(40):
             side = 1 + number % 5
-            top, left = int(torch.randint(shape[1] - side + 1, ())), int(torch.randint(shape[2] - side + 1, ()))
+            top, left = (
+                int(torch.randint(shape[1] - side + 1, ())),
+                int(torch.randint(shape[2] - side + 1, ())),
+            )
             patch = torch.rand(len(x), shape[0], side, side)
             changed = x.clone()
             changed[..., top : top + side, left : left + side] = patch
-            torch.testing.assert_close(local.ask(patch, top, left), model(changed), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                local.ask(patch, top, left), model(changed), rtol=1e-4, atol=1e-4
+            )
             rows = torch.rand(len(x)) < 0.5
             local.accept(rows)
             x = torch.where(rows.view(-1, 1, 1, 1), changed, x)
@@ -407,10 +473,14 @@ def test_small_changes_are_computed_where_they_reach(name: str, shape: tuple[int
         assert torch.equal(local.x, x)
 
 
-def test_an_interrupted_strict_evaluation_goes_on_to_the_same_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_strict_evaluation_goes_on_to_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, kept = linear(2), tmp_path / "kept.json"
     monkeypatch.setattr(evaluation, "_PART", 15)
-    images = torch.randint(0, 256, (50, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (50, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     measured, attack = Examples(images, predict(plain, images)), Attack(0.1, 5, 0.02)
     whole = strict_accuracy(plain, measured, attack)
     assert 20 < whole.strict_accuracy < 80
@@ -436,13 +506,17 @@ def test_an_interrupted_strict_evaluation_goes_on_to_the_same_result(tmp_path: P
 
 def test_strict_accuracy_shows_the_gap_and_names_gradient_masking() -> None:
     plain = linear(2)
-    images = torch.randint(0, 256, (200, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (200, 1, 3, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     measured = Examples(images, predict(plain, images))
     attack = Attack(0.12, 20, 0.02, random_start=False)
     truth = 100 * float(robust(plain, pixels(images), measured.y, 0.12).double().mean())
     state = torch.random.get_rng_state()
     honest, hidden = (strict_accuracy(model, measured, attack) for model in (plain, Scaled(plain)))
-    assert torch.equal(torch.random.get_rng_state(), state)  # the caller's randomness is not touched
+    assert torch.equal(
+        torch.random.get_rng_state(), state
+    )  # the caller's randomness is not touched
     assert honest.strict_accuracy == hidden.strict_accuracy == pytest.approx(truth)
     assert honest.test_accuracy == 100
     assert honest.strict_accuracy <= honest.adversarial_accuracy < hidden.adversarial_accuracy
@@ -457,7 +531,9 @@ def test_strict_accuracy_shows_the_gap_and_names_gradient_masking() -> None:
 def test_a_part_of_which_nothing_survives_ends_there(network: str) -> None:
     """All examples fall before the first attack, or to it; the rest have nothing to do."""
     model = build(network, (1, 8, 8), 10, seed=0).eval()
-    images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0, 256, (60, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     right = predict(model, images)
     none = strict_accuracy(model, Examples(images, (right + 1) % 10), Attack(0.1, 2, 0.05))
     assert (none.test_accuracy, none.strict_accuracy) == (0, 0)

@@ -56,7 +56,9 @@ def squares(options: work.Options, inputs: work.Inputs, folder: Path) -> work.Re
         time.sleep(options["sleep"])
     if options.get("fails"):
         raise CountermarkError("this unit fails")
-    value = options["value"] + sum(read_json(path / "result.json")["value"] for path in inputs.values())
+    value = options["value"] + sum(
+        read_json(path / "result.json")["value"] for path in inputs.values()
+    )
     (folder / "note.txt").write_text(str(value))
     return {"points": [], "value": value}
 
@@ -67,17 +69,33 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def unit(value: int, *inputs: Unit, **options: object) -> Unit:
-    return Unit("squares", {"value": value, **options}, {str(i): other for i, other in enumerate(inputs)}, f"unit {value}")
+    return Unit(
+        "squares",
+        {"value": value, **options},
+        {str(i): other for i, other in enumerate(inputs)},
+        f"unit {value}",
+    )
 
 
 def pyramid() -> list[Unit]:
     leaves = [unit(k) for k in range(4)]
-    return [*leaves, unit(10, *leaves[:2]), unit(20, *leaves[2:]), unit(30, unit(10, *leaves[:2]), unit(20, *leaves[2:]))]
+    return [
+        *leaves,
+        unit(10, *leaves[:2]),
+        unit(20, *leaves[2:]),
+        unit(30, unit(10, *leaves[:2]), unit(20, *leaves[2:])),
+    ]
 
 
 def running(units: list[Unit], folder: Path, **options: object) -> Store:
     store = Store(folder / "units")
-    defaults: dict[str, object] = {"workers": 0, "scheduler": None, "cache": None, "log": folder / "log", "estimates": {}}
+    defaults: dict[str, object] = {
+        "workers": 0,
+        "scheduler": None,
+        "cache": None,
+        "log": folder / "log",
+        "estimates": {},
+    }
     todo = [unit for unit in units if not store.has(unit)]
     run(todo, store, finished=len(units) - len(todo), **{**defaults, **options})  # type: ignore[arg-type]
     return store
@@ -89,7 +107,13 @@ def running(units: list[Unit], folder: Path, **options: object) -> Store:
 def test_a_unit_is_named_by_all_that_its_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     one = unit(1)
     assert one.digest == unit(1).digest == Unit("squares", {"value": 1}, {}, "another title").digest
-    names = {one.digest, unit(2).digest, unit(1, one).digest, unit(1, unit(2)).digest, Unit("cubes", {"value": 1}, {}, "").digest}
+    names = {
+        one.digest,
+        unit(2).digest,
+        unit(1, one).digest,
+        unit(1, unit(2)).digest,
+        Unit("cubes", {"value": 1}, {}, "").digest,
+    }
     monkeypatch.setattr(graph, "code_version", lambda: "other code")
     names.add(unit(1).digest)
     assert len(names) == 6
@@ -102,7 +126,9 @@ import sys, countermark.study.work
 ours = [module for name, module in sys.modules.items() if name.startswith("countermark.")]
 print(*(module.__file__ for module in ours if getattr(module, "__file__", None)))
 """
-    done = subprocess.run([sys.executable, "-c", listing], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", listing], capture_output=True, text=True, check=True
+    )
     package = Path(graph.__file__).parents[1]
     loaded = {str(Path(path).relative_to(package)) for path in done.stdout.split()}
     named = set(graph.code_files())
@@ -118,7 +144,9 @@ def copied(folder: Path) -> Path:
     return shutil.copytree(Path(graph.__file__).parents[1], folder / "countermark", ignore=ignored)
 
 
-@pytest.mark.parametrize("changed", ["fast/spectral.py", "attacks/local.py", "thieves/steal.py", "study/work.py"])
+@pytest.mark.parametrize(
+    "changed", ["fast/spectral.py", "attacks/local.py", "thieves/steal.py", "study/work.py"]
+)
 def test_a_changed_line_of_a_units_code_makes_another_unit(changed: str, tmp_path: Path) -> None:
     package = copied(tmp_path)
     before = graph.code_version(package)
@@ -149,7 +177,13 @@ def test_a_new_room_is_found_by_its_import(tmp_path: Path) -> None:
     with (package / "fast" / "spectral.py").open("a") as stream:
         stream.write("\nfrom countermark import room\n")
     new = set(graph.code_files(package)) - set(graph.code_files())
-    assert new == {"room/__init__.py", "room/part.py", "other/__init__.py", "other/deep.py", "third.py"}
+    assert new == {
+        "room/__init__.py",
+        "room/part.py",
+        "other/__init__.py",
+        "other/deep.py",
+        "third.py",
+    }
 
 
 def test_comments_and_docstrings_are_not_code() -> None:
@@ -163,10 +197,14 @@ def test_inputs_come_before_what_starts_from_them_and_each_once() -> None:
     order = in_order(pyramid())
     assert len(order) == 7
     place = {each.digest: i for i, each in enumerate(order)}
-    assert all(place[other.digest] < place[each.digest] for each in order for other in each.inputs.values())
+    assert all(
+        place[other.digest] < place[each.digest] for each in order for other in each.inputs.values()
+    )
 
 
-def test_finished_units_are_never_run_again(tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_units_are_never_run_again(
+    tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = running(pyramid(), tmp_path)
     assert store.result(pyramid()[-1])["value"] == 66
     monkeypatch.setitem(work.KINDS, "squares", lambda *_: pytest.fail("ran again"))  # type: ignore[misc]
@@ -181,7 +219,9 @@ def test_a_damaged_unit_is_made_again(tmp_path: Path, arithmetic: None, damage: 
     if damage == "truncate":
         (folder / "note.txt").write_text("")
     elif damage == "flip":
-        (folder / "result.json").write_bytes((folder / "result.json").read_bytes().replace(b"1", b"7"))
+        (folder / "result.json").write_bytes(
+            (folder / "result.json").read_bytes().replace(b"1", b"7")
+        )
     elif damage == "remove":
         (folder / "result.json").unlink()
     else:
@@ -190,7 +230,9 @@ def test_a_damaged_unit_is_made_again(tmp_path: Path, arithmetic: None, damage: 
     assert running(units, tmp_path).result(units[4])["value"] == 11
 
 
-def test_a_unit_that_fails_stops_the_run_and_keeps_what_is_finished(tmp_path: Path, arithmetic: None) -> None:
+def test_a_unit_that_fails_stops_the_run_and_keeps_what_is_finished(
+    tmp_path: Path, arithmetic: None
+) -> None:
     good = unit(1)
     bad = unit(2, good, fails=True)
     with pytest.raises(CountermarkError, match="this unit fails"):
@@ -233,8 +275,21 @@ def scheduler(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes
     preload = tmp_path / "preload.py"
     preload.write_text(WORKER.format(tests=str(Path(__file__).parent)))
     address = tmp_path / "scheduler.json"
-    common = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
-    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    common = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_scheduler",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--no-dashboard",
+    ]
     processes = [subprocess.Popen([*command, "--scheduler-file", str(address)], **common)]  # type: ignore[call-overload]
     workers: list[subprocess.Popen[bytes]] = []
     try:
@@ -251,7 +306,9 @@ def scheduler(tmp_path: Path) -> Iterator[tuple[str, list[subprocess.Popen[bytes
                 "1",
                 "--no-nanny",
             ]
-            workers.append(subprocess.Popen([*worker, "--no-dashboard", "--preload", str(preload)], **common))  # type: ignore[call-overload]
+            workers.append(
+                subprocess.Popen([*worker, "--no-dashboard", "--preload", str(preload)], **common)
+            )  # type: ignore[call-overload]
         yield json.loads(address.read_text())["address"], workers
     finally:
         for process in (*workers, *processes):
@@ -278,12 +335,22 @@ def test_a_cluster_that_loses_a_worker_finishes_with_the_same_numbers(
     killer.join()
     assert workers[0].wait() == -signal.SIGKILL
     assert store.result(units[-1])["value"] == 115
-    there = {path.name: (path / "result.json").read_bytes() for path in (tmp_path / "units").iterdir() if (path / "result.json").exists()}
+    there = {
+        path.name: (path / "result.json").read_bytes()
+        for path in (tmp_path / "units").iterdir()
+        if (path / "result.json").exists()
+    }
     here = running(units, tmp_path / "again").folder
-    assert there == {path.name: (path / "result.json").read_bytes() for path in here.iterdir() if (path / "result.json").exists()}
+    assert there == {
+        path.name: (path / "result.json").read_bytes()
+        for path in here.iterdir()
+        if (path / "result.json").exists()
+    }
 
 
-def test_a_scheduler_that_does_not_answer_is_an_error(tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheduler_that_does_not_answer_is_an_error(
+    tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("countermark.study.run._CONNECT", 1)
     with pytest.raises(CountermarkError, match="no Dask scheduler"):
         running([unit(1)], tmp_path, scheduler="tcp://127.0.0.1:9")
@@ -299,12 +366,28 @@ def test_the_grid_has_every_cell(profile: str) -> None:
     for data in ("mnist", "fashion_mnist"):
         places = [cell.place for cell in cells if cell.place["data"] == data]
         wanted = {
-            (s, d, t, r) for s in seeds for d in DEFENCES for t in ("white-box", "black-box", "grey-box") for r in ("pruned", "fine-tuned")
+            (s, d, t, r)
+            for s in seeds
+            for d in DEFENCES
+            for t in ("white-box", "black-box", "grey-box")
+            for r in ("pruned", "fine-tuned")
         }
         removed = [place for place in places if place["section"] == "removal"]
         assert {(p["seed"], p["defence"], p["setting"], p["removal"]) for p in removed} == wanted
-        beyond = {place["removal"] if place["removal"] != "none" else place["setting"] for place in places if place["section"] == "beyond"}
-        named = {"natural", "distilled", "int8", "noise", "adversarially fine-tuned", "overwritten", "pruned, then fine-tuned"}
+        beyond = {
+            place["removal"] if place["removal"] != "none" else place["setting"]
+            for place in places
+            if place["section"] == "beyond"
+        }
+        named = {
+            "natural",
+            "distilled",
+            "int8",
+            "noise",
+            "adversarially fine-tuned",
+            "overwritten",
+            "pruned, then fine-tuned",
+        }
         assert named | {f"cleaner: {name}" for name in CLEANERS} == beyond
         rows = [*THEFTS.values(), *REMOVALS.values()]
         assert {row.title for row in rows if not row.paper} | {"pruned, then fine-tuned"} == beyond
@@ -314,7 +397,12 @@ def test_the_grid_has_every_cell(profile: str) -> None:
 
 def test_a_row_of_the_table_is_all_that_the_study_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new removal has its cell, its unit, its estimate and its result, and nothing else was touched."""
-    own = Removal("halved", "halve all weights", REMOVALS["noise"].amount, lambda network, _amount, _means: network)
+    own = Removal(
+        "halved",
+        "halve all weights",
+        REMOVALS["noise"].amount,
+        lambda network, _amount, _means: network,
+    )
     monkeypatch.setitem(REMOVALS, "halve", own)  # type: ignore[misc]
     cells = grid(("digits",), TINY, "clean")
     cell = next(cell for cell in cells if cell.place.get("removal") == "halved")
@@ -325,8 +413,16 @@ def test_a_row_of_the_table_is_all_that_the_study_needs(monkeypatch: pytest.Monk
 def test_every_watermark_set_is_asked_of_strangers() -> None:
     """Each set that a model was marked with is also asked of models that never saw it, and no stranger was made with its coins."""
     cells = grid(("mnist",), PROFILES["standard"], "clean")
-    marked = {cell.unit.inputs["watermarks"].digest for cell in cells if "watermarks" in cell.unit.inputs and cell.unit.kind == "model"}
-    asked = {cell.unit.inputs["watermarks"].digest: cell.unit for cell in cells if cell.unit.kind == "strangers"}
+    marked = {
+        cell.unit.inputs["watermarks"].digest
+        for cell in cells
+        if "watermarks" in cell.unit.inputs and cell.unit.kind == "model"
+    }
+    asked = {
+        cell.unit.inputs["watermarks"].digest: cell.unit
+        for cell in cells
+        if cell.unit.kind == "strangers"
+    }
     assert marked <= asked.keys()
     for strangers in asked.values():
         for role, stranger in strangers.inputs.items():
@@ -336,7 +432,10 @@ def test_every_watermark_set_is_asked_of_strangers() -> None:
 
 def test_protocols_differ_where_the_published_runs_did(digits: object) -> None:
     options = {"data": "digits", "pool_seed": 0, "protocol": "clean"}
-    clean, published = work.pools_of(options), work.pools_of({**options, "protocol": "as-published"})
+    clean, published = (
+        work.pools_of(options),
+        work.pools_of({**options, "protocol": "as-published"}),
+    )
     test = {bytes(x.numpy().tobytes()) for x in clean.test.x}
     assert not test & {bytes(x.numpy().tobytes()) for x in clean.bases.x}
     assert {bytes(x.numpy().tobytes()) for x in published.bases.x} <= test
@@ -354,21 +453,36 @@ def test_crafting_in_training_mode_lets_batch_statistics_move(digits: Pools) -> 
     assert statistics[1] == 2 * statistics[0]
 
 
-def test_the_published_protocol_picks_its_epoch_on_the_test_set(digits: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_published_protocol_picks_its_epoch_on_the_test_set(
+    digits: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     original = work._Best.__call__
 
     def watching(self: work._Best, epoch: int, network: nn.Module) -> None:
         original(self, epoch, network)
         robust = work.adversarial_accuracy(network, digits.test, self.attack)
-        seen.append((accuracy(network, digits.test) + robust, {n: v.clone() for n, v in network.state_dict().items()}))
+        seen.append(
+            (
+                accuracy(network, digits.test) + robust,
+                {n: v.clone() for n, v in network.state_dict().items()},
+            )
+        )
 
     monkeypatch.setattr(work._Best, "__call__", watching)
-    options = {"data": "digits", "pool_seed": 0, "protocol": "as-published", "objective": "fast", "network": "small"}
+    options = {
+        "data": "digits",
+        "pool_seed": 0,
+        "protocol": "as-published",
+        "objective": "fast",
+        "network": "small",
+    }
     work.train_model({**options, "seed": 0, "epochs": 6, "attacked": 0}, {}, tmp_path)
     best = max(seen, key=lambda entry: entry[0])[1]
     assert len(seen) == 6
-    assert all(torch.equal(value, best[name]) for name, value in load(tmp_path).state_dict().items())
+    assert all(
+        torch.equal(value, best[name]) for name, value in load(tmp_path).state_dict().items()
+    )
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------------------------
@@ -399,7 +513,10 @@ def test_published_numbers() -> None:
 def tiny_grid() -> list[Cell]:
     """A part of the grid that has every kind of cell."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("countermark.study.grid.DEFENCES", ("none", "ADVTR", "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin"))
+        patch.setattr(
+            "countermark.study.grid.DEFENCES",
+            ("none", "ADVTR", "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin"),
+        )
         patch.setattr("countermark.study.grid.PRUNED", (0.5, 0.7, 0.8))
         patch.setattr("countermark.study.grid.FINETUNED", (1, 3))
         return grid(("digits",), TINY, "clean")
@@ -417,13 +534,17 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("countermark.study.run._POLL", 0.1)
         mark_shortly(patch, work, 2)
-        running([unit for unit in units if unit.kind == "model" and not unit.inputs], out, workers=2)
+        running(
+            [unit for unit in units if unit.kind == "model" and not unit.inputs], out, workers=2
+        )
         store = running(units, out)
     write_report(out, cells, store, {"profile": "tiny"})
     return out, cells, store
 
 
-def test_the_report_is_the_same_for_the_same_units(study: tuple[Path, dict[str, list[Cell]], Store], tmp_path: Path) -> None:
+def test_the_report_is_the_same_for_the_same_units(
+    study: tuple[Path, dict[str, list[Cell]], Store], tmp_path: Path
+) -> None:
     out, cells, store = study
     write_report(tmp_path, cells, store, {"profile": "tiny"})
     for path in sorted(out.rglob("*")):
@@ -431,7 +552,9 @@ def test_the_report_is_the_same_for_the_same_units(study: tuple[Path, dict[str, 
             assert (tmp_path / path.relative_to(out)).read_bytes() == path.read_bytes(), path
 
 
-def test_every_number_names_the_unit_it_came_from(study: tuple[Path, dict[str, list[Cell]], Store]) -> None:
+def test_every_number_names_the_unit_it_came_from(
+    study: tuple[Path, dict[str, list[Cell]], Store],
+) -> None:
     out, _, store = study
     results = json.loads((out / "results.json").read_text())
     rows = results["measurements"]["clean"]
@@ -445,14 +568,20 @@ def test_every_number_names_the_unit_it_came_from(study: tuple[Path, dict[str, l
     }  # fmt: skip
 
 
-def test_the_tables_say_what_the_measurements_say(study: tuple[Path, dict[str, list[Cell]], Store]) -> None:
+def test_the_tables_say_what_the_measurements_say(
+    study: tuple[Path, dict[str, list[Cell]], Store],
+) -> None:
     _, cells, store = study
     rows = measurements(cells["clean"], store, "clean")
     by_name = {table.name: table for table in tables(rows)}
     coin = where(rows, section="model", defence="ADVTR+coin", setting="white-box", removal="none")
     (line,) = [row for row in by_name["marks"].rows if row[1:3] == ("ADVTR+coin", "white-box")]
-    assert line[3:6] == tuple(round(coin[0][metric], 2) for metric in ("test", "adversarial", "watermark"))
-    scores = sorted(row["watermark"] for row in where(rows, section="strangers", scheme="adversarial"))
+    assert line[3:6] == tuple(
+        round(coin[0][metric], 2) for metric in ("test", "adversarial", "watermark")
+    )
+    scores = sorted(
+        row["watermark"] for row in where(rows, section="strangers", scheme="adversarial")
+    )
     (line,) = [row for row in by_name["strangers"].rows if row[1] == "adversarial"]
     assert (line[2], line[4]) == (round(scores[0], 2), round(scores[-1], 2))
     assert line[5].startswith(f"{sum(score >= 50 for score in scores)} of {len(scores)}")
@@ -462,7 +591,9 @@ def test_a_claim_is_judged_by_its_numbers(study: tuple[Path, dict[str, list[Cell
     """The control must fall when one stranger scores as high as the thief, whatever the thief scores."""
     _, cells, store = study
     rows = measurements(cells["clean"], store, "clean")
-    thief = where(rows, section="model", defence="ADVTR+adversarial", setting="black-box", removal="none")[0]
+    thief = where(
+        rows, section="model", defence="ADVTR+adversarial", setting="black-box", removal="none"
+    )[0]
     strangers = where(rows, section="strangers", scheme="adversarial")
     for highest, holds in ((60.0, True), (90.0, False)):
         thief["watermark"] = 80.0
@@ -470,17 +601,23 @@ def test_a_claim_is_judged_by_its_numbers(study: tuple[Path, dict[str, list[Cell
             stranger["watermark"] = 10.0
         strangers[-1]["watermark"] = highest
         judged = {claim.text: claim for claim in claims({"clean": rows})}
-        (control,) = [claim for text, claim in judged.items() if "from strangers (black-box)" in text]
+        (control,) = [
+            claim for text, claim in judged.items() if "from strangers (black-box)" in text
+        ]
         assert control.findings["clean"].holds is holds
         assert control.verdict.startswith("holds" if holds else "does not hold")
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_the_page_stands_alone(study: tuple[Path, dict[str, list[Cell]], Store], width: int, scheme: str) -> None:
+def test_the_page_stands_alone(
+    study: tuple[Path, dict[str, list[Cell]], Store], width: int, scheme: str
+) -> None:
     """Opened from disk: no request, no console message, no overflow at desk and phone width, every figure there."""
     sync_api = pytest.importorskip("playwright.sync_api")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -492,11 +629,15 @@ def test_the_page_stands_alone(study: tuple[Path, dict[str, list[Cell]], Store],
         page.on("console", lambda message: messages.append(message.text))
         page.on("pageerror", lambda error: messages.append(str(error)))
         page.goto((study[0] / "report.html").as_uri())
-        page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        page.wait_for_function(
+            "[...document.images].every(image => image.complete && image.naturalWidth > 0)"
+        )
         overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
         figures = page.evaluate("document.images.length")
         browser.close()
-    assert [url for url in requests if not url.startswith("data:")] == [(study[0] / "report.html").as_uri()]
+    assert [url for url in requests if not url.startswith("data:")] == [
+        (study[0] / "report.html").as_uri()
+    ]
     assert messages == []
     assert overflow <= 0
     assert figures == 8
@@ -507,14 +648,20 @@ def test_the_page_stands_alone(study: tuple[Path, dict[str, list[Cell]], Store],
 
 def countermark(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
     command = [*warm(), "reproduce", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, check=False, **options
+    )  # type: ignore[call-overload, no-any-return]
 
 
 def test_the_plan_lists_the_work_and_does_none(tmp_path: Path) -> None:
     done = countermark("--data", "digits", "--plan", "--json", "--out", str(tmp_path / "s"))
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
-    assert plan["units"] == len(plan["work"]) == len(in_order(cell.unit for cell in grid(("digits",), PROFILES["quick"], "clean")))
+    assert (
+        plan["units"]
+        == len(plan["work"])
+        == len(in_order(cell.unit for cell in grid(("digits",), PROFILES["quick"], "clean")))
+    )
     assert not any(planned["finished"] for planned in plan["work"])
     assert plan["finished"] == 0
     assert plan["seconds_estimated"] > 0
@@ -553,11 +700,17 @@ def test_kill_minus_nine_and_on(tmp_path: Path) -> None:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
 
     def results(folder: Path) -> dict[str, bytes]:
-        return {path.parent.name: path.read_bytes() for path in (folder / "units").glob("*/result.json") if ".partial" not in str(path)}
+        return {
+            path.parent.name: path.read_bytes()
+            for path in (folder / "units").glob("*/result.json")
+            if ".partial" not in str(path)
+        }
 
     (tmp_path / "calm").mkdir()
     (tmp_path / "killed").mkdir()
-    subprocess.run([sys.executable, str(script), str(tmp_path / "calm"), "0"], check=True, timeout=200, **quiet)  # type: ignore[call-overload]
+    subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "calm"), "0"], check=True, timeout=200, **quiet
+    )  # type: ignore[call-overload]
     command = [sys.executable, str(script), str(tmp_path / "killed"), "1"]
     for finished in (2, 7):
         process = subprocess.Popen(command, start_new_session=True, **quiet)  # type: ignore[call-overload]

@@ -52,14 +52,18 @@ def model(
     weight: np.ndarray | None = WEIGHT,
     batch: object = "n",
     kind: int = TensorProto.FLOAT,
-    outputs: tuple[tuple[str, int | None, list[object] | None], ...] = (("y", TensorProto.FLOAT, None),),
+    outputs: tuple[tuple[str, int | None, list[object] | None], ...] = (
+        ("y", TensorProto.FLOAT, None),
+    ),
     sides: tuple[object, ...] = SHAPE,
     domains: tuple[str, ...] = (),
     functions: tuple[onnx.FunctionProto, ...] = (),
 ) -> onnx.ModelProto:
     declared = helper.make_tensor_value_info("x", kind, [batch, *sides])
     answers = [
-        helper.make_empty_tensor_value_info(name) if type_ is None else helper.make_tensor_value_info(name, type_, shape)
+        helper.make_empty_tensor_value_info(name)
+        if type_ is None
+        else helper.make_tensor_value_info(name, type_, shape)
         for name, type_, shape in outputs
     ]
     weights = [] if weight is None else [numpy_helper.from_array(weight, "w")]
@@ -70,7 +74,9 @@ def model(
 
 def in_half() -> onnx.ModelProto:
     half = TensorProto.FLOAT16
-    return model(nodes(*LINEAR), weight=WEIGHT.astype(np.float16), kind=half, outputs=(("y", half, None),))
+    return model(
+        nodes(*LINEAR), weight=WEIGHT.astype(np.float16), kind=half, outputs=(("y", half, None),)
+    )
 
 
 def in_bfloat16() -> onnx.ModelProto:
@@ -85,7 +91,9 @@ def in_bfloat16() -> onnx.ModelProto:
 
 def in_double() -> onnx.ModelProto:
     kind = TensorProto.DOUBLE
-    return model(nodes(*LINEAR), weight=WEIGHT.astype(np.float64), kind=kind, outputs=(("y", kind, None),))
+    return model(
+        nodes(*LINEAR), weight=WEIGHT.astype(np.float64), kind=kind, outputs=(("y", kind, None),)
+    )
 
 
 def of_integers(kind: int) -> onnx.ModelProto:
@@ -98,7 +106,12 @@ def of_integers(kind: int) -> onnx.ModelProto:
 
 def with_small_labels() -> onnx.ModelProto:
     steps = [
-        *nodes(("Flatten", ["x"], ["f"]), ("MatMul", ["f", "w"], ["l"]), ("ArgMax", ["l"], ["m"]), axis=1),
+        *nodes(
+            ("Flatten", ["x"], ["f"]),
+            ("MatMul", ["f", "w"], ["l"]),
+            ("ArgMax", ["l"], ["m"]),
+            axis=1,
+        ),
         helper.make_node("Cast", ["m"], ["y"], to=TensorProto.INT32),
     ]
     return model(steps, outputs=(("y", TensorProto.INT32, None),))
@@ -106,7 +119,9 @@ def with_small_labels() -> onnx.ModelProto:
 
 def with_axes() -> onnx.ModelProto:
     """Logits `(n, classes, 1, 1)`, as a network without a linear layer gives them."""
-    steps = nodes(("Flatten", ["x"], ["f"]), ("MatMul", ["f", "w"], ["l"]), ("Unsqueeze", ["l", "a"], ["y"]))
+    steps = nodes(
+        ("Flatten", ["x"], ["f"]), ("MatMul", ["f", "w"], ["l"]), ("Unsqueeze", ["l", "a"], ["y"])
+    )
     made = model(steps)
     made.graph.initializer.append(numpy_helper.from_array(np.array([2, 3], dtype=np.int64), "a"))
     return made
@@ -142,7 +157,9 @@ def of_scikit_learn(labels: bool) -> onnx.ModelProto:
 
 def with_a_function() -> onnx.ModelProto:
     body = nodes(("Flatten", ["a"], ["b"]))
-    function = helper.make_function("mine", "Flat", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
+    function = helper.make_function(
+        "mine", "Flat", ["a"], ["b"], body, [helper.make_opsetid("", 17)]
+    )
     steps = [helper.make_node("Flat", ["x"], ["f"], domain="mine"), *nodes(LINEAR[1])]
     return model(steps, domains=("mine",), functions=(function,))
 
@@ -210,7 +227,13 @@ def test_a_fixed_batch_drops_the_answers_to_the_filling(tmp_path: Path) -> None:
 
 def beside(path: Path, location: str = "weights.bin") -> Path:
     """A model whose weights lie in a file beside it."""
-    onnx.save_model(model(nodes(*LINEAR)), str(path), save_as_external_data=True, location="weights.bin", size_threshold=0)
+    onnx.save_model(
+        model(nodes(*LINEAR)),
+        str(path),
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
     if location != "weights.bin":
         moved = onnx.load(str(path), load_external_data=False)
         for entry in moved.graph.initializer[0].external_data:
@@ -237,7 +260,9 @@ def test_data_beside_an_onnx_file_is_read_and_named(tmp_path: Path) -> None:
 def test_a_single_onnx_file_is_named_as_ever(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(model(nodes(*LINEAR)).SerializeToString())
-    digest = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+    digest = subprocess.run(
+        ["sha256sum", path], capture_output=True, text=True, check=True
+    ).stdout.split()[0]
     assert suspect_identity(path) == {"kind": "file", "sha256": digest}
 
 
@@ -268,7 +293,10 @@ def test_data_elsewhere_is_not_read(tmp_path: Path) -> None:
     }
     for location, word in said.items():
         path = beside(folder / "model.onnx", location)
-        for refused in (lambda path=path: open_suspect(path, SHAPE)(IMAGES), lambda path=path: suspect_identity(path)):
+        for refused in (
+            lambda path=path: open_suspect(path, SHAPE)(IMAGES),
+            lambda path=path: suspect_identity(path),
+        ):
             with pytest.raises(CountermarkError, match=word) as caught:
                 refused()
             assert "\n" not in str(caught.value)
@@ -276,21 +304,40 @@ def test_data_elsewhere_is_not_read(tmp_path: Path) -> None:
 
 def evil_function() -> onnx.ModelProto:
     body = [helper.make_node("Run", ["a"], ["b"], domain="evil")]
-    function = helper.make_function("mine", "Flat", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
-    return model([helper.make_node("Flat", ["x"], ["y"], domain="mine")], domains=("mine",), functions=(function,))
+    function = helper.make_function(
+        "mine", "Flat", ["a"], ["b"], body, [helper.make_opsetid("", 17)]
+    )
+    return model(
+        [helper.make_node("Flat", ["x"], ["y"], domain="mine")],
+        domains=("mine",),
+        functions=(function,),
+    )
 
 
 def built_in_function() -> onnx.ModelProto:
     """onnxruntime may run its own operator of this name and not the function."""
     body = nodes(("Flatten", ["a"], ["b"]))
     domain = "com.microsoft"
-    function = helper.make_function(domain, "Gelu", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
-    return model([helper.make_node("Gelu", ["x"], ["y"], domain=domain)], domains=(domain,), functions=(function,))
+    function = helper.make_function(
+        domain, "Gelu", ["a"], ["b"], body, [helper.make_opsetid("", 17)]
+    )
+    return model(
+        [helper.make_node("Gelu", ["x"], ["y"], domain=domain)],
+        domains=(domain,),
+        functions=(function,),
+    )
 
 
 def function_in(domain: str, *spare: onnx.FunctionProto) -> onnx.ModelProto:
     """A linear classifier whose flattening is a function of its own; `spare` ones are called by nobody."""
-    function = helper.make_function(domain, "Flat", ["a"], ["b"], nodes(("Flatten", ["a"], ["b"])), [helper.make_opsetid("", 17)])
+    function = helper.make_function(
+        domain,
+        "Flat",
+        ["a"],
+        ["b"],
+        nodes(("Flatten", ["a"], ["b"])),
+        [helper.make_opsetid("", 17)],
+    )
     steps = [helper.make_node("Flat", ["x"], ["f"], domain=domain), *nodes(LINEAR[1])]
     return model(steps, domains=(domain,), functions=(function, *spare))
 
@@ -299,7 +346,9 @@ def function_in(domain: str, *spare: onnx.FunctionProto) -> onnx.ModelProto:
 def test_functions_of_any_domain_are_the_models_own(domain: str, tmp_path: Path) -> None:
     foreign = helper.make_node("Gelu", ["a"], ["b"], domain="com.microsoft")
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    for number, spare in enumerate([(), (helper.make_function(domain, "Spare", ["a"], ["b"], [foreign], opsets),)]):
+    for number, spare in enumerate(
+        [(), (helper.make_function(domain, "Spare", ["a"], ["b"], [foreign], opsets),)]
+    ):
         path = tmp_path / f"{number}.onnx"
         onnx.save(function_in(domain, *spare), path)
         assert open_suspect(path, SHAPE)(IMAGES).shape == (len(IMAGES),)
@@ -329,10 +378,15 @@ def calling_twice(depth: int, again: bool) -> onnx.ModelProto:
         (built_in_function, "com.microsoft.Gelu"),
         (lambda: model(nodes(*LINEAR), kind=TensorProto.FLOAT, batch=0), "images of shape|failed"),
         (lambda: model(nodes(("Identity", ["x"], ["y"]))), "neither logits"),
-        (lambda: model(nodes(("Identity", ["x"], ["y"])), kind=TensorProto.INT8), "one input of images"),
+        (
+            lambda: model(nodes(("Identity", ["x"], ["y"])), kind=TensorProto.INT8),
+            "one input of images",
+        ),
     ],
 )
-def test_onnx_models_that_are_not_asked_say_why(tmp_path: Path, make: Callable[[], onnx.ModelProto], word: str) -> None:
+def test_onnx_models_that_are_not_asked_say_why(
+    tmp_path: Path, make: Callable[[], onnx.ModelProto], word: str
+) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(make().SerializeToString())
     with pytest.raises(CountermarkError, match=word):
@@ -360,7 +414,9 @@ def test_pt2_programs_of_every_make_are_asked(tmp_path: Path, name: str) -> None
     shapes = None if batch is None else ({0: batch},)
     torch.export.save(torch.export.export(network.eval(), (example,), dynamic_shapes=shapes), path)
     x = IMAGES[:9]
-    if name == "half":  # torch wants to know the processor for it, in the child where everything is closed
+    if (
+        name == "half"
+    ):  # torch wants to know the processor for it, in the child where everything is closed
         try:
             given = ask_pt2(path, x)
         except CountermarkError as error:
@@ -395,7 +451,10 @@ class Named(Halved):
     """Answers with a dictionary, and sizes that are calculated."""
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        return {"logits": self.inner(x.reshape(2 * x.shape[0], -1).reshape(x.shape[0], *SHAPE)), "x": x}
+        return {
+            "logits": self.inner(x.reshape(2 * x.shape[0], -1).reshape(x.shape[0], *SHAPE)),
+            "x": x,
+        }
 
 
 def _programs() -> dict[str, tuple[torch.nn.Module, object, torch.dtype]]:
@@ -403,7 +462,11 @@ def _programs() -> dict[str, tuple[torch.nn.Module, object, torch.dtype]]:
     return {
         "fixed": (build("small", SHAPE, 10, seed=0), None, torch.float32),
         "half": (Halved(), dim("n", min=2, max=4), torch.float32),
-        "all-half": (build("small", SHAPE, 10, seed=0).half(), dim("n", min=2, max=64), torch.float16),
+        "all-half": (
+            build("small", SHAPE, 10, seed=0).half(),
+            dim("n", min=2, max=64),
+            torch.float16,
+        ),
         "named": (Named(), 2 * dim("k", min=1, max=64), torch.float32),
     }
 
@@ -413,7 +476,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("pt2") / "copy.pt2"
     batch = torch.export.Dim("n", min=1, max=4096)
     network = build("small", SHAPE, 10, seed=0).eval()
-    torch.export.save(torch.export.export(network, (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: batch},)), path)
+    torch.export.save(
+        torch.export.export(network, (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: batch},)), path
+    )
     return path.read_bytes()
 
 
@@ -460,7 +525,9 @@ def damaged(program: bytes, encrypted: bool) -> bytes:
 
 
 @pytest.mark.parametrize("encrypted", [False, True])
-def test_a_damaged_member_of_a_pt2_is_named(tmp_path: Path, program: bytes, encrypted: bool) -> None:
+def test_a_damaged_member_of_a_pt2_is_named(
+    tmp_path: Path, program: bytes, encrypted: bool
+) -> None:
     path = tmp_path / "model.pt2"
     path.write_bytes(damaged(program, encrypted))
     with pytest.raises(CountermarkError, match=r"weight_.*(CRC|encrypted)|this system"):
@@ -470,9 +537,16 @@ def test_a_damaged_member_of_a_pt2_is_named(tmp_path: Path, program: bytes, encr
 def test_a_shape_expression_is_read_in_linear_time() -> None:
     """The old pattern took time exponential in the digits: these would outlast every test run."""
     pattern = child_module()._EXPRESSION  # type: ignore[attr-defined]
-    for text in ("1" * 26 + "!", "1" * 999 + "!", "s1" * 400 + "!", "Symbol('s1'" + ", positive=True" * 60 + "!"):
+    for text in (
+        "1" * 26 + "!",
+        "1" * 999 + "!",
+        "s1" * 400 + "!",
+        "Symbol('s1'" + ", positive=True" * 60 + "!",
+    ):
         assert pattern.fullmatch(text) is None
-    written = "Add(FloorDiv(Add(Symbol('s0', positive=True, integer=True), Integer(-1)), Integer(2)), 1)"
+    written = (
+        "Add(FloorDiv(Add(Symbol('s0', positive=True, integer=True), Integer(-1)), Integer(2)), 1)"
+    )
     assert pattern.fullmatch(written)
     assert not pattern.fullmatch("Pow(9,9)")
     assert not pattern.fullmatch("Integer.x")
@@ -486,7 +560,9 @@ def _spec_by_name(value: dict) -> None:  # type: ignore[type-arg]
     context = {"default_factory_module": MODULE, "default_factory_name": "x", "dict_context": []}
     spec = {"type": "collections.defaultdict", "context": context, "children_spec": []}
     signature = value["graph_module"]["module_call_graph"][0]["signature"]
-    signature["out_spec"] = json.dumps([1, {"type": "builtins.tuple", "context": "null", "children_spec": [leaf, spec]}])
+    signature["out_spec"] = json.dumps(
+        [1, {"type": "builtins.tuple", "context": "null", "children_spec": [leaf, spec]}]
+    )
 
 
 def _source_in_a_name(value: dict) -> None:  # type: ignore[type-arg]
@@ -502,7 +578,9 @@ def _file(value: dict) -> None:  # type: ignore[type-arg]
     value["graph_module"]["graph"]["nodes"][0]["target"] = "torch.ops.aten.from_file.default"
 
 
-def test_a_pt2_names_no_module_of_ours(program: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pt2_names_no_module_of_ours(
+    program: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The packing of the output is written anew: a class in it is never looked up."""
     (tmp_path / f"{MODULE}.py").write_text("x = list")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -517,7 +595,9 @@ def test_a_pt2_names_no_module_of_ours(program: bytes, tmp_path: Path, monkeypat
     ("change", "word"),
     [(_source_in_a_name, "more than letters"), (_attribute, "only ATen"), (_file, "only ATen")],
 )
-def test_a_pt2_with_words_that_would_run_is_refused(program: bytes, change: Callable[[dict[str, object]], None], word: str) -> None:
+def test_a_pt2_with_words_that_would_run_is_refused(
+    program: bytes, change: Callable[[dict[str, object]], None], word: str
+) -> None:
     child = child_module()
     with pytest.raises(child.RefusedError, match=word):  # type: ignore[attr-defined]
         child._plain(changed(program, change), IMAGES[:2].numpy())  # type: ignore[attr-defined]
@@ -682,7 +762,9 @@ def test_what_may_be_read_cannot_be_emptied(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("secret")
     folder = str(Path(countermark.suspects.__file__).parent)
     command = [sys.executable, "-I", "-c", _EMPTYING, folder, str(tmp_path / "file")]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split("\n")
+    said = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=True
+    ).stdout.split("\n")
     if said[0] == "no list here":
         pytest.skip(said[0])
     assert said[:2] == ["6", "0"]
@@ -701,7 +783,9 @@ def test_a_kernel_or_processor_without_the_list_is_told(monkeypatch: pytest.Monk
     assert calls.allow_few_calls(None) is False  # type: ignore[attr-defined]
 
 
-def test_a_child_that_says_too_much_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_says_too_much_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it writes goes to files, on which its limits hold, and not into our memory."""
     folder = Path(countermark.suspects.__file__).parent
     child = (
@@ -715,7 +799,9 @@ def test_a_child_that_says_too_much_is_cut_off(tmp_path: Path, monkeypatch: pyte
         ask_pt2(tmp_path / "x.pt2", IMAGES[:1])
 
 
-def test_a_reason_is_one_line_without_control_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reason_is_one_line_without_control_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = r"sys.stderr.write('a library says\nsomething\nthe \x1b[31mreason' + '!' * 10**6); sys.exit(2)"
     (tmp_path / "pt2_child.py").write_text(f"import sys; {words}")
     monkeypatch.setattr("countermark.suspects.confined._FOLDER", tmp_path)

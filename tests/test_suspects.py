@@ -41,25 +41,43 @@ from described import described
 SHAPE = (1, 8, 8)
 
 
-def make_onnx(path: Path, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], **changes: object) -> Path:
-    declared = helper.make_tensor_value_info("x", changes.get("type", TensorProto.FLOAT), changes.get("shape", ["n", 1, 8, 8]))
+def make_onnx(
+    path: Path, nodes: list[onnx.NodeProto], initializers: list[onnx.TensorProto], **changes: object
+) -> Path:
+    declared = helper.make_tensor_value_info(
+        "x", changes.get("type", TensorProto.FLOAT), changes.get("shape", ["n", 1, 8, 8])
+    )
     output = helper.make_tensor_value_info("y", changes.get("output", TensorProto.FLOAT), None)
     opsets = [helper.make_opsetid("", 17), *changes.get("opsets", [])]  # type: ignore[misc]
-    model = helper.make_model(helper.make_graph(nodes, "g", [declared], [output], initializers), opset_imports=opsets, ir_version=8)
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [declared], [output], initializers),
+        opset_imports=opsets,
+        ir_version=8,
+    )
     path.write_bytes(model.SerializeToString())
     return path
 
 
 def linear_onnx(path: Path, scale: float = 1.0, **changes: object) -> Path:
     weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32) * np.float32(scale)
-    nodes = [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])]
+    nodes = [
+        helper.make_node("Flatten", ["x"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["y"]),
+    ]
     return make_onnx(path, nodes, [numpy_helper.from_array(weight, "w")], **changes)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_export_answers_like_the_model(owner: Path, digits: Pools, tmp_path: Path) -> None:
     model, path = load(owner), tmp_path / "copy.onnx"
-    torch.onnx.export(model, (torch.zeros(2, *SHAPE),), str(path), dynamo=False, dynamic_axes={"x": {0: "n"}}, input_names=["x"])
+    torch.onnx.export(
+        model,
+        (torch.zeros(2, *SHAPE),),
+        str(path),
+        dynamo=False,
+        dynamic_axes={"x": {0: "n"}},
+        input_names=["x"],
+    )
     expected = predict(model, digits.test.x)
     assert torch.equal(open_suspect(path, SHAPE)(digits.test.x), expected)
     assert torch.equal(open_suspect(owner, SHAPE)(pixels(digits.test.x)), expected)
@@ -67,39 +85,60 @@ def test_onnx_export_answers_like_the_model(owner: Path, digits: Pools, tmp_path
 
 @pytest.mark.parametrize("column", [False, True])
 def test_onnx_that_answers_with_labels(tmp_path: Path, column: bool) -> None:
-    weight = numpy_helper.from_array(np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32), "w")
+    weight = numpy_helper.from_array(
+        np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32), "w"
+    )
     nodes = [
         helper.make_node("Flatten", ["x"], ["f"]),
         helper.make_node("MatMul", ["f", "w"], ["l"]),
         helper.make_node("ArgMax", ["l"], ["y"], axis=1, keepdims=int(column)),
     ]
     x = torch.rand(130, *SHAPE)
-    labels = open_suspect(make_onnx(tmp_path / "labels.onnx", nodes, [weight], output=TensorProto.INT64), SHAPE)(x)
+    labels = open_suspect(
+        make_onnx(tmp_path / "labels.onnx", nodes, [weight], output=TensorProto.INT64), SHAPE
+    )(x)
     assert torch.equal(labels, open_suspect(linear_onnx(tmp_path / "logits.onnx"), SHAPE)(x))
     assert labels.dtype == torch.int64
 
 
 def sparse_external(path: Path) -> Path:
     """A constant whose values lie in a file that is not in the model's folder."""
-    values = TensorProto(name="v", data_type=TensorProto.FLOAT, dims=[10], data_location=TensorProto.EXTERNAL)
+    values = TensorProto(
+        name="v", data_type=TensorProto.FLOAT, dims=[10], data_location=TensorProto.EXTERNAL
+    )
     values.external_data.add(key="location", value="../ext.bin")
     indices = numpy_helper.from_array(np.arange(10, dtype=np.int64), "i")
     sparse = onnx.SparseTensorProto(values=values, indices=indices, dims=[10])
-    nodes = [helper.make_node("Constant", [], ["c"], sparse_value=sparse), helper.make_node("Add", ["x", "c"], ["y"])]
+    nodes = [
+        helper.make_node("Constant", [], ["c"], sparse_value=sparse),
+        helper.make_node("Add", ["x", "c"], ["y"]),
+    ]
     return make_onnx(path, nodes, [])
 
 
 def custom(path: Path) -> Path:
-    return make_onnx(path, [helper.make_node("Run", ["x"], ["y"], domain="evil")], [], opsets=[helper.make_opsetid("evil", 1)])
+    return make_onnx(
+        path,
+        [helper.make_node("Run", ["x"], ["y"], domain="evil")],
+        [],
+        opsets=[helper.make_opsetid("evil", 1)],
+    )
 
 
 def hidden_custom(path: Path) -> Path:
     """A custom operator inside a branch, whose domain the model does not declare."""
     branch = helper.make_graph(
-        [helper.make_node("Run", ["x"], ["b"], domain="evil")], "branch", [], [helper.make_tensor_value_info("b", 1, None)]
+        [helper.make_node("Run", ["x"], ["b"], domain="evil")],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("b", 1, None)],
     )
     condition = numpy_helper.from_array(np.array(True), "c")
-    return make_onnx(path, [helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)], [condition])
+    return make_onnx(
+        path,
+        [helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)],
+        [condition],
+    )
 
 
 def declared_giant(path: Path) -> Path:
@@ -115,7 +154,9 @@ def computed_giant(path: Path) -> Path:
         helper.make_node("Flatten", ["x"], ["f"]),
         helper.make_node("Add", ["f", "sum"], ["y"]),
     ]
-    return make_onnx(path, nodes, [numpy_helper.from_array(np.array([1 << 17, 1 << 17], dtype=np.int64), "s")])
+    return make_onnx(
+        path, nodes, [numpy_helper.from_array(np.array([1 << 17, 1 << 17], dtype=np.int64), "s")]
+    )
 
 
 def not_a_number(path: Path) -> Path:
@@ -185,7 +226,9 @@ def test_files_that_are_not_asked(tmp_path: Path, name: str) -> None:
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    save_model(tmp_path, build("small", SHAPE, 10, seed=0), described("small", SHAPE, 10, "digits", 0.1, 0))
+    save_model(
+        tmp_path, build("small", SHAPE, 10, seed=0), described("small", SHAPE, 10, "digits", 0.1, 0)
+    )
     return tmp_path
 
 
@@ -193,7 +236,12 @@ def test_bundle_round_trip(bundle: Path) -> None:
     model, description = load_model(bundle)
     assert not model.training
     assert description == described("small", SHAPE, 10, "digits", 0.1, 0)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), build("small", SHAPE, 10, seed=0).parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            model.parameters(), build("small", SHAPE, 10, seed=0).parameters(), strict=True
+        )
+    )
 
 
 def test_same_weights_same_bytes(bundle: Path) -> None:
@@ -202,7 +250,10 @@ def test_same_weights_same_bytes(bundle: Path) -> None:
     assert (bundle / "model.safetensors").read_bytes() == whole
 
 
-@pytest.mark.parametrize("damage", ["pickle", "cut", "flip", "giant header", "foreign", "nan", "missing", "half", "extra"])
+@pytest.mark.parametrize(
+    "damage",
+    ["pickle", "cut", "flip", "giant header", "foreign", "nan", "missing", "half", "extra"],
+)
 def test_damaged_weights_are_refused_and_never_unpickled(bundle: Path, damage: str) -> None:
     path = bundle / "model.safetensors"
     whole = path.read_bytes()
@@ -248,7 +299,10 @@ def test_damaged_weights_are_refused_and_never_unpickled(bundle: Path, damage: s
         {"data": {"place": "digits"}},
         {"threat": {"epsilon": 0.1}},
         {"history": "none"},
-        *({"threat": {"epsilon": e, "steps": 9, "step_size": 0.1, "watermark_epsilon": 0.9}} for e in ("0.1", 1e300, -0.1, True)),
+        *(
+            {"threat": {"epsilon": e, "steps": 9, "step_size": 0.1, "watermark_epsilon": 0.9}}
+            for e in ("0.1", 1e300, -0.1, True)
+        ),
         {"seed": 10**30},
         {"network": {"place": "paper", "mean": [], "std": []}, "shape": [1, 1024, 1024]},
         {"network": {"place": "os:getcwd", "mean": [], "std": []}},
@@ -261,7 +315,15 @@ def test_hostile_descriptions_are_refused(bundle: Path, change: dict[str, object
 
 
 def test_json_bombs_and_foreign_files_are_refused(bundle: Path) -> None:
-    for data in (b"[" * 100_000, b"\xff\xfe", b"{}", b"[1]", b" " * (2 << 20), b'{"format": 1e999}', b"null"):
+    for data in (
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"{}",
+        b"[1]",
+        b" " * (2 << 20),
+        b'{"format": 1e999}',
+        b"null",
+    ):
         (bundle / "model.json").write_bytes(data)
         with pytest.raises(CountermarkError):
             load_model(bundle)
@@ -293,8 +355,12 @@ def test_a_function_of_your_own_is_asked(owner: Path, digits: Pools) -> None:
         lambda x: torch.zeros(1).long(),
     ],
 )
-def test_a_function_that_gives_no_labels_is_refused(answer: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    with pytest.raises(CountermarkError, match="a tensor of int64 labels, or an array of whole numbers"):
+def test_a_function_that_gives_no_labels_is_refused(
+    answer: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    with pytest.raises(
+        CountermarkError, match="a tensor of int64 labels, or an array of whole numbers"
+    ):
         open_suspect(answer, SHAPE)(torch.rand(3, *SHAPE))
 
 
@@ -337,7 +403,9 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_function_is_asked_within_its_budget_and_rate() -> None:
     function = Flaky(bright)
-    labels = open_suspect(function, SHAPE, Asking(budget=10, batch_size=4, rate=50))(torch.rand(30, *SHAPE))
+    labels = open_suspect(function, SHAPE, Asking(budget=10, batch_size=4, rate=50))(
+        torch.rand(30, *SHAPE)
+    )
     assert function.calls == [4, 4, 2]
     assert int((labels >= 0).sum()) == 10
     assert function.times[2] - function.times[0] > 2 / 50 * 0.9
@@ -347,7 +415,9 @@ def test_a_function_is_asked_within_its_budget_and_rate() -> None:
 def test_a_function_that_fails_is_asked_again() -> None:
     x = torch.rand(8, *SHAPE)
     function = Flaky(failing_at(2, 3))
-    assert torch.equal(open_suspect(function, SHAPE, Asking(batch_size=4, retries=2))(x), bright(0, x))
+    assert torch.equal(
+        open_suspect(function, SHAPE, Asking(batch_size=4, retries=2))(x), bright(0, x)
+    )
     assert function.calls == [4, 4, 4, 4]
     once = Flaky(failing_at(2, 4))
     labels = open_suspect(once, SHAPE, Asking(batch_size=4, retries=0))(x)
@@ -358,14 +428,19 @@ def test_a_function_that_fails_is_asked_again() -> None:
 @pytest.mark.usefixtures("_no_waiting")
 def test_a_function_that_always_fails_is_said_with_its_words() -> None:
     function = Flaky(failing_at(*range(1, 1000)))
-    with pytest.raises(CountermarkError, match=r"test_suspects\.Flaky answers nothing: ConnectionResetError: gone for a moment"):
+    with pytest.raises(
+        CountermarkError,
+        match=r"test_suspects\.Flaky answers nothing: ConnectionResetError: gone for a moment",
+    ):
         open_suspect(function, SHAPE)(torch.rand(200, *SHAPE))
     assert len(function.calls) <= 5 * 5
 
 
 def test_a_function_with_a_mistake_in_it_is_called_once() -> None:
     function = Flaky(lambda _number, x: x.no_such_thing)
-    with pytest.raises(CountermarkError, match=r"answers nothing: AttributeError: .*; mend the function"):
+    with pytest.raises(
+        CountermarkError, match=r"answers nothing: AttributeError: .*; mend the function"
+    ):
         open_suspect(function, SHAPE)(torch.rand(200, *SHAPE))
     assert len(function.calls) == 1
 
@@ -396,14 +471,19 @@ def test_a_functions_answers_are_replayed(tmp_path: Path) -> None:
     assert torch.equal(open_suspect(function, SHAPE, asking)(x), first)
     assert sum(function.calls) == 8
     assert '"url": "python:test_suspects.Flaky"' in (tmp_path / "replay.jsonl").read_text()
-    assert torch.equal(open_suspect(lambda x: bright(0, x), SHAPE, asking)(x), first)  # another name
+    assert torch.equal(
+        open_suspect(lambda x: bright(0, x), SHAPE, asking)(x), first
+    )  # another name
     assert len((tmp_path / "replay.jsonl").read_text().splitlines()) == 16
 
 
 def test_verify_heeds_how_a_function_is_to_be_asked(owner: Path) -> None:
     function = Flaky(bright)
     found = countermark.verify(function, key=owner / "key", budget=50, repeats=2)
-    assert (found.suspect, found.answers.unanswered) == ("python:test_suspects.Flaky", found.test.trials - 25)
+    assert (found.suspect, found.answers.unanswered) == (
+        "python:test_suspects.Flaky",
+        found.test.trials - 25,
+    )
     assert sum(function.calls) == 50
 
 
@@ -420,13 +500,21 @@ def test_a_configuration_is_recorded_without_copying_its_function() -> None:
             raise TypeError("cannot be copied")
 
     record = VerifyConfig(Locked(bright), key=Path("k"), replay=Path("r")).record()
-    assert (record["suspect"].rpartition(".")[2], record["key"], record["replay"]) == ("Locked", "k", "r")
+    assert (record["suspect"].rpartition(".")[2], record["key"], record["replay"]) == (
+        "Locked",
+        "k",
+        "r",
+    )
     canonical_json(record)
 
 
 @pytest.mark.parametrize("make", [ClaimConfig, AdjudicateConfig])
 def test_a_judge_cannot_ask_a_function(make: Callable[..., object]) -> None:
-    names = {"key": Path("k"), "out": Path("o")} if make is ClaimConfig else {"claim": Path("c"), "roots": Path("r")}
+    names = (
+        {"key": Path("k"), "out": Path("o")}
+        if make is ClaimConfig
+        else {"claim": Path("c"), "roots": Path("r")}
+    )
     with pytest.raises(CountermarkError, match="--suspect takes a path, not <function bright"):
         make(suspect=bright, **names)
 
@@ -444,9 +532,13 @@ def test_a_judge_cannot_ask_a_function(make: Callable[..., object]) -> None:
     ],
     ids=lambda option: next(iter(option)),
 )
-def test_options_that_a_suspect_has_no_use_for_are_refused(bundle: Path, tmp_path: Path, option: dict[str, Any]) -> None:
+def test_options_that_a_suspect_has_no_use_for_are_refused(
+    bundle: Path, tmp_path: Path, option: dict[str, Any]
+) -> None:
     for place in (bundle, linear_onnx(tmp_path / "model.onnx")):
-        with pytest.raises(CountermarkError, match=f"--{next(iter(option))} has no meaning for a file"):
+        with pytest.raises(
+            CountermarkError, match=f"--{next(iter(option))} has no meaning for a file"
+        ):
             open_suspect(place, SHAPE, Asking(**option))
     if option.keys() & {"timeout", "headers"}:
         with pytest.raises(CountermarkError, match="has no meaning for a function"):
@@ -473,7 +565,10 @@ def program(owner: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The owner's model as torch.export writes it."""
     path = tmp_path_factory.mktemp("pt2") / "copy.pt2"
     batch = torch.export.Dim("n", min=1, max=4096)
-    torch.export.save(torch.export.export(load(owner), (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: batch},)), path)
+    torch.export.save(
+        torch.export.export(load(owner), (torch.zeros(2, *SHAPE),), dynamic_shapes=({0: batch},)),
+        path,
+    )
     return path
 
 
@@ -499,17 +594,40 @@ def pt2_child() -> object:
 Changes = dict[str, Callable[[bytes], bytes]]
 WEIGHTS = "data/weights/model_weights_config.json"
 HOSTILE: dict[str, tuple[Changes, str]] = {
-    "pickled weight": ({WEIGHTS: lambda data: data.replace(b'"use_pickle": false', b'"use_pickle": true', 1)}, "pickled"),
-    "weight elsewhere": ({WEIGHTS: lambda data: data.replace(b"weight_0", b"../../etc/x")}, "pickled or no tensor"),
+    "pickled weight": (
+        {WEIGHTS: lambda data: data.replace(b'"use_pickle": false', b'"use_pickle": true', 1)},
+        "pickled",
+    ),
+    "weight elsewhere": (
+        {WEIGHTS: lambda data: data.replace(b"weight_0", b"../../etc/x")},
+        "pickled or no tensor",
+    ),
     "no weights": ({WEIGHTS: lambda _data: b"[]"}, "not a JSON object"),
-    "custom object": ({"data/constants/custom_obj_0": lambda _data: pickle.dumps(Bomb())}, "does not need"),
+    "custom object": (
+        {"data/constants/custom_obj_0": lambda _data: pickle.dumps(Bomb())},
+        "does not need",
+    ),
     "compiled code": ({"data/aotinductor/model/x.so": lambda _data: b"ELF"}, "does not need"),
     "expression": (
-        {"models/model.json": lambda data: data.replace(b"Symbol('s", b"__import__('os').system('x') or Symbol('s", 1)},
+        {
+            "models/model.json": lambda data: data.replace(
+                b"Symbol('s", b"__import__('os').system('x') or Symbol('s", 1
+            )
+        },
         "more than arithmetic",
     ),
-    "power": ({"models/model.json": lambda data: re.sub(rb"Symbol\([^)]*\)", b"9**9**9", data, count=1)}, "more than arithmetic"),
-    "operator": ({"models/model.json": lambda data: data.replace(b"torch.ops.aten.relu.default", b"os.system")}, "only ATen"),
+    "power": (
+        {"models/model.json": lambda data: re.sub(rb"Symbol\([^)]*\)", b"9**9**9", data, count=1)},
+        "more than arithmetic",
+    ),
+    "operator": (
+        {
+            "models/model.json": lambda data: data.replace(
+                b"torch.ops.aten.relu.default", b"os.system"
+            )
+        },
+        "only ATen",
+    ),
     "deep": ({"models/model.json": lambda _data: b"[" * 100_000}, "not JSON"),
     "no program": ({"models/model.json": lambda _data: b"{}"}, "holds no program"),
 }
@@ -540,7 +658,11 @@ def test_archives_that_are_no_programs(program: Path) -> None:
     with zipfile.ZipFile(twice, "w") as archive:
         archive.writestr("a/models/model.json", b"{}")
         archive.writestr("b/models/model.json", b"{}")
-    bad = {"archive": [b"", b"PK", data[: len(data) // 2]], "compressed": [squeezed.getvalue()], "several roots": [twice.getvalue()]}
+    bad = {
+        "archive": [b"", b"PK", data[: len(data) // 2]],
+        "compressed": [squeezed.getvalue()],
+        "several roots": [twice.getvalue()],
+    }
     for said, files in bad.items():
         for file in files:
             with pytest.raises(child.RefusedError, match=said):  # type: ignore[attr-defined]
@@ -599,11 +721,22 @@ def test_a_confined_child_reaches_nothing(owner: Path, tmp_path: Path) -> None:
     secret.parent.mkdir()
     secret.write_text("secret")
     (tmp_path / "empty").mkdir()
-    others = subprocess.Popen(["sleep", "300"], start_new_session=True)  # any process of the same user
+    others = subprocess.Popen(
+        ["sleep", "300"], start_new_session=True
+    )  # any process of the same user
     try:
         with socket.create_server(("127.0.0.1", 0)) as listening:
             child = Path(countermark.suspects.__file__).with_name("pt2_child.py")
-            command = [sys.executable, "-I", "-c", _ATTEMPTS, str(child), str(secret), str(listening.getsockname()[1]), str(others.pid)]
+            command = [
+                sys.executable,
+                "-I",
+                "-c",
+                _ATTEMPTS,
+                str(child),
+                str(secret),
+                str(listening.getsockname()[1]),
+                str(others.pid),
+            ]
             done = subprocess.run(
                 command,
                 cwd=tmp_path / "empty",
@@ -616,7 +749,19 @@ def test_a_confined_child_reaches_nothing(owner: Path, tmp_path: Path) -> None:
             )
         if "cannot confine" in done.stdout:
             pytest.skip(done.stdout)
-        names = ("read", "list", "write", "remove", "network", "run", "cut", "signal", "limit", "slow down", "group")
+        names = (
+            "read",
+            "list",
+            "write",
+            "remove",
+            "network",
+            "run",
+            "cut",
+            "signal",
+            "limit",
+            "slow down",
+            "group",
+        )
         assert done.stdout.splitlines() == [f"refused {name}" for name in names], done.stderr
         assert done.returncode == 0
         assert others.poll() is None
@@ -644,7 +789,9 @@ time.sleep(300)
 def test_a_confined_child_ends_with_the_one_who_waits_for_it(tmp_path: Path) -> None:
     child = Path(countermark.suspects.__file__).with_name("pt2_child.py")
     command = [sys.executable, "-I", "-c", _WAITS, str(child)]
-    waiting = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=_THREADS)
+    waiting = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=_THREADS
+    )
     assert waiting.stdout is not None
     said = waiting.stdout.readline()
     waiting.kill()
@@ -658,12 +805,16 @@ def test_a_confined_child_ends_with_the_one_who_waits_for_it(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("ask", [countermark.suspects.ask_onnx, countermark.suspects.ask_pt2])
 def test_children_get_no_environment_and_few_threads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Path, torch.Tensor], torch.Tensor]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ask: Callable[[Path, torch.Tensor], torch.Tensor],
 ) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "secret")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     for name in ("onnx_child.py", "pt2_child.py"):
-        (tmp_path / name).write_text("import os, sys; sys.stderr.write(f'{sorted(os.environ)}'); sys.exit(2)")
+        (tmp_path / name).write_text(
+            "import os, sys; sys.stderr.write(f'{sorted(os.environ)}'); sys.exit(2)"
+        )
     monkeypatch.setattr("countermark.suspects.confined._FOLDER", tmp_path)
     with pytest.raises(CountermarkError, match="OMP_NUM_THREADS") as caught:
         ask(tmp_path / "x", torch.rand(1, *SHAPE))

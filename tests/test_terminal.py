@@ -116,7 +116,9 @@ def test_a_page_that_fails_leaves_the_terminal_as_it_was(
     assert capsys.readouterr().out == "kept\n"
 
 
-def test_a_call_in_a_notebook_has_one_output_however_long_it_is(outputs: list[Handle], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_call_in_a_notebook_has_one_output_however_long_it_is(
+    outputs: list[Handle], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Verbs that call others too, as the quickstart does."""
     work(rounds=48)
     (output,) = outputs

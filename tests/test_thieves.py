@@ -13,7 +13,15 @@ from countermark.data import Examples, open_data, pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, agreement, predict
-from countermark.networks import DataRecord, Description, build, describing, load_model, open_network, save_model
+from countermark.networks import (
+    DataRecord,
+    Description,
+    build,
+    describing,
+    load_model,
+    open_network,
+    save_model,
+)
 from countermark.networks.cleaners import CLEANERS
 from countermark.thieves import REMOVALS, THEFTS, Means, objective_of, remove, removed, stolen
 from countermark.thieves import cleaners as cleaning
@@ -60,7 +68,9 @@ def state(network: nn.Module) -> dict[str, torch.Tensor]:
 
 def unchanged(network: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     now = network.state_dict()
-    return now.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in now.items())
+    return now.keys() == before.keys() and all(
+        torch.equal(value, before[name]) for name, value in now.items()
+    )
 
 
 def some_images(count: int = 5) -> torch.Tensor:
@@ -82,12 +92,16 @@ def coarse(seed: int) -> nn.Module:
 
 def quarters(count: int, seed: int) -> torch.Tensor:
     """Images of four plain quarters, uint8."""
-    colours = torch.randint(0, 256, (count, 3, 2, 2), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    colours = torch.randint(
+        0, 256, (count, 3, 2, 2), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     return colours.repeat_interleave(4, 2).repeat_interleave(4, 3)
 
 
 @pytest.mark.parametrize("name", [name for name, theft in THEFTS.items() if theft.sees is not None])
-def test_a_theft_copies_a_linear_victim_without_the_labels_of_the_pool(name: str, means: Means) -> None:
+def test_a_theft_copies_a_linear_victim_without_the_labels_of_the_pool(
+    name: str, means: Means
+) -> None:
     victim, copied, theft = coarse(0), coarse(1), THEFTS[name]
     pool = Examples(quarters(400, 1), torch.zeros(400, dtype=torch.int64))
     chosen = {"queries": 400, "epochs": 20, "batch_size": 32, "learning_rate": 0.1}
@@ -102,7 +116,11 @@ def test_a_theft_copies_a_linear_victim_without_the_labels_of_the_pool(name: str
 
 def test_a_thief_sees_no_more_than_the_theft_says(means: Means) -> None:
     victim, x = linear(), some_images()
-    shapes = {name: theft.sees(victim, means)(x).shape for name, theft in THEFTS.items() if theft.sees is not None}
+    shapes = {
+        name: theft.sees(victim, means)(x).shape
+        for name, theft in THEFTS.items()
+        if theft.sees is not None
+    }
     assert shapes == {"black": (5,), "grey": (5,), "natural": (5,), "distil": (5, CLASSES)}
 
 
@@ -165,7 +183,11 @@ def test_a_thief_reads_no_more_images_than_are_asked_together(means: Means) -> N
         return torch.zeros(len(images), dtype=torch.int64)
 
     copied = nn.Sequential(nn.AvgPool2d(56), nn.Flatten(), nn.Linear(48, CLASSES))
-    THEFTS["natural"].run(answers, copied, replace(means, pool=Examples(x, torch.zeros(20, dtype=torch.int64)), epochs=1))
+    THEFTS["natural"].run(
+        answers,
+        copied,
+        replace(means, pool=Examples(x, torch.zeros(20, dtype=torch.int64)), epochs=1),
+    )
     assert sum(asked) == 20
     assert max(asked) <= batch_size(torch.device("cpu"), x.shape[1:], 1000)
 
@@ -193,7 +215,11 @@ def test_a_thief_without_an_image_or_a_query_is_refused(means: Means) -> None:
 def test_pruning_zeroes_the_smallest_weights_of_each_layer(rate: float) -> None:
     network = residual()
     pruned = dict(prune(network, rate).named_modules())
-    layers = [(name, layer) for name, layer in network.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    layers = [
+        (name, layer)
+        for name, layer in network.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
     assert len(layers) > 5
     for name, layer in layers:
         was, now = layer.weight.detach().flatten(), pruned[name].weight.detach().flatten()
@@ -258,7 +284,9 @@ def test_eight_bits_are_the_int8_weights_of_torchao() -> None:
     theirs = copy.deepcopy(network)
     torchao.quantize_(theirs, torchao.Int8WeightOnlyConfig())
     with torch.no_grad():
-        torch.testing.assert_close(quantise(network, 8)(x), theirs(x), rtol=0, atol=0.01 * float(network(x).abs().max()))
+        torch.testing.assert_close(
+            quantise(network, 8)(x), theirs(x), rtol=0, atol=0.01 * float(network(x).abs().max())
+        )
 
 
 def test_fine_tuning_tells_after_each_epoch_and_heeds_its_rate(means: Means) -> None:
@@ -266,14 +294,19 @@ def test_fine_tuning_tells_after_each_epoch_and_heeds_its_rate(means: Means) -> 
     before = state(network)
     slow = replace(means, learning_rate=1e-6, after_epoch=lambda epoch, _: told.append(epoch))
     quick = replace(means, learning_rate=0.05)
-    moved = [float((finetune(network, 3, each)[1].weight - network[1].weight).detach().norm()) for each in (slow, quick)]
+    moved = [
+        float((finetune(network, 3, each)[1].weight - network[1].weight).detach().norm())
+        for each in (slow, quick)
+    ]
     assert told == [1, 2, 3]
     assert 0 < moved[0] < moved[1] / 100
     assert unchanged(network, before)
     assert accuracy(finetune(network, 10, quick), means.pool) > accuracy(network, means.pool) + 10
 
 
-def test_overwriting_puts_in_the_thiefs_own_coins(means: Means, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overwriting_puts_in_the_thiefs_own_coins(
+    means: Means, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = replace(marking(recipe(GIVEN, "standard", COLOUR), GIVEN, "standard"), epochs=30)
     monkeypatch.setattr(remove, "marking", lambda *_: long)
     network, notes = finetune(residual(), 6, replace(means, learning_rate=0.05)), {}
@@ -296,19 +329,34 @@ def test_a_thief_overwrites_by_the_recipe_that_the_owner_marked_with(
     x, y = draw_arrays(25, size=16)
     np.savez(tmp_path / "photos.npz", x_train=x, y_train=y)
     data = open_data(tmp_path / "photos.npz")
-    owners = marking(recipe(traits(data, data.pools(0).thief), objective, data.threat), traits(data, data.train), objective)
-    events = ({"event": "trained", "config": {"objective": "pgd"}}, {"event": "marked", "config": asdict(owners)})
+    owners = marking(
+        recipe(traits(data, data.pools(0).thief), objective, data.threat),
+        traits(data, data.train),
+        objective,
+    )
+    events = (
+        {"event": "trained", "config": {"objective": "pgd"}},
+        {"event": "marked", "config": asdict(owners)},
+    )
     (tmp_path / "mine").mkdir()
     network = open_network("narrow", data.shape, data.classes, seed=0)
     save_model(tmp_path / "mine", network, describing(data, "narrow", history=events))
     used: list[TrainConfig] = []
     monkeypatch.setattr(remove, "train", lambda _network, _pool, config, **_: used.append(config))
     remove_verb(tmp_path / "mine", out=tmp_path / "theirs", overwrite=5, device="cpu")
-    assert [(each.objective, each.shift, each.attack) for each in used] == [(objective, 2, owners.attack)]
+    assert [(each.objective, each.shift, each.attack) for each in used] == [
+        (objective, 2, owners.attack)
+    ]
 
 
 def test_a_history_that_names_no_recipe_means_the_usual_one() -> None:
-    for events in ((), ({"event": "marked"},), ({"config": 3},), ({"config": {"objective": []}},), ({"config": {"objective": "trades"}},)):
+    for events in (
+        (),
+        ({"event": "marked"},),
+        ({"config": 3},),
+        ({"config": {"objective": []}},),
+        ({"config": {"objective": "trades"}},),
+    ):
         assert objective_of(replace(described(), history=events)) == "fast"
 
 
@@ -342,9 +390,13 @@ def test_a_denoiser_learns_to_take_perturbations_out(means: Means) -> None:
     """Less is left of noise that it was not shown, and the network stays as it was."""
     network, before = residual(), state(residual())
     front = CLEANERS["denoise"].make(SHAPE, 8)
-    strong = replace(means, threat=COLOUR.at(epsilon=0.1, watermark_epsilon=0.3), epochs=20, batch_size=32)
+    strong = replace(
+        means, threat=COLOUR.at(epsilon=0.1, watermark_epsilon=0.3), epochs=20, batch_size=32
+    )
     clear = pixels(means.pool.x)
-    noisy = (clear + 0.2 * (2 * torch.rand(clear.shape, generator=torch.Generator().manual_seed(9)) - 1)).clamp(0, 1)
+    noisy = (
+        clear + 0.2 * (2 * torch.rand(clear.shape, generator=torch.Generator().manual_seed(9)) - 1)
+    ).clamp(0, 1)
     untaught = float((front(noisy) - clear).detach().abs().mean())
     cleaning.teach(front, network, strong)
     assert float((front(noisy) - clear).detach().abs().mean()) < untaught
@@ -365,7 +417,9 @@ def narrow_residual(shape: tuple[int, int, int], classes: int) -> nn.Module:
     return make(shape, classes, width=4)
 
 
-def test_removals_are_chained_and_a_folder_builds_what_stands_in_front(means: Means, tmp_path: Path) -> None:
+def test_removals_are_chained_and_a_folder_builds_what_stands_in_front(
+    means: Means, tmp_path: Path
+) -> None:
     network, x = residual(), some_images()
     chosen = [("prune", 0.5), ("quantise", 8.0), ("median", 3.0), ("denoise", 4.0)]
     options = {"epochs": 1, "learning_rate": 0.1}
@@ -403,7 +457,9 @@ def test_a_copy_has_the_victims_network_or_a_surrogate_and_says_so(name: str, me
 
 
 @pytest.mark.parametrize("name", THEFTS)
-def test_every_theft_takes_colour_images_and_a_network_of_the_users_own(name: str, means: Means) -> None:
+def test_every_theft_takes_colour_images_and_a_network_of_the_users_own(
+    name: str, means: Means
+) -> None:
     theft, victim, copied = THEFTS[name], residual(), make(SHAPE, CLASSES, width=4)
     few = means.given(theft.options, {"queries": 40, "epochs": 1})
     few = replace(few, seeds=20)
@@ -418,7 +474,9 @@ def test_every_theft_takes_colour_images_and_a_network_of_the_users_own(name: st
 
 
 @pytest.mark.parametrize("name", REMOVALS)
-def test_every_removal_leaves_the_network_and_returns_a_changed_copy(name: str, means: Means) -> None:
+def test_every_removal_leaves_the_network_and_returns_a_changed_copy(
+    name: str, means: Means
+) -> None:
     removal, network = REMOVALS[name], residual()
     before, x = state(network), some_images()
     removal.amount.check(f"--{name}", removal.amount.default)
@@ -446,5 +504,7 @@ def test_names_of_thefts_and_removals_are_words_of_the_command_line() -> None:
     for name in (*THEFTS, *REMOVALS):
         assert name.isidentifier()
         assert name.islower()
-    assert len({each.title for each in (*THEFTS.values(), *REMOVALS.values())}) == len(THEFTS) + len(REMOVALS)
+    assert len({each.title for each in (*THEFTS.values(), *REMOVALS.values())}) == len(
+        THEFTS
+    ) + len(REMOVALS)
     assert set(CLEANERS) <= set(REMOVALS)

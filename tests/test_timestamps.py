@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from asn1crypto import cms, core, tsp
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import (
+    decode_dss_signature,
+    encode_dss_signature,
+)
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from authority import Authority, stamped
@@ -22,7 +25,16 @@ from countermark.cli import main
 from countermark.errors import CountermarkError
 from countermark.files import read_json, sha256, write_json
 from countermark.guard import QueryLog, load_guarded
-from countermark.timestamps import UntrustedError, check_token, decode_token, encode_token, load_roots, read_token, request_token, root_name
+from countermark.timestamps import (
+    UntrustedError,
+    check_token,
+    decode_token,
+    encode_token,
+    load_roots,
+    read_token,
+    request_token,
+    root_name,
+)
 from countermark.verbs.claim import claim
 
 _ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of the curve P-256
@@ -53,7 +65,9 @@ def test_no_two_tokens_share_a_beacon(authority: Authority, tmp_path: Path) -> N
         rsa.close()
 
 
-def test_a_token_of_another_message_authority_or_time_is_refused(authority: Authority, tmp_path: Path) -> None:
+def test_a_token_of_another_message_authority_or_time_is_refused(
+    authority: Authority, tmp_path: Path
+) -> None:
     token = stamped(authority, b"this")
     with pytest.raises(CountermarkError, match="of something else"):
         read_token(token, sha256(b"that"), "T")
@@ -77,19 +91,28 @@ def test_the_second_form_of_a_signature_draws_the_same_coins(authority: Authorit
     signer["signature"] = core.OctetString(encode_dss_signature(r, _ORDER - s))
     twin = changed.dump(force=True)
     assert twin != response
-    tokens = [check_token(form, sha256(b"this"), load_roots(authority.root), "T") for form in (response, twin)]
+    tokens = [
+        check_token(form, sha256(b"this"), load_roots(authority.root), "T")
+        for form in (response, twin)
+    ]
     assert tokens[0].beacon == tokens[1].beacon
 
 
 @pytest.mark.parametrize("name", ["rsassa_pkcs1v15", "sha256_rsa", "rsassa_pss", "sha512_ecdsa"])
-def test_what_a_token_says_of_its_algorithm_draws_no_other_coins(authority: Authority, name: str) -> None:
+def test_what_a_token_says_of_its_algorithm_draws_no_other_coins(
+    authority: Authority, name: str
+) -> None:
     """The field is not signed, and the verification ignores it."""
     response = stamped(authority, b"this")
     changed = tsp.TimeStampResp.load(response)
-    changed["time_stamp_token"]["content"]["signer_infos"][0]["signature_algorithm"] = cms.SignedDigestAlgorithm({"algorithm": name})
+    changed["time_stamp_token"]["content"]["signer_infos"][0]["signature_algorithm"] = (
+        cms.SignedDigestAlgorithm({"algorithm": name})
+    )
     honest = check_token(response, sha256(b"this"), load_roots(authority.root), "T")
     try:
-        token = check_token(changed.dump(force=True), sha256(b"this"), load_roots(authority.root), "T")
+        token = check_token(
+            changed.dump(force=True), sha256(b"this"), load_roots(authority.root), "T"
+        )
     except CountermarkError:
         return
     assert token.beacon == honest.beacon
@@ -101,13 +124,27 @@ def test_a_token_signed_with_a_certificate_for_something_else_is_refused(tmp_pat
     authority.close()
     folder = authority.folder
     honest = tsp.TimeStampResp.load(stamped(authority, b"this"))
-    information = honest["time_stamp_token"]["content"]["encap_content_info"]["content"].parsed.dump()
+    information = honest["time_stamp_token"]["content"]["encap_content_info"][
+        "content"
+    ].parsed.dump()
     (folder / "info").write_bytes(information)
 
     def openssl(*arguments: str) -> None:
         subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
 
-    openssl("req", "-new", "-newkey", "rsa:2048", "-nodes", "-keyout", "web.key", "-out", "web.csr", "-subj", "/CN=web")
+    openssl(
+        "req",
+        "-new",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        "web.key",
+        "-out",
+        "web.csr",
+        "-subj",
+        "/CN=web",
+    )
     openssl("x509", "-req", "-in", "web.csr", "-CA", "root.pem", "-CAkey", "root.key", "-set_serial", "77", "-out", "web.pem",
             "-extfile", "conf", "-extensions", "web")  # fmt: skip
     openssl("cms", "-sign", "-binary", "-nodetach", "-outform", "DER", "-econtent_type", "1.2.840.113549.1.9.16.1.4",
@@ -124,15 +161,26 @@ def test_a_token_signed_with_a_certificate_for_something_else_is_refused(tmp_pat
                 "-set_serial", "77", "-config", "conf", "-extensions", "stamping")  # fmt: skip
         openssl("x509", "-in", "x.pem", "-outform", "DER", "-out", "x.der")
         data = cms.ContentInfo.load((folder / "forged").read_bytes())["content"]
-        certificates = [cms.CertificateChoices.load((folder / "x.der").read_bytes()), *list(data["certificates"])[:1]]
-        data["certificates"] = cms.CertificateSet(certificates if position == 0 else certificates[::-1])
+        certificates = [
+            cms.CertificateChoices.load((folder / "x.der").read_bytes()),
+            *list(data["certificates"])[:1],
+        ]
+        data["certificates"] = cms.CertificateSet(
+            certificates if position == 0 else certificates[::-1]
+        )
         honest["time_stamp_token"] = {"content_type": "signed_data", "content": data}
         with pytest.raises(CountermarkError):
             check_token(honest.dump(force=True), sha256(b"this"), load_roots(authority.root), "T")
 
 
-def test_every_changed_byte_of_a_token_is_noticed_or_changes_nothing_that_counts(authority: Authority) -> None:
-    response, digest, roots = stamped(authority, b"this"), sha256(b"this"), load_roots(authority.root)
+def test_every_changed_byte_of_a_token_is_noticed_or_changes_nothing_that_counts(
+    authority: Authority,
+) -> None:
+    response, digest, roots = (
+        stamped(authority, b"this"),
+        sha256(b"this"),
+        load_roots(authority.root),
+    )
     honest = check_token(response, digest, roots, "T")
     for position in range(len(response)):
         changed = bytearray(response)
@@ -144,7 +192,9 @@ def test_every_changed_byte_of_a_token_is_noticed_or_changes_nothing_that_counts
         assert (token.time, token.beacon) == (honest.time, honest.beacon), position
 
 
-@pytest.mark.parametrize("rubbish", [b"", b"0", b"\x30\x00", b"\x30\x80" * 500, b"{}", bytes(70_000)])
+@pytest.mark.parametrize(
+    "rubbish", [b"", b"0", b"\x30\x00", b"\x30\x80" * 500, b"{}", bytes(70_000)]
+)
 def test_rubbish_is_no_timestamp(rubbish: bytes) -> None:
     with pytest.raises(CountermarkError, match="T"):
         read_token(rubbish, sha256(b"this"), "T")
@@ -160,7 +210,12 @@ def test_a_token_has_one_spelling_in_json() -> None:
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("ftp://a/b", "http"), ("http://user:word@a/b", "password"), ("a", "http"), ("http://127.0.0.1:9/", "does not answer")],
+    [
+        ("ftp://a/b", "http"),
+        ("http://user:word@a/b", "password"),
+        ("a", "http"),
+        ("http://127.0.0.1:9/", "does not answer"),
+    ],
 )
 def test_a_bad_address_is_an_error(url: str, message: str) -> None:
     with pytest.raises(CountermarkError, match=message):
@@ -168,18 +223,24 @@ def test_a_bad_address_is_an_error(url: str, message: str) -> None:
 
 
 def test_roots_that_are_none_are_an_error(tmp_path: Path) -> None:
-    (tmp_path / "roots.pem").write_text("-----BEGIN CERTIFICATE-----\nYWJj\n-----END CERTIFICATE-----\n")
+    (tmp_path / "roots.pem").write_text(
+        "-----BEGIN CERTIFICATE-----\nYWJj\n-----END CERTIFICATE-----\n"
+    )
     with pytest.raises(CountermarkError, match="no certificates"):
         load_roots(tmp_path / "roots.pem")
 
 
-def test_a_guards_timestamp_is_not_lost(authority: Authority, owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_guards_timestamp_is_not_lost(
+    authority: Authority, owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "mine"
     shutil.copytree(owner, folder)
     before = read_json(folder / "commitment.json")
     stamping = ["--roots", str(authority.root), "--tsa"]
     assert main(["guard", str(folder), "--cost", "4", *stamping, "http://127.0.0.1:9/"]) == 2
-    assert not (folder / "guard.json").exists()  # nothing is half-written where the authority cannot be asked
+    assert not (
+        folder / "guard.json"
+    ).exists()  # nothing is half-written where the authority cannot be asked
     assert read_json(folder / "commitment.json") == before
     assert main(["guard", str(folder), "--cost", "4", *stamping, authority.url]) == 0
     stamped = read_json(folder / "commitment.json")
@@ -208,24 +269,37 @@ def reordered(response: bytes) -> list[bytes]:
     content = tsp.TimeStampResp.load(response)["time_stamp_token"]["content"]
     certificates = [each.dump() for each in content["certificates"]]
     assert response.count(b"".join(certificates)) == 1
-    return [response.replace(b"".join(certificates), b"".join(order)) for order in itertools.permutations(certificates)]
+    return [
+        response.replace(b"".join(certificates), b"".join(order))
+        for order in itertools.permutations(certificates)
+    ]
 
 
-@pytest.mark.parametrize("chain", [("root.pem",), ("root.pem", "other.pem"), ("other.pem", "tsa.pem", "root.pem")])
-def test_a_chain_of_certificates_is_taken_in_any_order(tmp_path: Path, chain: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "chain", [("root.pem",), ("root.pem", "other.pem"), ("other.pem", "tsa.pem", "root.pem")]
+)
+def test_a_chain_of_certificates_is_taken_in_any_order(
+    tmp_path: Path, chain: tuple[str, ...]
+) -> None:
     """The order of a set means nothing: `openssl ts -verify` takes them all, and they draw the same coins."""
     authority = Authority(tmp_path / "tsa")
     try:
         authority._openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "other.key", "-out", "other.pem",
                            "-subj", "/CN=other", "-config", "conf", "-extensions", "ca")  # fmt: skip
-        (authority.folder / "chain.pem").write_bytes(b"".join((authority.folder / name).read_bytes() for name in chain))
+        (authority.folder / "chain.pem").write_bytes(
+            b"".join((authority.folder / name).read_bytes() for name in chain)
+        )
         conf = (authority.folder / "conf").read_text()
-        (authority.folder / "conf").write_text(conf.replace("signer_key", f"certs = {authority.folder}/chain.pem\nsigner_key"))
+        (authority.folder / "conf").write_text(
+            conf.replace("signer_key", f"certs = {authority.folder}/chain.pem\nsigner_key")
+        )
         roots = load_roots(authority.root)
         token = request_token(authority.url, b"this", roots)
         for response in reordered(token.response):
             (authority.folder / "response").write_bytes(response)
-            authority._openssl("ts", "-verify", "-queryfile", "request", "-in", "response", "-CAfile", "root.pem")
+            authority._openssl(
+                "ts", "-verify", "-queryfile", "request", "-in", "response", "-CAfile", "root.pem"
+            )
             again = check_token(response, sha256(b"this"), roots, "T")
             assert (again.time, again.beacon) == (token.time, token.beacon)
             assert again.response == response  # what is stored and committed to is what came
@@ -254,7 +328,9 @@ def refusal(words: str, status: str = "rejection") -> bytes:
 
 @pytest.mark.parametrize("status", ["granted", "granted_with_mods", "rejection", "waiting"])
 def test_a_response_without_a_token_is_refused_with_its_reason(status: str) -> None:
-    with pytest.raises(CountermarkError, match="T.*" if "granted" in status else r"status \d \(too busy\)"):
+    with pytest.raises(
+        CountermarkError, match="T.*" if "granted" in status else r"status \d \(too busy\)"
+    ):
         read_token(refusal("too busy", status), sha256(b"this"), "T")
 
 
@@ -286,7 +362,9 @@ ODD = {
 
 
 @pytest.mark.parametrize("fault", ODD)
-def test_a_fault_on_the_way_to_the_authority_is_one_line(fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_fault_on_the_way_to_the_authority_is_one_line(
+    fault: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with QueryLog(str(tmp_path / "log.db")):
         pass
     handler = type("Handler", (_Odd,), {"answer": ODD[fault]})
@@ -313,23 +391,38 @@ def odd_root(root: Path) -> bytes:
     der = x509.load_pem_x509_certificate(root.read_bytes()).public_bytes(Encoding.DER)
     changed = der.replace(b"root", b"\xff" * 4)
     assert changed != der
-    return b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(changed) + b"-----END CERTIFICATE-----\n"
+    return (
+        b"-----BEGIN CERTIFICATE-----\n"
+        + base64.encodebytes(changed)
+        + b"-----END CERTIFICATE-----\n"
+    )
 
 
 @pytest.fixture(scope="module")
-def claimed(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, bytes]:
+def claimed(
+    authority: Authority, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, bytes]:
     """A claim of an earlier release's key against its own model, that model, and the right roots; nothing is trained."""
     folder = tmp_path_factory.mktemp("claimed")
     shutil.copytree(Path(__file__).parent / "golden" / "0.1.0", folder / "release")
     mine = folder / "release" / "mine"
     claim(key=mine / "key", suspect=mine, out=folder / "claim", tsa=authority.url)
-    return folder / "claim", mine, (folder / "release" / "roots.pem").read_bytes() + authority.root.read_bytes()
+    return (
+        folder / "claim",
+        mine,
+        (folder / "release" / "roots.pem").read_bytes() + authority.root.read_bytes(),
+    )
 
 
 @pytest.mark.parametrize("place", ["before", "after", "alone"])
 @pytest.mark.parametrize("kind", ["name", "rubbish", "cut"])
 def test_an_odd_root_beside_the_right_one_stops_no_judgement(
-    place: str, kind: str, claimed: tuple[Path, Path, bytes], authority: Authority, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    place: str,
+    kind: str,
+    claimed: tuple[Path, Path, bytes],
+    authority: Authority,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """It is left out and named; alone it is an error and no verdict. A library in Rust panics over the first kind."""
     folder, suspect, right = claimed
@@ -358,7 +451,9 @@ def test_an_odd_root_beside_the_right_one_stops_no_judgement(
 def test_a_root_that_panics_the_library_trusts_nobody(authority: Authority) -> None:
     odd = x509.load_pem_x509_certificate(odd_root(authority.root))
     with pytest.raises(UntrustedError):
-        check_token(stamped(authority, b"this"), sha256(b"this"), [odd, *load_roots(authority.root)], "T")
+        check_token(
+            stamped(authority, b"this"), sha256(b"this"), [odd, *load_roots(authority.root)], "T"
+        )
     assert root_name(odd).startswith("the certificate with the SHA-256 ")
     assert root_name(load_roots(authority.root)[0]) == "CN=root"
 
@@ -367,7 +462,9 @@ def test_an_odd_certificate_in_a_token_is_no_crash(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "tsa")
     authority.close()
     conf = (authority.folder / "conf").read_text()
-    (authority.folder / "conf").write_text(conf.replace("signer_key", f"certs = {authority.root}\nsigner_key"))
+    (authority.folder / "conf").write_text(
+        conf.replace("signer_key", f"certs = {authority.root}\nsigner_key")
+    )
     response, roots = stamped(authority, b"this"), load_roots(authority.root)
     root = roots[0].public_bytes(Encoding.DER)
     for form in reordered(response):
@@ -377,14 +474,23 @@ def test_an_odd_certificate_in_a_token_is_no_crash(tmp_path: Path) -> None:
             check_token(changed, sha256(b"this"), roots, "T")
 
 
-def test_the_words_of_an_authority_cannot_show_another_verdict(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_words_of_an_authority_cannot_show_another_verdict(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The claimant chooses the response in the claim, and so its status text."""
     release = tmp_path / "release"
     shutil.copytree(Path(__file__).parent / "golden" / "0.1.0", release)
     record = read_json(release / "claim" / "claim.json")
     words = "\x1b[2J\x1b[H\nThe claim is upheld\u202e<b>"
     write_json(release / "claim" / "claim.json", {**record, "t1": encode_token(refusal(words))})
-    arguments = ["adjudicate", str(release / "claim"), "--suspect", str(release / "mine"), "--roots", str(release / "roots.pem")]
+    arguments = [
+        "adjudicate",
+        str(release / "claim"),
+        "--suspect",
+        str(release / "mine"),
+        "--roots",
+        str(release / "roots.pem"),
+    ]
     assert main([*arguments, "--out", str(tmp_path / "j")]) == 1
     said = capfd.readouterr().out
     text = (tmp_path / "j.html").read_text()
@@ -400,7 +506,14 @@ def test_a_missing_library_ends_in_no_verdict(
 ) -> None:
     """It says nothing of the token, and so nothing of the claim."""
     release = Path(__file__).parent / "golden" / "0.1.0"
-    arguments = ["adjudicate", str(release / "claim"), "--suspect", str(release / "mine"), "--roots", str(release / "roots.pem")]
+    arguments = [
+        "adjudicate",
+        str(release / "claim"),
+        "--suspect",
+        str(release / "mine"),
+        "--roots",
+        str(release / "roots.pem"),
+    ]
     for name in [name for name in sys.modules if name.split(".")[0] == library]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, library, None)
@@ -409,7 +522,9 @@ def test_a_missing_library_ends_in_no_verdict(
     assert "countermark[judge]" in capfd.readouterr().err
 
 
-def test_an_authority_may_want_the_login_of_a_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_authority_may_want_the_login_of_a_netrc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The user chose the authority, and has no other way to give a password for it."""
     seen: list[str] = []
 

@@ -88,12 +88,22 @@ def standard(digits: Pools) -> nn.Module:
     return network
 
 
-def test_robust_training_resists_and_standard_training_does_not(digits: Pools, standard: nn.Module) -> None:
+def test_robust_training_resists_and_standard_training_does_not(
+    digits: Pools, standard: nn.Module
+) -> None:
     robust = small()
-    records = train(robust, digits.training, recipe(DIGITS, "fast", THREAT, epochs=15), validation=digits.validation)
+    records = train(
+        robust,
+        digits.training,
+        recipe(DIGITS, "fast", THREAT, epochs=15),
+        validation=digits.validation,
+    )
     assert accuracy(standard, digits.test) > 85
     assert accuracy(robust, digits.test) > 85
-    assert adversarial_accuracy(robust, digits.test, ATTACK) > adversarial_accuracy(standard, digits.test, ATTACK) + 25
+    assert (
+        adversarial_accuracy(robust, digits.test, ATTACK)
+        > adversarial_accuracy(standard, digits.test, ATTACK) + 25
+    )
     assert [record.epoch for record in records if not record.redone] == list(range(1, 16))
     assert records[-1].accuracy is not None
     assert records[-1].adversarial_accuracy is not None
@@ -105,7 +115,11 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Write down what the guard measures after each epoch, so that no run redoes one by chance; the last number stays."""
 
     def write(*measured: float) -> None:
-        monkeypatch.setattr(loop, "_guarded", lambda run, *_networks: measured[min(len(run.records), len(measured) - 1)])
+        monkeypatch.setattr(
+            loop,
+            "_guarded",
+            lambda run, *_networks: measured[min(len(run.records), len(measured) - 1)],
+        )
 
     return write
 
@@ -129,7 +143,9 @@ def test_interrupted_training_resumes_to_the_very_same_weights(
     The second epoch is said to have collapsed: what was undone is not done again, and what is run again is run in more steps.
     """
     script(50.0, 10.0, 60.0)
-    config = replace(quick, embedding=embedding, average=average, flip=True, shift=1, epochs=3, batch_size=32)
+    config = replace(
+        quick, embedding=embedding, average=average, flip=True, shift=1, epochs=3, batch_size=32
+    )
     data = digits.training[:160]
     undisturbed = build(network, (1, 8, 8), 10, seed=0)
     expected = train(undisturbed, data, config, validation=digits.validation, watermarks=watermarks)
@@ -149,7 +165,14 @@ def test_interrupted_training_resumes_to_the_very_same_weights(
         left[0] = 3
         resumed = build(network, (1, 8, 8), 10, seed=0)
         try:
-            records = train(resumed, data, config, validation=digits.validation, watermarks=watermarks, checkpoint=tmp_path / "point")
+            records = train(
+                resumed,
+                data,
+                config,
+                validation=digits.validation,
+                watermarks=watermarks,
+                checkpoint=tmp_path / "point",
+            )
             break
         except KeyboardInterrupt:
             interruptions += 1
@@ -175,21 +198,32 @@ def test_the_average_is_that_of_the_closed_form(
     begun = weights(averaged).clone()
     records = train(plain, digits.training, quick, validation=digits.validation)
     monkeypatch.setattr(loop, "_descend", watching)
-    found = train(averaged, digits.training, replace(quick, average=decay), validation=digits.validation)
+    found = train(
+        averaged, digits.training, replace(quick, average=decay), validation=digits.validation
+    )
     assert torch.equal(seen[-1], weights(plain))
     kept = [min(decay, (step + 1) / (step + 10)) for step in range(len(seen))]
-    after = [float(torch.tensor(kept[step + 1 :], dtype=torch.float64).prod()) for step in range(len(seen))]
+    after = [
+        float(torch.tensor(kept[step + 1 :], dtype=torch.float64).prod())
+        for step in range(len(seen))
+    ]
     shares = [(1 - keep) * rest for keep, rest in zip(kept, after, strict=True)]
     start = kept[0] * after[0]
     assert start + sum(shares) == pytest.approx(1)
-    expected = start * begun.double() + sum(share * value.double() for share, value in zip(shares, seen, strict=True))
+    expected = start * begun.double() + sum(
+        share * value.double() for share, value in zip(shares, seen, strict=True)
+    )
     assert torch.allclose(weights(averaged).double(), expected, atol=1e-5)
     assert not torch.equal(weights(averaged), weights(plain))
     assert [record.loss for record in found] == [record.loss for record in records]
-    assert found[-1].accuracy == agreement(predict(averaged, digits.validation.x), digits.validation.y)
+    assert found[-1].accuracy == agreement(
+        predict(averaged, digits.validation.x), digits.validation.y
+    )
 
 
-def test_a_step_is_one_down_its_formula(digits: Pools, watermarks: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_is_one_down_its_formula(
+    digits: Pools, watermarks: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One step of plain SGD, watermarks among the crafted images, against a gradient written down anew."""
     data, rate = digits.training[:32], 0.05
     config = TrainConfig(
@@ -199,7 +233,14 @@ def test_a_step_is_one_down_its_formula(digits: Pools, watermarks: Examples, mon
     crafted, turns = [], []
     perturb, turn_of = loop._Run.perturb, loop.in_turn
 
-    def perturbing(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, view: View) -> torch.Tensor:
+    def perturbing(
+        run: loop._Run,
+        chosen: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        grown: float,
+        view: View,
+    ) -> torch.Tensor:
         crafted.append((y, perturb(run, chosen, x, y, grown, view)))
         return crafted[-1][1]
 
@@ -212,14 +253,23 @@ def test_a_step_is_one_down_its_formula(digits: Pools, watermarks: Examples, mon
     trained, reference = small(), small()
     train(trained, data, config, watermarks=watermarks)
     (y, moved), marks = crafted[0], watermarks[turns[0]]
-    labelled = torch.cat((reference(moved).log_softmax(1)[range(32), y], reference(marks.x / 255).log_softmax(1)[range(8), marks.y]))
+    labelled = torch.cat(
+        (
+            reference(moved).log_softmax(1)[range(32), y],
+            reference(marks.x / 255).log_softmax(1)[range(8), marks.y],
+        )
+    )
     (-labelled.sum() / 40).backward()
-    expected = torch.cat([(value - rate * value.grad).flatten() for value in reference.parameters()])  # type: ignore[operator]
+    expected = torch.cat(
+        [(value - rate * value.grad).flatten() for value in reference.parameters()]
+    )  # type: ignore[operator]
     assert torch.allclose(weights(trained), expected, atol=1e-6)
     assert not torch.allclose(weights(trained), weights(small()), atol=1e-4)
 
 
-def test_a_finished_run_is_not_run_again(digits: Pools, quick: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_run_is_not_run_again(
+    digits: Pools, quick: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, again = small(), small()
     records = train(model, digits.training, quick, checkpoint=tmp_path / "point")
     monkeypatch.setattr(loop, "_step", None)
@@ -228,7 +278,9 @@ def test_a_finished_run_is_not_run_again(digits: Pools, quick: TrainConfig, tmp_
 
 
 @pytest.mark.parametrize("change", ["seed", "data", "weights", "torn"])
-def test_a_checkpoint_of_another_run_is_refused(digits: Pools, quick: TrainConfig, tmp_path: Path, change: str) -> None:
+def test_a_checkpoint_of_another_run_is_refused(
+    digits: Pools, quick: TrainConfig, tmp_path: Path, change: str
+) -> None:
     point = tmp_path / "point"
     train(small(), digits.training, replace(quick, epochs=1), checkpoint=point)
     config, data, model = replace(quick, epochs=1), digits.training, small()
@@ -245,9 +297,13 @@ def test_a_checkpoint_of_another_run_is_refused(digits: Pools, quick: TrainConfi
 
 
 @pytest.mark.parametrize("embedding", ["interleaved", "epoch"])
-def test_watermarks_are_learned_either_way(digits: Pools, watermarks: Examples, standard: nn.Module, embedding: str) -> None:
+def test_watermarks_are_learned_either_way(
+    digits: Pools, watermarks: Examples, standard: nn.Module, embedding: str
+) -> None:
     assert agreement(predict(standard, watermarks.x), watermarks.y) < 40
-    config = replace(recipe(DIGITS, "standard", THREAT, epochs=15), embedding=embedding, learning_rate=0.05)
+    config = replace(
+        recipe(DIGITS, "standard", THREAT, epochs=15), embedding=embedding, learning_rate=0.05
+    )
     marked = small()
     records = train(marked, digits.training, config, watermarks=watermarks)
     assert agreement(predict(marked, watermarks.x), watermarks.y) > 75
@@ -264,7 +320,9 @@ def test_every_watermark_has_its_turn() -> None:
 
 @settings(deadline=None)
 @given(st.integers(0, 500), st.integers(1, 60), st.integers(1, 60), st.integers(0, 1 << 20))
-def test_turns_do_not_depend_on_how_they_are_cut(first: int, size: int, count: int, seed: int) -> None:
+def test_turns_do_not_depend_on_how_they_are_cut(
+    first: int, size: int, count: int, seed: int
+) -> None:
     """The row of rounds is one row: any piece of it is what single places are, and no watermark falls behind."""
     row = in_turn(0, first + size, count, seed)
     assert torch.equal(row[first:], in_turn(first, size, count, seed))
@@ -272,7 +330,9 @@ def test_turns_do_not_depend_on_how_they_are_cut(first: int, size: int, count: i
     assert int(often.max() - often.min()) <= 1
 
 
-def test_carried_perturbations_end_at_the_worst_point_of_the_ball(digits: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_carried_perturbations_end_at_the_worst_point_of_the_ball(
+    digits: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a linear network that point is known: half a budget an epoch gets there if it goes on from where it was, and else never."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     with torch.no_grad():
@@ -289,7 +349,9 @@ def test_carried_perturbations_end_at_the_worst_point_of_the_ball(digits: Pools,
 
     monkeypatch.setattr(loop._Run, "perturb", watching)
     x = data.x / 255
-    towards = torch.linspace(-1, 1, 64).sign().view(1, 1, 8, 8) * (2.0 * data.y.view(-1, 1, 1, 1) - 1)
+    towards = torch.linspace(-1, 1, 64).sign().view(1, 1, 8, 8) * (
+        2.0 * data.y.view(-1, 1, 1, 1) - 1
+    )
     worst = (x + 0.1 * towards).clamp(0, 1)
     train(network, data, config)
     torch.testing.assert_close(crafted, worst, atol=0.1 / 127, rtol=0)
@@ -308,17 +370,31 @@ def test_a_view_and_its_way_back(seed: int, mirror: bool, most: int) -> None:
     assert torch.equal(view.undo(shown), images)
     assert max(abs(offset) for offset in view.moved) <= most
     down, right = view.moved
-    for image, mirrored, seen in zip(images, view.mirrored if mirror else [False] * 5, shown, strict=True):  # type: ignore[arg-type]
+    for image, mirrored, seen in zip(
+        images, view.mirrored if mirror else [False] * 5, shown, strict=True
+    ):  # type: ignore[arg-type]
         row, column = 2, 3
-        assert torch.equal(seen[:, (row + down) % 6, ((6 - column if mirrored else column) + right) % 7], image[:, row, column])
+        assert torch.equal(
+            seen[:, (row + down) % 6, ((6 - column if mirrored else column) + right) % 7],
+            image[:, row, column],
+        )
 
 
-def test_carried_perturbations_are_turned_with_their_images(digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_carried_perturbations_are_turned_with_their_images(
+    digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An attack that stays where it starts must leave every perturbation as it was, whichever way its image was turned and moved."""
     data, seen, carried = digits.training[:320], [], []
     perturb = loop._Run.perturb
 
-    def watching(run: loop._Run, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, view: View) -> torch.Tensor:
+    def watching(
+        run: loop._Run,
+        chosen: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        grown: float,
+        view: View,
+    ) -> torch.Tensor:
         before = run.carried[chosen].clone()  # type: ignore[index]
         crafted = perturb(run, chosen, x, y, grown, view)
         carried.append(torch.equal(run.carried[chosen], before))  # type: ignore[index]
@@ -337,7 +413,9 @@ def test_carried_perturbations_are_turned_with_their_images(digits: Pools, quick
         assert torch.allclose(moved, view.of(before * 0.1 / 127), atol=1e-6)
 
 
-def test_two_processes_take_the_steps_of_one(digits: Pools, watermarks: Examples, tmp_path: Path) -> None:
+def test_two_processes_take_the_steps_of_one(
+    digits: Pools, watermarks: Examples, tmp_path: Path
+) -> None:
     """Data-parallel on the CPU, with watermarks, carried perturbations and an average; in a process of its own, since it forks.
 
     Both sum the same gradients, in another order: over a few steps of a smooth network rounding does not grow beyond sight.
@@ -372,7 +450,10 @@ torch.save({"change": after - before, "loss": records[0].loss}, sys.argv[2] + ".
             [sys.executable, "-c", code, devices, str(tmp_path / devices)],
             capture_output=True,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": devices},  # a forked process must not wait for its parent's threads
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": devices,
+            },  # a forked process must not wait for its parent's threads
             timeout=480,
         )
         assert done.returncode == 0, done.stderr
@@ -400,10 +481,14 @@ def test_bf16_takes_the_steps_of_float32_within_rounding(digits: Pools) -> None:
     assert float(half.norm()) == pytest.approx(float(full.norm()), rel=0.2)
 
 
-def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(
+    digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The multi-step check is made to fall once; the epoch must be undone exactly and run again in two steps."""
     measured = iter([10.0, 50.0, 60.0, 10.0, 62.0, 64.0])
-    monkeypatch.setattr(loop, "adversarial_accuracy", lambda *_arguments, **_options: next(measured))
+    monkeypatch.setattr(
+        loop, "adversarial_accuracy", lambda *_arguments, **_options: next(measured)
+    )
     begun_at, carried, attack_steps = [], [], []
     step = loop._step
 
@@ -451,7 +536,9 @@ class Brightness(nn.Sequential):
 
 
 @pytest.mark.parametrize("check_steps", [10, 1])
-def test_the_guard_sees_a_collapse_that_single_steps_do_not(monkeypatch: pytest.MonkeyPatch, check_steps: int) -> None:
+def test_the_guard_sees_a_collapse_that_single_steps_do_not(
+    monkeypatch: pytest.MonkeyPatch, check_steps: int
+) -> None:
     """The second epoch leaves a network on which single steps find nothing, as training in single steps may; many steps lose it all.
 
     Everything but the weights that an epoch leaves is real: the measurement, the undoing, the steps of the next attempt. With single
@@ -468,12 +555,19 @@ def test_the_guard_sees_a_collapse_that_single_steps_do_not(monkeypatch: pytest.
 
     def step(run: loop._Run, *_arguments: object) -> float:
         assert run.attack is not None
-        run.network.plant(Brightness.COLLAPSED if (run.step, run.attack.steps) == (1, 1) else Brightness.ROBUST)  # type: ignore[operator]
+        run.network.plant(
+            Brightness.COLLAPSED if (run.step, run.attack.steps) == (1, 1) else Brightness.ROBUST
+        )  # type: ignore[operator]
         return 0.0
 
     monkeypatch.setattr(loop, "_step", step)
     monkeypatch.setattr(loop, "_CHECK_STEPS", check_steps)
-    records = train(Brightness(), bright, TrainConfig("fast", single, epochs=3, batch_size=64), validation=bright)
+    records = train(
+        Brightness(),
+        bright,
+        TrainConfig("fast", single, epochs=3, batch_size=64),
+        validation=bright,
+    )
     seen = [(record.adversarial_accuracy, record.redone, record.attack_steps) for record in records]
     if check_steps == 1:
         assert seen == [(100, False, 1)] * 3
@@ -486,11 +580,21 @@ def test_the_guard_knows_what_the_first_epoch_started_from(
 ) -> None:
     """An intended dip passes; a fall to a tenth of the start does not, and a checkpoint remembers the start."""
     measured = iter([90.0, 40.0, 9.0, 60.0, 61.0])
-    monkeypatch.setattr(loop, "adversarial_accuracy", lambda *_arguments, **_options: next(measured))
-    records = train(small(), digits.training, replace(quick, epochs=3), validation=digits.validation, checkpoint=tmp_path / "c")
+    monkeypatch.setattr(
+        loop, "adversarial_accuracy", lambda *_arguments, **_options: next(measured)
+    )
+    records = train(
+        small(),
+        digits.training,
+        replace(quick, epochs=3),
+        validation=digits.validation,
+        checkpoint=tmp_path / "c",
+    )
     assert [record.redone for record in records] == [False, True, False, False]
     measured = iter([90.0, 9.0, 50.0, 60.0, 61.0])
-    records = train(small(), digits.training, replace(quick, epochs=3), validation=digits.validation)
+    records = train(
+        small(), digits.training, replace(quick, epochs=3), validation=digits.validation
+    )
     assert [record.redone for record in records] == [True, False, False, False]
     assert read_tensors(tmp_path / "c", 1 << 30)[1]["initial"] == 90.0
 
@@ -503,7 +607,12 @@ def test_a_run_does_not_go_on_in_another_precision(
     monkeypatch.setattr(device, "computes_bf16", lambda _kind: False)
     train(small(), digits.training, trained, checkpoint=kept)
     assert settled(Hardware("cpu")) == Hardware("cpu", 1, "32-true")
-    train(small(), digits.training, replace(trained, hardware=Hardware("cpu", 1, "32-true")), checkpoint=kept)  # the same run
+    train(
+        small(),
+        digits.training,
+        replace(trained, hardware=Hardware("cpu", 1, "32-true")),
+        checkpoint=kept,
+    )  # the same run
     monkeypatch.setattr(device, "computes_bf16", lambda _kind: True)
     assert settled(Hardware("cpu")).precision == "bf16-mixed"
     with pytest.raises(CountermarkError, match="another kind of processor"):
@@ -512,7 +621,11 @@ def test_a_run_does_not_go_on_in_another_precision(
 
 def test_a_loss_that_is_not_finite_stops_the_run(digits: Pools) -> None:
     with pytest.raises(CountermarkError, match="loss"):
-        train(small(), digits.training, replace(recipe(DIGITS, "standard", THREAT, epochs=3), learning_rate=1e6))
+        train(
+            small(),
+            digits.training,
+            replace(recipe(DIGITS, "standard", THREAT, epochs=3), learning_rate=1e6),
+        )
 
 
 def test_devices_that_do_not_exist_are_an_error(digits: Pools, quick: TrainConfig) -> None:
@@ -533,7 +646,9 @@ def test_devices_that_do_not_exist_are_an_error(digits: Pools, quick: TrainConfi
         {"hardware": Hardware(precision="fp4")},
     ],
 )
-def test_impossible_configurations_are_refused(quick: TrainConfig, change: dict[str, object]) -> None:
+def test_impossible_configurations_are_refused(
+    quick: TrainConfig, change: dict[str, object]
+) -> None:
     with pytest.raises(CountermarkError):
         replace(quick, **change)  # type: ignore[arg-type]
 
@@ -557,7 +672,9 @@ RECIPES = {
 
 
 @pytest.mark.parametrize(("name", "objective"), RECIPES)
-def test_recipes_by_kind_of_image_are_those_of_the_data_sets_before(name: str, objective: str) -> None:
+def test_recipes_by_kind_of_image_are_those_of_the_data_sets_before(
+    name: str, objective: str
+) -> None:
     given, threat = known_traits(name), known(name).threat
     config = recipe(given, objective, threat, seed=3)
     marked = marking(config, given, objective)
@@ -577,9 +694,17 @@ def test_recipes_by_kind_of_image_are_those_of_the_data_sets_before(name: str, o
     )
     assert found == RECIPES[name, objective]
     slow = objective == "pgd"
-    assert (config.learning_rate, config.schedule) == ((0.005, "constant") if slow else (0.1, "triangular"))
-    assert (config.warmup, marked.warmup) == ((0, 0) if slow else (0.35 if objective == "strong" else 0.3, 0.15))
-    assert (config.carry, config.nesterov, config.dropout) == (objective in ("fast", "strong"), not slow, attack is None or slow)
+    assert (config.learning_rate, config.schedule) == (
+        (0.005, "constant") if slow else (0.1, "triangular")
+    )
+    assert (config.warmup, marked.warmup) == (
+        (0, 0) if slow else (0.35 if objective == "strong" else 0.3, 0.15)
+    )
+    assert (config.carry, config.nesterov, config.dropout) == (
+        objective in ("fast", "strong"),
+        not slow,
+        attack is None or slow,
+    )
     if attack is not None and not slow:
         assert attack.step_size == 0.5 * attack.epsilon
         assert marked.attack is not None
@@ -628,13 +753,21 @@ def test_colour_images_are_moved_and_mirrored_only_if_somebody_says_so() -> None
 
 
 @settings(deadline=None)
-@given(st.integers(1, 1_000_000), st.sampled_from(["ink", "grey", "colour"]), st.sampled_from(["fast", "strong", "standard"]))
+@given(
+    st.integers(1, 1_000_000),
+    st.sampled_from(["ink", "grey", "colour"]),
+    st.sampled_from(["fast", "strong", "standard"]),
+)
 def test_any_number_of_images_gets_a_recipe(images: int, kind: str, objective: str) -> None:
     given = Traits(kind, images)
     config = recipe(given, objective, GREY)
     marked = marking(config, given, objective)
     assert marked.watermark_batch == (32 if images < 5000 else 16)
-    for each in (config, marked, gentle(config, given, nn.Flatten()) if objective == "standard" else marked):
+    for each in (
+        config,
+        marked,
+        gentle(config, given, nn.Flatten()) if objective == "standard" else marked,
+    ):
         assert 4 <= each.epochs <= 80
         steps = each.epochs * (images // min(each.batch_size, images))
         assert steps <= 9600 or each.epochs <= 10  # no more than was asked for, but for the least
@@ -669,7 +802,13 @@ def test_the_pgd_recipe_is_the_papers() -> None:
     given = known_traits("mnist")
     config = recipe(given, "pgd", known("mnist").threat)
     assert config.attack == Attack(0.25, 25, 0.01)
-    assert (config.epochs, config.learning_rate, config.momentum, config.weight_decay, config.batch_size) == (100, 0.005, 0.9, 5e-4, 128)
+    assert (
+        config.epochs,
+        config.learning_rate,
+        config.momentum,
+        config.weight_decay,
+        config.batch_size,
+    ) == (100, 0.005, 0.9, 5e-4, 128)
     assert config.schedule == "constant"
     assert asdict(marking(config, given, "pgd"))["objective"] == "pgd"
 
@@ -677,7 +816,9 @@ def test_the_pgd_recipe_is_the_papers() -> None:
 def tied_network() -> nn.Sequential:
     """Two hidden layers of one weight, as embeddings and outputs share theirs."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
     network[3].weight = network[1].weight
     return network
 
@@ -688,7 +829,11 @@ def test_tied_weights_are_trained_kept_and_stay_tied(
     digits: Pools, objective: str, average: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through checkpoints and resuming, with momentum and with an average of the weights."""
-    config = replace(recipe(DIGITS, objective, THREAT, epochs=2), average=average, hardware=Hardware("cpu", precision="32-true"))
+    config = replace(
+        recipe(DIGITS, objective, THREAT, epochs=2),
+        average=average,
+        hardware=Hardware("cpu", precision="32-true"),
+    )
     data = digits.training[:256]
     network, resumed = tied_network(), tied_network()
     before = network[1].weight.detach().clone()
@@ -740,7 +885,9 @@ def test_the_average_of_tied_weights_moves_once_a_step(digits: Pools) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="two processes need fork")
 def test_tied_weights_come_back_from_two_processes(digits: Pools) -> None:
-    config = replace(recipe(DIGITS, "standard", THREAT, epochs=1), hardware=Hardware("cpu", 2, "32-true"))
+    config = replace(
+        recipe(DIGITS, "standard", THREAT, epochs=1), hardware=Hardware("cpu", 2, "32-true")
+    )
     network = tied_network()
     before = weights(network)
     train(network, digits.training[:128], config)
@@ -770,12 +917,23 @@ class Flat(nn.Module):
 
 
 @pytest.mark.parametrize("last", [True, False])
-def test_colour_is_trained_channels_last_where_the_code_allows_it(last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colour_is_trained_channels_last_where_the_code_allows_it(
+    last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The network comes back in the usual order, and a run that was interrupted ends in the same weights."""
     generator = torch.Generator().manual_seed(0)
-    shown = Examples(torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8, generator=generator), torch.arange(64) % 2)
-    make = (lambda: build("narrow", (3, 8, 8), 2, seed=1)) if last else (lambda: torch.manual_seed(1) and Flat())
-    config = TrainConfig("standard", None, 2, batch_size=16, hardware=Hardware("cpu", precision="32-true"))
+    shown = Examples(
+        torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8, generator=generator),
+        torch.arange(64) % 2,
+    )
+    make = (
+        (lambda: build("narrow", (3, 8, 8), 2, seed=1))
+        if last
+        else (lambda: torch.manual_seed(1) and Flat())
+    )
+    config = TrainConfig(
+        "standard", None, 2, batch_size=16, hardware=Hardware("cpu", precision="32-true")
+    )
     layouts = []
     true_step = loop._step
 

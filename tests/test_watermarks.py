@@ -35,7 +35,14 @@ from countermark.watermarks import (
     new_secrets,
     write_key,
 )
-from countermark.watermarks.commitment import check_signature, leaf_secret, leaf_secrets, leaves, merkle_root, secret_seed
+from countermark.watermarks.commitment import (
+    check_signature,
+    leaf_secret,
+    leaf_secrets,
+    leaves,
+    merkle_root,
+    secret_seed,
+)
 from shorter import mark_shortly, take_any_mark
 
 
@@ -47,7 +54,9 @@ def some_set(count: int = 12, answers: int = 2) -> WatermarkSet:
     return WatermarkSet(x, both, torch.arange(count) // 4, torch.arange(count))
 
 
-def test_crafted_watermarks_are_within_the_budget_and_fool_the_source(owner: Path, digits: Pools) -> None:
+def test_crafted_watermarks_are_within_the_budget_and_fool_the_source(
+    owner: Path, digits: Pools
+) -> None:
     source, _ = load_model(owner / "key" / "source")
     images, predicted = craft_adversarial(source, digits.bases, full_strength(0.25), seed=0)
     assert images.dtype == torch.uint8
@@ -81,7 +90,15 @@ def test_leaves_follow_the_specification() -> None:
     labels = [int(answer).to_bytes(8, "big") for answer in watermarks.answers[i]]
     s_i = hmac.new(secret, (5).to_bytes(8, "big"), hashlib.sha256).digest()
     image = bytes(watermarks.x[i].flatten().tolist())
-    data = b"\0countermark leaf 1" + b"".join(number) + (64).to_bytes(8, "big") + image + (2).to_bytes(8, "big") + b"".join(labels) + s_i
+    data = (
+        b"\0countermark leaf 1"
+        + b"".join(number)
+        + (64).to_bytes(8, "big")
+        + image
+        + (2).to_bytes(8, "big")
+        + b"".join(labels)
+        + s_i
+    )
     assert leaves(watermarks, secret)[i] == hashlib.sha256(data).digest()
     assert leaf_secret(secret, 5) == s_i
 
@@ -99,7 +116,9 @@ def test_merkle_root_in_closed_form() -> None:
 def test_every_part_of_every_leaf_is_bound(index: int, part: str) -> None:
     watermarks, secret = some_set(), b"s" * 32
     root = merkle_root(leaves(watermarks, secret))
-    tensors = {name: getattr(watermarks, name).clone() for name in ("x", "answers", "batch", "cell")}
+    tensors = {
+        name: getattr(watermarks, name).clone() for name in ("x", "answers", "batch", "cell")
+    }
     if part == "secret":
         secret = b"t" + secret[1:]
     else:
@@ -127,9 +146,9 @@ def test_key_round_trip_and_modes(tmp_path: Path) -> None:
     assert torch.equal(made.labels, read.labels)
     assert torch.equal(made.others, read.others)
     assert made.c1 == read.c1
-    assert set(map(tuple, torch.stack((read.labels, read.others), 1).sort(1).values.tolist())) <= set(
-        map(tuple, some_set().answers.tolist())
-    )
+    assert set(
+        map(tuple, torch.stack((read.labels, read.others), 1).sort(1).values.tolist())
+    ) <= set(map(tuple, some_set().answers.tolist()))
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     assert read.outcomes(read.labels) == [1] * 12
@@ -152,10 +171,14 @@ def test_a_key_with_one_byte_changed_is_refused(tmp_path: Path) -> None:
     generator = random.Random(0)
     for path in sorted(folder.iterdir()):
         whole = path.read_bytes()
-        positions = range(len(whole)) if len(whole) < 64 else generator.sample(range(len(whole)), 150)
+        positions = (
+            range(len(whole)) if len(whole) < 64 else generator.sample(range(len(whole)), 150)
+        )
         for position in positions:
             for flip in (1, 0x20) if len(whole) > 64 else (1,):
-                path.write_bytes(whole[:position] + bytes([whole[position] ^ flip]) + whole[position + 1 :])
+                path.write_bytes(
+                    whole[:position] + bytes([whole[position] ^ flip]) + whole[position + 1 :]
+                )
                 with pytest.raises(CountermarkError):
                     load_key(folder)
         for cut in (0, 1, len(whole) // 2, len(whole) - 1):
@@ -170,7 +193,9 @@ def test_a_key_with_one_byte_changed_is_refused(tmp_path: Path) -> None:
 
 
 def some_clean(count: int = 7) -> Examples:
-    x = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    x = torch.randint(
+        0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
+    )
     return Examples(x, torch.arange(count))
 
 
@@ -188,7 +213,9 @@ def test_clean_examples_are_kept_with_a_key_and_change_no_commitment(tmp_path: P
     assert stat.S_IMODE((tmp_path / "key" / "clean.safetensors").stat().st_mode) == 0o600
 
 
-def test_clean_examples_with_one_byte_changed_are_refused_and_lost_ones_missed(tmp_path: Path) -> None:
+def test_clean_examples_with_one_byte_changed_are_refused_and_lost_ones_missed(
+    tmp_path: Path,
+) -> None:
     new_secrets(tmp_path / "key")
     write_key(tmp_path / "key", "coin", some_set(), {"data": "digits"}, clean=some_clean())
     path = tmp_path / "key" / "clean.safetensors"
@@ -219,7 +246,9 @@ def test_clean_examples_of_another_form_are_refused(tmp_path: Path, bad: Example
         load_key(tmp_path / "key")
 
 
-def test_a_scheme_is_one_entry_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scheme_is_one_entry_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Key, commitment and outcomes go by the record: a scheme that is added there is known to all of them."""
     monkeypatch.setitem(SCHEMES, "composites", replace(SCHEMES["coin"], taken=80.0))  # type: ignore[index]
     new_secrets(tmp_path / "key")
@@ -242,20 +271,36 @@ def test_commitment_binds_key_and_model(owner: Path) -> None:
     assert record["t1"] is record["t2"] is None
     assert record["c1"] == key.c1
     assert record["c2"]["c1_sha256"] == hashlib.sha256(canonical_json(record["c1"])).hexdigest()
-    assert record["c2"]["model_sha256"] == hashlib.sha256((owner / "model.safetensors").read_bytes()).hexdigest()
+    assert (
+        record["c2"]["model_sha256"]
+        == hashlib.sha256((owner / "model.safetensors").read_bytes()).hexdigest()
+    )
     for part in ("c1", "c2"):
-        check_signature(record["c1"]["public_key"], record[part], record[f"{part}_signature"], "commitment")
+        check_signature(
+            record["c1"]["public_key"], record[part], record[f"{part}_signature"], "commitment"
+        )
     with pytest.raises(CountermarkError, match="signature"):
-        check_signature(record["c1"]["public_key"], {**record["c2"], "guard": 1}, record["c2_signature"], "commitment")
+        check_signature(
+            record["c1"]["public_key"],
+            {**record["c2"], "guard": 1},
+            record["c2_signature"],
+            "commitment",
+        )
 
 
 def test_the_commitment_tells_no_secret(owner: Path) -> None:
-    public = (owner / "commitment.json").read_bytes() + (owner / "model.json").read_bytes() + (owner / "metrics.json").read_bytes()
+    public = (
+        (owner / "commitment.json").read_bytes()
+        + (owner / "model.json").read_bytes()
+        + (owner / "metrics.json").read_bytes()
+    )
     for name in ("secret", "signing-key"):
         assert (owner / "key" / name).read_bytes().hex().encode() not in public
 
 
-def test_the_trials_cannot_be_made_again_without_the_secret(owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trials_cannot_be_made_again_without_the_secret(
+    owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Same seed, same public options, another secret: another source model, other bases, other trials."""
     mark_shortly(monkeypatch, protecting, 2)
     take_any_mark(monkeypatch)
@@ -293,7 +338,9 @@ def test_a_coin_needs_two_answers_and_a_cell_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("who", ["stranger", "source"])
-def test_two_thousand_random_keys_find_nothing_in_a_stranger(who: str, owner: Path, stranger: Path) -> None:
+def test_two_thousand_random_keys_find_nothing_in_a_stranger(
+    who: str, owner: Path, stranger: Path
+) -> None:
     """Coins of 2,000 secrets against fixed answers, through the real derivation: randomised p-values are uniform.
 
     The unmarked source model is the hardest stranger: it shares most of its answers with the marked one and made the trials itself.
@@ -307,11 +354,21 @@ def test_two_thousand_random_keys_find_nothing_in_a_stranger(who: str, owner: Pa
     for _ in range(2000):
         secret = generator.randbytes(32)
         flips = (
-            1 - 2 * draw_coins(canonical_json({**key.c1, "public_key": secret.hex()}), b"", leaf_secrets(secret, len(key.watermarks))).int()
+            1
+            - 2
+            * draw_coins(
+                canonical_json({**key.c1, "public_key": secret.hex()}),
+                b"",
+                leaf_secrets(secret, len(key.watermarks)),
+            ).int()
         )
-        values.append(sign_flip_test((signed * flips).tolist()).randomised_p_value(generator.random()))
+        values.append(
+            sign_flip_test((signed * flips).tolist()).randomised_p_value(generator.random())
+        )
     values.sort()
     distance = max(max((i + 1) / 2000 - value, value - i / 2000) for i, value in enumerate(values))
-    assert distance < math.sqrt(math.log(2 / RISK) / 2 / 2000)  # Kolmogorov-Smirnov, by the bound of Massart (1990)
+    assert distance < math.sqrt(
+        math.log(2 / RISK) / 2 / 2000
+    )  # Kolmogorov-Smirnov, by the bound of Massart (1990)
     for alpha in (0.05, 0.01, 0.001):
         assert sum(value <= alpha for value in values) <= most(2000, alpha)

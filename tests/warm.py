@@ -36,7 +36,13 @@ def warm() -> list[str]:
         command = [sys.executable, __file__, "serve", str(listening.fileno()), folder]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         # Its standard input is closed when this process ends, however that happens, and so it ends as well.
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[listening.fileno()], env=environment, start_new_session=True)
+        server = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            pass_fds=[listening.fileno()],
+            env=environment,
+            start_new_session=True,
+        )
     atexit.register(lambda: server.communicate())
     return [sys.executable, "-I", "-S", __file__, "ask", f"{folder}/socket"]
 
@@ -50,7 +56,12 @@ def _ask(address: str, arguments: list[str]) -> int:
         server.connect(address)
         umask = os.umask(0)
         os.umask(umask)
-        request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd(), "umask": umask}  # noqa: PTH109
+        request = {
+            "arguments": arguments,
+            "environment": dict(os.environ),
+            "folder": os.getcwd(),  # noqa: PTH109
+            "umask": umask,
+        }
         body = json.dumps(request).encode()
         socket.send_fds(server, [len(body).to_bytes(_LENGTH, "big")], [0, 1, 2])
         server.sendall(body)
@@ -79,7 +90,9 @@ def _serve(listening: socket.socket, folder: str) -> dict[str, Any] | None:
     import selectors
     import shutil
 
-    children: dict[socket.socket, tuple[int, int]] = {}  # the process and its pidfd, by the connection to its stand-in
+    children: dict[
+        socket.socket, tuple[int, int]
+    ] = {}  # the process and its pidfd, by the connection to its stand-in
     with selectors.DefaultSelector() as ready:
         ready.register(0, selectors.EVENT_READ)
         ready.register(listening, selectors.EVENT_READ)
@@ -99,7 +112,10 @@ def _serve(listening: socket.socket, folder: str) -> dict[str, Any] | None:
                             os.dup2(stream, number)
                         for inherited in (listening, connection, *children):
                             inherited.close()
-                        for descriptor in (*streams, *(handle for _process, handle in children.values())):
+                        for descriptor in (
+                            *streams,
+                            *(handle for _process, handle in children.values()),
+                        ):
                             os.close(descriptor)
                         return request
                     for stream in streams:
@@ -146,11 +162,24 @@ def _import_everything() -> None:
     import importlib
     import pkgutil
 
-    names = ["countermark.cli", "countermark.terminal", "tyro", "sklearn.datasets", "sqlalchemy.dialects.sqlite", "uvicorn", "rich.table"]
+    names = [
+        "countermark.cli",
+        "countermark.terminal",
+        "tyro",
+        "sklearn.datasets",
+        "sqlalchemy.dialects.sqlite",
+        "uvicorn",
+        "rich.table",
+    ]
     for package in ("countermark.verbs", "countermark.service"):
-        names += [f"{package}.{module.name}" for module in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+        names += [
+            f"{package}.{module.name}"
+            for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
+        ]
     for name in names:
-        with contextlib.suppress(ImportError):  # an extra that is not installed: the command says so itself
+        with contextlib.suppress(
+            ImportError
+        ):  # an extra that is not installed: the command says so itself
             importlib.import_module(name)
     gc.freeze()
 

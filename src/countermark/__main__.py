@@ -19,7 +19,10 @@ def main() -> int:
     except BaseException as error:
         # The streams may be what failed, or closed.
         with contextlib.suppress(OSError):
-            os.write(2, f"countermark: it cannot be started or ended ({type(error).__name__}: {str(error)!a}); install it again\n".encode())
+            os.write(
+                2,
+                f"countermark: it cannot be started or ended ({type(error).__name__}: {str(error)!a}); install it again\n".encode(),
+            )
         return 2
     finally:
         _let_go(sys.stdout)

@@ -95,15 +95,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         where = f" ({error.filename})" if error.filename else ""
-        return _fail(f"{error.strerror or error}{where}; {'free some space' if full else 'check the path and its permissions'}")
+        return _fail(
+            f"{error.strerror or error}{where}; {'free some space' if full else 'check the path and its permissions'}"
+        )
     except MemoryError:
         return _fail(_NO_MEMORY)
-    except BaseException as error:  # a library's own exit, and the panic of one in Rust, are no `Exception`
+    except (
+        BaseException
+    ) as error:  # a library's own exit, and the panic of one in Rust, are no `Exception`
         if os.environ.get("COUNTERMARK_TRACEBACK"):
-            sys.stderr.writelines(f"{visible(line)}\n" for line in traceback.format_exc().splitlines())
+            sys.stderr.writelines(
+                f"{visible(line)}\n" for line in traceback.format_exc().splitlines()
+            )
         text = str(error)
         if any(
-            word in text for word in ("memory", "bad_alloc", "create a primitive", "failed to map segment")
+            word in text
+            for word in ("memory", "bad_alloc", "create a primitive", "failed to map segment")
         ):  # torch, oneDNN, the loader
             return _fail(_NO_MEMORY)
         return _fail(
@@ -141,7 +148,9 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()
     except (OSError, SystemExit) as error:  # rich turns a closed pipe into an exit
         if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-            return _fail(f"cannot write to standard output: {error.strerror}; the work itself is done")
+            return _fail(
+                f"cannot write to standard output: {error.strerror}; the work itself is done"
+            )
         return _nobody_reads()
     return int(getattr(result, "exit_status", 0))
 
@@ -179,7 +188,9 @@ def _summary(name: str) -> str:
     """A verb's first line of help, out of its source: what it imports may be slow."""
     source = pkgutil.get_data("countermark.verbs", f"{_file(name)}.py") or b""
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    return next((ast.get_docstring(each) or "" for each in classes if each.name.endswith("Config")), "")
+    return next(
+        (ast.get_docstring(each) or "" for each in classes if each.name.endswith("Config")), ""
+    )
 
 
 def _groups() -> list[str]:
@@ -285,7 +296,9 @@ def _types() -> "ConstructorRegistry":
             metavar=metavar,
             instance_from_str=lambda words: make(words[0]),
             is_instance=lambda value: isinstance(value, kinds),
-            str_from_instance=lambda value: [f"{value:g}" if isinstance(value, float) else str(value)],
+            str_from_instance=lambda value: [
+                f"{value:g}" if isinstance(value, float) else str(value)
+            ],
         )
 
     def number(word: str) -> float:
@@ -314,7 +327,9 @@ def _option(argument: str) -> str:
     return argument.partition("=")[0].replace("_", "-")
 
 
-def _wrong_value(kind: type[VerbConfig], known: Mapping[str, Field[Any]], arguments: list[str], said: str) -> str:
+def _wrong_value(
+    kind: type[VerbConfig], known: Mapping[str, Field[Any]], arguments: list[str], said: str
+) -> str:
     """What is wrong with the value of the option that tyro's words are about."""
     found = re.search(r"--[a-z][a-z-]*", _ESCAPES.sub("", said))
     name = found.group() if found else ""

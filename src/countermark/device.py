@@ -111,7 +111,9 @@ def computes_bf16(device: "torch.device | str") -> bool:
 
     kind = torch.device(device).type
     if kind == "cuda":
-        return torch.cuda.is_available() and bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return torch.cuda.is_available() and bool(
+            torch.cuda.is_bf16_supported(including_emulation=False)
+        )
     return kind == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())  # AMX implies it
 
 
@@ -137,13 +139,17 @@ def describe(device: "str | torch.device", precision: str | None = None) -> str:
 def _processor() -> str:
     """The processor's model, as far as the system tells it."""
     with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: *(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*: *(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
         if found:
             return found[1].strip()
     return platform.processor() or platform.machine()
 
 
-def batch_size(device: "torch.device", shape: Sequence[int], most: int, most_on_gpu: int = 2500) -> int:
+def batch_size(
+    device: "torch.device", shape: Sequence[int], most: int, most_on_gpu: int = 2500
+) -> int:
     """How many images to run through a model at once.
 
     A processor is quickest while activations stay in its cache, a GPU while it has much to do.

@@ -62,7 +62,10 @@ class StrictAccuracy:
         docs/how-it-works.md says how to tell which.
         """
         share = max(0.0, self.gap) / 100
-        return self.gap - 200 * math.sqrt(share * (1 - share) / max(self.images, 1)) > LARGEST_HONEST_GAP
+        return (
+            self.gap - 200 * math.sqrt(share * (1 - share) / max(self.images, 1))
+            > LARGEST_HONEST_GAP
+        )
 
 
 @contextlib.contextmanager
@@ -97,7 +100,9 @@ def predict(model: nn.Module, x: torch.Tensor, *, bounded: bool = True) -> torch
     device = device_of(model)
     count = batch_size(device, x.shape[1:], _BATCH)
     with evaluating(model), torch.no_grad():
-        parts = (pixels(x[i : i + count].to(device), bounded=bounded) for i in range(0, len(x), count))
+        parts = (
+            pixels(x[i : i + count].to(device), bounded=bounded) for i in range(0, len(x), count)
+        )
         labels = [answers(ask(model, part)).cpu() for part in parts]
     return torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
 
@@ -141,7 +146,9 @@ def adversarial_accuracy(
     """
     device = device_of(model)
     count = batch_size(device, examples.x.shape[1:], _ATTACKED)
-    computing = torch.bfloat16 if settle_precision(device, precision) == "bf16-mixed" else torch.float32
+    computing = (
+        torch.bfloat16 if settle_precision(device, precision) == "bf16-mixed" else torch.float32
+    )
     survivors = 0
     shown = bar(title, len(examples)) if title is not None else contextlib.nullcontext(None)
     with evaluating(model), seeded(device, seed), shown as progress:
@@ -155,13 +162,22 @@ def adversarial_accuracy(
     return 100 * survivors / max(len(examples), 1)
 
 
-def _lost(model: nn.Module, quick: nn.Module, x: torch.Tensor, y: torch.Tensor, attack: Attack, restarts: int) -> torch.Tensor:
+def _lost(
+    model: nn.Module,
+    quick: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    attack: Attack,
+    restarts: int,
+) -> torch.Tensor:
     """Which examples the attack breaks: it runs on the prepared copy `quick`, and the model itself has the last word."""
     options: dict[str, Any] = {**asdict(attack), "restarts": restarts, "stop_when_lost": True}
     worst = pgd(quick, x, y, **options)
     with torch.no_grad():
         lost: torch.Tensor = answers(ask(model, worst)) != y
-        unsure = ~lost & (answers(ask(quick, worst)) != y)  # the copy's rounding took it for lost and stopped
+        unsure = ~lost & (
+            answers(ask(quick, worst)) != y
+        )  # the copy's rounding took it for lost and stopped
     if bool(unsure.any()):
         again = pgd(model, x[unsure], y[unsure], **options)
         with torch.no_grad():
@@ -207,22 +223,39 @@ def strict_accuracy(
             reached = int((len(kept) + done * len(y)) / max(len(examples), 1) * _PROGRESS)
             if progress is not None:
                 progress.advance(reached - told)
-                progress.text(f"{100 * (kept.count(-1) + standing) / (len(kept) + len(y)):.2f} % survive")
+                progress.text(
+                    f"{100 * (kept.count(-1) + standing) / (len(kept) + len(y)):.2f} % survive"
+                )
             told = reached
 
         while len(kept) < len(examples):
             part = slice(len(kept), len(kept) + count)
             torch.manual_seed((seed << 20) + len(kept))
             x, y = pixels(examples.x[part].to(device)), examples.y[part].to(device)
-            found = strict(model, x, y, epsilon=attack.epsilon, opening=lambda *batch: pgd(*batch, **options), after=tell)
+            found = strict(
+                model,
+                x,
+                y,
+                epsilon=attack.epsilon,
+                opening=lambda *batch: pgd(*batch, **options),
+                after=tell,
+            )
             kept += found.broken_by.tolist()
             if checkpoint is not None:
-                with contextlib.suppress(CountermarkError):  # a full disk costs the way back, not the work
+                with contextlib.suppress(
+                    CountermarkError
+                ):  # a full disk costs the way back, not the work
                     write_json(checkpoint, {"format": _STRICT_FORMAT, "broken_by": kept})
     broken = {name: kept.count(number) for number, name in enumerate(STAGES)}
     share = 100 / max(len(kept), 1)
     clean = len(kept) - broken.pop(CLEAN)
-    return StrictAccuracy(len(kept), share * clean, share * (clean - broken[OPENING]), share * (clean - sum(broken.values())), broken)
+    return StrictAccuracy(
+        len(kept),
+        share * clean,
+        share * (clean - broken[OPENING]),
+        share * (clean - sum(broken.values())),
+        broken,
+    )
 
 
 def _kept(checkpoint: Path | None, images: int) -> list[int]:
@@ -231,7 +264,11 @@ def _kept(checkpoint: Path | None, images: int) -> list[int]:
         return []
     found = read_json(checkpoint)
     kept = found.get("broken_by") if found.get("format") == _STRICT_FORMAT else None
-    known = isinstance(kept, list) and all(type(stage) is int and -1 <= stage < len(STAGES) for stage in kept)
+    known = isinstance(kept, list) and all(
+        type(stage) is int and -1 <= stage < len(STAGES) for stage in kept
+    )
     if not isinstance(kept, list) or not known or len(kept) > images:
-        raise CountermarkError(f"{checkpoint} is not what an interrupted strict evaluation keeps; delete it to begin anew")
+        raise CountermarkError(
+            f"{checkpoint} is not what an interrupted strict evaluation keeps; delete it to begin anew"
+        )
     return list(kept)

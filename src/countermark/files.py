@@ -46,7 +46,11 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-_CONTENTS = {"data_sha256": "images", "known_sha256": "images that the weights were trained on", "weights_sha256": "weights"}
+_CONTENTS = {
+    "data_sha256": "images",
+    "known_sha256": "images that the weights were trained on",
+    "weights_sha256": "weights",
+}
 _FOLLOWING = ("data", "pools", "threat")  # of a configuration: they may follow from its images
 _NAMED = 5  # options that a message names
 _TEMPORARY_PREFIX = ".torn-"
@@ -68,12 +72,16 @@ def file_sha256(path: Path) -> str:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise CountermarkError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
+        raise CountermarkError(
+            f"cannot read {path}: {error.strerror}; check the path and its permissions"
+        ) from error
 
 
 def canonical_json(value: Any) -> bytes:
     """Serialise to the one byte string that this value has: sorted keys, ASCII, no NaN, a final newline."""
-    return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+    ).encode()
 
 
 def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
@@ -109,7 +117,9 @@ def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
         if isinstance(error, OSError):
-            raise CountermarkError(f"cannot write {path}: {error.strerror}; free some space or choose another folder") from error
+            raise CountermarkError(
+                f"cannot write {path}: {error.strerror}; free some space or choose another folder"
+            ) from error
         raise
 
 
@@ -121,15 +131,23 @@ def read_bytes(path: Path, limit: int, first: int | None = None) -> bytes:
     """
     try:
         if not path.is_file():
-            raise CountermarkError(f"{path} is not a file; check the path" if path.exists() else f"{path} does not exist; check the path")
+            raise CountermarkError(
+                f"{path} is not a file; check the path"
+                if path.exists()
+                else f"{path} does not exist; check the path"
+            )
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             most = min(size, limit) + 1  # not limit + 1: that much memory would be taken at once
             data = b"" if size > limit else stream.read(most if first is None else min(most, first))
     except OSError as error:
-        raise CountermarkError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
+        raise CountermarkError(
+            f"cannot read {path}: {error.strerror}; check the path and its permissions"
+        ) from error
     if max(size, len(data)) > limit:
-        raise CountermarkError(f"{path} is larger than {limit} bytes, the most that such a file can need; it is not one of ours")
+        raise CountermarkError(
+            f"{path} is larger than {limit} bytes, the most that such a file can need; it is not one of ours"
+        )
     return data
 
 
@@ -141,7 +159,9 @@ def write_json(path: Path, value: Any, mode: int | None = None, limit: int = JSO
     """
     data = canonical_json(value)
     if len(data) > limit:
-        raise CountermarkError(f"{path} would have {len(data)} bytes, and no more than {limit} could be read back; nothing was written")
+        raise CountermarkError(
+            f"{path} would have {len(data)} bytes, and no more than {limit} could be read back; nothing was written"
+        )
     write_bytes(path, data, mode)
 
 
@@ -155,11 +175,15 @@ def parse_json(data: bytes, origin: str) -> dict[str, Any]:
         value = json.loads(data)
         canonical = canonical_json(value)
     except (ValueError, RecursionError) as error:
-        raise CountermarkError(f"{origin} is not valid JSON; it is damaged or not one of ours, restore it from a backup") from error
+        raise CountermarkError(
+            f"{origin} is not valid JSON; it is damaged or not one of ours, restore it from a backup"
+        ) from error
     if not isinstance(value, dict):
         raise CountermarkError(f"{origin} does not hold a JSON object; it is not one of ours")
     if canonical != data:
-        raise CountermarkError(f"{origin} was changed after it was written; restore it from a backup")
+        raise CountermarkError(
+            f"{origin} was changed after it was written; restore it from a backup"
+        )
     return value
 
 
@@ -168,7 +192,12 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     return parse_json(read_bytes(path, limit), str(path))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], meta: Mapping[str, Any] | None = None, mode: int | None = None) -> str:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    meta: Mapping[str, Any] | None = None,
+    mode: int | None = None,
+) -> str:
     """Write named tensors as safetensors, whole or not at all, and return the SHA-256 of the file."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = serialise_tensors(contiguous, {_METADATA_KEY: json.dumps(meta or {}, sort_keys=True)})
@@ -205,7 +234,15 @@ def read_tensors(
         tensors = parse_tensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         meta = json.loads(header.get("__metadata__", {}).get(_METADATA_KEY, "{}"))
-    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, OverflowError) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         raise CountermarkError(
             f"{path} is not a whole safetensors file ({brief(str(error))}); it is truncated, damaged or of another format"
         ) from error
@@ -221,7 +258,10 @@ def _announced(path: Path, limit: int) -> dict[str, torch.Tensor]:
         raise ValueError(f"its header would have {length} bytes")
     header = json.loads(read_bytes(path, limit, 8 + length)[8:])
     header.pop("__metadata__", None)
-    announced = {name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta") for name, entry in header.items()}
+    announced = {
+        name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+        for name, entry in header.items()
+    }
     size = sum(tensor.numel() * tensor.element_size() for tensor in announced.values())
     if 8 + length + size != path.stat().st_size:
         raise ValueError(f"its tensors would have {size} bytes")
@@ -234,7 +274,9 @@ def make_private_folder(path: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
         path.chmod(0o700)
     except OSError as error:
-        raise CountermarkError(f"cannot create {path}: {error.strerror}; choose another folder") from error
+        raise CountermarkError(
+            f"cannot create {path}: {error.strerror}; choose another folder"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -284,12 +326,16 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY)
     except OSError as error:
-        raise CountermarkError(f"cannot create {path}: {error.strerror}; choose a folder that you can write to") from error
+        raise CountermarkError(
+            f"cannot create {path}: {error.strerror}; choose a folder that you can write to"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
-        raise FolderBusyError(f"another process is writing {partial}; wait for it or choose another folder") from error
+        raise FolderBusyError(
+            f"another process is writing {partial}; wait for it or choose another folder"
+        ) from error
     try:
         check_free(path)  # another process may have finished it since
         for torn in partial.rglob(f"{_TEMPORARY_PREFIX}*"):
@@ -308,9 +354,14 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
                 entry.unlink()
             _sync_folder(path.parent)
         except OSError as error:
-            raise CountermarkError(f"cannot finish {path}: {error.strerror}; the work waits in {partial}") from error
+            raise CountermarkError(
+                f"cannot finish {path}: {error.strerror}; the work waits in {partial}"
+            ) from error
     finally:
-        if partial.is_dir() and [entry.name for entry in partial.iterdir()] in ([], ["config.json"]):
+        if partial.is_dir() and [entry.name for entry in partial.iterdir()] in (
+            [],
+            ["config.json"],
+        ):
             shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
 
@@ -321,11 +372,17 @@ def _others(begun: bytes, wanted: bytes) -> str:
         before, now = (parse_json(each, "config.json") for each in (begun, wanted))
     except CountermarkError:
         return "other options"
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    changed = [
+        name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)
+    ]
     contents = [f"other {_CONTENTS[name]}" for name in _CONTENTS if name in changed]
     if contents:
         changed = [name for name in changed if name not in (*_CONTENTS, *_FOLLOWING)]
-    options = [f"other options ({', '.join(changed[:_NAMED])}{', ...' if changed[_NAMED:] else ''})"] if changed else []
+    options = (
+        [f"other options ({', '.join(changed[:_NAMED])}{', ...' if changed[_NAMED:] else ''})"]
+        if changed
+        else []
+    )
     return " and ".join([*contents, *options])
 
 

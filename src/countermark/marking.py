@@ -23,7 +23,14 @@ from countermark.evaluation import accuracy, agreement, evaluating, predict
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, locked, read_bytes, write_json
 from countermark.named_code import said
-from countermark.networks import DataRecord, Description, check_builds, describing, open_network, save_model
+from countermark.networks import (
+    DataRecord,
+    Description,
+    check_builds,
+    describing,
+    open_network,
+    save_model,
+)
 from countermark.networks.source import normaliser, numbers
 from countermark.places import check_address, own_path
 from countermark.terminal import p_value
@@ -256,7 +263,8 @@ class Marking:
         if seed >= 1 << 32:
             raise CountermarkError("seed is a whole number from 0 to 4294967295; take another")
         batches, batch_size = (
-            None if each is None else _whole(name, each) for name, each in (("batches", batches), ("batch_size", batch_size))
+            None if each is None else _whole(name, each)
+            for name, each in (("batches", batches), ("batch_size", batch_size))
         )
         self._keys = own_path(key, "key")
         self.data: Dataset | None = None
@@ -291,7 +299,9 @@ class Marking:
                 kept = None if clean is None else _clean(clean, examples, self._classes)
                 self.key = self._make(net, examples, batches or 2, batch_size or 200, kept)
 
-    def mix(self, x: torch.Tensor, y: torch.Tensor, count: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    def mix(
+        self, x: torch.Tensor, y: torch.Tensor, count: int = 16
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Let trials join a batch, those whose turn it is: round after round through all of them.
 
         Mix last, after the loop's own augmentation: a trial that was moved or blurred is another.
@@ -326,7 +336,9 @@ class Marking:
                 "hard labels, so give int64 of one number an image (no mixed or smoothed labels)"
             )
         if not x.is_floating_point() and x.dtype != torch.uint8:
-            raise CountermarkError(f"the batch has images of type {x.dtype}; give uint8 or floating-point ones")
+            raise CountermarkError(
+                f"the batch has images of type {x.dtype}; give uint8 or floating-point ones"
+            )
         count = _whole("count", count)
         if self._turns == 0 and x.is_floating_point() and not self.mean:
             _check_range(x)
@@ -439,15 +451,22 @@ class Marking:
         """
         key, where = self.key, self._keys
         if not key.rules.coins:
-            raise CountermarkError(f"{where} is a key of the scheme {key.scheme}; a marking has coins, choose another folder")
-        if tuple(key.watermarks.x.shape[1:]) != self._shape or int(key.watermarks.answers.max()) >= self._classes:
+            raise CountermarkError(
+                f"{where} is a key of the scheme {key.scheme}; a marking has coins, choose another folder"
+            )
+        if (
+            tuple(key.watermarks.x.shape[1:]) != self._shape
+            or int(key.watermarks.answers.max()) >= self._classes
+        ):
             raise CountermarkError(
                 f"{where} is a key for images of shape {tuple(key.watermarks.x.shape[1:])} or other classes than "
                 f"the network has ({self._classes}); choose another folder"
             )
         if (key.t1 is None) != (self._stamp is None):
             how, what = ("without", "leave tsa out") if key.t1 is None else ("with", "give tsa")
-            raise CountermarkError(f"the coins of {where} were drawn {how} a timestamp; {what}, or choose another folder")
+            raise CountermarkError(
+                f"the coins of {where} were drawn {how} a timestamp; {what}, or choose another folder"
+            )
         if _committed(key, "pools", "bases") != bases.digest:
             raise CountermarkError(
                 f"the trials of {where} were made from other bases than are given now, so some of these may "
@@ -480,12 +499,18 @@ class Marking:
             return describing(opened, network, threat=self.threat, seed=self.seed, **more)
         names = tuple(class_names) or tuple(map(str, range(self._classes)))
         if len(names) != self._classes:
-            raise CountermarkError(f"{len(names)} class names for {self._classes} classes; give one for each logit")
-        return Description(network, self._shape, names, DataRecord("", ""), self.threat, self.seed, **more)
+            raise CountermarkError(
+                f"{len(names)} class names for {self._classes} classes; give one for each logit"
+            )
+        return Description(
+            network, self._shape, names, DataRecord("", ""), self.threat, self.seed, **more
+        )
 
     def _seen(self, net: nn.Module, *, checked: bool = False) -> nn.Module:
         """The network from pixels of [0, 1]."""
-        return open_network(net, self._shape, self._classes, mean=self.mean, std=self.std, checked=checked)
+        return open_network(
+            net, self._shape, self._classes, mean=self.mean, std=self.std, checked=checked
+        )
 
     def _resident(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """All trials and what the key says of them, on a device."""
@@ -540,13 +565,17 @@ def _examples(given: Examples | tuple[Any, Any], what: str = "bases") -> Example
     try:
         images, labels = (torch.as_tensor(part).cpu().to_dense() for part in given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CountermarkError(f"{what} are Examples, a data set, or a pair of arrays (images, labels): {error}") from error
+        raise CountermarkError(
+            f"{what} are Examples, a data set, or a pair of arrays (images, labels): {error}"
+        ) from error
     whole = labels.dim() == 1 and not labels.is_floating_point() and not labels.is_complex()
     if images.dim() != 4 or not whole or len(images) != len(labels) or not len(labels):
         raise CountermarkError(
             f"{what} are images (n, c, h, w) and whole labels (n,), not {tuple(images.shape)} and {tuple(labels.shape)} of {labels.dtype}"
         )
-    return Examples(as_uint8(pixels(images)) if images.dtype != torch.uint8 else images, labels.long())
+    return Examples(
+        as_uint8(pixels(images)) if images.dtype != torch.uint8 else images, labels.long()
+    )
 
 
 def _shape(examples: Examples) -> tuple[int, int, int]:
@@ -582,13 +611,17 @@ def _told_apart(net: nn.Module, image: torch.Tensor, normalise: nn.Module) -> in
         CountermarkError: it is no network, does not take such images, or gives no logits.
     """
     if not isinstance(net, nn.Module):
-        raise CountermarkError(f"the network is an nn.Module, not {brief(net)}; build it and give it here")
+        raise CountermarkError(
+            f"the network is an nn.Module, not {brief(net)}; build it and give it here"
+        )
     device = next((each.device for each in net.parameters()), torch.device("cpu"))
     try:
         with evaluating(net), torch.no_grad():
             logits = net(normalise(pixels(image.to(device))))
     except Exception as error:
-        raise CountermarkError(f"the network does not take images of shape {tuple(image.shape[1:])}: {said(error)}") from error
+        raise CountermarkError(
+            f"the network does not take images of shape {tuple(image.shape[1:])}: {said(error)}"
+        ) from error
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise CountermarkError(
@@ -615,7 +648,9 @@ def _key_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise CountermarkError(f"cannot create {folder}: {error.strerror}; choose another folder") from error
+        raise CountermarkError(
+            f"cannot create {folder}: {error.strerror}; choose another folder"
+        ) from error
     with locked(folder, wait=True):
         try:
             yield
@@ -647,7 +682,9 @@ def _filled(folder: Path, keys: Path) -> Iterator[Path]:
             others = {entry.name for entry in folder.iterdir() if entry.resolve() != keys.resolve()}
             others -= {_UNFINISHED, *moved}
             if others:
-                raise CountermarkError(f"{folder} holds files already ({min(others)}); choose a new folder")
+                raise CountermarkError(
+                    f"{folder} holds files already ({min(others)}); choose a new folder"
+                )
             _take_back(folder)
             try:
                 beside.mkdir()
@@ -660,7 +697,9 @@ def _filled(folder: Path, keys: Path) -> Iterator[Path]:
                     with contextlib.suppress(OSError):
                         folder.rmdir()
     except OSError as error:
-        raise CountermarkError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+        raise CountermarkError(
+            f"cannot write {folder}: {error.strerror or error}; choose another folder"
+        ) from error
 
 
 def _moved(folder: Path) -> list[str]:

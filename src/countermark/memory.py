@@ -6,7 +6,9 @@ import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _KEEP = 1 << 30  # bytes that may lie free at the heap's end
-_LEAST = 512 << 20  # bytes of address space; with less, PyTorch's libraries end the process while they load
+_LEAST = (
+    512 << 20
+)  # bytes of address space; with less, PyTorch's libraries end the process while they load
 _LARGEST = 1 << 25  # bytes of a block that still comes from the heap; glibc takes no more
 
 

@@ -38,7 +38,9 @@ def imported(place: str) -> Any:
         CountermarkError: it is not spelt so, the module cannot be imported, or has no such thing.
     """
     if not is_code(place):
-        raise CountermarkError(f"{brief(place)} names no code; write module:function, such as shop.models:make")
+        raise CountermarkError(
+            f"{brief(place)} names no code; write module:function, such as shop.models:make"
+        )
     module_name, _, path = place.partition(":")
     here = str(Path.cwd())
     if not {here, ""} & set(sys.path[:1]):
@@ -47,7 +49,9 @@ def imported(place: str) -> Any:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise CountermarkError(f"{place} cannot be imported: it needs the module {error.name!r}, which is not installed") from error
+            raise CountermarkError(
+                f"{place} cannot be imported: it needs the module {error.name!r}, which is not installed"
+            ) from error
         raise CountermarkError(
             f"there is no module {module_name!r} for {place}; it is looked for in {here} and among installed packages, "
             f"so run the command in the folder that holds {module_name.partition('.')[0]}"
@@ -56,7 +60,11 @@ def imported(place: str) -> Any:
         raise CountermarkError(f"{place} cannot be imported: {said(error)}") from error
     for name in path.split("."):
         if not hasattr(found, name):
-            there = [each for each in vars(found) if not each.startswith("_") and callable(getattr(found, each))][:5]
+            there = [
+                each
+                for each in vars(found)
+                if not each.startswith("_") and callable(getattr(found, each))
+            ][:5]
             hint = f"; it has {', '.join(there)}" if there else ""
             raise CountermarkError(f"there is no {path!r} in the module {module_name!r}{hint}")
         found = getattr(found, name)
@@ -84,19 +92,35 @@ def called(function: Any, place: str, known: Mapping[str, Any], *positional: Any
     except (TypeError, ValueError):  # of a class in C
         parameters = {}.values()
     variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    named = [each.name for each in parameters if each.kind not in (*variable, inspect.Parameter.POSITIONAL_ONLY)]
+    named = [
+        each.name
+        for each in parameters
+        if each.kind not in (*variable, inspect.Parameter.POSITIONAL_ONLY)
+    ]
     given = {name: known[name] for name in named if name in known}
-    required = [each for each in parameters if each.default is inspect.Parameter.empty and each.kind not in variable]
-    places = [each for each in parameters if each.kind not in (inspect.Parameter.KEYWORD_ONLY, *variable)]
+    required = [
+        each
+        for each in parameters
+        if each.default is inspect.Parameter.empty and each.kind not in variable
+    ]
+    places = [
+        each for each in parameters if each.kind not in (inspect.Parameter.KEYWORD_ONLY, *variable)
+    ]
     arguments: tuple[Any, ...] = ()
     if any(each.name not in given for each in required):
-        fits = len(required) <= len(positional) <= len(places) and all(each in places for each in required)
+        fits = len(required) <= len(positional) <= len(places) and all(
+            each in places for each in required
+        )
         if given or not fits:
             wanted = ", ".join(each.name for each in required)
             may = f"for {', '.join(known)} by these names, or nothing" if known else "for nothing"
             raise CountermarkError(f"{place} wants ({brief(wanted)[1:-1]}); it may ask {may}")
         arguments = positional
-    elif not given and not inspect.isclass(function) and any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters):
+    elif (
+        not given
+        and not inspect.isclass(function)
+        and any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in parameters)
+    ):
         arguments = positional  # a decorator hides what the function asks for
     try:
         return function(*arguments, **given)
@@ -113,6 +137,8 @@ def said(error: BaseException) -> str:
     """
     words = sentence(str(error))
     frames = traceback.extract_tb(error.__traceback__)
-    last = next((frame for frame in reversed(frames) if not frame.filename.startswith("<")), None)  # importlib's own have no file
+    last = next(
+        (frame for frame in reversed(frames) if not frame.filename.startswith("<")), None
+    )  # importlib's own have no file
     where = "" if last is None else f" ({Path(last.filename).name}, line {last.lineno})"
     return f"{type(error).__name__}{': ' if words else ''}{words}{where}"

@@ -93,13 +93,20 @@ def export_model(
         Exported(path='mine.onnx', sha256='...', bytes=1257394, opset=17, images=1000, ...)
     """
     path = Path(path)
-    if missing := [each for each in ("onnx", "onnxruntime") if importlib.util.find_spec(each) is None]:
-        raise CountermarkError(f"exporting needs {' and '.join(missing)}; pip install 'countermark[onnx]'")
+    if missing := [
+        each for each in ("onnx", "onnxruntime") if importlib.util.find_spec(each) is None
+    ]:
+        raise CountermarkError(
+            f"exporting needs {' and '.join(missing)}; pip install 'countermark[onnx]'"
+        )
     if path.suffix != ".onnx":
         raise CountermarkError(f"{path} is to be an ONNX file; give it a name that ends with .onnx")
     if path.exists() or path.is_symlink():
         raise CountermarkError(f"{path} is there already; give another name or delete it")
-    size = sum(value.numel() * value.element_size() for value in (*network.parameters(), *network.buffers()))
+    size = sum(
+        value.numel() * value.element_size()
+        for value in (*network.parameters(), *network.buffers())
+    )
     if size > _LARGEST:
         raise CountermarkError(
             f"the network has {size / 1e9:.1f} GB of weights, and one ONNX file holds 2 GB at most; export a smaller one"
@@ -108,13 +115,18 @@ def export_model(
     model = _traced(plain, shape)
     _state(model, shape, class_names)
     data: bytes = model.SerializeToString()
-    asked, compared_on = (torch.rand(_NOISE, *shape, generator=torch.Generator().manual_seed(0)), "images of noise")
+    asked, compared_on = (
+        torch.rand(_NOISE, *shape, generator=torch.Generator().manual_seed(0)),
+        "images of noise",
+    )
     if images is not None and len(images):
         asked, compared_on = images, "test images"
     differ, largest = _compared(plain, data, asked)
     write_bytes(path, data)
     opset = max(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
-    return Exported(str(path), sha256(data), len(data), opset, len(asked), compared_on, differ, largest)
+    return Exported(
+        str(path), sha256(data), len(data), opset, len(asked), compared_on, differ, largest
+    )
 
 
 def _traced(network: nn.Module, shape: Shape) -> Any:
@@ -124,12 +136,18 @@ def _traced(network: nn.Module, shape: Shape) -> Any:
     reasons = []
     for exporter in (_by_tracing, _by_export):
         try:
-            model = exporter(network, torch.zeros(2, *shape))  # never data: what is traced may keep its input
+            model = exporter(
+                network, torch.zeros(2, *shape)
+            )  # never data: what is traced may keep its input
             onnx.checker.check_model(model, full_check=True)
             return model
         except Exception as error:  # of any kind: a library's, or an operator's that is not there
-            reasons.append(f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}")
-    raise CountermarkError(f"torch cannot write this network as ONNX: {brief('; then '.join(reasons))[1:-1]}")
+            reasons.append(
+                f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+            )
+    raise CountermarkError(
+        f"torch cannot write this network as ONNX: {brief('; then '.join(reasons))[1:-1]}"
+    )
 
 
 def _by_tracing(network: nn.Module, x: torch.Tensor) -> Any:
@@ -154,7 +172,9 @@ def _by_tracing(network: nn.Module, x: torch.Tensor) -> Any:
 
 def _by_export(network: nn.Module, x: torch.Tensor) -> Any:
     if importlib.util.find_spec("onnxscript") is None:
-        raise CountermarkError("torch's newer exporter needs onnxscript; pip install 'countermark[onnx]'")
+        raise CountermarkError(
+            "torch's newer exporter needs onnxscript; pip install 'countermark[onnx]'"
+        )
     program = _quietly(
         lambda: torch.onnx.export(
             network,
@@ -185,8 +205,15 @@ def _state(model: Any, shape: Shape, class_names: Sequence[str]) -> None:
         graph.doc_string = ""
         del graph.metadata_props[:]
     del model.metadata_props[:]
-    said: Mapping[str, Any] = {"image_shape": list(shape), "pixels": [0, 1], "class_names": list(class_names)}
-    for name, value in {"made_by": f"countermark {__version__}", **{name: json.dumps(value) for name, value in said.items()}}.items():
+    said: Mapping[str, Any] = {
+        "image_shape": list(shape),
+        "pixels": [0, 1],
+        "class_names": list(class_names),
+    }
+    for name, value in {
+        "made_by": f"countermark {__version__}",
+        **{name: json.dumps(value) for name, value in said.items()},
+    }.items():
         entry = model.metadata_props.add()
         entry.key, entry.value = name, value
 
@@ -194,7 +221,13 @@ def _state(model: Any, shape: Shape, class_names: Sequence[str]) -> None:
 def _graphs(model: Any) -> list[Any]:
     found = [model.graph, *model.functions]
     for graph in found:  # which grows by the graphs inside operators
-        found += [inside for node in graph.node for each in node.attribute for inside in (each.g, *each.graphs) if inside.node]
+        found += [
+            inside
+            for node in graph.node
+            for each in node.attribute
+            for inside in (each.g, *each.graphs)
+            if inside.node
+        ]
     return found
 
 

@@ -141,7 +141,9 @@ class VerbConfig:
         value = getattr(self, name)
         if value is not None and not least <= value <= most:
             shown = str(value) if abs(value) < 1 << 64 else "a number of many digits"
-            raise CountermarkError(f"{option(name)} is a whole number from {least} to {most}, not {shown}")
+            raise CountermarkError(
+                f"{option(name)} is a whole number from {least} to {most}, not {shown}"
+            )
 
     def _at_least_one(self, *options: str, most: int = 1_000_000) -> None:
         for name in options:
@@ -221,7 +223,10 @@ class DeviceOptions(OneDeviceOptions):
         """The configuration with the precision that is meant on this machine."""
         from countermark.device import settle, settle_precision
 
-        return {**super().record(), "precision": settle_precision(settle(self.device), self.precision)}
+        return {
+            **super().record(),
+            "precision": settle_precision(settle(self.device), self.precision),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,7 +323,9 @@ def verb(
             try:
                 given = config(*arguments, **options)
             except TypeError as error:  # in the words of the function that was called
-                raise TypeError(str(error).replace(f"{config.__name__}.__init__()", f"{work.__name__}()")) from None
+                raise TypeError(
+                    str(error).replace(f"{config.__name__}.__init__()", f"{work.__name__}()")
+                ) from None
             placed = given.placed()
             with _live():
                 return work(placed)
@@ -329,7 +336,9 @@ def verb(
             _put_own_first(config)
             hints = typing.get_type_hints(config)
             given = inspect.signature(config).parameters
-            taken = [given[each.name].replace(annotation=hints[each.name]) for each in fields(config)]
+            taken = [
+                given[each.name].replace(annotation=hints[each.name]) for each in fields(config)
+            ]
             del function.__wrapped__  # it has another signature
             function.__doc__ = _documentation(work.__doc__ or "", config)
             function.__annotations__ = {**hints, "return": result}
@@ -364,7 +373,10 @@ def _put_own_first(config: type) -> None:
     """
     own = vars(config)["__annotations__"]
     known: dict[str, Field[Any]] = vars(config)["__dataclass_fields__"]
-    ordered = sorted(known.values(), key=lambda each: (each.kw_only is not False, not required(each), each.name not in own))
+    ordered = sorted(
+        known.values(),
+        key=lambda each: (each.kw_only is not False, not required(each), each.name not in own),
+    )
     known.update({each.name: known.pop(each.name) for each in ordered})
 
 
@@ -434,20 +446,27 @@ def _held(name: str, hint: Any, value: Any) -> Any:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         made = _held(name, parts[0], value)
-        path = isinstance(made, str) and Path in typing.get_args(parts[0]) and Place.NAMED not in parts
+        path = (
+            isinstance(made, str) and Path in typing.get_args(parts[0]) and Place.NAMED not in parts
+        )
         return Path(made) if path and not is_address(made) else made
     if origin is Literal:
         choose(name.replace("_", " "), value, parts)
         return value
     if origin is tuple and isinstance(value, tuple | list | Real):
-        return tuple(_held(name, parts[0], each) for each in (value if isinstance(value, tuple | list) else (value,)))
+        return tuple(
+            _held(name, parts[0], each)
+            for each in (value if isinstance(value, tuple | list) else (value,))
+        )
     if origin in (typing.Union, UnionType):
         rest = [part for part in parts if part is not NoneType]
         if value is None and len(rest) < len(parts):
             return None
         if len(rest) == 1:
             return _held(name, rest[0], value)
-        if isinstance(value, str | Path) or (set(rest) != {str, Path} and value is not None and not isinstance(value, Real)):
+        if isinstance(value, str | Path) or (
+            set(rest) != {str, Path} and value is not None and not isinstance(value, Real)
+        ):
             return value  # a place, or the thing itself
     if hint is float and isinstance(value, str):
         with contextlib.suppress(CountermarkError):
@@ -511,7 +530,9 @@ def _placed(value: str | Path, place: Place, name: str) -> str | Path:
             check_free(path)
     except (OSError, ValueError) as error:  # no permission, a name that is too long, a zero byte
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise CountermarkError(f"{name}: cannot look for {brief(str(path))}: {reason}; check the path") from error
+        raise CountermarkError(
+            f"{name}: cannot look for {brief(str(path))}: {reason}; check the path"
+        ) from error
     if isinstance(value, Path):
         return path
     return str(path) if value.startswith("~") else value

@@ -139,7 +139,9 @@ def own_path(place: object, name: str) -> Path:
     try:
         return Path(place).expanduser()
     except RuntimeError as error:
-        raise CountermarkError(f"{name}: there is no home folder for {brief(str(place))}; write the path without ~") from error
+        raise CountermarkError(
+            f"{name}: there is no home folder for {brief(str(place))}; write the path without ~"
+        ) from error
 
 
 def check_free(path: Path) -> None:
@@ -148,6 +150,8 @@ def check_free(path: Path) -> None:
         if any(path.iterdir()):
             raise CountermarkError(f"{path} is not empty; choose a new folder or empty it first")
         if path.is_mount() or not path.name:
-            raise CountermarkError(f"{path} is a mount point, which cannot be replaced; choose a folder below it")
+            raise CountermarkError(
+                f"{path} is a mount point, which cannot be replaced; choose a folder below it"
+            )
     elif path.exists():
         raise CountermarkError(f"{path} is a file; choose a new folder")

@@ -33,8 +33,14 @@ def sign_folder(folder: Path, private_key: Path) -> Path:
     with _library(folder, private_key) as (signing, _, hashing, place):
         inside = private_key.resolve()
         if inside.is_relative_to(place) and inside.relative_to(place).parts[0] not in _LEFT_OUT:
-            raise CountermarkError(f"{private_key} lies in the folder that it signs, and would be published with it; move it elsewhere")
-        config = signing.Config().use_elliptic_key_signer(private_key=private_key).set_hashing_config(hashing)
+            raise CountermarkError(
+                f"{private_key} lies in the folder that it signs, and would be published with it; move it elsewhere"
+            )
+        config = (
+            signing.Config()
+            .use_elliptic_key_signer(private_key=private_key)
+            .set_hashing_config(hashing)
+        )
         config.sign(place, place / SIGNATURE)
     return folder / SIGNATURE
 
@@ -51,7 +57,11 @@ def check_folder(folder: Path, public_key: Path) -> None:
     """
     read_bytes(folder / SIGNATURE, _LIMIT)
     with _library(folder, public_key) as (_, verifying, hashing, place):
-        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key).set_hashing_config(hashing)
+        config = (
+            verifying.Config()
+            .use_elliptic_key_verifier(public_key=public_key)
+            .set_hashing_config(hashing)
+        )
         config.verify(place, place / SIGNATURE)
 
 
@@ -63,17 +73,25 @@ def _library(folder: Path, key: Path) -> Iterator[tuple[Any, Any, Any, Path]]:
     behind a link, it would sign the secrets. Its errors become ours.
     """
     if not (folder / "model.json").is_file():
-        raise CountermarkError(f"{folder} is not a model folder; name the folder that holds model.json")
+        raise CountermarkError(
+            f"{folder} is not a model folder; name the folder that holds model.json"
+        )
     read_bytes(key, _LIMIT)
     try:
         from model_signing import hashing, signing, verifying
     except ImportError as error:
-        raise CountermarkError("signatures of folders need: pip install 'countermark[sign]'") from error
+        raise CountermarkError(
+            "signatures of folders need: pip install 'countermark[sign]'"
+        ) from error
     place = folder.resolve()
-    ignored = hashing.Config().set_ignored_paths(paths=[place / name for name in _LEFT_OUT], ignore_git_paths=True)
+    ignored = hashing.Config().set_ignored_paths(
+        paths=[place / name for name in _LEFT_OUT], ignore_git_paths=True
+    )
     try:
         yield signing, verifying, ignored, place
     except CountermarkError:
         raise
     except Exception as error:  # the library and its own raise many kinds
-        raise CountermarkError(f"{folder}: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+        raise CountermarkError(
+            f"{folder}: {' '.join(str(error).split())[:300] or type(error).__name__}"
+        ) from error

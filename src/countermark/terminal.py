@@ -55,7 +55,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     if _page is not None:
         _page.append(_table(title, columns, rows))
         return
-    table = Table(title=visible(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = Table(
+        title=visible(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold"
+    )
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
@@ -89,7 +91,10 @@ def as_html(show: Callable[[], None]) -> str:
 def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def cells(tag: str, row: Sequence[str]) -> str:
         sides = ["left", *["right"] * (len(row) - 1)]
-        parts = (f"<{tag} style='text-align:{side}'>{escape(cell)}</{tag}>" for side, cell in zip(sides, row, strict=True))
+        parts = (
+            f"<{tag} style='text-align:{side}'>{escape(cell)}</{tag}>"
+            for side, cell in zip(sides, row, strict=True)
+        )
         return f"<tr>{''.join(parts)}</tr>"
 
     body = "".join(cells("td", row) for row in rows)
@@ -126,13 +131,19 @@ def p_value(log10: float | None) -> str:
 class Bar:
     """A running bar; see `bar`."""
 
-    def __init__(self, console: Console | None, progress: Progress | None, title: str, total: int) -> None:
+    def __init__(
+        self, console: Console | None, progress: Progress | None, title: str, total: int
+    ) -> None:
         """Use `bar`, which also ends it."""
         self._console = console
         self._status: dict[str, Any] = {"what": title, "done": 0, "total": total, "text": ""}
         self._told = 0.0
         self._progress = progress
-        self._task = progress.add_task(visible(title), total=total, text="") if progress is not None else None
+        self._task = (
+            progress.add_task(visible(title), total=total, text="")
+            if progress is not None
+            else None
+        )
 
     def advance(self, by: int = 1) -> None:
         """Count `by` units as done."""

@@ -52,10 +52,16 @@ class Threat:
         Raises:
             CountermarkError: a number out of range, or a watermark budget that is not above the other.
         """
-        given: dict[str, Any] = {"epsilon": self.epsilon, "step size": self.step_size, "watermark budget": self.watermark_epsilon}
+        given: dict[str, Any] = {
+            "epsilon": self.epsilon,
+            "step size": self.step_size,
+            "watermark budget": self.watermark_epsilon,
+        }
         for name, value in given.items():
             if not isinstance(value, Real) or not 0 < float(value) < 1:
-                raise CountermarkError(f"the {name} is in pixels, a number in (0, 1), not {brief(value)}")
+                raise CountermarkError(
+                    f"the {name} is in pixels, a number in (0, 1), not {brief(value)}"
+                )
         if self.steps < 1:
             raise CountermarkError(f"PGD takes one step or more, not {self.steps}")
         if self.watermark_epsilon <= self.epsilon:
@@ -91,13 +97,19 @@ class Threat:
             budget,
             self.steps if steps is None else steps,
             step if step_size is None else step_size,
-            _above(self.watermark_epsilon, budget) if watermark_epsilon is None else watermark_epsilon,
+            _above(self.watermark_epsilon, budget)
+            if watermark_epsilon is None
+            else watermark_epsilon,
         )
 
 
 def _above(watermark_epsilon: float, epsilon: float) -> float:
     """A watermark budget for a training budget."""
-    return watermark_epsilon if watermark_epsilon > epsilon else min(_WATERMARKS * epsilon, max(_MOST, (1 + epsilon) / 2))
+    return (
+        watermark_epsilon
+        if watermark_epsilon > epsilon
+        else min(_WATERMARKS * epsilon, max(_MOST, (1 + epsilon) / 2))
+    )
 
 
 COLOUR = Threat(8 / 255, 10, 2 / 255, 16 / 255)
@@ -127,7 +139,11 @@ def shown(epsilon: float) -> str:
     """
     steps = 255 * epsilon
     short = f"{epsilon:g}"
-    return short if float(short) == epsilon or abs(steps - round(steps)) > _ROUNDING else f"{round(steps)}/255"
+    return (
+        short
+        if float(short) == epsilon or abs(steps - round(steps)) > _ROUNDING
+        else f"{round(steps)}/255"
+    )
 
 
 def budget(text: str | float) -> float:
@@ -146,5 +162,7 @@ def budget(text: str | float) -> float:
     except (ValueError, ZeroDivisionError):
         value = math.nan
     if not math.isfinite(value):
-        raise CountermarkError(f"{brief(str(text))} is no budget; give a number as 0.03 or a fraction as 8/255")
+        raise CountermarkError(
+            f"{brief(str(text))} is no budget; give a number as 0.03 or a fraction as 8/255"
+        )
     return value

@@ -17,7 +17,10 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.asymmetric.utils import (
+    decode_dss_signature,
+    encode_dss_signature,
+)
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from countermark.errors import CountermarkError
@@ -106,7 +109,9 @@ def request_token(url: str, message: bytes, roots: Sequence[x509.Certificate] = 
     body = _post(url, request.as_bytes())
     token = read_token(body, sha256(message), url)
     if _parse(body, url).tst_info.nonce != request.nonce:
-        raise CountermarkError(f"the timestamp authority {url} answered another request; run the same command again")
+        raise CountermarkError(
+            f"the timestamp authority {url} answered another request; run the same command again"
+        )
     return check_token(body, sha256(message), roots, url) if roots else token
 
 
@@ -141,7 +146,9 @@ def _post(url: str, query: bytes) -> bytes:
                     break
     except (requests.RequestException, OSError, ValueError) as error:
         reason = sentence(str(error))
-        raise CountermarkError(f"the timestamp authority {url} does not answer ({reason}); run the same command again") from error
+        raise CountermarkError(
+            f"the timestamp authority {url} does not answer ({reason}); run the same command again"
+        ) from error
     return body
 
 
@@ -152,15 +159,25 @@ def read_token(response: bytes, digest: str, origin: str) -> Token:
         TokenError: not a response that grants a token, over another message, or signed in a way that is not ours to read.
     """
     if len(response) > TOKEN_LIMIT:
-        raise TokenError(f"{origin}: a timestamp is at most {TOKEN_LIMIT} bytes; this is something else")
+        raise TokenError(
+            f"{origin}: a timestamp is at most {TOKEN_LIMIT} bytes; this is something else"
+        )
     parsed = _parse(response, origin)
-    with _understood(f"{origin} is not a timestamp of RFC 3161 that can be read", "it is damaged or something else"):
+    with _understood(
+        f"{origin} is not a timestamp of RFC 3161 that can be read",
+        "it is damaged or something else",
+    ):
         if parsed.status != 0:
             reason = sentence(", ".join(map(str, parsed.status_string))) or "no reason was given"
-            raise TokenError(f"{origin}: the timestamp was refused with the status {parsed.status} ({reason})")
+            raise TokenError(
+                f"{origin}: the timestamp was refused with the status {parsed.status} ({reason})"
+            )
         information = parsed.tst_info
         imprint = information.message_imprint
-        stamped, time = (imprint.hash_algorithm.dotted_string, imprint.message.hex()), information.gen_time
+        stamped, time = (
+            (imprint.hash_algorithm.dotted_string, imprint.message.hex()),
+            information.gen_time,
+        )
         beacon = _beacon(parsed.time_stamp_token())
         canonical = parsed.as_bytes() == _in_order(response)
     if not canonical:
@@ -170,7 +187,9 @@ def read_token(response: bytes, digest: str, origin: str) -> Token:
     return Token(response, time, beacon)
 
 
-def check_token(response: bytes, digest: str, roots: Sequence[x509.Certificate], origin: str) -> Token:
+def check_token(
+    response: bytes, digest: str, roots: Sequence[x509.Certificate], origin: str
+) -> Token:
     """Check an authority's response in full: form, message, signature, certificates at the time of signing.
 
     Args:
@@ -187,7 +206,10 @@ def check_token(response: bytes, digest: str, roots: Sequence[x509.Certificate],
     parsed = _parse(response, origin)
     with (
         _library() as rfc3161,
-        _understood(f"{origin}: no authority under the given roots signed this timestamp", kind=UntrustedError),
+        _understood(
+            f"{origin}: no authority under the given roots signed this timestamp",
+            kind=UntrustedError,
+        ),
     ):
         rfc3161.VerifierBuilder(roots=list(roots)).build().verify(parsed, bytes.fromhex(digest))
     return token
@@ -201,7 +223,10 @@ def _parse(response: bytes, origin: str) -> Any:
     """
     with (
         _library() as rfc3161,
-        _understood(f"{origin} is not a timestamp of RFC 3161 that can be read", "it is damaged or something else"),
+        _understood(
+            f"{origin} is not a timestamp of RFC 3161 that can be read",
+            "it is damaged or something else",
+        ),
     ):
         return rfc3161.decode_timestamp_response(_in_order(response))
 
@@ -222,9 +247,15 @@ def _in_order(response: bytes) -> bytes:
         response = response.replace(b"\x02\x01\x01", b"\x02\x01\x00", 1)  # the first number of all
     if len(parts) == 1:  # refused
         return response
-    certificates = [each.dump() for each in cms.ContentInfo.load(parts[1])["content"]["certificates"]]
+    certificates = [
+        each.dump() for each in cms.ContentInfo.load(parts[1])["content"]["certificates"]
+    ]
     as_sent, sorted_ = b"".join(certificates), b"".join(sorted(certificates))
-    return response.replace(as_sent, sorted_) if as_sent != sorted_ and response.count(as_sent) == 1 else response
+    return (
+        response.replace(as_sent, sorted_)
+        if as_sent != sorted_ and response.count(as_sent) == 1
+        else response
+    )
 
 
 def encode_token(response: bytes | None) -> str | None:
@@ -247,7 +278,9 @@ def decode_token(text: object, origin: str) -> bytes | None:
         if encode_token(response) != text:
             raise ValueError("another spelling")
     except ValueError as error:
-        raise CountermarkError(f"{origin} is not a timestamp in base64; the file is damaged or not one of ours") from error
+        raise CountermarkError(
+            f"{origin} is not a timestamp in base64; the file is damaged or not one of ours"
+        ) from error
     return response
 
 
@@ -259,8 +292,14 @@ def load_roots(path: Path) -> list[x509.Certificate]:
     Raises:
         CountermarkError: not such a file, or none of its certificates can be used.
     """
-    found = [b"-----BEGIN " + part for part in read_bytes(path, _ROOTS_LIMIT).split(b"-----BEGIN ")[1:]]
-    found = [part for part in found if part.startswith((b"-----BEGIN CERTIFICATE-----", b"-----BEGIN X509 CERTIFICATE-----"))]
+    found = [
+        b"-----BEGIN " + part for part in read_bytes(path, _ROOTS_LIMIT).split(b"-----BEGIN ")[1:]
+    ]
+    found = [
+        part
+        for part in found
+        if part.startswith((b"-----BEGIN CERTIFICATE-----", b"-----BEGIN X509 CERTIFICATE-----"))
+    ]
     roots, trouble = [], []
     for number, part in enumerate(found, 1):
         try:
@@ -291,7 +330,9 @@ def _root(pem: bytes, trouble: str) -> x509.Certificate:
     with _understood(trouble, "it is left out"):
         certificate = x509.load_pem_x509_certificate(pem)
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=certificate.public_bytes(Encoding.DER))
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(
+                cadata=certificate.public_bytes(Encoding.DER)
+            )
         except ssl.SSLError as error:
             raise ValueError("OpenSSL cannot read it") from error
         return certificate
@@ -309,7 +350,10 @@ def _beacon(signed: bytes) -> bytes:
         raise ValueError("its signer is not named by issuer and number")
     # Were there two certificates of one number, two readers that compare names differently could each take another one.
     number = signer["sid"].chosen["serial_number"].native
-    if len({each.dump() for each in data["certificates"] if each.chosen.serial_number == number}) != 1:
+    if (
+        len({each.dump() for each in data["certificates"] if each.chosen.serial_number == number})
+        != 1
+    ):
         raise ValueError("it holds no certificate of the signer's number, or several")
     signature = bytes(signer["signature"].native)
     # What the token says of the algorithm is not signed: the signature itself tells whether it is an ECDSA one, the only kind in DER.
@@ -323,7 +367,9 @@ def _beacon(signed: bytes) -> bytes:
 
 
 @contextmanager
-def _understood(trouble: str, advice: str = "", kind: type[TokenError] = TokenError) -> Iterator[None]:
+def _understood(
+    trouble: str, advice: str = "", kind: type[TokenError] = TokenError
+) -> Iterator[None]:
     """Turn whatever a library raises over somebody's bytes into one line: `trouble`, the reason, `advice`."""
     try:
         yield

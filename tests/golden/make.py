@@ -39,7 +39,17 @@ def main(version: str) -> None:
         answered = load_guarded(mine, mine / "key")(x, "anna")
         digest = weights_sha256(mine)
         rows = [
-            Row(digest, "anna", t.cell, answered.images[t.row].numpy().tobytes(), t.heads, t.tails, t.chance, t.answer, 20_000)
+            Row(
+                digest,
+                "anna",
+                t.cell,
+                answered.images[t.row].numpy().tobytes(),
+                t.heads,
+                t.tails,
+                t.chance,
+                t.answer,
+                20_000,
+            )
             for t in answered.trials
         ]
         print(sum(log.append(rows)), "rows in the log")

@@ -20,7 +20,9 @@ _HOPES = (
 )  # from this step on, the most progress that is hoped for, in what was made (docs/log.md has the measurements)
 
 
-def apgd_ce(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: float, steps: int = 100) -> torch.Tensor:
+def apgd_ce(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: float, steps: int = 100
+) -> torch.Tensor:
     """APGD on cross-entropy.
 
     Randomness comes from torch's generator. An example costs `steps` + 1 forwards and `steps` backwards, or fewer once it is lost.
@@ -43,7 +45,13 @@ def apgd_ce(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: floa
 
 
 def apgd_targeted(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, target: torch.Tensor, *, epsilon: float, steps: int = 100
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    epsilon: float,
+    steps: int = 100,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """APGD on the targeted difference-of-logits ratio: (z_t - z_y) over what the largest logit stands above the third and fourth.
 
@@ -81,7 +89,12 @@ def _gain(logits: torch.Tensor, y: torch.Tensor, target: torch.Tensor) -> torch.
 
 
 def _apgd(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, target: torch.Tensor | None, epsilon: float, steps: int
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    target: torch.Tensor | None,
+    epsilon: float,
+    steps: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = pixels(x)
     lacks = x.new_zeros(len(x))
@@ -119,7 +132,9 @@ def _apgd(
             run["gained"] = torch.maximum(run["gained"], gain)
             run.setdefault("begun", gain)
             if number in checkpoints:
-                hope = next((most for first, most in reversed(_HOPES) if number >= first), torch.inf)
+                hope = next(
+                    (most for first, most in reversed(_HOPES) if number >= first), torch.inf
+                )
                 lacking = _lacking(run["begun"], run["gained"])
                 hopeless = ~leaving & (lacking > hope)
                 result[run["index"][hopeless]] = run["best"][hopeless]
@@ -133,7 +148,11 @@ def _apgd(
         run["raised"] = run["raised"] + (loss > run["loss"])
         run["loss"] = loss
         better = torch.nonzero(loss > run["best_loss"]).flatten()
-        for name, value in (("best", run["points"]), ("best_gradient", gradient), ("best_loss", loss)):
+        for name, value in (
+            ("best", run["points"]),
+            ("best_gradient", gradient),
+            ("best_loss", loss),
+        ):
             run[name] = run[name].index_copy(0, better, value[better])
         if number in checkpoints:
             stalled = ~run["halved"] & (run["best_loss"] <= run["best_then"])
@@ -142,12 +161,20 @@ def _apgd(
             run["step"] = torch.where(back, run["step"] / 2, run["step"])
             run["points"] = torch.where(back, run["best"], run["points"])
             gradient = torch.where(back, run["best_gradient"], gradient)
-            run |= {"halved": halved, "best_then": run["best_loss"], "raised": torch.zeros_like(loss)}
+            run |= {
+                "halved": halved,
+                "best_then": run["best_loss"],
+                "raised": torch.zeros_like(loss),
+            }
         points = run["points"]
-        moved = torch.addcmul(points, run["step"], gradient.sign()).clamp_(run["lower"], run["upper"])
+        moved = torch.addcmul(points, run["step"], gradient.sign()).clamp_(
+            run["lower"], run["upper"]
+        )
         if number > 0:
             moved.sub_(points).mul_(_MOMENTUM).add_(points)
-            moved.add_(points - run["before"], alpha=1 - _MOMENTUM).clamp_(run["lower"], run["upper"])
+            moved.add_(points - run["before"], alpha=1 - _MOMENTUM).clamp_(
+                run["lower"], run["upper"]
+            )
         run |= {"before": points, "points": moved}
     with torch.no_grad():
         lost = answers(ask(model, run["points"])) != run["y"]

@@ -14,7 +14,9 @@ from countermark.data import pixels
 
 _MOST_BIAS = 0.1  # largest weight of the original point in a step
 _BEYOND = 1.05  # how far a step goes past the boundary
-_BACK = 0.9  # what stays of an adversarial perturbation when the search goes back towards the original
+_BACK = (
+    0.9  # what stays of an adversarial perturbation when the search goes back towards the original
+)
 _LOOKED_AT = 20  # after so many linearisations, and again after as many more, far runs are given up
 _FAR = 10  # after k linearisations a distance of (1 + 10/k) budgets is far; fewer than one in a hundred came back (docs/log.md)
 _ROUNDS = 3  # of the final search between the original and the best point
@@ -22,7 +24,13 @@ _MOST_PIECES = 40  # of the function that a projection follows; a handful is usu
 
 
 def fab_targeted(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, target: torch.Tensor, *, epsilon: float, steps: int = 100
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    epsilon: float,
+    steps: int = 100,
 ) -> torch.Tensor:
     """Targeted FAB under L-inf; an example is done once an adversarial point within the budget is met.
 
@@ -66,7 +74,9 @@ def fab_targeted(
             done |= distance > (1 + _FAR / number) * epsilon
         if bool(done.any()):
             parts = index, start, points, nearest, y, target, distance, beyond
-            index, start, points, nearest, y, target, distance, beyond = (part[~done] for part in parts)
+            index, start, points, nearest, y, target, distance, beyond = (
+                part[~done] for part in parts
+            )
         points = torch.where(as_images(beyond, x), start + _BACK * (points - start), points)
     found = torch.isfinite(distance)
     index, right, wrong, y = index[found], start[found], nearest[found], y[found]
@@ -111,17 +121,27 @@ def project(points: torch.Tensor, normal: torch.Tensor, value: torch.Tensor) -> 
     return direction * torch.minimum(room, t.unsqueeze(1))
 
 
-def _step(model: nn.Module, start: torch.Tensor, points: torch.Tensor, y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _step(
+    model: nn.Module,
+    start: torch.Tensor,
+    points: torch.Tensor,
+    y: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
     """Go a little beyond the linearised boundary, from where the search is and, with less weight, from the original."""
     with torch.enable_grad():
         leaf = points.detach().requires_grad_()
         logits = finite(ask(model, leaf)).to(leaf.dtype)
-        margin = (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
+        margin = (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(
+            1
+        )
         (gradient,) = torch.autograd.grad(margin.sum(), leaf)
     margin = margin.detach()
     normal = gradient.flatten(1)
     at_start = margin + (normal * (start - points).flatten(1)).sum(1)
-    moves = project(torch.cat((points, start)).flatten(1), normal.repeat(2, 1), torch.cat((margin, at_start)))
+    moves = project(
+        torch.cat((points, start)).flatten(1), normal.repeat(2, 1), torch.cat((margin, at_start))
+    )
     near, far = moves.view(2, *points.shape)
     lengths = moves.abs().amax(1).view(2, -1)
     bias = as_images((lengths[0] / lengths.sum(0).clamp_(min=1e-12)).clamp_(max=_MOST_BIAS), points)

@@ -45,24 +45,36 @@ class Local:
         Only a model from `prepare` that computes in float32, on images in float32, is known from
         inside.
         """
-        known = isinstance(model, Prepared) and model.dtype is x.dtype is torch.float32 and x.dim() == 4
+        known = (
+            isinstance(model, Prepared) and model.dtype is x.dtype is torch.float32 and x.dim() == 4
+        )
         layers = list(model.layers) if isinstance(model, Prepared) and known else [model]
         self._stages, rest = _stages(layers)
         # The input of each stage, and the result of the last. With the channels side by side a window is a few long rows.
         self._states = [x.clone(memory_format=torch.channels_last) if x.dim() == 4 else x.clone()]
         for stage in self._stages:
-            self._states.append(_result(stage, self._states[-1]).contiguous(memory_format=torch.channels_last))
+            self._states.append(
+                _result(stage, self._states[-1]).contiguous(memory_format=torch.channels_last)
+            )
         first = rest[1] if len(rest) > 1 and flattens(rest[0]) else None
-        self._linear = first if isinstance(first, nn.Linear) and is_plain(first, nn.Linear) else None
+        self._linear = (
+            first if isinstance(first, nn.Linear) and is_plain(first, nn.Linear) else None
+        )
         self._dense: torch.Tensor | None = None  # what the linear layer makes of the last state
         if self._linear is not None:
             self._dense = self._linear(self._states[-1].flatten(1))
             shape = self._states[-1].shape[1:]
-            self._weight = self._linear.weight.view(-1, *shape).permute(2, 3, 1, 0).contiguous()  # rows, columns, channels, features
+            self._weight = (
+                self._linear.weight.view(-1, *shape).permute(2, 3, 1, 0).contiguous()
+            )  # rows, columns, channels, features
             rest = rest[2:]
         self._rest = rest[0] if len(rest) == 1 else nn.Sequential(*rest)
-        self.logits = ask(self._rest, self._states[-1] if self._dense is None else self._dense.clone())
-        self._tried: tuple[list[tuple[Window, torch.Tensor]], torch.Tensor | None, torch.Tensor] | None = None
+        self.logits = ask(
+            self._rest, self._states[-1] if self._dense is None else self._dense.clone()
+        )
+        self._tried: (
+            tuple[list[tuple[Window, torch.Tensor]], torch.Tensor | None, torch.Tensor] | None
+        ) = None
 
     @property
     def x(self) -> torch.Tensor:
@@ -126,12 +138,32 @@ def _stages(layers: list[nn.Module]) -> tuple[list[_Stage], list[nn.Module]]:
         elif isinstance(layer, Pool) and is_plain(layer, Pool):
             stages.append(_pool(layer))
         elif isinstance(layer, PooledConv2d):
-            stages += [_Stage(layer.kernel, 1, layer.padding, layer.value, layer.filters, layer.bias, None, []), _pool(layer)]
+            stages += [
+                _Stage(
+                    layer.kernel, 1, layer.padding, layer.value, layer.filters, layer.bias, None, []
+                ),
+                _pool(layer),
+            ]
         elif isinstance(layer, ShiftedConv2d) and _square(layer.layer):
             stride, padding = layer.layer.stride[0], int(layer.layer.padding[0])
-            stages.append(_Stage(layer.weight.shape[2], stride, padding, 0.0, layer.weight, None, layer, []))
-        elif isinstance(layer, nn.Conv2d) and is_plain(layer, nn.Conv2d, HalvingConv2d) and _square(layer):
-            stage = _Stage(layer.kernel_size[0], layer.stride[0], int(layer.padding[0]), 0.0, layer.weight, layer.bias, None, [])
+            stages.append(
+                _Stage(layer.weight.shape[2], stride, padding, 0.0, layer.weight, None, layer, [])
+            )
+        elif (
+            isinstance(layer, nn.Conv2d)
+            and is_plain(layer, nn.Conv2d, HalvingConv2d)
+            and _square(layer)
+        ):
+            stage = _Stage(
+                layer.kernel_size[0],
+                layer.stride[0],
+                int(layer.padding[0]),
+                0.0,
+                layer.weight,
+                layer.bias,
+                None,
+                [],
+            )
             stages.append(stage)
         else:
             return stages, layers[number:]
@@ -169,7 +201,9 @@ def _convolved(stage: _Stage, x: torch.Tensor) -> torch.Tensor:
     return functional.conv2d(x, stage.filters, stage.bias, stage.stride)
 
 
-def _reached(stage: _Stage, state: torch.Tensor, window: Window, patch: torch.Tensor) -> tuple[Window, torch.Tensor]:
+def _reached(
+    stage: _Stage, state: torch.Tensor, window: Window, patch: torch.Tensor
+) -> tuple[Window, torch.Tensor]:
     """Where a changed window of a stage's input shows in its result, and the result there."""
     top, bottom, left, right = window
     first_row, last_row, above, below = _span(stage, state.shape[2], top, bottom)
@@ -178,16 +212,21 @@ def _reached(stage: _Stage, state: torch.Tensor, window: Window, patch: torch.Te
     if last_row <= first_row or last_column <= first_column:
         return reached, patch[..., :0, :0]
     region = torch.empty(
-        (*state.shape[:2], below - above, behind - before), dtype=state.dtype, device=state.device, memory_format=torch.channels_last
+        (*state.shape[:2], below - above, behind - before),
+        dtype=state.dtype,
+        device=state.device,
+        memory_format=torch.channels_last,
     )
     region.fill_(stage.value)
     known = max(above, 0), min(below, state.shape[2]), max(before, 0), min(behind, state.shape[3])
-    _inside(region, (known[0] - above, known[1] - above, known[2] - before, known[3] - before)).copy_(_inside(state, known))
+    _inside(
+        region, (known[0] - above, known[1] - above, known[2] - before, known[3] - before)
+    ).copy_(_inside(state, known))
     rows = slice(max(top, above), min(bottom, below))
     columns = slice(max(left, before), min(right, behind))
-    region[..., rows.start - above : rows.stop - above, columns.start - before : columns.stop - before] = patch[
-        ..., rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
-    ]
+    region[
+        ..., rows.start - above : rows.stop - above, columns.start - before : columns.stop - before
+    ] = patch[..., rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
     result = _convolved(stage, region)
     if stage.shifted is not None:
         result = result + _inside(stage.shifted.constants(state), reached)
@@ -201,4 +240,9 @@ def _span(stage: _Stage, size: int, start: int, end: int) -> tuple[int, int, int
     count = (size + 2 * stage.padding - stage.kernel) // stage.stride + 1
     first = max(0, -(-(start + stage.padding - stage.kernel + 1) // stage.stride))
     last = min(count, (end - 1 + stage.padding) // stage.stride + 1)
-    return first, last, first * stage.stride - stage.padding, (last - 1) * stage.stride - stage.padding + stage.kernel
+    return (
+        first,
+        last,
+        first * stage.stride - stage.padding,
+        (last - 1) * stage.stride - stage.padding + stage.kernel,
+    )

@@ -66,17 +66,27 @@ def pgd(
         return x.clone()
     lower = (x - epsilon).clamp_(0, 1)
     upper = (x + epsilon).clamp_(0, 1)
-    first = _start(x, epsilon, lower, upper, random_start) if start is None else torch.clamp(start, lower, upper)
+    first = (
+        _start(x, epsilon, lower, upper, random_start)
+        if start is None
+        else torch.clamp(start, lower, upper)
+    )
     worst = _sound(_climb(model, first, y, lower, upper, steps, step_size, stop_when_lost))
     if restarts > 1:
         score = _score(model, worst, y)
         for _ in range(restarts - 1):
-            open_ = torch.nonzero(score.isfinite()).flatten() if stop_when_lost else torch.arange(len(x), device=x.device)
+            open_ = (
+                torch.nonzero(score.isfinite()).flatten()
+                if stop_when_lost
+                else torch.arange(len(x), device=x.device)
+            )
             if len(open_) == 0:
                 break
             low, high, labels = lower[open_], upper[open_], y[open_]
             begun = _start(x[open_], epsilon, low, high, random_start)
-            found = _sound(_climb(model, begun, labels, low, high, steps, step_size, stop_when_lost))
+            found = _sound(
+                _climb(model, begun, labels, low, high, steps, step_size, stop_when_lost)
+            )
             gained = _score(model, found, labels)
             better = gained > score[open_]
             worst[open_[better]] = found[better]
@@ -84,12 +94,28 @@ def pgd(
     return worst
 
 
-def fgsm(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: float, step_size: float | None = None) -> torch.Tensor:
+def fgsm(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    epsilon: float,
+    step_size: float | None = None,
+) -> torch.Tensor:
     """One signed gradient step from a random start, as single-step training uses it (step 1.25 epsilon unless told otherwise)."""
-    return pgd(model, x, y, epsilon=epsilon, steps=1, step_size=1.25 * epsilon if step_size is None else step_size)
+    return pgd(
+        model,
+        x,
+        y,
+        epsilon=epsilon,
+        steps=1,
+        step_size=1.25 * epsilon if step_size is None else step_size,
+    )
 
 
-def _start(x: torch.Tensor, epsilon: float, lower: torch.Tensor, upper: torch.Tensor, random_start: bool) -> torch.Tensor:
+def _start(
+    x: torch.Tensor, epsilon: float, lower: torch.Tensor, upper: torch.Tensor, random_start: bool
+) -> torch.Tensor:
     if not random_start:
         return x.clone()
     return torch.empty_like(x).uniform_(-epsilon, epsilon).add_(x).clamp_(lower, upper)
@@ -109,7 +135,9 @@ def _climb(
     if isinstance(model, Prepared):  # each image is on its own, and nobody else sees the passes
         if points.is_cuda and capturable(model):
             before = points.clone()
-            step = _captured(lambda: step_(model, points, y, lower, upper, step_size, stop_when_lost))
+            step = _captured(
+                lambda: step_(model, points, y, lower, upper, step_size, stop_when_lost)
+            )
             points.copy_(before)
             for _ in range(steps):
                 step()
@@ -118,7 +146,16 @@ def _climb(
         if points.device.type == "cpu" and len(points) > together:
             for i in range(0, len(points), together):
                 few = slice(i, i + together)
-                _climb(model, points[few], y[few], lower[few], upper[few], steps, step_size, stop_when_lost)
+                _climb(
+                    model,
+                    points[few],
+                    y[few],
+                    lower[few],
+                    upper[few],
+                    steps,
+                    step_size,
+                    stop_when_lost,
+                )
             return points
     result = points
     index = torch.arange(len(points), device=points.device)
@@ -127,7 +164,9 @@ def _climb(
         if stop_when_lost and bool(lost.any()):
             if points is not result:
                 result[index[lost]] = points[lost]
-            points, y, lower, upper, index = (part[~lost] for part in (points, y, lower, upper, index))
+            points, y, lower, upper, index = (
+                part[~lost] for part in (points, y, lower, upper, index)
+            )
             if len(index) == 0:
                 return result
     if points is not result:
@@ -165,13 +204,19 @@ def step_(
     with torch.enable_grad():
         leaf = points.detach().requires_grad_()
         logits = ask(model, leaf)
-        (gradient,) = torch.autograd.grad(functional.cross_entropy(logits, y, reduction="sum"), leaf)
+        (gradient,) = torch.autograd.grad(
+            functional.cross_entropy(logits, y, reduction="sum"), leaf
+        )
     lost: torch.Tensor = logits.detach().argmax(1) != y
     going = (logits.detach() * 0).sum(1).to(points.dtype)  # 0, or NaN where one is not finite
     going.add_(~lost if stop_when_lost else 1)
     move = gradient.sign()  # not in place: a gradient may be an expanded tensor
     move.mul_(going.view(-1, *(1,) * (move.dim() - 1)))
-    moved = points.add_(move.mul_(step_size)) if isinstance(step_size, torch.Tensor) else points.add_(move, alpha=step_size)
+    moved = (
+        points.add_(move.mul_(step_size))
+        if isinstance(step_size, torch.Tensor)
+        else points.add_(move, alpha=step_size)
+    )
     torch.clamp(moved, lower, upper, out=points)
     return lost
 
@@ -183,7 +228,9 @@ class Recording:
     as the device to compute it. The model's weights may change in place between two calls.
     """
 
-    def __init__(self, model: nn.Module, precision: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self, model: nn.Module, precision: Callable[[], contextlib.AbstractContextManager[Any]]
+    ) -> None:
         """Attack a model that stays in evaluation mode meanwhile; each step runs within `precision()`, which must keep no casts."""
         self._model, self._precision = model, precision
         self._held: list[torch.Tensor] = []  # points, labels, lowest and highest pixels, step size
@@ -202,7 +249,11 @@ class Recording:
     ) -> torch.Tensor:
         """What `pgd` finds, which see; nothing is looked for twice, and nobody looks at the range of the pixels."""
         lower, upper = (x - epsilon).clamp_(0, 1), (x + epsilon).clamp_(0, 1)
-        first = _start(x, epsilon, lower, upper, random_start) if start is None else torch.clamp(start, lower, upper)
+        first = (
+            _start(x, epsilon, lower, upper, random_start)
+            if start is None
+            else torch.clamp(start, lower, upper)
+        )
         given = [first, y, lower, upper, x.new_tensor(step_size)]
         if [each.shape for each in given] != [each.shape for each in self._held]:
             self._held = [each.clone() for each in given]

@@ -13,10 +13,22 @@ from countermark.attacks.local import Local
 from countermark.data import pixels
 
 _FIRST_SHARE = 0.8  # of the image in the first squares
-_SHRINK = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # after so many of 10,000 queries the share of the image halves
+_SHRINK = (
+    10,
+    50,
+    200,
+    500,
+    1000,
+    2000,
+    4000,
+    6000,
+    8000,
+)  # after so many of 10,000 queries the share of the image halves
 
 
-def square(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: float, queries: int = 5000) -> torch.Tensor:
+def square(
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: float, queries: int = 5000
+) -> torch.Tensor:
     """Random search for a misclassified point; an example is done once there is one.
 
     Randomness comes from torch's generator. In each query all examples try the same square, with signs of their own, so that only what
@@ -52,7 +64,9 @@ def square(model: nn.Module, x: torch.Tensor, y: torch.Tensor, *, epsilon: float
             right = margin >= 0
             if not bool(right.all()):
                 result[index[~right]] = local.x[~right]
-                index, lower, upper, y, margin = (part[right] for part in (index, lower, upper, y, margin))
+                index, lower, upper, y, margin = (
+                    part[right] for part in (index, lower, upper, y, margin)
+                )
                 local.keep(right)
             if len(index) == 0:
                 return result

@@ -76,19 +76,25 @@ def _apgd_ce(case: Case, rows: torch.Tensor, _rank: int) -> torch.Tensor:
 
 def _apgd_t(case: Case, rows: torch.Tensor, rank: int) -> torch.Tensor:
     target = case.others[rows, rank]
-    points, case.lacks[rows, rank] = apgd_targeted(case.model, case.x[rows], case.y[rows], target, epsilon=case.epsilon, steps=case.steps)
+    points, case.lacks[rows, rank] = apgd_targeted(
+        case.model, case.x[rows], case.y[rows], target, epsilon=case.epsilon, steps=case.steps
+    )
     return points
 
 
 def _square(case: Case, rows: torch.Tensor, _rank: int) -> torch.Tensor:
-    return square(case.model, case.x[rows], case.y[rows], epsilon=case.epsilon, queries=case.queries)
+    return square(
+        case.model, case.x[rows], case.y[rows], epsilon=case.epsilon, queries=case.queries
+    )
 
 
 def _fab_t(case: Case, rows: torch.Tensor, rank: int) -> torch.Tensor:
     points, near = case.x[rows], case.lacks[rows, rank] <= _NEAR
     some = rows[near]
     target = case.others[some, rank]
-    points[near] = fab_targeted(case.model, case.x[some], case.y[some], target, epsilon=case.epsilon, steps=case.steps)
+    points[near] = fab_targeted(
+        case.model, case.x[some], case.y[some], target, epsilon=case.epsilon, steps=case.steps
+    )
     return points
 
 
@@ -159,12 +165,25 @@ def strict(
     found.broken_by[answers(logits) != y] = 0
     if epsilon == 0:
         return found
-    others = logits.scatter(1, y.unsqueeze(1), -torch.inf).argsort(1, descending=True)[:, : min(_TARGETS, logits.shape[1] - 1)]
+    others = logits.scatter(1, y.unsqueeze(1), -torch.inf).argsort(1, descending=True)[
+        :, : min(_TARGETS, logits.shape[1] - 1)
+    ]
     case = Case(quick, x, y, others, x.new_zeros(others.shape), epsilon, steps, queries)
     attacks = ENSEMBLE
     if opening is not None:
-        attacks = (StrictAttack(OPENING, _OPENING_COST, lambda case, rows, _: opening(case.model, case.x[rows], case.y[rows])), *ENSEMBLE)
-    runs = [(attack, rank) for attack in attacks for rank in range(others.shape[1] if attack.targeted else 1)]
+        attacks = (
+            StrictAttack(
+                OPENING,
+                _OPENING_COST,
+                lambda case, rows, _: opening(case.model, case.x[rows], case.y[rows]),
+            ),
+            *ENSEMBLE,
+        )
+    runs = [
+        (attack, rank)
+        for attack in attacks
+        for rank in range(others.shape[1] if attack.targeted else 1)
+    ]
     whole, done = sum(attack.cost for attack, _ in runs), 0.0
     for attack, rank in runs:
         standing = torch.nonzero(found.broken_by == -1).flatten()

@@ -1,8 +1,22 @@
 """Claims: one opened batch of a key as files for a third party, and the judgement that he can make of them alone."""
 
-from countermark.claims.judgement import Check, Finding, Judgement, Rival, commitment_faults, judge_claim
+from countermark.claims.judgement import (
+    Check,
+    Finding,
+    Judgement,
+    Rival,
+    commitment_faults,
+    judge_claim,
+)
 from countermark.claims.page import page, sentence
-from countermark.claims.record import Claim, Opened, open_batch, read_claim, suspect_identity, write_claim
+from countermark.claims.record import (
+    Claim,
+    Opened,
+    open_batch,
+    read_claim,
+    suspect_identity,
+    write_claim,
+)
 
 __all__ = [
     "Check",

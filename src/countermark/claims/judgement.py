@@ -106,8 +106,15 @@ def judge_claim(claim: Claim, finding: Finding) -> Judgement:
     """Judge a claim."""
     test = _test(claim, finding.labels, finding.alpha)
     asked = list(_suspect(claim, finding))
-    checks = [*standing(claim, finding.roots, finding.model_sha256), _owners_model(claim, finding), *asked]
-    checks += [_evidence(claim, finding, test, any(check.result == OPEN for check in asked)), *_rival(claim, finding)]
+    checks = [
+        *standing(claim, finding.roots, finding.model_sha256),
+        _owners_model(claim, finding),
+        *asked,
+    ]
+    checks += [
+        _evidence(claim, finding, test, any(check.result == OPEN for check in asked)),
+        *_rival(claim, finding),
+    ]
     results = {check.result for check in checks}
     verdict = "dismissed" if FAILS in results else "undecidable" if OPEN in results else "upheld"
     return Judgement(verdict, tuple(checks), test, int(claim.c1["batches"]))
@@ -115,12 +122,23 @@ def judge_claim(claim: Claim, finding: Finding) -> Judgement:
 
 def standing(claim: Claim, roots: Sequence[x509.Certificate], model_sha256: str) -> list[Check]:
     """What can be checked of a claim without asking anybody: signatures, commitments, times, the opened batch, the model's digest."""
-    return [_signatures(claim), _commitment(claim), *_times(claim, roots), _batch(claim), _model(claim, model_sha256)]
+    return [
+        _signatures(claim),
+        _commitment(claim),
+        *_times(claim, roots),
+        _batch(claim),
+        _model(claim, model_sha256),
+    ]
 
 
-def commitment_faults(claim: Claim, model_sha256: str, roots: Sequence[x509.Certificate] | None) -> list[str]:
+def commitment_faults(
+    claim: Claim, model_sha256: str, roots: Sequence[x509.Certificate] | None
+) -> list[str]:
     """What speaks against a claim before anybody is asked: commitments and their tokens; without roots, whether there are any."""
-    faults = [f"the signature of {part.upper()} is not by the key" for part in _unsigned(claim, "c1", "c2")]
+    faults = [
+        f"the signature of {part.upper()} is not by the key"
+        for part in _unsigned(claim, "c1", "c2")
+    ]
     if claim.c2.get("model_sha256") != model_sha256:
         faults.append("the model's weights are not those of C2")
     for name in ("t1", "t2"):
@@ -139,9 +157,16 @@ def _signatures(claim: Claim) -> Check:
     unsigned = _unsigned(claim, "c1", "c2", "answers")
     if unsigned:
         what = {"c1": "C1", "c2": "C2", "answers": "the answers"}[unsigned[0]]
-        meaning = "Somebody changed it, or it belongs to another key: this claim is not the key owner's."
+        meaning = (
+            "Somebody changed it, or it belongs to another key: this claim is not the key owner's."
+        )
         return Check(name, FAILS, f"that of {what} is not by the key {key[:16]}", meaning)
-    return Check(name, HOLDS, f"all by the key {key[:16]}", "Commitments and accusation come from the owner of one key.")
+    return Check(
+        name,
+        HOLDS,
+        f"all by the key {key[:16]}",
+        "Commitments and accusation come from the owner of one key.",
+    )
 
 
 def _unsigned(claim: Claim, *parts: str) -> list[str]:
@@ -149,7 +174,12 @@ def _unsigned(claim: Claim, *parts: str) -> list[str]:
     found = []
     for part in parts:
         try:
-            check_signature(str(claim.c1["public_key"]), getattr(claim, part), getattr(claim, f"{part}_signature"), part)
+            check_signature(
+                str(claim.c1["public_key"]),
+                getattr(claim, part),
+                getattr(claim, f"{part}_signature"),
+                part,
+            )
         except CountermarkError:
             found.append(part)
     return found
@@ -159,7 +189,10 @@ def _commitment(claim: Claim) -> Check:
     name, c1 = "What was committed", claim.c1
     faults = []
     exact = [name for name, scheme in SCHEMES.items() if scheme.coins]
-    if c1.get("scheme") not in exact or (c1.get("statistic"), c1.get("cell_weight")) != ("sign-flip", 1):
+    if c1.get("scheme") not in exact or (c1.get("statistic"), c1.get("cell_weight")) != (
+        "sign-flip",
+        1,
+    ):
         faults.append("its scheme has no exact test")
     if c1["leaves"] % c1["batches"]:
         faults.append("its batches are not of one size")
@@ -170,15 +203,28 @@ def _commitment(claim: Claim) -> Check:
     if claim.answers["c2_sha256"] != sha256(canonical_json(claim.c2)):
         faults.append("the answers are for another C2")
     if faults:
-        return Check(name, FAILS, "; ".join(faults), "The parts of the claim do not belong together, or allow no exact test.")
+        return Check(
+            name,
+            FAILS,
+            "; ".join(faults),
+            "The parts of the claim do not belong together, or allow no exact test.",
+        )
     found = f"{c1['leaves']} trials in {c1['batches']} batches, each trial of weight 1, judged by the sign-flip test"
-    return Check(name, HOLDS, found, "What is tested, and how, was fixed before the coins were drawn.")
+    return Check(
+        name, HOLDS, found, "What is tested, and how, was fixed before the coins were drawn."
+    )
 
 
 _STAMPED = {
-    "t1": ("T1, over the trials", "The inputs and their two answers were fixed by then, and the coins did not exist before."),
+    "t1": (
+        "T1, over the trials",
+        "The inputs and their two answers were fixed by then, and the coins did not exist before.",
+    ),
     "t2": ("T2, over the model", "The marked model existed by then."),
-    "answers_token": ("T of the answers", "The accusation and the suspect's answers were fixed by then, before the trials were shown."),
+    "answers_token": (
+        "T of the answers",
+        "The accusation and the suspect's answers were fixed by then, before the trials were shown.",
+    ),
 }
 
 
@@ -188,7 +234,9 @@ def _times(claim: Claim, roots: Sequence[x509.Certificate]) -> Iterator[Check]:
         try:
             time = _time(claim, name, roots)
         except UntrustedError as error:
-            yield Check(title, OPEN, str(error), "No authority that the judge trusts vouches for the time.")
+            yield Check(
+                title, OPEN, str(error), "No authority that the judge trusts vouches for the time."
+            )
         except TokenError as error:
             yield Check(title, FAILS, str(error), "The timestamp belongs to something else.")
         else:
@@ -206,7 +254,11 @@ def _time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> datetim
     """When one of the claim's three parts was stamped, or nothing if it was not."""
     response: bytes | None = getattr(claim, name)
     value = {"t1": claim.c1, "t2": claim.c2, "answers_token": claim.answers}[name]
-    return None if response is None else check_token(response, sha256(canonical_json(value)), roots, _STAMPED[name][0]).time
+    return (
+        None
+        if response is None
+        else check_token(response, sha256(canonical_json(value)), roots, _STAMPED[name][0]).time
+    )
 
 
 def _known_time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> datetime | None:
@@ -220,7 +272,11 @@ def _known_time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> d
 def _order(times: Sequence[datetime]) -> Check:
     ordered = list(times) == sorted(times)
     found = " <= ".join(map(_shown, times)) if ordered else ", ".join(map(_shown, times))
-    meaning = "Trials, then model, then accusation." if ordered else "What should have been first came later."
+    meaning = (
+        "Trials, then model, then accusation."
+        if ordered
+        else "What should have been first came later."
+    )
     return Check("Order of times", HOLDS if ordered else FAILS, found, meaning)
 
 
@@ -229,26 +285,52 @@ def _batch(claim: Claim) -> Check:
     bound = _bound(claim)
     missing, extra = len(whole - bound.keys()), len(claim.opened) - len(bound)
     if extra:
-        meaning = "They are not what was committed to: changed, swapped, twice, or of another batch."
-        return Check(name, FAILS, f"{extra} shown trials do not lead to the committed root in their place", meaning)
+        meaning = (
+            "They are not what was committed to: changed, swapped, twice, or of another batch."
+        )
+        return Check(
+            name,
+            FAILS,
+            f"{extra} shown trials do not lead to the committed root in their place",
+            meaning,
+        )
     if missing:
         meaning = "A claim shows a whole batch: chosen trials would prove anything. Missing ones count against it."
         return Check(name, FAILS, f"{missing} of {len(whole)} trials are missing", meaning)
-    return Check(name, HOLDS, f"all {len(whole)} trials of batch {brief(claim.answers['batch'])}", "Nothing was left out or changed.")
+    return Check(
+        name,
+        HOLDS,
+        f"all {len(whole)} trials of batch {brief(claim.answers['batch'])}",
+        "Nothing was left out or changed.",
+    )
 
 
 def _model(claim: Claim, digest: str) -> Check:
     name = "The owner's model"
     if digest != claim.c2["model_sha256"]:
-        return Check(name, FAILS, f"its weights are {digest[:16]}, C2 is for {str(claim.c2['model_sha256'])[:16]}", "It is another model.")
-    return Check(name, HOLDS, f"weights {digest[:16]}", "The model that is shown is the one that was timestamped.")
+        return Check(
+            name,
+            FAILS,
+            f"its weights are {digest[:16]}, C2 is for {str(claim.c2['model_sha256'])[:16]}",
+            "It is another model.",
+        )
+    return Check(
+        name,
+        HOLDS,
+        f"weights {digest[:16]}",
+        "The model that is shown is the one that was timestamped.",
+    )
 
 
 def _owners_model(claim: Claim, finding: Finding) -> Check:
     own = _test(claim, finding.model_labels, finding.alpha)
     carries = own.verdict == "match"
     found = f"{own.agreements} of {own.trials} as the coins fell, p = 10^{own.log10_p_value:.1f}"
-    meaning = "The owner's model remembers the coins." if carries else "The owner's own model does not remember the coins."
+    meaning = (
+        "The owner's model remembers the coins."
+        if carries
+        else "The owner's own model does not remember the coins."
+    )
     return Check("The mark in it", HOLDS if carries else FAILS, found, meaning)
 
 
@@ -261,13 +343,28 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
     named, made = claim.answers["suspect"], None  # made: by then at the latest
     if finding.suspect_token is not None:
         try:
-            made = check_token(finding.suspect_token, finding.suspect.get("sha256", ""), finding.roots, "the suspect's timestamp").time
+            made = check_token(
+                finding.suspect_token,
+                finding.suspect.get("sha256", ""),
+                finding.roots,
+                "the suspect's timestamp",
+            ).time
         except TokenError as error:
-            yield Check(age, HOLDS, f"not shown: {error}", "The accused's timestamp proves nothing.")
-    marked, accused = _known_time(claim, "t2", finding.roots), _known_time(claim, "answers_token", finding.roots)
+            yield Check(
+                age, HOLDS, f"not shown: {error}", "The accused's timestamp proves nothing."
+            )
+    marked, accused = (
+        _known_time(claim, "t2", finding.roots),
+        _known_time(claim, "answers_token", finding.roots),
+    )
     older = made is not None and marked is not None and made < marked
     if _is_accused(claim, finding):
-        yield Check(name, HOLDS, _named(finding.suspect), "It is the model that the claim was fixed against.")
+        yield Check(
+            name,
+            HOLDS,
+            _named(finding.suspect),
+            "It is the model that the claim was fixed against.",
+        )
     elif older and _stands_for_endpoint(claim, finding):
         found = f"{_named(finding.suspect)} repeats every answer that the claim recorded of {_named(named)}"
         meaning = "The claimant's own record shows what the endpoint ran, and that its answers agree with the coins."
@@ -278,10 +375,18 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
         yield Check(name, OPEN, found, meaning)
         return
     if made is not None and marked is not None:
-        meaning = "A model that is older than the marked one was not made from it." if older else "It may be a copy."
+        meaning = (
+            "A model that is older than the marked one was not made from it."
+            if older
+            else "It may be a copy."
+        )
         found = f"{_shown(made)}, {'before' if older else 'not before'} T2"
         yield Check(age, FAILS if older else HOLDS, found, meaning)
-    dates = [date for date in (made, accused if finding.suspect.get("kind") == "file" else None) if date is not None]
+    dates = [
+        date
+        for date in (made, accused if finding.suspect.get("kind") == "file" else None)
+        if date is not None
+    ]
     yield from _spent(claim, finding, min(dates, default=None))
 
 
@@ -307,7 +412,10 @@ def _stands_for_endpoint(claim: Claim, finding: Finding) -> bool:
     record is the claimant's word, which binds the claimant and not the accused. Few answers could be repeated by chance.
     """
     recorded = _recorded(claim)
-    if recorded is None or (claim.answers["suspect"].get("kind"), finding.suspect.get("kind")) != ("endpoint", "file"):
+    if recorded is None or (claim.answers["suspect"].get("kind"), finding.suspect.get("kind")) != (
+        "endpoint",
+        "file",
+    ):
         return False
     repeats = bool(((recorded == -1) | (recorded == finding.labels)).all())
     return repeats and _test(claim, recorded, finding.alpha).verdict != "inconclusive"
@@ -329,31 +437,56 @@ def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Ch
         if not same or earlier.answers == claim.answers:
             continue
         if any(check.result != HOLDS for check in (_signatures(earlier), _batch(earlier))):
-            yield Check("A spent batch", HOLDS, "what is shown as an earlier claim is none of this key", "Nothing was shown by it.")
+            yield Check(
+                "A spent batch",
+                HOLDS,
+                "what is shown as an earlier claim is none of this key",
+                "Nothing was shown by it.",
+            )
             continue
         opened = _known_time(earlier, "answers_token", finding.roots)
         fixed = made is not None and opened is not None and made < opened
         found = f"shown in another claim{'' if opened is None else ' of ' + _shown(opened)}"
-        meaning = "The suspect is older than that." if fixed else "The suspect may have learned the trials from there; open another batch."
+        meaning = (
+            "The suspect is older than that."
+            if fixed
+            else "The suspect may have learned the trials from there; open another batch."
+        )
         yield Check("A spent batch", HOLDS if fixed else OPEN, found, meaning)
 
 
 def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) -> Check:
     name = "The test"
     found = f"{test.agreements} as the coins fell, {test.disagreements} the other way, {test.neither} neither; "
-    found += f"p = 10^{test.log10_p_value:.1f}, {claim.c1['batches']} batches to choose from included"
+    found += (
+        f"p = 10^{test.log10_p_value:.1f}, {claim.c1['batches']} batches to choose from included"
+    )
     if test.verdict == "match":
         return Check(
-            name, HOLDS, found, f"A model that does not depend on these coins gets there less than once in {1 / test.alpha:.0e} claims."
+            name,
+            HOLDS,
+            found,
+            f"A model that does not depend on these coins gets there less than once in {1 / test.alpha:.0e} claims.",
         )
     if test.verdict == "inconclusive":
-        return Check(name, OPEN, found, "Too few trials were answered with one of their two answers.")
+        return Check(
+            name, OPEN, found, "Too few trials were answered with one of their two answers."
+        )
     recorded = _recorded(claim)
-    if finding.suspect.get("kind") == "endpoint" and recorded is not None and _test(claim, recorded, finding.alpha).verdict == "match":
+    if (
+        finding.suspect.get("kind") == "endpoint"
+        and recorded is not None
+        and _test(claim, recorded, finding.alpha).verdict == "match"
+    ):
         meaning = "The endpoint answers otherwise than the claim recorded: it was changed, or the record is wrong; which cannot be told."
         return Check(name, OPEN, found, meaning)
     if elsewhere:
-        return Check(name, OPEN, found, "Models that never saw the coins agree as often; but what was asked decides nothing, see above.")
+        return Check(
+            name,
+            OPEN,
+            found,
+            "Models that never saw the coins agree as often; but what was asked decides nothing, see above.",
+        )
     return Check(name, FAILS, found, "Models that never saw the coins agree as often.")
 
 
@@ -364,19 +497,37 @@ def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
     if rival.claim.c1["public_key"] == claim.c1["public_key"]:
         yield Check(name, HOLDS, "it is by the same key", "It is the claimant's own, no rival's.")
         return
-    faults = [check for check in standing(rival.claim, finding.roots, rival.model_sha256) if check.result != HOLDS]
+    faults = [
+        check
+        for check in standing(rival.claim, finding.roots, rival.model_sha256)
+        if check.result != HOLDS
+    ]
     if faults:
         found = "; ".join(f"{check.name}: {check.found}" for check in faults)
-        yield Check(name, HOLDS, f"does not stand by itself ({found})", "It takes nothing from this claim.")
+        yield Check(
+            name, HOLDS, f"does not stand by itself ({found})", "It takes nothing from this claim."
+        )
         return
     theirs = _test(rival.claim, rival.its_mark_in_ours, finding.alpha)
     ours = _test(claim, rival.our_mark_in_its, finding.alpha)
     found = f"its mark in this owner's model: p = 10^{theirs.log10_p_value:.1f}; this mark in its model: p = 10^{ours.log10_p_value:.1f}"
     outcome = {
-        (False, True): (HOLDS, "The rival's model carries this mark, and not the other way round: this owner was first."),
-        (True, False): (FAILS, "This owner's model carries the rival's mark, and not the other way round: the rival was first."),
-        (True, True): (OPEN, "Each model carries the other's mark; who was first does not follow from the files."),
-        (False, False): (HOLDS, "Neither model was made from the other. The suspect may depend on both; this claim stands by itself."),
+        (False, True): (
+            HOLDS,
+            "The rival's model carries this mark, and not the other way round: this owner was first.",
+        ),
+        (True, False): (
+            FAILS,
+            "This owner's model carries the rival's mark, and not the other way round: the rival was first.",
+        ),
+        (True, True): (
+            OPEN,
+            "Each model carries the other's mark; who was first does not follow from the files.",
+        ),
+        (False, False): (
+            HOLDS,
+            "Neither model was made from the other. The suspect may depend on both; this claim stands by itself.",
+        ),
     }[theirs.verdict == "match", ours.verdict == "match"]
     yield Check(name, outcome[0], found, outcome[1])
 
@@ -392,7 +543,9 @@ def _test(claim: Claim, labels: torch.Tensor, alpha: float) -> Verdict:
             outcomes.append(-1)
             continue
         answers, label = claim.opened.answers[row].tolist(), int(labels[row])
-        outcomes.append(0 if label not in answers else 1 if answers.index(label) == coins[row] else -1)
+        outcomes.append(
+            0 if label not in answers else 1 if answers.index(label) == coins[row] else -1
+        )
     return judge(cells, outcomes, alpha=alpha, batches=int(claim.c1["batches"]))
 
 
@@ -403,7 +556,11 @@ def _bound(claim: Claim) -> dict[int, int]:
     for row, root in enumerate(opened.roots(int(c1["leaves"]))):
         index, cell = int(opened.index[row]), int(opened.cell[row])
         heads, tails = opened.answers[row].tolist()
-        in_place = root == c1["root"] and index in wanted and int(opened.batch[row]) == claim.answers["batch"]
+        in_place = (
+            root == c1["root"]
+            and index in wanted
+            and int(opened.batch[row]) == claim.answers["batch"]
+        )
         if in_place and heads < tails and index not in rows and cell not in cells:
             rows[index] = row
             cells.add(cell)
@@ -413,7 +570,11 @@ def _bound(claim: Claim) -> dict[int, int]:
 def _expected(claim: Claim) -> list[int]:
     """The leaves of the claim's batch."""
     size, batch = int(claim.c1["leaves"]) // int(claim.c1["batches"]), int(claim.answers["batch"])
-    return list(range(batch * size, (batch + 1) * size)) if 0 <= batch < int(claim.c1["batches"]) else []
+    return (
+        list(range(batch * size, (batch + 1) * size))
+        if 0 <= batch < int(claim.c1["batches"])
+        else []
+    )
 
 
 def _coins(claim: Claim) -> list[int] | None:

@@ -34,7 +34,9 @@ def sentence(judgement: Judgement) -> str:
     """The verdict in one sentence, with the reason if it is not upheld."""
     words = _WORDS[judgement.verdict][1]
     wanted = {"dismissed": FAILS, "undecidable": "cannot tell"}.get(judgement.verdict)
-    reasons = [f"{check.name}: {check.found}" for check in judgement.checks if check.result == wanted]
+    reasons = [
+        f"{check.name}: {check.found}" for check in judgement.checks if check.result == wanted
+    ]
     return words if not reasons else f"{words} {'; '.join(reasons)}."
 
 
@@ -52,7 +54,9 @@ def page(judgement: Judgement, about: Mapping[str, Any]) -> str:
         f"<td>{escape(check.meaning)}<br><span class='soft'>{escape(check.found)}</span></td></tr>"
         for check in judgement.checks
     )
-    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items())
+    listed = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items()
+    )
     story = (
         f"Asked for {test.trials} trials, each with two answers of which a secret coin had chosen one, the suspect gave the coin's answer "
         f"{test.agreements} times and the other one {test.disagreements} times ({test.neither} times neither). A model that does not "

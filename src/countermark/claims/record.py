@@ -13,13 +13,30 @@ import torch
 from torch import nn
 
 from countermark.errors import CountermarkError
-from countermark.files import canonical_json, read_bytes, read_json, read_tensors, sha256, write_bytes, write_json, write_tensors
+from countermark.files import (
+    canonical_json,
+    read_bytes,
+    read_json,
+    read_tensors,
+    sha256,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from countermark.networks import NETWORKS, describe, load_model
 from countermark.places import Network, endpoint_address, is_address
 from countermark.suspects import onnx_data
 from countermark.text import brief
 from countermark.timestamps import decode_token, encode_token
-from countermark.watermarks import WatermarkSet, leaf_hash, leaf_secrets, leaves, merkle_paths, path_length, root_of_path
+from countermark.watermarks import (
+    WatermarkSet,
+    leaf_hash,
+    leaf_secrets,
+    leaves,
+    merkle_paths,
+    path_length,
+    root_of_path,
+)
 
 CLAIM_FORMAT = "countermark claim 1"
 ANSWERS_FORMAT = "countermark answers 1"
@@ -61,13 +78,23 @@ class Opened:
     def roots(self, count: int) -> list[str]:
         """The Merkle root that each trial leads to in a tree of `count` leaves, hexadecimal; empty where its path has another length."""
         found = []
-        images, secrets, paths = (part.numpy() for part in (self.x, self.secrets, self.paths))  # rows as bytes, quicker than of tensors
-        numbers = zip(self.index.tolist(), self.batch.tolist(), self.cell.tolist(), self.answers.tolist(), strict=True)
+        images, secrets, paths = (
+            part.numpy() for part in (self.x, self.secrets, self.paths)
+        )  # rows as bytes, quicker than of tensors
+        numbers = zip(
+            self.index.tolist(),
+            self.batch.tolist(),
+            self.cell.tolist(),
+            self.answers.tolist(),
+            strict=True,
+        )
         for row, (index, batch, cell, answers) in enumerate(numbers):
             if not 0 <= index < count or min(batch, cell, *answers) < 0:
                 found.append("")
                 continue
-            leaf = leaf_hash(index, batch, cell, images[row].tobytes(), answers, secrets[row].tobytes())
+            leaf = leaf_hash(
+                index, batch, cell, images[row].tobytes(), answers, secrets[row].tobytes()
+            )
             depth = path_length(index, count)
             path = [neighbour.tobytes() for neighbour in paths[row][:depth]]
             root = root_of_path(leaf, index, count, path) if not paths[row][depth:].any() else None
@@ -123,7 +150,9 @@ class Claim:
     opened: Opened
     model: Path
 
-    def network(self, network: Network | None = None, option: str = "--owner-network") -> tuple[nn.Module, str]:
+    def network(
+        self, network: Network | None = None, option: str = "--owner-network"
+    ) -> tuple[nn.Module, str]:
         """The owner's model and the SHA-256 of its weights.
 
         Args:
@@ -141,7 +170,9 @@ class Claim:
             )
         held = f"{self.model} holds the network {brief(description.network) or 'of a program'}"
         if network is None and description.network not in NETWORKS:
-            raise CountermarkError(f"{held}, whose code is imported only if you name it: {option} MODULE:FUNCTION")
+            raise CountermarkError(
+                f"{held}, whose code is imported only if you name it: {option} MODULE:FUNCTION"
+            )
         if network is not None and description.network in NETWORKS:
             raise CountermarkError(f"{held}, which is one of ours; leave {option} out")
         built, _ = load_model(self.model, network)
@@ -164,12 +195,16 @@ def suspect_identity(place: str | Path) -> dict[str, str]:
     digest = hashlib.sha256()
     try:
         if not path.is_file() or path.stat().st_size > _MODEL_LIMIT:
-            raise CountermarkError(f"{path} is no file of a model; name a model folder, a model's file or an address")
+            raise CountermarkError(
+                f"{path} is no file of a model; name a model folder, a model's file or an address"
+            )
         with path.open("rb") as stream:
             while part := stream.read(_CHUNK):
                 digest.update(part)
     except OSError as error:
-        raise CountermarkError(f"cannot read {path}: {error.strerror}; name a model folder, a model's file or an address") from error
+        raise CountermarkError(
+            f"cannot read {path}: {error.strerror}; name a model folder, a model's file or an address"
+        ) from error
     named = digest.hexdigest()
     if path.suffix.lower() == ".onnx" and (data := onnx_data(path)):
         named = sha256(canonical_json({"data": data, "model": named}))
@@ -201,7 +236,9 @@ def write_claim(folder: Path, claim: Claim) -> None:
     model.mkdir(exist_ok=True)
     for name in ("model.safetensors", "model.json"):
         write_bytes(model / name, read_bytes(claim.model / name, _MODEL_LIMIT))
-    write_tensors(folder / "trials.safetensors", {name: getattr(claim.opened, name) for name in _TENSORS})
+    write_tensors(
+        folder / "trials.safetensors", {name: getattr(claim.opened, name) for name in _TENSORS}
+    )
     record: dict[str, Any] = {name: dict(getattr(claim, name)) for name in _OBJECTS}
     record |= {name: getattr(claim, name) for name in _SIGNATURES}
     record |= {name: encode_token(getattr(claim, name)) for name in _TOKENS}
@@ -219,25 +256,43 @@ def read_claim(folder: Path) -> Claim:
     path = folder / "claim.json"
     record = read_json(path)
     if record.get("format") != CLAIM_FORMAT:
-        raise CountermarkError(f"{path} is not a claim of the format {CLAIM_FORMAT!r}; use the release that wrote it")
+        raise CountermarkError(
+            f"{path} is not a claim of the format {CLAIM_FORMAT!r}; use the release that wrote it"
+        )
     if record.keys() != {"format", *_OBJECTS, *_SIGNATURES, *_TOKENS}:
-        raise CountermarkError(f"{path} has other fields than a claim; it is damaged or not one of ours")
+        raise CountermarkError(
+            f"{path} has other fields than a claim; it is damaged or not one of ours"
+        )
     kinds = {**dict.fromkeys(_OBJECTS, dict), **dict.fromkeys(_SIGNATURES, str)}
     if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
-        raise CountermarkError(f"{path} has fields of other kinds than a claim; it is damaged or not one of ours")
+        raise CountermarkError(
+            f"{path} has fields of other kinds than a claim; it is damaged or not one of ours"
+        )
     _check_commitments(record["c1"], record["c2"], record["answers"], path)
-    tokens: dict[str, Any] = {name: decode_token(record[name], f"{path}: {name}") for name in _TOKENS}
+    tokens: dict[str, Any] = {
+        name: decode_token(record[name], f"{path}: {name}") for name in _TOKENS
+    }
     opened = _read_opened(folder / "trials.safetensors", record["c1"]["shape"])
-    return Claim(**{name: record[name] for name in kinds}, **tokens, opened=opened, model=folder / "model")
+    return Claim(
+        **{name: record[name] for name in kinds}, **tokens, opened=opened, model=folder / "model"
+    )
 
 
-def _check_commitments(c1: Mapping[str, Any], c2: Mapping[str, Any], answers: Mapping[str, Any], path: Path) -> None:
+def _check_commitments(
+    c1: Mapping[str, Any], c2: Mapping[str, Any], answers: Mapping[str, Any], path: Path
+) -> None:
     """Refuse records whose fields are missing or of another kind; what they say is not judged here."""
     shape, labels = c1.get("shape"), answers.get("labels")
     count, batches = c1.get("leaves"), c1.get("batches")
-    whole = type(count) is int and type(batches) is int and 1 <= batches <= count <= MOST_LEAVES and count // batches <= _MOST_TOGETHER
+    whole = (
+        type(count) is int
+        and type(batches) is int
+        and 1 <= batches <= count <= MOST_LEAVES
+        and count // batches <= _MOST_TOGETHER
+    )
     fits = (
-        (c1.get("format"), c2.get("format"), answers.get("format")) == ("countermark c1 1", "countermark c2 1", ANSWERS_FORMAT)
+        (c1.get("format"), c2.get("format"), answers.get("format"))
+        == ("countermark c1 1", "countermark c2 1", ANSWERS_FORMAT)
         and _is_hex(c1.get("public_key"))
         and _is_hex(c1.get("root"))
         and whole
@@ -253,24 +308,43 @@ def _check_commitments(c1: Mapping[str, Any], c2: Mapping[str, Any], answers: Ma
         and all(type(label) is int and abs(label) < 1 << 31 for label in labels)
     )
     if not fits:
-        raise CountermarkError(f"{path} lacks what a claim says, or says it in another form; it is damaged or not one of ours")
+        raise CountermarkError(
+            f"{path} lacks what a claim says, or says it in another form; it is damaged or not one of ours"
+        )
 
 
 def _is_hex(text: object) -> bool:
-    return isinstance(text, str) and len(text) == 2 * _DIGEST and not set(text) - set("0123456789abcdef")
+    return (
+        isinstance(text, str)
+        and len(text) == 2 * _DIGEST
+        and not set(text) - set("0123456789abcdef")
+    )
 
 
 def _read_opened(path: Path, shape: list[int]) -> Opened:
     def check(tensors: Mapping[str, torch.Tensor]) -> None:
-        fits = tensors.keys() == _TENSORS.keys() and all((tensors[n].dtype, tensors[n].dim()) == kind for n, kind in _TENSORS.items())
+        fits = tensors.keys() == _TENSORS.keys() and all(
+            (tensors[n].dtype, tensors[n].dim()) == kind for n, kind in _TENSORS.items()
+        )
         if fits:
-            fits = len({len(tensor) for tensor in tensors.values()}) == 1 and 0 < len(tensors["index"]) <= MOST_LEAVES
-            widths = (tensors["answers"].shape[1], tensors["secrets"].shape[1], tensors["paths"].shape[2])
+            fits = (
+                len({len(tensor) for tensor in tensors.values()}) == 1
+                and 0 < len(tensors["index"]) <= MOST_LEAVES
+            )
+            widths = (
+                tensors["answers"].shape[1],
+                tensors["secrets"].shape[1],
+                tensors["paths"].shape[2],
+            )
             fits = fits and widths == (2, _DIGEST, _DIGEST)
         if not fits:
-            raise CountermarkError(f"{path} does not hold the opened trials of a claim; it is damaged or not one of ours")
+            raise CountermarkError(
+                f"{path} does not hold the opened trials of a claim; it is damaged or not one of ours"
+            )
         if list(tensors["x"].shape[1:]) != shape:
-            raise CountermarkError(f"{path} holds images of another shape than was committed to; it is damaged")
+            raise CountermarkError(
+                f"{path} holds images of another shape than was committed to; it is damaged"
+            )
 
     return Opened(**read_tensors(path, _TRIALS_LIMIT, check)[0])
 

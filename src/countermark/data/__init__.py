@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from countermark.data.dataset import Dataset
     from countermark.data.examples import Examples, Rows, as_uint8, pixels
     from countermark.data.pools import Pools
-    from countermark.data.source import DataPlace, known_images, load_examples, load_ood, load_pools, open_data
+    from countermark.data.source import (
+        DataPlace,
+        known_images,
+        load_examples,
+        load_ood,
+        load_pools,
+        open_data,
+    )
     from countermark.data.store import by_digest
 
 _HOMES = {

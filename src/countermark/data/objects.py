@@ -14,9 +14,7 @@ from countermark.data.reading import PARTS, Item, Listing
 from countermark.errors import CountermarkError
 from countermark.text import brief, sentence
 
-_USABLE = (
-    "give (x, y), (x_train, y_train, x_test, y_test), a dict of arrays, or one or two data sets of images with labels that have `.classes`"
-)
+_USABLE = "give (x, y), (x_train, y_train, x_test, y_test), a dict of arrays, or one or two data sets of images with labels that have `.classes`"
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "img"), ("label", "labels")
 
 
@@ -35,21 +33,36 @@ def list_object(place: str, found: Any) -> Listing:
     """
     named = _by_name(found)
     if named is None:
-        raise CountermarkError(f"{place} is {brief(type(found).__name__)}, which is no data set; {_USABLE}")
+        raise CountermarkError(
+            f"{place} is {brief(type(found).__name__)}, which is no data set; {_USABLE}"
+        )
     sets = {part: named[name] for name, part in SPLITS.items() if name in named}
     if not sets:
         return list_arrays(place, named)
     pairs = {part: pair for part, pair in sets.items() if _is_pair(pair)}
     if pairs.keys() == sets.keys():
-        arrays = {f"{axis}_{part}": value for part, pair in pairs.items() for axis, value in zip("xy", pair, strict=True)}
-        return list_arrays(place, arrays | ({CLASS_NAMES: named[CLASS_NAMES]} if CLASS_NAMES in named else {}))
+        arrays = {
+            f"{axis}_{part}": value
+            for part, pair in pairs.items()
+            for axis, value in zip("xy", pair, strict=True)
+        }
+        return list_arrays(
+            place, arrays | ({CLASS_NAMES: named[CLASS_NAMES]} if CLASS_NAMES in named else {})
+        )
     if "train" not in sets or not all(map(_is_set, sets.values())):
         raise CountermarkError(f"{place} has no training part that can be read; {_USABLE}")
     classes = named.get(CLASS_NAMES) or _classes(sets["train"])
     if classes is None:
-        raise CountermarkError(f"{place} does not name its classes; give it an attribute `classes`, their names in the order of the labels")
+        raise CountermarkError(
+            f"{place} does not name its classes; give it an attribute `classes`, their names in the order of the labels"
+        )
     class_names = tuple(map(str, classes))
-    items = (item for part in PARTS if part in sets for item in _items(place, part, sets[part], len(class_names)))
+    items = (
+        item
+        for part in PARTS
+        if part in sets
+        for item in _items(place, part, sets[part], len(class_names))
+    )
     return Listing(place, class_names, items, sum(map(len, sets.values())))
 
 
@@ -104,14 +117,21 @@ def _items(place: str, part: str, found: Any, classes: int) -> Iterator[Item]:
         try:
             image, raw = _pair(found[i])
         except Exception as error:  # anybody's code
-            yield Item(name, part, 0, partial(_damaged, f"raised {type(error).__name__}: {sentence(str(error))}"))
+            yield Item(
+                name,
+                part,
+                0,
+                partial(_damaged, f"raised {type(error).__name__}: {sentence(str(error))}"),
+            )
             continue
         yield Item(name, part, _label(raw, classes, f"{place}: {name}"), partial(_decode, image))
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
     if isinstance(value, Mapping):
-        return next(value[key] for key in _IMAGE_KEYS if key in value), next(value[key] for key in _LABEL_KEYS if key in value)
+        return next(value[key] for key in _IMAGE_KEYS if key in value), next(
+            value[key] for key in _LABEL_KEYS if key in value
+        )
     image, label = value
     return image, label
 
@@ -120,9 +140,13 @@ def _label(raw: Any, classes: int, origin: str) -> int:
     try:
         label = operator.index(raw.item() if hasattr(raw, "item") else raw)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CountermarkError(f"{origin} has the label {brief(raw)}; labels are whole numbers from 0") from error
+        raise CountermarkError(
+            f"{origin} has the label {brief(raw)}; labels are whole numbers from 0"
+        ) from error
     if not 0 <= label < classes:
-        raise CountermarkError(f"{origin} has the label {label}, and there are {classes} classes, 0 to {classes - 1}")
+        raise CountermarkError(
+            f"{origin} has the label {label}, and there are {classes} classes, 0 to {classes - 1}"
+        )
     return label
 
 

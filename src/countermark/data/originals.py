@@ -26,9 +26,14 @@ TEST_LABELS = "t10k-labels-idx1-ubyte"
 
 CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
 
-_DIGITS_EACH = 6  # every sixth of the digits is a test example, so that all writers are in both sets
+_DIGITS_EACH = (
+    6  # every sixth of the digits is a test example, so that all writers are in both sets
+)
 _IDX_LIMIT = 1 << 26
-_CIFAR_FILES: Mapping[str, str] = {**{f"data_batch_{i}.bin": "train" for i in range(1, 6)}, "test_batch.bin": "test"}
+_CIFAR_FILES: Mapping[str, str] = {
+    **{f"data_batch_{i}.bin": "train" for i in range(1, 6)},
+    "test_batch.bin": "test",
+}
 _CIFAR_IMAGES = 10_000  # in a file, each a label and a red, a green and a blue plane
 _CIFAR_RECORD = 1 + 3 * 32 * 32
 
@@ -49,10 +54,16 @@ def read_idx(row: "Known", cache: Path | None) -> tuple["Examples", "Examples"]:
     folder = fetch_files(row, cache=cache)
 
     def part(images: str, labels: str) -> Examples:
-        x = torch.from_numpy(parse_idx(read_bytes(folder / images, _IDX_LIMIT), 3, images).copy()).unsqueeze(1)
-        y = torch.from_numpy(parse_idx(read_bytes(folder / labels, _IDX_LIMIT), 1, labels).copy()).long()
+        x = torch.from_numpy(
+            parse_idx(read_bytes(folder / images, _IDX_LIMIT), 3, images).copy()
+        ).unsqueeze(1)
+        y = torch.from_numpy(
+            parse_idx(read_bytes(folder / labels, _IDX_LIMIT), 1, labels).copy()
+        ).long()
         if len(x) != len(y) or x.shape[1:] != row.shape:
-            raise CountermarkError(f"{folder} holds images and labels that do not fit {row.name}; delete the folder to fetch them again")
+            raise CountermarkError(
+                f"{folder} holds images and labels that do not fit {row.name}; delete the folder to fetch them again"
+            )
         return Examples(x, y)
 
     return part(TRAIN_IMAGES, TRAIN_LABELS), part(TEST_IMAGES, TEST_LABELS)
@@ -71,7 +82,9 @@ def read_digits(row: "Known", cache: Path | None) -> tuple["Examples", "Examples
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise CountermarkError(f"the data set {row.name!r} comes with scikit-learn; pip install 'countermark[digits]'") from error
+        raise CountermarkError(
+            f"the data set {row.name!r} comes with scikit-learn; pip install 'countermark[digits]'"
+        ) from error
     source = load_digits()
     x = torch.from_numpy(source.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     y = torch.from_numpy(source.target).long()
@@ -91,7 +104,12 @@ def read_cifar(row: "Known", cache: Path | None) -> tuple["Examples", "Examples"
 
     archive = fetch_files(row, cache=cache) / CIFAR_ARCHIVE
     items, count = _cifar_items(archive, row.classes), _CIFAR_IMAGES * len(_CIFAR_FILES)
-    data = stored(Listing(row.name, row.class_names, items, count, file_state([archive])), size=None, skip_damaged=False, cache=cache)
+    data = stored(
+        Listing(row.name, row.class_names, items, count, file_state([archive])),
+        size=None,
+        skip_damaged=False,
+        cache=cache,
+    )
     return data.train, data.test
 
 
@@ -103,13 +121,31 @@ def _cifar_items(archive: Path, classes: int) -> Iterator["Item"]:
 
     try:
         with tarfile.open(archive) as opened:
-            files = {Path(member.name).name: opened.extractfile(member) for member in opened if member.isfile()}
-            contents = {name: stream.read() for name in _CIFAR_FILES if (stream := files.get(name)) is not None}
+            files = {
+                Path(member.name).name: opened.extractfile(member)
+                for member in opened
+                if member.isfile()
+            }
+            contents = {
+                name: stream.read()
+                for name in _CIFAR_FILES
+                if (stream := files.get(name)) is not None
+            }
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise CountermarkError(f"cannot read {archive}: {error}; delete it to fetch it again") from error
+        raise CountermarkError(
+            f"cannot read {archive}: {error}; delete it to fetch it again"
+        ) from error
     for name, part in _CIFAR_FILES.items():
         records = np.frombuffer(contents.get(name, b""), dtype=np.uint8)
-        if len(records) != _CIFAR_IMAGES * _CIFAR_RECORD or int((records := records.reshape(-1, _CIFAR_RECORD))[:, 0].max()) >= classes:
+        if (
+            len(records) != _CIFAR_IMAGES * _CIFAR_RECORD
+            or int((records := records.reshape(-1, _CIFAR_RECORD))[:, 0].max()) >= classes
+        ):
             raise CountermarkError(f"{archive} holds no whole {name}; delete it to fetch it again")
         for i, record in enumerate(records):
-            yield Item(f"{name}[{i}]", part, int(record[0]), partial(from_pixels, record[1:].reshape(3, 32, 32)))
+            yield Item(
+                f"{name}[{i}]",
+                part,
+                int(record[0]),
+                partial(from_pixels, record[1:].reshape(3, 32, 32)),
+            )

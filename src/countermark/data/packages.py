@@ -37,7 +37,11 @@ def _npm_pack(folder: Path) -> None:
 
 def _apt_download(folder: Path) -> None:
     _run(["apt-get", "download", "dataset-fashion-mnist"], folder)
-    with _only(folder, "*.deb").open("rb") as deb, _deb_data(deb, folder).open("rb") as data, tarfile.open(fileobj=data) as archive:
+    with (
+        _only(folder, "*.deb").open("rb") as deb,
+        _deb_data(deb, folder).open("rb") as data,
+        tarfile.open(fileobj=data) as archive,
+    ):
         _unpack(archive, folder)
 
 
@@ -50,7 +54,10 @@ def _deb_data(deb: BinaryIO, folder: Path) -> Path:
     if deb.read(8) != b"!<arch>\n":
         raise CountermarkError("the package is not a Debian archive")
     while header := deb.read(60):
-        name, digits = header[:16].decode("ascii", "replace").strip().rstrip("/"), header[48:58].strip()
+        name, digits = (
+            header[:16].decode("ascii", "replace").strip().rstrip("/"),
+            header[48:58].strip(),
+        )
         if not digits.isdigit():
             raise CountermarkError("the package is not a whole Debian archive")
         size = int(digits)
@@ -75,10 +82,14 @@ def _unpack(archive: tarfile.TarFile, folder: Path) -> None:
 def _run(command: list[str], folder: Path) -> None:
     if shutil.which(command[0]) is None:
         raise CountermarkError(f"{command[0]} is not installed")
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT, check=False)  # noqa: S603
+    done = subprocess.run(  # noqa: S603
+        command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+    )
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise CountermarkError(f"{command[0]} failed: {lines[-1].strip() if lines else f'exit status {done.returncode}'}")
+        raise CountermarkError(
+            f"{command[0]} failed: {lines[-1].strip() if lines else f'exit status {done.returncode}'}"
+        )
 
 
 def _only(folder: Path, pattern: str) -> Path:

@@ -57,12 +57,30 @@ def list_parquet(place: Path) -> Listing:
     files = [path for paths in parts.values() for path in paths]
     state = file_state(files)
     image, label, names = _columns(files[0])
-    raw = {part: np.concatenate([_labels(path, label) for path in paths]) for part, paths in parts.items()}
+    raw = {
+        part: np.concatenate([_labels(path, label) for path in paths])
+        for part, paths in parts.items()
+    }
     labels, class_names = settle_labels(
-        {_origin(place, part): whole_labels(y, _origin(place, part), len(y)) for part, y in raw.items()}, names
+        {
+            _origin(place, part): whole_labels(y, _origin(place, part), len(y))
+            for part, y in raw.items()
+        },
+        names,
     )
-    items = (item for part, paths in parts.items() for item in _items(part, paths, image, labels[_origin(place, part)]))
-    return Listing(str(place), class_names, items, sum(map(len, raw.values())), state, again=lambda: file_state(files))
+    items = (
+        item
+        for part, paths in parts.items()
+        for item in _items(part, paths, image, labels[_origin(place, part)])
+    )
+    return Listing(
+        str(place),
+        class_names,
+        items,
+        sum(map(len, raw.values())),
+        state,
+        again=lambda: file_state(files),
+    )
 
 
 def _origin(place: Path, part: str) -> str:
@@ -75,14 +93,18 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise CountermarkError("Parquet files are read with pyarrow; pip install 'countermark[parquet]'") from error
+        raise CountermarkError(
+            "Parquet files are read with pyarrow; pip install 'countermark[parquet]'"
+        ) from error
     try:
         with parquet.ParquetFile(path) as file:
             yield file
     except (CountermarkError, MemoryError):
         raise
     except Exception as error:
-        raise CountermarkError(f"cannot read {path}: {sentence(str(error))}; it is no whole Parquet file") from error
+        raise CountermarkError(
+            f"cannot read {path}: {sentence(str(error))}; it is no whole Parquet file"
+        ) from error
 
 
 def _columns(path: Path) -> tuple[str, str, tuple[str, ...] | None]:
@@ -93,7 +115,11 @@ def _columns(path: Path) -> tuple[str, str, tuple[str, ...] | None]:
         columns = {field.name: field.type for field in file.schema_arrow}
         features = _features(file.schema_arrow.metadata or {})
         images = [name for name, kind in columns.items() if _holds_bytes(types, kind)]
-        labels = [name for name, kind in columns.items() if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)]
+        labels = [
+            name
+            for name, kind in columns.items()
+            if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+        ]
     image = _only(images, _IMAGE_NAMES, "images, as {bytes, path} or as bytes", path)
     classes = [name for name in labels if features.get(name, {}).get("_type") == "ClassLabel"]
     label = _only(classes or labels, _LABEL_NAMES, "labels, as whole numbers or strings", path)
@@ -110,7 +136,11 @@ def _holds_bytes(types: Any, kind: Any) -> bool:
 def _only(found: Sequence[str], preferred: Sequence[str], what: str, path: Path) -> str:
     chosen = [name for name in found if name in preferred] or list(found)
     if len(chosen) != 1:
-        there = f"several: {', '.join(map(brief, chosen))}; keep one or call it {preferred[0]}" if chosen else "none"
+        there = (
+            f"several: {', '.join(map(brief, chosen))}; keep one or call it {preferred[0]}"
+            if chosen
+            else "none"
+        )
         raise CountermarkError(f"{path} needs one column of {what}, and has {there}")
     return chosen[0]
 
@@ -118,19 +148,29 @@ def _only(found: Sequence[str], preferred: Sequence[str], what: str, path: Path)
 def _features(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
     """What the library `datasets` noted about the columns."""
     try:
-        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        features = (
+            json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        )
     except (ValueError, AttributeError, RecursionError):
         return {}
-    return {name: told for name, told in features.items() if isinstance(told, dict)} if isinstance(features, dict) else {}
+    return (
+        {name: told for name, told in features.items() if isinstance(told, dict)}
+        if isinstance(features, dict)
+        else {}
+    )
 
 
 def _labels(path: Path, column: str) -> Array:
     with _opened(path) as file:
         if column not in file.schema_arrow.names:
-            raise CountermarkError(f"{path} has no column {brief(column)}, which the first file has")
+            raise CountermarkError(
+                f"{path} has no column {brief(column)}, which the first file has"
+            )
         values = file.read(columns=[column]).column(0)
         if values.null_count:
-            raise CountermarkError(f"{path} has {values.null_count} rows without a label; remove them")
+            raise CountermarkError(
+                f"{path} has {values.null_count} rows without a label; remove them"
+            )
         return np.array(values.to_pylist()) if len(values) else np.zeros(0, dtype=np.int64)
 
 
@@ -141,7 +181,9 @@ def _items(part: str, paths: Sequence[Path], column: str, labels: Array) -> Iter
             for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
                 for value in batch.column(0).to_pylist():
                     data = value.get("bytes") if isinstance(value, dict) else value
-                    yield Item(f"{path.name}[{done}]", part, int(labels[done]), partial(_decode, data))
+                    yield Item(
+                        f"{path.name}[{done}]", part, int(labels[done]), partial(_decode, data)
+                    )
                     done += 1
 
 

@@ -53,7 +53,11 @@ def sizes(count: int) -> dict[str, int]:
     trials, so small sets give a larger share to the watermark bases.
     """
     bases = min(1500, max(220, count // 7), count // 4)
-    return {"validation": min(2000, max(60, count // 25), count // 10), "bases": bases, "thief": count * 11 // 60}
+    return {
+        "validation": min(2000, max(60, count // 25), count // 10),
+        "bases": bases,
+        "thief": count * 11 // 60,
+    }
 
 
 def cut(
@@ -81,7 +85,11 @@ def cut(
     """
     wanted = wanted or sizes(len(train))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    every = torch.cat((train.contents(), test.contents())) if by_content or known is not None else torch.arange(len(train))
+    every = (
+        torch.cat((train.contents(), test.contents()))
+        if by_content or known is not None
+        else torch.arange(len(train))
+    )
     content = _contents(every, len(train)) if by_content else torch.arange(len(train))
     order = order[content[order] >= 0]
     first = _first_of_each(content[order])
@@ -91,7 +99,9 @@ def cut(
             raise CountermarkError(
                 f"known is a mask of the {len(train)} training and the {len(test)} test images, not {tuple(known.shape)}"
             )
-        known = torch.isin(every, every[known])  # weights know every copy of an image that they were trained on
+        known = torch.isin(
+            every, every[known]
+        )  # weights know every copy of an image that they were trained on
         candidates = candidates[known[candidates].int().argsort(stable=True)]
     if min(wanted.values()) == 0 or len(candidates) <= sum(wanted.values()):
         raise CountermarkError(
@@ -105,7 +115,9 @@ def cut(
     pools["training"] = order[~torch.isin(content[order], held_out)]
     counts: dict[str, int] = {}
     if known is not None:
-        counts = {name: int(known[chosen].sum()) for name, chosen in pools.items()} | {"test": int(known[len(train) :].sum())}
+        counts = {name: int(known[chosen].sum()) for name, chosen in pools.items()} | {
+            "test": int(known[len(train) :].sum())
+        }
     return Pools(test=test, known=counts, **{name: train[chosen] for name, chosen in pools.items()})
 
 
@@ -130,8 +142,12 @@ def unpacked(text: str, count: int) -> torch.Tensor:
     except (ValueError, zlib.error):
         bits = b""
     if len(bits) != size:
-        raise CountermarkError("what the model folder says of the images that its first weights knew does not fit the data; it is damaged")
-    return torch.from_numpy(np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=count).astype(bool))
+        raise CountermarkError(
+            "what the model folder says of the images that its first weights knew does not fit the data; it is damaged"
+        )
+    return torch.from_numpy(
+        np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=count).astype(bool)
+    )
 
 
 def _contents(every: torch.Tensor, count: int) -> torch.Tensor:

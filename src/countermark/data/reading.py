@@ -36,7 +36,9 @@ _WORKERS = 8
 _TOGETHER = 8  # images that a thread decodes at a time
 _AHEAD = 2  # times that many are decoded ahead of the one that is wanted, for each thread
 _HELD = 1 << 27  # bytes of decoded images from which on only those that are wanted next are decoded
-_TICK = 50_000_000  # nanoseconds; two changes within one tick of a file system's clock look like one
+_TICK = (
+    50_000_000  # nanoseconds; two changes within one tick of a file system's clock look like one
+)
 _NAMED = 5  # damaged files and the like that a message names
 
 
@@ -125,7 +127,9 @@ class Found:
             **{
                 **value,
                 "class_names": tuple(value["class_names"]),
-                "counts": {part: tuple(value["counts"][part]) for part in PARTS if part in value["counts"]},
+                "counts": {
+                    part: tuple(value["counts"][part]) for part in PARTS if part in value["counts"]
+                },
                 "shapes": dict(shapes),
                 "damaged": tuple((name, reason) for name, reason in value["damaged"]),
             }
@@ -151,16 +155,20 @@ class Found:
                 "repair or delete them, or leave them out with --skip-damaged"
             )
         if self.images == 0:
-            return (
-                f"{self.place} has no images that can be read; give {FEWEST} or more for each class (in a folder: PNG, JPEG, WebP or BMP)"
-            )
+            return f"{self.place} has no images that can be read; give {FEWEST} or more for each class (in a folder: PNG, JPEG, WebP or BMP)"
         if len(self.class_names) < 2:
             return f"{self.place} has one class, {brief(self.class_names[0])}; a classifier needs two or more"
-        lacking = [f"{brief(name)} has {number}" for name, number in zip(self.class_names, self._trainable, strict=True) if number < FEWEST]
+        lacking = [
+            f"{brief(name)} has {number}"
+            for name, number in zip(self.class_names, self._trainable, strict=True)
+            if number < FEWEST
+        ]
         if lacking:
             return f"{self.place}: every class needs {FEWEST} training images or more, and {some(lacking)}; add images or remove the class"
         if len(self.shapes) > 1 and size is None:
-            listed = some([f"{shape} ({count_of(number, 'image')})" for shape, number in self.shapes.items()])
+            listed = some(
+                [f"{shape} ({count_of(number, 'image')})" for shape, number in self.shapes.items()]
+            )
             return f"{self.place} has images of {len(self.shapes)} shapes (height x width): {listed}; bring them to one with --size N"
         return None
 
@@ -214,7 +222,9 @@ class _Room:
     def wait(self, group: int) -> None:
         """Wait until an image of a group may be decoded."""
         with self._changed:
-            self._changed.wait_for(lambda: self._held < _HELD or group == self._wanted or self._closed)
+            self._changed.wait_for(
+                lambda: self._held < _HELD or group == self._wanted or self._closed
+            )
 
     def enter(self, outcome: Decoded | DamagedError) -> None:
         """Count an image that was decoded."""
@@ -233,7 +243,9 @@ def _bytes(outcome: Decoded | DamagedError) -> int:
     return outcome.pixels.nbytes if isinstance(outcome, Decoded) else 0
 
 
-def _attempt(items: Sequence[Item], size: int | None, group: int, room: _Room) -> list[tuple[Item, Decoded | DamagedError]]:
+def _attempt(
+    items: Sequence[Item], size: int | None, group: int, room: _Room
+) -> list[tuple[Item, Decoded | DamagedError]]:
     outcomes: list[tuple[Item, Decoded | DamagedError]] = []
     for item in items:
         room.wait(group)
@@ -289,7 +301,10 @@ class Tally:
                 for k, part in enumerate(PARTS)
                 if part == "train" or (parts == k).any()
             },
-            shapes={f"{height}x{width}": number for (height, width), number in self._shapes.most_common()},
+            shapes={
+                f"{height}x{width}": number
+                for (height, width), number in self._shapes.most_common()
+            },
             colour=self._channels[3] > 0,
             converted=dict(sorted(kinds.items())),
             damaged=tuple(self._damaged),
@@ -320,7 +335,9 @@ def file_state(paths: Sequence[Path]) -> str:
         try:
             status = path.stat()
         except OSError as error:
-            raise CountermarkError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
+            raise CountermarkError(
+                f"cannot read {path}: {error.strerror}; check the path and its permissions"
+            ) from error
         state.update(stamp(path.resolve(), status))
         newest = max(newest, status.st_ctime_ns)
     outlast(newest)
@@ -329,7 +346,9 @@ def file_state(paths: Sequence[Path]) -> str:
 
 def stamp(path: Path, status: os.stat_result) -> bytes:
     """What is another after any change to a file: its path, size, times and number."""
-    return repr((os.fsencode(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)).encode()
+    return repr(
+        (os.fsencode(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    ).encode()
 
 
 def outlast(change: int) -> None:

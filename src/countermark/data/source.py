@@ -102,7 +102,9 @@ def open_data(
     options = Options(size, skip_damaged, None if cache is None else own_path(cache, "cache"))
     found, data = read_data(place, options)
     if data is None:
-        raise CountermarkError(found.complaint(size=size, skip_damaged=skip_damaged) or f"{found.place} cannot be read")
+        raise CountermarkError(
+            found.complaint(size=size, skip_damaged=skip_damaged) or f"{found.place} cannot be read"
+        )
     return data
 
 
@@ -114,16 +116,26 @@ def read_data(place: Any, options: Options) -> tuple[Found, Dataset | None]:
     """
     size: Any = options.size
     if size is not None:
-        if isinstance(size, bool) or not isinstance(size, Integral) or not 1 <= int(size) <= _LARGEST:
-            raise CountermarkError(f"images are brought to a side of 1 to {_LARGEST} pixels, not {brief(size)}; give another --size")
+        if (
+            isinstance(size, bool)
+            or not isinstance(size, Integral)
+            or not 1 <= int(size) <= _LARGEST
+        ):
+            raise CountermarkError(
+                f"images are brought to a side of 1 to {_LARGEST} pixels, not {brief(size)}; give another --size"
+            )
         options = replace(options, size=int(size))
     for reader in READERS:
         if reader.takes(place):
             return reader.bring(place, options)
     usable = ", ".join(reader.what for reader in READERS[1:-1])
     if os.path.exists(place):  # noqa: PTH110 (it says no where it may not look)
-        raise CountermarkError(f"{brief(str(place))} is none of the files that data is read from; give {usable}")
-    raise CountermarkError(f"there is no data at {brief(str(place))}{nearest(str(place), {name: name for name in KNOWN})}; give {usable}")
+        raise CountermarkError(
+            f"{brief(str(place))} is none of the files that data is read from; give {usable}"
+        )
+    raise CountermarkError(
+        f"there is no data at {brief(str(place))}{nearest(str(place), {name: name for name in KNOWN})}; give {usable}"
+    )
 
 
 def load_examples(name: str, cache: str | Path | None = None) -> tuple[Examples, Examples]:
@@ -132,7 +144,9 @@ def load_examples(name: str, cache: str | Path | None = None) -> tuple[Examples,
     return data.train, data.test
 
 
-def known_images(data: Dataset, trained_on: DataPlace | None, *, cache: str | Path | None = None) -> torch.Tensor:
+def known_images(
+    data: Dataset, trained_on: DataPlace | None, *, cache: str | Path | None = None
+) -> torch.Tensor:
     """Which images given weights had been trained on, bool `(n,)`: of the training part, then of the test part.
 
     A model folder keeps this mask, so that its pools stay what they are whatever happens to the
@@ -153,7 +167,9 @@ def known_images(data: Dataset, trained_on: DataPlace | None, *, cache: str | Pa
         return torch.cat((trained, torch.full((len(data.test),), data.test_cut)))
     other = open_data(trained_on, size=data.size, skip_damaged=data.skip_damaged, cache=cache)
     if other.shape != data.shape:
-        raise CountermarkError(f"{other.place} has images of shape {other.shape}, the data of {data.shape}: such images cannot be compared")
+        raise CountermarkError(
+            f"{other.place} has images of shape {other.shape}, the data of {data.shape}: such images cannot be compared"
+        )
     seen = torch.cat((other.train.contents(), other.test.contents()))
     return torch.isin(torch.cat((data.train.contents(), data.test.contents())), seen)
 
@@ -189,12 +205,16 @@ def load_ood(data: Dataset, pools: Pools, seed: int, cache: str | Path | None = 
 def _known(place: str | Path, options: Options) -> tuple[Found, Dataset | None]:
     row = known(str(place))
     if options.size is not None and (options.size, options.size) != row.shape[1:]:
-        raise CountermarkError(f"the images of {row.name} have {row.shape[1]} x {row.shape[2]} pixels; leave --size out")
+        raise CountermarkError(
+            f"the images of {row.name} have {row.shape[1]} x {row.shape[2]} pixels; leave --size out"
+        )
     try:
         train, test = row.read(row, options.cache)
     except CountermarkError as error:
         if _is_path(place, os.path.isdir):
-            raise CountermarkError(f"{error} (or give ./{place} for the folder of that name)") from error
+            raise CountermarkError(
+                f"{error} (or give ./{place} for the folder of that name)"
+            ) from error
         raise
     data = Dataset(
         place=row.name,
@@ -227,23 +247,35 @@ def _told(data: Dataset) -> Found:
     return Found(
         place=data.place or "the data",
         class_names=data.class_names,
-        counts={name: tuple(part.y.bincount(minlength=data.classes).tolist()) for name, part in parts.items()},
+        counts={
+            name: tuple(part.y.bincount(minlength=data.classes).tolist())
+            for name, part in parts.items()
+        },
         shapes={f"{height}x{width}": sum(map(len, parts.values()))},
         colour=data.colour,
         converted=data.converted,
     )
 
 
-def _listed(listing: Callable[[Path], Listing]) -> Callable[[Any, Options], tuple[Found, Dataset | None]]:
+def _listed(
+    listing: Callable[[Path], Listing],
+) -> Callable[[Any, Options], tuple[Found, Dataset | None]]:
     def bring(place: Any, options: Options) -> tuple[Found, Dataset | None]:
-        return bring_in(listing(Path(place)), size=options.size, skip_damaged=options.skip_damaged, cache=options.cache)
+        return bring_in(
+            listing(Path(place)),
+            size=options.size,
+            skip_damaged=options.skip_damaged,
+            cache=options.cache,
+        )
 
     return bring
 
 
 def _object(place: Any, options: Options, name: str = "") -> tuple[Found, Dataset | None]:
     listing = list_object(name or "the data", place)
-    found, data = bring_in(listing, size=options.size, skip_damaged=options.skip_damaged, cache=options.cache)
+    found, data = bring_in(
+        listing, size=options.size, skip_damaged=options.skip_damaged, cache=options.cache
+    )
     return found, None if data is None else replace(data, place=name)
 
 
@@ -253,7 +285,9 @@ def _code(place: str, options: Options) -> tuple[Found, Dataset | None]:
     if not hasattr(found, "__len__"):
         found = called(found, place, {}) if callable(found) else found
     if isinstance(found, str | Path | Dataset):
-        raise CountermarkError(f"{place} gives {brief(type(found).__name__)}; let it return arrays or a data set of images with labels")
+        raise CountermarkError(
+            f"{place} gives {brief(type(found).__name__)}; let it return arrays or a data set of images with labels"
+        )
     return _object(found, options, place)
 
 
@@ -265,14 +299,28 @@ def _is_path(place: Any, there: Callable[[str | Path], bool]) -> bool:
 READERS: tuple[Reader, ...] = (
     Reader("a Dataset", lambda place: isinstance(place, Dataset), _opened),
     Reader(", ".join(KNOWN), lambda place: isinstance(place, str) and place in KNOWN, _known),
-    Reader("a .npz file", lambda place: _is_path(place, os.path.isfile) and Path(place).suffix.lower() == ".npz", _listed(list_npz)),
+    Reader(
+        "a .npz file",
+        lambda place: _is_path(place, os.path.isfile) and Path(place).suffix.lower() == ".npz",
+        _listed(list_npz),
+    ),
     Reader(
         "a Parquet file or a folder of them",
         lambda place: _is_path(place, os.path.exists) and bool(parquet_files(Path(place))),
         _listed(list_parquet),
     ),
-    Reader("a folder of class folders", lambda place: _is_path(place, os.path.isdir), _listed(list_folder)),
-    Reader("module:function", lambda place: isinstance(place, str) and not _is_path(place, os.path.exists) and is_code(place), _code),
+    Reader(
+        "a folder of class folders",
+        lambda place: _is_path(place, os.path.isdir),
+        _listed(list_folder),
+    ),
+    Reader(
+        "module:function",
+        lambda place: (
+            isinstance(place, str) and not _is_path(place, os.path.exists) and is_code(place)
+        ),
+        _code,
+    ),
     Reader("an object in Python", lambda place: not isinstance(place, str | Path), _object),
 )
 """Every kind of place, in the order in which they are tried."""

@@ -29,7 +29,16 @@ from countermark.data.examples import Examples, Rows
 from countermark.data.images import Array, Decoded
 from countermark.data.reading import PARTS, Found, Listing, Tally, count_doubles, decoded
 from countermark.errors import CountermarkError
-from countermark.files import FolderBusyError, canonical_json, locked, read_json, read_tensors, sha256, write_json, write_tensors
+from countermark.files import (
+    FolderBusyError,
+    canonical_json,
+    locked,
+    read_json,
+    read_tensors,
+    sha256,
+    write_json,
+    write_tensors,
+)
 from countermark.threat import default_threat
 
 _SET_FORMAT = "countermark images 1"
@@ -43,7 +52,9 @@ _OLD = 60  # seconds after which a folder under construction that nobody holds i
 _TEST_SHARE = 6  # every sixth image is a test image where there is no test part
 
 
-def stored(listing: Listing, *, size: int | None, skip_damaged: bool, cache: Path | None) -> Dataset:
+def stored(
+    listing: Listing, *, size: int | None, skip_damaged: bool, cache: Path | None
+) -> Dataset:
     """Open what a reader listed: out of the cache where nothing changed, else by reading all of it.
 
     Raises:
@@ -52,20 +63,33 @@ def stored(listing: Listing, *, size: int | None, skip_damaged: bool, cache: Pat
     """
     found, data = bring_in(listing, size=size, skip_damaged=skip_damaged, cache=cache)
     if data is None:
-        raise CountermarkError(found.complaint(size=size, skip_damaged=skip_damaged) or f"{listing.place} cannot be read")
+        raise CountermarkError(
+            found.complaint(size=size, skip_damaged=skip_damaged)
+            or f"{listing.place} cannot be read"
+        )
     return data
 
 
-def bring_in(listing: Listing, *, size: int | None, skip_damaged: bool, cache: Path | None) -> tuple[Found, Dataset | None]:
+def bring_in(
+    listing: Listing, *, size: int | None, skip_damaged: bool, cache: Path | None
+) -> tuple[Found, Dataset | None]:
     """Find or read the images of a listing; say what was found, and give the data set if one can be made of it.
 
     Raises:
         CountermarkError: it changed while it was read, or the cache cannot be written.
     """
     home = cache or cache_folder()
-    place = None if listing.state is None else home / "places" / f"{sha256(canonical_json([_PLACE_FORMAT, listing.state, size]))}.json"
+    place = (
+        None
+        if listing.state is None
+        else home
+        / "places"
+        / f"{sha256(canonical_json([_PLACE_FORMAT, listing.state, size]))}.json"
+    )
     if place is not None and (known := _recall(home, place, size, skip_damaged)) is not None:
-        return replace(known[0], place=listing.place), _told(known[1], listing.place, known[0], size, skip_damaged)
+        return replace(known[0], place=listing.place), _told(
+            known[1], listing.place, known[0], size, skip_damaged
+        )
     try:
         (home / "sets").mkdir(parents=True, exist_ok=True)
         (home / "places").mkdir(exist_ok=True)
@@ -75,10 +99,14 @@ def bring_in(listing: Listing, *, size: int | None, skip_damaged: bool, cache: P
     if digest is None:
         return found, None
     if place is not None:
-        write_json(place, {"format": _PLACE_FORMAT, "set": digest, "found": asdict(found)}, limit=_LIMIT)
+        write_json(
+            place, {"format": _PLACE_FORMAT, "set": digest, "found": asdict(found)}, limit=_LIMIT
+        )
     data = _open_set(home / "sets" / digest)
     if data is None:
-        raise CountermarkError(f"{home / 'sets' / digest} is damaged; delete it and run the same command again")
+        raise CountermarkError(
+            f"{home / 'sets' / digest} is damaged; delete it and run the same command again"
+        )
     return found, _told(data, listing.place, found, size, skip_damaged)
 
 
@@ -87,7 +115,11 @@ def by_digest(digest: str, cache: Path | None = None) -> Dataset | None:
 
     Its place is empty, and what was converted or left out when it was read is not known.
     """
-    return _open_set((cache or cache_folder()) / "sets" / digest) if _DIGEST.fullmatch(digest) else None
+    return (
+        _open_set((cache or cache_folder()) / "sets" / digest)
+        if _DIGEST.fullmatch(digest)
+        else None
+    )
 
 
 def _told(data: Dataset, place: str, found: Found, size: int | None, skip_damaged: bool) -> Dataset:
@@ -103,7 +135,9 @@ def _told(data: Dataset, place: str, found: Found, size: int | None, skip_damage
     )
 
 
-def _recall(home: Path, place: Path, size: int | None, skip_damaged: bool) -> tuple[Found, Dataset] | None:
+def _recall(
+    home: Path, place: Path, size: int | None, skip_damaged: bool
+) -> tuple[Found, Dataset] | None:
     """What was read at a place that has not changed since; None where that is not known, or no longer there."""
     with contextlib.suppress(CountermarkError, KeyError, TypeError, ValueError, AttributeError):
         if place.exists():
@@ -115,7 +149,9 @@ def _recall(home: Path, place: Path, size: int | None, skip_damaged: bool) -> tu
     return None
 
 
-def _read(listing: Listing, sets: Path, size: int | None, skip_damaged: bool) -> tuple[Found, str | None]:
+def _read(
+    listing: Listing, sets: Path, size: int | None, skip_damaged: bool
+) -> tuple[Found, str | None]:
     """Read all images into a new set; the second value is its digest, or None where no data set can be made of it."""
     tally = Tally(listing)
     with _building(sets) as folder:
@@ -125,8 +161,13 @@ def _read(listing: Listing, sets: Path, size: int | None, skip_damaged: bool) ->
                 if isinstance(outcome, Decoded) and (size is not None or tally.shapes == 1):
                     writer.add(outcome.pixels)
         if listing.again is not None and listing.again() != listing.state:
-            raise CountermarkError(f"{listing.place} changed while it was read; run the same command again when nobody writes there")
-        parts, labels = np.array(tally.parts, dtype=np.int64), np.array(tally.labels, dtype=np.int64)
+            raise CountermarkError(
+                f"{listing.place} changed while it was read; run the same command again when nobody writes there"
+            )
+        parts, labels = (
+            np.array(tally.parts, dtype=np.int64),
+            np.array(tally.labels, dtype=np.int64),
+        )
         if writer.count < len(labels) or not len(labels):  # of several shapes, or nothing
             return tally.found(parts, labels), None
         rows: Any = Rows(folder / "images", (writer.count, *writer.shape))
@@ -140,9 +181,13 @@ def _read(listing: Listing, sets: Path, size: int | None, skip_damaged: bool) ->
         return found, _keep(folder, sets, found, images, numbers, parts)
 
 
-def _keep(folder: Path, sets: Path, found: Found, images: Examples, numbers: torch.Tensor, parts: Array) -> str:
+def _keep(
+    folder: Path, sets: Path, found: Found, images: Examples, numbers: torch.Tensor, parts: Array
+) -> str:
     """Write the labels and the record beside the images, and give the folder its name."""
-    train = torch.from_numpy(np.concatenate([np.flatnonzero(parts == PARTS.index(part)) for part in ("train", "val")]))
+    train = torch.from_numpy(
+        np.concatenate([np.flatnonzero(parts == PARTS.index(part)) for part in ("train", "val")])
+    )
     test = torch.from_numpy(np.flatnonzero(parts == PARTS.index("test")))
 
     def hashed(index: torch.Tensor) -> Examples:
@@ -150,7 +195,10 @@ def _keep(folder: Path, sets: Path, found: Found, images: Examples, numbers: tor
         return replace(part, sha256=part.digest)
 
     data = _dataset(hashed(train), hashed(test), found.class_names)
-    write_tensors(folder / "examples.safetensors", {"y": images.y, "numbers": numbers, "train": train, "test": test})
+    write_tensors(
+        folder / "examples.safetensors",
+        {"y": images.y, "numbers": numbers, "train": train, "test": test},
+    )
     write_json(
         folder / "record.json",
         {
@@ -165,7 +213,9 @@ def _keep(folder: Path, sets: Path, found: Found, images: Examples, numbers: tor
     )
     target = sets / data.digest
     if target.exists() and _open_set(target) is None:
-        target.rename(sets / f"{_TORN}{secrets.token_hex(8)}")  # a file of it was cut short or deleted
+        target.rename(
+            sets / f"{_TORN}{secrets.token_hex(8)}"
+        )  # a file of it was cut short or deleted
     with contextlib.suppress(OSError):  # another process has made the same set
         folder.rename(target)
     return data.digest
@@ -187,7 +237,10 @@ def _open_set(folder: Path) -> Dataset | None:
             images = Examples(chosen, y[index], numbers[index], record[f"{name}_sha256"])
             return images.read() if resident else images
 
-        return replace(_dataset(part("train"), part("test"), tuple(record["class_names"])), parts=record["parts"])
+        return replace(
+            _dataset(part("train"), part("test"), tuple(record["class_names"])),
+            parts=record["parts"],
+        )
     except (CountermarkError, OSError, KeyError, TypeError, IndexError):
         return None
 

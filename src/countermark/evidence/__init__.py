@@ -8,7 +8,15 @@ whatever the suspect is; the three conditions that carry this are in docs/how-it
 from countermark.evidence.betting import EProcess
 from countermark.evidence.planner import trials_needed
 from countermark.evidence.sign_flip import SignFlip, cell_differences, sign_flip_test
-from countermark.evidence.verdict import ALPHA, EXIT_STATUS, JUDGE_ALPHA, Verdict, decide, judge, untested
+from countermark.evidence.verdict import (
+    ALPHA,
+    EXIT_STATUS,
+    JUDGE_ALPHA,
+    Verdict,
+    decide,
+    judge,
+    untested,
+)
 
 __all__ = [
     "ALPHA",

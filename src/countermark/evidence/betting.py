@@ -37,13 +37,20 @@ class EProcess:
             CountermarkError: an outcome, a chance or a confidence that does not exist.
         """
         if outcome not in (-1, 0, 1):
-            raise CountermarkError("an outcome is +1 (agrees), -1 (gives the other answer) or 0 (gives neither)")
+            raise CountermarkError(
+                "an outcome is +1 (agrees), -1 (gives the other answer) or 0 (gives neither)"
+            )
         if not 0 < chance < 1 or not 0 <= confidence <= 1:
-            raise CountermarkError(f"a bet has a chance in (0, 1) and a confidence in [0, 1], not {chance} and {confidence}")
+            raise CountermarkError(
+                f"a bet has a chance in (0, 1) and a confidence in [0, 1], not {chance} and {confidence}"
+            )
         if outcome == 0:
             return
         gain = (1 - chance) / chance if outcome == 1 else -1.0
-        self._logs = [log + _log(1 + confidence * share * gain) for log, share in zip(self._logs, _STAKES, strict=True)]
+        self._logs = [
+            log + _log(1 + confidence * share * gain)
+            for log, share in zip(self._logs, _STAKES, strict=True)
+        ]
         self._highest = max(self._highest, self.log_e)
 
     @property

@@ -23,10 +23,15 @@ def trials_needed(p: float, agreement: float, power: float = 0.9) -> int:
         CountermarkError: numbers out of range, or an agreement so near to one half that some six thousand trials would not do.
     """
     if not (0 < p < 1 and 0.5 < agreement <= 1 and 0.5 <= power < 1):
-        raise CountermarkError("the planner takes 0 < p < 1, 0.5 < agreement <= 1 and 0.5 <= power < 1")
+        raise CountermarkError(
+            "the planner takes 0 < p < 1, 0.5 < agreement <= 1 and 0.5 <= power < 1"
+        )
     wished = Fraction(p)
     trials, forgiven = 0, 0
-    within, term = 1, 1  # sum of C(trials, k) for k <= forgiven, and its last term C(trials, forgiven)
+    within, term = (
+        1,
+        1,
+    )  # sum of C(trials, k) for k <= forgiven, and its last term C(trials, forgiven)
     while forgiven <= _MOST_DISAGREEMENTS:
         while within * wished.denominator > wished.numerator << trials:
             within = 2 * within - term
@@ -49,7 +54,11 @@ def _at_most(bound: int, trials: int, rate: float) -> float:
     if bound + 1 < rate * trials:  # below the median: less than one half
         return 0.0
     logs = [
-        math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1) + k * math.log(rate) + (trials - k) * math.log1p(-rate)
+        math.lgamma(trials + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(trials - k + 1)
+        + k * math.log(rate)
+        + (trials - k) * math.log1p(-rate)
         for k in range(min(bound, trials) + 1)
     ]
     top = max(logs)

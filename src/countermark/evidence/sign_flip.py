@@ -14,7 +14,9 @@ from fractions import Fraction
 
 from countermark.errors import CountermarkError
 
-_DIGITS = Context(prec=40, Emin=MIN_EMIN, Emax=MAX_EMAX)  # its quotients and logarithms are correctly rounded
+_DIGITS = Context(
+    prec=40, Emin=MIN_EMIN, Emax=MAX_EMAX
+)  # its quotients and logarithms are correctly rounded
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,10 @@ class SignFlip:
 
     def randomised_p_value(self, uniform: float) -> float:
         """P(S* > S) + uniform P(S* = S): exactly uniform on (0, 1) under the null, for checks of the level."""
-        return float(Fraction(self.above, 1 << self.cells) + Fraction(uniform) * Fraction(self.at_least - self.above, 1 << self.cells))
+        return float(
+            Fraction(self.above, 1 << self.cells)
+            + Fraction(uniform) * Fraction(self.at_least - self.above, 1 << self.cells)
+        )
 
 
 def log10(p: Fraction) -> float:
@@ -67,9 +72,13 @@ def log10(p: Fraction) -> float:
 def cell_differences(cells: Sequence[int], outcomes: Sequence[int]) -> dict[int, int]:
     """Sum the outcomes (+1, -1 or 0, one a trial) of each cell."""
     if len(cells) != len(outcomes):
-        raise CountermarkError(f"{len(cells)} cells and {len(outcomes)} outcomes; give one outcome for each trial")
+        raise CountermarkError(
+            f"{len(cells)} cells and {len(outcomes)} outcomes; give one outcome for each trial"
+        )
     if any(outcome not in (-1, 0, 1) for outcome in outcomes):
-        raise CountermarkError("an outcome is +1 (agrees), -1 (gives the other answer) or 0 (gives neither)")
+        raise CountermarkError(
+            "an outcome is +1 (agrees), -1 (gives the other answer) or 0 (gives neither)"
+        )
     differences: Counter[int] = Counter()
     for cell, outcome in zip(cells, outcomes, strict=True):
         differences[cell] += outcome
@@ -91,14 +100,21 @@ def sign_flip_test(differences: Iterable[int], weights: Iterable[int] | None = N
     """
     values = list(differences)
     factors = [1] * len(values) if weights is None else list(weights)
-    if len(factors) != len(values) or any(not isinstance(weight, int) or weight < 1 for weight in factors):
+    if len(factors) != len(values) or any(
+        not isinstance(weight, int) or weight < 1 for weight in factors
+    ):
         raise CountermarkError("weights are positive integers, one for each cell")
     signed = [weight * value for weight, value in zip(factors, values, strict=True) if value]
     magnitudes = [abs(value) for value in signed]
     total, statistic = sum(magnitudes), sum(signed)
     # A pattern's sum is total - 2 x (the magnitudes it makes negative): count subsets by their sum.
     lost = (total - statistic) // 2
-    return SignFlip(statistic, len(signed), _subsets_within(magnitudes, lost), _subsets_within(magnitudes, lost - 1))
+    return SignFlip(
+        statistic,
+        len(signed),
+        _subsets_within(magnitudes, lost),
+        _subsets_within(magnitudes, lost - 1),
+    )
 
 
 def _subsets_within(magnitudes: Sequence[int], bound: int) -> int:
@@ -124,7 +140,10 @@ def _subsets_within(magnitudes: Sequence[int], bound: int) -> int:
             for _ in range(times):
                 packed = (packed + (packed << size * slot)) & mask
     coefficients = packed.to_bytes((bound + 1) * slot // 8, "little")
-    return sum(int.from_bytes(coefficients[i : i + slot // 8], "little") for i in range(0, len(coefficients), slot // 8))
+    return sum(
+        int.from_bytes(coefficients[i : i + slot // 8], "little")
+        for i in range(0, len(coefficients), slot // 8)
+    )
 
 
 def _binomial_sum(count: int, bound: int) -> int:

@@ -74,7 +74,9 @@ def judge(
         raise CountermarkError(f"a key has at least one batch, not {batches}")
     differences = cell_differences(cells, outcomes)
     if weights is not None and not differences.keys() <= weights.keys():
-        raise CountermarkError("a cell has no weight; fix an integer weight for every cell beforehand")
+        raise CountermarkError(
+            "a cell has no weight; fix an integer weight for every cell beforehand"
+        )
     factors = [1 if weights is None else weights[cell] for cell in differences]
     test = sign_flip_test(differences.values(), factors)
     p = min(Fraction(1), batches * test.p)
@@ -97,4 +99,14 @@ def judge(
 def untested(outcomes: Sequence[int], alpha: float = ALPHA) -> Verdict:
     """Count the outcomes of trials that no coin decided: there is no exact test, so they are never more than inconclusive."""
     agreements = sum(outcome == 1 for outcome in outcomes)
-    return Verdict("inconclusive", None, None, agreements, 0, len(outcomes) - agreements, len(outcomes), None, alpha)
+    return Verdict(
+        "inconclusive",
+        None,
+        None,
+        agreements,
+        0,
+        len(outcomes) - agreements,
+        len(outcomes),
+        None,
+        alpha,
+    )

@@ -38,7 +38,12 @@ def quickened(module: nn.Module) -> nn.Module:
     for convolution, norm in norms:
         _fold(quick, convolution, norm)
     for name, layer in list(quick.named_modules()):
-        if name and isinstance(layer, nn.MaxPool2d) and is_plain(layer, nn.MaxPool2d) and by_two(layer):
+        if (
+            name
+            and isinstance(layer, nn.MaxPool2d)
+            and is_plain(layer, nn.MaxPool2d)
+            and by_two(layer)
+        ):
             quick.set_submodule(name, Pool(relu=False))
     return Quickened(quick, module, len(norms))
 
@@ -73,7 +78,9 @@ class Quickened(nn.Module):
         self.exact, quick = None, self.layer
         self._take(exact, torch.contiguous_format)
         wanted = self._ask(x)
-        rounding = _ROUNDING.get(wanted.dtype, _ROUNDING_OTHERWISE) * float(wanted.abs().max()) + 1e-6
+        rounding = (
+            _ROUNDING.get(wanted.dtype, _ROUNDING_OTHERWISE) * float(wanted.abs().max()) + 1e-6
+        )
         for layout in (torch.channels_last, torch.contiguous_format):
             self._take(quick, layout)
             try:
@@ -98,7 +105,9 @@ def _laid_out(x: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
     """Tensors of four dimensions as they are wanted in memory, others as PyTorch makes them."""
     if x.dim() == 4 and layout is torch.channels_last:
         return x.contiguous(memory_format=layout)
-    return x.contiguous().flatten().view(x.shape)  # one channel lies both ways, but its strides say which
+    return (
+        x.contiguous().flatten().view(x.shape)
+    )  # one channel lies both ways, but its strides say which
 
 
 class _Tracer(torch.fx.Tracer):
@@ -117,10 +126,14 @@ def _norms_behind_convolutions(module: nn.Module) -> list[tuple[str, str]]:
     None are found in code that cannot be followed, such as code that looks at the numbers.
     """
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    followed = copy.deepcopy(module, shared)  # code that keeps what it computes keeps what it is followed with
+    followed = copy.deepcopy(
+        module, shared
+    )  # code that keeps what it computes keeps what it is followed with
     try:
         given = list(inspect.signature(module.forward).parameters.values())[1:]
-        defaults = {each.name: each.default for each in given if each.default is not inspect.Parameter.empty}
+        defaults = {
+            each.name: each.default for each in given if each.default is not inspect.Parameter.empty
+        }
         graph = _Tracer().trace(followed, defaults or None)
     except Exception:  # of anybody's code
         return []
@@ -129,8 +142,16 @@ def _norms_behind_convolutions(module: nn.Module) -> list[tuple[str, str]]:
     touched = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     found = []
     for node in graph.nodes:
-        before = node.args[0] if node.op == "call_module" and len(node.args) == 1 and not node.kwargs else None
-        if not isinstance(before, torch.fx.Node) or before.op != "call_module" or len(before.users) > 1:
+        before = (
+            node.args[0]
+            if node.op == "call_module" and len(node.args) == 1 and not node.kwargs
+            else None
+        )
+        if (
+            not isinstance(before, torch.fx.Node)
+            or before.op != "call_module"
+            or len(before.users) > 1
+        ):
             continue
         convolution, norm = str(before.target), str(node.target)
         plain = is_plain(layers[convolution], nn.Conv2d) and is_plain(layers[norm], nn.BatchNorm2d)

@@ -30,9 +30,17 @@ class Pool(nn.Module):
 def by_two(layer: nn.MaxPool2d) -> bool:
     """Whether a layer is max-pooling by two and nothing else."""
     size, stride, padding, dilation = (
-        (n, n) if isinstance(n, int) else n for n in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        (n, n) if isinstance(n, int) else n
+        for n in (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     )
-    return (size, stride, padding, dilation, layer.ceil_mode, layer.return_indices) == ((2, 2), (2, 2), (0, 0), (1, 1), False, False)
+    return (size, stride, padding, dilation, layer.ceil_mode, layer.return_indices) == (
+        (2, 2),
+        (2, 2),
+        (0, 0),
+        (1, 1),
+        False,
+        False,
+    )
 
 
 def pooled(x: torch.Tensor, relu: bool) -> torch.Tensor:
@@ -51,12 +59,21 @@ def _groups(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def every_pixel(layer: nn.Conv2d) -> bool:
     """Whether a convolution looks at every pixel alike: no stride, no gaps, no groups, zeros around the image."""
-    return (layer.stride, layer.dilation, layer.groups, layer.padding_mode) == ((1, 1), (1, 1), 1, "zeros")
+    return (layer.stride, layer.dilation, layer.groups, layer.padding_mode) == (
+        (1, 1),
+        (1, 1),
+        1,
+        "zeros",
+    )
 
 
 def suits_blocks(layer: nn.Conv2d) -> bool:
     """Whether a convolution that is followed by max-pooling by two is quicker on blocks of pixels."""
-    square = layer.kernel_size[0] == layer.kernel_size[1] and isinstance(layer.padding, tuple) and layer.padding[0] == layer.padding[1]
+    square = (
+        layer.kernel_size[0] == layer.kernel_size[1]
+        and isinstance(layer.padding, tuple)
+        and layer.padding[0] == layer.padding[1]
+    )
     return square and every_pixel(layer) and layer.in_channels <= FEW
 
 
@@ -64,12 +81,22 @@ def block_filters(weight: torch.Tensor) -> torch.Tensor:
     """The filters `(4 f, 4 c, b, b)` that on blocks of 2x2 pixels do what `weight`, `(f, c, k, k)`, does at a block's four places."""
     kernel = weight.shape[2]
     side = 2 * (kernel // 2 + 1)
-    places = [functional.pad(weight, (column, side - kernel - column, row, side - kernel - row)) for row in (0, 1) for column in (0, 1)]
+    places = [
+        functional.pad(weight, (column, side - kernel - column, row, side - kernel - row))
+        for row in (0, 1)
+        for column in (0, 1)
+    ]
     return functional.pixel_unshuffle(torch.cat(places), 2)
 
 
 def pooled_blocks(
-    x: torch.Tensor, kernel: int, padding: int, value: float, filters: torch.Tensor, bias: torch.Tensor, relu: bool
+    x: torch.Tensor,
+    kernel: int,
+    padding: int,
+    value: float,
+    filters: torch.Tensor,
+    bias: torch.Tensor,
+    relu: bool,
 ) -> torch.Tensor:
     """Convolution, max-pooling by two and a ReLU, computed on blocks of pixels.
 
@@ -88,20 +115,28 @@ def pooled_blocks(
     Returns:
         `(n, f, h/2, w/2)` of that result, channels last in memory.
     """
-    blocks = kernel // 2 + 1  # of the image that one block of the result looks at, in each direction
+    blocks = (
+        kernel // 2 + 1
+    )  # of the image that one block of the result looks at, in each direction
     height, width = (side + 2 * padding - kernel + 1 for side in x.shape[2:])
     below, right = (side + 2 * (blocks - 1) - padding for side in (height, width))
-    padded = functional.pad(x, (padding, right - x.shape[3], padding, below - x.shape[2]), value=value)
+    padded = functional.pad(
+        x, (padding, right - x.shape[3], padding, below - x.shape[2]), value=value
+    )
     each = blocks_of_pixels(padded).contiguous(memory_format=torch.channels_last)
     return _max_of_four(functional.conv2d(each, filters, bias), _groups, relu)
 
 
-def _max_of_four(x: torch.Tensor, parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], relu: bool) -> torch.Tensor:
+def _max_of_four(
+    x: torch.Tensor, parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], relu: bool
+) -> torch.Tensor:
     result: torch.Tensor = _MaxOfFour.apply(x, parts, relu)  # type: ignore[no-untyped-call]
     return result
 
 
-def _ones(compare: Callable[..., torch.Tensor], one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def _ones(
+    compare: Callable[..., torch.Tensor], one: torch.Tensor, other: torch.Tensor
+) -> torch.Tensor:
     """Where a comparison holds, as numbers: products with numbers are several times faster than with booleans."""
     return compare(one, other, out=torch.empty_like(one))
 
@@ -110,14 +145,21 @@ class _MaxOfFour(torch.autograd.Function):
     """The largest of four parts of a tensor; its gradient goes to the first of equal ones, as that of `nn.MaxPool2d`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], relu: bool) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        parts: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+        relu: bool,
+    ) -> torch.Tensor:
         a, b, c, d = parts(x)
         first, second = torch.maximum(a, b), torch.maximum(c, d)
         best = torch.maximum(first, second)
         if ctx.needs_input_grad[0]:
             ctx.parts, ctx.shape, ctx.relu = parts, x.shape, relu
             ctx.strides, ctx.best_strides = x.stride(), best.stride()
-            ctx.save_for_backward(_ones(torch.ge, a, b), _ones(torch.ge, c, d), _ones(torch.ge, first, second))
+            ctx.save_for_backward(
+                _ones(torch.ge, a, b), _ones(torch.ge, c, d), _ones(torch.ge, first, second)
+            )
             if relu:
                 ctx.positive = _ones(torch.gt, best, best.new_zeros(()))
         return best.clamp_min_(0) if relu else best
@@ -126,7 +168,9 @@ class _MaxOfFour(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         a_wins, c_wins, first_wins = ctx.saved_tensors
-        if gradient.stride() != ctx.best_strides:  # all that follows runs through memory in one order
+        if (
+            gradient.stride() != ctx.best_strides
+        ):  # all that follows runs through memory in one order
             gradient = gradient.new_empty_strided(gradient.shape, ctx.best_strides).copy_(gradient)
         if ctx.relu:
             gradient = gradient * ctx.positive

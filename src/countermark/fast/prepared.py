@@ -65,7 +65,9 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
     """
     if isinstance(network, Prepared):
         if network.dtype is not dtype:
-            raise CountermarkError(f"this copy computes in {network.dtype}; prepare the network itself for {dtype}")
+            raise CountermarkError(
+                f"this copy computes in {network.dtype}; prepare the network itself for {dtype}"
+            )
         return network
     with torch.no_grad():
         copied = _copied(network).eval()
@@ -73,7 +75,10 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
             copied.float()  # what is folded together is rounded once, at the end
         place = next((value.device for value in copied.parameters()), None)
         folded = _fold_back(_apart(flat_layers(copied)), place)
-        layers = [quickened(layer) for layer in _fold_forward(join_pools(folded), by_frequency=dtype is torch.float32)]
+        layers = [
+            quickened(layer)
+            for layer in _fold_forward(join_pools(folded), by_frequency=dtype is torch.float32)
+        ]
         if dtype is not torch.float32:
             layers = _flatten_pixels(layers)
         return Prepared(nn.Sequential(*_in_place(layers)), dtype)
@@ -82,7 +87,9 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
 def worth_preparing(network: nn.Module) -> bool:
     """Whether a prepared copy has fewer layers to run, so that making one pays even for a single step of an attack."""
     layers = prepare(network).layers
-    return len(layers) < len(flat_layers(network)) or any(isinstance(layer, Quickened) and layer.folded for layer in layers)
+    return len(layers) < len(flat_layers(network)) or any(
+        isinstance(layer, Quickened) and layer.folded for layer in layers
+    )
 
 
 def dtype_of(model: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
@@ -126,7 +133,9 @@ class ShiftedConv2d(nn.Module):
         place = (x.shape[2], x.shape[3], x.dtype, x.device)
         if place not in self._constants:
             with torch.no_grad():
-                self._constants[place] = self.layer(self.shift.view(1, -1, 1, 1).expand(1, x.shape[1], *x.shape[2:]))
+                self._constants[place] = self.layer(
+                    self.shift.view(1, -1, 1, 1).expand(1, x.shape[1], *x.shape[2:])
+                )
         return self._constants[place]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -135,7 +144,9 @@ class ShiftedConv2d(nn.Module):
         if self.spectral is not None:
             convolved: torch.Tensor = self.spectral(x)
         else:
-            convolved = functional.conv2d(x, self.weight, None, layer.stride, layer.padding, layer.dilation)
+            convolved = functional.conv2d(
+                x, self.weight, None, layer.stride, layer.padding, layer.dilation
+            )
         return convolved.add_(self.constants(x))
 
 
@@ -154,7 +165,9 @@ class PooledConv2d(nn.Module):
         self.value = -shift / scale  # what `affine` takes to the zero that the layer pads with
         self.kernel, self.padding = layer.kernel_size[0], int(layer.padding[0])
         self.filters = nn.Parameter(layer.weight * scale)
-        self.bias = nn.Parameter(layer.weight.sum((1, 2, 3)) * shift + (0 if layer.bias is None else layer.bias))
+        self.bias = nn.Parameter(
+            layer.weight.sum((1, 2, 3)) * shift + (0 if layer.bias is None else layer.bias)
+        )
         self.block_filters = nn.Parameter(block_filters(self.filters))
         self.block_bias = nn.Parameter(self.bias.repeat(4))
 
@@ -163,8 +176,15 @@ class PooledConv2d(nn.Module):
         before = self.padding
         height, width = (side + 2 * before - self.kernel + 1 for side in x.shape[2:])
         if height % 2 or width % 2:
-            return pooled(functional.conv2d(functional.pad(x, (before,) * 4, value=self.value), self.filters, self.bias), self.relu)
-        best = pooled_blocks(x, self.kernel, before, self.value, self.block_filters, self.block_bias, self.relu)
+            return pooled(
+                functional.conv2d(
+                    functional.pad(x, (before,) * 4, value=self.value), self.filters, self.bias
+                ),
+                self.relu,
+            )
+        best = pooled_blocks(
+            x, self.kernel, before, self.value, self.block_filters, self.block_bias, self.relu
+        )
         return best.contiguous() if x.dtype is torch.float32 else best
 
 
@@ -178,21 +198,37 @@ class FlattenPixels(nn.Module):
 
 def _copied(network: nn.Module) -> nn.Module:
     """A deep copy; what was computed from parameters (pruning, weight norm, features that code keeps) is copied as a number."""
-    values = [value for module in network.modules() for held in vars(module).values() for value in _held(held)]
-    return copy.deepcopy(network, {id(value): value.detach().clone() for value in values if not value.is_leaf})
+    values = [
+        value
+        for module in network.modules()
+        for held in vars(module).values()
+        for value in _held(held)
+    ]
+    return copy.deepcopy(
+        network, {id(value): value.detach().clone() for value in values if not value.is_leaf}
+    )
 
 
 def _held(value: object) -> Iterator[torch.Tensor]:
     """The tensors in an attribute of a module."""
     if isinstance(value, torch.Tensor):
         yield value
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+    for each in (
+        value.values()
+        if isinstance(value, dict)
+        else value
+        if isinstance(value, list | tuple)
+        else ()
+    ):
         yield from _held(each)
 
 
 def _apart(layers: list[nn.Module]) -> list[nn.Module]:
     """Copy each layer that came before, since what is folded into it in one place is not for the other."""
-    return [copy.deepcopy(layer) if any(layer is other for other in layers[:number]) else layer for number, layer in enumerate(layers)]
+    return [
+        copy.deepcopy(layer) if any(layer is other for other in layers[:number]) else layer
+        for number, layer in enumerate(layers)
+    ]
 
 
 def _fold_back(layers: list[nn.Module], place: torch.device | None) -> list[nn.Module]:
@@ -224,13 +260,17 @@ def _affine(layer: nn.Module, flat: bool, place: torch.device | None) -> Affine 
     """The constant map that a layer is in evaluation mode, if it is one."""
     if is_plain(layer, Normalise):
         assert isinstance(layer, Normalise)
-        mean, std = (torch.tensor(each, dtype=torch.float64).view(-1) for each in (layer.mean, layer.std))
+        mean, std = (
+            torch.tensor(each, dtype=torch.float64).view(-1) for each in (layer.mean, layer.std)
+        )
         scale, shift = (each.float().to(place) for each in (1 / std, -mean / std))
         return Affine(scale, shift)
     if not is_plain(layer, nn.BatchNorm2d, *((nn.BatchNorm1d,) if flat else ())):
         return None
     assert isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d)
-    return None if layer.running_mean is None else Affine(*constant_map(layer), flat)  # else it normalises each batch by itself
+    return (
+        None if layer.running_mean is None else Affine(*constant_map(layer), flat)
+    )  # else it normalises each batch by itself
 
 
 def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module]:
@@ -242,7 +282,12 @@ def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module
         affine = layer if isinstance(layer, Affine) and rest else None
         if affine is not None:
             layer = rest.pop()
-        if isinstance(layer, nn.Conv2d) and is_plain(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
+        if (
+            isinstance(layer, nn.Conv2d)
+            and is_plain(layer, nn.Conv2d)
+            and layer.groups == 1
+            and layer.padding_mode == "zeros"
+        ):
             pool = rest[-1] if rest else None
             if isinstance(pool, Pool) and _poolable(affine, layer):
                 done.append(PooledConv2d(affine, layer, pool.relu))
@@ -252,14 +297,25 @@ def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module
                 halving.weight, halving.bias = layer.weight, layer.bias
                 done.append(halving)
             elif by_frequency and SpectralConv2d.suits(layer):
-                done.append(ShiftedConv2d(affine or Affine(torch.ones(1), torch.zeros(1)), layer, by_frequency=True))
+                done.append(
+                    ShiftedConv2d(
+                        affine or Affine(torch.ones(1), torch.zeros(1)), layer, by_frequency=True
+                    )
+                )
             else:
-                done.append(layer if affine is None else ShiftedConv2d(affine, layer, by_frequency=False))
+                done.append(
+                    layer if affine is None else ShiftedConv2d(affine, layer, by_frequency=False)
+                )
             continue
         if affine is not None and flattens(layer) and rest and is_plain(rest[-1], nn.Linear):
             done.append(layer)
             affine, layer = Affine(affine.scale, affine.shift, flat=True), rest.pop()
-        if affine is not None and affine.flat and isinstance(layer, nn.Linear) and is_plain(layer, nn.Linear):
+        if (
+            affine is not None
+            and affine.flat
+            and isinstance(layer, nn.Linear)
+            and is_plain(layer, nn.Linear)
+        ):
             each = layer.in_features // len(affine.scale)  # features that share a channel
             bias = layer.weight @ affine.shift.repeat_interleave(each)
             layer.bias = nn.Parameter(bias if layer.bias is None else bias + layer.bias)
@@ -294,24 +350,38 @@ def _flatten_pixels(layers: list[nn.Module]) -> list[nn.Module]:
 
 def flattens(layer: nn.Module) -> bool:
     """Whether a layer brings `(n, ...)` to `(n, features)` and nothing else."""
-    return isinstance(layer, nn.Flatten) and is_plain(layer, nn.Flatten) and (layer.start_dim, layer.end_dim) == (1, -1)
+    return (
+        isinstance(layer, nn.Flatten)
+        and is_plain(layer, nn.Flatten)
+        and (layer.start_dim, layer.end_dim) == (1, -1)
+    )
 
 
 def _poolable(affine: Affine | None, layer: nn.Conv2d) -> bool:
-    return suits_blocks(layer) and (affine is None or (len(affine.scale) == 1 and float(affine.scale) != 0))
+    return suits_blocks(layer) and (
+        affine is None or (len(affine.scale) == 1 and float(affine.scale) != 0)
+    )
 
 
 def _halves(layer: nn.Conv2d) -> bool:
     """Whether `models.HalvingConv2d` computes the same, and sooner."""
     kernel = layer.kernel_size[0]
-    square = layer.kernel_size == (kernel, kernel) and layer.padding == (kernel // 2 - 1, kernel // 2 - 1) and kernel % 2 == 0
-    return square and layer.in_channels <= FEW and layer.stride == (2, 2) and layer.dilation == (1, 1)
+    square = (
+        layer.kernel_size == (kernel, kernel)
+        and layer.padding == (kernel // 2 - 1, kernel // 2 - 1)
+        and kernel % 2 == 0
+    )
+    return (
+        square and layer.in_channels <= FEW and layer.stride == (2, 2) and layer.dilation == (1, 1)
+    )
 
 
 def _in_place(layers: list[nn.Module]) -> list[nn.Module]:
     """Let a ReLU overwrite a result that the layer before it does not need again."""
     fresh = nn.Conv2d, HalvingConv2d, ShiftedConv2d, nn.Linear
     return [
-        nn.ReLU(inplace=True) if number and is_plain(layer, nn.ReLU) and is_plain(layers[number - 1], *fresh) else layer
+        nn.ReLU(inplace=True)
+        if number and is_plain(layer, nn.ReLU) and is_plain(layers[number - 1], *fresh)
+        else layer
         for number, layer in enumerate(layers)
     ]

@@ -11,7 +11,9 @@ def flat_layers(network: nn.Module) -> list[nn.Module]:
     """The layers of nested `nn.Sequential` in order, one that stands in several places once for each; anything else is one layer."""
     if not isinstance(network, nn.Sequential) or not is_plain(network, nn.Sequential):
         return [network]
-    return [layer for child in network for layer in flat_layers(child)]  # `children()` would leave out what comes again
+    return [
+        layer for child in network for layer in flat_layers(child)
+    ]  # `children()` would leave out what comes again
 
 
 def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -23,10 +25,17 @@ def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
     """
     if type(layer) not in kinds:
         return False
-    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
     replaced = any(callable(getattr(type(layer), name, None)) for name in vars(layer))
     tensors = (*layer._parameters.values(), *layer._buffers.values())
-    subclassed = any(type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in tensors if tensor is not None)
+    subclassed = any(
+        type(tensor) not in (torch.Tensor, nn.Parameter) for tensor in tensors if tensor is not None
+    )
     return not (any(hooks) or any(_of_all_modules()) or replaced or subclassed)
 
 

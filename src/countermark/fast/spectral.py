@@ -39,8 +39,16 @@ class SpectralConv2d(nn.Module):
     def suits(layer: nn.Conv2d) -> bool:
         """Whether this is a convolution that can be computed so, and is then quicker."""
         kernel = layer.kernel_size[0]
-        same = layer.kernel_size == (kernel, kernel) and layer.padding == (kernel // 2, kernel // 2) and kernel % 2 == 1
-        pays = kernel >= _WIDE and min(layer.in_channels, layer.out_channels) >= _MANY and layer.weight.device.type == "cpu"
+        same = (
+            layer.kernel_size == (kernel, kernel)
+            and layer.padding == (kernel // 2, kernel // 2)
+            and kernel % 2 == 1
+        )
+        pays = (
+            kernel >= _WIDE
+            and min(layer.in_channels, layer.out_channels) >= _MANY
+            and layer.weight.device.type == "cpu"
+        )
         return every_pixel(layer) and same and pays
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,13 +96,20 @@ def _matrices(height: int, width: int, kernel: int, dtype: torch.dtype) -> _Matr
     kept = tall // 2 + 1
     angles = _angles(kept, torch.arange(height), tall)
     parts = torch.stack((angles.cos(), angles.sin()), 1)
-    twice = torch.full((kept, 1, 1), 2.0, dtype=torch.float64)  # each kept frequency stands for its conjugate too, but for two of them
+    twice = torch.full(
+        (kept, 1, 1), 2.0, dtype=torch.float64
+    )  # each kept frequency stands for its conjugate too, but for two of them
     twice[0] = twice[-1] = 1
     angles = _angles(broad, torch.arange(width), broad)
     cos, sin = angles.cos(), angles.sin()
     columns = torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))
-    places = reach - torch.arange(kernel)  # of the filters' pixels on the circle: what PyTorch calls a convolution is a correlation
-    angles = _angles(kept, places, tall)[:, None, :, None] + _angles(broad, places, broad)[None, :, None, :]
+    places = reach - torch.arange(
+        kernel
+    )  # of the filters' pixels on the circle: what PyTorch calls a convolution is a correlation
+    angles = (
+        _angles(kept, places, tall)[:, None, :, None]
+        + _angles(broad, places, broad)[None, :, None, :]
+    )
     taps = torch.stack((angles.cos(), angles.sin()))
     rows, rows_back = (part.reshape(2 * kept, height) for part in (parts, parts * twice / tall))
     made = rows, columns, taps.reshape(-1, kernel * kernel), columns.t() / broad, rows_back.t()
@@ -102,13 +117,17 @@ def _matrices(height: int, width: int, kernel: int, dtype: torch.dtype) -> _Matr
 
 
 def _angles(frequencies: int, places: torch.Tensor, circle: int) -> torch.Tensor:
-    return torch.outer(torch.arange(frequencies).double(), places.double()) * (-2 * math.pi / circle)
+    return torch.outer(torch.arange(frequencies).double(), places.double()) * (
+        -2 * math.pi / circle
+    )
 
 
 def _spectrum(weight: torch.Tensor, matrices: _Matrices) -> Complex:
     """Transform filters to `(frequencies, channels, filters)`."""
     filters, channels, kernel, _ = weight.shape
-    spectrum = torch.mm(matrices.taps, weight.permute(2, 3, 1, 0).reshape(kernel * kernel, -1)).view(2, -1, channels, filters)
+    spectrum = torch.mm(
+        matrices.taps, weight.permute(2, 3, 1, 0).reshape(kernel * kernel, -1)
+    ).view(2, -1, channels, filters)
     return spectrum[0], spectrum[1]
 
 
@@ -117,7 +136,10 @@ def _forth(x: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> Comple
     images, channels, height, _ = x.shape
     kept = len(rows) // 2
     z = torch.mm(rows, x.permute(2, 3, 0, 1).reshape(height, -1)).view(kept, -1, images * channels)
-    real, imaginary = (torch.bmm(part.expand(kept, -1, -1), z).view(-1, images, channels) for part in columns.chunk(2))
+    real, imaginary = (
+        torch.bmm(part.expand(kept, -1, -1), z).view(-1, images, channels)
+        for part in columns.chunk(2)
+    )
     return real, imaginary
 
 
@@ -129,7 +151,9 @@ def _back(z: Complex, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor
     real, imaginary = (part.view(kept, first.shape[2], -1) for part in z)
     y = torch.bmm(first, real).baddbmm_(second, imaginary)
     strides = (channels, 1, width * images * channels, images * channels)
-    result = y.new_empty_strided((images, channels, height, width), strides)  # no view of anything: the next layer may overwrite it
+    result = y.new_empty_strided(
+        (images, channels, height, width), strides
+    )  # no view of anything: the next layer may overwrite it
     torch.mm(rows, y.view(2 * kept, -1), out=result.permute(2, 3, 0, 1).view(height, -1))
     return result
 
@@ -145,15 +169,24 @@ class _Convolve(torch.autograd.Function):
     """Transform, multiply each frequency, transform back."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, spectrum: Complex, matrices: _Matrices) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, spectrum: Complex, matrices: _Matrices
+    ) -> torch.Tensor:
         z = _forth(x, matrices.rows, matrices.columns)
-        ctx.matrices, ctx.spectrum, ctx.shape, ctx.strides = matrices, spectrum, weight.shape, x.stride()
+        ctx.matrices, ctx.spectrum, ctx.shape, ctx.strides = (
+            matrices,
+            spectrum,
+            weight.shape,
+            x.stride(),
+        )
         ctx.z = z if ctx.needs_input_grad[1] else None
         return _back(_product(z, spectrum, 1), matrices.columns_back, matrices.rows_back)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         matrices: _Matrices = ctx.matrices
         y = _forth(gradient, matrices.rows_back.t(), matrices.columns_back.t())
         for_x = for_weight = None
@@ -161,11 +194,17 @@ class _Convolve(torch.autograd.Function):
             turned = ctx.spectrum[0].transpose(1, 2), ctx.spectrum[1].transpose(1, 2)
             found = _back(_product(y, turned, -1), matrices.columns.t(), matrices.rows.t())
             # Other layers are slow where a gradient does not lie in memory as the input does.
-            for_x = found if found.stride() == ctx.strides else found.new_empty_strided(found.shape, ctx.strides).copy_(found)
+            for_x = (
+                found
+                if found.stride() == ctx.strides
+                else found.new_empty_strided(found.shape, ctx.strides).copy_(found)
+            )
         if ctx.needs_input_grad[1]:
             filters, channels, kernel, _ = ctx.shape
             real, imaginary = (part.transpose(1, 2) for part in ctx.z)
             turned = _product((real, imaginary), y, -1)
-            flat = matrices.taps.t() @ torch.stack((turned[0], -turned[1])).view(len(matrices.taps), -1)
+            flat = matrices.taps.t() @ torch.stack((turned[0], -turned[1])).view(
+                len(matrices.taps), -1
+            )
             for_weight = flat.view(kernel, kernel, channels, filters).permute(3, 2, 0, 1)
         return for_x, for_weight, None, None

@@ -32,7 +32,11 @@ def quick_to_train(network: nn.Module) -> nn.Module:
             if SpectralConv2d.suits(layer):
                 layer = SpectralConv2d(layer.weight, layer.bias)
         done.append(layer)
-    return network if not any(isinstance(layer, Pool | SpectralConv2d | _Blocks) for layer in done) else nn.Sequential(*done)
+    return (
+        network
+        if not any(isinstance(layer, Pool | SpectralConv2d | _Blocks) for layer in done)
+        else nn.Sequential(*done)
+    )
 
 
 class _Blocks(nn.Module):
@@ -48,4 +52,6 @@ class _Blocks(nn.Module):
         if any((side + 2 * padding - kernel + 1) % 2 for side in x.shape[2:]):
             return pooled(layer(x), self.relu)
         bias = layer.weight.new_zeros(layer.out_channels) if layer.bias is None else layer.bias
-        return pooled_blocks(x, kernel, padding, 0.0, block_filters(layer.weight), bias.repeat(4), self.relu)
+        return pooled_blocks(
+            x, kernel, padding, 0.0, block_filters(layer.weight), bias.repeat(4), self.relu
+        )

@@ -4,8 +4,22 @@ from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent_scores
 from countermark.guard.foreign import Familiar, familiar, strangeness
 from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
-from countermark.guard.model import Answers, ExpectedCost, GuardedModel, calibrate_model, expected_cost
-from countermark.guard.settings import guard_record, guard_sha256, load_guarded, read_guard, read_guard_record, weights_sha256, write_guard
+from countermark.guard.model import (
+    Answers,
+    ExpectedCost,
+    GuardedModel,
+    calibrate_model,
+    expected_cost,
+)
+from countermark.guard.settings import (
+    guard_record,
+    guard_sha256,
+    load_guarded,
+    read_guard,
+    read_guard_record,
+    weights_sha256,
+    write_guard,
+)
 from countermark.guard.sqlite import RowError
 from countermark.guard.tracing import Trace, Traced, images_of, trace_accounts
 

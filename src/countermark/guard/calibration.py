@@ -43,7 +43,14 @@ class Calibration:
 
 
 def calibrate(
-    logits: torch.Tensor, features: torch.Tensor, y: torch.Tensor, *, secret: bytes, model_sha256: str, cost: float, bits: int = CELL_BITS
+    logits: torch.Tensor,
+    features: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    secret: bytes,
+    model_sha256: str,
+    cost: float,
+    bits: int = CELL_BITS,
 ) -> Calibration:
     """Choose the slope of the chances for a stated cost.
 
@@ -60,7 +67,9 @@ def calibrate(
         CountermarkError: too few examples, or answers from which no reliability can be fitted.
     """
     if len(y) < 20:
-        raise CountermarkError(f"{len(y)} validation examples are too few to calibrate a guard; give at least 20")
+        raise CountermarkError(
+            f"{len(y)} validation examples are too few to calibrate a guard; give at least 20"
+        )
     signed, heads, tails = boundary(logits)
     margins = signed.abs()
     first = logits.argmax(1)
@@ -74,17 +83,26 @@ def calibrate(
     def lost(slope: float) -> float:
         return 100 * float((_chances(margins, slope) * price).mean())
 
-    low, high = 1e-6 * sharpness, 1e6 * sharpness  # bisection on a logarithmic scale; `lost` falls as the slope grows
+    low, high = (
+        1e-6 * sharpness,
+        1e6 * sharpness,
+    )  # bisection on a logarithmic scale; `lost` falls as the slope grows
     for _ in range(100):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if lost(middle) > cost else (low, middle)
     chances = _chances(margins, high)
     met = chances[chances > 0]
-    entropy = float((met * torch.log2(1 / met) + (1 - met) * torch.log2(1 / (1 - met))).sum() / len(y))
+    entropy = float(
+        (met * torch.log2(1 / met) + (1 - met) * torch.log2(1 / (1 - met))).sum() / len(y)
+    )
     width = features.shape[1]
     offsets = (features.double() @ projections(secret, model_sha256, width, bits)).mean(0)
-    settings = GuardSettings(model_sha256, high, math.log(1 / FLOOR - 1) / high, tuple(offsets.tolist()), width)
-    return Calibration(settings, lost(high), entropy, 100 * float((chances > 0).double().mean()), sharpness)
+    settings = GuardSettings(
+        model_sha256, high, math.log(1 / FLOOR - 1) / high, tuple(offsets.tolist()), width
+    )
+    return Calibration(
+        settings, lost(high), entropy, 100 * float((chances > 0).double().mean()), sharpness
+    )
 
 
 def _chances(margins: torch.Tensor, slope: float) -> torch.Tensor:
@@ -105,5 +123,7 @@ def _sharpness(margins: torch.Tensor, right: torch.Tensor, doubtful: float) -> f
         gradient = float(((right - torch.sigmoid(middle * margins)) * margins).sum())
         low, high = (middle, high) if gradient > 0 else (low, middle)
     if low == 0.0:
-        raise CountermarkError("on the validation pool the second class is right as often as the first; such a model is not worth guarding")
+        raise CountermarkError(
+            "on the validation pool the second class is right as often as the first; such a model is not worth guarding"
+        )
     return high

@@ -96,12 +96,21 @@ class Guard:
         """Derive the projections from the owner's secret."""
         self.settings = settings
         self._secret = secret
-        self._near = _Cells(projections(secret, settings.model_sha256, settings.features, len(settings.offsets)), settings.offsets)
-        self._far: _Cells | None = None  # made with the first foreign query: its signs are as many as an outline has values
+        self._near = _Cells(
+            projections(secret, settings.model_sha256, settings.features, len(settings.offsets)),
+            settings.offsets,
+        )
+        self._far: _Cells | None = (
+            None  # made with the first foreign query: its signs are as many as an outline has values
+        )
         self._keys: dict[str, bytes] = {}
 
     def answer(
-        self, logits: torch.Tensor, features: torch.Tensor, client: str, images: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        features: torch.Tensor,
+        client: str,
+        images: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, list[AnswerTrial]]:
         """Answer queries of one client.
 
@@ -117,14 +126,20 @@ class Guard:
         Raises:
             CountermarkError: other shapes than the guard was calibrated for, values that are not finite, or no images.
         """
-        trials = [self.flip(question, client) for question in self.questions(logits, features, images)]
+        trials = [
+            self.flip(question, client) for question in self.questions(logits, features, images)
+        ]
         answers = logits.argmax(1)
         for trial in trials:
             answers[trial.row] = trial.answer
         return answers, trials
 
     def questions(
-        self, logits: torch.Tensor, features: torch.Tensor, images: torch.Tensor | None = None, tolerance: float = 0.0
+        self,
+        logits: torch.Tensor,
+        features: torch.Tensor,
+        images: torch.Tensor | None = None,
+        tolerance: float = 0.0,
     ) -> list[Question]:
         """The queries among those of a call that a coin answers, and with a `tolerance` those as well that may be.
 
@@ -142,11 +157,19 @@ class Guard:
         """
         self._check(logits, features)
         settings, usual = self.settings, self.settings.familiar
-        if usual is not None and (images is None or images.dtype is not torch.uint8 or images.numel() != len(logits) * usual.values):
+        if usual is not None and (
+            images is None
+            or images.dtype is not torch.uint8
+            or images.numel() != len(logits) * usual.values
+        ):
             raise CountermarkError(
                 f"this guard looks at the images as well; give the {len(logits)} that were asked, uint8, {usual.values} values each"
             )
-        foreign = torch.zeros(len(logits), dtype=torch.bool) if usual is None or images is None else usual.foreign(images)
+        foreign = (
+            torch.zeros(len(logits), dtype=torch.bool)
+            if usual is None or images is None
+            else usual.foreign(images)
+        )
         margins, heads, tails = boundary(logits)
         slack = 2 * tolerance * (1 + logits.double().abs().amax(1))  # of a difference of two logits
         met = torch.nonzero((margins.abs() <= settings.reach + slack) | foreign).flatten()
@@ -158,11 +181,19 @@ class Guard:
         same_pair = best[:, 1] - best[:, 2] >= slack
         same_cell = distances >= tolerance * (1 + features[met].double().abs().sum(1))
         sure = same_pair & (foreign | same_cell & (margins.abs() <= settings.reach - slack))
-        low, middle, high = (self._chances(margins + shift, foreign) for shift in (-slack, 0, slack))
+        low, middle, high = (
+            self._chances(margins + shift, foreign) for shift in (-slack, 0, slack)
+        )
         found = []
-        for place, (row, head, tail, far) in enumerate(zip(*(c.tolist() for c in (met, heads[met], tails[met], foreign)), strict=True)):
+        for place, (row, head, tail, far) in enumerate(
+            zip(*(c.tolist() for c in (met, heads[met], tails[met], foreign)), strict=True)
+        ):
             pair = head.to_bytes(2, "big") + tail.to_bytes(2, "big")
-            cell = ELSEWHERE + pair + self._outline_code(images[row : row + 1]) if far and images is not None else pair + codes[place]
+            cell = (
+                ELSEWHERE + pair + self._outline_code(images[row : row + 1])
+                if far and images is not None
+                else pair + codes[place]
+            )
             settled = bool(sure[place]) and low[place] == high[place]
             found.append(Question(row, cell, head, tail, middle[place], settled))
         return found
@@ -177,13 +208,26 @@ class Guard:
     def foreign(self, images: torch.Tensor) -> torch.Tensor:
         """Which of images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
         settings = self.settings
-        return torch.zeros(len(images), dtype=torch.bool) if settings.familiar is None else settings.familiar.foreign(images)
+        return (
+            torch.zeros(len(images), dtype=torch.bool)
+            if settings.familiar is None
+            else settings.familiar.foreign(images)
+        )
 
     def _outline_code(self, image: torch.Tensor) -> bytes:
         outline = outlines(image)
         if self._far is None:
             offsets = self.settings.outlines
-            self._far = _Cells(projections(self._secret, self.settings.model_sha256, outline.shape[1], len(offsets), FOREIGN), offsets)
+            self._far = _Cells(
+                projections(
+                    self._secret,
+                    self.settings.model_sha256,
+                    outline.shape[1],
+                    len(offsets),
+                    FOREIGN,
+                ),
+                offsets,
+            )
         return self._far(outline)[0][0]
 
     def _chances(self, margins: torch.Tensor, foreign: torch.Tensor) -> list[int]:
@@ -196,7 +240,11 @@ class Guard:
 
     def _check(self, logits: torch.Tensor, features: torch.Tensor) -> None:
         """Refuse what the guard was not calibrated for."""
-        fits = logits.dim() == 2 and logits.shape[1] >= 2 and features.shape == (len(logits), self.settings.features)
+        fits = (
+            logits.dim() == 2
+            and logits.shape[1] >= 2
+            and features.shape == (len(logits), self.settings.features)
+        )
         if not fits:
             raise CountermarkError(
                 f"the guard was calibrated for {self.settings.features} features; it got logits {tuple(logits.shape)} "
@@ -218,7 +266,10 @@ class _Cells:
         """The code of each row of values, and how near the nearest of its projections is to its offset, `(n,)`."""
         above = values.double() @ self._signs - self._offsets
         width = (len(self._offsets) + 7) // 8
-        codes = [sum(1 << place for place, bit in enumerate(bits) if bit).to_bytes(width, "big") for bits in (above > 0).tolist()]
+        codes = [
+            sum(1 << place for place, bit in enumerate(bits) if bit).to_bytes(width, "big")
+            for bits in (above > 0).tolist()
+        ]
         return codes, above.abs().amin(1)
 
 
@@ -246,7 +297,10 @@ def consistent_scores(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tens
     swapped = scores.clone()
     rows = torch.arange(len(scores), device=scores.device)
     swapped[rows, first], swapped[rows, answers] = scores[rows, answers], scores[rows, first]
-    highest, even = swapped.max(1).values, swapped.argmax(1) != answers  # of equal ones the first would be taken for the answer
+    highest, even = (
+        swapped.max(1).values,
+        swapped.argmax(1) != answers,
+    )  # of equal ones the first would be taken for the answer
     swapped[rows[even], answers[even]] = torch.nextafter(highest[even], highest.new_full((), 2.0))
     return swapped
 
@@ -254,7 +308,14 @@ def consistent_scores(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tens
 def client_key(secret: bytes, model_sha256: str, client: str) -> bytes:
     """K_client = HMAC-SHA-256(secret, "countermark guard client" | model digest | length of the name | name)."""
     name = client.encode()
-    return hmac.digest(secret, b"countermark guard client" + bytes.fromhex(model_sha256) + len(name).to_bytes(8, "big") + name, "sha256")
+    return hmac.digest(
+        secret,
+        b"countermark guard client"
+        + bytes.fromhex(model_sha256)
+        + len(name).to_bytes(8, "big")
+        + name,
+        "sha256",
+    )
 
 
 def coin(key: bytes, cell: bytes) -> int:
@@ -262,7 +323,9 @@ def coin(key: bytes, cell: bytes) -> int:
     return int.from_bytes(hmac.digest(key, b"coin" + cell, "sha256")[:2], "big")
 
 
-def projections(secret: bytes, model_sha256: str, features: int, count: int, under: bytes = CELLS) -> torch.Tensor:
+def projections(
+    secret: bytes, model_sha256: str, features: int, count: int, under: bytes = CELLS
+) -> torch.Tensor:
     """Keyed signs, float64 `(features, count)`, out of SHAKE-256 over HMAC-SHA-256(secret, `under` | model digest)."""
     seed = hmac.digest(secret, under + bytes.fromhex(model_sha256), "sha256")
     stream = hashlib.shake_256(seed).digest((features * count + 7) // 8)

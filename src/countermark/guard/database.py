@@ -70,18 +70,34 @@ class Database:
         if name is None:
             address = _postgresql(url)
             self.shown = address.render_as_string(hide_password=True)
-            patience = {"connect_timeout": max(2, math.ceil(wait))} if "connect_timeout" not in address.query else {}
-            options: dict[str, Any] = {"pool_pre_ping": True, "isolation_level": "READ COMMITTED", "connect_args": patience}
+            patience = (
+                {"connect_timeout": max(2, math.ceil(wait))}
+                if "connect_timeout" not in address.query
+                else {}
+            )
+            options: dict[str, Any] = {
+                "pool_pre_ping": True,
+                "isolation_level": "READ COMMITTED",
+                "connect_args": patience,
+            }
             try:
                 self.engine = sa.create_engine(address, **options)
             except ImportError as error:
-                raise CountermarkError("a query log in PostgreSQL needs psycopg; pip install 'countermark[serve]'") from error
+                raise CountermarkError(
+                    "a query log in PostgreSQL needs psycopg; pip install 'countermark[serve]'"
+                ) from error
             return
         self.shown = f"sqlite:///{name}"
-        statements = {table.name: str(sa.schema.CreateTable(table).compile(dialect=sqlite.dialect())) for table in _METADATA.sorted_tables}
+        statements = {
+            table.name: str(sa.schema.CreateTable(table).compile(dialect=sqlite.dialect()))
+            for table in _METADATA.sorted_tables
+        }
         self.file = file = DatabaseFile(name, statements, _OPTIONAL, wait)
         self.engine = _engine(file, file.writer, sa.pool.QueuePool, "BEGIN IMMEDIATE")
-        self._readers = [_engine(file, functools.partial(file.reader, at_rest), sa.pool.NullPool, "BEGIN") for at_rest in (False, True)]
+        self._readers = [
+            _engine(file, functools.partial(file.reader, at_rest), sa.pool.NullPool, "BEGIN")
+            for at_rest in (False, True)
+        ]
 
     def create(self) -> None:
         """Make the file of a log, empty, if there is none.
@@ -113,7 +129,9 @@ class Database:
             file.check()
         with self._named_errors(), self.engine.begin() as connection:
             if file is None:
-                connection.exec_driver_sql("SET LOCAL synchronous_commit = on")  # whatever the server's default is
+                connection.exec_driver_sql(
+                    "SET LOCAL synchronous_commit = on"
+                )  # whatever the server's default is
                 self._limit_waiting(connection)
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
             yield connection
@@ -160,7 +178,9 @@ class Database:
             return
         try:
             with contextlib.closing(self.engine.raw_connection()) as connection:
-                (busy, *_) = connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                (busy, *_) = (
+                    connection.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                )
         except sqlite3.Error as error:
             raise CountermarkError(
                 f"the rows are erased, but {self.shown}-wal may still hold them ({error}); run the same again"
@@ -177,22 +197,31 @@ class Database:
             self.file.forget_journal()
 
     def _limit_waiting(self, connection: sa.Connection) -> None:
-        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {max(1, round(1000 * self._wait))}")  # milliseconds
+        connection.exec_driver_sql(
+            f"SET LOCAL lock_timeout = {max(1, round(1000 * self._wait))}"
+        )  # milliseconds
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
         except sa.exc.DataError as error:
-            raise RowError(f"the query log {self.shown} cannot store a row: {sentence(str(error.orig))}") from error
+            raise RowError(
+                f"the query log {self.shown} cannot store a row: {sentence(str(error.orig))}"
+            ) from error
         except (sa.exc.SQLAlchemyError, UnicodeDecodeError, OSError) as error:
             cause = getattr(error, "orig", None) or error
             reason, advice = " ".join(str(cause).split())[:300], "check the database and its space"
             state = getattr(cause, "sqlstate", None) or getattr(cause, "sqlite_errorcode", 0) & 0xFF
             if state in _LOCKED:
-                reason, advice = f"another program has locked it for more than {self._wait:g} seconds", "end that program, or wait for it"
+                reason, advice = (
+                    f"another program has locked it for more than {self._wait:g} seconds",
+                    "end that program, or wait for it",
+                )
             advice = _ADVICE.get(state, advice)
-            raise CountermarkError(f"the query log {self.shown} cannot be used: {reason}; {advice}") from error
+            raise CountermarkError(
+                f"the query log {self.shown} cannot be used: {reason}; {advice}"
+            ) from error
 
 
 _LOCKED = {sqlite3.SQLITE_BUSY, "55P03"}
@@ -226,7 +255,9 @@ def insert(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None
 
 def last(connection: sa.Connection) -> tuple[Any, Any] | None:
     """Number and link of the last row."""
-    found = connection.execute(sa.select(_TRIALS.c.number, _TRIALS.c.link).order_by(_TRIALS.c.number.desc()).limit(1)).first()
+    found = connection.execute(
+        sa.select(_TRIALS.c.number, _TRIALS.c.link).order_by(_TRIALS.c.number.desc()).limit(1)
+    ).first()
     return None if found is None else (found.number, found.link)
 
 
@@ -235,17 +266,23 @@ def known(connection: sa.Connection, places: Sequence[Place]) -> set[Place]:
     place = sa.tuple_(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell)
     found: set[Place] = set()
     for start in range(0, len(places), _PAGE):
-        wanted = sa.select(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell).where(place.in_(places[start : start + _PAGE]))
+        wanted = sa.select(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell).where(
+            place.in_(places[start : start + _PAGE])
+        )
         found |= {(model, client, cell) for model, client, cell in connection.execute(wanted)}
     return found
 
 
 def page(connection: sa.Connection, after: int, most: int = _PAGE) -> list[dict[str, Any]]:
     """Some rows after a number."""
-    wanted = sa.select(_TRIALS).where(_TRIALS.c.number > after).order_by(_TRIALS.c.number).limit(most)
+    wanted = (
+        sa.select(_TRIALS).where(_TRIALS.c.number > after).order_by(_TRIALS.c.number).limit(most)
+    )
     found: list[dict[str, Any]] = []
     size = 0
-    with connection.execution_options(stream_results=True, max_row_buffer=20).execute(wanted) as result:
+    with connection.execution_options(stream_results=True, max_row_buffer=20).execute(
+        wanted
+    ) as result:
         for row in result.mappings():
             found.append(dict(row))
             size += sum(len(value) for value in row.values() if isinstance(value, bytes | str))
@@ -256,13 +293,22 @@ def page(connection: sa.Connection, after: int, most: int = _PAGE) -> list[dict[
 
 def has_more(connection: sa.Connection, after: int) -> bool:
     """Whether there is a row after a number; reads nothing else of it."""
-    return connection.execute(sa.select(_TRIALS.c.number).where(_TRIALS.c.number > after).limit(1)).first() is not None
+    return (
+        connection.execute(
+            sa.select(_TRIALS.c.number).where(_TRIALS.c.number > after).limit(1)
+        ).first()
+        is not None
+    )
 
 
 def erase(connection: sa.Connection, client: str, columns: Sequence[str]) -> int:
     """Empty some columns of a client's rows, and count those."""
     emptied = dict.fromkeys(columns)
-    return int(connection.execute(_TRIALS.update().where(_TRIALS.c.client == client).values(emptied)).rowcount)
+    return int(
+        connection.execute(
+            _TRIALS.update().where(_TRIALS.c.client == client).values(emptied)
+        ).rowcount
+    )
 
 
 def add_erased(connection: sa.Connection, salt: bytes, digest: bytes, rows: int) -> None:
@@ -284,7 +330,13 @@ def erased_rows(connection: sa.Connection) -> int:
 def _path_in(url: str) -> str | None:
     """The path of a SQLite file, to the letter; None for an address of another kind."""
     scheme, marked, rest = url.partition("://")
-    path = url if not marked or "/" in scheme else rest[1:] if scheme == "sqlite" and rest[:1] in ("", "/") else None
+    path = (
+        url
+        if not marked or "/" in scheme
+        else rest[1:]
+        if scheme == "sqlite" and rest[:1] in ("", "/")
+        else None
+    )
     if path in ("", ":memory:"):
         raise CountermarkError("a query log in memory keeps nothing; give the path of a file")
     return path
@@ -302,13 +354,19 @@ def _postgresql(url: str) -> sa.URL:
     try:
         address = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError) as error:
-        raise CountermarkError(f"{url!r} is no address of a query log; give a path or postgresql://HOST/DATABASE") from error
+        raise CountermarkError(
+            f"{url!r} is no address of a query log; give a path or postgresql://HOST/DATABASE"
+        ) from error
     if address.drivername not in ("postgres", "postgresql", "postgresql+psycopg"):
-        raise CountermarkError(f"a query log is a path, sqlite:///PATH or postgresql://HOST/DATABASE, not {address.drivername}")
+        raise CountermarkError(
+            f"a query log is a path, sqlite:///PATH or postgresql://HOST/DATABASE, not {address.drivername}"
+        )
     return address.set(drivername="postgresql+psycopg")
 
 
-def _engine(file: DatabaseFile, opened: Callable[[], sqlite3.Connection], pool: type[sa.Pool], begin: str) -> sa.Engine:
+def _engine(
+    file: DatabaseFile, opened: Callable[[], sqlite3.Connection], pool: type[sa.Pool], begin: str
+) -> sa.Engine:
     """An engine of connections that begin their transactions themselves."""
     engine = sa.create_engine("sqlite://", creator=opened, poolclass=pool)
 

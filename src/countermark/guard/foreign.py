@@ -41,7 +41,10 @@ class Familiar:
 
     @cached_property
     def _ranges(self) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.frombuffer(bytearray.fromhex(side), dtype=torch.uint8) for side in (self.lowest, self.highest))
+        return tuple(
+            torch.frombuffer(bytearray.fromhex(side), dtype=torch.uint8)
+            for side in (self.lowest, self.highest)
+        )
 
     def foreign(self, images: torch.Tensor) -> torch.Tensor:
         """Which of images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
@@ -73,9 +76,14 @@ def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
         )
     margin = _margin(epsilon)
     ends = [(part.amin(0), part.amax(0)) for part in _parts(training)]
-    lowest, highest = torch.stack([low for low, _ in ends]).amin(0), torch.stack([high for _, high in ends]).amax(0)
+    lowest, highest = (
+        torch.stack([low for low, _ in ends]).amin(0),
+        torch.stack([high for _, high in ends]).amax(0),
+    )
     widened = (lowest.int() - margin).clamp(0, 255), (highest.int() + margin).clamp(0, 255)
-    return Familiar(*(side.to(torch.uint8).contiguous().numpy().tobytes().hex() for side in widened))
+    return Familiar(
+        *(side.to(torch.uint8).contiguous().numpy().tobytes().hex() for side in widened)
+    )
 
 
 def strangeness(training: torch.Tensor, epsilon: float) -> float:
@@ -92,7 +100,9 @@ def strangeness(training: torch.Tensor, epsilon: float) -> float:
         CountermarkError: fewer than two images.
     """
     if len(training) < 2:
-        raise CountermarkError(f"{len(training)} training images do not show what honest queries look like; give at least two")
+        raise CountermarkError(
+            f"{len(training)} training images do not show what honest queries look like; give at least two"
+        )
     margin = _margin(epsilon)
     # The second largest and the second smallest value of each place: an image that is beyond one of
     # them by more than the margin is alone there.

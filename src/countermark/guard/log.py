@@ -71,7 +71,10 @@ class Row:
     def digest(self, salt: bytes) -> bytes:
         """SHA-256 over the salt and every field, each with its length; it tells nothing about an erased row without the salt."""
         parts = [salt, self.model.encode(), self.client.encode(), self.cell, self.image]
-        parts += [number.to_bytes(8, "big") for number in (self.heads, self.tails, self.chance, self.answer, self.day)]
+        parts += [
+            number.to_bytes(8, "big")
+            for number in (self.heads, self.tails, self.chance, self.answer, self.day)
+        ]
         parts.append(self.request)
         framed = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
         return hashlib.sha256(_ROW + LOG_FORMAT.encode() + framed).digest()
@@ -107,7 +110,9 @@ class QueryLog:
         try:
             from countermark.guard import database
         except ImportError as error:
-            raise CountermarkError("a query log needs SQLAlchemy; pip install 'countermark[serve]'") from error
+            raise CountermarkError(
+                "a query log needs SQLAlchemy; pip install 'countermark[serve]'"
+            ) from error
         self._sql, self._database = database, database.Database(url, wait)
         self.shown = self._database.shown
         self._prepared = False
@@ -150,7 +155,9 @@ class QueryLog:
                 salt = secrets.token_bytes(_SALT)
                 digest = row.digest(salt)
                 number, link = number + 1, _next(link, number + 1, digest)
-                values.append({"number": number, **asdict(row), "salt": salt, "digest": digest, "link": link})
+                values.append(
+                    {"number": number, **asdict(row), "salt": salt, "digest": digest, "link": link}
+                )
             if values:
                 self._sql.insert(connection, values)
         return fresh
@@ -188,7 +195,9 @@ class QueryLog:
             if not page:
                 break
         if published is not None and number < published.rows:
-            raise CountermarkError(f"{self.shown} has {number} rows, the published head has {published.rows}; the log's tail was cut off")
+            raise CountermarkError(
+                f"{self.shown} has {number} rows, the published head has {published.rows}; the log's tail was cut off"
+            )
 
     def erase(self, client: str) -> int:
         """Erase what the log holds of a client: name, queries, answers. The rows' digests stay, so the chain still checks.
@@ -203,7 +212,9 @@ class QueryLog:
             CountermarkError: the database cannot be written, or still keeps what was erased in a file of its own.
         """
         with self._using() as connection:
-            count = self._sql.erase(connection, client, [*(field.name for field in fields(Row)), "salt"])
+            count = self._sql.erase(
+                connection, client, [*(field.name for field in fields(Row)), "salt"]
+            )
             if count:
                 salt = secrets.token_bytes(_SALT)
                 self._sql.add_erased(connection, salt, _name_digest(salt, client), count)
@@ -223,7 +234,9 @@ class QueryLog:
 
         accounts, counted, rows = self._database.reading(count)
         if counted > rows:
-            raise CountermarkError(f"{self.shown}: the table of erased clients was changed; it counts {counted} rows, {rows} are erased")
+            raise CountermarkError(
+                f"{self.shown}: the table of erased clients was changed; it counts {counted} rows, {rows} are erased"
+            )
         return accounts + rows - counted
 
     def __enter__(self) -> "QueryLog":
@@ -262,55 +275,81 @@ class QueryLog:
             return Head(0, _ORIGIN.hex())
         number, link = found
         if type(number) is not int or not 0 < number < _MOST or len(_binary(link)) != len(_ORIGIN):
-            raise CountermarkError(f"{self.shown}: the last row was changed after it was written; see countermark log check")
+            raise CountermarkError(
+                f"{self.shown}: the last row was changed after it was written; see countermark log check"
+            )
         return Head(number, _binary(link).hex())
 
     def _erased(self, connection: "sa.Connection") -> list[tuple[bytes, bytes, int]]:
         """Salt and digest of each erased name, and how many rows it had."""
         found = []
         for salt, digest, rows in self._sql.erased_names(connection):
-            if (len(_binary(salt)), len(_binary(digest))) != (_SALT, len(_ORIGIN)) or type(rows) is not int or rows < 1:
-                raise CountermarkError(f"{self.shown}: the table of erased clients was changed; restore the log from a backup")
+            if (
+                (len(_binary(salt)), len(_binary(digest))) != (_SALT, len(_ORIGIN))
+                or type(rows) is not int
+                or rows < 1
+            ):
+                raise CountermarkError(
+                    f"{self.shown}: the table of erased clients was changed; restore the log from a backup"
+                )
             found.append((salt, digest, rows))
         return found
 
     def _gone(self, connection: "sa.Connection", clients: set[str]) -> set[str]:
         """Those clients that were erased."""
         erased = self._erased(connection)
-        return {client for client in clients if any(_name_digest(salt, client) == digest for salt, digest, _ in erased)}
+        return {
+            client
+            for client in clients
+            if any(_name_digest(salt, client) == digest for salt, digest, _ in erased)
+        }
 
     def _page(self, number: int) -> list[dict[str, Any]]:
         """Some rows after a number; where they cannot be read, one alone to find out which."""
         try:
             return self._database.reading(lambda connection: self._sql.page(connection, number))
         except CountermarkError:
-            if not self._database.reading(lambda connection: self._sql.has_more(connection, number)):  # it may be away: this says so
+            if not self._database.reading(
+                lambda connection: self._sql.has_more(connection, number)
+            ):  # it may be away: this says so
                 raise
         try:
             return self._database.reading(lambda connection: self._sql.page(connection, number, 1))
         except CountermarkError as error:
-            raise CountermarkError(f"{self.shown}: row {number + 1} cannot be read; it was changed after it was written") from error
+            raise CountermarkError(
+                f"{self.shown}: row {number + 1} cannot be read; it was changed after it was written"
+            ) from error
 
     def _compare(self, number: int, link: bytes, published: Head | None) -> None:
         if published is not None and number == published.rows and link.hex() != published.hash:
-            raise CountermarkError(f"{self.shown}: the first {number} rows do not lead to the published head; the log was written anew")
+            raise CountermarkError(
+                f"{self.shown}: the first {number} rows do not lead to the published head; the log was written anew"
+            )
 
-    def _checked(self, found: Mapping[str, Any], expected: int, link: bytes) -> tuple[Row | None, bytes]:
+    def _checked(
+        self, found: Mapping[str, Any], expected: int, link: bytes
+    ) -> tuple[Row | None, bytes]:
         number = found["number"]
         if type(number) is not int or number != expected:
             raise CountermarkError(f"{self.shown}: row {expected} is missing; it was removed")
         following = _next(link, number, _binary(found["digest"]))
         if _binary(found["link"]) != following:
-            raise CountermarkError(f"{self.shown}: row {number} does not follow from the rows before it; it was changed, moved or put in")
+            raise CountermarkError(
+                f"{self.shown}: row {number} does not follow from the rows before it; it was changed, moved or put in"
+            )
         values = {field.name: found[field.name] for field in fields(Row)}
         if found["salt"] is None:
             if any(value is not None for value in values.values()):
-                raise CountermarkError(f"{self.shown}: row {number} is erased in part; it was changed after it was written")
+                raise CountermarkError(
+                    f"{self.shown}: row {number} is erased in part; it was changed after it was written"
+                )
             return None, following
         row = Row(**values)
         flaw = _flaw(row)
         if flaw is not None or row.digest(_binary(found["salt"])) != found["digest"]:
-            raise CountermarkError(f"{self.shown}: row {number} was changed after it was written{f' ({flaw})' if flaw else ''}")
+            raise CountermarkError(
+                f"{self.shown}: row {number} was changed after it was written{f' ({flaw})' if flaw else ''}"
+            )
         return row, following
 
 
@@ -363,6 +402,14 @@ def read_head(path: Path) -> Head:
     if not isinstance(value, dict):
         value = {}
     rows, link = value.get("rows"), value.get("hash")
-    if value.get("format") != LOG_FORMAT or type(rows) is not int or rows < 0 or not isinstance(link, str) or len(link) != 64:
-        raise CountermarkError(f"{path} is not the head of a query log, as `countermark log head` writes it")
+    if (
+        value.get("format") != LOG_FORMAT
+        or type(rows) is not int
+        or rows < 0
+        or not isinstance(link, str)
+        or len(link) != 64
+    ):
+        raise CountermarkError(
+            f"{path} is not the head of a query log, as `countermark log head` writes it"
+        )
     return Head(rows, link, decode_token(value.get("token"), f"{path}: token"))

@@ -19,7 +19,9 @@ from countermark.guard.foreign import familiar, outlines, strangeness
 _CHUNK = 250  # images at a time on a processor
 _FOREIGN_BITS = 14
 _FOREIGN_SHARE = 0.5  # of the stated cost; data whose images differ so much that this does not do get no coins for made-up queries
-_TOLERANCE = 1e-5  # forty times what the shape of a batch was seen to change in float32 on a processor
+_TOLERANCE = (
+    1e-5  # forty times what the shape of a batch was seen to change in float32 on a processor
+)
 _ROUGH = 1e-2  # elsewhere, where convolutions may have half the digits
 
 
@@ -57,7 +59,13 @@ class GuardedModel:
         """
         self.network, self.guard = network.eval(), guard
         self._split = Split(network)
-        self._tolerance = tolerance if tolerance is not None else _TOLERANCE if device_of(network).type == "cpu" else _ROUGH
+        self._tolerance = (
+            tolerance
+            if tolerance is not None
+            else _TOLERANCE
+            if device_of(network).type == "cpu"
+            else _ROUGH
+        )
 
     def __call__(self, x: torch.Tensor, clients: str | Sequence[str]) -> Answers:
         """Answer images `(n, c, h, w)`, uint8 or pixels of [0, 1], of one client, or each of its own.
@@ -84,7 +92,9 @@ class GuardedModel:
                 answers[row] = label
                 trials += [replace(trial, row=start + row) for trial in found]
             labels.append(answers)
-        return Answers(torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64), trials, images)
+        return Answers(
+            torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64), trials, images
+        )
 
     def _alone(self, image: torch.Tensor, client: str) -> tuple[int, list[AnswerTrial]]:
         labels, trials = self.guard.answer(*self._split(image), client, image)
@@ -105,7 +115,9 @@ class Split:
         """
         linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
         if not linear:
-            raise CountermarkError("the network has no linear layer to take features from; use countermark.guard.Guard with your own")
+            raise CountermarkError(
+                "the network has no linear layer to take features from; use countermark.guard.Guard with your own"
+            )
         self._network, self._linear, self._lock = network, linear, threading.Lock()
 
     def count(self, images: torch.Tensor) -> int:
@@ -116,14 +128,19 @@ class Split:
         """Logits `(n, classes)` and features `(n, d)` of images, uint8 or pixels."""
         kept: list[torch.Tensor] = []
         with self._lock, torch.no_grad():
-            hooks = [layer.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0])) for layer in self._linear]
+            hooks = [
+                layer.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
+                for layer in self._linear
+            ]
             try:
                 logits = self._network(pixels(x.to(device_of(self._network))))
             finally:
                 for hook in hooks:
                     hook.remove()
         if not kept:
-            raise CountermarkError("no linear layer of the network ran; use countermark.guard.Guard with features of your own")
+            raise CountermarkError(
+                "no linear layer of the network ran; use countermark.guard.Guard with features of your own"
+            )
         return logits.cpu(), kept[-1].flatten(1).cpu()
 
 
@@ -147,14 +164,24 @@ def calibrate_model(
     Raises:
         CountermarkError: as `calibrate` and `strangeness`.
     """
-    share = 0.0 if training is None else strangeness(training.x, epsilon)  # of honest queries; a fair coin takes half of their answers
+    share = (
+        0.0 if training is None else strangeness(training.x, epsilon)
+    )  # of honest queries; a fair coin takes half of their answers
     affordable = training is not None and 50 * share <= _FOREIGN_SHARE * cost
     taken = 50 * share if affordable else 0.0
     split = Split(network.eval())
     count = split.count(validation.x)
     parts = [split(validation.x[i : i + count]) for i in range(0, len(validation), count)]
     logits, features = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    found = calibrate(logits, features, validation.y, secret=secret, model_sha256=model_sha256, cost=cost - taken, bits=bits)
+    found = calibrate(
+        logits,
+        features,
+        validation.y,
+        secret=secret,
+        model_sha256=model_sha256,
+        cost=cost - taken,
+        bits=bits,
+    )
     if training is None:
         return found
     if not affordable:
@@ -164,7 +191,10 @@ def calibrate_model(
     signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
     offsets = tuple((seen @ signs).mean(0).tolist())
     settings = replace(found.settings, familiar=familiar(training.x, epsilon), outlines=offsets)
-    met = {"entropy": found.entropy + share, "tied": found.tied + 100 * share}  # a fair coin is one bit
+    met = {
+        "entropy": found.entropy + share,
+        "tied": found.tied + 100 * share,
+    }  # a fair coin is one bit
     return replace(found, settings=settings, cost=found.cost + taken, foreign_cost=taken, **met)
 
 
@@ -197,4 +227,7 @@ def expected_cost(model: GuardedModel, examples: Examples) -> ExpectedCost:
             lost.append(float(first[question.row] == truth) - right)
     total = max(len(examples), 1)
     mean = sum(lost) / total
-    return ExpectedCost(100 * mean, 100 * math.sqrt(max(0.0, sum(loss * loss for loss in lost) / total - mean * mean) / total))
+    return ExpectedCost(
+        100 * mean,
+        100 * math.sqrt(max(0.0, sum(loss * loss for loss in lost) / total - mean * mean) / total),
+    )

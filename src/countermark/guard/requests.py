@@ -26,13 +26,21 @@ def sign_request(private_key: bytes, model_sha256: str, images: torch.Tensor) ->
         model_sha256: digest of the weights, from the service's metadata.
         images: uint8 `(n, c, h, w)`; pixels are rounded to 8 bits before they are signed (`as_uint8`).
     """
-    return Ed25519PrivateKey.from_private_bytes(private_key).sign(_message(model_sha256, image_hashes(images))).hex()
+    return (
+        Ed25519PrivateKey.from_private_bytes(private_key)
+        .sign(_message(model_sha256, image_hashes(images)))
+        .hex()
+    )
 
 
-def check_request(public_key: str, model_sha256: str, hashes: Sequence[bytes], signature: bytes) -> bool:
+def check_request(
+    public_key: str, model_sha256: str, hashes: Sequence[bytes], signature: bytes
+) -> bool:
     """Whether a client signed these images for this model."""
     try:
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(signature, _message(model_sha256, hashes))
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(
+            signature, _message(model_sha256, hashes)
+        )
     except (InvalidSignature, ValueError):
         return False
     return True
@@ -54,8 +62,17 @@ def is_signed(row: Row, public_key: str) -> bool:
     index, joined = int.from_bytes(rest[:_NUMBER], "big"), rest[_NUMBER:]
     hashes = [joined[i : i + _HASH] for i in range(0, len(joined), _HASH)]
     own = hashlib.sha256(row.image).digest()
-    return index < len(hashes) and hashes[index] == own and check_request(public_key, row.model, hashes, signature)
+    return (
+        index < len(hashes)
+        and hashes[index] == own
+        and check_request(public_key, row.model, hashes, signature)
+    )
 
 
 def _message(model_sha256: str, hashes: Sequence[bytes]) -> bytes:
-    return _FORMAT + bytes.fromhex(model_sha256) + len(hashes).to_bytes(_NUMBER, "big") + b"".join(hashes)
+    return (
+        _FORMAT
+        + bytes.fromhex(model_sha256)
+        + len(hashes).to_bytes(_NUMBER, "big")
+        + b"".join(hashes)
+    )

@@ -45,10 +45,14 @@ def read_guard_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / _NAME
     if not path.exists():
-        raise CountermarkError(f"{folder} has no guard; calibrate one with: countermark guard {folder}")
+        raise CountermarkError(
+            f"{folder} has no guard; calibrate one with: countermark guard {folder}"
+        )
     record = read_json(path, _LIMIT)
     if record.get("format") != GUARD_FORMAT:
-        raise CountermarkError(f"{path} is not a guard of the format {GUARD_FORMAT!r}; use the release that wrote it")
+        raise CountermarkError(
+            f"{path} is not a guard of the format {GUARD_FORMAT!r}; use the release that wrote it"
+        )
     return record
 
 
@@ -64,16 +68,24 @@ def read_guard(folder: Path) -> GuardSettings:
         # A guard of near ties alone may say nothing of the others, one from before chances were rounded coarsely nothing of steps.
         settings = {"familiar": None, "outlines": [], "steps": WHOLE, **settings}
     if not isinstance(settings, dict) or not _fits(settings):
-        raise CountermarkError(f"{path} lacks usable settings; it is damaged or not one of ours, calibrate again")
+        raise CountermarkError(
+            f"{path} lacks usable settings; it is damaged or not one of ours, calibrate again"
+        )
     usual = settings["familiar"]
     lists = {name: tuple(settings[name]) for name in ("offsets", "outlines")}
-    return GuardSettings(**{**settings, **lists, "familiar": None if usual is None else Familiar(**usual)})
+    return GuardSettings(
+        **{**settings, **lists, "familiar": None if usual is None else Familiar(**usual)}
+    )
 
 
 def _fits(settings: Mapping[str, Any]) -> bool:
-    if settings.keys() != {field.name for field in fields(GuardSettings)} or not _fits_familiar(settings["familiar"], settings["outlines"]):
+    if settings.keys() != {field.name for field in fields(GuardSettings)} or not _fits_familiar(
+        settings["familiar"], settings["outlines"]
+    ):
         return False
-    digest, offsets, features, steps = (settings[name] for name in ("model_sha256", "offsets", "features", "steps"))
+    digest, offsets, features, steps = (
+        settings[name] for name in ("model_sha256", "offsets", "features", "steps")
+    )
     return (
         _is_hexadecimal(digest)
         and len(digest) == 64
@@ -108,10 +120,16 @@ def _is_hexadecimal(value: object) -> bool:
 
 
 def _are_offsets(values: object) -> bool:
-    return isinstance(values, list) and 1 <= len(values) <= _LARGEST["offsets"] and all(type(value) is float for value in values)
+    return (
+        isinstance(values, list)
+        and 1 <= len(values) <= _LARGEST["offsets"]
+        and all(type(value) is float for value in values)
+    )
 
 
-def load_guarded(folder: Path, key: Path, network: Network | None = None, device: torch.device | str = "cpu") -> GuardedModel:
+def load_guarded(
+    folder: Path, key: Path, network: Network | None = None, device: torch.device | str = "cpu"
+) -> GuardedModel:
     """Load a model folder behind its guard.
 
     Args:
@@ -124,16 +142,26 @@ def load_guarded(folder: Path, key: Path, network: Network | None = None, device
         CountermarkError: something is missing or damaged, or the guard was calibrated for other weights, or is not the one committed to.
     """
     settings = read_guard(folder)
-    committed = read_json(folder / "commitment.json").get("c3") if (folder / "commitment.json").exists() else None
-    if isinstance(committed, dict) and committed.get("guard_sha256") != guard_sha256(read_guard_record(folder)):
+    committed = (
+        read_json(folder / "commitment.json").get("c3")
+        if (folder / "commitment.json").exists()
+        else None
+    )
+    if isinstance(committed, dict) and committed.get("guard_sha256") != guard_sha256(
+        read_guard_record(folder)
+    ):
         raise CountermarkError(
             f"{folder / _NAME} is not the guard that {folder / 'commitment.json'} commits to; restore it, or calibrate again"
         )
     built, description = load_model(folder, network, device)
     if weights_sha256(folder) != settings.model_sha256:
-        raise CountermarkError(f"{folder / _NAME} was calibrated for other weights; run countermark guard {folder} again")
+        raise CountermarkError(
+            f"{folder / _NAME} was calibrated for other weights; run countermark guard {folder} again"
+        )
     if settings.familiar is not None and settings.familiar.values != math.prod(description.shape):
-        raise CountermarkError(f"{folder / _NAME} was calibrated for images of another shape; calibrate again")
+        raise CountermarkError(
+            f"{folder / _NAME} was calibrated for images of another shape; calibrate again"
+        )
     return GuardedModel(built, Guard(settings, load_secret(key)))
 
 

@@ -22,7 +22,10 @@ LARGEST = 1 << 24
 """Bytes of the largest row that is read or written."""
 _LARGEST_STATEMENT, _MOST_OBJECTS = 1 << 16, 32  # of a schema
 _EVERY = 1_000  # steps of SQLite's machine between two looks at how many there were
-_AT_LEAST, _EACH_BYTE = 20_000_000, 4  # steps that a transaction may take, and more for each byte of the file
+_AT_LEAST, _EACH_BYTE = (
+    20_000_000,
+    4,
+)  # steps that a transaction may take, and more for each byte of the file
 _PRIVATE = 0o600
 _WORD = re.compile(r"\w+|\S")
 _RENAMED = re.compile(r'^CREATE TABLE "(\w+)"')  # as ALTER TABLE ... RENAME leaves it
@@ -36,7 +39,9 @@ class RowError(CountermarkError):
 class DatabaseFile:
     """The file that a path led to when it was first used."""
 
-    def __init__(self, name: str, tables: Mapping[str, str], optional: Collection[str], wait: float) -> None:
+    def __init__(
+        self, name: str, tables: Mapping[str, str], optional: Collection[str], wait: float
+    ) -> None:
         """Remember how to open a file.
 
         Args:
@@ -56,7 +61,9 @@ class DatabaseFile:
             pass
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise CountermarkError(f"the query log {name!r} cannot be used: {reason}; give the path of a file") from error
+            raise CountermarkError(
+                f"the query log {name!r} cannot be used: {reason}; give the path of a file"
+            ) from error
         self._statements = {table: _words(statement) for table, statement in tables.items()}
         self._optional, self._wait = optional, wait
         self._identity: _Identity = None
@@ -69,12 +76,18 @@ class DatabaseFile:
             CountermarkError: a journal was left of a file that is gone; SQLite would take it for that of the new one.
             OSError: it cannot be made.
         """
-        if _identity(self.path) is None and (status := _status(self._beside("-wal"))) and status.st_size:
+        if (
+            _identity(self.path) is None
+            and (status := _status(self._beside("-wal")))
+            and status.st_size
+        ):
             raise CountermarkError(
                 f"{self.path} is gone, and {self.path.name}-wal still has the last of its rows; put the file back, or move both away"
             )
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(os.path.realpath(self.path), os.O_CREAT | os.O_EXCL | os.O_WRONLY, _PRIVATE))
+            os.close(
+                os.open(os.path.realpath(self.path), os.O_CREAT | os.O_EXCL | os.O_WRONLY, _PRIVATE)
+            )
 
     def writer(self) -> sqlite3.Connection:
         """A connection that writes; what other users could read is closed to them.
@@ -115,7 +128,11 @@ class DatabaseFile:
         found = []
         for suffix in ("", "-wal", "-journal"):
             status = _status(self._beside(suffix))
-            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns) if status and status.st_size else ())
+            found.append(
+                (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+                if status and status.st_size
+                else ()
+            )
         return tuple(found)
 
     def check(self) -> None:
@@ -129,9 +146,13 @@ class DatabaseFile:
             raise CountermarkError(f"there is no query log {self.path}; check the path")
         self._identity = self._identity or found
         if found is None:
-            raise CountermarkError(f"the query log {self.path} is gone, it was removed or renamed; put it back")
+            raise CountermarkError(
+                f"the query log {self.path} is gone, it was removed or renamed; put it back"
+            )
         if found != self._identity:
-            raise CountermarkError(f"the query log {self.path} was replaced while it was in use; put the first file back, or start again")
+            raise CountermarkError(
+                f"the query log {self.path} was replaced while it was in use; put the first file back, or start again"
+            )
 
     def check_journal(self) -> None:
         """See that the write-ahead log is still the one that open connections write to.
@@ -142,7 +163,9 @@ class DatabaseFile:
         found = _identity(self._beside("-wal"))
         self._journal = self._journal or found
         if found != self._journal:
-            raise CountermarkError(f"{self.path}-wal was removed while the query log was in use; leave it to the service")
+            raise CountermarkError(
+                f"{self.path}-wal was removed while the query log was in use; leave it to the service"
+            )
 
     def forget_journal(self) -> None:
         """Say that no connection writes any more: whoever comes next may make another write-ahead log."""
@@ -151,7 +174,9 @@ class DatabaseFile:
     def limit_work(self, connection: sqlite3.Connection) -> None:
         """Let the transaction that begins take as many steps as a file of this size can need, and no more."""
         status = _status(self.path)
-        size = min(status.st_size, 512 * status.st_blocks) if status else 0  # a hole in a file holds nothing
+        size = (
+            min(status.st_size, 512 * status.st_blocks) if status else 0
+        )  # a hole in a file holds nothing
         _limit_steps(connection, _AT_LEAST + _EACH_BYTE * size)
 
     def _beside(self, suffix: str) -> Path:
@@ -160,7 +185,9 @@ class DatabaseFile:
     def _open(self, how: str) -> sqlite3.Connection:
         self.check()
         address = f"file://{quote(os.fsencode(self.path))}?{how}"
-        connection = sqlite3.connect(address, uri=True, timeout=self._wait, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            address, uri=True, timeout=self._wait, isolation_level=None, check_same_thread=False
+        )
         try:
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST_STATEMENT)
             connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
@@ -184,16 +211,24 @@ class DatabaseFile:
         ):
             index = kind == "index" and statement is None and table in self._statements
             if not index and (kind != "table" or self._statements.get(name) != _words(statement)):
-                raise CountermarkError(f"{self.path} is no query log of ours: the {kind} {str(name)[:80]!r} does not belong in one")
+                raise CountermarkError(
+                    f"{self.path} is no query log of ours: the {kind} {str(name)[:80]!r} does not belong in one"
+                )
             tables |= {name} if kind == "table" else set()
         missing = self._statements.keys() - tables - set(self._optional)
         if tables and missing:
-            raise CountermarkError(f"{self.path} is no query log: the table {min(missing)!r} is missing; restore it from a backup")
+            raise CountermarkError(
+                f"{self.path} is no query log: the table {min(missing)!r} is missing; restore it from a backup"
+            )
 
 
 def _words(statement: object) -> list[str]:
     """A statement without its spaces."""
-    return _WORD.findall(_RENAMED.sub(r"CREATE TABLE \1", statement)) if isinstance(statement, str) else []
+    return (
+        _WORD.findall(_RENAMED.sub(r"CREATE TABLE \1", statement))
+        if isinstance(statement, str)
+        else []
+    )
 
 
 def _limit_steps(connection: sqlite3.Connection, most: int) -> None:
@@ -210,4 +245,8 @@ def _status(path: Path) -> os.stat_result | None:
 
 def _identity(path: Path) -> _Identity:
     status = _status(path)
-    return None if status is None or not stat.S_ISREG(status.st_mode) else (status.st_dev, status.st_ino)
+    return (
+        None
+        if status is None or not stat.S_ISREG(status.st_mode)
+        else (status.st_dev, status.st_ino)
+    )

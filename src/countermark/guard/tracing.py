@@ -23,7 +23,9 @@ from countermark.guard.core import WHOLE, client_key, coin
 from countermark.guard.log import Row
 from countermark.text import brief
 
-_SHARES = np.array([[0.002], [0.02], [0.1], [0.5], [0.9]])  # of the accounts, as gamblers guess, that a copy came from
+_SHARES = np.array(
+    [[0.002], [0.02], [0.1], [0.5], [0.9]]
+)  # of the accounts, as gamblers guess, that a copy came from
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ class Trace:
     alpha: float
 
 
-def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, alpha: float = ALPHA, erased: int = 0) -> Trace:
+def trace_accounts(
+    rows: Sequence[Row], answers: torch.Tensor, secret: bytes, alpha: float = ALPHA, erased: int = 0
+) -> Trace:
     """Find the accounts whose coins a suspect remembers.
 
     Args:
@@ -87,7 +91,9 @@ def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, al
         CountermarkError: a row's answer is not what this key's coin chose, or answers and rows differ in number.
     """
     if len(rows) != len(answers):
-        raise CountermarkError(f"{len(rows)} trials and {len(answers)} answers; give one answer for each trial")
+        raise CountermarkError(
+            f"{len(rows)} trials and {len(answers)} answers; give one answer for each trial"
+        )
     keys: dict[tuple[str, str], bytes] = {}
     books: dict[str, _Book] = {}
     pool, best = _Pool(erased), _Pool(erased)
@@ -105,7 +111,10 @@ def trace_accounts(rows: Sequence[Row], answers: torch.Tensor, secret: bytes, al
         book.settle(row, answer, tails)
         pool.update(row.client, book.process)
         best.update(row.client, book.best)
-    found = [book.traced(client, _spent(erased + number), alpha) for number, (client, book) in enumerate(books.items(), 1)]
+    found = [
+        book.traced(client, _spent(erased + number), alpha)
+        for number, (client, book) in enumerate(books.items(), 1)
+    ]
     accounts = sorted(found, key=lambda account: account.log10_p_value)
     together = min(0.0, pool.log10_p_value + _spent(0))
     verdict = decide(together, best.log10_p_value + _spent(0), math.log10(alpha))
@@ -143,7 +152,9 @@ class _Book:
         verdict = decide(p, self.best.log10_p_value + spent, math.log10(alpha))
         wealth = self.process.log_e / math.log(10)
         counts = self.counts
-        return Traced(client, verdict, p, alone, counts[1], counts[-1], counts[0], self.expected, wealth)
+        return Traced(
+            client, verdict, p, alone, counts[1], counts[-1], counts[0], self.expected, wealth
+        )
 
 
 class _Pool:
@@ -159,7 +170,9 @@ class _Pool:
         self._highest = 0.0
 
     def update(self, account: str, process: EProcess) -> None:
-        wealth = np.logaddexp(np.log1p(-_SHARES), np.log(_SHARES) + np.array(process.gamblers)[None, :])
+        wealth = np.logaddexp(
+            np.log1p(-_SHARES), np.log(_SHARES) + np.array(process.gamblers)[None, :]
+        )
         self._logs = self._logs + wealth - self._factors.get(account, 0.0)
         self._factors[account] = wealth
         top = float(self._logs.max())
@@ -178,6 +191,12 @@ def images_of(rows: Sequence[Row], shape: tuple[int, ...]) -> torch.Tensor:
     """
     size = math.prod(shape)
     if any(len(row.image) != size for row in rows):
-        raise CountermarkError(f"the log holds queries of another shape than {tuple(shape)}; it belongs to another model")
+        raise CountermarkError(
+            f"the log holds queries of another shape than {tuple(shape)}; it belongs to another model"
+        )
     data = bytearray(b"".join(row.image for row in rows))
-    return torch.frombuffer(data, dtype=torch.uint8).reshape(len(rows), *shape) if data else torch.empty(0, *shape, dtype=torch.uint8)
+    return (
+        torch.frombuffer(data, dtype=torch.uint8).reshape(len(rows), *shape)
+        if data
+        else torch.empty(0, *shape, dtype=torch.uint8)
+    )

@@ -17,7 +17,10 @@ from torch import nn
 from countermark.errors import CountermarkError
 from countermark.marking import Marking, Standing
 
-_NAMES = ("lightning.pytorch", "pytorch_lightning")  # one library has two, and classes of its own in each
+_NAMES = (
+    "lightning.pytorch",
+    "pytorch_lightning",
+)  # one library has two, and classes of its own in each
 
 
 def _library() -> Any:

@@ -17,7 +17,9 @@ from countermark.marking import Marking, Standing
 try:
     from transformers import TrainerCallback
 except ImportError as error:
-    raise CountermarkError("transformers is not installed; pip install 'countermark[transformers]'") from error
+    raise CountermarkError(
+        "transformers is not installed; pip install 'countermark[transformers]'"
+    ) from error
 
 
 class Logits(nn.Module):
@@ -52,7 +54,9 @@ class MarkingCallback(TrainerCallback):  # type: ignore[misc]  # it has no types
         standing: how the model stood to its key when it was last checked.
     """
 
-    def __init__(self, mark: Marking, *, count: int = 16, out: str | Path | None = None, **finishing: Any) -> None:
+    def __init__(
+        self, mark: Marking, *, count: int = 16, out: str | Path | None = None, **finishing: Any
+    ) -> None:
         """Prepare a callback.
 
         Args:
@@ -81,7 +85,13 @@ class MarkingCallback(TrainerCallback):  # type: ignore[misc]  # it has no types
     def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Check the mark, and note the agreement in the history of the Trainer."""
         self.standing = self.mark.check(Logits(given["model"]))
-        state.log_history.append({"mark_agreement": self.standing.agreement, "epoch": state.epoch, "step": state.global_step})
+        state.log_history.append(
+            {
+                "mark_agreement": self.standing.agreement,
+                "epoch": state.epoch,
+                "step": state.global_step,
+            }
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Take the hook away, and write the model folder, in one process.

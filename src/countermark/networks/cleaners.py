@@ -213,7 +213,9 @@ def behind(cleaners: Sequence[tuple[str, float]], network: nn.Module, shape: Sha
     """
     for name, amount in cleaners:
         if name not in CLEANERS:
-            raise CountermarkError(f"unknown cleaner {brief(name)}; there are {', '.join(CLEANERS)}")
+            raise CountermarkError(
+                f"unknown cleaner {brief(name)}; there are {', '.join(CLEANERS)}"
+            )
         CLEANERS[name].amount.check(f"the amount of the cleaner {name}", amount)
         network = nn.Sequential(CLEANERS[name].make(shape, amount), network)
     return network

@@ -121,7 +121,9 @@ class Description:
         return behind(self.cleaners, built, self.shape)
 
 
-def describing(data: Dataset, network: str, *, threat: Threat | None = None, seed: int = 0, **more: Any) -> Description:
+def describing(
+    data: Dataset, network: str, *, threat: Threat | None = None, seed: int = 0, **more: Any
+) -> Description:
     """The description of a model for a data set.
 
     Args:
@@ -136,12 +138,16 @@ def describing(data: Dataset, network: str, *, threat: Threat | None = None, see
     """
     record = DataRecord(data.place, data.digest, data.size, data.skip_damaged)
     more = {"pool_sizes": dict(data.held_out), **more}
-    found = Description(network, data.shape, data.class_names, record, threat or data.threat, seed, **more)
+    found = Description(
+        network, data.shape, data.class_names, record, threat or data.threat, seed, **more
+    )
     _record(found)  # before a model is trained for it
     return found
 
 
-def save_model(folder: Path, network: nn.Module, description: Description, mode: int | None = None) -> str:
+def save_model(
+    folder: Path, network: nn.Module, description: Description, mode: int | None = None
+) -> str:
     """Write a model into an existing folder, its files with `mode` (see `write_bytes`), and return the SHA-256 of its weights file.
 
     Raises:
@@ -160,7 +166,11 @@ def _front(description: Description) -> dict[str, Any]:
 
     So the digest of that file fixes what the model answers. It says nothing where nothing stands there.
     """
-    front = {"mean": list(description.mean), "std": list(description.std), "cleaners": [list(each) for each in description.cleaners]}
+    front = {
+        "mean": list(description.mean),
+        "std": list(description.std),
+        "cleaners": [list(each) for each in description.cleaners],
+    }
     return {"front": front} if any(front.values()) else {}
 
 
@@ -173,10 +183,19 @@ def _record(description: Description) -> dict[str, Any]:
     data, threat = description.data, description.threat
     record = {
         "format": MODEL_FORMAT,
-        "network": {"place": description.network, "mean": list(description.mean), "std": list(description.std)},
+        "network": {
+            "place": description.network,
+            "mean": list(description.mean),
+            "std": list(description.std),
+        },
         "shape": list(description.shape),
         "class_names": list(description.class_names),
-        "data": {"place": data.place, "sha256": data.sha256, "size": data.size, "skip_damaged": data.skip_damaged},
+        "data": {
+            "place": data.place,
+            "sha256": data.sha256,
+            "size": data.size,
+            "skip_damaged": data.skip_damaged,
+        },
         "threat": {
             "epsilon": threat.epsilon,
             "steps": threat.steps,
@@ -185,17 +204,26 @@ def _record(description: Description) -> dict[str, Any]:
         },
         "seed": description.seed,
         "cleaners": [list(each) for each in description.cleaners],
-        "pools": {"sizes": None if description.pool_sizes is None else dict(description.pool_sizes), "known": description.known},
+        "pools": {
+            "sizes": None if description.pool_sizes is None else dict(description.pool_sizes),
+            "known": description.known,
+        },
         "history": [dict(event) for event in description.history],
     }
     if not 2 <= description.classes <= _MOST_CLASSES:
-        raise CountermarkError(f"a model folder holds a model of 2 to {_MOST_CLASSES} classes, not {description.classes}")
+        raise CountermarkError(
+            f"a model folder holds a model of 2 to {_MOST_CLASSES} classes, not {description.classes}"
+        )
     if len(description.cleaners) > _MOST_CLEANERS:
-        raise CountermarkError(f"a model folder holds a model behind {_MOST_CLEANERS} cleaners at most, not {len(description.cleaners)}")
+        raise CountermarkError(
+            f"a model folder holds a model behind {_MOST_CLEANERS} cleaners at most, not {len(description.cleaners)}"
+        )
     try:
         _description(record)
     except (KeyError, ValueError, TypeError) as error:
-        raise CountermarkError(f"the model could not be read again: its {error.args[0]!r} is out of range or of another type") from error
+        raise CountermarkError(
+            f"the model could not be read again: its {error.args[0]!r} is out of range or of another type"
+        ) from error
     return record
 
 
@@ -208,7 +236,9 @@ def describe(folder: Path) -> Description:
     return _described(folder)[0]
 
 
-def load_model(folder: Path, network: Network | None = None, device: torch.device | str = "cpu") -> tuple[nn.Module, Description]:
+def load_model(
+    folder: Path, network: Network | None = None, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, Description]:
     """Read a model folder.
 
     The names, types and shapes of the weights are compared with the network's before any of them is
@@ -235,7 +265,14 @@ def load_model(folder: Path, network: Network | None = None, device: torch.devic
     if ours:
         with torch.device("meta"):  # no memory yet: the sizes come from a file that may be hostile
             network = build(str(place), description.shape, description.classes)
-    built = open_network(network, description.shape, description.classes, mean=description.mean, std=description.std, checked=False)
+    built = open_network(
+        network,
+        description.shape,
+        description.classes,
+        mean=description.mean,
+        std=description.std,
+        checked=False,
+    )
     built = behind(description.cleaners, built, description.shape)
     expected = built.state_dict()
     size = sum(value.numel() * value.element_size() for value in expected.values())
@@ -244,15 +281,23 @@ def load_model(folder: Path, network: Network | None = None, device: torch.devic
 
     def check(tensors: Mapping[str, torch.Tensor]) -> None:
         if (name := _misfit(tensors, expected)) is not None:
-            raise CountermarkError(f"{path} does not fit the network {named} (tensor {brief(name)}); it belongs to another model")
+            raise CountermarkError(
+                f"{path} does not fit the network {named} (tensor {brief(name)}); it belongs to another model"
+            )
 
     tensors, meta, digest = read_tensors(path, size + _HEADER_ALLOWANCE, check)
     if digest != weights_sha256:
-        raise CountermarkError(f"{path} is not the file that model.json describes (SHA-256 differs); restore it from a backup")
+        raise CountermarkError(
+            f"{path} is not the file that model.json describes (SHA-256 differs); restore it from a backup"
+        )
     if meta.get("front") != _front(description).get("front"):
-        raise CountermarkError(f"{path} was written with another normalisation or other cleaners than model.json says; restore both")
+        raise CountermarkError(
+            f"{path} was written with another normalisation or other cleaners than model.json says; restore both"
+        )
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-        raise CountermarkError(f"{path} holds weights that are not finite (NaN or infinity); such a model cannot be asked, restore it")
+        raise CountermarkError(
+            f"{path} holds weights that are not finite (NaN or infinity); such a model cannot be asked, restore it"
+        )
     built.load_state_dict(tensors, assign=ours)
     return built.to(device).eval(), description
 
@@ -268,15 +313,31 @@ def check_builds(network: nn.Module, description: Description) -> None:
         CountermarkError: there is no such network, or its weights have other names, types or shapes.
     """
     place = description.network
-    built = open_network(place, description.shape, description.classes, mean=description.mean, std=description.std, seed=0, checked=False)
+    built = open_network(
+        place,
+        description.shape,
+        description.classes,
+        mean=description.mean,
+        std=description.std,
+        seed=0,
+        checked=False,
+    )
     if (name := _misfit(network.state_dict(), built.state_dict())) is not None:
-        raise CountermarkError(f"{brief(place)} builds another network than this one (tensor {brief(name)}); name what builds it")
+        raise CountermarkError(
+            f"{brief(place)} builds another network than this one (tensor {brief(name)}); name what builds it"
+        )
 
 
-def _misfit(tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str | None:
+def _misfit(
+    tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> str | None:
     """The name of a tensor that is missing, left over, or of another type or shape; none where all fit."""
     for name, value in expected.items():
-        if name not in tensors or tensors[name].shape != value.shape or tensors[name].dtype != value.dtype:
+        if (
+            name not in tensors
+            or tensors[name].shape != value.shape
+            or tensors[name].dtype != value.dtype
+        ):
             return name
     return min(tensors.keys() - expected.keys(), default=None)
 
@@ -289,17 +350,29 @@ def _nameable(description: Description, what: str, network: Network | None) -> N
     """
     place = description.network
     if network is not None:
-        if isinstance(network, str) and network != place and (network in NETWORKS or place in NETWORKS):
-            raise CountermarkError(f"{what} holds the network {brief(place) or 'of a program'}, not {brief(network)}; leave --network out")
+        if (
+            isinstance(network, str)
+            and network != place
+            and (network in NETWORKS or place in NETWORKS)
+        ):
+            raise CountermarkError(
+                f"{what} holds the network {brief(place) or 'of a program'}, not {brief(network)}; leave --network out"
+            )
         return network
     if place in NETWORKS:
         return place
     if not place:
-        raise CountermarkError(f"{what} holds a network that was given in Python; name what builds it, --network MODULE:FUNCTION")
-    raise CountermarkError(f"{what} holds the network {brief(place)}, whose code is imported only if you name it: --network {brief(place)}")
+        raise CountermarkError(
+            f"{what} holds a network that was given in Python; name what builds it, --network MODULE:FUNCTION"
+        )
+    raise CountermarkError(
+        f"{what} holds the network {brief(place)}, whose code is imported only if you name it: --network {brief(place)}"
+    )
 
 
-def open_declared(description: Description, *, data: DataPlace | None = None, cache: str | Path | None = None) -> Dataset:
+def open_declared(
+    description: Description, *, data: DataPlace | None = None, cache: str | Path | None = None
+) -> Dataset:
     """Open the data that a model was trained for.
 
     Args:
@@ -311,10 +384,20 @@ def open_declared(description: Description, *, data: DataPlace | None = None, ca
         CountermarkError: it cannot be opened, or it is not what it was when the model was made.
     """
     record = description.data
-    fixed = isinstance(data, Dataset) or (isinstance(data, str) and data in KNOWN)  # such images keep their size
+    fixed = isinstance(data, Dataset) or (
+        isinstance(data, str) and data in KNOWN
+    )  # such images keep their size
     size = None if fixed else record.size
-    found = _kept(record, cache) if data is None else open_data(data, size=size, skip_damaged=record.skip_damaged, cache=cache)
-    found = found if description.pool_sizes is None else replace(found, pool_sizes=description.pool_sizes)
+    found = (
+        _kept(record, cache)
+        if data is None
+        else open_data(data, size=size, skip_damaged=record.skip_damaged, cache=cache)
+    )
+    found = (
+        found
+        if description.pool_sizes is None
+        else replace(found, pool_sizes=description.pool_sizes)
+    )
     shown = found.place or "the data"
     if (description.shape, description.classes) != (found.shape, found.classes):
         raise CountermarkError(
@@ -322,7 +405,9 @@ def open_declared(description: Description, *, data: DataPlace | None = None, ca
             f"{shown} has {found.shape} and {found.classes}; it is for other data"
         )
     if record.sha256 is None:
-        return replace(found, by_content=False)  # the pools of 0.1.0 did not look at what images show
+        return replace(
+            found, by_content=False
+        )  # the pools of 0.1.0 did not look at what images show
     if record.sha256 and found.digest != record.sha256:
         raise CountermarkError(
             f"{shown} was changed since the model was made (SHA-256 {found.digest[:12]}, not {record.sha256[:12]}): its pools would be "
@@ -345,7 +430,9 @@ def declared_pools(description: Description, data: Dataset) -> Pools:
     """
     if description.known is None:
         return data.pools(description.seed)
-    return data.pools(description.seed, unpacked(description.known, len(data.train) + len(data.test)))
+    return data.pools(
+        description.seed, unpacked(description.known, len(data.train) + len(data.test))
+    )
 
 
 def _kept(record: DataRecord, cache: str | Path | None) -> Dataset:
@@ -354,36 +441,56 @@ def _kept(record: DataRecord, cache: str | Path | None) -> Dataset:
     nowhere = place not in KNOWN and not os.path.exists(place)  # noqa: PTH110 (it says no where it may not look)
     if not nowhere:
         return open_data(place, size=record.size, skip_damaged=record.skip_damaged, cache=cache)
-    found = None if record.sha256 is None else by_digest(record.sha256, None if cache is None else Path(cache))
+    found = (
+        None
+        if record.sha256 is None
+        else by_digest(record.sha256, None if cache is None else Path(cache))
+    )
     if found is not None:
         return replace(found, place=place, size=record.size, skip_damaged=record.skip_damaged)
     if not place:
-        raise CountermarkError("the model was made from data that was given in Python; say where it is, --data PLACE")
+        raise CountermarkError(
+            "the model was made from data that was given in Python; say where it is, --data PLACE"
+        )
     if is_code(place):
-        raise CountermarkError(f"the model's data come from {place}, whose code is run only if you name it: --data {place}")
-    raise CountermarkError(f"the model's data are gone from {brief(place)}, and not in the cache; say where they are, --data PLACE")
+        raise CountermarkError(
+            f"the model's data come from {place}, whose code is run only if you name it: --data {place}"
+        )
+    raise CountermarkError(
+        f"the model's data are gone from {brief(place)}, and not in the cache; say where they are, --data PLACE"
+    )
 
 
 def _described(folder: Path) -> tuple[Description, Any]:
     """The description of a model folder, and what it says is the SHA-256 of its weights."""
     if not folder.is_dir():
-        raise CountermarkError(f"{folder} is not a model folder; name the folder that holds model.json and model.safetensors")
+        raise CountermarkError(
+            f"{folder} is not a model folder; name the folder that holds model.json and model.safetensors"
+        )
     path = folder / "model.json"
     record = read_json(path)
-    read = {MODEL_FORMAT: _description, _FIRST_FORMAT: _first_description}.get(str(record.get("format")))
+    read = {MODEL_FORMAT: _description, _FIRST_FORMAT: _first_description}.get(
+        str(record.get("format"))
+    )
     if read is None:
-        raise CountermarkError(f"{path} is not a model of the format {MODEL_FORMAT!r}; use the release that wrote it")
+        raise CountermarkError(
+            f"{path} is not a model of the format {MODEL_FORMAT!r}; use the release that wrote it"
+        )
     try:
         return read(record), record.get("weights_sha256")
     except (KeyError, ValueError, TypeError) as error:
         field_name = error.args[0] if error.args else ""
-        raise CountermarkError(f"{path} lacks a usable field {field_name!r}; it is damaged or not one of ours") from error
+        raise CountermarkError(
+            f"{path} lacks a usable field {field_name!r}; it is damaged or not one of ours"
+        ) from error
     except CountermarkError as error:
         raise CountermarkError(f"{path}: {error}; it is damaged or not one of ours") from error
 
 
 def _description(record: Mapping[str, Any]) -> Description:
-    network, data, threat, pools = (_field(record, name, dict) for name in ("network", "data", "threat", "pools"))
+    network, data, threat, pools = (
+        _field(record, name, dict) for name in ("network", "data", "threat", "pools")
+    )
     names = _field(record, "class_names", list)
     if not 2 <= len(names) <= _MOST_CLASSES or not all(type(name) is str for name in names):
         raise ValueError("class_names")
@@ -394,7 +501,9 @@ def _description(record: Mapping[str, Any]) -> Description:
         network=_field(network, "place", str),
         shape=_shape(record),
         class_names=tuple(names),
-        data=DataRecord(_field(data, "place", str), sha256, size, _field(data, "skip_damaged", bool)),
+        data=DataRecord(
+            _field(data, "place", str), sha256, size, _field(data, "skip_damaged", bool)
+        ),
         threat=Threat(
             _field(threat, "epsilon", float),
             _field(threat, "steps", int),
@@ -413,7 +522,11 @@ def _description(record: Mapping[str, Any]) -> Description:
 
 def _first_description(record: Mapping[str, Any]) -> Description:
     """What 0.1.0 wrote: data sets that are known by name, and no more of the threat than the budget."""
-    place, epsilon, classes = _field(record, "data", str), _field(record, "epsilon", float), _field(record, "classes", int)
+    place, epsilon, classes = (
+        _field(record, "data", str),
+        _field(record, "epsilon", float),
+        _field(record, "classes", int),
+    )
     if not 2 <= classes <= _MOST_CLASSES:
         raise ValueError("classes")
     row = KNOWN.get(place)
@@ -439,7 +552,11 @@ def _pool_sizes(record: Mapping[str, Any]) -> Mapping[str, int] | None:
     found = record["sizes"]
     if found is None:
         return None
-    if not isinstance(found, dict) or set(found) != set(HELD_OUT) or not all(type(each) is int and each >= 1 for each in found.values()):
+    if (
+        not isinstance(found, dict)
+        or set(found) != set(HELD_OUT)
+        or not all(type(each) is int and each >= 1 for each in found.values())
+    ):
         raise ValueError("pools")
     return {name: found[name] for name in HELD_OUT}
 
@@ -478,7 +595,12 @@ def _cleaners(record: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     if not isinstance(found, list) or len(found) > _MOST_CLEANERS:
         raise ValueError("cleaners")
     for each in found:
-        if not (isinstance(each, list) and len(each) == 2 and type(each[0]) is str and type(each[1]) in (int, float)):
+        if not (
+            isinstance(each, list)
+            and len(each) == 2
+            and type(each[0]) is str
+            and type(each[1]) in (int, float)
+        ):
             raise ValueError("cleaners")
     return tuple((name, float(amount)) for name, amount in found)
 
@@ -490,7 +612,9 @@ def _history(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     return tuple(history)
 
 
-def load(folder: str | Path, network: Network | None = None, device: torch.device | str = "cpu") -> nn.Module:
+def load(
+    folder: str | Path, network: Network | None = None, device: torch.device | str = "cpu"
+) -> nn.Module:
     """Load a model folder as an `nn.Module` from pixels of [0, 1], `(n, c, h, w)`, to logits `(n, classes)`, in evaluation mode.
 
     Args:

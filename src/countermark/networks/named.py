@@ -88,7 +88,9 @@ class HalvingConv2d(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve `(n, c, h, w)` to `(n, filters, h // 2, w // 2)`."""
         before = int(self.padding[0])
-        blocks = blocks_of_pixels(functional.pad(x, (before, before - x.shape[3] % 2, before, before - x.shape[2] % 2)))
+        blocks = blocks_of_pixels(
+            functional.pad(x, (before, before - x.shape[3] % 2, before, before - x.shape[2] % 2))
+        )
         return functional.conv2d(blocks, functional.pixel_unshuffle(self.weight, 2), self.bias)
 
 
@@ -204,16 +206,26 @@ def _residual(shape: tuple[int, int, int], classes: int, width: int, blocks: int
     """Four stages of `blocks` blocks, each twice as wide as the one before and with half its height and width."""
     channels, height, width_of_image = shape
     # Large images are reduced at once, so that the stages see between 32 and 63 pixels of images up to 255.
-    stride = 1 if min(height, width_of_image) < 64 else 2 if min(height, width_of_image) < 128 else 4
+    stride = (
+        1 if min(height, width_of_image) < 64 else 2 if min(height, width_of_image) < 128 else 4
+    )
     kernel = max(3, 2 * stride - 1)
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
+    ]
     before = width
     for stage in range(4):
         filters = width << stage
         for block in range(blocks):
             layers.append(PreActivationBlock(before, filters, 2 if stage and not block else 1))
             before = filters
-    layers += [nn.BatchNorm2d(before), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes)]
+    layers += [
+        nn.BatchNorm2d(before),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(before, classes),
+    ]
     return nn.Sequential(*layers)
 
 
@@ -228,7 +240,9 @@ NETWORKS: Mapping[str, Callable[[tuple[int, int, int], int], nn.Module]] = {
 }
 
 
-def build(name: str, shape: tuple[int, int, int], classes: int, seed: int | None = None) -> nn.Module:
+def build(
+    name: str, shape: tuple[int, int, int], classes: int, seed: int | None = None
+) -> nn.Module:
     """Build a network by name.
 
     Args:
@@ -241,7 +255,12 @@ def build(name: str, shape: tuple[int, int, int], classes: int, seed: int | None
         CountermarkError: unknown name, or a shape that no image classifier of ours has.
     """
     choose("network", name, NETWORKS)
-    fits = len(shape) == 3 and shape[0] >= 1 and min(shape[1:]) >= _SMALLEST_SIDE and math.prod(shape) <= _LARGEST_IMAGE
+    fits = (
+        len(shape) == 3
+        and shape[0] >= 1
+        and min(shape[1:]) >= _SMALLEST_SIDE
+        and math.prod(shape) <= _LARGEST_IMAGE
+    )
     if not fits or not 2 <= classes <= _LARGEST_CLASSES:
         raise CountermarkError(
             f"no network takes images of shape {brief(tuple(shape))} to {brief(classes)} classes; "

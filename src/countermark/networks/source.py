@@ -95,7 +95,9 @@ def _check_sizes(shape: object, classes: object, seed: object) -> None:
     """
     sides = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
     if len(sides) != 3 or not all(isinstance(side, Integral) and int(side) > 0 for side in sides):
-        raise CountermarkError(f"shape is (channels, height, width) of one image, not {brief(shape)}")
+        raise CountermarkError(
+            f"shape is (channels, height, width) of one image, not {brief(shape)}"
+        )
     if not isinstance(classes, Integral) or int(classes) < 2:
         raise CountermarkError(f"classes is a whole number from 2, not {brief(classes)}")
     if seed is not None and not isinstance(seed, Integral):
@@ -147,11 +149,17 @@ def check_network(network: nn.Module, shape: Shape, classes: int, name: str) -> 
         logits = _output(network, x, classes, name)
         _check_weights(network, name)
         if logits.dtype is not torch.float32:
-            raise CountermarkError(f"{name} answers in {_plain(logits.dtype)}; let it compute and answer in float32")
+            raise CountermarkError(
+                f"{name} answers in {_plain(logits.dtype)}; let it compute and answer in float32"
+            )
         if not bool(torch.isfinite(logits).all()):
-            raise CountermarkError(f"{name} answers with logits that are not finite (NaN or infinity); look at its weights")
+            raise CountermarkError(
+                f"{name} answers with logits that are not finite (NaN or infinity); look at its weights"
+            )
         if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
-            raise CountermarkError(f"{name} answers with probabilities; let it return logits, without the softmax at the end")
+            raise CountermarkError(
+                f"{name} answers with probabilities; let it return logits, without the softmax at the end"
+            )
         if not bool(_same(_output(network, x, classes, name), logits)):
             raise CountermarkError(
                 f"{name} answers otherwise each time, in evaluation mode as well; is a dropout left on "
@@ -174,16 +182,22 @@ def _made(place: Network, shape: Shape, classes: int) -> tuple[nn.Module, Normal
     if isinstance(place, str):
         if not is_code(place):
             known = ", ".join(NETWORKS)
-            raise CountermarkError(f"unknown network {brief(place)}; choose one of {known}, or name yours as module:function or timm:NAME")
+            raise CountermarkError(
+                f"unknown network {brief(place)}; choose one of {known}, or name yours as module:function or timm:NAME"
+            )
         found, name = imported(place), place
     else:
         found, name = place, place_of(place)
     if not isinstance(found, nn.Module):
         if not callable(found):
-            raise CountermarkError(f"{name} is no function that makes a network, but of the type {type(found).__name__}")
+            raise CountermarkError(
+                f"{name} is no function that makes a network, but of the type {type(found).__name__}"
+            )
         found = called(found, name, _known(shape, classes), shape, classes)
         if not isinstance(found, nn.Module):
-            raise CountermarkError(f"{name} returned no nn.Module, but an object of the type {type(found).__name__}")
+            raise CountermarkError(
+                f"{name} returned no nn.Module, but an object of the type {type(found).__name__}"
+            )
     return found, None
 
 
@@ -200,7 +214,9 @@ def _from_timm(place: str, shape: Shape, classes: int) -> tuple[nn.Module, Norma
     try:
         timm = importlib.import_module("timm")
     except Exception as error:
-        raise CountermarkError(f"{brief(place)} needs timm, which cannot be imported: {said(error)}; pip install timm") from error
+        raise CountermarkError(
+            f"{brief(place)} needs timm, which cannot be imported: {said(error)}; pip install timm"
+        ) from error
     options: dict[str, Any] = {"pretrained": False, "in_chans": shape[0], "num_classes": classes}
     try:
         network = timm.create_model(name, **options)
@@ -209,7 +225,9 @@ def _from_timm(place: str, shape: Shape, classes: int) -> tuple[nn.Module, Norma
         if config.get("fixed_input_size") and size != shape[1:]:
             network = timm.create_model(name, **options, img_size=shape[1:])
     except Exception as error:
-        raise CountermarkError(f"timm makes no network {brief(name)} for images of {_written(shape)}: {said(error)}") from error
+        raise CountermarkError(
+            f"timm makes no network {brief(name)} for images of {_written(shape)}: {said(error)}"
+        ) from error
     mean, std = (tuple(config.get(each) or ()) for each in ("mean", "std"))
     if not mean or not std:
         return network, None
@@ -220,7 +238,9 @@ def _from_timm(place: str, shape: Shape, classes: int) -> tuple[nn.Module, Norma
 
 def _config(network: nn.Module) -> Mapping[str, Any]:
     """What timm says of a network: the size and normalisation of the images that it was made for."""
-    config: Any = getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
+    config: Any = (
+        getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
+    )
     return config if isinstance(config, Mapping) else vars(config)
 
 
@@ -233,7 +253,9 @@ def numbers(name: str, value: Any) -> tuple[float, ...]:
     try:
         return (float(value),) if isinstance(value, Real) else tuple(map(float, value))
     except (TypeError, ValueError) as error:
-        raise CountermarkError(f"{name} is one number or one a channel, not {brief(value)}") from error
+        raise CountermarkError(
+            f"{name} is one number or one a channel, not {brief(value)}"
+        ) from error
 
 
 def normaliser(shape: Shape, mean: Sequence[float], std: Sequence[float]) -> Normalise | None:
@@ -246,11 +268,17 @@ def normaliser(shape: Shape, mean: Sequence[float], std: Sequence[float]) -> Nor
         return None
     for name, numbers, lowest in (("mean", mean, 0.0), ("std", std, 1e-6)):
         if not numbers:
-            raise CountermarkError(f"a normaliser needs mean and std, and {name} is missing; give both")
+            raise CountermarkError(
+                f"a normaliser needs mean and std, and {name} is missing; give both"
+            )
         if len(numbers) not in (1, shape[0]):
-            raise CountermarkError(f"{name} has {len(numbers)} numbers for images of {shape[0]} channels; give one, or one a channel")
+            raise CountermarkError(
+                f"{name} has {len(numbers)} numbers for images of {shape[0]} channels; give one, or one a channel"
+            )
         if not all(lowest <= number <= 1 for number in numbers):  # NaN is refused as well
-            raise CountermarkError(f"{name} {brief(tuple(numbers))} is not in pixels of [0, 1]; divide numbers of 0 to 255 by 255")
+            raise CountermarkError(
+                f"{name} {brief(tuple(numbers))} is not in pixels of [0, 1]; divide numbers of 0 to 255 by 255"
+            )
     first, second = (numbers[0] if len(numbers) == 1 else tuple(numbers) for numbers in (mean, std))
     return Normalise(first, second)
 
@@ -261,7 +289,9 @@ def _output(network: nn.Module, x: torch.Tensor, classes: int, name: str) -> tor
         with torch.no_grad():
             output = network(x)
     except Exception as error:
-        raise CountermarkError(f"{name} raised an error on {len(x)} image(s) of {_written(x.shape[1:])}: {said(error)}") from error
+        raise CountermarkError(
+            f"{name} raised an error on {len(x)} image(s) of {_written(x.shape[1:])}: {said(error)}"
+        ) from error
     if not isinstance(output, torch.Tensor):
         raise CountermarkError(
             f"{name} answers with an object of the type {type(output).__name__}; let it return the tensor of logits, (n, {classes})"
@@ -277,12 +307,22 @@ def _output(network: nn.Module, x: torch.Tensor, classes: int, name: str) -> tor
 def _check_weights(network: nn.Module, name: str) -> None:
     weights = list(network.parameters())
     if not weights:
-        raise CountermarkError(f"{name} has no parameters; there is nothing in it that could be trained or hold a mark")
+        raise CountermarkError(
+            f"{name} has no parameters; there is nothing in it that could be trained or hold a mark"
+        )
     if not any(each.requires_grad for each in weights):
-        raise CountermarkError(f"all weights of {name} are frozen; let those that may be trained require gradients")
-    others = {_plain(each.dtype) for each in (*weights, *network.buffers()) if each.is_floating_point() and each.dtype is not torch.float32}
+        raise CountermarkError(
+            f"all weights of {name} are frozen; let those that may be trained require gradients"
+        )
+    others = {
+        _plain(each.dtype)
+        for each in (*weights, *network.buffers())
+        if each.is_floating_point() and each.dtype is not torch.float32
+    }
     if others:
-        raise CountermarkError(f"{name} has weights in {' and '.join(sorted(others))}; give it in float32, as network.float() makes it")
+        raise CountermarkError(
+            f"{name} has weights in {' and '.join(sorted(others))}; give it in float32, as network.float() makes it"
+        )
 
 
 def _check_gradient(network: nn.Module, x: torch.Tensor, name: str) -> None:
@@ -298,7 +338,9 @@ def _check_copy(network: nn.Module, x: torch.Tensor, classes: int, name: str) ->
     try:
         copied = copy.deepcopy(network)
     except Exception as error:
-        raise CountermarkError(f"{name} cannot be copied, which attacks and averages need: {said(error)}") from error
+        raise CountermarkError(
+            f"{name} cannot be copied, which attacks and averages need: {said(error)}"
+        ) from error
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
         _output(copied.train(), x.detach(), classes, f"{name} in training mode")
 

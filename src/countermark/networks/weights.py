@@ -25,10 +25,23 @@ Tensors = Mapping[str, torch.Tensor]
 
 _LARGEST = 1 << 40  # bytes of a safetensors file
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-_NESTED = ("state_dict", "model_state_dict", "model", "network", "net", "module", "weights", "params")
+_NESTED = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "network",
+    "net",
+    "module",
+    "weights",
+    "params",
+)
 _PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
 _LISTED = 5  # names in a message
-_OBJECTS = ("Unsupported global", "Unsupported class", "unrecognized function")  # in what torch says of a pickle
+_OBJECTS = (
+    "Unsupported global",
+    "Unsupported class",
+    "unrecognized function",
+)  # in what torch says of a pickle
 _COUNTER = "num_batches_tracked"  # of batch norm, which old files lack and nothing of ours reads
 _HOW = "save its numbers alone: torch.save(network.state_dict(), 'own.pt')"
 
@@ -60,13 +73,23 @@ def load_weights(network: nn.Module, weights: Weights) -> None:
         _listed("of another shape", list(_misshapen(own, tensors))),
     ]
     if any(complaints):
-        raise CountermarkError(f"{path} does not fit the network: {'; '.join(filter(None, complaints))}")
+        raise CountermarkError(
+            f"{path} does not fit the network: {'; '.join(filter(None, complaints))}"
+        )
     for name, value in tensors.items():
         if value.is_floating_point() != own[name].is_floating_point():
-            raise CountermarkError(f"{path} holds {name} as {value.dtype}, the network as {own[name].dtype}; it belongs to another network")
-    wrong = [name for name, value in tensors.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+            raise CountermarkError(
+                f"{path} holds {name} as {value.dtype}, the network as {own[name].dtype}; it belongs to another network"
+            )
+    wrong = [
+        name
+        for name, value in tensors.items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
     if wrong:
-        raise CountermarkError(f"{path} holds weights that are not finite (NaN or infinity): {_names(wrong)}; the training diverged")
+        raise CountermarkError(
+            f"{path} holds weights that are not finite (NaN or infinity): {_names(wrong)}; the training diverged"
+        )
     target.load_state_dict(dict(tensors), strict=False)  # which copies, and so converts
 
 
@@ -90,7 +113,9 @@ def _found(weights: Weights) -> tuple[Path | str, Tensors]:
     if isinstance(weights, str | Path):
         return Path(weights), _read(Path(weights))
     if not isinstance(weights, Mapping):
-        raise CountermarkError(f"weights are a file or a state dict, not {type(weights).__name__}; for a module, give its .state_dict()")
+        raise CountermarkError(
+            f"weights are a file or a state dict, not {type(weights).__name__}; for a module, give its .state_dict()"
+        )
     return "the state dict", _tensors(weights, "the state dict")
 
 
@@ -100,9 +125,15 @@ def _read(path: Path) -> Tensors:
         return read_tensors(path, _LARGEST)[0]
     if path.suffix not in _PICKLED:
         kinds = ", ".join((".safetensors", *_PICKLED))
-        raise CountermarkError(f"{path} is not a file of weights that is known here; give one that ends with {kinds}")
+        raise CountermarkError(
+            f"{path} is not a file of weights that is known here; give one that ends with {kinds}"
+        )
     if not path.is_file():
-        raise CountermarkError(f"{path} is not a file; check the path" if path.exists() else f"{path} does not exist; check the path")
+        raise CountermarkError(
+            f"{path} is not a file; check the path"
+            if path.exists()
+            else f"{path} does not exist; check the path"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it says of TorchScript is said below
@@ -112,30 +143,50 @@ def _read(path: Path) -> Tensors:
             raise CountermarkError(
                 f"{path} holds Python objects, such as a whole module, which are never unpickled here; {_HOW}"
             ) from error
-        raise CountermarkError(f"{path} is truncated, damaged or of another format; save it anew") from error
+        raise CountermarkError(
+            f"{path} is truncated, damaged or of another format; save it anew"
+        ) from error
     except OSError as error:
         if error.errno == errno.EINVAL:  # the archive's directory points beyond its end
-            raise CountermarkError(f"{path} is truncated, damaged or of another format; save it anew") from error
-        raise CountermarkError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions") from error
+            raise CountermarkError(
+                f"{path} is truncated, damaged or of another format; save it anew"
+            ) from error
+        raise CountermarkError(
+            f"cannot read {path}: {error.strerror or error}; check the path and its permissions"
+        ) from error
     except Exception as error:
         if "TorchScript" in str(error):
-            raise CountermarkError(f"{path} is a program of TorchScript, which is never run here; {_HOW}") from error
-        raise CountermarkError(f"{path} is truncated, damaged or of another format; save it anew") from error
+            raise CountermarkError(
+                f"{path} is a program of TorchScript, which is never run here; {_HOW}"
+            ) from error
+        raise CountermarkError(
+            f"{path} is truncated, damaged or of another format; save it anew"
+        ) from error
     return _tensors(found, path)
 
 
 def _tensors(found: Any, path: Path | str) -> Tensors:
     """The state dict in what a file held: that itself, or an entry of it."""
     while isinstance(found, Mapping):
-        inside = next((found[name] for name in _NESTED if isinstance(found.get(name), Mapping)), None)
+        inside = next(
+            (found[name] for name in _NESTED if isinstance(found.get(name), Mapping)), None
+        )
         if inside is None:
             break
         found = inside
     if not isinstance(found, Mapping) or not found:
-        raise CountermarkError(f"{path} holds no state dict, but an object of the type {type(found).__name__}; {_HOW}")
-    others = [name for name, value in found.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
+        raise CountermarkError(
+            f"{path} holds no state dict, but an object of the type {type(found).__name__}; {_HOW}"
+        )
+    others = [
+        name
+        for name, value in found.items()
+        if not (isinstance(name, str) and isinstance(value, torch.Tensor))
+    ]
     if others:
-        raise CountermarkError(f"{path} holds entries that are no tensors: {_names(others)}; {_HOW}")
+        raise CountermarkError(
+            f"{path} holds entries that are no tensors: {_names(others)}; {_HOW}"
+        )
     return found
 
 
@@ -159,14 +210,24 @@ def _spellings(found: Tensors) -> Iterator[Tensors]:
         without = [{name.replace("_orig_mod.", ""): value for name, value in tensors.items()}]
         for prefix in _PREFIXES:
             if any(name.startswith(prefix) for name in tensors):
-                without.append({name.removeprefix(prefix): value for name, value in tensors.items()})
-        seen += [each for each in without if len(each) == len(found) and not any(each.keys() == other.keys() for other in seen)]
+                without.append(
+                    {name.removeprefix(prefix): value for name, value in tensors.items()}
+                )
+        seen += [
+            each
+            for each in without
+            if len(each) == len(found) and not any(each.keys() == other.keys() for other in seen)
+        ]
 
 
 def _missing(own: Tensors, tensors: Tensors) -> list[str]:
     """Names that the file lacks; a tied weight counts as there if one of its names is."""
     there = {own[name].data_ptr() for name in tensors if name in own and own[name].numel()}
-    return [name for name, value in own.items() if name not in tensors and value.data_ptr() not in there and not name.endswith(_COUNTER)]
+    return [
+        name
+        for name, value in own.items()
+        if name not in tensors and value.data_ptr() not in there and not name.endswith(_COUNTER)
+    ]
 
 
 def _misshapen(own: Tensors, tensors: Tensors) -> Iterator[str]:
@@ -181,4 +242,9 @@ def _listed(what: str, names: list[str]) -> str:
 
 def _names(names: list[Any]) -> str:
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(brief(name)[1:-1] if isinstance(name, str) else brief(name) for name in names[:_LISTED]) + more
+    return (
+        ", ".join(
+            brief(name)[1:-1] if isinstance(name, str) else brief(name) for name in names[:_LISTED]
+        )
+        + more
+    )

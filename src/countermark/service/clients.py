@@ -36,7 +36,9 @@ class Clients:
         Raises:
             CountermarkError: it is missing, damaged, or not one of ours.
         """
-        self._by_digest = {digest: Client(name, public) for name, (digest, public) in _read(path).items()}
+        self._by_digest = {
+            digest: Client(name, public) for name, (digest, public) in _read(path).items()
+        }
 
     def find(self, api_key: str) -> Client | None:
         """The account of an API key; none if there is none."""
@@ -51,7 +53,9 @@ def add_client(path: Path, name: str, public_key: str | None) -> str:
             be written.
     """
     if public_key is not None and not _is_digits(public_key):
-        raise CountermarkError("--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits")
+        raise CountermarkError(
+            "--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits"
+        )
     api_key = secrets.token_urlsafe(32)
     if not path.parent.is_dir():
         raise CountermarkError(f"cannot write {path}: there is no such folder; check the path")
@@ -60,10 +64,15 @@ def add_client(path: Path, name: str, public_key: str | None) -> str:
         if name in known:
             raise CountermarkError(f"{path} has a client {name!r} already; choose another name")
         known[name] = (hashlib.sha256(api_key.encode()).hexdigest(), public_key)
-        accounts = {name: {"key_sha256": digest, "public_key": public} for name, (digest, public) in known.items()}
+        accounts = {
+            name: {"key_sha256": digest, "public_key": public}
+            for name, (digest, public) in known.items()
+        }
         record = {"format": CLIENTS_FORMAT, "clients": accounts}
         if len(canonical_json(record)) > JSON_LIMIT:
-            raise CountermarkError(f"{path} has no room for another client; remove some that are gone")
+            raise CountermarkError(
+                f"{path} has no room for another client; remove some that are gone"
+            )
         write_json(path, record, _PRIVATE)
     return api_key
 
@@ -72,14 +81,27 @@ def _read(path: Path) -> dict[str, tuple[str, str | None]]:
     record = read_json(path)
     accounts = record.get("clients")
     if record.get("format") != CLIENTS_FORMAT or not isinstance(accounts, dict):
-        raise CountermarkError(f"{path} is not a file of clients; make one with: countermark client add NAME --clients {path}")
+        raise CountermarkError(
+            f"{path} is not a file of clients; make one with: countermark client add NAME --clients {path}"
+        )
     for name, account in accounts.items():
-        if not (isinstance(account, dict) and account.keys() == {"key_sha256", "public_key"} and name and name.isprintable()):
-            raise CountermarkError(f"{path}: the account {name!r} is not complete; restore the file from a backup")
+        if not (
+            isinstance(account, dict)
+            and account.keys() == {"key_sha256", "public_key"}
+            and name
+            and name.isprintable()
+        ):
+            raise CountermarkError(
+                f"{path}: the account {name!r} is not complete; restore the file from a backup"
+            )
         digest, public = account["key_sha256"], account["public_key"]
         if not _is_digits(digest) or not (public is None or _is_digits(public)):
-            raise CountermarkError(f"{path}: the account {name!r} is damaged; restore the file from a backup")
-    return {name: (account["key_sha256"], account["public_key"]) for name, account in accounts.items()}
+            raise CountermarkError(
+                f"{path}: the account {name!r} is damaged; restore the file from a backup"
+            )
+    return {
+        name: (account["key_sha256"], account["public_key"]) for name, account in accounts.items()
+    }
 
 
 def _is_digits(value: object) -> bool:

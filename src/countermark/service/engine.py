@@ -92,7 +92,9 @@ class _Worker:
     """A thread that runs one function after another; the end of the process does not wait for it."""
 
     def __init__(self, name: str) -> None:
-        self._work: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -128,14 +130,24 @@ class Engine:
             come back.
     """
 
-    def __init__(self, model: nn.Module | GuardedModel, log: QueryLog | None, max_batch: int, max_waiting: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module | GuardedModel,
+        log: QueryLog | None,
+        max_batch: int,
+        max_waiting: int,
+    ) -> None:
         """Serve a guarded model with its log, or a bare network without one."""
         if isinstance(model, GuardedModel) != (log is not None):
-            raise CountermarkError("a guarded model needs a query log, a bare network has no use for one")
+            raise CountermarkError(
+                "a guarded model needs a query log, a bare network has no use for one"
+            )
         self._model, self._log = model, log
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._computing, self._writing = _Queue(), _Queue()
-        self._seen: OrderedDict[str, set[bytes]] = OrderedDict()  # cells that the log has for certain; it may have more
+        self._seen: OrderedDict[str, set[bytes]] = (
+            OrderedDict()
+        )  # cells that the log has for certain; it may have more
         self._unwritten: list[Row] = []
         self._workers: list[_Worker] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -171,7 +183,13 @@ class Engine:
                 await task
         self.hangs = bool([worker for worker in self._workers if not worker.end()])
 
-    async def answer(self, images: torch.Tensor, client: str, signature: bytes = b"", hashes: Sequence[bytes] = ()) -> list[int]:
+    async def answer(
+        self,
+        images: torch.Tensor,
+        client: str,
+        signature: bytes = b"",
+        hashes: Sequence[bytes] = (),
+    ) -> list[int]:
         """Labels of one client's images `(n, c, h, w)`, uint8, once every new trial among them is durable.
 
         Raises:
@@ -180,7 +198,9 @@ class Engine:
         """
         if self.waiting >= self._max_waiting:
             raise BusyError("the service is busy; try again later")
-        query = _Query(images, client, signature, hashes, asyncio.get_running_loop().create_future())
+        query = _Query(
+            images, client, signature, hashes, asyncio.get_running_loop().create_future()
+        )
         self.waiting += 1
         self._computing.put(query)
         try:
@@ -269,7 +289,9 @@ class Engine:
         if not isinstance(self._model, GuardedModel):
             labels = predict(self._model, images)
         else:
-            found = self._model(images, [query.client for query in queries for _ in range(len(query.images))])
+            found = self._model(
+                images, [query.client for query in queries for _ in range(len(query.images))]
+            )
             labels = found.labels
             owners = [(query, row) for query in queries for row in range(len(query.images))]
             day = int(time.time() // _DAY)
@@ -278,7 +300,9 @@ class Engine:
                 query, row = owners[trial.row]
                 if trial.cell in self._seen.get(query.client, ()):
                     continue
-                request = pack_request(query.signature, query.hashes, row) if query.signature else b""
+                request = (
+                    pack_request(query.signature, query.hashes, row) if query.signature else b""
+                )
                 image = query.images[row].contiguous().numpy().tobytes()
                 numbers = (trial.heads, trial.tails, trial.chance, trial.answer, day)
                 query.rows.append(Row(model, query.client, trial.cell, image, *numbers, request))

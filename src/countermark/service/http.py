@@ -51,7 +51,13 @@ class RefusedError(Exception):
 
 
 def application(
-    engine: Engine, clients: Clients, *, name: str, shape: tuple[int, int, int], model_sha256: str, limits: Limits
+    engine: Engine,
+    clients: Clients,
+    *,
+    name: str,
+    shape: tuple[int, int, int],
+    model_sha256: str,
+    limits: Limits,
 ) -> Starlette:
     """The ASGI application that serves one model.
 
@@ -64,7 +70,9 @@ def application(
         limits: what a request may take.
     """
     registry = CollectorRegistry()
-    requests = Counter("countermark_requests", "Requests to infer, by HTTP status", ["status"], registry=registry)
+    requests = Counter(
+        "countermark_requests", "Requests to infer, by HTTP status", ["status"], registry=registry
+    )
     images = Counter("countermark_images", "Images that were answered", registry=registry)
     waiting = Gauge("countermark_waiting", "Requests that wait for an answer", registry=registry)
     waiting.set_function(lambda: engine.waiting)
@@ -97,7 +105,14 @@ def application(
                     "model_name": name,
                     "model_version": "1",
                     **({"id": identity} if identity is not None else {}),
-                    "outputs": [{"name": "label", "datatype": "INT64", "shape": [len(labels)], "data": labels}],
+                    "outputs": [
+                        {
+                            "name": "label",
+                            "datatype": "INT64",
+                            "shape": [len(labels)],
+                            "data": labels,
+                        }
+                    ],
                 }
             )
         except RefusedError as refusal:
@@ -105,7 +120,9 @@ def application(
         except BusyError as busy:
             response = _error(503, str(busy))
         except TimeoutError:
-            response = _error(408, f"the request or its answer took longer than {limits.timeout:g} seconds")
+            response = _error(
+                408, f"the request or its answer took longer than {limits.timeout:g} seconds"
+            )
         except ClientDisconnect:
             response = _error(400, "the request ended too early")
         except CountermarkError:  # the engine says on standard error why
@@ -147,7 +164,12 @@ def application(
 
     async def missing(_request: Request, error: Exception) -> Response:
         status = int(getattr(error, "status_code", 404))
-        return _error(status, "there is no such address here" if status == 404 else "this address takes another method")
+        return _error(
+            status,
+            "there is no such address here"
+            if status == 404
+            else "this address takes another method",
+        )
 
     @contextlib.asynccontextmanager
     async def running(_app: Starlette) -> AsyncIterator[None]:
@@ -161,17 +183,28 @@ def application(
         Route("/v2/health/ready", ready),
         Route("/v2", server),
         *(Route(f"{place}/ready", model_ready) for place in (model, model + "/versions/{version}")),
-        *(Route(f"{place}/infer", infer, methods=["POST"]) for place in (model, model + "/versions/{version}")),
+        *(
+            Route(f"{place}/infer", infer, methods=["POST"])
+            for place in (model, model + "/versions/{version}")
+        ),
         *(Route(place, metadata) for place in (model, model + "/versions/{version}")),
         Route("/metrics", metrics),
     ]
-    served = Starlette(routes=routes, lifespan=running, exception_handlers={404: missing, 405: missing})
+    served = Starlette(
+        routes=routes, lifespan=running, exception_handlers={404: missing, 405: missing}
+    )
     served.router.redirect_slashes = False  # a redirect goes wherever the Host header says
     return served
 
 
 def _error(status: int, reason: str) -> Response:
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {"Retry-After": "1"} if status == 503 else None
+    headers = (
+        {"WWW-Authenticate": "Bearer"}
+        if status == 401
+        else {"Retry-After": "1"}
+        if status == 503
+        else None
+    )
     return JSONResponse({"error": reason}, status_code=status, headers=headers)
 
 
@@ -184,7 +217,9 @@ def _client(request: Request, clients: Clients) -> Client:
     scheme, _, api_key = request.headers.get("authorization", "").partition(" ")
     client = clients.find(api_key.strip()) if scheme.lower() == "bearer" else None
     if client is None:
-        raise RefusedError(401, "unknown client; send a header 'Authorization: Bearer YOUR-API-KEY'")
+        raise RefusedError(
+            401, "unknown client; send a header 'Authorization: Bearer YOUR-API-KEY'"
+        )
     return client
 
 
@@ -206,7 +241,9 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def parse_images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[str | None, torch.Tensor]:
+def parse_images(
+    body: bytes, shape: tuple[int, int, int], most: int
+) -> tuple[str | None, torch.Tensor]:
     """Read the JSON of a request.
 
     Whatever the body is, this takes memory of the order of its length: what it could grow into is
@@ -225,8 +262,13 @@ def parse_images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[s
     """
     pixels, rows = math.prod(shape), 1 + shape[0] + shape[0] * shape[1]
     wanted = f"[n, {', '.join(map(str, shape))}]"
-    if body.count(b",") > most * pixels + _SPARE or body.count(b"[") + body.count(b"{") > most * rows + _SPARE:
-        raise RefusedError(400, f"the body has more values than 1 to {most} images of the shape {wanted}")
+    if (
+        body.count(b",") > most * pixels + _SPARE
+        or body.count(b"[") + body.count(b"{") > most * rows + _SPARE
+    ):
+        raise RefusedError(
+            400, f"the body has more values than 1 to {most} images of the shape {wanted}"
+        )
     try:
         value = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -241,7 +283,11 @@ def parse_images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[s
     declared, kind = given.get("shape"), given.get("datatype")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise RefusedError(400, f"datatype is one of {', '.join(_KINDS)}")
-    if not isinstance(declared, list) or any(type(side) is not int for side in declared) or declared[1:] != list(shape):
+    if (
+        not isinstance(declared, list)
+        or any(type(side) is not int for side in declared)
+        or declared[1:] != list(shape)
+    ):
         raise RefusedError(400, f"shape is {wanted}")
     if not 1 <= declared[0] <= most:
         raise RefusedError(400, f"a request has 1 to {most} images")
@@ -257,7 +303,9 @@ def parse_images(body: bytes, shape: tuple[int, int, int], most: int) -> tuple[s
         raise RefusedError(400, f"pixels of {kind} are numbers from 0 to {white}")
     if kind == "UINT8" and float in set(map(type, numbers)):
         raise RefusedError(400, "pixels of UINT8 are whole numbers")
-    x = torch.from_numpy(array.astype(np.uint8 if kind == "UINT8" else np.float32).reshape(declared))
+    x = torch.from_numpy(
+        array.astype(np.uint8 if kind == "UINT8" else np.float32).reshape(declared)
+    )
     return identity, as_uint8(x)
 
 
@@ -280,7 +328,9 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _signed(request: Request, client: Client, model_sha256: str, x: torch.Tensor) -> tuple[bytes, list[bytes]]:
+def _signed(
+    request: Request, client: Client, model_sha256: str, x: torch.Tensor
+) -> tuple[bytes, list[bytes]]:
     """The signature of a client that signs, with the hashes of its images; nothing for one that does not."""
     if client.public_key is None:
         return b"", []
@@ -290,5 +340,8 @@ def _signed(request: Request, client: Client, model_sha256: str, x: torch.Tensor
     except ValueError:
         signature = b""
     if not check_request(client.public_key, model_sha256, hashes, signature):
-        raise RefusedError(401, "this client signs its requests; the header Countermark-Signature is missing or does not fit the images")
+        raise RefusedError(
+            401,
+            "this client signs its requests; the header Countermark-Signature is missing or does not fit the images",
+        )
     return signature, hashes

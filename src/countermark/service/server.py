@@ -52,7 +52,9 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         listening.close()
         reason = getattr(error, "strerror", None) or error
-        raise CountermarkError(f"cannot listen on {host}:{port}: {reason}; choose another --port or --host") from error
+        raise CountermarkError(
+            f"cannot listen on {host}:{port}: {reason}; choose another --port or --host"
+        ) from error
     return listening
 
 
@@ -74,14 +76,18 @@ def connections_that_fit(wanted: int) -> int:
     fit = wanted if now == resource.RLIM_INFINITY else min(wanted, now - _RESERVE)
     if fit < 1:
         needs = f"the service needs more than {_RESERVE}"
-        raise CountermarkError(f"this process may open {now} files and {needs}; raise the limit (ulimit -n)")
+        raise CountermarkError(
+            f"this process may open {now} files and {needs}; raise the limit (ulimit -n)"
+        )
     if fit < wanted:
         said = f"at most {fit} connections at a time, not {wanted}; for more, raise the limit of open files (ulimit -n)"
         complain(said)
     return fit
 
 
-def run(application: Starlette, listening: socket.socket, *, timeout: float, drain: float, most: int) -> None:
+def run(
+    application: Starlette, listening: socket.socket, *, timeout: float, drain: float, most: int
+) -> None:
     """Serve until SIGINT or SIGTERM; open requests are finished first.
 
     Args:
@@ -137,7 +143,9 @@ class _Strict(h11.Connection):
             return event
         # h11 is lenient about the end of chunks, so that nothing is read behind them.
         headers = [*event.headers, (b"connection", b"close")]
-        return h11.Request(method=event.method, headers=headers, target=event.target, http_version=b"1.1")
+        return h11.Request(
+            method=event.method, headers=headers, target=event.target, http_version=b"1.1"
+        )
 
 
 class _Impatient(H11Protocol):
@@ -262,7 +270,11 @@ class _Complaints(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
         place, now = (record.pathname, record.lineno), time.monotonic()
-        if error is None or isinstance(error, asyncio.CancelledError) or now < self._next.get(place, now):
+        if (
+            error is None
+            or isinstance(error, asyncio.CancelledError)
+            or now < self._next.get(place, now)
+        ):
             return
         self._next[place] = now + _QUIET
         reason = f"{type(error).__name__}: {error}; set COUNTERMARK_TRACEBACK=1 to see where"

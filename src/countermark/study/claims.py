@@ -48,14 +48,24 @@ class Claim:
     @property
     def verdict(self) -> str:
         """One sentence: holds under both protocols, one, or neither."""
-        known = {protocol: finding.holds for protocol, finding in self.findings.items() if finding.holds is not None}
+        known = {
+            protocol: finding.holds
+            for protocol, finding in self.findings.items()
+            if finding.holds is not None
+        }
         holding = [protocol for protocol, holds in known.items() if holds]
         if not known:
             return "not measured"
         if len(known) == 1:
             (protocol,) = known
-            rest = "the other was not run" if len(self.findings) == 1 else "not measured under the other"
-            return f"{'holds' if holding else 'does not hold'} under the protocol {protocol}; {rest}"
+            rest = (
+                "the other was not run"
+                if len(self.findings) == 1
+                else "not measured under the other"
+            )
+            return (
+                f"{'holds' if holding else 'does not hold'} under the protocol {protocol}; {rest}"
+            )
         return f"holds under {' and '.join(holding)}" if holding else "holds under neither protocol"
 
 
@@ -84,27 +94,53 @@ def _over_data(judge: Judge, rows: Sequence[Row]) -> Finding:
     return Finding(all(holds for holds, _ in known.values()), told)
 
 
-def _value(rows: Sequence[Row], data: str, defence: str, metric: str, setting: str = "white-box") -> float | None:
-    found = estimate(where(rows, section="model", data=data, defence=defence, setting=setting, removal="none"), metric)
+def _value(
+    rows: Sequence[Row], data: str, defence: str, metric: str, setting: str = "white-box"
+) -> float | None:
+    found = estimate(
+        where(rows, section="model", data=data, defence=defence, setting=setting, removal="none"),
+        metric,
+    )
     return None if found is None else found.mean
 
 
 def _robust(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-    paper, ours = paper_value("table1_single_defence", "advtr.adv", data), _value(rows, data, "ADVTR", "adversarial")
-    return None if ours is None or paper is None else (ours >= paper, f"{ours:.2f} (paper {paper:.2f})")
+    paper, ours = (
+        paper_value("table1_single_defence", "advtr.adv", data),
+        _value(rows, data, "ADVTR", "adversarial"),
+    )
+    return (
+        None
+        if ours is None or paper is None
+        else (ours >= paper, f"{ours:.2f} (paper {paper:.2f})")
+    )
 
 
 def _cheap(scheme: str, most: float, control: str) -> Judge:
     def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-        plain, marked = _value(rows, data, control, "adversarial"), _value(rows, data, f"ADVTR+{scheme}", "adversarial")
-        return None if plain is None or marked is None else (plain - marked <= most, f"{plain:.2f} without, {marked:.2f} with")
+        plain, marked = (
+            _value(rows, data, control, "adversarial"),
+            _value(rows, data, f"ADVTR+{scheme}", "adversarial"),
+        )
+        return (
+            None
+            if plain is None or marked is None
+            else (plain - marked <= most, f"{plain:.2f} without, {marked:.2f} with")
+        )
 
     return judged
 
 
 def _cheaper_than_ood(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-    ood, adversarial = _value(rows, data, "ADVTR+ood", "adversarial"), _value(rows, data, "ADVTR+adversarial", "adversarial")
-    return None if ood is None or adversarial is None else (adversarial > ood, f"OOD {ood:.2f}, adversarial {adversarial:.2f}")
+    ood, adversarial = (
+        _value(rows, data, "ADVTR+ood", "adversarial"),
+        _value(rows, data, "ADVTR+adversarial", "adversarial"),
+    )
+    return (
+        None
+        if ood is None or adversarial is None
+        else (adversarial > ood, f"OOD {ood:.2f}, adversarial {adversarial:.2f}")
+    )
 
 
 def _verified_after(setting: str) -> Judge:
@@ -119,20 +155,37 @@ def _above_strangers(setting: str) -> Judge:
     """The control: a figure over 50 % is evidence only if models that never saw the mark stay below it."""
 
     def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-        place = {"section": "model", "data": data, "defence": "ADVTR+adversarial", "setting": setting, "removal": "none"}
+        place = {
+            "section": "model",
+            "data": data,
+            "defence": "ADVTR+adversarial",
+            "setting": setting,
+            "removal": "none",
+        }
         thieves = [row["watermark"] for row in where(rows, **place)]
-        strangers = [row["watermark"] for row in where(rows, section="strangers", data=data, scheme="adversarial")]
+        strangers = [
+            row["watermark"]
+            for row in where(rows, section="strangers", data=data, scheme="adversarial")
+        ]
         area = auc(thieves, strangers)
         if area is None:
             return None
         spread = f"strangers {min(strangers):.0f} to {max(strangers):.0f} %"
-        return min(thieves) > max(strangers), f"thief {min(thieves):.0f} %, {spread}, AUC {area:.2f}"
+        return min(thieves) > max(
+            strangers
+        ), f"thief {min(thieves):.0f} %, {spread}, AUC {area:.2f}"
 
     return judged
 
 
 def _pruned(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-    place = {"section": "removal", "data": data, "defence": "ADVTR+adversarial", "setting": "white-box", "removal": "pruned"}
+    place = {
+        "section": "removal",
+        "data": data,
+        "defence": "ADVTR+adversarial",
+        "setting": "white-box",
+        "removal": "pruned",
+    }
     found = estimate([row for row in where(rows, **place) if row["amount"] == 0.7], "watermark")
     return None if found is None else (found.mean >= RULE, f"{found.mean:.0f} % at 70 % pruned")
 
@@ -154,7 +207,13 @@ def _budget(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
 
 def _coins_convict(removal: str, most: float) -> Judge:
     def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-        place = {"section": "removal", "data": data, "defence": "ADVTR+coin", "setting": "white-box", "removal": removal}
+        place = {
+            "section": "removal",
+            "data": data,
+            "defence": "ADVTR+coin",
+            "setting": "white-box",
+            "removal": removal,
+        }
         found = [row for row in where(rows, **place) if row["amount"] <= most]
         if not found:
             return None
@@ -166,12 +225,20 @@ def _coins_convict(removal: str, most: float) -> Judge:
 
 def _coins_spare(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
     found = [row["log10_p"] for row in where(rows, section="strangers", data=data, scheme="coin")]
-    return None if not found else (min(found) > -6, f"smallest p of {len(found)} strangers 10^{min(found):.1f}")
+    return (
+        None
+        if not found
+        else (min(found) > -6, f"smallest p of {len(found)} strangers 10^{min(found):.1f}")
+    )
 
 
 def _coins_unstolen(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
     place = {"section": "model", "data": data, "defence": "ADVTR+coin", "removal": "none"}
-    found = [row for setting in ("black-box", "grey-box") for row in where(rows, **place, setting=setting)]
+    found = [
+        row
+        for setting in ("black-box", "grey-box")
+        for row in where(rows, **place, setting=setting)
+    ]
     if not found:
         return None
     told = ", ".join(f"{row['setting']} {row['agree']}:{row['disagree']}" for row in found)
@@ -182,17 +249,41 @@ _CONTROL = "Adversarial watermarks tell a copy made through the API from strange
 _CONVICTED = "Ours: coins convict every white-box copy with p <= 1e-9"
 _CLAIMS: tuple[tuple[str, Judge], ...] = (
     ("Adversarial training reaches the paper's adversarial accuracy.", _robust),
-    ("Adversarial watermarks cost less adversarial accuracy than OOD watermarks.", _cheaper_than_ood),
-    ("Adversarial watermarks cost at most about five points of adversarial accuracy.", _cheap("adversarial", 5.5, "ADVTR")),
-    ("After black-box theft the copy gives half of the adversarial watermarks or more.", _verified_after("black-box")),
+    (
+        "Adversarial watermarks cost less adversarial accuracy than OOD watermarks.",
+        _cheaper_than_ood,
+    ),
+    (
+        "Adversarial watermarks cost at most about five points of adversarial accuracy.",
+        _cheap("adversarial", 5.5, "ADVTR"),
+    ),
+    (
+        "After black-box theft the copy gives half of the adversarial watermarks or more.",
+        _verified_after("black-box"),
+    ),
     (f"{_CONTROL} (black-box).", _above_strangers("black-box")),
-    ("After grey-box theft the copy gives half of the adversarial watermarks or more.", _verified_after("grey-box")),
+    (
+        "After grey-box theft the copy gives half of the adversarial watermarks or more.",
+        _verified_after("grey-box"),
+    ),
     (f"{_CONTROL} (grey-box).", _above_strangers("grey-box")),
     ("The model itself is told from strangers (white-box).", _above_strangers("white-box")),
-    ("White-box copies keep the adversarial watermarks when 70 % of the weights are pruned.", _pruned),
-    ("Watermark budgets above epsilon + alpha do not conflict with adversarial training, lower ones do.", _budget),
-    ("Ours: a model with coins has at most a point less adversarial accuracy than the unmarked one.", _cheap("coin", 1.0, "ADVTR")),
-    ("Ours: the same against the unmarked model trained on for as many epochs.", _cheap("coin", 1.0, TRAINED_ON)),
+    (
+        "White-box copies keep the adversarial watermarks when 70 % of the weights are pruned.",
+        _pruned,
+    ),
+    (
+        "Watermark budgets above epsilon + alpha do not conflict with adversarial training, lower ones do.",
+        _budget,
+    ),
+    (
+        "Ours: a model with coins has at most a point less adversarial accuracy than the unmarked one.",
+        _cheap("coin", 1.0, "ADVTR"),
+    ),
+    (
+        "Ours: the same against the unmarked model trained on for as many epochs.",
+        _cheap("coin", 1.0, TRAINED_ON),
+    ),
     (f"{_CONVICTED} up to 80 % pruned.", _coins_convict("pruned", 0.8)),
     (f"{_CONVICTED} after 40 epochs of fine-tuning.", _coins_convict("fine-tuned", 40)),
     ("Ours: coins accuse no stranger at 1e-6.", _coins_spare),

@@ -15,12 +15,18 @@ from countermark.watermarks import SCHEMES
 
 _COLOURS = dict(zip(SCHEMES, ("#b45309", "#2563eb", "#15803d", "#7c3aed", "#be123c"), strict=False))
 _METRICS = {"adversarial": "#2563eb", "watermark": "#b45309"}
-_SHADES = {"training": "#9ca3af", "adversarial training": "#2563eb", "adversarial watermarks": "#dc2626"}
+_SHADES = {
+    "training": "#9ca3af",
+    "adversarial training": "#2563eb",
+    "adversarial watermarks": "#dc2626",
+}
 _SHADES |= {"coin watermarks": "#15803d", "ood watermarks": "#b45309"}
 _LIMIT = 1 << 28
 
 
-def figures(rows: Sequence[Row], folders: Mapping[str, Mapping[str, Path]], answers: Mapping[str, Any]) -> dict[str, str]:
+def figures(
+    rows: Sequence[Row], folders: Mapping[str, Mapping[str, Path]], answers: Mapping[str, Any]
+) -> dict[str, str]:
     """Draw all figures.
 
     Args:
@@ -45,21 +51,33 @@ def figures(rows: Sequence[Row], folders: Mapping[str, Mapping[str, Path]], answ
 
 
 @contextmanager
-def _drawing(count: int, height: float = 2.9, width: float = 3.6) -> Iterator[tuple[list[Any], list[str]]]:
+def _drawing(
+    count: int, height: float = 2.9, width: float = 3.6
+) -> Iterator[tuple[list[Any], list[str]]]:
     """A row of axes; the SVG text is appended to the list when the block ends."""
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib import pyplot as plt
 
-    style = {"svg.hashsalt": "countermark", "svg.fonttype": "path", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style = {
+        "svg.hashsalt": "countermark",
+        "svg.fonttype": "path",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     text: list[str] = []
     with mpl.rc_context({**style, "legend.frameon": False, "figure.dpi": 100}):
-        figure, axes = plt.subplots(1, count, figsize=(width * count, height), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            1, count, figsize=(width * count, height), squeeze=False, layout="constrained"
+        )
         try:
             yield list(axes[0]), text
             out = io.StringIO()
-            figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+            figure.savefig(
+                out, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+            )
             svg = out.getvalue()
             text.append(svg[svg.index("<svg") :])
         finally:
@@ -69,21 +87,39 @@ def _drawing(count: int, height: float = 2.9, width: float = 3.6) -> Iterator[tu
 def _removals(rows: Sequence[Row], data_sets: Sequence[str], setting: str) -> str:
     with _drawing(2 * len(data_sets)) as (axes, text):
         for i, data in enumerate(data_sets):
-            for axis, removal in zip(axes[2 * i : 2 * i + 2], ("pruned", "fine-tuned"), strict=True):
+            for axis, removal in zip(
+                axes[2 * i : 2 * i + 2], ("pruned", "fine-tuned"), strict=True
+            ):
                 for scheme in SCHEMES:
                     place = {"data": data, "setting": setting, "defence": f"ADVTR+{scheme}"}
                     found = where(rows, section="removal", removal=removal, **place)
-                    whole = estimate(where(rows, section="model", removal="none", **place), "watermark")
+                    whole = estimate(
+                        where(rows, section="model", removal="none", **place), "watermark"
+                    )
                     points = [(0.0, whole)] + [
-                        (float(amount), estimate([row for row in found if row["amount"] == amount], "watermark"))
+                        (
+                            float(amount),
+                            estimate(
+                                [row for row in found if row["amount"] == amount], "watermark"
+                            ),
+                        )
                         for amount in sorted({row["amount"] for row in found})
                     ]
                     known = [(amount, value.mean) for amount, value in points if value is not None]
                     scale = 100 if removal == "pruned" else 1
-                    axis.plot([scale * a for a, _ in known], [v for _, v in known], marker="o", ms=3, color=_COLOURS[scheme], label=scheme)
+                    axis.plot(
+                        [scale * a for a, _ in known],
+                        [v for _, v in known],
+                        marker="o",
+                        ms=3,
+                        color=_COLOURS[scheme],
+                        label=scheme,
+                    )
                 axis.axhline(RULE, color="#6b7280", lw=0.8, ls="--")
                 axis.set(title=TITLES[data], ylim=(-3, 103), ylabel="watermark accuracy, %")
-                axis.set_xlabel("weights pruned, %" if removal == "pruned" else "epochs of fine-tuning")
+                axis.set_xlabel(
+                    "weights pruned, %" if removal == "pruned" else "epochs of fine-tuning"
+                )
         axes[0].legend()
     return text[0]
 
@@ -96,7 +132,14 @@ def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
             for i, scheme in enumerate(SCHEMES):
                 groups = {"strangers": where(rows, section="strangers", data=data, scheme=scheme)}
                 for setting in SETTINGS:
-                    groups[setting] = where(rows, section="model", data=data, scheme=scheme, setting=setting, removal="none")
+                    groups[setting] = where(
+                        rows,
+                        section="model",
+                        data=data,
+                        scheme=scheme,
+                        setting=setting,
+                        removal="none",
+                    )
                 for j, (group, found) in enumerate(groups.items()):
                     scores = sorted(row["watermark"] for row in found)
                     place = 5 * i + j
@@ -105,7 +148,13 @@ def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
                     axis.plot(spread, scores, "o", ms=3.5, alpha=0.75, color=colour)
                     ticks.append((place, f"{scheme}: {group}" if j == 0 else group))
             axis.axhline(RULE, color="#6b7280", lw=0.8, ls="--")
-            axis.set_xticks([place for place, _ in ticks], [name for _, name in ticks], rotation=60, ha="right", fontsize=7)
+            axis.set_xticks(
+                [place for place, _ in ticks],
+                [name for _, name in ticks],
+                rotation=60,
+                ha="right",
+                fontsize=7,
+            )
             axis.set(title=TITLES[data], ylim=(-3, 103), ylabel="watermark accuracy, %")
     return text[0]
 
@@ -117,11 +166,24 @@ def _p_values(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
                 place = {"data": data, "setting": "white-box", "defence": "ADVTR+coin"}
                 found = where(rows, section="removal", removal=removal, **place)
                 amounts = sorted({row["amount"] for row in found})
-                worst = [max(row["log10_p"] for row in found if row["amount"] == amount) for amount in amounts]
+                worst = [
+                    max(row["log10_p"] for row in found if row["amount"] == amount)
+                    for amount in amounts
+                ]
                 scale = 100 if removal == "pruned" else 1
-                axis.plot([scale * a for a in amounts], worst, style, marker="o", ms=3, color=_COLOURS["coin"], label=TITLES[data])
+                axis.plot(
+                    [scale * a for a in amounts],
+                    worst,
+                    style,
+                    marker="o",
+                    ms=3,
+                    color=_COLOURS["coin"],
+                    label=TITLES[data],
+                )
             strangers = [row["log10_p"] for row in where(rows, section="strangers", scheme="coin")]
-            axis.axhspan(min(strangers, default=0), 0, color="#9ca3af", alpha=0.4, label="strangers")
+            axis.axhspan(
+                min(strangers, default=0), 0, color="#9ca3af", alpha=0.4, label="strangers"
+            )
             axis.axhline(-9, color="#6b7280", lw=0.8, ls="--")
             axis.set_xlabel("weights pruned, %" if removal == "pruned" else "epochs of fine-tuning")
             axis.set_ylabel("log10 of the exact p-value")
@@ -136,9 +198,25 @@ def _sweep(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
             for metric, marker in (("adversarial", "o"), ("watermark", "s")):
                 means = [estimate(marked, metric) for _, marked, _ in parts]
                 values = [value.mean if value is not None else float("nan") for value in means]
-                axis.plot([b for b, _, _ in parts], values, marker=marker, ms=3, color=_METRICS[metric], label=f"{metric} accuracy")
-            scores = [(budget, row["watermark"]) for budget, _, strangers in parts for row in strangers]
-            axis.plot([b for b, _ in scores], [s for _, s in scores], "x", ms=4, color="#6b7280", label="strangers' watermark")
+                axis.plot(
+                    [b for b, _, _ in parts],
+                    values,
+                    marker=marker,
+                    ms=3,
+                    color=_METRICS[metric],
+                    label=f"{metric} accuracy",
+                )
+            scores = [
+                (budget, row["watermark"]) for budget, _, strangers in parts for row in strangers
+            ]
+            axis.plot(
+                [b for b, _ in scores],
+                [s for _, s in scores],
+                "x",
+                ms=4,
+                color="#6b7280",
+                label="strangers' watermark",
+            )
             axis.set(title=TITLES[data], ylim=(-3, 103), xlabel="watermark budget", ylabel="%")
         axes[0].legend(fontsize=7)
     return text[0]
@@ -148,11 +226,24 @@ def _plane(folder: Path, data: str) -> str:
     places, _, _ = read_tensors(folder / "plane.safetensors", _LIMIT)
     with _drawing(2, 3.2, 4.2) as (axes, text):
         for axis, shown in zip(
-            axes, (("adversarial watermarks", "coin watermarks"), ("adversarial watermarks", "ood watermarks")), strict=True
+            axes,
+            (
+                ("adversarial watermarks", "coin watermarks"),
+                ("adversarial watermarks", "ood watermarks"),
+            ),
+            strict=True,
         ):
             for title in ("training", "adversarial training", *shown):
                 points = places[title][:600]
-                axis.plot(points[:, 0].numpy(), points[:, 1].numpy(), ".", ms=2.5, alpha=0.6, color=_SHADES[title], label=title)
+                axis.plot(
+                    points[:, 0].numpy(),
+                    points[:, 1].numpy(),
+                    ".",
+                    ms=2.5,
+                    alpha=0.6,
+                    color=_SHADES[title],
+                    label=title,
+                )
             axis.set(xticks=[], yticks=[], xlabel="first component", ylabel="second component")
             axis.legend(fontsize=7, markerscale=3)
         axes[0].set_title(f"{TITLES[data]}: Figure 1")
@@ -162,10 +253,18 @@ def _plane(folder: Path, data: str) -> str:
 
 def _pictures(folder: Path, result: Mapping[str, Any]) -> str:
     images, _, _ = read_tensors(folder / "images.safetensors", _LIMIT)
-    order = sorted(images, key=lambda title: (title != "training image", "watermark" in title, title))
+    order = sorted(
+        images, key=lambda title: (title != "training image", "watermark" in title, title)
+    )
     with _drawing(len(order), 2.1, 1.8) as (axes, text):
         for axis, title in zip(axes, order, strict=True):
-            axis.imshow(images[title][0].to(torch.uint8).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.imshow(
+                images[title][0].to(torch.uint8).numpy(),
+                cmap="gray",
+                vmin=0,
+                vmax=255,
+                interpolation="nearest",
+            )
             axis.set_title(title, fontsize=7)
             axis.set_xlabel(f"answer {result['answers'][title]}", fontsize=7)
             axis.set(xticks=[], yticks=[])

@@ -17,7 +17,11 @@ from countermark.watermarks import CRAFTING_STEPS, SCHEMES, full_strength
 
 PRUNED = tuple(k / 10 for k in range(1, 10))
 FINETUNED = (1, 2, 5, 10, 20, 30, 40)
-DEFENCES = ("none", "ADVTR", *(f"{prefix}{scheme}" for prefix in ("WM ", "ADVTR+") for scheme in SCHEMES))
+DEFENCES = (
+    "none",
+    "ADVTR",
+    *(f"{prefix}{scheme}" for prefix in ("WM ", "ADVTR+") for scheme in SCHEMES),
+)
 TRAINED_ON = "ADVTR, trained on"
 """The control for marks that are trained in from the unmarked model: the same further epochs without a mark."""
 BUDGETS = ((0.15, 15), (0.25, 25), (0.3, 40), (0.4, 40), (0.5, 40))
@@ -70,7 +74,11 @@ class Profile:
 
 
 _ONE = {"mnist": (0.25,), "fashion_mnist": (0.15,), "digits": (0.1,)}
-_MANY = {"mnist": (0.15, 0.25, 0.3, 0.35, 0.5), "fashion_mnist": (0.1, 0.15, 0.2, 0.25, 0.4), "digits": (0.1, 0.15, 0.4)}
+_MANY = {
+    "mnist": (0.15, 0.25, 0.3, 0.35, 0.5),
+    "fashion_mnist": (0.1, 0.15, 0.2, 0.25, 0.4),
+    "digits": (0.1, 0.15, 0.4),
+}
 
 _PAPER = Profile(
     network="paper",
@@ -89,7 +97,13 @@ _PAPER = Profile(
     epochs={"mnist": 100, "fashion_mnist": 100, "digits": 100},
     amounts={"finetune": 40, "adversarial": 40},
 )
-_STANDARD = replace(_PAPER, objective="fast", thief_objective="fast", epochs={}, amounts={"finetune": 10, "adversarial": 10})
+_STANDARD = replace(
+    _PAPER,
+    objective="fast",
+    thief_objective="fast",
+    epochs={},
+    amounts={"finetune": 10, "adversarial": 10},
+)
 _QUICK = replace(
     _STANDARD,
     network="small",
@@ -126,7 +140,9 @@ class Cell:
     place: Mapping[str, Any] = field(default_factory=dict)
 
 
-def grid(data_sets: tuple[str, ...], profile: Profile, protocol: str, seeds: int | None = None) -> list[Cell]:
+def grid(
+    data_sets: tuple[str, ...], profile: Profile, protocol: str, seeds: int | None = None
+) -> list[Cell]:
     """All cells of a study.
 
     Raises:
@@ -149,19 +165,35 @@ class _Maker:
         self.data, self.profile, self.protocol, self.pool_seed = data, profile, protocol, pool_seed
         self.spec: Known = known(data)
 
-    def unit(self, kind: str, title: str, inputs: Mapping[str, Unit | None], **options: Any) -> Unit:
+    def unit(
+        self, kind: str, title: str, inputs: Mapping[str, Unit | None], **options: Any
+    ) -> Unit:
         common = {"data": self.data, "pool_seed": self.pool_seed, "protocol": self.protocol}
         given = {role: unit for role, unit in inputs.items() if unit is not None}
         return Unit(kind, {**common, **options}, given, f"{self.data} {self.pool_seed}: {title}")
 
     def model(
-        self, title: str, objective: str, seed: int, *, network: str | None = None, attacked: int | None = None, **inputs: Unit | None
+        self,
+        title: str,
+        objective: str,
+        seed: int,
+        *,
+        network: str | None = None,
+        attacked: int | None = None,
+        **inputs: Unit | None,
     ) -> Unit:
         profile = self.profile
-        options = {"objective": objective, "seed": seed, "epochs": profile.epochs.get(self.data), "network": network or profile.network}
+        options = {
+            "objective": objective,
+            "seed": seed,
+            "epochs": profile.epochs.get(self.data),
+            "network": network or profile.network,
+        }
         return self.unit("model", title, inputs, **options, attacked=attacked)
 
-    def theft(self, title: str, victim: Unit, name: str, watermarks: Unit | None, seed: int) -> Unit:
+    def theft(
+        self, title: str, victim: Unit, name: str, watermarks: Unit | None, seed: int
+    ) -> Unit:
         """A theft by its name in `THEFTS`; the copy is the victim itself where the thief has that."""
         profile, theft = self.profile, THEFTS[name]
         if theft.sees is None:
@@ -183,7 +215,12 @@ class _Maker:
             "attacked": profile.attack_copies,
             "seed": seed,
         }
-        return self.unit("theft", f"{title}, {theft.title}", {"victim": victim, "watermarks": watermarks}, **options)
+        return self.unit(
+            "theft",
+            f"{title}, {theft.title}",
+            {"victim": victim, "watermarks": watermarks},
+            **options,
+        )
 
 
 class _Bank(_Maker):
@@ -203,15 +240,28 @@ class _Bank(_Maker):
                 f"standard {number}": standard,
                 f"robust {number}": robust,
                 f"another architecture {number}": maker.model(
-                    "stranger of another architecture", "standard", seed, network=other, attacked=few
+                    "stranger of another architecture",
+                    "standard",
+                    seed,
+                    network=other,
+                    attacked=few,
                 ),
-                f"black-box theft of standard {number}": maker.theft("standard stranger", standard, "black", None, seed),
-                f"black-box theft of robust {number}": maker.theft("robust stranger", robust, "black", None, seed),
-                f"grey-box theft of robust {number}": maker.theft("robust stranger", robust, "grey", None, seed),
+                f"black-box theft of standard {number}": maker.theft(
+                    "standard stranger", standard, "black", None, seed
+                ),
+                f"black-box theft of robust {number}": maker.theft(
+                    "robust stranger", robust, "black", None, seed
+                ),
+                f"grey-box theft of robust {number}": maker.theft(
+                    "robust stranger", robust, "grey", None, seed
+                ),
             }
 
     def cells(self) -> list[Cell]:
-        return [Cell(unit, {"section": "bank", "data": self.data, "stranger": name}) for name, unit in self.models.items()]
+        return [
+            Cell(unit, {"section": "bank", "data": self.data, "stranger": name})
+            for name, unit in self.models.items()
+        ]
 
 
 class _Owner(_Maker):
@@ -228,19 +278,38 @@ class _Owner(_Maker):
         """A watermark set, crafted in the steps of its paper, or at full strength."""
         budget = epsilon or self.spec.threat.watermark_epsilon
         step = SCHEMES[scheme].published_step or full_strength(budget).step_size
-        options = {"scheme": scheme, "epsilon": budget, "steps": CRAFTING_STEPS, "step_size": step, "seed": self.seed}
+        options = {
+            "scheme": scheme,
+            "epsilon": budget,
+            "steps": CRAFTING_STEPS,
+            "step_size": step,
+            "seed": self.seed,
+        }
         title = f"{scheme} watermarks" + (f" at {epsilon:g}" if epsilon is not None else "")
-        return self.unit("watermarks", title, {"source": self.robust if SCHEMES[scheme].crafted else None}, **options)
+        return self.unit(
+            "watermarks",
+            title,
+            {"source": self.robust if SCHEMES[scheme].crafted else None},
+            **options,
+        )
 
     def victims(self) -> dict[str, tuple[Unit, str | None]]:
         """Every defence's model and the scheme of its watermarks."""
-        found: dict[str, tuple[Unit, str | None]] = {"none": (self.plain, None), "ADVTR": (self.robust, None)}
+        found: dict[str, tuple[Unit, str | None]] = {
+            "none": (self.plain, None),
+            "ADVTR": (self.robust, None),
+        }
         for prefix, unmarked in (("WM ", self.plain), ("ADVTR+", self.robust)):
             objective = str(unmarked.options["objective"])
             for scheme, watermarks in self.sets.items():
-                start = unmarked if SCHEMES[scheme].coins or self.protocol == "clean" else None  # else Algorithm 1, from scratch
+                start = (
+                    unmarked if SCHEMES[scheme].coins or self.protocol == "clean" else None
+                )  # else Algorithm 1, from scratch
                 title = f"{prefix}{scheme}"
-                found[title] = (self.model(title, objective, self.seed, start=start, watermarks=watermarks), scheme)
+                found[title] = (
+                    self.model(title, objective, self.seed, start=start, watermarks=watermarks),
+                    scheme,
+                )
         return {defence: found[defence] for defence in DEFENCES}
 
     def cells(self) -> list[Cell]:
@@ -258,7 +327,9 @@ class _Owner(_Maker):
                 cells += self.beyond(defence, victim, watermarks, scheme)
         if self.protocol == "clean":
             control = self.model(TRAINED_ON, self.profile.objective, self.seed, start=self.robust)
-            place = self.place("model", defence=TRAINED_ON, setting="white-box", scheme=None, removal="none")
+            place = self.place(
+                "model", defence=TRAINED_ON, setting="white-box", scheme=None, removal="none"
+            )
             cells.append(Cell(control, place))
         cells += self.strangers(unmarked_thefts)
         cells += self.sweep()
@@ -267,12 +338,17 @@ class _Owner(_Maker):
     def place(self, section: str, **more: Any) -> dict[str, Any]:
         return {"section": section, "data": self.data, "seed": self.seed, **more}
 
-    def removals(self, defence: str, setting: str, copy: Unit, watermarks: Unit | None, scheme: str | None) -> list[Cell]:
+    def removals(
+        self, defence: str, setting: str, copy: Unit, watermarks: Unit | None, scheme: str | None
+    ) -> list[Cell]:
         """A stolen model, and the two removals of the paper."""
         place = {"defence": defence, "setting": setting, "scheme": scheme}
         inputs, profile = {"model": copy, "watermarks": watermarks}, self.profile
         title = f"{defence}, {setting}"
-        common: dict[str, Any] = {"attacked": profile.attack_removals, "tested": profile.test_removals}
+        common: dict[str, Any] = {
+            "attacked": profile.attack_removals,
+            "tested": profile.test_removals,
+        }
         pruned = self.unit("pruning", f"{title}, pruned", inputs, rates=list(PRUNED), **common)
         tuned = self.unit(
             "fine-tuning",
@@ -289,25 +365,33 @@ class _Owner(_Maker):
             Cell(tuned, self.place("removal", removal="fine-tuned", **place)),
         ]
 
-    def beyond(self, defence: str, victim: Unit, watermarks: Unit | None, scheme: str) -> list[Cell]:
+    def beyond(
+        self, defence: str, victim: Unit, watermarks: Unit | None, scheme: str
+    ) -> list[Cell]:
         """Thieves and removals that the paper does not try."""
         cells = []
 
         def place(setting: str, removal: str) -> dict[str, Any]:
-            return self.place("beyond", defence=defence, setting=setting, scheme=scheme, removal=removal)
+            return self.place(
+                "beyond", defence=defence, setting=setting, scheme=scheme, removal=removal
+            )
 
         for name, theft in THEFTS.items():
             if not theft.paper:
                 unit = self.theft(defence, victim, name, watermarks, self.seed)
                 cells.append(Cell(unit, place(theft.title, "none")))
-        chains: list[tuple[str, ...]] = [(name,) for name, removal in REMOVALS.items() if not removal.paper]
+        chains: list[tuple[str, ...]] = [
+            (name,) for name, removal in REMOVALS.items() if not removal.paper
+        ]
         for chain in [*chains, _CHAIN]:
             title = ", then ".join(REMOVALS[name].title for name in chain)
             unit = self.removal(f"{defence}, {title}", victim, watermarks, chain)
             cells.append(Cell(unit, place(_OWN, title)))
         return cells
 
-    def removal(self, title: str, model: Unit, watermarks: Unit | None, chain: tuple[str, ...]) -> Unit:
+    def removal(
+        self, title: str, model: Unit, watermarks: Unit | None, chain: tuple[str, ...]
+    ) -> Unit:
         """Removals by their names in `REMOVALS`, one after the other."""
         profile = self.profile
         amounts = {**_CHAIN_AMOUNTS, **profile.amounts} if len(chain) > 1 else profile.amounts
@@ -332,7 +416,11 @@ class _Owner(_Maker):
         }
         return [
             Cell(
-                self.unit("strangers", f"strangers asked for {scheme} watermarks", {"watermarks": watermarks, **asked}),
+                self.unit(
+                    "strangers",
+                    f"strangers asked for {scheme} watermarks",
+                    {"watermarks": watermarks, **asked},
+                ),
                 self.place("strangers", scheme=scheme),
             )
             for scheme, watermarks in self.sets.items()
@@ -345,10 +433,30 @@ class _Owner(_Maker):
             watermarks = self.watermarks("adversarial", budget)
             start = self.robust if self.protocol == "clean" else None
             title, few = f"ADVTR+adversarial at {budget:g}", self.profile.attack_copies
-            marked = self.model(title, self.profile.objective, self.seed, attacked=few, start=start, watermarks=watermarks)
-            asked = self.unit("strangers", f"strangers asked at {budget:g}", {"watermarks": watermarks, **self.bank.models})
-            cells.append(Cell(marked, self.place("sweep", defence="ADVTR+adversarial", scheme="adversarial", budget=budget)))
-            cells.append(Cell(asked, self.place("sweep strangers", scheme="adversarial", budget=budget)))
+            marked = self.model(
+                title,
+                self.profile.objective,
+                self.seed,
+                attacked=few,
+                start=start,
+                watermarks=watermarks,
+            )
+            asked = self.unit(
+                "strangers",
+                f"strangers asked at {budget:g}",
+                {"watermarks": watermarks, **self.bank.models},
+            )
+            cells.append(
+                Cell(
+                    marked,
+                    self.place(
+                        "sweep", defence="ADVTR+adversarial", scheme="adversarial", budget=budget
+                    ),
+                )
+            )
+            cells.append(
+                Cell(asked, self.place("sweep strangers", scheme="adversarial", budget=budget))
+            )
         return cells
 
     def figures(self) -> list[Cell]:
@@ -364,13 +472,23 @@ class _Owner(_Maker):
         if self.seed == 0:
             above = catalogued.threat.watermark_epsilon
             crafted = [
-                [f"adversarial example at {catalogued.threat.epsilon:g}", catalogued.threat.epsilon, catalogued.threat.steps],
+                [
+                    f"adversarial example at {catalogued.threat.epsilon:g}",
+                    catalogued.threat.epsilon,
+                    catalogued.threat.steps,
+                ],
                 [f"watermark at {above:g}", above, CRAFTING_STEPS],
                 [f"watermark at {above + 0.1:g}", above + 0.1, CRAFTING_STEPS],
             ]
-            pictures = self.unit("pictures", "Figure 6", {"model": self.robust}, crafted=crafted, seed=self.seed)
+            pictures = self.unit(
+                "pictures", "Figure 6", {"model": self.robust}, crafted=crafted, seed=self.seed
+            )
             plane = self.unit(
-                "plane", "Figures 1 and 5", {"model": self.robust, **self.sets}, examples=profile.budget_examples, seed=self.seed
+                "plane",
+                "Figures 1 and 5",
+                {"model": self.robust, **self.sets},
+                examples=profile.budget_examples,
+                seed=self.seed,
             )
             cells += [Cell(pictures, self.place("pictures")), Cell(plane, self.place("plane"))]
         return cells

@@ -8,7 +8,11 @@ from countermark.study.tables import Table, shown
 
 
 def markdown(
-    verdicts: Sequence[str], claims: Sequence[Claim], tables: Mapping[str, Sequence[Table]], about: Mapping[str, Any], command: str
+    verdicts: Sequence[str],
+    claims: Sequence[Claim],
+    tables: Mapping[str, Sequence[Table]],
+    about: Mapping[str, Any],
+    command: str,
 ) -> str:
     """Write the study for a reader of the repository.
 
@@ -19,13 +23,22 @@ def markdown(
         about: environment, options and seeds.
         command: the command that made it.
     """
-    lines = ["# Results", "", f"Made by `{command}`. Every number is measured on test images, which chose nothing.", ""]
+    lines = [
+        "# Results",
+        "",
+        f"Made by `{command}`. Every number is measured on test images, which chose nothing.",
+        "",
+    ]
     lines += [f"- {name}: {value}" for name, value in about.items()] + [""]
     lines += ["## What holds", ""] + [f"- **{verdict}**" for verdict in verdicts] + [""]
     for claim in claims:
         lines += [f"### {claim.text}", "", f"{claim.verdict[0].upper()}{claim.verdict[1:]}.", ""]
         lines += [f"- {protocol}: {finding.told}" for protocol, finding in claim.findings.items()]
-        lines += ["", claim.remark, ""] if claim.remark and not claim.holds and claim.verdict != "not measured" else [""]
+        lines += (
+            ["", claim.remark, ""]
+            if claim.remark and not claim.holds and claim.verdict != "not measured"
+            else [""]
+        )
     for protocol, made in tables.items():
         for table in made:
             lines += [f"## {table.title} ({protocol})", "", table.note, "", *_table(table), ""]
@@ -34,5 +47,12 @@ def markdown(
 
 def _table(table: Table) -> list[str]:
     columns = [*table.columns, "unit"]
-    rows = [[shown(value) for value in row] + [units[0][:8] if units else ""] for row, units in zip(table.rows, table.units, strict=True)]
-    return ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *("| " + " | ".join(row) + " |" for row in rows)]
+    rows = [
+        [shown(value) for value in row] + [units[0][:8] if units else ""]
+        for row, units in zip(table.rows, table.units, strict=True)
+    ]
+    return [
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]

@@ -66,19 +66,35 @@ def page(
         parts += [_table(table, protocol) for table in made]
     parts.append("<h2>How it was made</h2><dl>")
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items()]
-    parts.append("</dl><footer>Each number names the unit of work it came from by the first 12 digits of its SHA-256.</footer>")
+    parts.append(
+        "</dl><footer>Each number names the unit of work it came from by the first 12 digits of its SHA-256.</footer>"
+    )
     return document("Countermark: the study", _STYLE, parts)
 
 
 def _claim(claim: Claim) -> str:
     kind = "good" if claim.holds else "bad" if claim.verdict != "not measured" else "soft"
-    remark = f"<br><span class='soft'>{escape(claim.remark)}</span>" if claim.remark and kind == "bad" else ""
-    told = "<br>".join(f"<span class='soft'>{escape(protocol)}: {escape(f.told)}</span>" for protocol, f in claim.findings.items())
+    remark = (
+        f"<br><span class='soft'>{escape(claim.remark)}</span>"
+        if claim.remark and kind == "bad"
+        else ""
+    )
+    told = "<br>".join(
+        f"<span class='soft'>{escape(protocol)}: {escape(f.told)}</span>"
+        for protocol, f in claim.findings.items()
+    )
     return f"<li>{escape(claim.text)} <span class='{kind}'>{escape(claim.verdict)}.</span><br>{told}{remark}</li>"
 
 
 def _figure(name: str, svg: str) -> str:
-    caption = next((text for start, text in _CAPTIONS.items() if name == start or name.startswith(f"{start}_")), name)
+    caption = next(
+        (
+            text
+            for start, text in _CAPTIONS.items()
+            if name == start or name.startswith(f"{start}_")
+        ),
+        name,
+    )
     plain = " class='plain'" if name.startswith("figure6") else ""
     encoded = base64.b64encode(svg.encode()).decode()
     image = f"<img alt='{escape(caption)}' src='data:image/svg+xml;base64,{encoded}'>"
@@ -86,11 +102,19 @@ def _figure(name: str, svg: str) -> str:
 
 
 def _table(table: Table, protocol: str) -> str:
-    words = [all(isinstance(row[i], str | None) for row in table.rows) for i in range(len(table.columns))]
-    head = "".join(f"<th{_word(w)}>{escape(column)}</th>" for column, w in zip(table.columns, words, strict=True))
+    words = [
+        all(isinstance(row[i], str | None) for row in table.rows) for i in range(len(table.columns))
+    ]
+    head = "".join(
+        f"<th{_word(w)}>{escape(column)}</th>"
+        for column, w in zip(table.columns, words, strict=True)
+    )
     body = "".join(
         "<tr>"
-        + "".join(f"<td{_word(w)}>{escape(shown(value))}</td>" for value, w in zip(row, words, strict=True))
+        + "".join(
+            f"<td{_word(w)}>{escape(shown(value))}</td>"
+            for value, w in zip(row, words, strict=True)
+        )
         + f"<td class='unit' title='{' '.join(units)}'>{escape(_units(units))}</td></tr>"
         for row, units in zip(table.rows, table.units, strict=True)
     )
@@ -106,4 +130,6 @@ def _word(is_word: bool) -> str:
 
 
 def _units(units: Sequence[str]) -> str:
-    return (units[0][:12] + (f" and {len(units) - 1} more" if len(units) > 1 else "")) if units else ""
+    return (
+        (units[0][:12] + (f" and {len(units) - 1} more" if len(units) > 1 else "")) if units else ""
+    )

@@ -20,7 +20,9 @@ from countermark.training import known_traits, marking, recipe
 from countermark.watermarks import CRAFTING_STEPS, SCHEMES
 
 _OVERHEAD = 1.0  # seconds of every unit: reading data, writing files
-_STANDARD_STEPS = 4  # steps that a model without robustness survives, and its robust share, as passes
+_STANDARD_STEPS = (
+    4  # steps that a model without robustness survives, and its robust share, as passes
+)
 _FORWARD = 0.35  # of a pass
 
 
@@ -85,12 +87,22 @@ def _passes(unit: Unit) -> float:
     catalogued = known(str(options["data"]))
     test, thief = catalogued.test, _held_out(catalogued)["thief"]
     tuned = int(options.get("examples") or thief)
-    attack, attacked = _attack_passes(unit), test if options.get("attacked", 0) is None else min(int(options.get("attacked", 0)), test)
+    attack, attacked = (
+        _attack_passes(unit),
+        test if options.get("attacked", 0) is None else min(int(options.get("attacked", 0)), test),
+    )
     if unit.kind == "model":
         given = known_traits(catalogued.name)
         config = recipe(given, options["objective"], catalogued.threat, epochs=options["epochs"])
-        epochs = marking(config, given, options["objective"]).epochs if "start" in unit.inputs else config.epochs
-        return epochs * given.images * (1 + (config.attack.steps if config.attack else 0)) + attacked * attack
+        epochs = (
+            marking(config, given, options["objective"]).epochs
+            if "start" in unit.inputs
+            else config.epochs
+        )
+        return (
+            epochs * given.images * (1 + (config.attack.steps if config.attack else 0))
+            + attacked * attack
+        )
     if unit.kind == "theft":
         means = options["means"]
         passes = THEFTS[options["theft"]].passes(means["queries"], thief, _steps(options))
@@ -102,7 +114,10 @@ def _passes(unit: Unit) -> float:
         return int(max(options["epochs"])) * tuned + len(options["epochs"]) * measured
     if unit.kind == "removal":
         chain = ((REMOVALS[name], amount) for name, amount in options["removals"])
-        return sum(removal.passes(amount, tuned, _steps(options)) for removal, amount in chain) + measured
+        return (
+            sum(removal.passes(amount, tuned, _steps(options)) for removal, amount in chain)
+            + measured
+        )
     if unit.kind == "budgets":
         return tuned * sum(min(int(steps), 15) for _, steps in options["budgets"])
     if unit.kind == "watermarks":

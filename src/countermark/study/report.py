@@ -22,37 +22,57 @@ RESULTS_FORMAT = "countermark study 1"
 
 
 def write_report(
-    out: Path, cells: Mapping[str, Sequence[Cell]], store: Store, about: Mapping[str, str], command: str = "countermark reproduce"
+    out: Path,
+    cells: Mapping[str, Sequence[Cell]],
+    store: Store,
+    about: Mapping[str, str],
+    command: str = "countermark reproduce",
 ) -> tuple[str, ...]:
     """Write everything into `out`; the same units give the same bytes.
 
     Returns:
         What was found, in sentences.
     """
-    measured: dict[str, list[Row]] = {protocol: measurements(part, store, protocol) for protocol, part in cells.items()}
+    measured: dict[str, list[Row]] = {
+        protocol: measurements(part, store, protocol) for protocol, part in cells.items()
+    }
     judged = claims(measured)
     made: dict[str, list[Table]] = {protocol: tables(rows) for protocol, rows in measured.items()}
     for protocol, part in cells.items():
         made[protocol].append(hyperparameters(_settings(part)))
-    drawn = {protocol: _figures(measured[protocol], part, store) for protocol, part in cells.items()}
+    drawn = {
+        protocol: _figures(measured[protocol], part, store) for protocol, part in cells.items()
+    }
     for folder in (out / "tables", out / "figures"):
         folder.mkdir(exist_ok=True)
     for protocol, rows in measured.items():
-        write_csv(out / "tables" / f"measurements-{protocol}.csv", FIELDS, ([row[field] for field in FIELDS] for row in rows))
+        write_csv(
+            out / "tables" / f"measurements-{protocol}.csv",
+            FIELDS,
+            ([row[field] for field in FIELDS] for row in rows),
+        )
         for table in made[protocol]:
-            lines = ((*row, " ".join(units)) for row, units in zip(table.rows, table.units, strict=True))
-            write_csv(out / "tables" / f"{table.name}-{protocol}.csv", (*table.columns, "units"), lines)
+            lines = (
+                (*row, " ".join(units)) for row, units in zip(table.rows, table.units, strict=True)
+            )
+            write_csv(
+                out / "tables" / f"{table.name}-{protocol}.csv", (*table.columns, "units"), lines
+            )
         for name, svg in drawn[protocol].items():
             write_bytes(out / "figures" / f"{name}-{protocol}.svg", svg.encode())
     found = verdicts(judged)
     results = {
         "format": RESULTS_FORMAT,
         "about": dict(about),
-        "claims": [{"claim": claim.text, "verdict": claim.verdict, **_findings(claim)} for claim in judged],
+        "claims": [
+            {"claim": claim.text, "verdict": claim.verdict, **_findings(claim)} for claim in judged
+        ],
         "measurements": measured,
         "tables": {protocol: [asdict(table) for table in part] for protocol, part in made.items()},
     }
-    write_bytes(out / "results.json", canonical_json(results))  # of any size: nothing here reads it back
+    write_bytes(
+        out / "results.json", canonical_json(results)
+    )  # of any size: nothing here reads it back
     write_bytes(out / "results.md", markdown(found, judged, made, about, command).encode())
     write_bytes(out / "report.html", page(found, judged, made, drawn, about).encode())
     return found
@@ -64,7 +84,10 @@ def verdicts(judged: Sequence[Claim]) -> tuple[str, ...]:
     lines = [f"{sum(claim.holds for claim in known)} of {len(known)} claims hold."]
     for claim in known:
         if claim.leading:
-            told = "; ".join(f"protocol {protocol}: {finding.told}" for protocol, finding in claim.findings.items())
+            told = "; ".join(
+                f"protocol {protocol}: {finding.told}"
+                for protocol, finding in claim.findings.items()
+            )
             lines.append(f"{'Holds' if claim.holds else 'Does not hold'}: {claim.text} ({told})")
     return tuple(lines)
 
@@ -78,7 +101,9 @@ def _figures(rows: Sequence[Row], cells: Sequence[Cell], store: Store) -> dict[s
     answers = {}
     for cell in cells:
         if cell.place["section"] in ("pictures", "plane"):
-            folders.setdefault(cell.place["data"], {})[cell.place["section"]] = store.path(cell.unit)
+            folders.setdefault(cell.place["data"], {})[cell.place["section"]] = store.path(
+                cell.unit
+            )
             if cell.place["section"] == "pictures":
                 answers[cell.place["data"]] = store.result(cell.unit)
     return figures(rows, folders, answers)
@@ -96,7 +121,12 @@ def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
             and place["data"] not in settings
         ):
             catalogued, options = known(place["data"]), cell.unit.options
-            config = recipe(known_traits(catalogued.name), options["objective"], catalogued.threat, epochs=options["epochs"])
+            config = recipe(
+                known_traits(catalogued.name),
+                options["objective"],
+                catalogued.threat,
+                epochs=options["epochs"],
+            )
             assert config.attack is not None
             settings[catalogued.name] = {
                 "advtr.epsilon": catalogued.threat.epsilon,

@@ -44,7 +44,12 @@ def measurements(cells: Iterable[Cell], store: Store, protocol: str) -> list[Row
     rows = []
     for cell in cells:
         for point in store.result(cell.unit)["points"]:
-            row: Row = {**dict.fromkeys(FIELDS), "protocol": protocol, **cell.place, "unit": cell.unit.digest}
+            row: Row = {
+                **dict.fromkeys(FIELDS),
+                "protocol": protocol,
+                **cell.place,
+                "unit": cell.unit.digest,
+            }
             row |= {name: value for name, value in point.items() if name != "watermark"}
             if point.get("watermark") is not None:
                 tally = dict(point["watermark"])
@@ -87,7 +92,9 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate | None:
         from scipy.stats import t
 
         half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return Estimate(statistics.fmean(values), half, len(values), tuple(row["unit"] for row in found))
+    return Estimate(
+        statistics.fmean(values), half, len(values), tuple(row["unit"] for row in found)
+    )
 
 
 def rate_interval(hits: int, trials: int) -> tuple[float, float]:

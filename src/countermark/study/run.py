@@ -43,7 +43,9 @@ def do(unit: Unit, store_folder: str, cache: str | None, device: str, *_inputs: 
         CountermarkError: the unit was planned with other code than this process has, or its work failed.
     """
     if unit.record["code"] != code_version():
-        raise CountermarkError("a worker runs another version of Countermark than this command; install the same one everywhere")
+        raise CountermarkError(
+            "a worker runs another version of Countermark than this command; install the same one everywhere"
+        )
     keep_freed_memory()
     store = Store(Path(store_folder))
     use_cache(Path(cache) if cache is not None else None)
@@ -104,7 +106,9 @@ def run(
             else:
                 _elsewhere(tasks, todo, watch, workers, scheduler)
         except KeyboardInterrupt:
-            watch.note(f"interrupted: {watch.done} of {watch.total} units are finished and kept; the same command goes on from there")
+            watch.note(
+                f"interrupted: {watch.done} of {watch.total} units are finished and kept; the same command goes on from there"
+            )
             raise
 
 
@@ -116,7 +120,14 @@ def _graph(todo: list[Unit], store: Store, cache: Path | None, device: str) -> d
     for unit in todo:
         waited = [tasks[other.digest] for other in unit.inputs.values() if other.digest in tasks]
         folder = str(store.folder.absolute())
-        tasks[unit.digest] = task(unit, folder, str(cache) if cache is not None else None, device, *waited, dask_key_name=_key(unit))
+        tasks[unit.digest] = task(
+            unit,
+            folder,
+            str(cache) if cache is not None else None,
+            device,
+            *waited,
+            dask_key_name=_key(unit),
+        )
     return tasks
 
 
@@ -139,11 +150,20 @@ def _here(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch") -> None:
         dask.compute(list(tasks.values()), scheduler="synchronous")
 
 
-def _elsewhere(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch", workers: int, scheduler: str | None) -> None:
+def _elsewhere(
+    tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch", workers: int, scheduler: str | None
+) -> None:
     import dask
     from distributed import Client, LocalCluster
 
-    for name in ("distributed", "distributed.nanny", "distributed.worker", "distributed.scheduler", "tornado", "bokeh"):
+    for name in (
+        "distributed",
+        "distributed.nanny",
+        "distributed.worker",
+        "distributed.scheduler",
+        "tornado",
+        "bokeh",
+    ):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         if scheduler is None:
@@ -164,7 +184,9 @@ def _elsewhere(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch", worke
             try:
                 client = stack.enter_context(Client(scheduler, timeout=_CONNECT))
             except (OSError, TimeoutError, ValueError) as error:
-                raise CountermarkError(f"no Dask scheduler answers at {scheduler} ({error}); start one or leave --scheduler out") from error
+                raise CountermarkError(
+                    f"no Dask scheduler answers at {scheduler} ({error}); start one or leave --scheduler out"
+                ) from error
         by_digest = {unit.digest: unit for unit in todo}
         futures = dict(zip(tasks, client.compute(list(tasks.values())), strict=True))
         try:
@@ -187,7 +209,9 @@ def _failure(unit: Unit, future: Any) -> CountermarkError:
         error = unknown
     if isinstance(error, CountermarkError):
         return CountermarkError(f"{unit.title}: {error}")
-    return CountermarkError(f"{unit.title} failed with {type(error).__name__}: {error}; what is finished is kept")
+    return CountermarkError(
+        f"{unit.title} failed with {type(error).__name__}: {error}; what is finished is kept"
+    )
 
 
 @contextlib.contextmanager
@@ -206,7 +230,15 @@ def _undisturbed() -> Iterator[None]:
 class Watch:
     """Progress over the whole graph: on a terminal a live picture, else a line for each unit; always a log file."""
 
-    def __init__(self, store: Store, kept: int, todo: Iterable[Unit], estimates: Mapping[str, float], workers: int, log: Path) -> None:
+    def __init__(
+        self,
+        store: Store,
+        kept: int,
+        todo: Iterable[Unit],
+        estimates: Mapping[str, float],
+        workers: int,
+        log: Path,
+    ) -> None:
         """Watch the units `todo`; `kept` more were finished before."""
         self.store, self.estimates, self.workers, self.log = store, estimates, workers, log
         self.left = {unit.digest: unit for unit in todo}
@@ -214,12 +246,18 @@ class Watch:
         self.begun = time.monotonic()
         self.spent = 0.0  # estimated seconds of the units finished by now
         self.console = Console(stderr=True)
-        self.live = Live(console=self.console, refresh_per_second=4, transient=True) if self.console.is_terminal else None
+        self.live = (
+            Live(console=self.console, refresh_per_second=4, transient=True)
+            if self.console.is_terminal
+            else None
+        )
 
     def __enter__(self) -> "Watch":
         for word in self.store.told().keys() & self.left.keys():
             self.store.tell(self.left[word], None)  # of a run that was killed
-        self._write(f"{self.done} of {self.total} units are finished; {duration(self.seconds_left())} to go, by estimate")
+        self._write(
+            f"{self.done} of {self.total} units are finished; {duration(self.seconds_left())} to go, by estimate"
+        )
         if self.live is not None:
             self.live.start()
         return self
@@ -239,7 +277,9 @@ class Watch:
         self.left.pop(unit.digest, None)
         self.done += 1
         self.spent += self.estimates.get(unit.digest, 1.0)
-        self._write(f"[{self.done}/{self.total}] {unit.title} ({unit.digest[:12]}); {duration(self.seconds_left())} left")
+        self._write(
+            f"[{self.done}/{self.total}] {unit.title} ({unit.digest[:12]}); {duration(self.seconds_left())} left"
+        )
 
     def note(self, line: str) -> None:
         """Say something that stays."""
@@ -253,8 +293,12 @@ class Watch:
             return
         lines = [f"{self.done} of {self.total} units, about {duration(self.seconds_left())} left"]
         for status in self.store.told().values():
-            share = f"{100 * status['done'] / status['total']:3.0f} %" if status.get("total") else ""
-            lines.append(f"  {status['title']}  {status.get('what', '')} {share} {status.get('text', '')}")
+            share = (
+                f"{100 * status['done'] / status['total']:3.0f} %" if status.get("total") else ""
+            )
+            lines.append(
+                f"  {status['title']}  {status.get('what', '')} {share} {status.get('text', '')}"
+            )
         self.live.update(Text("\n".join(lines)))
 
     @contextlib.contextmanager
@@ -286,5 +330,7 @@ class Watch:
 
 def default_workers() -> int:
     """One process for each core that this process may use, or none where there is only one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return cores if cores > 1 else 0

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from countermark.errors import CountermarkError
-from countermark.files import CHECKPOINT_PREFIX, JSON_LIMIT, new_folder, read_bytes, read_json, sha256, write_bytes, write_json
+from countermark.files import (
+    CHECKPOINT_PREFIX,
+    JSON_LIMIT,
+    new_folder,
+    read_bytes,
+    read_json,
+    sha256,
+    write_bytes,
+    write_json,
+)
 from countermark.study.graph import Unit
 
 STORE_FORMAT = "countermark store 1"
@@ -46,7 +55,9 @@ class Store:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise CountermarkError(f"cannot create {folder}: {error.strerror}; choose a folder that you can write to") from error
+                raise CountermarkError(
+                    f"cannot create {folder}: {error.strerror}; choose a folder that you can write to"
+                ) from error
             write_json(mark, {"format": STORE_FORMAT})
 
     def path(self, unit: Unit) -> Path:
@@ -60,7 +71,10 @@ class Store:
             return False
         try:
             manifest = read_json(folder / _MANIFEST)
-            whole = bool(manifest) and all(sha256(read_bytes(folder / name, _FILE_LIMIT)) == digest for name, digest in manifest.items())
+            whole = bool(manifest) and all(
+                sha256(read_bytes(folder / name, _FILE_LIMIT)) == digest
+                for name, digest in manifest.items()
+            )
         except CountermarkError:
             whole = False
         if not whole:
@@ -75,8 +89,15 @@ class Store:
         """Do the `work` of a unit, which writes its files into the folder that it is given and returns its result."""
         with new_folder(self.path(unit), unit.record) as folder:
             write_json(folder / RESULT, dict(work(folder)))
-            kept = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(CHECKPOINT_PREFIX))
-            write_json(folder / _MANIFEST, {str(path.relative_to(folder)): sha256(path.read_bytes()) for path in kept})
+            kept = sorted(
+                path
+                for path in folder.rglob("*")
+                if path.is_file() and not path.name.startswith(CHECKPOINT_PREFIX)
+            )
+            write_json(
+                folder / _MANIFEST,
+                {str(path.relative_to(folder)): sha256(path.read_bytes()) for path in kept},
+            )
 
     def tell(self, unit: Unit, status: Mapping[str, Any] | None) -> None:
         """Leave word of how far a running unit is, for whoever watches; none when it has stopped."""

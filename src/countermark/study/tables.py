@@ -15,7 +15,11 @@ from countermark.thieves import THEFTS
 from countermark.watermarks import SCHEMES
 
 TITLES = {"mnist": "MNIST", "fashion_mnist": "FMNIST", "digits": "digits"}
-METRICS = {"test": "test accuracy", "adversarial": "adversarial accuracy", "watermark": "watermark accuracy"}
+METRICS = {
+    "test": "test accuracy",
+    "adversarial": "adversarial accuracy",
+    "watermark": "watermark accuracy",
+}
 SETTINGS = tuple(theft.title for theft in THEFTS.values() if theft.paper)
 RULE = 50.0
 """The paper calls ownership verified from this watermark accuracy, in percent."""
@@ -45,7 +49,9 @@ class Table:
 @cache
 def published() -> dict[str, Any]:
     """The paper's numbers."""
-    loaded: dict[str, Any] = json.loads(read_bytes(Path(__file__).with_name("published.json"), 1 << 20))
+    loaded: dict[str, Any] = json.loads(
+        read_bytes(Path(__file__).with_name("published.json"), 1 << 20)
+    )
     return loaded
 
 
@@ -60,9 +66,24 @@ _DEFENCES = {
 _PAPER_METRICS = {"test": "test", "adv": "adversarial", "watermark": "watermark"}
 _SIDE_BY_SIDE = (
     ("table1_single_defence", "Table 1", "One defence at a time", "white-box"),
-    ("table2_advtr_plus_watermark", "Table 2", "Adversarial training and a watermark together", "white-box"),
-    ("table3_black_box_theft", "Table 3", "Black-box theft (Algorithm 2, labels only, another network)", "black-box"),
-    ("table4_grey_box_theft", "Table 4", "Grey-box theft (the same, the owner's network, trained adversarially)", "grey-box"),
+    (
+        "table2_advtr_plus_watermark",
+        "Table 2",
+        "Adversarial training and a watermark together",
+        "white-box",
+    ),
+    (
+        "table3_black_box_theft",
+        "Table 3",
+        "Black-box theft (Algorithm 2, labels only, another network)",
+        "black-box",
+    ),
+    (
+        "table4_grey_box_theft",
+        "Table 4",
+        "Grey-box theft (the same, the owner's network, trained adversarially)",
+        "grey-box",
+    ),
 )
 
 
@@ -83,7 +104,12 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         _removal(rows, data_sets, "pruned"),
         _removal(rows, data_sets, "fine-tuned"),
     ]
-    made += [_strangers(rows, data_sets), _separation(rows, data_sets), _beyond(rows, data_sets), _sweep(rows, data_sets)]
+    made += [
+        _strangers(rows, data_sets),
+        _separation(rows, data_sets),
+        _beyond(rows, data_sets),
+        _sweep(rows, data_sets),
+    ]
     return [table for table in made if table.rows]
 
 
@@ -100,59 +126,148 @@ def _rounded(value: float | None) -> float | None:
 
 def _compared(paper: float | None, ours: Estimate) -> tuple[Any, ...]:
     difference = None if paper is None else ours.mean - paper
-    return _rounded(paper), _rounded(ours.mean), _rounded(ours.half), ours.count, _rounded(difference)
+    return (
+        _rounded(paper),
+        _rounded(ours.mean),
+        _rounded(ours.half),
+        ours.count,
+        _rounded(difference),
+    )
 
 
 _COMPARED = ("paper", "ours", "± (95 %)", "seeds", "difference")
 
 
-def _table(name: str, title: str, note: str, columns: tuple[str, ...], lines: Iterable[tuple[tuple[Any, ...], Iterable[str]]]) -> Table:
+def _table(
+    name: str,
+    title: str,
+    note: str,
+    columns: tuple[str, ...],
+    lines: Iterable[tuple[tuple[Any, ...], Iterable[str]]],
+) -> Table:
     kept = list(lines)
-    return Table(name, title, note, columns, tuple(row for row, _ in kept), tuple(tuple(dict.fromkeys(units)) for _, units in kept))
+    return Table(
+        name,
+        title,
+        note,
+        columns,
+        tuple(row for row, _ in kept),
+        tuple(tuple(dict.fromkeys(units)) for _, units in kept),
+    )
 
 
-def _side_by_side(rows: Sequence[Row], data_sets: Sequence[str], key: str, number: str, title: str, setting: str) -> Table:
+def _side_by_side(
+    rows: Sequence[Row], data_sets: Sequence[str], key: str, number: str, title: str, setting: str
+) -> Table:
     lines = []
     for data in data_sets:
         for column in published()[key]["columns"]:
             defence, metric = column.split(".")
-            found = where(rows, section="model", data=data, defence=_DEFENCES[defence], setting=setting, removal="none")
+            found = where(
+                rows,
+                section="model",
+                data=data,
+                defence=_DEFENCES[defence],
+                setting=setting,
+                removal="none",
+            )
             ours = estimate(found, _PAPER_METRICS[metric])
             if ours is not None:
                 what = (TITLES[data], _DEFENCES[defence], METRICS[_PAPER_METRICS[metric]])
-                lines.append(((*what, *_compared(paper_value(key, column, data), ours)), ours.units))
+                lines.append(
+                    ((*what, *_compared(paper_value(key, column, data), ours)), ours.units)
+                )
     note = "Percent. Watermark accuracy is agreement with the watermark labels."
-    return _table(number.lower().replace(" ", ""), f"{number}. {title}", note, ("data", "defence", "measure", *_COMPARED), lines)
+    return _table(
+        number.lower().replace(" ", ""),
+        f"{number}. {title}",
+        note,
+        ("data", "defence", "measure", *_COMPARED),
+        lines,
+    )
 
 
 def _budgets(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
     lines = []
     for data in data_sets:
         for epsilon, steps in BUDGETS:
-            found = [row for row in where(rows, section="budgets", data=data) if row["amount"] == [epsilon, steps]]
+            found = [
+                row
+                for row in where(rows, section="budgets", data=data)
+                if row["amount"] == [epsilon, steps]
+            ]
             ours = estimate(found, "adversarial")
             if ours is not None:
-                paper = paper_value("table5_advtr_at_larger_budgets", f"({epsilon:g},{steps})", data)
-                lines.append(((TITLES[data], f"budget {epsilon:g}, {steps} steps of .01", *_compared(paper, ours)), ours.units))
+                paper = paper_value(
+                    "table5_advtr_at_larger_budgets", f"({epsilon:g},{steps})", data
+                )
+                lines.append(
+                    (
+                        (
+                            TITLES[data],
+                            f"budget {epsilon:g}, {steps} steps of .01",
+                            *_compared(paper, ours),
+                        ),
+                        ours.units,
+                    )
+                )
     title = "Table 5. Adversarially trained model under other budgets"
-    return _table("table5", title, "Adversarial accuracy in percent.", ("data", "attack", *_COMPARED), lines)
+    return _table(
+        "table5", title, "Adversarial accuracy in percent.", ("data", "attack", *_COMPARED), lines
+    )
 
 
 def _marks(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
     """Our scheme beside the published ones, in the models themselves."""
     lines = []
     for data in data_sets:
-        for defence in ("ADVTR", TRAINED_ON, "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin", "WM coin"):
+        for defence in (
+            "ADVTR",
+            TRAINED_ON,
+            "ADVTR+ood",
+            "ADVTR+adversarial",
+            "ADVTR+coin",
+            "WM coin",
+        ):
             for setting in SETTINGS:
-                found = where(rows, section="model", data=data, defence=defence, setting=setting, removal="none")
+                found = where(
+                    rows,
+                    section="model",
+                    data=data,
+                    defence=defence,
+                    setting=setting,
+                    removal="none",
+                )
                 values = {metric: estimate(found, metric) for metric in METRICS}
                 if values["test"] is None:
                     continue
-                coins = " ".join(f"{row['agree']}:{row['disagree']}" for row in found if row["log10_p"] is not None)
-                worst = max((row["log10_p"] for row in found if row["log10_p"] is not None), default=None)
-                numbers = tuple(_rounded(value.mean) if value is not None else None for value in values.values())
-                lines.append(((TITLES[data], defence, setting, *numbers, coins, _rounded(worst)), values["test"].units))
-    columns = ("data", "defence", "stolen by", "test", "adversarial", "watermark", "coins", "log10 p")
+                coins = " ".join(
+                    f"{row['agree']}:{row['disagree']}"
+                    for row in found
+                    if row["log10_p"] is not None
+                )
+                worst = max(
+                    (row["log10_p"] for row in found if row["log10_p"] is not None), default=None
+                )
+                numbers = tuple(
+                    _rounded(value.mean) if value is not None else None for value in values.values()
+                )
+                lines.append(
+                    (
+                        (TITLES[data], defence, setting, *numbers, coins, _rounded(worst)),
+                        values["test"].units,
+                    )
+                )
+    columns = (
+        "data",
+        "defence",
+        "stolen by",
+        "test",
+        "adversarial",
+        "watermark",
+        "coins",
+        "log10 p",
+    )
     note = (
         "Percent; coins are answers as the coins chose against the other way, seed by seed; p is exact, the largest over seeds. Under the "
         "protocol clean marks are trained in from the unmarked model ADVTR; 'trained on' has the same further epochs without a mark."
@@ -164,16 +279,45 @@ def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Tab
     lines = []
     for data in data_sets:
         for setting in SETTINGS:
-            for amount in sorted({row["amount"] for row in where(rows, section="removal", removal=removal)}):
-                found = where(rows, section="removal", data=data, setting=setting, removal=removal, amount=amount)
-                by_defence = {f"ADVTR+{scheme}": where(found, defence=f"ADVTR+{scheme}") for scheme in SCHEMES}
-                means = {defence: estimate(part, "watermark") for defence, part in by_defence.items()}
+            for amount in sorted(
+                {row["amount"] for row in where(rows, section="removal", removal=removal)}
+            ):
+                found = where(
+                    rows,
+                    section="removal",
+                    data=data,
+                    setting=setting,
+                    removal=removal,
+                    amount=amount,
+                )
+                by_defence = {
+                    f"ADVTR+{scheme}": where(found, defence=f"ADVTR+{scheme}") for scheme in SCHEMES
+                }
+                means = {
+                    defence: estimate(part, "watermark") for defence, part in by_defence.items()
+                }
                 test = estimate(by_defence["ADVTR+coin"], "test")
                 worst = max((row["log10_p"] for row in by_defence["ADVTR+coin"]), default=None)
-                numbers = tuple(_rounded(value.mean) if value is not None else None for value in means.values())
-                units = [unit for value in means.values() if value is not None for unit in value.units]
+                numbers = tuple(
+                    _rounded(value.mean) if value is not None else None for value in means.values()
+                )
+                units = [
+                    unit for value in means.values() if value is not None for unit in value.units
+                ]
                 what = f"{amount:.0%}" if removal == "pruned" else f"{amount} epochs"
-                lines.append(((TITLES[data], setting, what, *numbers, _rounded(worst), _rounded(test.mean if test else None)), units))
+                lines.append(
+                    (
+                        (
+                            TITLES[data],
+                            setting,
+                            what,
+                            *numbers,
+                            _rounded(worst),
+                            _rounded(test.mean if test else None),
+                        ),
+                        units,
+                    )
+                )
     columns = ("data", "stolen by", removal, *SCHEMES, "coin: log10 p", "coin: test accuracy")
     figure = "Figures 2 to 4 (a)" if removal == "pruned" else "Figures 2 to 4 (b)"
     note = "Watermark accuracy in percent of the ADVTR models; the largest p over seeds."
@@ -190,16 +334,33 @@ def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
             scores = sorted(row["watermark"] for row in found)
             accused = sum(score >= RULE for score in scores)
             low, high = rate_interval(accused, len(scores))
-            smallest = min((row["log10_p"] for row in found if row["log10_p"] is not None), default=None)
+            smallest = min(
+                (row["log10_p"] for row in found if row["log10_p"] is not None), default=None
+            )
             spread = (_rounded(scores[0]), _rounded(scores[len(scores) // 2]), _rounded(scores[-1]))
             rate = f"{accused} of {len(scores)} ({low:.0f} to {high:.0f} %)"
-            lines.append(((TITLES[data], scheme, *spread, rate, _rounded(smallest)), [row["unit"] for row in found]))
-    columns = ("data", "scheme", "lowest", "median", "highest", "accused by the 50 % rule", "smallest log10 p")
+            lines.append(
+                (
+                    (TITLES[data], scheme, *spread, rate, _rounded(smallest)),
+                    [row["unit"] for row in found],
+                )
+            )
+    columns = (
+        "data",
+        "scheme",
+        "lowest",
+        "median",
+        "highest",
+        "accused by the 50 % rule",
+        "smallest log10 p",
+    )
     note = (
         "Watermark accuracy, in percent, of models that never saw the mark: standard, robust, of another architecture, thefts of unmarked "
         "models, and the owner's own unmarked models. An exact p-value needs no bank; strangers' p-values are anywhere in (0, 1)."
     )
-    return _table("strangers", "The control: strangers asked for the same watermarks", note, columns, lines)
+    return _table(
+        "strangers", "The control: strangers asked for the same watermarks", note, columns, lines
+    )
 
 
 def _separation(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
@@ -208,15 +369,23 @@ def _separation(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
         for scheme in SCHEMES:
             strangers = where(rows, section="strangers", data=data, scheme=scheme)
             for setting in SETTINGS:
-                thieves = where(rows, section="model", data=data, scheme=scheme, setting=setting, removal="none")
-                area = auc([row["watermark"] for row in thieves], [row["watermark"] for row in strangers])
+                thieves = where(
+                    rows, section="model", data=data, scheme=scheme, setting=setting, removal="none"
+                )
+                area = auc(
+                    [row["watermark"] for row in thieves], [row["watermark"] for row in strangers]
+                )
                 if area is None:
                     continue
                 lowest = min(row["watermark"] for row in thieves)
-                convicted = sum(row["log10_p"] is not None and row["log10_p"] <= -6 for row in thieves)
+                convicted = sum(
+                    row["log10_p"] is not None and row["log10_p"] <= -6 for row in thieves
+                )
                 told = f"{convicted} of {len(thieves)}" if SCHEMES[scheme].coins else None
                 units = [row["unit"] for row in (*thieves, *strangers)]
-                lines.append(((TITLES[data], scheme, setting, _rounded(lowest), _rounded(area), told), units))
+                lines.append(
+                    ((TITLES[data], scheme, setting, _rounded(lowest), _rounded(area), told), units)
+                )
     columns = ("data", "scheme", "stolen by", "lowest thief", "ROC AUC", "convicted at 1e-6")
     note = "How well watermark accuracy tells thieves from strangers: 1 always, 0.5 not at all. Both defences of a scheme are counted."
     return _table("separation", "Thieves against strangers", note, columns, lines)
@@ -229,22 +398,53 @@ def _beyond(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
             what = row["setting"] if row["removal"] == "none" else row["removal"]
             numbers = tuple(_rounded(row[metric]) for metric in METRICS)
             coins = f"{row['agree']}:{row['disagree']}" if row["log10_p"] is not None else ""
-            lines.append(((TITLES[data], row["defence"], what, *numbers, coins, _rounded(row["log10_p"])), [row["unit"]]))
-    columns = ("data", "defence", "theft or removal", "test", "adversarial", "watermark", "coins", "log10 p")
+            lines.append(
+                (
+                    (TITLES[data], row["defence"], what, *numbers, coins, _rounded(row["log10_p"])),
+                    [row["unit"]],
+                )
+            )
+    columns = (
+        "data",
+        "defence",
+        "theft or removal",
+        "test",
+        "adversarial",
+        "watermark",
+        "coins",
+        "log10 p",
+    )
     note = "Thefts and removals that the paper does not try, on the adversarially trained models; percent, one row a seed."
     return _table("beyond", "Beyond the paper", note, columns, lines)
 
 
 def swept(rows: Sequence[Row], data: str) -> list[tuple[float, list[Row], list[Row]]]:
     """By watermark budget, the default one included: the marked models, and strangers asked for the same watermarks."""
-    default = where(rows, section="model", data=data, defence="ADVTR+adversarial", setting="white-box", removal="none")
+    default = where(
+        rows,
+        section="model",
+        data=data,
+        defence="ADVTR+adversarial",
+        setting="white-box",
+        removal="none",
+    )
     found = {row["budget"] for row in where(rows, section="sweep", data=data)}
     parts = [
-        (budget, where(rows, section="sweep", data=data, budget=budget), where(rows, section="sweep strangers", data=data, budget=budget))
+        (
+            budget,
+            where(rows, section="sweep", data=data, budget=budget),
+            where(rows, section="sweep strangers", data=data, budget=budget),
+        )
         for budget in found
     ]
     if found:
-        parts.append((known(data).threat.watermark_epsilon, default, where(rows, section="strangers", data=data, scheme="adversarial")))
+        parts.append(
+            (
+                known(data).threat.watermark_epsilon,
+                default,
+                where(rows, section="strangers", data=data, scheme="adversarial"),
+            )
+        )
     return sorted(parts, key=lambda part: part[0])
 
 
@@ -252,10 +452,21 @@ def _sweep(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
     lines = []
     for data in data_sets:
         for budget, marked, strangers in swept(rows, data):
-            means = [estimate(marked, metric) for metric in METRICS] + [estimate(strangers, "watermark")]
+            means = [estimate(marked, metric) for metric in METRICS] + [
+                estimate(strangers, "watermark")
+            ]
             numbers = tuple(_rounded(value.mean) if value is not None else None for value in means)
-            lines.append(((TITLES[data], budget, *numbers), [row["unit"] for row in (*marked, *strangers)]))
-    columns = ("data", "watermark budget", "test", "adversarial", "watermark", "strangers' watermark")
+            lines.append(
+                ((TITLES[data], budget, *numbers), [row["unit"] for row in (*marked, *strangers)])
+            )
+    columns = (
+        "data",
+        "watermark budget",
+        "test",
+        "adversarial",
+        "watermark",
+        "strangers' watermark",
+    )
     note = (
         "ADVTR+adversarial with watermarks crafted at several budgets, in percent. In the profile quick the adversarial accuracy at other "
         "budgets than the default is that on 1,000 test images, give or take two points."
@@ -275,6 +486,7 @@ def hyperparameters(settings: Mapping[str, Any]) -> Table:
     training = content["training"]
     first = next(iter(settings.values()))
     lines += [
-        (("all", name, str(training[name]), str(first[name])), ()) for name in ("epochs", "learning_rate", "weight_decay", "optimizer")
+        (("all", name, str(training[name]), str(first[name])), ())
+        for name in ("epochs", "learning_rate", "weight_decay", "optimizer")
     ]
     return _table("table6", "Table 6. Settings", "", ("data", "setting", "paper", "ours"), lines)

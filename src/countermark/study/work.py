@@ -39,7 +39,14 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     data, pools = options["data"], pools_of(options)
     opened = _data(data)
     given = traits(opened, pools.training)
-    config = recipe(given, options["objective"], opened.threat, seed=options["seed"], epochs=options["epochs"], hardware=_hardware())
+    config = recipe(
+        given,
+        options["objective"],
+        opened.threat,
+        seed=options["seed"],
+        epochs=options["epochs"],
+        hardware=_hardware(),
+    )
     key = _key(inputs)
     if "start" in inputs:
         network, config = _load(inputs["start"]), marking(config, given, options["objective"])
@@ -60,8 +67,14 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     )
     if best is not None:
         best.restore(network)
-    trained = {"event": "trained", "objective": options["objective"], "watermarks": key.scheme if key is not None else None}
-    described = describing(opened, options["network"], seed=options["pool_seed"], history=(trained,))
+    trained = {
+        "event": "trained",
+        "objective": options["objective"],
+        "watermarks": key.scheme if key is not None else None,
+    }
+    described = describing(
+        opened, options["network"], seed=options["pool_seed"], history=(trained,)
+    )
     save_model(folder, network, described)
     return {"points": [_measured(network, pools.test, data, key, options["attacked"])]}
 
@@ -74,7 +87,9 @@ class _Best:
         self.test, self.attack, self.key = test, attack, key
 
     def __call__(self, epoch: int, network: nn.Module) -> None:
-        score = accuracy(network, self.test) + adversarial_accuracy(network, every(self.test, _SELECTION), self.attack)
+        score = accuracy(network, self.test) + adversarial_accuracy(
+            network, every(self.test, _SELECTION), self.attack
+        )
         score += _tally(network, self.key)["accuracy"] if self.key is not None else 0.0
         if not self.path.exists() or score > read_tensors(self.path, _LIMIT)[1]["score"]:
             write_tensors(self.path, network.state_dict(), {"score": score, "epoch": epoch})
@@ -93,8 +108,15 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
     seed, scheme = options["seed"], options["scheme"]
     make_private_folder(folder)
     for name in ("secret", "signing-key"):
-        write_bytes(folder / name, hashlib.sha256(f"countermark study {name} {sorted(options.items())}".encode()).digest(), 0o600)
-    attack, rules = Attack(options["epsilon"], options["steps"], options["step_size"]), SCHEMES[scheme]
+        write_bytes(
+            folder / name,
+            hashlib.sha256(f"countermark study {name} {sorted(options.items())}".encode()).digest(),
+            0o600,
+        )
+    attack, rules = (
+        Attack(options["epsilon"], options["steps"], options["step_size"]),
+        SCHEMES[scheme],
+    )
     given = Materials(
         source=_load(inputs["source"]) if rules.crafted else nn.Identity(),
         bases=pools.bases,
@@ -105,7 +127,12 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
         seed=seed,
     )
     watermarks = rules.make(given)
-    key = write_key(folder, scheme, watermarks, {"data": data, "crafting": asdict(attack) if rules.crafted else None})
+    key = write_key(
+        folder,
+        scheme,
+        watermarks,
+        {"data": data, "crafting": asdict(attack) if rules.crafted else None},
+    )
     source = _tally(_load(inputs["source"]), key) if "source" in inputs else None
     return {"points": [{"watermark": source}] if source is not None else []}
 
@@ -122,11 +149,17 @@ def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 def prune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Prune `model` at several rates; test and watermark accuracy at each, and the adversarial one where the profile asks for it."""
-    network, key, test = _load(inputs["model"]), _key(inputs), every(pools_of(options).test, options["tested"])
+    network, key, test = (
+        _load(inputs["model"]),
+        _key(inputs),
+        every(pools_of(options).test, options["tested"]),
+    )
     points, means = [], _means(options, None)
     for rate in options["rates"]:
         pruned = REMOVALS["prune"].run(network, rate, means)
-        points.append({"amount": rate, **_measured(pruned, test, options["data"], key, options["attacked"])})
+        points.append(
+            {"amount": rate, **_measured(pruned, test, options["data"], key, options["attacked"])}
+        )
     return {"points": points}
 
 
@@ -137,7 +170,12 @@ def finetune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
 
     def measure(epoch: int, network: nn.Module) -> None:
         if epoch in options["epochs"]:
-            points.append({"amount": epoch, **_measured(network, test, options["data"], key, options["attacked"])})
+            points.append(
+                {
+                    "amount": epoch,
+                    **_measured(network, test, options["data"], key, options["attacked"]),
+                }
+            )
 
     removal = REMOVALS["finetune"]
     means = _means(options, "fine-tune").given(removal.options)
@@ -161,7 +199,9 @@ def _means(options: Options, title: str | None) -> Means:
     return Means(
         pool=pool,
         threat=known(data).threat,
-        attack=_training_attack(objective, data, options.get("epsilon") or known(data).threat.epsilon),
+        attack=_training_attack(
+            objective, data, options.get("epsilon") or known(data).threat.epsilon
+        ),
         objective=options.get("objective", "fast"),
         traits=traits(_data(data), pool),
         clamp=options["protocol"] == "clean",
@@ -175,7 +215,11 @@ def ask_strangers(options: Options, inputs: Inputs, folder: Path) -> Result:
     """Ask models that never saw the `watermarks` for them: the control that the paper lacks."""
     key = load_key(inputs["watermarks"])
     strangers = sorted(role for role in inputs if role != "watermarks")
-    return {"points": [{"stranger": role, "watermark": _tally(_load(inputs[role]), key)} for role in strangers]}
+    return {
+        "points": [
+            {"stranger": role, "watermark": _tally(_load(inputs[role]), key)} for role in strangers
+        ]
+    }
 
 
 def attack_budgets(options: Options, inputs: Inputs, folder: Path) -> Result:
@@ -183,7 +227,12 @@ def attack_budgets(options: Options, inputs: Inputs, folder: Path) -> Result:
     network, test = _load(inputs["model"]), every(pools_of(options).test, options["examples"])
     return {
         "points": [
-            {"amount": [epsilon, steps], "adversarial": adversarial_accuracy(network, test, Attack(epsilon, steps, 0.01), title="attack")}
+            {
+                "amount": [epsilon, steps],
+                "adversarial": adversarial_accuracy(
+                    network, test, Attack(epsilon, steps, 0.01), title="attack"
+                ),
+            }
             for epsilon, steps in options["budgets"]
         ]
     }
@@ -196,8 +245,18 @@ def draw_pictures(options: Options, inputs: Inputs, folder: Path) -> Result:
     images = {"training image": x}
     for title, epsilon, steps in options["crafted"]:
         with seeded(_device(), options["seed"]):
-            images[title] = pgd(network, x.to(_device()), y.to(_device()), epsilon=epsilon, steps=steps, step_size=0.01).cpu()
-    write_tensors(folder / "images.safetensors", {title: image[0].mul(255).round().to(torch.uint8) for title, image in images.items()})
+            images[title] = pgd(
+                network,
+                x.to(_device()),
+                y.to(_device()),
+                epsilon=epsilon,
+                steps=steps,
+                step_size=0.01,
+            ).cpu()
+    write_tensors(
+        folder / "images.safetensors",
+        {title: image[0].mul(255).round().to(torch.uint8) for title, image in images.items()},
+    )
     answers = {title: int(predict(network, image)[0]) for title, image in images.items()}
     return {"points": [], "answers": answers, "label": int(y[0]), "data": data}
 
@@ -217,9 +276,15 @@ def project(options: Options, inputs: Inputs, folder: Path) -> Result:
     attack = _attack(options["data"])
     with seeded(_device(), options["seed"]):
         x, y = pixels(training.x.to(_device())), training.y.to(_device())
-        attacked = pgd(network, x, y, epsilon=attack.epsilon, steps=attack.steps, step_size=attack.step_size).cpu()
+        attacked = pgd(
+            network, x, y, epsilon=attack.epsilon, steps=attack.steps, step_size=attack.step_size
+        ).cpu()
     sets = {"training": pixels(training.x), "adversarial training": attacked}
-    sets |= {f"{role} watermarks": pixels(load_key(inputs[role]).watermarks.x[:count]) for role in sorted(inputs) if role != "model"}
+    sets |= {
+        f"{role} watermarks": pixels(load_key(inputs[role]).watermarks.x[:count])
+        for role in sorted(inputs)
+        if role != "model"
+    }
     places = {title: ((x.flatten(1).double() - mean) @ plane).float() for title, x in sets.items()}
     write_tensors(folder / "plane.safetensors", places)
     return {"points": [], "distances": _distances(places)}
@@ -229,7 +294,10 @@ def _distances(places: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """How far each cloud's centre is from that of the adversarial training examples, in standard deviations of the latter."""
     centre = places["adversarial training"].mean(0)
     spread = float((places["adversarial training"] - centre).norm(dim=1).pow(2).mean().sqrt())
-    return {title: round(float((place.mean(0) - centre).norm()) / spread, 4) for title, place in places.items()}
+    return {
+        title: round(float((place.mean(0) - centre).norm()) / spread, 4)
+        for title, place in places.items()
+    }
 
 
 KINDS: Mapping[str, Callable[[Options, Inputs, Path], Result]] = {
@@ -252,9 +320,17 @@ def pools_of(options: Options) -> Pools:
     pools = _pools(options["data"], options["pool_seed"])
     if options["protocol"] == "clean":
         return pools
-    order = torch.randperm(len(pools.test), generator=torch.Generator().manual_seed(options["pool_seed"]))
-    bases, seeds = order[: len(pools.bases)], order[len(pools.bases) : len(pools.bases) + Means.seeds]
-    thief = Examples(torch.cat((pools.test.x[seeds], pools.thief.x)), torch.cat((pools.test.y[seeds], pools.thief.y)))
+    order = torch.randperm(
+        len(pools.test), generator=torch.Generator().manual_seed(options["pool_seed"])
+    )
+    bases, seeds = (
+        order[: len(pools.bases)],
+        order[len(pools.bases) : len(pools.bases) + Means.seeds],
+    )
+    thief = Examples(
+        torch.cat((pools.test.x[seeds], pools.thief.x)),
+        torch.cat((pools.test.y[seeds], pools.thief.y)),
+    )
     return replace(pools, bases=pools.test[bases], thief=thief)
 
 
@@ -312,18 +388,26 @@ def _attack(data: str) -> Attack:
 def _training_attack(objective: str, data: str, epsilon: float) -> Attack:
     """The thief's or remover's own adversarial training: the paper's PGD, or single steps from a random start."""
     threat = known(data).threat
-    return Attack(epsilon, threat.steps, threat.step_size) if objective == "pgd" else Attack(epsilon, 1, 1.25 * epsilon)
+    return (
+        Attack(epsilon, threat.steps, threat.step_size)
+        if objective == "pgd"
+        else Attack(epsilon, 1, 1.25 * epsilon)
+    )
 
 
 def _key(inputs: Inputs) -> Key | None:
     return load_key(inputs["watermarks"]) if "watermarks" in inputs else None
 
 
-def _measured(network: nn.Module, test: Examples, data: str, key: Key | None, attacked: int | None) -> Result:
+def _measured(
+    network: nn.Module, test: Examples, data: str, key: Key | None, attacked: int | None
+) -> Result:
     """Test accuracy, adversarial accuracy on `attacked` test images (none for all of them, 0 for no attack), watermark accuracy."""
     point: Result = {"test": accuracy(network, test)}
     if attacked != 0:
-        point["adversarial"] = adversarial_accuracy(network, every(test, attacked), _attack(data), title="attack")
+        point["adversarial"] = adversarial_accuracy(
+            network, every(test, attacked), _attack(data), title="attack"
+        )
     if key is not None:
         point["watermark"] = _tally(network, key)
     return point
@@ -332,7 +416,10 @@ def _measured(network: nn.Module, test: Examples, data: str, key: Key | None, at
 def _tally(network: nn.Module, key: Key) -> Result:
     """Agreements and, for coins, the exact p-value."""
     outcomes = key.outcomes(predict(network, key.watermarks.x))
-    counts = {name: sum(outcome == value for outcome in outcomes) for name, value in (("agree", 1), ("disagree", -1), ("neither", 0))}
+    counts = {
+        name: sum(outcome == value for outcome in outcomes)
+        for name, value in (("agree", 1), ("disagree", -1), ("neither", 0))
+    }
     tally: Result = {**counts, "accuracy": 100 * counts["agree"] / len(outcomes), "log10_p": None}
     if key.rules.coins:
         tally["log10_p"] = judge(key.watermarks.cell.tolist(), outcomes).log10_p_value

@@ -84,7 +84,12 @@ def open_suspect(
             raise CountermarkError(
                 f"{path} takes images of shape {brief(description.shape)}, the key asks with {tuple(shape)}; it is for other data"
             )
-        if prepare(torch.zeros(1, *shape), asking).dtype != torch.float32 or asking.layout != "nchw" or asking.mean or asking.std:
+        if (
+            prepare(torch.zeros(1, *shape), asking).dtype != torch.float32
+            or asking.layout != "nchw"
+            or asking.mean
+            or asking.std
+        ):
             raise CountermarkError(
                 f"{path} is one of our model folders, which take float pixels in nchw; leave the declared differences out"
             )
@@ -98,7 +103,9 @@ def open_suspect(
     if not path.exists():
         raise CountermarkError(f"{path} does not exist; name a model folder or an .onnx file")
     if suffix not in (".onnx", ".pt2"):
-        raise CountermarkError(f"{path} is neither a model folder nor an .onnx or .pt2 file; export the model to ONNX")
+        raise CountermarkError(
+            f"{path} is neither a model folder nor an .onnx or .pt2 file; export the model to ONNX"
+        )
     ask = ask_onnx if suffix == ".onnx" else ask_pt2
     return lambda x: ask(path, prepare(x, asking))
 
@@ -108,7 +115,9 @@ def _check_heeded(asking: Asking, kind: str) -> None:
     plain_asking = Asking()
     for name in _NOT_HEEDED[kind]:
         if getattr(asking, name) != getattr(plain_asking, name):
-            raise CountermarkError(f"--{name} has no meaning for {kind} as suspect, which is asked on this machine; leave it out")
+            raise CountermarkError(
+                f"--{name} has no meaning for {kind} as suspect, which is asked on this machine; leave it out"
+            )
 
 
 def _answers_of(function: Suspect) -> Callable[[torch.Tensor], list[int]]:
@@ -130,7 +139,11 @@ def _answers_of(function: Suspect) -> Callable[[torch.Tensor], list[int]]:
 
 
 def _checked(labels: object, count: int) -> list[int]:
-    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu" and np.can_cast(labels.dtype, np.int64):
+    if (
+        isinstance(labels, np.ndarray)
+        and labels.dtype.kind in "iu"
+        and np.can_cast(labels.dtype, np.int64)
+    ):
         labels = torch.as_tensor(labels.astype(np.int64))
     fits = (
         isinstance(labels, torch.Tensor)
@@ -150,9 +163,13 @@ def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
     device = device_of(network)
     count = batch_size(device, x.shape[1:], _CHUNK)
     with torch.no_grad():
-        logits = torch.cat([network(pixels(part.to(device))).cpu() for part in torch.split(x, count)])
+        logits = torch.cat(
+            [network(pixels(part.to(device))).cpu() for part in torch.split(x, count)]
+        )
     if not bool(torch.isfinite(logits).all()):
-        raise CountermarkError(f"{path} answers with logits that are not finite numbers; such a model cannot be asked")
+        raise CountermarkError(
+            f"{path} answers with logits that are not finite numbers; such a model cannot be asked"
+        )
     return logits.argmax(1)
 
 

@@ -88,7 +88,9 @@ class RefusalError(CountermarkError):
 class FailureError(CountermarkError):
     """The suspect gave no answer this time and may give one the next time."""
 
-    def __init__(self, words: str, there: bool = True, nobody: bool = False, busy: bool = False) -> None:
+    def __init__(
+        self, words: str, there: bool = True, nobody: bool = False, busy: bool = False
+    ) -> None:
         """Keep what happened.
 
         Args:
@@ -112,14 +114,18 @@ def prepare(x: torch.Tensor, asking: Asking) -> torch.Tensor:
     choose("layout", asking.layout, get_args(Layout))
     if asking.pixels == "uint8":
         if asking.mean or asking.std:
-            raise CountermarkError("mean and deviation go with float pixels; leave them out for uint8")
+            raise CountermarkError(
+                "mean and deviation go with float pixels; leave them out for uint8"
+            )
         images = as_uint8(x)
     else:
         images = pixels(x)
         for values, apply in ((asking.mean, torch.sub), (asking.std, torch.div)):
             if values:
                 if len(values) not in (1, x.shape[1]) or (apply is torch.div and min(values) <= 0):
-                    raise CountermarkError(f"give one mean and one positive deviation, or {x.shape[1]} of each, not {values}")
+                    raise CountermarkError(
+                        f"give one mean and one positive deviation, or {x.shape[1]} of each, not {values}"
+                    )
                 images = apply(images, torch.tensor(values).reshape(1, -1, 1, 1))
     return images.permute(0, 2, 3, 1).contiguous() if asking.layout == "nhwc" else images
 
@@ -135,7 +141,9 @@ class Asker:
         trouble: why the last request that brought nothing did so; empty if all of them did.
     """
 
-    def __init__(self, name: str, answer: Callable[[torch.Tensor], Sequence[int]], asking: Asking) -> None:
+    def __init__(
+        self, name: str, answer: Callable[[torch.Tensor], Sequence[int]], asking: Asking
+    ) -> None:
         """Take the suspect's own way to answer.
 
         Args:
@@ -291,7 +299,9 @@ class Asker:
                         entry = {"url": self.name, "image": name, "label": label}
                         stream.write(json.dumps(entry | {"repeats": repeats}) + "\n")
             except OSError as error:
-                raise CountermarkError(f"cannot write {path}: {error.strerror}; choose another replay log") from error
+                raise CountermarkError(
+                    f"cannot write {path}: {error.strerror}; choose another replay log"
+                ) from error
 
 
 def _digest(image: torch.Tensor) -> str:
@@ -323,5 +333,7 @@ def read_replay(path: Path | None, name: str, repeats: int = 1) -> dict[str, int
                 # was asked and whose image is not as it was sent.
                 continue
     except (OSError, UnicodeDecodeError) as error:
-        raise CountermarkError(f"cannot read {path} as a replay log; choose another file") from error
+        raise CountermarkError(
+            f"cannot read {path} as a replay log; choose another file"
+        ) from error
     return known

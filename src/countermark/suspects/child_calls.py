@@ -121,7 +121,9 @@ def allow_few_calls(libc: ctypes.CDLL) -> bool:
     architecture, column = architectures[platform.machine()]
     program = _program(architecture, column)
     code = ctypes.create_string_buffer(program, len(program))
-    header = struct.pack("=HxxxxxxQ", len(program) // 8, ctypes.addressof(code))  # struct sock_fprog
+    header = struct.pack(
+        "=HxxxxxxQ", len(program) // 8, ctypes.addressof(code)
+    )  # struct sock_fprog
     no_new_privileges, filtering = 38, 22  # PR_SET of linux/prctl.h
     libc.prctl(no_new_privileges, 1, 0, 0, 0)
     return bool(libc.prctl(filtering, 2, ctypes.c_char_p(header), 0, 0) == 0)

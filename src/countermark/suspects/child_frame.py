@@ -47,7 +47,9 @@ def serve(prepare: Callable[[], None], ask: Callable[[bytes, np.ndarray], bytes]
         if not path.is_file():
             raise RefusedError("it is not a regular file; check the path")
         if path.stat().st_size > FILE_LIMIT:
-            raise RefusedError(f"the file is larger than {FILE_LIMIT >> 20} MiB; larger models are not asked")
+            raise RefusedError(
+                f"the file is larger than {FILE_LIMIT >> 20} MiB; larger models are not asked"
+            )
         data = path.read_bytes()
         limit()
         prepare()
@@ -108,7 +110,9 @@ def in_batches(x: np.ndarray, sizes: Iterable[int], run: Callable[[np.ndarray], 
     trouble: OtherBatchError | None = None
     for size in dict.fromkeys(sizes):
         try:
-            labels = [_filled(x[start : start + size], size, run) for start in range(0, len(x), size)]
+            labels = [
+                _filled(x[start : start + size], size, run) for start in range(0, len(x), size)
+            ]
             return b"".join(part.tobytes() for part in labels)
         except OtherBatchError as error:
             trouble = trouble or error
@@ -151,11 +155,15 @@ def labels_of(output: Any, count: int) -> Any:
             return output.reshape(count).astype(np.int64)
         if output.ndim == 2 and len(output) == count:
             if output.shape[1] < 2 or not np.isfinite(output).all():
-                raise RefusedError("its logits are not finite numbers for two classes or more; such a model cannot be asked")
+                raise RefusedError(
+                    "its logits are not finite numbers for two classes or more; such a model cannot be asked"
+                )
             chosen = output.argmax(axis=1)
             return (chosen if names is None else np.array(names)[chosen]).astype(np.int64)
     shape = getattr(output, "shape", type(output).__name__)
-    raise OtherBatchError(f"its first output is neither logits (n, classes) nor labels (n,): {shape}")
+    raise OtherBatchError(
+        f"its first output is neither logits (n, classes) nor labels (n,): {shape}"
+    )
 
 
 def first_line(error: Exception) -> str:

@@ -22,7 +22,11 @@ from countermark.text import visible
 
 _FOLDER = Path(__file__).parent
 _TIMEOUT = 600  # seconds for all images of one call
-_THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # a process of many cannot leave its namespaces
+_THREADS = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}  # a process of many cannot leave its namespaces
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 _REASON = 500  # characters
 _FAILED = 2  # the child's exit status when it says why on standard error
@@ -64,7 +68,9 @@ def onnx_data(path: Path) -> dict[str, str]:
 
 def _onnx(path: Path, x: torch.Tensor, *options: str) -> bytes:
     if not all(importlib.util.find_spec(module) for module in ("onnx", "onnxruntime")):
-        raise CountermarkError("asking an .onnx file needs onnx and onnxruntime; pip install 'countermark[onnx]'")
+        raise CountermarkError(
+            "asking an .onnx file needs onnx and onnxruntime; pip install 'countermark[onnx]'"
+        )
     return _run(_FOLDER / "onnx_child.py", path, x, *options)
 
 
@@ -125,7 +131,9 @@ def _run(child: Path, path: Path, x: torch.Tensor, *options: str) -> bytes:
             reason.seek(max(0, reason.seek(0, os.SEEK_END) - 8 * _REASON))
             raise CountermarkError(f"{path}: {_last_line(reason.read(8 * _REASON))}")
         if status != 0:
-            raise CountermarkError(f"{path} crashed or needed more memory or processor time than a suspect is given; it cannot be asked")
+            raise CountermarkError(
+                f"{path} crashed or needed more memory or processor time than a suspect is given; it cannot be asked"
+            )
         answer.seek(0)
         return answer.read()
 
@@ -138,5 +146,7 @@ def _last_line(said: bytes) -> str:
 
 def _labels(path: Path, count: int, answer: bytes) -> torch.Tensor:
     if len(answer) != 8 * count:
-        raise CountermarkError(f"{path} gave {len(answer) // 8} answers to {count} images; it cannot be asked")
+        raise CountermarkError(
+            f"{path} gave {len(answer) // 8} answers to {count} images; it cannot be asked"
+        )
     return torch.from_numpy(np.frombuffer(answer, dtype=np.int64).copy())

@@ -48,7 +48,9 @@ def _read(data: bytes) -> tuple[Any, dict[str, bytes]]:
     try:
         model = onnx.load_model_from_string(data)
     except Exception as error:
-        raise RefusedError("it is not an ONNX file (or a truncated one); export the model again") from error
+        raise RefusedError(
+            "it is not an ONNX file (or a truncated one); export the model again"
+        ) from error
     if not model.graph.output or not model.graph.node:
         raise RefusedError("it holds no graph; it is not an ONNX model or a truncated one")
     model.DiscardUnknownFields()  # so that what is run is what is checked
@@ -65,7 +67,9 @@ def _read(data: bytes) -> tuple[Any, dict[str, bytes]]:
             if message.data_location == message.EXTERNAL or message.external_data:
                 _take_in(message, files)
     if _written_out(model.graph, functions, {}) > _MOST_NODES:
-        raise RefusedError("its functions are too many operators when they are written out; it cannot be asked")
+        raise RefusedError(
+            "its functions are too many operators when they are written out; it cannot be asked"
+        )
     return model, files
 
 
@@ -85,8 +89,12 @@ def _keep_called(model: Any) -> None:
                 called[key] = functions[key]
                 waiting.append(functions[key])
     for domain, name in called:
-        if domain == "" or any(domain == taken or domain.startswith(f"{taken}.") for taken in _BUILT_IN):
-            raise RefusedError(f"its function {domain[:80]}.{name[:80]} takes the place of an operator; give its domain another name")
+        if domain == "" or any(
+            domain == taken or domain.startswith(f"{taken}.") for taken in _BUILT_IN
+        ):
+            raise RefusedError(
+                f"its function {domain[:80]}.{name[:80]} takes the place of an operator; give its domain another name"
+            )
     kept = list(called.values())
     del model.functions[:]
     model.functions.extend(kept)
@@ -123,7 +131,9 @@ def _check_node(node: Any, functions: Functions) -> None:
     The nodes of a function are checked like all others.
     """
     if node.domain not in _DOMAINS and (node.domain, node.op_type) not in functions:
-        raise RefusedError(f"it uses the custom operator {node.domain[:80]}.{node.op_type[:80]}; only standard ONNX operators are run")
+        raise RefusedError(
+            f"it uses the custom operator {node.domain[:80]}.{node.op_type[:80]}; only standard ONNX operators are run"
+        )
 
 
 def _check_extent(dims: Any) -> None:
@@ -131,7 +141,9 @@ def _check_extent(dims: Any) -> None:
     for extent in dims:
         size *= extent
         if extent < 0 or size > _TENSOR_LIMIT:
-            raise RefusedError(f"it declares a tensor of the shape {list(dims)[:8]}, more than a suspect may have; it cannot be asked")
+            raise RefusedError(
+                f"it declares a tensor of the shape {list(dims)[:8]}, more than a suspect may have; it cannot be asked"
+            )
 
 
 def _take_in(tensor: Any, files: dict[str, bytes]) -> None:
@@ -141,7 +153,10 @@ def _take_in(tensor: Any, files: dict[str, bytes]) -> None:
     if location not in files:
         files[location] = _beside(location, FILE_LIMIT - sum(map(len, files.values())))
     content = files[location]
-    start, length = (int(said[name]) if said.get(name, "").isdecimal() and len(said[name]) < 20 else None for name in ("offset", "length"))
+    start, length = (
+        int(said[name]) if said.get(name, "").isdecimal() and len(said[name]) < 20 else None
+        for name in ("offset", "length")
+    )
     start = start or 0
     end = len(content) if length is None else start + length
     if not start <= end <= len(content):
@@ -161,7 +176,12 @@ def _beside(location: str, limit: int) -> bytes:
         f"it wants data from {location[:80]!r}, which does not lie in its own folder (external data); "
         "put the file there, or export the model as one file"
     )
-    if named.is_absolute() or ".." in named.parts or not named.parts or set("\\:\0") & set(location):
+    if (
+        named.is_absolute()
+        or ".." in named.parts
+        or not named.parts
+        or set("\\:\0") & set(location)
+    ):
         raise outside
     try:
         place = (folder / named).resolve(strict=True)
@@ -207,7 +227,9 @@ def _adapt(model: Any, x: np.ndarray) -> None:
     for output in graph.output:
         if output.type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16:
             wider = _fresh(output.name, names)
-            graph.node.append(helper.make_node("Cast", [output.name], [wider], to=onnx.TensorProto.FLOAT))
+            graph.node.append(
+                helper.make_node("Cast", [output.name], [wider], to=onnx.TensorProto.FLOAT)
+            )
             output.name = wider
             output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
 
@@ -232,12 +254,18 @@ def _ask(data: bytes, x: np.ndarray) -> bytes:
     # Otherwise bytes that look like a file of onnxruntime's own format are read as one.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:
         raise RefusedError(f"onnxruntime cannot load it: {first_line(error)}") from error
     declared = session.get_inputs()[0].shape
     if declared and (
-        len(declared) != 4 or any(isinstance(d, int) and d != s for d, s in zip(declared[1:], x.shape[1:], strict=True)) or declared[0] == 0
+        len(declared) != 4
+        or any(
+            isinstance(d, int) and d != s for d, s in zip(declared[1:], x.shape[1:], strict=True)
+        )
+        or declared[0] == 0
     ):
         images = ", ".join(map(str, x.shape[1:]))
         raise RefusedError(f"it takes images of shape {declared}; the key asks with (n, {images})")
@@ -248,17 +276,23 @@ def _ask(data: bytes, x: np.ndarray) -> bytes:
         told = [size for size in output.shape[:1] if isinstance(size, int) and size > 0]
         sizes = [min(BATCH, max(len(x), 1)), *told, 1]
     name = session.get_inputs()[0].name
-    answer: bytes = in_batches(x, sizes, lambda images: session.run([output.name], {name: images})[0])
+    answer: bytes = in_batches(
+        x, sizes, lambda images: session.run([output.name], {name: images})[0]
+    )
     return answer
 
 
 def _first_answer(outputs: list[Any]) -> Any:
     """The first output that may be labels or scores."""
     for output in outputs:
-        numbers = output.type.startswith(("tensor(float", "tensor(double", "tensor(int", "tensor(uint"))
+        numbers = output.type.startswith(
+            ("tensor(float", "tensor(double", "tensor(int", "tensor(uint")
+        )
         if numbers or output.type.startswith("seq(map(int64,"):
             return output
-    raise RefusedError(f"it answers with {[output.type for output in outputs][:4]}; a suspect answers with logits or labels")
+    raise RefusedError(
+        f"it answers with {[output.type for output in outputs][:4]}; a suspect answers with logits or labels"
+    )
 
 
 def _data(data: bytes, _: np.ndarray) -> bytes:

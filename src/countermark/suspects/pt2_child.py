@@ -59,10 +59,14 @@ def _confine() -> None:
 
     torch.set_num_threads(1)
     torch.ones(4).half()  # torch reads what processor this is where it first needs it
-    scratch = tempfile.tempdir = str(Path.cwd())  # empty, and deleted when the answer is there; torch's loader wants such a place
+    scratch = tempfile.tempdir = str(
+        Path.cwd()
+    )  # empty, and deleted when the answer is there; torch's loader wants such a place
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    if libc.unshare(0x10000000 | 0x20000000 | 0x40000000 | 0x08000000) != 0:  # user, PID, network and IPC namespaces
+    if (
+        libc.unshare(0x10000000 | 0x20000000 | 0x40000000 | 0x08000000) != 0
+    ):  # user, PID, network and IPC namespaces
         raise RefusedError(
             "this system cannot put a child into namespaces of its own, so .pt2 files are not loaded; export the model to ONNX"
         )
@@ -77,7 +81,15 @@ def _confine() -> None:
         raise RefusedError(
             "this system has no Landlock to close the files of a child, so .pt2 files are not loaded; export the model to ONNX"
         )
-    places = {*sys.path, *sysconfig.get_paths().values(), sys.prefix, sys.base_prefix, "/usr/lib", "/lib", "/lib64"}
+    places = {
+        *sys.path,
+        *sysconfig.get_paths().values(),
+        sys.prefix,
+        sys.base_prefix,
+        "/usr/lib",
+        "/lib",
+        "/lib64",
+    }
     for place in sorted({*places, scratch}):
         if place and Path(place).is_dir():
             descriptor = os.open(place, os.O_PATH)
@@ -85,7 +97,9 @@ def _confine() -> None:
             libc.syscall(add, ruleset, 1, rule, 0)
             os.close(descriptor)
     if libc.syscall(restrict, ruleset, 0) != 0:
-        raise RefusedError("this system cannot close the files of a child, so .pt2 files are not loaded; export the model to ONNX")
+        raise RefusedError(
+            "this system cannot close the files of a child, so .pt2 files are not loaded; export the model to ONNX"
+        )
     os.close(ruleset)
     if not allow_few_calls(libc):
         raise RefusedError(
@@ -118,17 +132,29 @@ def _plain(data: bytes, x: np.ndarray) -> io.BytesIO:
         archive = zipfile.ZipFile(io.BytesIO(data))
         members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-        raise RefusedError("it is not a .pt2 archive (or a truncated one); export the model again") from error
-    if sum(member.file_size for member in members) > _SIZE_LIMIT or any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise RefusedError("its archive is compressed or too large; torch.export.save stores its members as they are")
+        raise RefusedError(
+            "it is not a .pt2 archive (or a truncated one); export the model again"
+        ) from error
+    if sum(member.file_size for member in members) > _SIZE_LIMIT or any(
+        member.compress_type != zipfile.ZIP_STORED for member in members
+    ):
+        raise RefusedError(
+            "its archive is compressed or too large; torch.export.save stores its members as they are"
+        )
     roots = {member.filename.split("/")[0] for member in members}
     names = [member.filename.partition("/")[2] for member in members]
     if len(roots) != 1 or len(set(names)) != len(names):
-        raise RefusedError("its archive has several roots, or a member twice; export the model again")
+        raise RefusedError(
+            "its archive has several roots, or a member twice; export the model again"
+        )
     for name in names:
         if not _KNOWN.fullmatch(name):
-            raise RefusedError(f"its archive holds {name[:80]!r}, which a plain program does not need; export the model to ONNX")
-    contents = {name: _content(archive, member) for name, member in zip(names, members, strict=True)}
+            raise RefusedError(
+                f"its archive holds {name[:80]!r}, which a plain program does not need; export the model to ONNX"
+            )
+    contents = {
+        name: _content(archive, member) for name, member in zip(names, members, strict=True)
+    }
     sample = io.BytesIO()
     torch.save(((torch.from_numpy(np.zeros((2, *x.shape[1:]), dtype=x.dtype)),), {}), sample)
     contents["data/sample_inputs/model.pt"] = sample.getvalue()
@@ -152,7 +178,9 @@ def _json(contents: dict[str, bytes], name: str) -> dict[str, Any]:
             raise ValueError
         value = json.loads(contents[name])
     except (KeyError, ValueError, RecursionError) as error:
-        raise RefusedError(f"its member {name} is missing or not JSON; it is not a program that torch.export.save wrote") from error
+        raise RefusedError(
+            f"its member {name} is missing or not JSON; it is not a program that torch.export.save wrote"
+        ) from error
     if not isinstance(value, dict):
         raise RefusedError(f"its member {name} is not a JSON object")
     return value
@@ -165,7 +193,9 @@ def _check_tensors(config: dict[str, Any], name: str) -> None:
     for entry in entries.values():
         plain = isinstance(entry, dict) and entry.get("use_pickle") is False
         if not plain or not re.fullmatch(r"(weight|tensor)_\d+", str(entry.get("path_name"))):
-            raise RefusedError(f"its member {name} has a value that is pickled or no tensor; pickles are never loaded")
+            raise RefusedError(
+                f"its member {name} has a value that is pickled or no tensor; pickles are never loaded"
+            )
 
 
 def _plain_program(program: dict[str, Any]) -> dict[str, Any]:
@@ -186,9 +216,13 @@ def _plain_program(program: dict[str, Any]) -> dict[str, Any]:
         ranges = program["range_constraints"].items()
         program["range_constraints"] = {k: v for k, v in ranges if _SYMBOL.fullmatch(k)}
     except (KeyError, TypeError, AttributeError) as error:
-        raise RefusedError("its models/model.json holds no program; export the model again") from error
+        raise RefusedError(
+            "its models/model.json holds no program; export the model again"
+        ) from error
     if inputs != 1 or not 1 <= outputs <= _MOST_OUTPUTS:
-        raise RefusedError(f"it takes {inputs} inputs to {outputs} outputs; a suspect takes one, of images")
+        raise RefusedError(
+            f"it takes {inputs} inputs to {outputs} outputs; a suspect takes one, of images"
+        )
     packed = {
         "inputs": [],
         "outputs": [],
@@ -219,12 +253,16 @@ def _check_program(value: Any, place: str = "") -> None:
             _check_program(item, name)
     elif isinstance(value, str) and place == "expr_str":
         if len(value) >= _LONGEST_EXPRESSION or not _EXPRESSION.fullmatch(value):
-            raise RefusedError(f"it has an expression that is more than arithmetic of sizes: {value[:60]!r}; it is not evaluated")
+            raise RefusedError(
+                f"it has an expression that is more than arithmetic of sizes: {value[:60]!r}; it is not evaluated"
+            )
     elif isinstance(value, str) and place == "target":
         if not _ARITHMETIC.fullmatch(value) and not _is_operator(value):
             raise RefusedError(f"it calls {value[:80]!r}; only ATen operators are run")
     elif isinstance(value, str) and place not in _TEXTS and not _WORDS.fullmatch(value):
-        raise RefusedError(f"it has the name {value[:60]!r}, which is more than letters and digits; export the model again")
+        raise RefusedError(
+            f"it has the name {value[:60]!r}, which is more than letters and digits; export the model again"
+        )
 
 
 def _is_operator(name: str) -> bool:
@@ -256,23 +294,35 @@ def _ask(data: bytes, x: np.ndarray) -> bytes:
     try:
         program = torch.export.load(plain)
         module = program.module()
-        images = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs).meta["val"]
+        images = next(
+            node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs
+        ).meta["val"]
         declared = [side if isinstance(side, int) else None for side in images.shape]
-        limits = [program.range_constraints.get(side.node.expr) for side in images.shape[:1] if not isinstance(side, int)]
+        limits = [
+            program.range_constraints.get(side.node.expr)
+            for side in images.shape[:1]
+            if not isinstance(side, int)
+        ]
     except Exception as error:
         raise RefusedError(f"torch cannot load it: {first_line(error)}") from error
     given = torch.from_numpy(x)
     if images.dtype.is_floating_point != given.dtype.is_floating_point:
         raise RefusedError(f"it takes images of {images.dtype}; the key asks with {given.dtype}")
-    if len(declared) != x.ndim or any(d not in (None, s) for d, s in zip(declared[1:], x.shape[1:], strict=True)):
-        raise RefusedError(f"it takes images of shape {declared}; the key asks with (n, {', '.join(map(str, x.shape[1:]))})")
+    if len(declared) != x.ndim or any(
+        d not in (None, s) for d, s in zip(declared[1:], x.shape[1:], strict=True)
+    ):
+        raise RefusedError(
+            f"it takes images of shape {declared}; the key asks with (n, {', '.join(map(str, x.shape[1:]))})"
+        )
 
     def run(part: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             output = module(torch.from_numpy(part).to(images.dtype))
         first = next((value for value in output if isinstance(value, torch.Tensor)), None)
         if first is None:
-            raise RefusedError("it answers with no tensor; export a model that answers with logits or labels")
+            raise RefusedError(
+                "it answers with no tensor; export a model that answers with logits or labels"
+            )
         return (first.double() if first.is_floating_point() else first).numpy()
 
     answer: bytes = in_batches(x, _sizes(declared[0], limits, len(x)), run)

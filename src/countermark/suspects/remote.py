@@ -75,7 +75,9 @@ class Endpoint(Asker):
                 "data": images.flatten().tolist(),
             }
             body = {"inputs": [tensor]}
-        return _labels(self._exchange("POST", self._address.infer, body), len(images), self._address.mlflow)
+        return _labels(
+            self._exchange("POST", self._address.infer, body), len(images), self._address.mlflow
+        )
 
     def _input_name(self) -> str:
         """The name of the model's input, from its metadata; `input` where there are none."""
@@ -86,7 +88,9 @@ class Endpoint(Asker):
             self._input = str(first.get("name", "input") if isinstance(first, dict) else "input")
         return self._input
 
-    def _exchange(self, method: str, address: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _exchange(
+        self, method: str, address: str, body: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """One request and its answer, a JSON object.
 
         Raises:
@@ -177,7 +181,15 @@ def _labels(found: dict[str, Any], count: int, mlflow: bool) -> list[int]:
         else:
             output = found["outputs"][0]
             values = _numbers(output["data"]).reshape([int(side) for side in output["shape"]])
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError, RecursionError):
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+        RecursionError,
+    ):
         raise RefusalError(f"200 with neither labels nor scores ({_shown(found)})") from None
     shape = [side for i, side in enumerate(values.shape) if i == 0 or side != 1]
     if not values.numel() or not shape or len(values) != count or len(shape) > 2:

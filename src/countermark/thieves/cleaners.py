@@ -59,7 +59,9 @@ def teach(front: nn.Module, network: nn.Module, means: Means) -> None:
     """
     pool, device, budget = means.pool, device_of(network), means.threat.watermark_epsilon
     if len(pool) == 0:
-        raise CountermarkError("there is no image to train a cleaner on; give the thief at least one")
+        raise CountermarkError(
+            "there is no image to train a cleaner on; give the thief at least one"
+        )
     front.to(device).train()
     optimiser = torch.optim.Adam(front.parameters(), _RATE)
     wanted = [each.requires_grad for each in network.parameters()]
@@ -76,7 +78,9 @@ def teach(front: nn.Module, network: nn.Module, means: Means) -> None:
                     cleaned = front(noisy)
                     loss = functional.binary_cross_entropy(cleaned, clear)
                     told = functional.log_softmax(ask(network, cleaned).float(), 1)
-                    loss = loss + _FAITH * functional.kl_div(told, answers.softmax(1), reduction="batchmean")
+                    loss = loss + _FAITH * functional.kl_div(
+                        told, answers.softmax(1), reduction="batchmean"
+                    )
                     optimiser.zero_grad()
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimiser.step()
@@ -91,7 +95,9 @@ def teach(front: nn.Module, network: nn.Module, means: Means) -> None:
 def _disturbed(network: nn.Module, x: torch.Tensor, y: torch.Tensor, budget: float) -> torch.Tensor:
     """The first half of a batch under attack, the second under noise."""
     half = len(x) // 2
-    attacked = pgd(network, x[:half], y[:half], epsilon=budget, steps=_STEPS, step_size=0.75 * budget)
+    attacked = pgd(
+        network, x[:half], y[:half], epsilon=budget, steps=_STEPS, step_size=0.75 * budget
+    )
     strength = budget * torch.rand(len(x) - half, 1, 1, 1, device=x.device)
     noise = strength * (2 * torch.rand(x[half:].shape, device=x.device) - 1)
     return torch.cat((attacked, (x[half:] + noise).clamp(0, 1)))

@@ -61,7 +61,9 @@ class Means:
         """What a thief who trains adversarially trains against."""
         return self.attack or self.threat.attack
 
-    def given(self, defaults: Mapping[str, Any], chosen: Mapping[str, Any] | None = None) -> "Means":
+    def given(
+        self, defaults: Mapping[str, Any], chosen: Mapping[str, Any] | None = None
+    ) -> "Means":
         """The same means with the options of a theft or removal.
 
         Args:

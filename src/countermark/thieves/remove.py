@@ -168,8 +168,12 @@ def own_coins(network: nn.Module, count: float, means: Means) -> Examples:
         means: pool, budgets, seed.
     """
     pool = means.pool[: min(int(count), max(1, len(means.pool) // 3))]
-    images, predicted = craft_adversarial(network, pool, full_strength(means.threat.watermark_epsilon), means.seed)
-    coins = torch.randint(0, 2, (len(pool),), generator=torch.Generator().manual_seed(means.seed)).bool()
+    images, predicted = craft_adversarial(
+        network, pool, full_strength(means.threat.watermark_epsilon), means.seed
+    )
+    coins = torch.randint(
+        0, 2, (len(pool),), generator=torch.Generator().manual_seed(means.seed)
+    ).bool()
     return Examples(images, torch.where(coins, pool.y, predicted))
 
 

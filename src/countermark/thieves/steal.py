@@ -135,7 +135,11 @@ def _augmented(answers: Answers, copied: nn.Module, means: Means, *, adversarial
     y = answers(x)
     step = augmentation_step((x.shape[1], x.shape[2], x.shape[3]), means.threat)
     rounds = max(1, 1 + (max(means.queries // len(x), 1) - 1).bit_length())
-    with bar(means.title, rounds) if means.title is not None else contextlib.nullcontext() as progress:
+    with (
+        bar(means.title, rounds)
+        if means.title is not None
+        else contextlib.nullcontext() as progress
+    ):
         for number in range(rounds):
             config = TrainConfig(
                 objective="pgd" if adversarial else "standard",
@@ -155,13 +159,17 @@ def _augmented(answers: Answers, copied: nn.Module, means: Means, *, adversarial
             room = means.queries - len(x)
             if room <= 0:
                 break
-            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(means.seed))[:room]
+            order = torch.randperm(len(x), generator=torch.Generator().manual_seed(means.seed))[
+                :room
+            ]
             queries = augment(copied, x[order], y[order], step, clamp=means.clamp)
             x, y = torch.cat((x, queries)), torch.cat((y, answers(queries)))
     return len(x)
 
 
-def augment(network: nn.Module, x: torch.Tensor, y: torch.Tensor, step: float, *, clamp: bool = True) -> torch.Tensor:
+def augment(
+    network: nn.Module, x: torch.Tensor, y: torch.Tensor, step: float, *, clamp: bool = True
+) -> torch.Tensor:
     """Jacobian augmentation, x + step sign(dF_y/dx).
 
     Args:
@@ -222,7 +230,9 @@ def _parts(x: torch.Tensor | Rows, device: torch.device) -> Iterator[slice]:
 def _some(pool: Examples, count: int) -> Examples:
     """The first `count` images of a thief, or all of them."""
     if min(len(pool), count) < 1:
-        raise CountermarkError("there is no image to ask the victim about; give the thief at least one image and one query")
+        raise CountermarkError(
+            "there is no image to ask the victim about; give the thief at least one image and one query"
+        )
     return pool[:count]
 
 
@@ -258,7 +268,9 @@ def stolen(
     return copied, replace(description, history=(*description.history, event))
 
 
-def untrained(name: str, description: Description, network: Network | None = None, *, seed: int = 0) -> tuple[nn.Module, Description]:
+def untrained(
+    name: str, description: Description, network: Network | None = None, *, seed: int = 0
+) -> tuple[nn.Module, Description]:
     """Build the network that a thief trains: the victim's, or one of the thief's choice.
 
     Args:

@@ -92,9 +92,13 @@ class TrainConfig:
         choose("precision", self.hardware.precision, PRECISIONS)
         choose("schedule", self.schedule, ("constant", "triangular"))
         if (self.objective == "standard") != (self.attack is None):
-            raise CountermarkError(f"the objective {self.objective!r} goes {'without' if self.attack else 'with'} an attack")
+            raise CountermarkError(
+                f"the objective {self.objective!r} goes {'without' if self.attack else 'with'} an attack"
+            )
         if not 0 <= self.average < 1:
-            raise CountermarkError(f"the decay of the average is a number from 0 to below 1, not {self.average}")
+            raise CountermarkError(
+                f"the decay of the average is a number from 0 to below 1, not {self.average}"
+            )
         if self.shift < 0:
             raise CountermarkError(f"batches are moved by 0 pixels or more, not by {self.shift}")
         if self.epochs < 1 or self.batch_size < 1 or self.hardware.devices < 1:

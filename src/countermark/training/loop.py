@@ -46,7 +46,9 @@ _COLOURS = 3  # channels of an image in colour
 _CHECKED = 500  # validation examples of the guard's multi-step check
 _CHECK_STEPS = 10
 _UNITS = 127  # of a carried perturbation in one budget
-_COLLAPSE = 20.0  # points of adversarial accuracy lost in one epoch that count as catastrophic overfitting
+_COLLAPSE = (
+    20.0  # points of adversarial accuracy lost in one epoch that count as catastrophic overfitting
+)
 _START_SHARE = 0.25  # below this share of what the run started with, an epoch has collapsed, whatever later epochs may win back
 _MOST_STEPS = 16  # beyond this a fall is not for want of attack steps
 
@@ -78,10 +80,16 @@ class Epoch:
     def line(self, epochs: int) -> str:
         """One line for the log."""
         parts = [f"epoch {self.epoch}/{epochs}", f"loss {self.loss:.3f}"]
-        named = ("accuracy", self.accuracy), ("adversarial", self.adversarial_accuracy), ("watermark", self.watermark_accuracy)
+        named = (
+            ("accuracy", self.accuracy),
+            ("adversarial", self.adversarial_accuracy),
+            ("watermark", self.watermark_accuracy),
+        )
         parts += [f"{name} {value:.2f}" for name, value in named if value is not None]
         if self.redone:
-            parts.append(f"collapsed (catastrophic overfitting); again with {2 * self.attack_steps} attack steps")
+            parts.append(
+                f"collapsed (catastrophic overfitting); again with {2 * self.attack_steps} attack steps"
+            )
         return "  ".join(parts)
 
 
@@ -122,7 +130,10 @@ def train(
     _check(network, examples, validation, watermarks, bounded)
     hardware = settled(config.hardware)
     # A run that was begun in one precision or on one kind of device does not go on in another.
-    config = _carrying(replace(config, hardware=replace(hardware, accelerator=settle(hardware.accelerator).type)), examples)
+    config = _carrying(
+        replace(config, hardware=replace(hardware, accelerator=settle(hardware.accelerator).type)),
+        examples,
+    )
     fabric = open_hardware(hardware)
     if hardware.devices > min(config.batch_size, len(examples)):
         raise CountermarkError(
@@ -134,10 +145,25 @@ def train(
             # Weights come back through a file: the pipe from a forked process holds 64 KiB.
             result = Path(temporary) / "trained.safetensors"
             try:
-                fabric.launch(_run, network, examples, config, validation, watermarks, checkpoint, after_epoch, title, result)
-            except ProcessException as error:  # from one of several processes, with its traceback as text
+                fabric.launch(
+                    _run,
+                    network,
+                    examples,
+                    config,
+                    validation,
+                    watermarks,
+                    checkpoint,
+                    after_epoch,
+                    title,
+                    result,
+                )
+            except (
+                ProcessException
+            ) as error:  # from one of several processes, with its traceback as text
                 reason = str(error).strip().splitlines()[-1]
-                raise CountermarkError(f"training stopped in one of {hardware.devices} processes: {reason}") from error
+                raise CountermarkError(
+                    f"training stopped in one of {hardware.devices} processes: {reason}"
+                ) from error
             state, meta, _ = read_tensors(result, _LARGEST)
     network.to(fabric.device).load_state_dict(state)
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
@@ -152,13 +178,19 @@ def _check(
     bounded: bool,
 ) -> None:
     """Refuse what a run cannot be made of; its steps look at the range of images no more."""
-    other = {each.dtype for each in network.parameters() if each.is_floating_point()} - {torch.float32}
+    other = {each.dtype for each in network.parameters() if each.is_floating_point()} - {
+        torch.float32
+    }
     if other:
-        raise CountermarkError(f"the network has weights of type {other.pop()}, and training takes float32; call network.float() first")
+        raise CountermarkError(
+            f"the network has weights of type {other.pop()}, and training takes float32; call network.float() first"
+        )
     if len(examples) == 0:
         raise CountermarkError("there are no examples to train on; give at least one")
     if watermarks is not None and len(watermarks) == 0:
-        raise CountermarkError("the watermark set is empty, so nothing can be embedded; give watermarks, or None to train without")
+        raise CountermarkError(
+            "the watermark set is empty, so nothing can be embedded; give watermarks, or None to train without"
+        )
     for given, within in ((examples, bounded), (validation, True), (watermarks, True)):
         if given is not None and given.x.dtype != torch.uint8:
             pixels(given.x, bounded=within)
@@ -176,13 +208,19 @@ def open_hardware(hardware: Hardware) -> Any:
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     found = settled(hardware)
     device = settle(found.accelerator)
-    strategy = "auto" if found.devices == 1 else ("ddp_spawn" if device.type == "cuda" else "ddp_fork")
+    strategy = (
+        "auto" if found.devices == 1 else ("ddp_spawn" if device.type == "cuda" else "ddp_fork")
+    )
     devices = [device.index] if device.index is not None and found.devices == 1 else found.devices
     precision: Any = found.precision
     try:
-        return Fabric(accelerator=device.type, devices=devices, strategy=strategy, precision=precision)
+        return Fabric(
+            accelerator=device.type, devices=devices, strategy=strategy, precision=precision
+        )
     except (RuntimeError, ValueError) as error:
-        raise CountermarkError(f"cannot train on {found.devices} {found.accelerator} device(s): {error}") from error
+        raise CountermarkError(
+            f"cannot train on {found.devices} {found.accelerator} device(s): {error}"
+        ) from error
 
 
 def settled(hardware: Hardware) -> Hardware:
@@ -193,10 +231,14 @@ def settled(hardware: Hardware) -> Hardware:
     """
     device = settle(hardware.accelerator)
     if hardware.devices > 1 and ":" in hardware.accelerator:
-        raise CountermarkError(f"{hardware.accelerator} is one device; leave its number out for {hardware.devices} of them")
+        raise CountermarkError(
+            f"{hardware.accelerator} is one device; leave its number out for {hardware.devices} of them"
+        )
     there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, hardware.devices)
     if hardware.devices > there:
-        raise CountermarkError(f"there are no {hardware.devices} {device.type} devices here; take {there}")
+        raise CountermarkError(
+            f"there are no {hardware.devices} {device.type} devices here; take {there}"
+        )
     named = str(device) if device.index else device.type  # the first one needs no number
     return Hardware(named, hardware.devices, settle_precision(device, hardware.precision))
 
@@ -212,7 +254,14 @@ def _carrying(config: TrainConfig, examples: Examples) -> TrainConfig:
 class _Run:
     """The state of one training process; everything in it but the data is in the checkpoint."""
 
-    def __init__(self, fabric: Any, network: nn.Module, examples: Examples, config: TrainConfig, fingerprint: str) -> None:
+    def __init__(
+        self,
+        fabric: Any,
+        network: nn.Module,
+        examples: Examples,
+        config: TrainConfig,
+        fingerprint: str,
+    ) -> None:
         self.fabric = fabric
         self.config = config
         self.fingerprint = fingerprint
@@ -226,23 +275,37 @@ class _Run:
             nesterov=config.nesterov,
             fused=fabric.device.type in ("cpu", "cuda"),
         )
-        self.averaged = copy.deepcopy(network).to(fabric.device).requires_grad_(False) if config.average else None
+        self.averaged = (
+            copy.deepcopy(network).to(fabric.device).requires_grad_(False)
+            if config.average
+            else None
+        )
         on_cpu = fabric.device.type == "cpu"
         self.precise = config.hardware.precision == "32-true"
         # On a GPU folding would take longer than the steps that it saves.
         crafts = config.attack is not None and not config.craft_in_training_mode
         self.prepares = crafts and on_cpu and worth_preparing(network)
-        self.recording = Recording(network, self._uncached) if crafts and _records(network, fabric.device) else None
-        self.wrapped, self.stepper = fabric.setup(quick_to_train(network) if on_cpu and self.precise else network, self.optimiser)
+        self.recording = (
+            Recording(network, self._uncached)
+            if crafts and _records(network, fabric.device)
+            else None
+        )
+        self.wrapped, self.stepper = fabric.setup(
+            quick_to_train(network) if on_cpu and self.precise else network, self.optimiser
+        )
         self.network = network
-        self.dropouts = [layer for layer in network.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d)]
+        self.dropouts = [
+            layer for layer in network.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d)
+        ]
         self.step = 0
         self.loss = 0.0  # summed over the epoch so far
         self.attack = config.attack
         self.best = 0.0  # highest adversarial accuracy that the guard has seen after an epoch
         self.initial = 0.0  # that of the weights the run started with
         self.records: list[dict[str, Any]] = []
-        self.carried = _first_perturbations(examples, config).to(fabric.device) if config.carry else None
+        self.carried = (
+            _first_perturbations(examples, config).to(fabric.device) if config.carry else None
+        )
         self.carried_before = None if self.carried is None else self.carried.clone()
         self.epoch_start = self.tensors()
 
@@ -268,10 +331,14 @@ class _Run:
         """A copy of weights, buffers, their average and momentum."""
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         if self.averaged is not None:
-            tensors |= {f"averaged.{name}": value for name, value in self.averaged.state_dict().items()}
+            tensors |= {
+                f"averaged.{name}": value for name, value in self.averaged.state_dict().items()
+            }
         for name, parameter in self.network.named_parameters():
             momentum = self.optimiser.state.get(parameter, {}).get("momentum_buffer")
-            tensors[f"momentum.{name}"] = torch.zeros_like(parameter) if momentum is None else momentum
+            tensors[f"momentum.{name}"] = (
+                torch.zeros_like(parameter) if momentum is None else momentum
+            )
         return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
     def restore(self, tensors: State) -> None:
@@ -281,16 +348,27 @@ class _Run:
         for name, value in self.averaged.state_dict().items() if self.averaged is not None else ():
             value.copy_(tensors[f"averaged.{name}"])
         for name, parameter in self.network.named_parameters():
-            self.optimiser.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(tensors[f"momentum.{name}"])
+            self.optimiser.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
+                tensors[f"momentum.{name}"]
+            )
 
     def save(self, path: Path | None) -> None:
         if path is None or self.fabric.global_rank != 0:
             return
-        state = {**self.tensors(), **{f"start.{name}": value for name, value in self.epoch_start.items()}}
+        state = {
+            **self.tensors(),
+            **{f"start.{name}": value for name, value in self.epoch_start.items()},
+        }
         if self.carried is not None and self.carried_before is not None:
             state |= {"carried": self.carried, "carried_before": self.carried_before}
         attack_steps = self.attack.steps if self.attack else 0
-        run = {"run": self.fingerprint, "step": self.step, "loss": self.loss, "best": self.best, "initial": self.initial}
+        run = {
+            "run": self.fingerprint,
+            "step": self.step,
+            "loss": self.loss,
+            "best": self.best,
+            "initial": self.initial,
+        }
         run["attack_steps"] = attack_steps
         write_tensors(path, state, {**run, "records": self.records}, mode=0o600)
 
@@ -307,15 +385,27 @@ class _Run:
         try:
             self._take(tensors, meta)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CountermarkError(f"{path} was changed after it was written ({error}); delete it to start anew") from error
+            raise CountermarkError(
+                f"{path} was changed after it was written ({error}); delete it to start anew"
+            ) from error
 
     def _take(self, tensors: State, meta: dict[str, Any]) -> None:
         """Go on from the content of a checkpoint."""
         numbers = {"step": int, "attack_steps": int, "loss": float, "best": float, "initial": float}
-        if any(type(meta[name]) is not kind for name, kind in numbers.items()) or meta["step"] < 0 or meta["attack_steps"] < 0:
+        if (
+            any(type(meta[name]) is not kind for name, kind in numbers.items())
+            or meta["step"] < 0
+            or meta["attack_steps"] < 0
+        ):
             raise ValueError("its numbers are none of a run")
-        self.restore({name: value for name, value in tensors.items() if not name.startswith("start.")})
-        self.epoch_start = {name.removeprefix("start."): value for name, value in tensors.items() if name.startswith("start.")}
+        self.restore(
+            {name: value for name, value in tensors.items() if not name.startswith("start.")}
+        )
+        self.epoch_start = {
+            name.removeprefix("start."): value
+            for name, value in tensors.items()
+            if name.startswith("start.")
+        }
         if self.carried is not None:
             self.carried = tensors["carried"].to(self.carried.device)
             self.carried_before = tensors["carried_before"].to(self.carried.device)
@@ -326,19 +416,31 @@ class _Run:
         if self.attack is not None:
             self.attack = with_steps(self.attack, meta["attack_steps"])
 
-    def perturb(self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, view: View) -> torch.Tensor:
+    def perturb(
+        self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, view: View
+    ) -> torch.Tensor:
         """Craft the batch of the examples `chosen`, shown in a `view`, with the attack, its budget and step scaled by `grown`."""
         attack = self.attack
         if attack is None:
             return x
         unit = attack.epsilon / _UNITS
-        options: dict[str, Any] = {**asdict(attack), "epsilon": grown * attack.epsilon, "step_size": grown * attack.step_size}
-        options["start"] = None if self.carried is None else x + view.of(self.carried[chosen]).to(x.dtype) * unit
+        options: dict[str, Any] = {
+            **asdict(attack),
+            "epsilon": grown * attack.epsilon,
+            "step_size": grown * attack.step_size,
+        }
+        options["start"] = (
+            None if self.carried is None else x + view.of(self.carried[chosen]).to(x.dtype) * unit
+        )
         self.wrapped.train(self.config.craft_in_training_mode)
         if self.recording is not None and options["epsilon"] > 0:
             crafted = self.recording(x, y, **options)
         else:
-            quick = prepare(self.network, torch.float32 if self.precise else torch.bfloat16) if self.prepares else self.network
+            quick = (
+                prepare(self.network, torch.float32 if self.precise else torch.bfloat16)
+                if self.prepares
+                else self.network
+            )
             with contextlib.nullcontext() if self.prepares else self.fabric.autocast():
                 crafted = pgd(quick, x, y, **options, bounded=False)
         if self.carried is not None:
@@ -353,9 +455,17 @@ class _Run:
 
     def share_carried(self) -> None:
         """Give every process the perturbations that the others found; each example was the business of one."""
-        if self.carried is not None and self.carried_before is not None and self.fabric.world_size > 1:
-            changes = self.carried.to(torch.int32) - self.carried_before  # gloo adds no smaller integers
-            self.carried = (self.carried_before + self.fabric.all_reduce(changes, reduce_op="sum")).to(torch.int8)
+        if (
+            self.carried is not None
+            and self.carried_before is not None
+            and self.fabric.world_size > 1
+        ):
+            changes = (
+                self.carried.to(torch.int32) - self.carried_before
+            )  # gloo adds no smaller integers
+            self.carried = (
+                self.carried_before + self.fabric.all_reduce(changes, reduce_op="sum")
+            ).to(torch.int8)
 
 
 def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tensor:
@@ -369,7 +479,9 @@ def with_steps(attack: Attack, steps: int) -> Attack:
     """The same attack in another number of steps; its step size still covers the budget 1.25 times (2.5 for several steps)."""
     if steps == attack.steps:
         return attack
-    return replace(attack, steps=steps, step_size=(1.25 if steps == 1 else 2.5 / steps) * attack.epsilon)
+    return replace(
+        attack, steps=steps, step_size=(1.25 if steps == 1 else 2.5 / steps) * attack.epsilon
+    )
 
 
 def _run(
@@ -385,27 +497,41 @@ def _run(
     result: Path,
 ) -> None:
     if fabric.world_size > 1 and fabric.device.type == "cpu":
-        torch.set_num_threads(1)  # a forked process that finds OpenMP's threads gone would wait for them for ever
+        torch.set_num_threads(
+            1
+        )  # a forked process that finds OpenMP's threads gone would wait for them for ever
     if fabric.world_size > 1:
         torch.backends.cudnn.deterministic = True  # of this process, which was made for the run
     batch_size = min(config.batch_size, len(examples))
     per_epoch = len(examples) // batch_size
     total = config.epochs * per_epoch
-    run = _Run(fabric, network, examples, config, _fingerprint(network, examples, config, validation, watermarks))
+    run = _Run(
+        fabric,
+        network,
+        examples,
+        config,
+        _fingerprint(network, examples, config, validation, watermarks),
+    )
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
     elif config.objective == "fast" and validation is not None:
         run.initial = _guarded(run, run.network, validation)
     near = _near(examples, fabric.device)
     marks = watermarks.to(fabric.device) if watermarks is not None else None
-    shown = bar(title, total, run.step) if title is not None and fabric.global_rank == 0 else contextlib.nullcontext(None)
+    shown = (
+        bar(title, total, run.step)
+        if title is not None and fabric.global_rank == 0
+        else contextlib.nullcontext(None)
+    )
     saved = time.monotonic()
     with shown as progress:
         while run.step < total:
             epoch, position = divmod(run.step, per_epoch)
             order = shuffled(len(examples), config.seed, "epoch", epoch)
             for number in range(position, per_epoch):
-                chosen = order[number * batch_size : (number + 1) * batch_size][fabric.global_rank :: fabric.world_size]
+                chosen = order[number * batch_size : (number + 1) * batch_size][
+                    fabric.global_rank :: fabric.world_size
+                ]
                 batch = Examples(*near.batch(chosen, fabric.device))
                 run.loss += _step(run, batch, chosen, marks, (run.step + 0.5) / total)
                 run.step += 1
@@ -431,7 +557,9 @@ def _run(
             saved = time.monotonic()
     if fabric.global_rank == 0:
         # A file holds no tied weights: each name has a copy. Loading them in place keeps the ties.
-        state = {name: value.detach().cpu().clone() for name, value in run.result.state_dict().items()}
+        state = {
+            name: value.detach().cpu().clone() for name, value in run.result.state_dict().items()
+        }
         write_tensors(result, state, {"records": run.records}, mode=0o600)
 
 
@@ -448,7 +576,11 @@ def _layout(network: nn.Module, examples: Examples) -> torch.memory_format:
     """
     if examples.x.shape[1] != _COLOURS:
         return torch.contiguous_format
-    few = pixels(examples.x[:2], bounded=False).to(device_of(network)).contiguous(memory_format=torch.channels_last)
+    few = (
+        pixels(examples.x[:2], bounded=False)
+        .to(device_of(network))
+        .contiguous(memory_format=torch.channels_last)
+    )
     try:
         with evaluating(network), torch.no_grad():
             network(few)
@@ -474,10 +606,16 @@ def _near(examples: Examples, device: torch.device) -> Examples:
 def _apart(state: State) -> State:
     """Weights and buffers by name, tied ones by the first of their names alone."""
     first = {(value.data_ptr(), value.numel()): name for name, value in reversed(state.items())}
-    return {name: value for name, value in state.items() if first[value.data_ptr(), value.numel()] == name}
+    return {
+        name: value
+        for name, value in state.items()
+        if first[value.data_ptr(), value.numel()] == name
+    }
 
 
-def _step(run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | None, done: float) -> float:
+def _step(
+    run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | None, done: float
+) -> float:
     """One optimiser step on a batch, the examples `chosen`; `done` is the share of the run behind it. Returns the mean loss."""
     config, fabric = run.config, run.fabric
     _set_seed(fabric.device, seed_of(config.seed, "step", run.step, fabric.global_rank))
@@ -510,7 +648,9 @@ def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> float:
     run.average()
     value = float(loss.detach())
     if value != value or value == float("inf"):
-        raise CountermarkError(f"the training loss is {value} at step {run.step}: the weights diverged, or were not sound to begin with")
+        raise CountermarkError(
+            f"the training loss is {value} at step {run.step}: the weights diverged, or were not sound to begin with"
+        )
     return value
 
 
@@ -520,11 +660,15 @@ def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None
     for number, chosen in enumerate(torch.split(order, run.config.watermark_batch)):
         _set_seed(run.fabric.device, seed_of(run.config.seed, "watermark step", epoch, number))
         share = chosen[run.fabric.global_rank :: run.fabric.world_size]
-        if len(chosen) >= 2 * run.fabric.world_size:  # batch norm needs two; DDP needs every process
+        if (
+            len(chosen) >= 2 * run.fabric.world_size
+        ):  # batch norm needs two; DDP needs every process
             _descend(run, pixels(marks.x[share], bounded=False), marks.y[share], done)
 
 
-def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | None, marks: Examples | None) -> Epoch:
+def _end_epoch(
+    run: _Run, epoch: int, per_epoch: int, validation: Examples | None, marks: Examples | None
+) -> Epoch:
     """Measure; under the fast objective undo an epoch that collapsed and attack in twice the steps from there on."""
     config = run.config
     clean = adversarial = watched = marked = None
@@ -532,15 +676,23 @@ def _end_epoch(run: _Run, epoch: int, per_epoch: int, validation: Examples | Non
         if validation is not None:
             clean = agreement(predict(run.result, validation.x), validation.y)
             if config.attack is not None:
-                watched = _guarded(run, run.network, validation)  # an average would show a collapse epochs later
-                adversarial = watched if run.averaged is None else _guarded(run, run.averaged, validation)
+                watched = _guarded(
+                    run, run.network, validation
+                )  # an average would show a collapse epochs later
+                adversarial = (
+                    watched if run.averaged is None else _guarded(run, run.averaged, validation)
+                )
         if marks is not None:
             marked = agreement(predict(run.result, marks.x), marks.y.cpu())
-    clean, adversarial, watched, marked = run.fabric.broadcast((clean, adversarial, watched, marked))
+    clean, adversarial, watched, marked = run.fabric.broadcast(
+        (clean, adversarial, watched, marked)
+    )
     attack_steps = run.attack.steps if run.attack else 0
     fallen = watched is not None and watched < max(run.best - _COLLAPSE, run.initial * _START_SHARE)
     collapsed = config.objective == "fast" and fallen and attack_steps < _MOST_STEPS
-    record = Epoch(epoch + 1, run.loss / per_epoch, clean, adversarial, marked, attack_steps, collapsed)
+    record = Epoch(
+        epoch + 1, run.loss / per_epoch, clean, adversarial, marked, attack_steps, collapsed
+    )
     run.loss = 0.0
     if collapsed and run.attack is not None:
         run.restore(run.epoch_start)
@@ -579,7 +731,11 @@ def _set_seed(device: torch.device, seed: int) -> None:
 
 
 def _fingerprint(
-    network: nn.Module, examples: Examples, config: TrainConfig, validation: Examples | None, watermarks: Examples | None
+    network: nn.Module,
+    examples: Examples,
+    config: TrainConfig,
+    validation: Examples | None,
+    watermarks: Examples | None,
 ) -> str:
     """What makes two runs the same run; computed before the first step, so the initial weights are part of it."""
     weights = hashlib.sha256()

@@ -33,7 +33,9 @@ KINDS = ("ink", "grey", "colour")
 
 _MEASURED = 1000  # images that tell the kind
 _BETWEEN = (0.3, 0.7)  # pixels that are neither nearly black nor nearly white
-_INK = 0.1  # share of such pixels below which images are ink: MNIST 0.04; digits, Fashion-MNIST 0.17
+_INK = (
+    0.1  # share of such pixels below which images are ink: MNIST 0.04; digits, Fashion-MNIST 0.17
+)
 _FEW = 5000  # training images below which batches are smaller
 
 
@@ -77,7 +79,9 @@ class Traits:
         return min(max(round(steps / max(1, self.images // self.batch_size)), least), most)
 
 
-def traits(data: Dataset, training: Examples, *, mirror: bool | None = None, shift: int | None = None) -> Traits:
+def traits(
+    data: Dataset, training: Examples, *, mirror: bool | None = None, shift: int | None = None
+) -> Traits:
     """Measure what a recipe goes by.
 
     Whether left and right mean something is no question of pixels (a traffic sign that points left
@@ -91,7 +95,9 @@ def traits(data: Dataset, training: Examples, *, mirror: bool | None = None, shi
         shift: pixels of border that mean nothing, instead of that.
     """
     every = max(1, len(training) // _MEASURED)
-    shown = training.x[torch.arange(0, len(training), every)[: _MEASURED if data.shape[0] == 1 else 1]]
+    shown = training.x[
+        torch.arange(0, len(training), every)[: _MEASURED if data.shape[0] == 1 else 1]
+    ]
     kind = kind_of(shown)
     if shift is None:
         shift = data.shift if data.shift or kind != "colour" else min(data.shape[1:]) // 8
@@ -237,7 +243,9 @@ def marking(source: TrainConfig, given: Traits, objective: str) -> TrainConfig:
     )
 
 
-def gentle(config: TrainConfig, given: Traits, network: nn.Module, epochs: int | None = None) -> TrainConfig:
+def gentle(
+    config: TrainConfig, given: Traits, network: nn.Module, epochs: int | None = None
+) -> TrainConfig:
     """The recipe that marks given weights and leaves them as good as they were: no adversary, few epochs.
 
     Each trial is shown some 40 times, which is what it takes; more of it costs accuracy. The rate

@@ -34,5 +34,8 @@ def in_turn(first: int, size: int, count: int, seed: int) -> torch.Tensor:
     places = torch.arange(first, first + size)
     rounds = places // count
     return torch.cat(
-        [shuffled(count, seed, "watermarks", int(number))[places[rounds == number] % count] for number in torch.unique(rounds, sorted=True)]
+        [
+            shuffled(count, seed, "watermarks", int(number))[places[rounds == number] % count]
+            for number in torch.unique(rounds, sorted=True)
+        ]
     )

@@ -23,15 +23,25 @@ class View:
 
     def of(self, images: torch.Tensor) -> torch.Tensor:
         """Show images, or their perturbations."""
-        return self._mirror(images) if self.moved == (0, 0) else torch.roll(self._mirror(images), self.moved, (2, 3))
+        return (
+            self._mirror(images)
+            if self.moved == (0, 0)
+            else torch.roll(self._mirror(images), self.moved, (2, 3))
+        )
 
     def undo(self, images: torch.Tensor) -> torch.Tensor:
         """What `of` would show as `images`."""
         down, right = self.moved
-        return self._mirror(images if self.moved == (0, 0) else torch.roll(images, (-down, -right), (2, 3)))
+        return self._mirror(
+            images if self.moved == (0, 0) else torch.roll(images, (-down, -right), (2, 3))
+        )
 
     def _mirror(self, images: torch.Tensor) -> torch.Tensor:
-        return images if self.mirrored is None else torch.where(self.mirrored[:, None, None, None], images.flip(3), images)
+        return (
+            images
+            if self.mirrored is None
+            else torch.where(self.mirrored[:, None, None, None], images.flip(3), images)
+        )
 
 
 def any_view(count: int, mirror: bool, most: int) -> View:

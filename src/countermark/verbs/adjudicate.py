@@ -7,7 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from countermark.claims import Check, Claim, Finding, Judgement, Rival, judge_claim, page, read_claim, sentence, suspect_identity
+from countermark.claims import (
+    Check,
+    Claim,
+    Finding,
+    Judgement,
+    Rival,
+    judge_claim,
+    page,
+    read_claim,
+    sentence,
+    suspect_identity,
+)
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.evidence import Verdict
@@ -102,16 +113,26 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     claim, roots = read_claim(Path(config.claim)), load_roots(Path(config.roots))
     outputs = [_output(Path(config.out), suffix) for suffix in (".html", ".json")]
     network, digest = claim.network(config.owner_network)
-    token = None if config.suspect_token is None else read_bytes(Path(config.suspect_token), TOKEN_LIMIT)
+    token = (
+        None
+        if config.suspect_token is None
+        else read_bytes(Path(config.suspect_token), TOKEN_LIMIT)
+    )
     shown = tuple(read_claim(Path(folder)) for folder in config.shown)
     rival = _rival(claim, network, config)
     suspect = suspect_identity(config.suspect)
-    given, answers = ask(config, claim.opened.x, str(claim.c1.get("data")))  # only now: everything else could be read
+    given, answers = ask(
+        config, claim.opened.x, str(claim.c1.get("data"))
+    )  # only now: everything else could be read
     labels = predict(network, claim.opened.x)
     finding = Finding(given, suspect, digest, labels, roots, config.alpha, token, shown, rival)
     judgement = judge_claim(claim, finding)
     result = _result(config, claim, judgement, answers)
-    asked = {"suspect": suspect, "asked": dict(asked_how(config)), "roots": [root_name(root) for root in roots]}
+    asked = {
+        "suspect": suspect,
+        "asked": dict(asked_how(config)),
+        "roots": [root_name(root) for root in roots],
+    }
     _write(outputs, result, judgement, asked)
     return result
 
@@ -132,12 +153,16 @@ def _rival(claim: Claim, network: nn.Module, config: AdjudicateConfig) -> Rival 
         return None
     rival = read_claim(Path(config.rival))
     if claim.opened.x.shape[1:] != rival.opened.x.shape[1:]:
-        raise CountermarkError("the rival claim asks with images of another shape; it is about another kind of model")
+        raise CountermarkError(
+            "the rival claim asks with images of another shape; it is about another kind of model"
+        )
     theirs, digest = rival.network(config.rival_network, "--rival-network")
     return Rival(rival, digest, predict(network, rival.opened.x), predict(theirs, claim.opened.x))
 
 
-def _result(config: AdjudicateConfig, claim: Claim, judgement: Judgement, answers: Answers) -> Adjudication:
+def _result(
+    config: AdjudicateConfig, claim: Claim, judgement: Judgement, answers: Answers
+) -> Adjudication:
     return Adjudication(
         claim=str(config.claim),
         suspect=str(config.suspect),
@@ -152,17 +177,23 @@ def _result(config: AdjudicateConfig, claim: Claim, judgement: Judgement, answer
     )
 
 
-def _write(outputs: Sequence[Path], result: Adjudication, judgement: Judgement, asked: Mapping[str, Any]) -> None:
+def _write(
+    outputs: Sequence[Path], result: Adjudication, judgement: Judgement, asked: Mapping[str, Any]
+) -> None:
     about = {
         "Claimant's key": result.public_key,
         "Claim": result.claim,
         "Suspect": result.suspect,
-        "Suspect's identity": ", ".join(f"{name} {value}" for name, value in asked["suspect"].items()),
+        "Suspect's identity": ", ".join(
+            f"{name} {value}" for name, value in asked["suspect"].items()
+        ),
         "Trusted roots": "; ".join(asked["roots"]),
         "Judged by": f"Countermark {__version__}",
     }
     write_bytes(outputs[0], page(judgement, about).encode())
-    write_json(outputs[1], {"format": JUDGEMENT_FORMAT, "version": __version__, **asdict(result), **asked})
+    write_json(
+        outputs[1], {"format": JUDGEMENT_FORMAT, "version": __version__, **asdict(result), **asked}
+    )
 
 
 def show(result: Adjudication) -> None:

@@ -43,7 +43,9 @@ class Answers:
     unchecked: str
 
 
-def ask(config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | None = None) -> tuple[torch.Tensor, Answers]:
+def ask(
+    config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | None = None
+) -> tuple[torch.Tensor, Answers]:
     """Ask the suspect of a configuration for the labels of images `(n, c, h, w)`.
 
     Up to a hundred clean examples go along: they only show whether the suspect is asked in the
@@ -76,7 +78,9 @@ def ask(config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | No
         replay=Path(config.replay) if config.replay else None,
         headers=tuple((name.strip(), value.strip()) for name, _, value in headers),
     )
-    suspect = open_suspect(config.suspect, tuple(x.shape[1:]), asking, settle(config.device), config.network)
+    suspect = open_suspect(
+        config.suspect, tuple(x.shape[1:]), asking, settle(config.device), config.network
+    )
     labels = suspect(x)
     asker = suspect if isinstance(suspect, Asker) else None
     changed, trouble = (0, "") if asker is None else (asker.changed, asker.trouble)
@@ -100,7 +104,9 @@ def _catalogued(shape: tuple[int, ...], data: str) -> Examples:
     if data not in KNOWN or KNOWN[data].shape != shape:
         raise CountermarkError("no clean examples are at hand, and the data set is none of ours")
     if not is_cached(data):
-        raise CountermarkError(f"the files of {data} are not in the cache; countermark data fetch {data} puts them there")
+        raise CountermarkError(
+            f"the files of {data} are not in the cache; countermark data fetch {data} puts them there"
+        )
     return load_examples(data)[0][:_CLEAN]  # may want scikit-learn, or find a damaged file
 
 
@@ -180,5 +186,7 @@ def doubts(answers: Answers, verdict: str) -> tuple[str, ...]:
     if answers.clean_doubt:
         said.append(answers.clean_doubt)
         if verdict not in _CONVINCED:
-            said.append(f"Until that is cleared up, {verdict!r} may only say that the suspect was asked in the wrong way.")
+            said.append(
+                f"Until that is cleared up, {verdict!r} may only say that the suspect was asked in the wrong way."
+            )
     return tuple(said)

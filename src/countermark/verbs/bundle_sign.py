@@ -38,9 +38,13 @@ def bundle_sign(config: BundleSignConfig) -> SignedBundle:
     Raises:
         CountermarkError: the folder or the key cannot be read.
     """
-    return SignedBundle(str(config.model), str(sign_folder(Path(config.model), Path(config.private_key))))
+    return SignedBundle(
+        str(config.model), str(sign_folder(Path(config.model), Path(config.private_key)))
+    )
 
 
 def show(result: SignedBundle) -> None:
     """Print what was written."""
-    print_lines(f"wrote {result.signature}; it covers every file of {result.folder} but key/, clients.json and those of git")
+    print_lines(
+        f"wrote {result.signature}; it covers every file of {result.folder} but key/, clients.json and those of git"
+    )

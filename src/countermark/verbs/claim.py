@@ -11,7 +11,15 @@ from countermark.claims import Claim, commitment_faults, open_batch, suspect_ide
 from countermark.claims.record import ANSWERS_FORMAT
 from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
-from countermark.files import canonical_json, locked, new_folder, read_bytes, read_json, sha256, write_json
+from countermark.files import (
+    canonical_json,
+    locked,
+    new_folder,
+    read_bytes,
+    read_json,
+    sha256,
+    write_json,
+)
 from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
 from countermark.places import Network
 from countermark.terminal import p_value, print_lines, print_table
@@ -115,7 +123,12 @@ def claim(config: ClaimConfig) -> Claimed:
         # No paths or headers of ours in its configuration: a judge reads it.
         with new_folder(out, {"suspect": suspect, "batch": batch}) as work:
             labels, answers = ask(config, made.opened.x, str(key.c1.get("data")), key.clean)
-            test = judge(made.opened.cell.tolist(), _outcomes(key, batch, labels), alpha=JUDGE_ALPHA, batches=batches)
+            test = judge(
+                made.opened.cell.tolist(),
+                _outcomes(key, batch, labels),
+                alpha=JUDGE_ALPHA,
+                batches=batches,
+            )
             if test.verdict != "match" and not config.anyway:
                 raise CountermarkError(
                     f"the suspect's answers to batch {batch} would not convince a judge ({test.agreements} as the coins fell, "
@@ -137,8 +150,14 @@ def claim(config: ClaimConfig) -> Claimed:
                 answers_token=None if stamp is None else stamp(canonical_json(record)),
                 found=_found(test, batches),
             )
-            entry = {"batch": batch, "day": int(time.time() // 86400), "answers_sha256": sha256(canonical_json(record))}
-            write_json(folder / "spent.json", {"format": SPENT_FORMAT, "batches": [*spent, entry]}, 0o600)
+            entry = {
+                "batch": batch,
+                "day": int(time.time() // 86400),
+                "answers_sha256": sha256(canonical_json(record)),
+            }
+            write_json(
+                folder / "spent.json", {"format": SPENT_FORMAT, "batches": [*spent, entry]}, 0o600
+            )
             write_claim(work, made)
     return Claimed(
         folder=str(out),
@@ -154,7 +173,9 @@ def claim(config: ClaimConfig) -> Claimed:
 def _commitment(path: Path, key: Key) -> dict[str, Any]:
     record = read_json(path)
     if record.get("c1") != key.c1 or not isinstance(record.get("c2"), dict):
-        raise CountermarkError(f"{path} is not the commitment of this key; name the marked model's folder with --model")
+        raise CountermarkError(
+            f"{path} is not the commitment of this key; name the marked model's folder with --model"
+        )
     return record
 
 
@@ -164,8 +185,12 @@ def _spent(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     entries = read_json(path).get("batches")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) and type(entry.get("batch")) is int for entry in entries):
-        raise CountermarkError(f"{path} is damaged; restore it from a backup, or batches that were shown would count as secret")
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and type(entry.get("batch")) is int for entry in entries
+    ):
+        raise CountermarkError(
+            f"{path} is damaged; restore it from a backup, or batches that were shown would count as secret"
+        )
     return entries
 
 
@@ -206,24 +231,44 @@ def _outcomes(key: Key, batch: int, labels: torch.Tensor) -> list[int]:
     chosen = key.watermarks.batch == batch
     whole = torch.full_like(key.labels, -1)
     whole[chosen] = labels
-    return [outcome for outcome, inside in zip(key.outcomes(whole), chosen.tolist(), strict=True) if inside]
+    return [
+        outcome
+        for outcome, inside in zip(key.outcomes(whole), chosen.tolist(), strict=True)
+        if inside
+    ]
 
 
 def _found(test: Verdict, batches: int) -> dict[str, Any]:
     record = asdict(test)
-    return {name: record[name] for name in ("agreements", "disagreements", "neither", "log10_p_value")} | {"batches": batches}
+    return {
+        name: record[name] for name in ("agreements", "disagreements", "neither", "log10_p_value")
+    } | {"batches": batches}
 
 
 def show(result: Claimed) -> None:
     """Print what the claim says."""
-    columns = ("", "batch", "agree", "other answer", "neither", "p-value, times the batches", "batches left")
+    columns = (
+        "",
+        "batch",
+        "agree",
+        "other answer",
+        "neither",
+        "p-value, times the batches",
+        "batches left",
+    )
     numbers = (result.batch, result.test.agreements, result.test.disagreements, result.test.neither)
-    print_table(result.folder, columns, [["claim", *map(str, numbers), p_value(result.test.log10_p_value), str(result.left)]])
+    print_table(
+        result.folder,
+        columns,
+        [["claim", *map(str, numbers), p_value(result.test.log10_p_value), str(result.left)]],
+    )
     print_lines(
         f"wrote {result.folder}: claim.json, trials.safetensors, model/. Give it to the judge; whoever sees it can unlearn this batch."
     )
     if not result.timestamped:
-        print_lines("It lacks timestamps (protect and claim take --tsa URL), so a judge will find it undecidable.")
+        print_lines(
+            "It lacks timestamps (protect and claim take --tsa URL), so a judge will find it undecidable."
+        )
     print_lines(*result.doubts)
 
 

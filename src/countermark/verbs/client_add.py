@@ -27,7 +27,9 @@ class ClientAddConfig(VerbConfig):
             raise CountermarkError("the name of a client is 1 to 200 printable characters")
         key = self.public_key
         if key is not None and (len(key) != 64 or set(key) - set("0123456789abcdef")):
-            raise CountermarkError("--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits")
+            raise CountermarkError(
+                "--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits"
+            )
 
 
 @dataclass(frozen=True)

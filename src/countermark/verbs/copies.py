@@ -36,7 +36,14 @@ class Copy:
     seconds: float
 
 
-def write_copy(work: Path, out: Path, network: nn.Module, description: Description, test: Examples, begun: float) -> Copy:
+def write_copy(
+    work: Path,
+    out: Path,
+    network: nn.Module,
+    description: Description,
+    test: Examples,
+    begun: float,
+) -> Copy:
     """Write the copy into the folder under construction `work` and measure it.
 
     Args:
@@ -51,7 +58,9 @@ def write_copy(work: Path, out: Path, network: nn.Module, description: Descripti
     result = Copy(
         folder=str(out),
         test_accuracy=accuracy(network, test),
-        adversarial_accuracy=adversarial_accuracy(network, test, description.threat.attack, title="attacking the copy"),
+        adversarial_accuracy=adversarial_accuracy(
+            network, test, description.threat.attack, title="attacking the copy"
+        ),
         epsilon=description.epsilon,
         device=describe(device_of(network), "auto"),
         seconds=time.monotonic() - begun,

@@ -31,13 +31,18 @@ def data_check(config: DataCheckConfig) -> Findings:
     Raises:
         CountermarkError: there is no data at the place, or it is arranged in no way that can be read.
     """
-    return check_data(config.place, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache)
+    return check_data(
+        config.place, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache
+    )
 
 
 def show(findings: Findings) -> None:
     """Print the classes as a table, and the rest in a few lines."""
     found, parts = findings.found, list(findings.found.counts)
-    rows = [[name, *(f"{found.counts[part][label]:,}" for part in parts)] for label, name in enumerate(found.class_names[:_CLASSES])]
+    rows = [
+        [name, *(f"{found.counts[part][label]:,}" for part in parts)]
+        for label, name in enumerate(found.class_names[:_CLASSES])
+    ]
     if len(found.class_names) > _CLASSES:
         rows.append([f"and {len(found.class_names) - _CLASSES} more classes", *("" for _ in parts)])
     rows.append(["all", *(f"{sum(found.counts[part]):,}" for part in parts)])
@@ -50,17 +55,24 @@ def show(findings: Findings) -> None:
             + ("" if findings.size is None else f", brought to {findings.size}x{findings.size}")
         )
     if found.converted:
-        print_lines(f"converted: {', '.join(f'{number:,} {what}' for what, number in found.converted.items())}")
+        print_lines(
+            f"converted: {', '.join(f'{number:,} {what}' for what, number in found.converted.items())}"
+        )
     left_out = ", left out" if found.damaged and findings.digest is not None else ""
     print_lines(f"damaged:   {len(found.damaged):,}{left_out}{_damaged(found.damaged)}")
     if found.doubles is not None:
-        print_lines(f"doubles:   {found.doubles:,}" + (f", {found.disputed:,} of them under another label" if found.disputed else ""))
+        print_lines(
+            f"doubles:   {found.doubles:,}"
+            + (f", {found.disputed:,} of them under another label" if found.disputed else "")
+        )
     if found.ignored:
         print_lines(f"ignored:   {count_of(found.ignored, 'other file')}")
     if found.cut:
         print_lines("test part: there is none, so every sixth image was cut out as one")
     if findings.pools is not None:
-        print_lines(f"pools:     {', '.join(f'{number:,} {pool}' for pool, number in findings.pools.items())}")
+        print_lines(
+            f"pools:     {', '.join(f'{number:,} {pool}' for pool, number in findings.pools.items())}"
+        )
     if findings.digest is not None:
         print_lines(f"digest:    {findings.digest}")
     print_lines(findings.problem or "It can be used.")

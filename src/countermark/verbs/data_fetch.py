@@ -58,4 +58,6 @@ def show(result: Fetched) -> None:
     if result.folder is None:
         print_lines(f"{result.name} comes with scikit-learn; there is nothing to fetch")
     else:
-        print_lines(f"{result.name}: {len(result.files)} files in {result.folder}, all with the published SHA-256")
+        print_lines(
+            f"{result.name}: {len(result.files)} files in {result.folder}, all with the published SHA-256"
+        )

@@ -111,12 +111,18 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if folder is not None:
         key = load_key(folder)
         if tuple(key.watermarks.x.shape[1:]) != description.shape:
-            raise CountermarkError(f"{folder} holds images of shape {tuple(key.watermarks.x.shape[1:])}; it is the key of another model")
+            raise CountermarkError(
+                f"{folder} holds images of shape {tuple(key.watermarks.x.shape[1:])}; it is the key of another model"
+            )
         watermark_accuracy = agreement(predict(network, key.watermarks.x), key.labels)
     test = open_declared(description, data=config.data, cache=config.cache).test
     if config.images is not None and config.images < len(test):
-        test = test[torch.arange(config.images) * len(test) // config.images]  # the first half of MNIST's is easier than the second
-    attack = description.threat.at(epsilon=config.epsilon, steps=config.steps, step_size=config.step_size).attack
+        test = test[
+            torch.arange(config.images) * len(test) // config.images
+        ]  # the first half of MNIST's is easier than the second
+    attack = description.threat.at(
+        epsilon=config.epsilon, steps=config.steps, step_size=config.step_size
+    ).attack
     title, judged = "attacking the model", None
     if config.strict:
         asked = {
@@ -128,12 +134,17 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             "device": device.type,
         }
         checkpoint = _kept_in(config.cache, f"strict-{sha256(canonical_json(asked))[:32]}.json")
-        judged = strict_accuracy(network, test, attack, restarts=config.restarts, title=title, checkpoint=checkpoint)
+        judged = strict_accuracy(
+            network, test, attack, restarts=config.restarts, title=title, checkpoint=checkpoint
+        )
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         clean, adversarial = judged.test_accuracy, judged.adversarial_accuracy
     else:
-        clean, adversarial = accuracy(network, test), adversarial_accuracy(network, test, attack, restarts=config.restarts, title=title)
+        clean, adversarial = (
+            accuracy(network, test),
+            adversarial_accuracy(network, test, attack, restarts=config.restarts, title=title),
+        )
     return Evaluation(
         model=str(model),
         images=len(test),
@@ -170,7 +181,14 @@ def show(result: Evaluation) -> None:
     print_table(
         f"{result.model} ({result.seconds:.0f} s on {result.device})",
         ("", "test accuracy", f"adversarial accuracy ({attack})", "watermark accuracy"),
-        [["model", percent(result.test_accuracy), percent(result.adversarial_accuracy), percent(result.watermark_accuracy)]],
+        [
+            [
+                "model",
+                percent(result.test_accuracy),
+                percent(result.adversarial_accuracy),
+                percent(result.watermark_accuracy),
+            ]
+        ],
     )
     if result.strict is not None:
         _show_strict(result, result.strict)
@@ -189,10 +207,17 @@ def _show_strict(result: Evaluation, found: StrictAccuracy) -> None:
     if found.masked:
         blind = [attack.name for attack in ENSEMBLE if not attack.uses_gradients]
         broken = sum(found.broken[name] for name in blind)
-        reach, enough = result.steps * result.step_size, math.ceil(8 * result.epsilon / result.step_size)
+        reach, enough = (
+            result.steps * result.step_size,
+            math.ceil(8 * result.epsilon / result.step_size),
+        )
         attack = f"PGD {result.steps} x {shown(result.step_size)}"
         print_lines(
             f"WARNING: gradient masking? The gap is above {LARGEST_HONEST_GAP:g} points: "
-            + (f"{attack} cannot cross the budget's ball (try --steps {enough}), or " if reach < 2 * result.epsilon else "")
+            + (
+                f"{attack} cannot cross the budget's ball (try --steps {enough}), or "
+                if reach < 2 * result.epsilon
+                else ""
+            )
             + f"the model hides from PGD what breaks it. {' and '.join(blind)}, without any gradients, broke {broken} of the rest."
         )

@@ -44,7 +44,9 @@ def export(config: ExportConfig) -> Exported:
     """
     network, description = load_model(Path(config.model), config.network)
     images = _test_images(description, config)
-    return export_model(network, description.shape, config.out, class_names=description.class_names, images=images)
+    return export_model(
+        network, description.shape, config.out, class_names=description.class_names, images=images
+    )
 
 
 def _test_images(description: Description, config: ExportConfig) -> torch.Tensor | None:

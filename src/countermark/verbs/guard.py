@@ -109,13 +109,20 @@ def guard(config: GuardConfig) -> Calibrated:
     commitment = folder / "commitment.json"
     record = read_json(commitment) if commitment.exists() else None
     if record is not None and record.get("c2", {}).get("model_sha256") != digest:
-        raise CountermarkError(f"{commitment} commits to other weights than those in the folder; restore it from a backup")
+        raise CountermarkError(
+            f"{commitment} commits to other weights than those in the folder; restore it from a backup"
+        )
     made, committed = guard_record(found, pools.validation.digest), None
     if record is not None:  # what the authority may refuse comes before anything is written
         c3 = third_commitment(record["c2"], guard_sha256(made))
         same, t3 = record.get("c3") == c3, record.get("t3")
         kept = (folder / "guard.json").exists()
-        if t3 is not None and not same and kept and guard_sha256(read_guard_record(folder)) == record["c3"]["guard_sha256"]:
+        if (
+            t3 is not None
+            and not same
+            and kept
+            and guard_sha256(read_guard_record(folder)) == record["c3"]["guard_sha256"]
+        ):
             raise CountermarkError(
                 f"{folder} has another guard, which was timestamped; keep guard.json and a copy of commitment.json elsewhere, "
                 "as evidence for what it answered, and move guard.json away before you calibrate again"
@@ -154,16 +161,26 @@ def show(result: Calibrated) -> None:
     row = ["guard", f"{result.cost:.3f}", test, f"{result.tied:.2f} %", f"{result.entropy:.4f}"]
     print_table(result.folder, columns, [row])
     if result.made_up:
-        print_lines(f"{result.foreign_cost:.3f} of the cost: honest queries that look made up, and meet a fair coin like those that are")
+        print_lines(
+            f"{result.foreign_cost:.3f} of the cost: honest queries that look made up, and meet a fair coin like those that are"
+        )
     elif result.foreign_cost is not None:
         print_lines(
             "no coins for made-up queries: the images differ so much that honest queries would lose "
             f"{result.foreign_cost:.3f} points by them; a higher --cost buys them"
         )
-    seen = [f"{result.known[name]} images for {name}" for name in ("validation", "test") if result.known.get(name)]
+    seen = [
+        f"{result.known[name]} images for {name}"
+        for name in ("validation", "test")
+        if result.known.get(name)
+    ]
     if seen:
-        print_lines(f"the given weights had been trained on {' and '.join(seen)}: new images may cost more than is said here")
-    print_lines(f"wrote {result.folder}/guard.json; a copy needs some {result.queries} natural queries or more to be proven at 1e-6")
+        print_lines(
+            f"the given weights had been trained on {' and '.join(seen)}: new images may cost more than is said here"
+        )
+    print_lines(
+        f"wrote {result.folder}/guard.json; a copy needs some {result.queries} natural queries or more to be proven at 1e-6"
+    )
 
 
 calibrate = guard  # its public name, since `countermark.guard` is the room

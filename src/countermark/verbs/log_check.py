@@ -58,8 +58,15 @@ def log_check(config: LogCheckConfig) -> Checked:
     stamped = None
     if config.roots is not None and published is not None:
         if published.token is None:
-            raise CountermarkError(f"{config.head} carries no timestamp; make one with: countermark log head {config.log} --tsa URL")
-        stamped = check_token(published.token, sha256(published.message()), load_roots(Path(config.roots)), str(config.head)).time
+            raise CountermarkError(
+                f"{config.head} carries no timestamp; make one with: countermark log head {config.log} --tsa URL"
+            )
+        stamped = check_token(
+            published.token,
+            sha256(published.message()),
+            load_roots(Path(config.roots)),
+            str(config.head),
+        ).time
     count = erased = 0
     clients = set()
     with QueryLog(config.log, create=False) as log:
@@ -69,12 +76,22 @@ def log_check(config: LogCheckConfig) -> Checked:
             if row is not None:
                 clients.add(row.client)
     return Checked(
-        count, erased, len(clients), None if published is None else published.rows, None if stamped is None else stamped.isoformat()
+        count,
+        erased,
+        len(clients),
+        None if published is None else published.rows,
+        None if stamped is None else stamped.isoformat(),
     )
 
 
 def show(result: Checked) -> None:
     """Print that all is well."""
-    covered = "" if result.covered is None else f"; it leads to the published head of {result.covered} rows"
+    covered = (
+        ""
+        if result.covered is None
+        else f"; it leads to the published head of {result.covered} rows"
+    )
     covered += "" if result.stamped is None else f", which was timestamped {result.stamped}"
-    print_lines(f"{result.rows} trials of {result.clients} clients ({result.erased} erased), the chain holds{covered}")
+    print_lines(
+        f"{result.rows} trials of {result.clients} clients ({result.erased} erased), the chain holds{covered}"
+    )

@@ -39,7 +39,12 @@ class Plan:
 @verb(PlanConfig)
 def plan(config: PlanConfig) -> Plan:
     """Say how many trials a wished p-value takes (see `evidence.trials_needed`)."""
-    return Plan(trials_needed(config.p, config.agreement, config.power), config.p, config.agreement, config.power)
+    return Plan(
+        trials_needed(config.p, config.agreement, config.power),
+        config.p,
+        config.agreement,
+        config.power,
+    )
 
 
 def show(result: Plan) -> None:

@@ -39,7 +39,15 @@ from countermark.files import (
 from countermark.marking import Standing, commit, standing
 from countermark.networks import describing, load_weights, open_network, place_of, save_model
 from countermark.networks.weights import weights_sha256
-from countermark.options import AnyData, AnyWeights, DataOptions, DeviceOptions, NewPath, StampOptions, verb
+from countermark.options import (
+    AnyData,
+    AnyWeights,
+    DataOptions,
+    DeviceOptions,
+    NewPath,
+    StampOptions,
+    verb,
+)
 from countermark.places import Network
 from countermark.terminal import duration, percent, print_lines, print_table
 from countermark.threat import Threat, shown
@@ -148,9 +156,13 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
         self._only_for(scheme is not None, "a scheme that has watermarks", "embedding", "tsa")
         self._only_for(self.weights is not None, "--weights", "trained_on")
         if self.weights is not None and self.embedding == "epoch":
-            raise CountermarkError("--embedding epoch trains from scratch; leave it or --weights out")
+            raise CountermarkError(
+                "--embedding epoch trains from scratch; leave it or --weights out"
+            )
         if self.weights is not None and scheme is None and self.objective in (None, "standard"):
-            raise CountermarkError("given weights with no mark and no robustness stay what they are; take a scheme or another objective")
+            raise CountermarkError(
+                "given weights with no mark and no robustness stay what they are; take a scheme or another objective"
+            )
 
 
 def _those(heed: str) -> str:
@@ -231,12 +243,21 @@ class _Plan:
     @property
     def run(self) -> dict[str, Any]:
         """What makes two runs the same run, JSON-ready: images and weights by their digests, wherever they lie."""
-        found = {**_options(self.config), "data_sha256": self.data.digest, "threat": asdict(self.threat), "pools": dict(self.data.held_out)}
+        found = {
+            **_options(self.config),
+            "data_sha256": self.data.digest,
+            "threat": asdict(self.threat),
+            "pools": dict(self.data.held_out),
+        }
         if self.data.place in KNOWN:
             found["data"] = self.data.place  # what is known of it by name counts as well
         if self.known is not None:
             found["known_sha256"] = sha256(self.known.numpy().tobytes())
-        return found if self.weights_sha256 is None else {**found, "weights_sha256": self.weights_sha256}
+        return (
+            found
+            if self.weights_sha256 is None
+            else {**found, "weights_sha256": self.weights_sha256}
+        )
 
     @property
     def epochs(self) -> int:
@@ -248,7 +269,9 @@ class _Plan:
         config, data, place = self.config, self.data, self.network
         if isinstance(place, nn.Module):
             place = copy.deepcopy(place)  # the user's own stays as it is
-        network = open_network(place, data.shape, data.classes, mean=config.mean, std=config.std, seed=seed)
+        network = open_network(
+            place, data.shape, data.classes, mean=config.mean, std=config.std, seed=seed
+        )
         if config.weights is not None:
             load_weights(network, config.weights)
         return network
@@ -258,7 +281,9 @@ class _Plan:
         given, trained = self.weights_sha256, self.training
         events: list[dict[str, Any]] = []
         if given is not None:
-            events.append({"event": "given", "weights_sha256": given, "known": dict(self.pools.known)})
+            events.append(
+                {"event": "given", "weights_sha256": given, "known": dict(self.pools.known)}
+            )
         if trained is not None:
             events.append({"event": "trained", "config": asdict(trained)})
         return events
@@ -270,7 +295,9 @@ def _plan(config: ProtectConfig) -> _Plan:
     Raises:
         CountermarkError: options that do not go together, or data, a network or hardware that there is not.
     """
-    data = open_data(config.data, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache)
+    data = open_data(
+        config.data, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache
+    )
     threat = data.threat.at(epsilon=config.epsilon, watermark_epsilon=config.watermark_epsilon)
     known = None
     if config.weights is not None:
@@ -298,7 +325,9 @@ def _plan(config: ProtectConfig) -> _Plan:
         embedding=None if config.scheme == "none" else embedding,
         weights_sha256=None if config.weights is None else weights_sha256(config.weights),
     )
-    network = plan.source(config.seed)  # likewise: one that cannot be built, weights that do not fit
+    network = plan.source(
+        config.seed
+    )  # likewise: one that cannot be built, weights that do not fit
     if config.weights is None or objective != "standard":
         return plan
     gently = gentle(_either(training), given, network, epochs=config.epochs)
@@ -321,7 +350,9 @@ def _check_room(config: ProtectConfig, data: Dataset, pools: Pools) -> None:
     scheme = SCHEMES.get(config.scheme)
     lacks = data.lacks_bases(pools)
     if scheme is not None and scheme.coins and lacks is not None:
-        raise CountermarkError(f"{lacks}; give more images, or --scheme none for a model without a mark")
+        raise CountermarkError(
+            f"{lacks}; give more images, or --scheme none for a model without a mark"
+        )
 
 
 def _either(*configs: TrainConfig | None) -> TrainConfig:
@@ -365,7 +396,13 @@ def protect(config: ProtectConfig) -> Protection:
         def fit(network: nn.Module, stage: str, how: TrainConfig, **options: Any) -> None:
             checkpoint = folder / f"{CHECKPOINT_PREFIX}{stage}.safetensors"
             options = {"validation": plan.pools.validation, "checkpoint": checkpoint, **options}
-            train(network, plan.pools.training, replace(how, seed=seed), title=f"{stage} model", **options)
+            train(
+                network,
+                plan.pools.training,
+                replace(how, seed=seed),
+                title=f"{stage} model",
+                **options,
+            )
 
         source, events = plan.source(seed), plan.history()
         if plan.training is not None:
@@ -437,7 +474,9 @@ def _attempts(folder: Path, first: int, wanted: int) -> list[int]:
     if not isinstance(rounds, list) or not all(type(epochs) is int for epochs in rounds):
         rounds = []
     if rounds[:1] != [first] or rounds != sorted(set(rounds)):
-        raise CountermarkError(f"{path} was changed after it was written; delete {folder} to start anew")
+        raise CountermarkError(
+            f"{path} was changed after it was written; delete {folder} to start anew"
+        )
     if wanted > rounds[-1]:
         rounds = [*rounds, wanted]
         write_json(path, {"format": _ROUNDS_FORMAT, "epochs": rounds})
@@ -456,7 +495,11 @@ def _parts(embedding: TrainConfig, attempts: list[int]) -> list[TrainConfig]:
     """
     again = replace(embedding, grow_budget=False)
     added = [after - before for before, after in itertools.pairwise(attempts)]
-    return [embedding, *[again] * (MOST_ROUNDS - 1), *(replace(again, epochs=each) for each in added)]
+    return [
+        embedding,
+        *[again] * (MOST_ROUNDS - 1),
+        *(replace(again, epochs=each) for each in added),
+    ]
 
 
 def _check_taken(found: Standing, folder: Path, attempts: list[int], epochs: int) -> None:
@@ -475,7 +518,9 @@ def _check_taken(found: Standing, folder: Path, attempts: list[int], epochs: int
     )
 
 
-def _make_key(plan: _Plan, source: nn.Module, private: Path, secret: bytes, stamp: Stamp | None) -> Key:
+def _make_key(
+    plan: _Plan, source: nn.Module, private: Path, secret: bytes, stamp: Stamp | None
+) -> Key:
     """Craft the watermarks on the source model, commit to them, draw the coins.
 
     A key that is already there is read, never drawn anew.
@@ -488,7 +533,9 @@ def _make_key(plan: _Plan, source: nn.Module, private: Path, secret: bytes, stam
     if (private / "key.json").exists():
         key = load_key(private)
         if key.c1.get("pools") != digests:
-            raise CountermarkError(f"{private} is a key for other pools of the data; restore it from a backup, or delete {private.parent}")
+            raise CountermarkError(
+                f"{private} is a key for other pools of the data; restore it from a backup, or delete {private.parent}"
+            )
         return key
     attack = full_strength(plan.threat.watermark_epsilon)
     if config.watermark_step_size is not None:
@@ -514,7 +561,9 @@ def _make_key(plan: _Plan, source: nn.Module, private: Path, secret: bytes, stam
     return write_key(private, config.scheme, scheme.make(given), provenance, stamp, clean)
 
 
-def _measure(plan: _Plan, network: nn.Module, source: nn.Module, key: Key | None, digest: str) -> Protection:
+def _measure(
+    plan: _Plan, network: nn.Module, source: nn.Module, key: Key | None, digest: str
+) -> Protection:
     test, attack = plan.pools.test, plan.threat.attack
 
     def marked(model: nn.Module) -> float | None:
@@ -525,7 +574,9 @@ def _measure(plan: _Plan, network: nn.Module, source: nn.Module, key: Key | None
     clean_before, robust_before = clean, robust
     if key is not None:
         clean_before = accuracy(source, test)
-        robust_before = adversarial_accuracy(source, test, attack, title="attacking the unmarked control")
+        robust_before = adversarial_accuracy(
+            source, test, attack, title="attacking the unmarked control"
+        )
     return Protection(
         folder=str(plan.config.out),
         scheme=plan.config.scheme,
@@ -550,7 +601,14 @@ def _measure(plan: _Plan, network: nn.Module, source: nn.Module, key: Key | None
 def show(result: Protection) -> None:
     """Print the accuracies beside those of the unmarked control."""
     model: Callable[[float | None], str] = percent
-    rows = [["model", model(result.test_accuracy), model(result.adversarial_accuracy), model(result.watermark_accuracy)]]
+    rows = [
+        [
+            "model",
+            model(result.test_accuracy),
+            model(result.adversarial_accuracy),
+            model(result.watermark_accuracy),
+        ]
+    ]
     if result.mark is not None:
         rows.append(
             [
@@ -560,7 +618,12 @@ def show(result: Protection) -> None:
                 model(result.unmarked_watermark_accuracy),
             ]
         )
-    columns = ("", "test accuracy", f"adversarial accuracy at {shown(result.epsilon)}", "watermark accuracy")
+    columns = (
+        "",
+        "test accuracy",
+        f"adversarial accuracy at {shown(result.epsilon)}",
+        "watermark accuracy",
+    )
     print_table(f"{result.folder} ({result.seconds:.0f} s)", columns, rows)
     if result.mark is None:
         print_lines(f"wrote {result.folder}: model.safetensors, model.json, metrics.json")

@@ -86,23 +86,34 @@ def quickstart(config: QuickstartConfig) -> Story:
         raise CountermarkError(f"{out} is a file; choose a new folder")
     known = {"model", "pruned", "finetuned", "stranger"}
     if out.is_dir() and {entry.name.removesuffix(".partial") for entry in out.iterdir()} - known:
-        raise CountermarkError(f"{out} holds files that are not of a quickstart; choose a new folder")
+        raise CountermarkError(
+            f"{out} holds files that are not of a quickstart; choose a new folder"
+        )
     open_data(config.data, cache=config.cache)  # what cannot be opened is no story
     tell = _silent if config.json else print_lines
     suspects = []
 
-    def chapter(number: int, title: str, folder: Path, make: Callable[[], Any], wanted: Callable[[], bool]) -> dict[str, Any]:
+    def chapter(
+        number: int, title: str, folder: Path, make: Callable[[], Any], wanted: Callable[[], bool]
+    ) -> dict[str, Any]:
         tell(f"[{number}/6] {title}")
         if not (folder.is_dir() and any(folder.iterdir())):
             make()
         elif wanted():
             tell(f"      kept from an earlier run: {folder}")
         else:
-            raise CountermarkError(f"{folder} was made with other options or from another model; delete it or choose a new folder")
+            raise CountermarkError(
+                f"{folder} was made with other options or from another model; delete it or choose a new folder"
+            )
         made = read_json(folder / "metrics.json")
         names = ("test_accuracy", "adversarial_accuracy")
-        if not all(type(made.get(name)) is float for name in (*names, *(f"unmarked_{n}" for n in names if "unmarked_" + n in made))):
-            raise CountermarkError(f"{folder / 'metrics.json'} was changed after it was written; delete {folder} to make it again")
+        if not all(
+            type(made.get(name)) is float
+            for name in (*names, *(f"unmarked_{n}" for n in names if "unmarked_" + n in made))
+        ):
+            raise CountermarkError(
+                f"{folder / 'metrics.json'} was changed after it was written; delete {folder} to make it again"
+            )
         return made
 
     def protected(number: int, title: str, options: ProtectConfig) -> dict[str, Any]:
@@ -131,22 +142,39 @@ def quickstart(config: QuickstartConfig) -> Story:
         verification = verify(folder, key=out / "model" / "key")
         suspects.append(Suspicion(title, test, robust, verification))
         found = verification.test
-        tell(f"      {found.agreements} of {found.trials} coins: {found.verdict}, p {p_value(found.log10_p_value)}")
+        tell(
+            f"      {found.agreements} of {found.trials} coins: {found.verdict}, p {p_value(found.log10_p_value)}"
+        )
 
-    model, pruned, finetuned, stranger = (out / name for name in ("model", "pruned", "finetuned", "stranger"))
+    model, pruned, finetuned, stranger = (
+        out / name for name in ("model", "pruned", "finetuned", "stranger")
+    )
     options = ProtectConfig(config.data, out=model, seed=config.seed, cache=config.cache)
     made = protected(1, "train a robust model, draw coins, train them in", options)
     tell("[2/6] ask the model itself")
     ask("the marked model", model, made["test_accuracy"], made["adversarial_accuracy"])
-    tell("[3/6] ask the same model as it was before the mark: it shares almost all answers, but it never saw a coin")
-    ask("before the mark", model / "key" / "source", made["unmarked_test_accuracy"], made["unmarked_adversarial_accuracy"])
+    tell(
+        "[3/6] ask the same model as it was before the mark: it shares almost all answers, but it never saw a coin"
+    )
+    ask(
+        "before the mark",
+        model / "key" / "source",
+        made["unmarked_test_accuracy"],
+        made["unmarked_adversarial_accuracy"],
+    )
     pruning = RemoveConfig(model, out=pruned, prune=_PRUNED, cache=config.cache)
     made = removed(4, f"steal the model and prune {100 * _PRUNED:.0f} % of its weights", pruning)
     ask("pruned copy", pruned, made["test_accuracy"], made["adversarial_accuracy"])
     tuning = RemoveConfig(pruned, out=finetuned, finetune=_FINETUNED, cache=config.cache)
     made = removed(5, f"fine-tune what is left for {_FINETUNED} epochs", tuning)
     ask("pruned, fine-tuned", finetuned, made["test_accuracy"], made["adversarial_accuracy"])
-    other = ProtectConfig(config.data, out=stranger, scheme="none", seed=(config.seed + 1) % (1 << 32), cache=config.cache)
+    other = ProtectConfig(
+        config.data,
+        out=stranger,
+        scheme="none",
+        seed=(config.seed + 1) % (1 << 32),
+        cache=config.cache,
+    )
     made = protected(6, "train a stranger: as robust, never marked", other)
     ask("a stranger", stranger, made["test_accuracy"], made["adversarial_accuracy"])
     return Story(str(out), tuple(suspects), time.monotonic() - begun)

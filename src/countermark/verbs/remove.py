@@ -42,7 +42,9 @@ class RemovalConfig(ModelOptions, DeviceOptions):
             REMOVALS[name].amount.check(option(name), amount)
         for name in ("learning_rate", "epochs"):
             takes = [option(way) for way, row in REMOVALS.items() if name in row.options]
-            self._only_for(any(name in REMOVALS[way].options for way in self.chosen), " or ".join(takes), name)
+            self._only_for(
+                any(name in REMOVALS[way].options for way in self.chosen), " or ".join(takes), name
+            )
         self._positive("number", "learning_rate")
         self._at_least_one("epochs")
         self._seeded()
@@ -59,13 +61,18 @@ def with_options(removals: Mapping[str, Removal]) -> Any:
     fields = [
         (
             name,
-            Annotated[row.amount.kind | None, Doc(f"{row.help[0].upper()}{row.help[1:]} ({row.amount.range}).")],
+            Annotated[
+                row.amount.kind | None,
+                Doc(f"{row.help[0].upper()}{row.help[1:]} ({row.amount.range})."),
+            ],
             field(default=None),
         )
         for name, row in removals.items()
     ]
     about = {"__module__": __name__, "__doc__": RemovalConfig.__doc__}
-    return make_dataclass("RemoveConfig", fields, bases=(RemovalConfig,), namespace=about, frozen=True, kw_only=True)
+    return make_dataclass(
+        "RemoveConfig", fields, bases=(RemovalConfig,), namespace=about, frozen=True, kw_only=True
+    )
 
 
 RemoveConfig = with_options(REMOVALS)
@@ -95,7 +102,9 @@ def remove(config: RemovalConfig) -> Copy:
         )
         options = {"learning_rate": config.learning_rate, "epochs": config.epochs}
         origin = read_json(folder / "model.json")["weights_sha256"]
-        network, description = removed(config.chosen.items(), network, description, means, options, origin_sha256=origin)
+        network, description = removed(
+            config.chosen.items(), network, description, means, options, origin_sha256=origin
+        )
         return write_copy(work, out, network, description, pools.test, begun)
 
 

@@ -107,19 +107,36 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     """
     begun, out = time.monotonic(), Path(config.out)
     profile = PROFILES[config.profile]
-    cells: dict[str, list[Cell]] = {protocol: grid(config.data, profile, protocol, config.seeds) for protocol in config.protocol}
+    cells: dict[str, list[Cell]] = {
+        protocol: grid(config.data, profile, protocol, config.seeds) for protocol in config.protocol
+    }
     units = in_order(cell.unit for part in cells.values() for cell in part)
     store = Store(out / "units")
     todo = [unit for unit in units if not store.has(unit)]
-    workers = 0 if config.scheduler is not None else default_workers() if config.workers is None else config.workers
+    workers = (
+        0
+        if config.scheduler is not None
+        else default_workers()
+        if config.workers is None
+        else config.workers
+    )
     estimates = _estimates(todo)
     expected = sum(estimates.values()) / max(workers, 1)
     finished = len(units) - len(todo)
     if config.plan:
         work = tuple(
-            Planned(unit.title, unit.kind, unit.digest, unit.digest not in estimates, estimates.get(unit.digest, 0.0)) for unit in units
+            Planned(
+                unit.title,
+                unit.kind,
+                unit.digest,
+                unit.digest not in estimates,
+                estimates.get(unit.digest, 0.0),
+            )
+            for unit in units
         )
-        return Reproduction(str(out), len(units), finished, expected, None, work, (), time.monotonic() - begun)
+        return Reproduction(
+            str(out), len(units), finished, expected, None, work, (), time.monotonic() - begun
+        )
     _needs_extras()
     run(
         todo,
@@ -134,7 +151,9 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     )
     verdicts = write_report(out, cells, store, _about(config, len(units)), _command(config))
     report = str(out / "report.html")
-    return Reproduction(str(out), len(units), finished, expected, report, (), verdicts, time.monotonic() - begun)
+    return Reproduction(
+        str(out), len(units), finished, expected, report, (), verdicts, time.monotonic() - begun
+    )
 
 
 def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
@@ -147,7 +166,9 @@ def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
         "strangers of each kind": str(profile.strangers),
         "owner's network": profile.network,
         "queries of Algorithm 2": str(profile.queries),
-        "images that thieves fine-tune on": str(profile.finetune_examples or "all of the thief's pool"),
+        "images that thieves fine-tune on": str(
+            profile.finetune_examples or "all of the thief's pool"
+        ),
         "units of work": str(units),
         "code": code_version(),
         **environment(),
@@ -157,7 +178,15 @@ def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
 
 def _command(config: ReproduceConfig) -> str:
     seeds = [] if config.seeds is None else ["--seeds", str(config.seeds)]
-    words = ["--profile", config.profile, "--data", *config.data, "--protocol", *config.protocol, *seeds]
+    words = [
+        "--profile",
+        config.profile,
+        "--data",
+        *config.data,
+        "--protocol",
+        *config.protocol,
+        *seeds,
+    ]
     return " ".join(["countermark", "reproduce", *words])
 
 
@@ -167,25 +196,54 @@ def _estimates(todo: list[Unit]) -> dict[str, float]:
 
 
 def _needs_extras() -> None:
-    missing = [name for name in ("dask", "distributed", "matplotlib") if importlib.util.find_spec(name) is None]
+    missing = [
+        name
+        for name in ("dask", "distributed", "matplotlib")
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:
-        raise CountermarkError(f"a study needs {', '.join(missing)}; pip install 'countermark[study]'")
+        raise CountermarkError(
+            f"a study needs {', '.join(missing)}; pip install 'countermark[study]'"
+        )
 
 
 def show(result: Reproduction) -> None:
     """Print what was found, or what there is to do."""
     if result.report is None:
-        print_lines(*(f"{planned.unit[:12]}  {_state(planned):>8}  {planned.title}" for planned in result.work), "")
+        print_lines(
+            *(
+                f"{planned.unit[:12]}  {_state(planned):>8}  {planned.title}"
+                for planned in result.work
+            ),
+            "",
+        )
         kinds = sorted({planned.kind for planned in result.work})
         rows = []
         for kind in kinds:
             part = [planned for planned in result.work if planned.kind == kind]
             ready = sum(planned.finished for planned in part)
-            rows.append([kind, str(len(part)), str(ready), duration(sum(planned.seconds for planned in part))])
-        print_table(f"{result.folder}: {result.units} units", ("kind of unit", "units", "finished", "to go on one core"), rows)
-        print_lines(f"about {duration(result.seconds_estimated)} to go, by a short calibration on this machine")
+            rows.append(
+                [
+                    kind,
+                    str(len(part)),
+                    str(ready),
+                    duration(sum(planned.seconds for planned in part)),
+                ]
+            )
+        print_table(
+            f"{result.folder}: {result.units} units",
+            ("kind of unit", "units", "finished", "to go on one core"),
+            rows,
+        )
+        print_lines(
+            f"about {duration(result.seconds_estimated)} to go, by a short calibration on this machine"
+        )
         return
-    print_lines(*result.verdicts, "", f"wrote {result.report} (and results.json, tables/*.csv, figures/*.svg; {duration(result.seconds)})")
+    print_lines(
+        *result.verdicts,
+        "",
+        f"wrote {result.report} (and results.json, tables/*.csv, figures/*.svg; {duration(result.seconds)})",
+    )
 
 
 def _state(planned: Planned) -> str:

@@ -68,7 +68,9 @@ class ServeConfig(OneDeviceOptions):
         self._whole("port", 0, 65535)
         self._positive("number of seconds", "timeout", "drain")
         if not self.name.isidentifier():
-            raise CountermarkError(f"--name is letters, digits and underscores, not {brief(self.name)}")
+            raise CountermarkError(
+                f"--name is letters, digits and underscores, not {brief(self.name)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,15 @@ def serve(config: ServeConfig) -> Served:
         CountermarkError: the model, its guard, the key, the clients or the log cannot be read, the address is taken, or
             this process may not open files enough.
     """
-    missing = [name for name in ("starlette", "uvicorn", "prometheus_client", "sqlalchemy") if importlib.util.find_spec(name) is None]
+    missing = [
+        name
+        for name in ("starlette", "uvicorn", "prometheus_client", "sqlalchemy")
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:
-        raise CountermarkError(f"the service needs {', '.join(missing)}; pip install 'countermark[serve]'")
+        raise CountermarkError(
+            f"the service needs {', '.join(missing)}; pip install 'countermark[serve]'"
+        )
     from countermark.guard import QueryLog, load_guarded, weights_sha256
     from countermark.service.clients import Clients
     from countermark.service.engine import Engine
@@ -105,12 +113,20 @@ def serve(config: ServeConfig) -> Served:
     device = settle(config.device)
     network, description = load_model(folder, config.network, device=device)
     clients = Clients(Path(config.clients) if config.clients else folder / "clients.json")
-    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # one core is for the requests themselves
+    torch.set_num_threads(
+        max(1, torch.get_num_threads() - 1)
+    )  # one core is for the requests themselves
     model = (
-        network if config.unguarded else load_guarded(folder, Path(config.key) if config.key else folder / "key", config.network, device)
+        network
+        if config.unguarded
+        else load_guarded(
+            folder, Path(config.key) if config.key else folder / "key", config.network, device
+        )
     )
     most = connections_that_fit(4 * config.max_waiting)
-    listening = listen(config.host, config.port)  # first: where the address is taken, no log is made
+    listening = listen(
+        config.host, config.port
+    )  # first: where the address is taken, no log is made
     with contextlib.ExitStack() as ending:
         ending.callback(listening.close)
         log = None
@@ -126,7 +142,11 @@ def serve(config: ServeConfig) -> Served:
             model_sha256=weights_sha256(folder),
             limits=Limits(config.max_batch, config.max_body, config.timeout),
         )
-        print(f"the model is called {config.name}: its address ends in /v2/models/{config.name}", file=sys.stderr, flush=True)
+        print(
+            f"the model is called {config.name}: its address ends in /v2/models/{config.name}",
+            file=sys.stderr,
+            flush=True,
+        )
         run(app, listening, timeout=config.timeout, drain=config.drain, most=most)
     if engine.hangs:  # the interpreter's end would pull the model or the database from under it
         atexit.register(_leave)
@@ -135,7 +155,11 @@ def serve(config: ServeConfig) -> Served:
 
 def show(result: Served) -> None:
     """Print what was stored."""
-    print_lines("stopped" if result.log is None else f"stopped; {result.trials} trials were stored in {result.log}")
+    print_lines(
+        "stopped"
+        if result.log is None
+        else f"stopped; {result.trials} trials were stored in {result.log}"
+    )
 
 
 def _close(log: "QueryLog") -> None:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     Setting = str
 else:
     Setting = Literal[tuple(THEFTS)]
-_SETTINGS = "What the thief has: " + "; ".join(f"{name} ({row.help})" for name, row in THEFTS.items())
+_SETTINGS = "What the thief has: " + "; ".join(
+    f"{name} ({row.help})" for name, row in THEFTS.items()
+)
 
 
 @dataclass(frozen=True, kw_only=True)

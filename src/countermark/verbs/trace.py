@@ -75,7 +75,9 @@ def trace(config: TraceConfig) -> Tracing:
         rows, erased = list(log.rows(published)), log.erased()
     kept = [row for row in rows if row is not None]
     if not kept:
-        raise CountermarkError(f"the log {config.log} holds no trials; nobody has asked near a coin yet")
+        raise CountermarkError(
+            f"the log {config.log} holds no trials; nobody has asked near a coin yet"
+        )
     images = images_of(kept, tuple(key.watermarks.x.shape[1:]))
     labels, answers = ask(config, images, str(key.c1.get("data")), key.clean)
     found = trace_accounts(kept, labels, load_secret(Path(config.key)), config.alpha, erased)
@@ -105,12 +107,22 @@ def show(result: Tracing) -> None:
         ]
         for account in result.trace.accounts[:_SHOWN]
     ]
-    columns = ("account", "agree", "a stranger would", "other answer", "neither", "anytime p-value", "verdict")
+    columns = (
+        "account",
+        "agree",
+        "a stranger would",
+        "other answer",
+        "neither",
+        "anytime p-value",
+        "verdict",
+    )
     print_table(f"{result.suspect}: {result.verdict}", columns, rows)
     if len(result.trace.accounts) > _SHOWN:
         print_lines(f"and {len(result.trace.accounts) - _SHOWN} more accounts")
     if result.trace.named:
-        print_lines(f"The copy was made from the answers given to: {', '.join(result.trace.named)}.")
+        print_lines(
+            f"The copy was made from the answers given to: {', '.join(result.trace.named)}."
+        )
     elif result.verdict == "match":
         p = p_value(result.trace.together_log10_p_value)
         print_lines(

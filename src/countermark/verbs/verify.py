@@ -89,7 +89,9 @@ def verify(config: VerifyConfig) -> Verification:
         published_rule=None if exact else "copy" if share >= key.rules.taken else "no copy",
         answers=answers,
         doubts=doubts(answers, test.verdict),
-        device=describe(config.device) if isinstance(config.suspect, Path) and config.suspect.is_dir() else None,
+        device=describe(config.device)
+        if isinstance(config.suspect, Path) and config.suspect.is_dir()
+        else None,
     )
 
 

@@ -15,7 +15,14 @@ from countermark.watermarks.commitment import (
     sign,
     third_commitment,
 )
-from countermark.watermarks.key import CLEAN_EXAMPLES, Key, load_key, load_secret, new_secrets, write_key
+from countermark.watermarks.key import (
+    CLEAN_EXAMPLES,
+    Key,
+    load_key,
+    load_secret,
+    new_secrets,
+    write_key,
+)
 from countermark.watermarks.schemes import SCHEMES, Materials, Scheme, SchemeName
 from countermark.watermarks.sets import (
     CRAFTING_STEPS,

@@ -44,14 +44,23 @@ def secret_seed(secret: bytes, purpose: str) -> int:
     What the trials are made from (the source model, the choice of bases, the crafting) is seeded with these, so that nobody can make them
     again from public files. The purposes are no 8-byte numbers, so the coins' leaf secrets stay independent of them.
     """
-    return int.from_bytes(hmac.digest(secret, f"countermark seed: {purpose}".encode(), "sha256")[:4], "big")
+    return int.from_bytes(
+        hmac.digest(secret, f"countermark seed: {purpose}".encode(), "sha256")[:4], "big"
+    )
 
 
-def leaf_hash(index: int, batch: int, cell: int, x: bytes, answers: Sequence[int], leaf_secret: bytes) -> bytes:
+def leaf_hash(
+    index: int, batch: int, cell: int, x: bytes, answers: Sequence[int], leaf_secret: bytes
+) -> bytes:
     """leaf_i, 32 bytes: everything that is fixed about one trial, hidden behind its secret."""
     numbers = (index, batch, cell, len(x))
     framed = [number.to_bytes(8, "big") for number in numbers]
-    framed += [x, len(answers).to_bytes(8, "big"), *(answer.to_bytes(8, "big") for answer in answers), leaf_secret]
+    framed += [
+        x,
+        len(answers).to_bytes(8, "big"),
+        *(answer.to_bytes(8, "big") for answer in answers),
+        leaf_secret,
+    ]
     return hashlib.sha256(_LEAF + LEAF_FORMAT + b"".join(framed)).digest()
 
 
@@ -110,7 +119,9 @@ def batch_of(index: int, leaves: int, batches: int) -> int:
     return index // (leaves // batches)
 
 
-def draw_coins(c1: bytes, beacon: bytes, leaf_secrets: Sequence[bytes], indices: Sequence[int] | None = None) -> torch.Tensor:
+def draw_coins(
+    c1: bytes, beacon: bytes, leaf_secrets: Sequence[bytes], indices: Sequence[int] | None = None
+) -> torch.Tensor:
     """coin_i = low bit of SHA-256(2 | SHA-256(C1) | SHA-256(beacon of T1, or nothing) | i | s_i), as int64 `(n,)`; 0 is heads, 1 is tails.
 
     The number of the leaf is in it because nobody can tell how an owner chose his leaf secrets: were they all the same, and the coin a
@@ -123,8 +134,15 @@ def draw_coins(c1: bytes, beacon: bytes, leaf_secrets: Sequence[bytes], indices:
         indices: number of each leaf; from 0 by default.
     """
     seed = _COIN + hashlib.sha256(c1).digest() + hashlib.sha256(beacon).digest()
-    numbered = zip(range(len(leaf_secrets)) if indices is None else indices, leaf_secrets, strict=True)
-    return torch.tensor([hashlib.sha256(seed + i.to_bytes(8, "big") + secret).digest()[-1] & 1 for i, secret in numbered])
+    numbered = zip(
+        range(len(leaf_secrets)) if indices is None else indices, leaf_secrets, strict=True
+    )
+    return torch.tensor(
+        [
+            hashlib.sha256(seed + i.to_bytes(8, "big") + secret).digest()[-1] & 1
+            for i, secret in numbered
+        ]
+    )
 
 
 def _tree(nodes: Sequence[bytes]) -> tuple[bytes, list[list[bytes]]]:
@@ -133,7 +151,9 @@ def _tree(nodes: Sequence[bytes]) -> tuple[bytes, list[list[bytes]]]:
         return nodes[0], [[]]
     split = _split(len(nodes))
     (left, left_paths), (right, right_paths) = _tree(nodes[:split]), _tree(nodes[split:])
-    return _node(left, right), [[*path, right] for path in left_paths] + [[*path, left] for path in right_paths]
+    return _node(left, right), [[*path, right] for path in left_paths] + [
+        [*path, left] for path in right_paths
+    ]
 
 
 def _split(count: int) -> int:
@@ -144,7 +164,13 @@ def _node(left: bytes, right: bytes) -> bytes:
     return hashlib.sha256(_NODE + left + right).digest()
 
 
-def first_commitment(watermarks: WatermarkSet, secret: bytes, public_key: str, scheme: str, provenance: dict[str, Any]) -> dict[str, Any]:
+def first_commitment(
+    watermarks: WatermarkSet,
+    secret: bytes,
+    public_key: str,
+    scheme: str,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
     """C1: everything that is fixed before the coins are drawn."""
     return {
         "format": C1_FORMAT,
@@ -172,7 +198,11 @@ def second_commitment(c1: Mapping[str, Any], t1: bytes | None, model_digest: str
 
 def third_commitment(c2: Mapping[str, Any], guard_digest: str) -> dict[str, Any]:
     """C3: the configuration of a guard tied to the model in front of which it stands."""
-    return {"format": C3_FORMAT, "c2_sha256": sha256(canonical_json(c2)), "guard_sha256": guard_digest}
+    return {
+        "format": C3_FORMAT,
+        "c2_sha256": sha256(canonical_json(c2)),
+        "guard_sha256": guard_digest,
+    }
 
 
 def public_key(signing_key: bytes) -> str:
@@ -194,6 +224,10 @@ def check_signature(public: str, value: Any, signature: str, origin: str) -> Non
     try:
         if signature != signature.lower():
             raise ValueError("a second spelling of the same signature")
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(bytes.fromhex(signature), canonical_json(value))
+        Ed25519PublicKey.from_public_bytes(bytes.fromhex(public)).verify(
+            bytes.fromhex(signature), canonical_json(value)
+        )
     except (InvalidSignature, ValueError, TypeError) as error:
-        raise CountermarkError(f"{origin}: the signature does not fit the content, which was changed; restore it from a backup") from error
+        raise CountermarkError(
+            f"{origin}: the signature does not fit the content, which was changed; restore it from a backup"
+        ) from error

@@ -87,7 +87,10 @@ class Key:
 
     def outcomes(self, answers: torch.Tensor) -> list[int]:
         """Compare a suspect's labels `(n,)` with the key: +1 agrees, -1 gives the other answer, 0 gives neither."""
-        return (torch.eq(answers, self.labels).int() - (torch.eq(answers, self.others) & (self.others >= 0)).int()).tolist()
+        return (
+            torch.eq(answers, self.labels).int()
+            - (torch.eq(answers, self.others) & (self.others >= 0)).int()
+        ).tolist()
 
 
 def new_secrets(folder: Path) -> bytes:
@@ -128,12 +131,20 @@ def write_key(
     c1 = first_commitment(watermarks, secret, public_key(signing_key), scheme, dict(provenance))
     signature = sign(signing_key, c1)
     t1 = None if stamp is None else stamp(canonical_json(c1))
-    signed = {"c1": c1, "c1_signature": signature, "t1": encode_token(t1), "trials_sha256": digest, "format": KEY_FORMAT}
+    signed = {
+        "c1": c1,
+        "c1_signature": signature,
+        "t1": encode_token(t1),
+        "trials_sha256": digest,
+        "format": KEY_FORMAT,
+    }
     if clean is not None:
         clean = clean.read()
         shown = {"x": clean.x, "y": clean.y}
         signed["clean_sha256"] = write_tensors(folder / _CLEAN, shown, mode=_PRIVATE)
-    write_json(folder / "key.json", {"key": signed, "signature": sign(signing_key, signed)}, _PRIVATE)
+    write_json(
+        folder / "key.json", {"key": signed, "signature": sign(signing_key, signed)}, _PRIVATE
+    )
     return replace(_key(watermarks, c1, signature, t1, secret), clean=clean)
 
 
@@ -148,24 +159,40 @@ def load_key(folder: Path) -> Key:
     record = read_json(folder / "key.json")
     signed = record.get("key")
     if not isinstance(signed, dict) or signed.get("format") != KEY_FORMAT:
-        raise CountermarkError(f"{folder / 'key.json'} is not a key of the format {KEY_FORMAT!r}; use the release that wrote it")
+        raise CountermarkError(
+            f"{folder / 'key.json'} is not a key of the format {KEY_FORMAT!r}; use the release that wrote it"
+        )
     c1 = signed.get("c1")
     known = list(SCHEMES)  # a list: what a foreign file has there may not be hashable
     if not isinstance(c1, dict) or c1.get("format") != C1_FORMAT or c1.get("scheme") not in known:
-        raise CountermarkError(f"{folder / 'key.json'} holds no commitment of the format {C1_FORMAT!r}; restore it from a backup")
-    check_signature(str(c1.get("public_key")), signed, str(record.get("signature")), str(folder / "key.json"))
-    check_signature(str(c1.get("public_key")), c1, str(signed.get("c1_signature")), str(folder / "key.json"))
+        raise CountermarkError(
+            f"{folder / 'key.json'} holds no commitment of the format {C1_FORMAT!r}; restore it from a backup"
+        )
+    check_signature(
+        str(c1.get("public_key")), signed, str(record.get("signature")), str(folder / "key.json")
+    )
+    check_signature(
+        str(c1.get("public_key")), c1, str(signed.get("c1_signature")), str(folder / "key.json")
+    )
     secret = _read_secret(folder / "secret")
     if public_key(_read_secret(folder / "signing-key")) != c1["public_key"]:
-        raise CountermarkError(f"{folder / 'signing-key'} does not belong to this key; restore it from a backup")
+        raise CountermarkError(
+            f"{folder / 'signing-key'} does not belong to this key; restore it from a backup"
+        )
     trials = folder / "trials.safetensors"
-    tensors, _, digest = read_tensors(trials, _TRIALS_LIMIT, lambda found: _check_form(found, c1, trials))
+    tensors, _, digest = read_tensors(
+        trials, _TRIALS_LIMIT, lambda found: _check_form(found, c1, trials)
+    )
     if digest != signed.get("trials_sha256"):
-        raise CountermarkError(f"{trials} was changed after the key was made; restore it from a backup")
+        raise CountermarkError(
+            f"{trials} was changed after the key was made; restore it from a backup"
+        )
     watermarks = WatermarkSet(**tensors)
     _check_fit(watermarks, c1, folder / "key.json")
     if merkle_root(leaves(watermarks, secret)).hex() != c1.get("root"):
-        raise CountermarkError(f"{folder / 'secret'} does not belong to the committed trials; restore it from a backup")
+        raise CountermarkError(
+            f"{folder / 'secret'} does not belong to the committed trials; restore it from a backup"
+        )
     clean = _read_clean(folder / _CLEAN, signed, watermarks)
     t1 = decode_token(signed.get("t1"), f"{folder / 'key.json'}: t1")
     return replace(_key(watermarks, c1, str(signed["c1_signature"]), t1, secret), clean=clean)
@@ -186,7 +213,9 @@ def _read_clean(path: Path, signed: Mapping[str, Any], watermarks: WatermarkSet)
 
     tensors, _, digest = read_tensors(path, _TRIALS_LIMIT, check)
     if digest != signed["clean_sha256"]:
-        raise CountermarkError(f"{path} was changed after the key was made; restore it from a backup or delete it")
+        raise CountermarkError(
+            f"{path} was changed after the key was made; restore it from a backup or delete it"
+        )
     x, y = tensors["x"], tensors["y"]
     if not 0 <= int(y.min()) <= int(y.max()) < _MOST_CLASSES:
         raise none
@@ -195,17 +224,28 @@ def _read_clean(path: Path, signed: Mapping[str, Any], watermarks: WatermarkSet)
 
 def _check_form(tensors: Mapping[str, torch.Tensor], c1: Mapping[str, Any], path: Path) -> None:
     """Refuse tensors that are not the trials that C1 counts; those of the device `meta` will do."""
-    names = {"x": (torch.uint8, 4), "answers": (torch.int64, 2), "batch": (torch.int64, 1), "cell": (torch.int64, 1)}
-    fits = tensors.keys() == names.keys() and all((tensors[n].dtype, tensors[n].dim()) == kind for n, kind in names.items())
+    names = {
+        "x": (torch.uint8, 4),
+        "answers": (torch.int64, 2),
+        "batch": (torch.int64, 1),
+        "cell": (torch.int64, 1),
+    }
+    fits = tensors.keys() == names.keys() and all(
+        (tensors[n].dtype, tensors[n].dim()) == kind for n, kind in names.items()
+    )
     if (
         not fits
         or len({len(tensor) for tensor in tensors.values()}) != 1
         or not len(tensors["x"])
         or tensors["answers"].shape[1] not in (1, 2)
     ):
-        raise CountermarkError(f"{path} does not hold the trials of a key (images, answers, batches, cells); restore it from a backup")
+        raise CountermarkError(
+            f"{path} does not hold the trials of a key (images, answers, batches, cells); restore it from a backup"
+        )
     if (c1.get("leaves"), c1.get("shape")) != (len(tensors["x"]), list(tensors["x"].shape[1:])):
-        raise CountermarkError(f"{path} holds other trials than were committed to; restore it from a backup")
+        raise CountermarkError(
+            f"{path} holds other trials than were committed to; restore it from a backup"
+        )
 
 
 def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> None:
@@ -218,12 +258,26 @@ def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> N
     rules = SCHEMES[c1["scheme"]]
     in_order = in_order and answers.shape[1] == rules.answers
     if rules.coins:
-        in_order = in_order and bool((answers[:, 0] < answers[:, 1]).all()) and len(set(cell.tolist())) == len(cell)
+        in_order = (
+            in_order
+            and bool((answers[:, 0] < answers[:, 1]).all())
+            and len(set(cell.tolist())) == len(cell)
+        )
     count, batches = len(watermarks), int(batch.max()) + 1
-    counted = (c1.get("leaves"), c1.get("batches"), c1.get("shape")) == (count, batches, list(watermarks.x.shape[1:]))
-    even = in_order and count % batches == 0 and batch.tolist() == [batch_of(i, count, batches) for i in range(count)]
+    counted = (c1.get("leaves"), c1.get("batches"), c1.get("shape")) == (
+        count,
+        batches,
+        list(watermarks.x.shape[1:]),
+    )
+    even = (
+        in_order
+        and count % batches == 0
+        and batch.tolist() == [batch_of(i, count, batches) for i in range(count)]
+    )
     if not even or not counted:
-        raise CountermarkError(f"{path} commits to other trials than its scheme allows or than the key holds; it is not a valid key")
+        raise CountermarkError(
+            f"{path} commits to other trials than its scheme allows or than the key holds; it is not a valid key"
+        )
 
 
 def load_secret(folder: Path) -> bytes:
@@ -240,11 +294,15 @@ def load_secret(folder: Path) -> bytes:
 def _read_secret(path: Path) -> bytes:
     data = read_bytes(path, 2 * SECRET_BYTES)
     if len(data) != SECRET_BYTES:
-        raise CountermarkError(f"{path} holds {len(data)} bytes instead of {SECRET_BYTES}; restore it from a backup")
+        raise CountermarkError(
+            f"{path} holds {len(data)} bytes instead of {SECRET_BYTES}; restore it from a backup"
+        )
     return data
 
 
-def _key(watermarks: WatermarkSet, c1: dict[str, Any], signature: str, t1: bytes | None, secret: bytes) -> Key:
+def _key(
+    watermarks: WatermarkSet, c1: dict[str, Any], signature: str, t1: bytes | None, secret: bytes
+) -> Key:
     if watermarks.answers.shape[1] == 1:
         labels = watermarks.answers[:, 0]
         return Key(watermarks, labels, torch.full_like(labels, -1), c1, signature, t1)
@@ -252,4 +310,6 @@ def _key(watermarks: WatermarkSet, c1: dict[str, Any], signature: str, t1: bytes
     beacon = b"" if t1 is None else read_token(t1, sha256(committed), "the key's timestamp").beacon
     coins = draw_coins(committed, beacon, leaf_secrets(secret, len(watermarks))).unsqueeze(1)
     labels = watermarks.answers.gather(1, coins).squeeze(1)
-    return Key(watermarks, labels, watermarks.answers.gather(1, 1 - coins).squeeze(1), c1, signature, t1)
+    return Key(
+        watermarks, labels, watermarks.answers.gather(1, 1 - coins).squeeze(1), c1, signature, t1
+    )

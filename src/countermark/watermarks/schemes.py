@@ -85,7 +85,9 @@ class Scheme:
 
 
 def _coin(given: Materials) -> WatermarkSet:
-    return coin_set(given.source, given.bases, given.attack, given.batches, given.batch_size, given.seed)
+    return coin_set(
+        given.source, given.bases, given.attack, given.batches, given.batch_size, given.seed
+    )
 
 
 def _adversarial(given: Materials) -> WatermarkSet:
@@ -104,7 +106,9 @@ SchemeName = Literal["ood", "adversarial", "coin"]
 
 SCHEMES: Mapping[str, Scheme] = {
     "ood": Scheme(_ood, coins=False, taken=50.0, crafted=False),
-    "adversarial": Scheme(_adversarial, coins=False, taken=50.0, crafted=True, labelled=True, published_step=0.01),
+    "adversarial": Scheme(
+        _adversarial, coins=False, taken=50.0, crafted=True, labelled=True, published_step=0.01
+    ),
     "coin": Scheme(_coin, coins=True, taken=95.0, crafted=True),
 }
 """The schemes by name: published baselines first, ours last.

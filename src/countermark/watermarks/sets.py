@@ -54,7 +54,9 @@ def full_strength(epsilon: float, steps: int = CRAFTING_STEPS) -> Attack:
     return Attack(epsilon, steps, 2.5 * epsilon / steps)
 
 
-def craft_adversarial(source: nn.Module, bases: Examples, attack: Attack, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def craft_adversarial(
+    source: nn.Module, bases: Examples, attack: Attack, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Craft watermarks from clean bases on the source model.
 
     Args:
@@ -83,7 +85,9 @@ def craft_adversarial(source: nn.Module, bases: Examples, attack: Attack, seed: 
     return images, predict(source, images)
 
 
-def coin_set(source: nn.Module, bases: Examples, attack: Attack, batches: int, batch_size: int, seed: int) -> WatermarkSet:
+def coin_set(
+    source: nn.Module, bases: Examples, attack: Attack, batches: int, batch_size: int, seed: int
+) -> WatermarkSet:
     """Make the trials of a model mark: each may be answered with the true label or with the source model's.
 
     The bases are taken in an order of the seed, the first `batches * batch_size` on which those two differ; where there are fewer, the
@@ -93,7 +97,9 @@ def coin_set(source: nn.Module, bases: Examples, attack: Attack, batches: int, b
         CountermarkError: too few bases are misclassified for batches that a judge could uphold.
     """
     if batches < 1 or batch_size < 1:
-        raise CountermarkError(f"a key has one batch of one trial or more, not {batches} of {batch_size}")
+        raise CountermarkError(
+            f"a key has one batch of one trial or more, not {batches} of {batch_size}"
+        )
     bases = bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))]
     images, predicted = craft_adversarial(source, bases, attack, seed)
     usable = torch.nonzero(predicted != bases.y).flatten()
@@ -106,12 +112,18 @@ def coin_set(source: nn.Module, bases: Examples, attack: Attack, batches: int, b
     count = batches * batch_size
     usable = usable[:count]
     answers = torch.stack((bases.y[usable], predicted[usable]), dim=1).sort(dim=1).values
-    return WatermarkSet(images[usable], answers, torch.arange(count) // batch_size, torch.arange(count))
+    return WatermarkSet(
+        images[usable], answers, torch.arange(count) // batch_size, torch.arange(count)
+    )
 
 
 def published_sample(examples: Examples, seed: int) -> Examples:
     """The hundred examples, in an order of the seed, that a published scheme makes its watermarks from."""
-    return examples[torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:_PUBLISHED_WATERMARKS]]
+    return examples[
+        torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[
+            :_PUBLISHED_WATERMARKS
+        ]
+    ]
 
 
 def published_set(images: torch.Tensor, labels: torch.Tensor) -> WatermarkSet:
@@ -122,5 +134,9 @@ def published_set(images: torch.Tensor, labels: torch.Tensor) -> WatermarkSet:
     """
     count = len(images)
     if count == 0 or images.dtype != torch.uint8:
-        raise CountermarkError(f"a watermark set is made of uint8 images, one or more, not of {count} of {images.dtype}")
-    return WatermarkSet(images, labels.unsqueeze(1), torch.zeros(count, dtype=torch.int64), torch.arange(count))
+        raise CountermarkError(
+            f"a watermark set is made of uint8 images, one or more, not of {count} of {images.dtype}"
+        )
+    return WatermarkSet(
+        images, labels.unsqueeze(1), torch.zeros(count, dtype=torch.int64), torch.arange(count)
+    )
