@@ -1,7 +1,8 @@
-"""What a model scores: predicted labels, test accuracy, adversarial accuracy and strict accuracy, in percent.
+"""What a model scores: predicted labels and test, adversarial and strict accuracy in percent.
 
-Adversarial accuracy counts an example as lost if any iterate of PGD is misclassified, and spends no more steps on it; that is never above
-the accuracy at the last iterate. Strict accuracy is what PGD and four stronger attacks (`attacks.strict`) together leave.
+Adversarial accuracy counts an example as lost if any iterate of PGD is misclassified, and spends no
+more steps on it; the result is never above the accuracy at the last iterate. Strict accuracy is
+what PGD and four stronger attacks (`attacks.strict`) together leave.
 """
 
 import contextlib
@@ -24,24 +25,25 @@ from countermark.files import read_json, write_json
 from countermark.terminal import bar
 from countermark.threat import Attack
 
-_BATCH = 250  # images at a time on a processor
+_BATCH = 250  # images at a time on a CPU
 _STRICT_FORMAT = "countermark strict 1"
 LARGEST_HONEST_GAP = 5.0  # points between PGD and the strict attacks
 _PROGRESS = 1000  # parts of the strict attack that its bar counts
-_PART = 250  # images on a processor after which the strict attacks keep what they found
-_ATTACKED = 128  # images at a time on a processor: their activations stay in its cache
+_PART = 250  # images on a CPU after which the strict attacks keep what they found
+_ATTACKED = 128  # images at a time on a CPU: their activations stay in its cache
 
 
 @dataclass(frozen=True)
 class StrictAccuracy:
-    """One set of images under no attack, under PGD and under the strict attacks; accuracies in percent.
+    """Accuracy in percent on one set of images: under no attack, under PGD and under all attacks.
 
     Attributes:
         images: their number.
         test_accuracy: as they are.
         adversarial_accuracy: what PGD leaves.
         strict_accuracy: what all attacks leave.
-        broken: examples that each attack broke first, by the attacks' names, in the order in which they ran.
+        broken: number of examples that each attack broke first, by the attack's name, in the order
+            in which the attacks ran.
     """
 
     images: int
@@ -57,9 +59,10 @@ class StrictAccuracy:
 
     @property
     def masked(self) -> bool:
-        """Whether the gap is beyond what honest models show, by two standard errors: PGD is too short, or the model hides its gradients.
+        """Whether the gap exceeds what honest models show by more than two standard errors.
 
-        docs/how-it-works.md says how to tell which.
+        If so, PGD is too short or the model hides its gradients; docs/how-it-works.md says how to
+        tell which.
         """
         share = max(0.0, self.gap) / 100
         return (
@@ -86,7 +89,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def predict(model: nn.Module, x: torch.Tensor, *, bounded: bool = True) -> torch.Tensor:
-    """Predicted labels `(n,)`, in evaluation mode; they are on the processor.
+    """Predicted labels `(n,)`, in evaluation mode, on the CPU.
 
     Args:
         model: pixels to logits, in any precision and on any device.
@@ -140,9 +143,9 @@ def adversarial_accuracy(
             `32-true` or `bf16-mixed`. What is found counts by the answers of the model itself.
 
     Raises:
-        CountermarkError: pixels outside [0, 1]; or logits that are not finite, on an example or at a
-            point that the attack met: a model that gives no answer there resists nothing, and no
-            figure is made of it.
+        CountermarkError: pixels outside [0, 1]; or logits that are not finite, on an example or at
+            a point that the attack visited. A model that gives no answer there resists nothing, so
+            it gets no figure.
     """
     device = device_of(model)
     count = batch_size(device, examples.x.shape[1:], _ATTACKED)
@@ -170,14 +173,16 @@ def _lost(
     attack: Attack,
     restarts: int,
 ) -> torch.Tensor:
-    """Which examples the attack breaks: it runs on the prepared copy `quick`, and the model itself has the last word."""
+    """Find the examples that the attack breaks.
+
+    The attack runs on the prepared copy `quick`, and the model itself has the last word.
+    """
     options: dict[str, Any] = {**asdict(attack), "restarts": restarts, "stop_when_lost": True}
     worst = pgd(quick, x, y, **options)
     with torch.no_grad():
         lost: torch.Tensor = answers(ask(model, worst)) != y
-        unsure = ~lost & (
-            answers(ask(quick, worst)) != y
-        )  # the copy's rounding took it for lost and stopped
+        # Examples that the rounding of the copy took for lost, so that the attack stopped.
+        unsure = ~lost & (answers(ask(quick, worst)) != y)
     if bool(unsure.any()):
         again = pgd(model, x[unsure], y[unsure], **options)
         with torch.no_grad():
@@ -195,9 +200,10 @@ def strict_accuracy(
     title: str | None = None,
     checkpoint: Path | None = None,
 ) -> StrictAccuracy:
-    """Accuracy that is left under PGD and then under the strict attacks of the same budget, example by example.
+    """Accuracy that is left under PGD and then under the strict attacks of the same budget.
 
-    Images are attacked in parts, each with randomness of its own, so that a run which was interrupted goes on to the same result.
+    Images are attacked in parts, each with its own randomness, so that a run which was interrupted
+    resumes to the same result.
 
     Args:
         model: pixels to logits; attacked in evaluation mode.
@@ -206,7 +212,8 @@ def strict_accuracy(
         restarts: independent runs of the PGD.
         seed: seed of everything random.
         title: names the progress bar; none is shown without it.
-        checkpoint: file to keep finished parts in and to go on from; of this model, these examples and these arguments alone.
+        checkpoint: file in which finished parts are kept and from which the run resumes; only valid
+            for this model, these examples and these arguments.
 
     Raises:
         CountermarkError: as in `adversarial_accuracy`, or a damaged checkpoint.
@@ -242,9 +249,8 @@ def strict_accuracy(
             )
             kept += found.broken_by.tolist()
             if checkpoint is not None:
-                with contextlib.suppress(
-                    CountermarkError
-                ):  # a full disk costs the way back, not the work
+                # A full disk costs the way back, not the work.
+                with contextlib.suppress(CountermarkError):
                     write_json(checkpoint, {"format": _STRICT_FORMAT, "broken_by": kept})
     broken = {name: kept.count(number) for number, name in enumerate(STAGES)}
     share = 100 / max(len(kept), 1)
@@ -269,6 +275,7 @@ def _kept(checkpoint: Path | None, images: int) -> list[int]:
     )
     if not isinstance(kept, list) or not known or len(kept) > images:
         raise CountermarkError(
-            f"{checkpoint} is not what an interrupted strict evaluation keeps; delete it to begin anew"
+            f"{checkpoint} is not what an interrupted strict evaluation keeps; "
+            "delete it to begin anew"
         )
     return list(kept)

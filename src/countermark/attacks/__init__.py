@@ -1,8 +1,9 @@
-"""Attacks under an L-inf budget, as functions on tensors: pixels of [0, 1] in, adversarial examples out.
+"""Attacks under an L-inf budget: functions from pixels in [0, 1] to adversarial examples.
 
-`pgd` and `fgsm` are what training and everyday evaluation use. `strict` is the worst case over an ensemble of attacks of different kinds,
-each in a file of its own (`apgd`, `fab`, `square`) and a row of one table. They attack
-a network as it is or, sooner, a prepared copy (`fast.prepare`), and `ask` (asking.py) is how all of them ask it.
+`pgd` and `fgsm` serve training and everyday evaluation. `strict` takes the worst case over an
+ensemble of attacks of different kinds; each has its own file (`apgd`, `fab`, `square`) and its own
+row in one table. They attack a network as it is or, faster, a prepared copy (`fast.prepare`), and
+all of them query it through `ask` (asking.py).
 """
 
 from countermark.attacks.asking import answers, ask, finite

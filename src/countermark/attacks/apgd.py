@@ -1,8 +1,10 @@
-"""Auto-PGD: projected gradient ascent that chooses its own step sizes (Croce and Hein, 2020, "Reliable evaluation", algorithm 1).
+"""Auto-PGD (APGD): projected gradient ascent that chooses its own step sizes.
 
-The step halves where it stopped paying, and the search goes on from the best point then. With cross-entropy it is APGD-CE, with the
-targeted difference-of-logits ratio, one target after the other, APGD-T. One thing is ours: a run towards a target is given up when it would
-have to come much further in what is left of it than it came so far.
+This is algorithm 1 of Croce and Hein (2020, "Reliable evaluation"). The step size halves where it
+has stopped paying off, and the search then continues from the best point so far. With cross-entropy
+it is APGD-CE; with the targeted difference-of-logits ratio, one target after another, it is APGD-T.
+One thing is ours: a run towards a target is abandoned when the progress that it still needs is too
+large a multiple of the progress that it has made so far.
 """
 
 import torch
@@ -14,10 +16,9 @@ from countermark.data import pixels
 
 _MOMENTUM = 0.75  # share of the new step in each move
 _PAYS = 0.75  # share of steps that must raise the loss for the step size to stay
-_HOPES = (
-    (20, 1.5),
-    (40, 0.5),
-)  # from this step on, the most progress that is hoped for, in what was made (docs/log.md has the measurements)
+# (step, ratio): from this step on, a run that needs more than `ratio` times the progress that it
+# has made is abandoned (docs/log.md has the measurements).
+_HOPES = ((20, 1.5), (40, 0.5))
 
 
 def apgd_ce(
@@ -25,7 +26,8 @@ def apgd_ce(
 ) -> torch.Tensor:
     """APGD on cross-entropy.
 
-    Randomness comes from torch's generator. An example costs `steps` + 1 forwards and `steps` backwards, or fewer once it is lost.
+    Randomness comes from torch's generator. An example costs `steps` + 1 forward passes and `steps`
+    backward passes, or fewer once it is misclassified.
 
     Args:
         model: pixels `(n, c, h, w)` to logits `(n, classes)`; in evaluation mode.
@@ -35,11 +37,11 @@ def apgd_ce(
         steps: gradient steps.
 
     Returns:
-        Points of the ball `(n, c, h, w)`: a misclassified one where any was met, else that of the highest loss.
+        Points in the ball `(n, c, h, w)`: a misclassified one where the search visited any, else
+        the one with the highest loss.
 
     Raises:
-        CountermarkError: pixels outside [0, 1], or logits that are not finite at a point that was
-            met.
+        CountermarkError: pixels outside [0, 1], or logits that are not finite at a visited point.
     """
     return _apgd(model, x, y, None, epsilon, steps)[0]
 
@@ -53,19 +55,23 @@ def apgd_targeted(
     epsilon: float,
     steps: int = 100,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """APGD on the targeted difference-of-logits ratio: (z_t - z_y) over what the largest logit stands above the third and fourth.
+    """APGD on the targeted difference-of-logits ratio.
+
+    The ratio is (z_t - z_y) divided by how far the largest logit is above the mean of the third and
+    fourth largest.
 
     Args:
         model: pixels `(n, c, h, w)` to logits `(n, classes)`; in evaluation mode.
         x: float pixels of [0, 1], `(n, c, h, w)`.
         y: true labels `(n,)`.
-        target: the class to reach, `(n,)`; any other than `y` counts as well.
+        target: the class to reach, `(n,)`; reaching any other class than `y` counts as well.
         epsilon: L-inf budget, in pixels.
         steps: gradient steps; fewer for an example whose target is out of reach.
 
     Returns:
-        Points of the ball, as of `apgd_ce`, and what each run lacked, `(n,)`: the progress in z_t - z_y that would still have been needed,
-        in the progress that was made; 0 where the example was lost or no progress was made, from which nothing follows.
+        Points in the ball, as from `apgd_ce`, and what each run lacked, `(n,)`: the progress in
+        z_t - z_y that it still needed, as a multiple of the progress that it made. This is 0 where
+        the example was misclassified or no progress was made, and then nothing follows from it.
 
     Raises:
         CountermarkError: as in `apgd_ce`.
@@ -84,7 +90,7 @@ def _loss(logits: torch.Tensor, y: torch.Tensor, target: torch.Tensor | None) ->
 
 
 def _gain(logits: torch.Tensor, y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """What the target's logit stands above the true class's."""
+    """How far the target's logit is above that of the true class."""
     return (logits.gather(1, target.unsqueeze(1)) - logits.gather(1, y.unsqueeze(1))).squeeze(1)
 
 
@@ -197,18 +203,18 @@ def _ascent(
 
 
 def _lacking(begun: torch.Tensor, gained: torch.Tensor) -> torch.Tensor:
-    """The progress that is missing, in the progress made; 0 where there was none."""
+    """The missing progress as a multiple of the progress made; 0 where none was made."""
     progress = gained - begun
     return torch.where(progress > 0, -gained / progress, 0).clamp_(min=0)
 
 
 def as_images(each: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """One value an image, `(n,)`, in the shape `(n, 1, ...)` that meets images `like`."""
+    """One value per image, `(n,)`, as `(n, 1, ...)`, which broadcasts over images `like`."""
     return each.view(-1, *(1,) * (like.dim() - 1))
 
 
 def _checkpoints(steps: int) -> dict[int, int]:
-    """The numbers of the steps at which step sizes are looked at, each with the steps since the one before."""
+    """Map the number of each step at which step sizes are reviewed to the steps since the last."""
     found, period, at = {}, max(int(0.22 * steps), 1), 0
     while at + period < steps:
         at += period

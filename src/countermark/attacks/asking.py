@@ -7,9 +7,9 @@ from countermark.errors import CountermarkError
 from countermark.fast import Prepared, dtype_of
 
 NOT_FINITE = (
-    "the model answers with logits that are not finite numbers (NaN or infinity), and the largest of "
-    "those is no answer; look for weights that diverged or a precision that overflows, and mask a "
-    "class by a large negative number instead of -inf"
+    "the model answers with logits that are not finite numbers (NaN or infinity), and the largest "
+    "of those is no answer; look for weights that diverged or a precision that overflows, and mask "
+    "a class by a large negative number instead of -inf"
 )
 
 

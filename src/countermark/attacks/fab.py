@@ -1,8 +1,10 @@
-"""FAB: the nearest point beyond a linearised boundary, again and again (Croce and Hein, 2020, "Minimally distorted adversarial examples").
+"""FAB: step to the nearest point beyond a linearised boundary, again and again.
 
-The attack looks for the closest adversarial example rather than for the worst point of a ball, so it follows boundaries that a loss does
-not show. This is its targeted form under L-inf: only the boundary to one other class is linearised at a time. One thing is ours: a run
-is given up when its nearest adversarial point is still far beyond the budget.
+The attack (Croce and Hein, 2020, "Minimally distorted adversarial examples") looks for the closest
+adversarial example rather than for the worst point in a ball, so it follows boundaries that a loss
+does not show. This is its targeted form under L-inf: each step linearises the boundary to one other
+class only. One thing is ours: a run is abandoned when its nearest adversarial point is still far
+beyond the budget.
 """
 
 import torch
@@ -14,11 +16,11 @@ from countermark.data import pixels
 
 _MOST_BIAS = 0.1  # largest weight of the original point in a step
 _BEYOND = 1.05  # how far a step goes past the boundary
-_BACK = (
-    0.9  # what stays of an adversarial perturbation when the search goes back towards the original
-)
-_LOOKED_AT = 20  # after so many linearisations, and again after as many more, far runs are given up
-_FAR = 10  # after k linearisations a distance of (1 + 10/k) budgets is far; fewer than one in a hundred came back (docs/log.md)
+_BACK = 0.9  # share of an adversarial perturbation that is kept when the search steps back
+_LOOKED_AT = 20  # linearisations between two checks for runs that are too far away
+# After k linearisations a distance above (1 + 10/k) budgets is too far: fewer than one in a hundred
+# of such runs came back (docs/log.md).
+_FAR = 10
 _ROUNDS = 3  # of the final search between the original and the best point
 _MOST_PIECES = 40  # of the function that a projection follows; a handful is usual
 
@@ -32,24 +34,26 @@ def fab_targeted(
     epsilon: float,
     steps: int = 100,
 ) -> torch.Tensor:
-    """Targeted FAB under L-inf; an example is done once an adversarial point within the budget is met.
+    """Targeted FAB under L-inf; an example is done once it has a misclassified point in the budget.
 
-    An example costs up to `steps` backwards and twice as many forwards. Nothing is random.
+    An example costs up to `steps` backward passes and twice as many forward passes. Nothing is
+    random.
 
     Args:
         model: pixels `(n, c, h, w)` to logits `(n, classes)`; in evaluation mode.
-        x: float pixels of [0, 1], `(n, c, h, w)`, rightly classified.
+        x: float pixels of [0, 1], `(n, c, h, w)`, correctly classified.
         y: true labels `(n,)`.
-        target: the class whose boundary is followed, `(n,)`; any other than `y` counts as well.
+        target: the class whose boundary is followed, `(n,)`; reaching any other class than `y`
+            counts as well.
         epsilon: L-inf budget, in pixels.
         steps: linearisations; fewer for an example whose target is far.
 
     Returns:
-        Points of the ball `(n, c, h, w)`: an adversarial one where any was met, else the example itself.
+        Points in the ball `(n, c, h, w)`: a misclassified one where the search visited any, else
+        the example itself.
 
     Raises:
-        CountermarkError: pixels outside [0, 1], or logits that are not finite at a point that was
-            met.
+        CountermarkError: pixels outside [0, 1], or logits that are not finite at a visited point.
     """
     x = pixels(x)
     result = x.clone()
@@ -91,10 +95,12 @@ def fab_targeted(
 
 
 def project(points: torch.Tensor, normal: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The nearest points, under L-inf and within [0, 1], at which a linear function is zero; the furthest towards it where there is none.
+    """Find the nearest points, under L-inf and within [0, 1], where a linear function is zero.
 
-    With every coordinate moved by t, or as far as it may, the function changes by the sum of |w_i| min(t, room_i): concave and linear in
-    pieces, so that Newton's method from 0 rises to the solution without passing it and ends after finitely many pieces.
+    Where there is no such point, the furthest point towards zero is taken. When every coordinate
+    moves by t, or as far as it can, the function changes by the sum of |w_i| min(t, room_i). This
+    sum is concave and piecewise linear in t, so Newton's method from 0 rises to the solution
+    without passing it and ends after finitely many pieces.
 
     Args:
         points: in [0, 1], `(n, d)`.
@@ -128,7 +134,10 @@ def _step(
     y: torch.Tensor,
     target: torch.Tensor,
 ) -> torch.Tensor:
-    """Go a little beyond the linearised boundary, from where the search is and, with less weight, from the original."""
+    """Step a little beyond the linearised boundary.
+
+    The step starts at the current point and, with less weight, at the original.
+    """
     with torch.enable_grad():
         leaf = points.detach().requires_grad_()
         logits = finite(ask(model, leaf)).to(leaf.dtype)

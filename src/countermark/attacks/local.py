@@ -1,7 +1,9 @@
-"""Logits of images that differ from known ones in one small window, computed only where the window reaches.
+"""Logits of images that differ from known ones in one small window.
 
-A pixel touches a few places of a convolution and of the pools after it; the first linear layer sees the difference at those places alone.
-Everything behind it is computed in full, and so is everything behind a layer that is not known here.
+They are computed only where the window reaches. A pixel affects a few places of a convolution and
+of the pools after it, and the first linear layer sees the difference at those places alone.
+Everything behind that layer is computed in full, and so is everything behind a layer that is not
+known here.
 """
 
 from dataclasses import dataclass
@@ -50,7 +52,8 @@ class Local:
         )
         layers = list(model.layers) if isinstance(model, Prepared) and known else [model]
         self._stages, rest = _stages(layers)
-        # The input of each stage, and the result of the last. With the channels side by side a window is a few long rows.
+        # The input of each stage, and the result of the last. In channels-last layout a window is a
+        # few long rows.
         self._states = [x.clone(memory_format=torch.channels_last) if x.dim() == 4 else x.clone()]
         for stage in self._stages:
             self._states.append(
@@ -89,7 +92,13 @@ class Local:
         self._tried = None
 
     def ask(self, patch: torch.Tensor, top: int, left: int) -> torch.Tensor:
-        """Logits `(n, classes)` of the images with `patch`, `(n, c, height, width)`, put in at one place."""
+        """Logits `(n, classes)` of the images with a patch put in at one place.
+
+        Args:
+            patch: new pixels `(n, c, height, width)`.
+            top: first row of the patch.
+            left: first column of the patch.
+        """
         window: Window = (top, top + patch.shape[2], left, left + patch.shape[3])
         changes = [(window, patch)]
         for stage, state in zip(self._stages, self._states, strict=False):
@@ -113,7 +122,7 @@ class Local:
         return logits
 
     def accept(self, rows: torch.Tensor) -> None:
-        """Make the change that was last asked about, in the images for which `rows`, `(n,)`, is true."""
+        """Make the change that was last asked about in the images where `rows`, `(n,)`, is true."""
         assert self._tried is not None
         changes, dense, logits = self._tried
         chosen = torch.nonzero(rows).flatten()
@@ -236,7 +245,12 @@ def _reached(
 
 
 def _span(stage: _Stage, size: int, start: int, end: int) -> tuple[int, int, int, int]:
-    """Along one direction: the results that pixels from `start` to before `end` reach, and the pixels that those look at."""
+    """Follow the pixels from `start` to before `end` through a stage, along one direction.
+
+    Returns:
+        Start and end of the results that these pixels reach, and start and end of the pixels that
+        those results depend on.
+    """
     count = (size + 2 * stage.padding - stage.kernel) // stage.stride + 1
     first = max(0, -(-(start + stage.padding - stage.kernel + 1) // stage.stride))
     last = min(count, (end - 1 + stage.padding) // stage.stride + 1)

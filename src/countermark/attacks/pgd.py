@@ -1,7 +1,7 @@
 """Projected gradient descent, the attack of Madry et al. (2018).
 
-With one step it is FGSM with random start (Wong, Rice and Kolter, 2020). The model is used as it stands: put it into evaluation mode
-first, or `prepare` it, unless you mean otherwise.
+With one step it is FGSM with random start (Wong, Rice and Kolter, 2020). The model is used as it
+stands: put it into evaluation mode first, or `prepare` it, unless you mean otherwise.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.fast import Prepared
 
-_CACHED = 64  # images whose activations stay in a processor's cache
+_CACHED = 64  # images whose activations stay in a CPU's cache
 _KNOWN = ("torch", "countermark")  # packages whose layers ask the device nothing
 
 
@@ -36,9 +36,10 @@ def pgd(
     stop_when_lost: bool = False,
     bounded: bool = True,
 ) -> torch.Tensor:
-    """Search the L-inf ball around each example for a point of high loss, by projected gradient ascent.
+    """Search the L-inf ball around each example for a point of high loss by projected ascent.
 
-    Randomness comes from torch's generator. The cost is `steps` forwards and backwards an example and restart.
+    Randomness comes from torch's generator. The cost is `steps` forward and backward passes per
+    example and restart.
 
     Args:
         model: pixels `(n, c, h, w)` to logits `(n, classes)`.
@@ -48,18 +49,19 @@ def pgd(
         steps: gradient steps.
         step_size: length of a step, in pixels.
         random_start: start at a uniform point of the ball instead of at `x`.
-        start: start at these points `(n, c, h, w)` instead, brought into the ball; for the first run only.
+        start: start at these points `(n, c, h, w)` instead, clamped to the ball; first run only.
         restarts: independent runs; each example keeps its worst point.
         stop_when_lost: spend no more steps on an example once it is misclassified.
-        bounded: refuse pixels outside [0, 1] (see `data.pixels`); training looks at their range once
+        bounded: refuse pixels outside [0, 1] (see `data.pixels`); training checks their range once
             and not in every step.
 
     Returns:
-        Adversarial examples `(n, c, h, w)`: misclassified ones where any were found, else those of the highest loss.
+        Adversarial examples `(n, c, h, w)`: misclassified ones where any were found, else those
+        with the highest loss.
 
     Raises:
-        CountermarkError: pixels outside [0, 1], or logits that are not finite at a point from which a
-            step was taken.
+        CountermarkError: pixels outside [0, 1], or logits that are not finite at a point from which
+            a step was taken.
     """
     x = pixels(x, bounded=bounded)
     if epsilon == 0 or steps == 0 or len(x) == 0:
@@ -102,7 +104,10 @@ def fgsm(
     epsilon: float,
     step_size: float | None = None,
 ) -> torch.Tensor:
-    """One signed gradient step from a random start, as single-step training uses it (step 1.25 epsilon unless told otherwise)."""
+    """One signed gradient step from a random start, as in single-step training.
+
+    The step size is 1.25 epsilon by default.
+    """
     return pgd(
         model,
         x,
@@ -131,7 +136,10 @@ def _climb(
     step_size: float,
     stop_when_lost: bool,
 ) -> torch.Tensor:
-    """Ascend the loss within the boxes from `points`, which are overwritten; with `stop_when_lost` misclassified ones rest."""
+    """Ascend the loss within the boxes from `points`, which are overwritten.
+
+    With `stop_when_lost`, points that are misclassified stay where they are.
+    """
     if isinstance(model, Prepared):  # each image is on its own, and nobody else sees the passes
         if points.is_cuda and capturable(model):
             before = points.clone()
@@ -222,16 +230,20 @@ def step_(
 
 
 class Recording:
-    """PGD in training on a GPU: its step is recorded once, and replayed for every batch of the same shape.
+    """PGD for training on a GPU: its step is recorded once and replayed for batches of one shape.
 
-    In batches of a hundred images the host would else take several times as long to launch a step
-    as the device to compute it. The model's weights may change in place between two calls.
+    In batches of a hundred images, the host would otherwise take several times as long to launch a
+    step as the device takes to compute it. The model's weights may change in place between two
+    calls.
     """
 
     def __init__(
         self, model: nn.Module, precision: Callable[[], contextlib.AbstractContextManager[Any]]
     ) -> None:
-        """Attack a model that stays in evaluation mode meanwhile; each step runs within `precision()`, which must keep no casts."""
+        """Attack a model that stays in evaluation mode while it is attacked.
+
+        Each step runs within `precision()`, which must not cache any casts.
+        """
         self._model, self._precision = model, precision
         self._held: list[torch.Tensor] = []  # points, labels, lowest and highest pixels, step size
         self._replay: Callable[[], None] = lambda: None
@@ -247,7 +259,7 @@ class Recording:
         random_start: bool,
         start: torch.Tensor | None,
     ) -> torch.Tensor:
-        """What `pgd` finds, which see; nothing is looked for twice, and nobody looks at the range of the pixels."""
+        """Find what `pgd` finds, in one run that neither stops early nor checks the pixel range."""
         lower, upper = (x - epsilon).clamp_(0, 1), (x + epsilon).clamp_(0, 1)
         first = (
             _start(x, epsilon, lower, upper, random_start)
@@ -279,9 +291,10 @@ def capturable(model: nn.Module) -> bool:
 
 
 def _captured(step: Callable[[], Any]) -> Callable[[], None]:
-    """Record a step on a GPU; each call of the result replays it on the same tensors, without the host's share of the work.
+    """Record a step on a GPU.
 
-    The step runs a few times for that: what it changed is the caller's to put back.
+    Each call of the result replays the step on the same tensors, without the host's share of the
+    work. Recording runs the step a few times; the caller must restore what it changed.
     """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())

@@ -1,6 +1,7 @@
-"""The Square attack: random search that sets small squares of the image to the edge of the budget (Andriushchenko et al., 2020).
+"""The Square attack: random search that moves small squares of the image to the budget's edge.
 
-It asks for logits only. Where it succeeds and gradients do not, the model hides its gradients instead of resisting.
+It is the attack of Andriushchenko et al. (2020) and asks for logits only. Where it succeeds and
+gradients do not, the model hides its gradients instead of resisting.
 """
 
 import math
@@ -13,17 +14,8 @@ from countermark.attacks.local import Local
 from countermark.data import pixels
 
 _FIRST_SHARE = 0.8  # of the image in the first squares
-_SHRINK = (
-    10,
-    50,
-    200,
-    500,
-    1000,
-    2000,
-    4000,
-    6000,
-    8000,
-)  # after so many of 10,000 queries the share of the image halves
+# After so many of 10,000 queries the share of the image halves.
+_SHRINK = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 def square(
@@ -31,22 +23,23 @@ def square(
 ) -> torch.Tensor:
     """Random search for a misclassified point; an example is done once there is one.
 
-    Randomness comes from torch's generator. In each query all examples try the same square, with signs of their own, so that only what
-    the square reaches need be computed again (`local.Local`).
+    Randomness comes from torch's generator. In each query all examples try the same square, each
+    with its own signs, so that only what the square reaches has to be computed again
+    (`local.Local`).
 
     Args:
         model: pixels `(n, c, h, w)` to logits `(n, classes)`; in evaluation mode.
         x: float pixels of [0, 1], `(n, c, h, w)`.
         y: true labels `(n,)`.
         epsilon: L-inf budget, in pixels.
-        queries: most forwards for an example.
+        queries: most forward passes for an example.
 
     Returns:
-        Points of the ball `(n, c, h, w)`: a misclassified one where any was met, else that of the smallest margin.
+        Points in the ball `(n, c, h, w)`: a misclassified one where the search visited any, else
+        the one with the smallest margin.
 
     Raises:
-        CountermarkError: pixels outside [0, 1], or logits that are not finite at a point that was
-            met.
+        CountermarkError: pixels outside [0, 1], or logits that are not finite at a visited point.
     """
     x = pixels(x)
     if epsilon == 0 or len(x) == 0:
@@ -90,7 +83,7 @@ def _side(query: int, height: int, width: int) -> int:
 
 
 def _margin(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """What the true class stands above the best other one; below zero once misclassified."""
+    """How far the true class is above the best other class; below zero once misclassified."""
     own = finite(logits).gather(1, y.unsqueeze(1)).squeeze(1)
     other = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
     return own - other

@@ -1,8 +1,10 @@
-"""The strict judge: for each example the worst of four attacks of different kinds, as AutoAttack (Croce and Hein, 2020) runs them.
+"""The strict judge: for each example the worst of four attacks of different kinds.
 
-APGD-CE, APGD-T, Square and FAB-T one after the other, each with AutoAttack's settings, and each only on the examples that all before it
-left standing. The first two ascend losses, FAB-T follows boundaries, and Square needs no gradients at all. FAB-T only follows boundaries
-that APGD-T came near: the runs of both are given up where they have no prospect.
+They are the attacks of AutoAttack (Croce and Hein, 2020) with its settings: APGD-CE, APGD-T, Square
+and FAB-T run one after another, each only on the examples that have withstood all attacks before
+it. The first two ascend losses, FAB-T follows boundaries, and Square needs no gradients at all. Two
+things are ours: runs of APGD-T and FAB-T that have no prospect of success are abandoned, and FAB-T
+follows only boundaries that APGD-T came near.
 """
 
 from collections.abc import Callable
@@ -20,7 +22,9 @@ from countermark.device import batch_size
 from countermark.fast import prepare
 
 _TARGETS = 9  # other classes that the targeted attacks try, the likeliest first
-_NEAR = 1.0  # FAB-T follows a boundary if APGD-T lacked no more than this, in its own progress: about two budgets away
+# FAB-T follows a boundary if APGD-T lacked at most this multiple of the progress that it made: the
+# boundary is then at most about two budgets away.
+_NEAR = 1.0
 _CHUNK = 256  # examples at a time, and fewer where images are large
 
 
@@ -108,7 +112,7 @@ ENSEMBLE: tuple[StrictAttack, ...] = (
 
 CLEAN, OPENING = "clean", "PGD"
 STAGES = (CLEAN, OPENING, *(attack.name for attack in ENSEMBLE))
-"""What may break an example: nothing but the model itself, the attack that goes first, the ensemble."""
+"""What may break an example: the model alone, the attack that goes first, or the ensemble."""
 
 _OPENING_COST = 25
 
@@ -118,8 +122,10 @@ class Strict:
     """What `strict` found.
 
     Attributes:
-        points: `(n, c, h, w)` within the ball: a misclassified point for each example that was lost, else the example itself.
-        broken_by: `(n,)` int64: the number in `STAGES` of what broke the example, -1 where nothing did; 0 is the example as it is.
+        points: `(n, c, h, w)` within the ball: a misclassified point for each example that was
+            broken, else the example itself.
+        broken_by: `(n,)` int64: the number in `STAGES` of what broke the example, or -1 where
+            nothing did; 0 means that the example is misclassified as it is.
     """
 
     points: torch.Tensor
@@ -142,19 +148,21 @@ def strict(
     Randomness comes from torch's generator.
 
     Args:
-        model: pixels `(n, c, h, w)` to logits `(n, classes)`, in evaluation mode. The attacks run on a prepared copy; only what the model
-            itself misclassifies counts.
+        model: pixels `(n, c, h, w)` to logits `(n, classes)`, in evaluation mode. The attacks run
+            on a prepared copy; only what the model itself misclassifies counts.
         x: float pixels of [0, 1], `(n, c, h, w)`.
         y: true labels `(n,)`.
         epsilon: L-inf budget, in pixels; 0 leaves only what is misclassified anyway.
         steps: of each run of APGD and FAB.
-        queries: of Square, an example.
-        opening: an attack of the same budget that goes first, as "PGD": from model, images and labels to points of the ball.
-        after: called now and then with the share of the work that is done and the number of examples that stand.
+        queries: of Square, per example.
+        opening: an attack of the same budget that goes first, under the name "PGD"; it maps model,
+            images and labels to points in the ball.
+        after: called now and then with the share of the work that is done and the number of
+            examples that no attack has broken yet.
 
     Raises:
-        CountermarkError: pixels outside [0, 1], or logits that are not finite, on an example or at a
-            point that an attack met.
+        CountermarkError: pixels outside [0, 1], or logits that are not finite, on an example or at
+            a point that an attack visited.
     """
     x = pixels(x)
     found = Strict(x.clone(), torch.full_like(y, -1))

@@ -1,8 +1,9 @@
 """Evidence from coins: the exact sign-flip test, the e-process, the verdict, and the planner.
 
-Nothing here knows models or files. The inputs are outcomes: +1 where a suspect gave the answer that the coin chose, -1 where it gave the
-other one, 0 where it gave neither. Under the null ("this suspect does not depend on our coins") the sign of every cell is a fair coin,
-whatever the suspect is; the three conditions that carry this are in docs/how-it-works.md.
+Nothing here knows models or files. The inputs are outcomes: +1 where a suspect gave the answer that
+the coin chose, -1 where it gave the other answer, and 0 where it gave neither. Under the null
+hypothesis ("this suspect does not depend on our coins") the sign of every cell is a fair coin,
+whatever the suspect is; docs/how-it-works.md states the three conditions that this rests on.
 """
 
 from countermark.evidence.betting import EProcess

@@ -1,8 +1,10 @@
 """Evidence by betting: the e-process, valid whenever you stop.
 
-Wealth starts at 1 and is staked on each next coin before it is seen; under the null its conditional mean never rises, so by Ville's
-inequality P(it ever reaches 1/alpha) <= alpha, however the queries were chosen and whenever the counting stopped (Ramdas et al., 2023).
-This is the test for trials that a client chose after seeing earlier answers (condition 3).
+Wealth starts at 1, and a stake is placed on each coin before it is seen. Under the null hypothesis
+the conditional mean of the wealth never rises, so by Ville's inequality
+P(it ever reaches 1/alpha) <= alpha, however the queries were chosen and whenever the counting
+stopped (Ramdas et al., 2023). This is the test for trials that a client chose after seeing earlier
+answers (condition 3).
 """
 
 import math
@@ -10,14 +12,18 @@ import math
 from countermark.errors import CountermarkError
 
 _STAKES = tuple(k / 20 for k in range(1, 21))
-"""How often each of twenty equal gamblers believes that the suspect follows the coin: a mixture that needs no tuning."""
+"""The probability that each of twenty equal gamblers gives to the suspect following the coin.
+
+A mixture of them needs no tuning.
+"""
 
 
 class EProcess:
     """An e-process over a stream of outcomes.
 
-    Wealth is shared equally by gamblers who believe that the suspect follows the coin with probability 5 %, 10 %, ..., 100 % and else
-    does not depend on it, and who stake accordingly; the mixture of e-processes is one.
+    Wealth is shared equally by gamblers who believe that the suspect follows the coin with
+    probability 5 %, 10 %, ..., 100 % and otherwise does not depend on it, and who stake
+    accordingly. A mixture of e-processes is itself an e-process.
     """
 
     def __init__(self) -> None:
@@ -29,9 +35,12 @@ class EProcess:
         """Settle the next bet.
 
         Args:
-            outcome: +1 the suspect agreed with the coin, -1 it gave the other answer, 0 neither (no bet).
-            chance: probability with which the coin, before it fell, was to choose the answer that the suspect gave.
-            confidence: share of its usual stake that each gambler stakes, in [0, 1]; fixed before the coin is known.
+            outcome: +1 if the suspect agreed with the coin, -1 if it gave the other answer, 0 if it
+                gave neither (no bet).
+            chance: the probability, before the coin fell, that it would choose the answer that the
+                suspect gave.
+            confidence: share of the usual stake that each gambler places, in [0, 1]; fixed before
+                the coin is known.
 
         Raises:
             CountermarkError: an outcome, a chance or a confidence that does not exist.
@@ -42,7 +51,8 @@ class EProcess:
             )
         if not 0 < chance < 1 or not 0 <= confidence <= 1:
             raise CountermarkError(
-                f"a bet has a chance in (0, 1) and a confidence in [0, 1], not {chance} and {confidence}"
+                f"a bet has a chance in (0, 1) and a confidence in [0, 1], not {chance} "
+                f"and {confidence}"
             )
         if outcome == 0:
             return

@@ -11,8 +11,9 @@ _MOST_DISAGREEMENTS = 3_000
 def trials_needed(p: float, agreement: float, power: float = 0.9) -> int:
     """The fewest trials, each its own cell, that reach a p-value with a given probability.
 
-    For each number d of disagreements that may be forgiven there is a smallest number of trials n(d) whose exact p-value is still at most
-    `p`; the answer is the first n(d) at which a suspect disagrees at most d times with probability `power`.
+    For each number d of disagreements that may be forgiven there is a smallest number of trials
+    n(d) whose exact p-value is still at most `p`. The answer is the first n(d) at which a suspect
+    disagrees at most d times with probability `power`.
 
     Args:
         p: the wished p-value, in (0, 1).
@@ -20,7 +21,8 @@ def trials_needed(p: float, agreement: float, power: float = 0.9) -> int:
         power: probability of getting there, in [0.5, 1).
 
     Raises:
-        CountermarkError: numbers out of range, or an agreement so near to one half that some six thousand trials would not do.
+        CountermarkError: numbers out of range, or an agreement so close to one half that some six
+            thousand trials would not be enough.
     """
     if not (0 < p < 1 and 0.5 < agreement <= 1 and 0.5 <= power < 1):
         raise CountermarkError(
@@ -28,10 +30,8 @@ def trials_needed(p: float, agreement: float, power: float = 0.9) -> int:
         )
     wished = Fraction(p)
     trials, forgiven = 0, 0
-    within, term = (
-        1,
-        1,
-    )  # sum of C(trials, k) for k <= forgiven, and its last term C(trials, forgiven)
+    # Sum of C(trials, k) for k <= forgiven, and its last term C(trials, forgiven).
+    within, term = 1, 1
     while forgiven <= _MOST_DISAGREEMENTS:
         while within * wished.denominator > wished.numerator << trials:
             within = 2 * within - term
@@ -43,7 +43,8 @@ def trials_needed(p: float, agreement: float, power: float = 0.9) -> int:
         term = math.comb(trials, forgiven)
         within += term
     raise CountermarkError(
-        f"at an agreement of {agreement} more than {trials} trials are needed; raise the agreement or the wished p-value"
+        f"at an agreement of {agreement} more than {trials} trials are needed; "
+        "raise the agreement or the wished p-value"
     )
 
 

@@ -1,8 +1,9 @@
 """The clustered sign-flip test, exact to the last pattern.
 
-For cells with differences D_c (agreements minus disagreements) and weights w_c fixed beforehand, S = sum of w_c D_c. Under the null S is a
-sum of independent +-w_c|D_c|, each sign a fair coin, so P(S* >= S) is a number of sign patterns over 2^cells. We count the patterns in
-integers: no normal approximation, no simulation, no underflow.
+For cells with differences D_c (agreements minus disagreements) and weights w_c fixed beforehand,
+S = sum of w_c D_c. Under the null hypothesis S is a sum of independent terms +-w_c|D_c|, where each
+sign is a fair coin, so P(S* >= S) is a number of sign patterns over 2^cells. The patterns are
+counted in integers: no normal approximation, no simulation, no underflow.
 """
 
 import math
@@ -14,9 +15,8 @@ from fractions import Fraction
 
 from countermark.errors import CountermarkError
 
-_DIGITS = Context(
-    prec=40, Emin=MIN_EMIN, Emax=MAX_EMAX
-)  # its quotients and logarithms are correctly rounded
+# Its quotients and logarithms are correctly rounded.
+_DIGITS = Context(prec=40, Emin=MIN_EMIN, Emax=MAX_EMAX)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,10 @@ class SignFlip:
         return log10(self.p)
 
     def randomised_p_value(self, uniform: float) -> float:
-        """P(S* > S) + uniform P(S* = S): exactly uniform on (0, 1) under the null, for checks of the level."""
+        """P(S* > S) + uniform P(S* = S), for checks of the level.
+
+        Under the null hypothesis it is exactly uniform on (0, 1).
+        """
         return float(
             Fraction(self.above, 1 << self.cells)
             + Fraction(uniform) * Fraction(self.at_least - self.above, 1 << self.cells)
@@ -88,12 +91,13 @@ def cell_differences(cells: Sequence[int], outcomes: Sequence[int]) -> dict[int,
 def sign_flip_test(differences: Iterable[int], weights: Iterable[int] | None = None) -> SignFlip:
     """Test whether the differences lean the way the coins fell.
 
-    Counting takes about (cells x smaller tail of the statistic) additions of integers of `cells` bits; equal magnitudes take one binomial
-    sum.
+    Counting takes about (cells x smaller tail of the statistic) additions of integers of `cells`
+    bits; where all magnitudes are equal it takes one binomial sum.
 
     Args:
-        differences: D_c, one integer a cell.
-        weights: w_c, one positive integer a cell, fixed before anything was asked; all 1 by default.
+        differences: D_c, one integer per cell.
+        weights: w_c, one positive integer per cell, fixed before anything was asked; all 1 by
+            default.
 
     Raises:
         CountermarkError: a weight that is not a positive integer, or not one for each cell.
@@ -131,7 +135,8 @@ def _subsets_within(magnitudes: Sequence[int], bound: int) -> int:
     sizes = Counter(magnitude // divisor for magnitude in magnitudes)
     if set(sizes) == {1}:
         return _binomial_sum(count, bound)
-    # The generating polynomial, prod (1 + z^size), cut at z^bound and packed into one integer: `slot` bits a coefficient.
+    # The generating polynomial, prod (1 + z^size), is cut at z^bound and packed into one integer,
+    # with `slot` bits per coefficient.
     slot = 8 * (count // 8 + 1)
     mask = (1 << slot * (bound + 1)) - 1
     packed = 1

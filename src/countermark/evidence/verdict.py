@@ -20,15 +20,17 @@ class Verdict:
     """What the outcomes prove.
 
     Attributes:
-        verdict: `match` (p <= alpha), `no evidence`, or `inconclusive` (too few usable trials to ever reach alpha).
-        p_value: exact, times the number of batches the claim could have chosen from; 0.0 below the smallest float; none where nothing is
-            exact (`untested`).
+        verdict: `match` (p <= alpha), `no evidence`, or `inconclusive` (too few usable trials to
+            ever reach alpha).
+        p_value: exact, multiplied by the number of batches that the claim could have chosen from;
+            0.0 below the smallest float; `None` where there is no exact test (`untested`).
         log10_p_value: its decimal logarithm, at any size.
         agreements: trials answered as the key says.
         disagreements: trials given the answer that the coin did not choose.
         neither: trials answered with neither.
         trials: trials asked.
-        log10_smallest_p_value: the smallest p-value that these trials could ever reach, if all were answered as the coins chose.
+        log10_smallest_p_value: decimal logarithm of the smallest p-value that these trials could
+            ever reach, if all were answered as the coins chose.
         alpha: the level.
     """
 
@@ -44,7 +46,10 @@ class Verdict:
 
 
 def decide(p: Fraction | float, smallest: Fraction | float, alpha: float) -> str:
-    """The verdict on a p-value, given the smallest that the usable trials could have reached; all three as numbers, or as logarithms."""
+    """The verdict on a p-value, given the smallest that the usable trials could have reached.
+
+    All three arguments are numbers, or all three are logarithms.
+    """
     return "match" if p <= alpha else "inconclusive" if smallest > alpha else "no evidence"
 
 
@@ -97,7 +102,10 @@ def judge(
 
 
 def untested(outcomes: Sequence[int], alpha: float = ALPHA) -> Verdict:
-    """Count the outcomes of trials that no coin decided: there is no exact test, so they are never more than inconclusive."""
+    """Count the outcomes of trials that no coin decided.
+
+    There is no exact test for them, so the verdict is never more than inconclusive.
+    """
     agreements = sum(outcome == 1 for outcome in outcomes)
     return Verdict(
         "inconclusive",

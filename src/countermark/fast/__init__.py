@@ -1,9 +1,9 @@
-"""Networks made quicker, with the same numbers within rounding: copies for attacks, and layers for training.
+"""Faster networks with the same numbers within rounding: copies to attack, and layers to train.
 
-`prepare` (prepared.py) copies a network for attacks, with all that is constant computed once;
-inside.py does that to networks which compute by code of their own. `quick_to_train` (training.py)
-puts quicker layers into a network that is trained on a processor. The layers are in pooling.py and
-spectral.py, and sequence.py says which networks may be taken apart.
+`prepare` (prepared.py) copies a network for attacks, with everything that is constant computed
+once; inside.py does the same for networks that compute with their own code. `quick_to_train`
+(training.py) puts faster layers into a network that is trained on a CPU. The layers are in
+pooling.py and spectral.py, and sequence.py says which networks may be taken apart.
 """
 
 from countermark.fast.pooling import Pool

@@ -1,10 +1,10 @@
-"""Networks that compute by code of their own, residual ones above all, made quicker to attack.
+"""Networks that compute with their own code, such as residual networks, made faster to attack.
 
-Their code stays what runs. What is constant in it is found by tracing it once (torch.fx): where the
-result of a convolution goes into a batch norm and nowhere else, the batch norm goes into the
-convolution's weights and is left out (Jacob et al., 2018, section 3.2). The copy is laid out with
-channels last, which convolutions on processors want. Whether it computes what the network computes
-is not taken for granted: the first images that it is asked about are put to both.
+That code is still what runs. What is constant in it is found by tracing it once (torch.fx): where
+the result of a convolution goes into a batch norm and nowhere else, the batch norm is folded into
+the convolution's weights and left out (Jacob et al., 2018, section 3.2). The copy is laid out with
+channels last, which convolutions on CPUs prefer. That the copy computes what the network computes
+is not taken for granted: both are run on the first images, and the results are compared.
 """
 
 import copy
@@ -26,7 +26,9 @@ _ROUNDING_OTHERWISE = 1e-3
 
 
 def quickened(module: nn.Module) -> nn.Module:
-    """A quicker copy of a module that computes by code of its own; layers of PyTorch and of ours come back as they are.
+    """Copy a module that computes with its own code into a faster one.
+
+    Layers of PyTorch and of this package are returned as they are.
 
     Args:
         module: in evaluation mode; it is not changed.
@@ -49,13 +51,13 @@ def quickened(module: nn.Module) -> nn.Module:
 
 
 class Quickened(nn.Module):
-    """A quicker copy of a module, which is compared with the module when it is first asked.
+    """A faster copy of a module, compared with the module when it is first called.
 
     Attributes:
-        folded: how many batch norms the copy has no more.
+        folded: number of batch norms that were folded away in the copy.
         layer: what computes: the copy, or the module itself where the copy computes something else.
-        layout: how images lie in memory for it.
-        exact: the module, until the two have been compared.
+        layout: memory layout of images for `layer`.
+        exact: the module, until the two have been compared; then `None`.
     """
 
     def __init__(self, quick: nn.Module, exact: nn.Module, folded: int) -> None:
@@ -74,7 +76,10 @@ class Quickened(nn.Module):
 
     @torch.no_grad()
     def _settle(self, exact: nn.Module, x: torch.Tensor) -> None:
-        """Choose the quickest that computes what `exact` does; code that views memory may want channels first."""
+        """Choose the fastest layer and layout that compute what `exact` does.
+
+        Code that views memory may need channels first.
+        """
         self.exact, quick = None, self.layer
         self._take(exact, torch.contiguous_format)
         wanted = self._ask(x)
@@ -105,9 +110,8 @@ def _laid_out(x: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:
     """Tensors of four dimensions as they are wanted in memory, others as PyTorch makes them."""
     if x.dim() == 4 and layout is torch.channels_last:
         return x.contiguous(memory_format=layout)
-    return (
-        x.contiguous().flatten().view(x.shape)
-    )  # one channel lies both ways, but its strides say which
+    # One channel lies in memory both ways, but its strides say which.
+    return x.contiguous().flatten().view(x.shape)
 
 
 class _Tracer(torch.fx.Tracer):
@@ -121,14 +125,16 @@ class _Tracer(torch.fx.Tracer):
 
 
 def _norms_behind_convolutions(module: nn.Module) -> list[tuple[str, str]]:
-    """The names of convolutions whose result goes into a batch norm and nowhere else, and of these batch norms.
+    """Find convolutions whose result goes into a batch norm and nowhere else.
 
-    None are found in code that cannot be followed, such as code that looks at the numbers.
+    None are found in code that cannot be traced, such as code that looks at the numbers.
+
+    Returns:
+        The names of each such convolution and of its batch norm.
     """
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    followed = copy.deepcopy(
-        module, shared
-    )  # code that keeps what it computes keeps what it is followed with
+    # Code that keeps what it computes would keep the tracer's proxies, so a copy is traced.
+    followed = copy.deepcopy(module, shared)
     try:
         given = list(inspect.signature(module.forward).parameters.values())[1:]
         defaults = {

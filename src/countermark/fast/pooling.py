@@ -58,7 +58,10 @@ def _groups(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def every_pixel(layer: nn.Conv2d) -> bool:
-    """Whether a convolution looks at every pixel alike: no stride, no gaps, no groups, zeros around the image."""
+    """Whether a convolution treats every pixel alike.
+
+    It has no stride, no dilation and no groups, and it pads with zeros.
+    """
     return (layer.stride, layer.dilation, layer.groups, layer.padding_mode) == (
         (1, 1),
         (1, 1),
@@ -68,7 +71,7 @@ def every_pixel(layer: nn.Conv2d) -> bool:
 
 
 def suits_blocks(layer: nn.Conv2d) -> bool:
-    """Whether a convolution that is followed by max-pooling by two is quicker on blocks of pixels."""
+    """Whether a convolution with max-pooling by two behind it is faster on blocks of pixels."""
     square = (
         layer.kernel_size[0] == layer.kernel_size[1]
         and isinstance(layer.padding, tuple)
@@ -78,7 +81,14 @@ def suits_blocks(layer: nn.Conv2d) -> bool:
 
 
 def block_filters(weight: torch.Tensor) -> torch.Tensor:
-    """The filters `(4 f, 4 c, b, b)` that on blocks of 2x2 pixels do what `weight`, `(f, c, k, k)`, does at a block's four places."""
+    """Make filters for blocks of 2x2 pixels out of the filters of a convolution.
+
+    Args:
+        weight: filters `(f, c, k, k)`.
+
+    Returns:
+        Filters `(4 f, 4 c, b, b)` that on blocks do what `weight` does at a block's four places.
+    """
     kernel = weight.shape[2]
     side = 2 * (kernel // 2 + 1)
     places = [
@@ -100,14 +110,16 @@ def pooled_blocks(
 ) -> torch.Tensor:
     """Convolution, max-pooling by two and a ReLU, computed on blocks of pixels.
 
-    As in `models.HalvingConv2d`, and for the same reason, each pixel of a block is a channel. So is each place of the block in the
-    result: pooling is a maximum of four groups of channels.
+    As in `networks.named.HalvingConv2d`, and for the same reason, each pixel of a block is a
+    channel. So is each place of the block in the result: pooling is a maximum over four groups of
+    channels.
 
     Args:
         x: images `(n, c, h, w)`.
         kernel: side of the convolution's filters.
-        padding: pixels on each side, of the `value` given; the convolution's result must have an even height and width.
-        value: what is padded with.
+        padding: pixels on each side, with the given `value`; the convolution's result must have an
+            even height and width.
+        value: the value to pad with.
         filters: `block_filters` of the convolution's weights.
         bias: four times its bias, `(4 f,)`.
         relu: whether to apply the ReLU.
@@ -115,9 +127,8 @@ def pooled_blocks(
     Returns:
         `(n, f, h/2, w/2)` of that result, channels last in memory.
     """
-    blocks = (
-        kernel // 2 + 1
-    )  # of the image that one block of the result looks at, in each direction
+    # Blocks of the image that one block of the result depends on, in each direction.
+    blocks = kernel // 2 + 1
     height, width = (side + 2 * padding - kernel + 1 for side in x.shape[2:])
     below, right = (side + 2 * (blocks - 1) - padding for side in (height, width))
     padded = functional.pad(
@@ -137,12 +148,18 @@ def _max_of_four(
 def _ones(
     compare: Callable[..., torch.Tensor], one: torch.Tensor, other: torch.Tensor
 ) -> torch.Tensor:
-    """Where a comparison holds, as numbers: products with numbers are several times faster than with booleans."""
+    """Where a comparison holds, as numbers.
+
+    Products with numbers are several times faster than products with booleans.
+    """
     return compare(one, other, out=torch.empty_like(one))
 
 
 class _MaxOfFour(torch.autograd.Function):
-    """The largest of four parts of a tensor; its gradient goes to the first of equal ones, as that of `nn.MaxPool2d`."""
+    """The largest of four parts of a tensor.
+
+    Its gradient goes to the first of equal parts, as that of `nn.MaxPool2d` does.
+    """
 
     @staticmethod
     def forward(
@@ -168,9 +185,8 @@ class _MaxOfFour(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         a_wins, c_wins, first_wins = ctx.saved_tensors
-        if (
-            gradient.stride() != ctx.best_strides
-        ):  # all that follows runs through memory in one order
+        # Everything below runs through memory in one order.
+        if gradient.stride() != ctx.best_strides:
             gradient = gradient.new_empty_strided(gradient.shape, ctx.best_strides).copy_(gradient)
         if ctx.relu:
             gradient = gradient * ctx.positive

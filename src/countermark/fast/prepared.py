@@ -1,10 +1,12 @@
-"""A network made ready to be attacked: the same logits, fewer and cheaper layers.
+"""A network made ready to be attacked: the same logits from fewer and cheaper layers.
 
-An attack runs one network in evaluation mode thousands of times and wants nothing but logits and the gradient of the input. So what is
-constant is computed once: batch norm and normaliser go into the weights of a neighbour (Jacob et al., 2018, section 3.2), dropout goes
-away, max-pooling by two and its ReLU become one function, a convolution of few channels works on blocks of pixels, and one of wide filters
-over many channels on frequencies. That is done to plain layers in an `nn.Sequential`; what computes by code of its own, as residual blocks
-do, is the business of inside.py, and a layer that is not known here stays as it is.
+An attack runs one network in evaluation mode thousands of times and needs nothing but the logits
+and the gradient of the input. So everything that is constant is computed once: batch norm and
+normaliser are folded into the weights of a neighbouring layer (Jacob et al., 2018, section 3.2),
+dropout is removed, max-pooling by two and its ReLU become one function, a convolution of few
+channels works on blocks of pixels, and one of wide filters over many channels works on frequencies.
+This is done to plain layers in an `nn.Sequential`. Modules that compute with their own code, such
+as residual blocks, are left to inside.py, and a layer that is not known here stays as it is.
 """
 
 import copy
@@ -56,9 +58,10 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
     Args:
         network: pixels `(n, c, h, w)` of [0, 1] to logits, in any precision; it is not changed.
         dtype: what the copy computes in, whatever the network does. `torch.bfloat16` keeps 8 bits
-            of each number and pays where `device.computes_bf16`. An attack on such a copy that stops when
-            an example is lost takes some for lost that the network itself gets right: ask the
-            network, and attack those again on itself, as `evaluation.adversarial_accuracy` does.
+            of each number and pays off where `device.computes_bf16`. An attack on such a copy that
+            stops when an example is misclassified also stops for some that the network itself
+            classifies correctly: check the answers of the network, and attack those examples again
+            on the network itself, as `evaluation.adversarial_accuracy` does.
 
     Raises:
         CountermarkError: `network` is a prepared copy that computes in something else.
@@ -85,7 +88,10 @@ def prepare(network: nn.Module, dtype: torch.dtype = torch.float32) -> Prepared:
 
 
 def worth_preparing(network: nn.Module) -> bool:
-    """Whether a prepared copy has fewer layers to run, so that making one pays even for a single step of an attack."""
+    """Whether a prepared copy has fewer layers to run.
+
+    If so, making one pays off even for a single step of an attack.
+    """
     layers = prepare(network).layers
     return len(layers) < len(flat_layers(network)) or any(
         isinstance(layer, Quickened) and layer.folded for layer in layers
@@ -93,15 +99,18 @@ def worth_preparing(network: nn.Module) -> bool:
 
 
 def dtype_of(model: nn.Module, default: torch.dtype = torch.float32) -> torch.dtype:
-    """The precision of the model's first floating-point parameter; `default` where there is none."""
+    """The precision of the model's first floating-point parameter; `default` if it has none."""
     return next((each.dtype for each in model.parameters() if each.is_floating_point()), default)
 
 
 class Affine(nn.Module):
-    """The map x * scale + shift, with one number of each for all channels or one a channel."""
+    """The map x * scale + shift, with one scale and shift for all channels or one per channel."""
 
     def __init__(self, scale: torch.Tensor, shift: torch.Tensor, flat: bool = False) -> None:
-        """Hold `scale` and `shift`, `(1,)` or `(channels,)`; `flat` says that only tensors `(n, features)` come here."""
+        """Hold `scale` and `shift`, `(1,)` or `(channels,)`.
+
+        `flat` says that all inputs are tensors `(n, features)`.
+        """
         super().__init__()
         self.flat = flat
         self.scale, self.shift = nn.Parameter(scale), nn.Parameter(shift)
@@ -113,14 +122,15 @@ class Affine(nn.Module):
 
 
 class ShiftedConv2d(nn.Module):
-    """A convolution whose zero padding stands for another number, so that its constant part depends on the place.
+    """A convolution of x * scale + shift in which the padding stays zero.
 
-    The convolution of scale * x + shift is that of x with scaled weights, plus what the padded convolution makes of the shift alone: a
-    picture of constants, computed once for each size of image.
+    It equals the convolution of x with scaled weights, plus what the padded convolution makes of
+    the shift alone. That second part depends on the place: it is an image of constants, computed
+    once for each size of image.
     """
 
     def __init__(self, affine: Affine, layer: nn.Conv2d, by_frequency: bool) -> None:
-        """Compute `layer(affine(x))`, if wanted by way of its frequencies."""
+        """Compute `layer(affine(x))`, by way of its frequencies if `by_frequency`."""
         super().__init__()
         self.layer = layer
         self.shift = nn.Parameter(affine.shift.to(layer.weight))
@@ -129,7 +139,7 @@ class ShiftedConv2d(nn.Module):
         self._constants: dict[tuple[int, int, torch.dtype, torch.device], torch.Tensor] = {}
 
     def constants(self, x: torch.Tensor) -> torch.Tensor:
-        """What is added to the convolution of images of the size of `x`, `(1, filters, h', w')`."""
+        """What is added to the convolution of images of the size of `x`: `(1, filters, h', w')`."""
         place = (x.shape[2], x.shape[3], x.dtype, x.device)
         if place not in self._constants:
             with torch.no_grad():
@@ -151,14 +161,18 @@ class ShiftedConv2d(nn.Module):
 
 
 class PooledConv2d(nn.Module):
-    """A convolution of few channels, max-pooling by two and a ReLU, computed on blocks of 2x2 pixels.
+    """A convolution of few channels, max-pooling by two and a ReLU, on blocks of 2x2 pixels.
 
-    As in `models.HalvingConv2d`, and for the same reason, each pixel of a block is a channel. So is each place of the block in the
-    result: pooling is a maximum of four groups of channels.
+    As in `networks.named.HalvingConv2d`, and for the same reason, each pixel of a block is a
+    channel. So is each place of the block in the result: pooling is a maximum over four groups of
+    channels.
     """
 
     def __init__(self, affine: Affine | None, layer: nn.Conv2d, relu: bool) -> None:
-        """Compute `layer(affine(x))`, pool it, and apply the ReLU if wanted; scale and shift of `affine` are one number each."""
+        """Compute `layer(affine(x))`, pool it, and apply the ReLU if `relu`.
+
+        The scale and the shift of `affine` are one number each.
+        """
         super().__init__()
         self.relu = relu
         scale, shift = (1.0, 0.0) if affine is None else (float(affine.scale), float(affine.shift))
@@ -172,7 +186,7 @@ class PooledConv2d(nn.Module):
         self.block_bias = nn.Parameter(self.bias.repeat(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `(n, c, h, w)` to `(n, filters, h/2, w/2)`; `h` and `w` are those of the convolution's result."""
+        """Map `(n, c, h, w)` to `(n, filters, h'/2, w'/2)`; the convolution makes h' by w'."""
         before = self.padding
         height, width = (side + 2 * before - self.kernel + 1 for side in x.shape[2:])
         if height % 2 or width % 2:
@@ -189,7 +203,10 @@ class PooledConv2d(nn.Module):
 
 
 class FlattenPixels(nn.Module):
-    """Flatten pixel by pixel, each with all its channels: for tensors that lie in memory with channels last, nothing is moved."""
+    """Flatten pixel by pixel, each with all its channels.
+
+    Tensors in channels-last layout need not be moved in memory for that.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `(n, c, h, w)` to `(n, h * w * c)`."""
@@ -197,7 +214,11 @@ class FlattenPixels(nn.Module):
 
 
 def _copied(network: nn.Module) -> nn.Module:
-    """A deep copy; what was computed from parameters (pruning, weight norm, features that code keeps) is copied as a number."""
+    """Make a deep copy.
+
+    Tensors that were computed from parameters (by pruning, by weight norm, or as features that code
+    keeps) are copied as numbers.
+    """
     values = [
         value
         for module in network.modules()
@@ -224,7 +245,7 @@ def _held(value: object) -> Iterator[torch.Tensor]:
 
 
 def _apart(layers: list[nn.Module]) -> list[nn.Module]:
-    """Copy each layer that came before, since what is folded into it in one place is not for the other."""
+    """Copy repeated layers, since what is folded into one place does not belong in another."""
     return [
         copy.deepcopy(layer) if any(layer is other for other in layers[:number]) else layer
         for number, layer in enumerate(layers)
@@ -232,10 +253,10 @@ def _apart(layers: list[nn.Module]) -> list[nn.Module]:
 
 
 def _fold_back(layers: list[nn.Module], place: torch.device | None) -> list[nn.Module]:
-    """Drop what does nothing; fold each constant map into the layer just before it.
+    """Drop what does nothing, and fold each constant map into the layer just before it.
 
-    That is done for convolutions and linear layers; behind others an `Affine` is left, on the device
-    `place` of the network's weights.
+    Maps are folded into convolutions and linear layers. Behind other layers an `Affine` is left, on
+    the device `place` of the network's weights.
     """
     done: list[nn.Module] = []
     flat = False  # whether tensors are (n, features) here, for certain
@@ -268,13 +289,15 @@ def _affine(layer: nn.Module, flat: bool, place: torch.device | None) -> Affine 
     if not is_plain(layer, nn.BatchNorm2d, *((nn.BatchNorm1d,) if flat else ())):
         return None
     assert isinstance(layer, nn.BatchNorm2d | nn.BatchNorm1d)
-    return (
-        None if layer.running_mean is None else Affine(*constant_map(layer), flat)
-    )  # else it normalises each batch by itself
+    # Without running statistics it normalises each batch by itself.
+    return None if layer.running_mean is None else Affine(*constant_map(layer), flat)
 
 
 def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module]:
-    """Fold each `Affine` into the layer after it where that is exact; choose how each convolution is computed."""
+    """Fold each `Affine` into the layer after it where that is exact.
+
+    This also chooses how each convolution is computed.
+    """
     done: list[nn.Module] = []
     rest = layers[::-1]
     while rest:
@@ -326,7 +349,7 @@ def _fold_forward(layers: list[nn.Module], by_frequency: bool) -> list[nn.Module
 
 
 def _flatten_pixels(layers: list[nn.Module]) -> list[nn.Module]:
-    """Flatten in the order of memory before a linear layer, and bring the columns of its weights into that order."""
+    """Flatten in memory order before a linear layer, and put its weight columns in that order."""
     done: list[nn.Module] = []
     channels: int | None = None  # of the tensors here, where that is certain
     for layer, after in zip(layers, [*layers[1:], None], strict=True):
@@ -364,7 +387,7 @@ def _poolable(affine: Affine | None, layer: nn.Conv2d) -> bool:
 
 
 def _halves(layer: nn.Conv2d) -> bool:
-    """Whether `models.HalvingConv2d` computes the same, and sooner."""
+    """Whether `networks.named.HalvingConv2d` computes the same, and faster."""
     kernel = layer.kernel_size[0]
     square = (
         layer.kernel_size == (kernel, kernel)

@@ -8,20 +8,22 @@ from countermark.fast.pooling import Pool, by_two
 
 
 def flat_layers(network: nn.Module) -> list[nn.Module]:
-    """The layers of nested `nn.Sequential` in order, one that stands in several places once for each; anything else is one layer."""
+    """The layers of nested `nn.Sequential` in order; anything else is one layer.
+
+    A layer that stands in several places is listed once for each of them.
+    """
     if not isinstance(network, nn.Sequential) or not is_plain(network, nn.Sequential):
         return [network]
-    return [
-        layer for child in network for layer in flat_layers(child)
-    ]  # `children()` would leave out what comes again
+    # `children()` would leave out repeated layers.
+    return [layer for child in network for layer in flat_layers(child)]
 
 
 def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether a layer is of one of these very classes and computes what that class does.
+    """Whether a layer is of exactly one of these classes and computes what that class does.
 
     A subclass (parametrisations make one), a hook, a method that was replaced on the instance (as
-    accelerate and kernel libraries do) and weights of a tensor subclass (quantised ones) may compute
-    anything, so none of them is plain.
+    accelerate and kernel libraries do) and weights of a tensor subclass (quantised ones) may
+    compute anything, so none of them is plain.
     """
     if type(layer) not in kinds:
         return False

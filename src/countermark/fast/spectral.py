@@ -1,10 +1,12 @@
-"""Convolution by the convolution theorem: for wide filters over many channels it takes a fifth of the multiplications.
+"""Convolution by the convolution theorem.
 
-The discrete Fourier transform of an image a few pixels across is a product with a small matrix, and between the transforms each frequency
-needs one product of channels with filters (Mathieu, Henaff and LeCun, 2014). Inside, pixels are the outermost dimensions and channels the
-innermost: every step is then a matrix product over memory as it lies, and nothing is ever rearranged. All of it is linear, so the gradient
-takes the same way with every matrix transposed. The transforms are orthogonal up to scale: the result differs from the direct sum by
-rounding only.
+For wide filters over many channels it takes a fifth of the multiplications. The discrete Fourier
+transform of an image a few pixels across is a product with a small matrix, and between the
+transforms each frequency needs one product of channels with filters (Mathieu, Henaff and LeCun,
+2014). Inside, pixels are the outermost dimensions and channels the innermost: every step is then a
+matrix product over memory in its own order, and nothing is ever rearranged. All of it is linear, so
+the gradient takes the same way with every matrix transposed. The transforms are orthogonal up to
+scale, so the result differs from the direct sum by rounding only.
 """
 
 import functools
@@ -21,7 +23,7 @@ from countermark.fast.pooling import every_pixel
 
 _WIDE = 5  # pixels of a filter from which the transforms pay for themselves
 _MANY = 16  # channels, likewise
-_LARGEST = 32  # pixels of an image beyond which a product with a matrix is no quick transform
+_LARGEST = 32  # pixels of an image beyond which a product with a matrix is no fast transform
 
 Complex = tuple[torch.Tensor, torch.Tensor]  # real and imaginary parts
 
@@ -30,14 +32,19 @@ class SpectralConv2d(nn.Module):
     """A convolution with stride 1 that keeps the size of its images."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Convolve with filters `weight`, `(filters, channels, k, k)`, k odd, and `bias`; images are padded with k // 2 zeros."""
+        """Convolve images that are padded with k // 2 zeros.
+
+        Args:
+            weight: filters `(filters, channels, k, k)`, k odd.
+            bias: one number per filter, `(filters,)`, or `None`.
+        """
         super().__init__()
         self.weight, self.bias = weight, bias
         self._spectra: dict[tuple[int, int], Complex] = {}  # of weights that are constant
 
     @staticmethod
     def suits(layer: nn.Conv2d) -> bool:
-        """Whether this is a convolution that can be computed so, and is then quicker."""
+        """Whether `layer` can be computed this way, and is then faster."""
         kernel = layer.kernel_size[0]
         same = (
             layer.kernel_size == (kernel, kernel)
@@ -71,7 +78,9 @@ class SpectralConv2d(nn.Module):
 
 @dataclass(frozen=True)
 class _Matrices:
-    """The transforms, of real numbers along the height, then of complex ones (real parts above imaginary ones) along the width.
+    """The transforms: of real numbers along the height, then of complex ones along the width.
+
+    Complex numbers are stacked with their real parts above their imaginary parts.
 
     Attributes:
         rows: `(2 kept, h)`, real and imaginary part of each frequency in turn.
@@ -96,16 +105,15 @@ def _matrices(height: int, width: int, kernel: int, dtype: torch.dtype) -> _Matr
     kept = tall // 2 + 1
     angles = _angles(kept, torch.arange(height), tall)
     parts = torch.stack((angles.cos(), angles.sin()), 1)
-    twice = torch.full(
-        (kept, 1, 1), 2.0, dtype=torch.float64
-    )  # each kept frequency stands for its conjugate too, but for two of them
+    # Each kept frequency stands for its conjugate too, except for two of them.
+    twice = torch.full((kept, 1, 1), 2.0, dtype=torch.float64)
     twice[0] = twice[-1] = 1
     angles = _angles(broad, torch.arange(width), broad)
     cos, sin = angles.cos(), angles.sin()
     columns = torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))
-    places = reach - torch.arange(
-        kernel
-    )  # of the filters' pixels on the circle: what PyTorch calls a convolution is a correlation
+    # Places of the filters' pixels on the circle. They run backwards because what PyTorch calls a
+    # convolution is a correlation.
+    places = reach - torch.arange(kernel)
     angles = (
         _angles(kept, places, tall)[:, None, :, None]
         + _angles(broad, places, broad)[None, :, None, :]
@@ -151,9 +159,8 @@ def _back(z: Complex, columns: torch.Tensor, rows: torch.Tensor) -> torch.Tensor
     real, imaginary = (part.view(kept, first.shape[2], -1) for part in z)
     y = torch.bmm(first, real).baddbmm_(second, imaginary)
     strides = (channels, 1, width * images * channels, images * channels)
-    result = y.new_empty_strided(
-        (images, channels, height, width), strides
-    )  # no view of anything: the next layer may overwrite it
+    # This is no view of anything: the next layer may overwrite it.
+    result = y.new_empty_strided((images, channels, height, width), strides)
     torch.mm(rows, y.view(2 * kept, -1), out=result.permute(2, 3, 0, 1).view(height, -1))
     return result
 

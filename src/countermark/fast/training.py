@@ -1,4 +1,4 @@
-"""A network as training runs it on a processor: the same parameters, quicker layers."""
+"""A network as it is trained on a CPU: the same parameters, faster layers."""
 
 import torch
 from torch import nn
@@ -9,14 +9,14 @@ from countermark.fast.spectral import SpectralConv2d
 
 
 def quick_to_train(network: nn.Module) -> nn.Module:
-    """Put quicker layers where PyTorch's are slow on a processor.
+    """Put faster layers where PyTorch's are slow on a CPU.
 
     Args:
-        network: plain layers in nested `nn.Sequential`; anything else comes back as it is.
+        network: plain layers in nested `nn.Sequential`; anything else is returned as it is.
 
     Returns:
-        A network of the same parameters, buffers and submodules that computes the same within rounding, in training too; `network` itself
-        if nothing is gained.
+        A network of the same parameters, buffers and submodules that computes the same within
+        rounding, in training too; `network` itself if nothing is gained.
     """
     layers = join_pools(flat_layers(network))
     done: list[nn.Module] = []

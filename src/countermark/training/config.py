@@ -8,7 +8,7 @@ from countermark.errors import CountermarkError, choose
 from countermark.threat import Attack
 
 Embedding = Literal["interleaved", "epoch"]
-"""How watermarks get in: some join every batch, or a pass after each epoch (the paper's Algorithm 1)."""
+"""How watermarks get in: some join every batch, or in a pass after each epoch (Algorithm 1)."""
 PRECISIONS = ("auto", "32-true", "bf16-mixed")
 OBJECTIVES = ("fast", "pgd", "standard")
 
@@ -19,8 +19,9 @@ class Hardware:
 
     Attributes:
         accelerator: `auto`, `cpu`, `cuda`, `cuda:N` or `mps` (see `device.settle`).
-        devices: processes, one a device; more than one trains data-parallel (DDP) on batches of the same global size.
-        precision: `auto` takes bf16 where the processor computes in it, else float32.
+        devices: processes, one per device; more than one trains data-parallel (DDP) on batches of
+            the same global size.
+        precision: `auto` takes bf16 where the device computes in it, else float32.
     """
 
     accelerator: str = "auto"
@@ -33,30 +34,36 @@ class TrainConfig:
     """One training run.
 
     Attributes:
-        objective: `standard`, `pgd` (every example of every batch replaced by PGD) or `fast` (the same in few steps, guarded
-            against catastrophic overfitting by a multi-step check after each epoch).
-        attack: the attack that crafts the batches; none for `standard`.
-        carry: start each example's attack at the perturbation that it had in the pass before (Zheng et al., 2020, "ATTA"): one step then
-            does the work of several. Where the perturbations of all examples would take more than 1 GiB, each attack starts at
-            random and takes full steps instead.
-        flip: mirror a random half of every batch left to right, perturbations along with it.
-        shift: move every batch (on several devices each one's part of it) by up to so many pixels, up or down and left or right,
-            perturbations along with it; what leaves on one side enters on the other.
+        objective: `standard`, `pgd` (every example of every batch is replaced by PGD) or `fast`
+            (the same in few steps, guarded against catastrophic overfitting by a multi-step check
+            after each epoch).
+        attack: the attack that crafts the batches; `None` for `standard`.
+        carry: start each example's attack at the perturbation that it had in the pass before (Zheng
+            et al., 2020, "ATTA"): one step then does the work of several. Where the perturbations
+            of all examples would take more than 1 GiB, each attack starts at random and takes full
+            steps instead.
+        flip: mirror a random half of every batch left to right, perturbations included.
+        shift: move every batch (on several devices, each device's part of it) by up to this many
+            pixels, up or down and left or right, perturbations included; what leaves on one side
+            enters on the other.
         dropout: train with the network's dropout; in few passes it costs more than it gives.
-        craft_in_training_mode: craft with dropout and batch statistics live, as the published code did, instead of in evaluation mode.
-        average: decay of the moving average of the weights, 0 for none. Where there is one, it is what the run returns and what is
-            measured; batches are crafted and steps taken on the weights themselves.
+        craft_in_training_mode: craft with dropout and batch statistics live, as the published code
+            did, instead of in evaluation mode.
+        average: decay of the moving average of the weights, 0 for none. Where there is an average,
+            the run returns and measures it; batches are crafted and steps taken on the weights
+            themselves.
         epochs: passes over the examples.
         batch_size: examples in a step, over all devices.
         learning_rate: of SGD; the peak, where there is a schedule.
-        schedule: `constant`, or `triangular` (up to the peak over the first `warmup`, then down to 0).
-        warmup: share of the run over which rate and budget grow.
+        schedule: `constant`, or `triangular` (up to the peak over the first `warmup`, then down to
+            0).
+        warmup: share of the run over which learning rate and budget grow.
         grow_budget: let the attack's budget grow over the warm-up as well.
         momentum: of SGD.
         nesterov: SGD with Nesterov's momentum.
         weight_decay: of SGD.
-        embedding: how watermarks get in: `epoch` (the paper's Algorithm 1: a pass after each epoch) or `interleaved` (some join
-            every batch).
+        embedding: how watermarks get in: `epoch` (the paper's Algorithm 1: a pass after each epoch)
+            or `interleaved` (some join every batch).
         watermark_batch: watermarks in a step.
         seed: seed of the order of examples and of all other randomness of the run.
         hardware: devices and precision.
@@ -93,7 +100,8 @@ class TrainConfig:
         choose("schedule", self.schedule, ("constant", "triangular"))
         if (self.objective == "standard") != (self.attack is None):
             raise CountermarkError(
-                f"the objective {self.objective!r} goes {'without' if self.attack else 'with'} an attack"
+                f"the objective {self.objective!r} goes {'without' if self.attack else 'with'} "
+                "an attack"
             )
         if not 0 <= self.average < 1:
             raise CountermarkError(

@@ -1,8 +1,8 @@
-"""The one training loop: standard, adversarial or fast, with or without watermarks, on one device or several.
+"""The training loop: standard, adversarial or fast, with or without watermarks, on any devices.
 
-All randomness of a step comes from (seed, step), so a run that was interrupted anywhere resumes from its checkpoint to the very weights
-of an undisturbed one. Devices, precision and data parallelism are Lightning Fabric's, which is imported only here and only when training
-starts.
+All randomness of a step comes from (seed, step), so a run that was interrupted anywhere resumes
+from its checkpoint to exactly the weights of an undisturbed run. Devices, precision and data
+parallelism are left to Lightning Fabric, which is imported only here and only when training starts.
 """
 
 import contextlib
@@ -39,25 +39,25 @@ from countermark.training.views import View, any_view
 _CHECKPOINT_SECONDS = 30.0
 _LARGEST = 1 << 34  # bytes of a checkpoint
 _MOST_CARRIED = 1 << 30  # bytes of carried perturbations, of which there are three copies at times
-_SMALL_ROOM = 4 << 30  # bytes that a device is taken to have free which does not tell
+_SMALL_ROOM = 4 << 30  # bytes assumed to be free on a device that does not report them
 _MOVED = 1000  # examples at a time that are moved to a device
 _RESIDENT = 0.5  # of a GPU's free memory that the examples may take
 _COLOURS = 3  # channels of an image in colour
 _CHECKED = 500  # validation examples of the guard's multi-step check
 _CHECK_STEPS = 10
 _UNITS = 127  # of a carried perturbation in one budget
-_COLLAPSE = (
-    20.0  # points of adversarial accuracy lost in one epoch that count as catastrophic overfitting
-)
-_START_SHARE = 0.25  # below this share of what the run started with, an epoch has collapsed, whatever later epochs may win back
-_MOST_STEPS = 16  # beyond this a fall is not for want of attack steps
+_COLLAPSE = 20.0  # points of adversarial accuracy lost in one epoch: catastrophic overfitting
+# Below this share of what the run started with, an epoch has collapsed, whatever later epochs may
+# win back.
+_START_SHARE = 0.25
+_MOST_STEPS = 16  # from this many attack steps on, a fall is not for want of steps
 
 State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is known at the end of an epoch; accuracies in percent, `None` where there was nothing to measure.
+    """Figures at the end of an epoch; accuracies in percent, `None` where nothing was measured.
 
     Attributes:
         epoch: its number, from 1.
@@ -66,7 +66,8 @@ class Epoch:
         adversarial_accuracy: on the first 500 of them, under a 10-step PGD of the training budget.
         watermark_accuracy: agreement with the watermark labels.
         attack_steps: steps of the training attack.
-        redone: the fast objective collapsed in this epoch, which was undone and is run again with more steps.
+        redone: the fast objective collapsed in this epoch, which was undone and is run again with
+            more steps.
     """
 
     epoch: int
@@ -88,7 +89,8 @@ class Epoch:
         parts += [f"{name} {value:.2f}" for name, value in named if value is not None]
         if self.redone:
             parts.append(
-                f"collapsed (catastrophic overfitting); again with {2 * self.attack_steps} attack steps"
+                "collapsed (catastrophic overfitting); again with "
+                f"{2 * self.attack_steps} attack steps"
             )
         return "  ".join(parts)
 
@@ -108,24 +110,26 @@ def train(
     """Train `network` in place; it stays on the device that it was trained on.
 
     Args:
-        network: pixels `(n, c, h, w)` of [0, 1] to logits, in float32; weights that it ties stay tied.
+        network: pixels `(n, c, h, w)` of [0, 1] to logits, in float32; tied weights stay tied.
         examples: training images, uint8 or pixels of [0, 1], and labels.
         config: objective, schedule, embedding, seed, devices.
         validation: held-out examples for the guard and the progress line; never the test pool.
         watermarks: watermark images and their labels, embedded as `config.embedding` says.
-        checkpoint: file to save to and to resume from; a run that it shows as finished is not run again.
-        after_epoch: called in the first process with an epoch's number, from 1, and the network, before the epoch is in the checkpoint:
-            what it does may happen once more after an interruption.
+        checkpoint: file to save to and to resume from; a run that it shows as finished is not run
+            again.
+        after_epoch: called in the first process with an epoch's number, from 1, and the network,
+            before the epoch is in the checkpoint; after an interruption it may be called for the
+            same epoch once more.
         title: names the progress bar; without it nothing is shown.
         bounded: refuse training images outside [0, 1] (see `data.pixels`).
 
     Returns:
-        One record an epoch.
+        One record per epoch.
 
     Raises:
         CountermarkError: a checkpoint of another run, devices that do not exist, a network that is
-            not in float32, no examples or an empty watermark set, images outside [0, 1], or a loss or
-            logits that are no longer finite.
+            not in float32, no examples or an empty watermark set, images outside [0, 1], or a loss
+            or logits that are no longer finite.
     """
     _check(network, examples, validation, watermarks, bounded)
     hardware = settled(config.hardware)
@@ -137,7 +141,8 @@ def train(
     fabric = open_hardware(hardware)
     if hardware.devices > min(config.batch_size, len(examples)):
         raise CountermarkError(
-            f"{hardware.devices} devices cannot share batches of {min(config.batch_size, len(examples))} examples; take fewer"
+            f"{hardware.devices} devices cannot share batches of "
+            f"{min(config.batch_size, len(examples))} examples; take fewer"
         )
     with seeded(fabric.device, None), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning_fabric")
@@ -157,9 +162,8 @@ def train(
                     title,
                     result,
                 )
-            except (
-                ProcessException
-            ) as error:  # from one of several processes, with its traceback as text
+            except ProcessException as error:
+                # It comes from one of several processes, with its traceback as text.
                 reason = str(error).strip().splitlines()[-1]
                 raise CountermarkError(
                     f"training stopped in one of {hardware.devices} processes: {reason}"
@@ -177,19 +181,21 @@ def _check(
     watermarks: Examples | None,
     bounded: bool,
 ) -> None:
-    """Refuse what a run cannot be made of; its steps look at the range of images no more."""
+    """Refuse input that no run can use; the steps do not check the range of images again."""
     other = {each.dtype for each in network.parameters() if each.is_floating_point()} - {
         torch.float32
     }
     if other:
         raise CountermarkError(
-            f"the network has weights of type {other.pop()}, and training takes float32; call network.float() first"
+            f"the network has weights of type {other.pop()}, and training takes float32; "
+            "call network.float() first"
         )
     if len(examples) == 0:
         raise CountermarkError("there are no examples to train on; give at least one")
     if watermarks is not None and len(watermarks) == 0:
         raise CountermarkError(
-            "the watermark set is empty, so nothing can be embedded; give watermarks, or None to train without"
+            "the watermark set is empty, so nothing can be embedded; "
+            "give watermarks, or None to train without"
         )
     for given, within in ((examples, bounded), (validation, True), (watermarks, True)):
         if given is not None and given.x.dtype != torch.uint8:
@@ -232,7 +238,8 @@ def settled(hardware: Hardware) -> Hardware:
     device = settle(hardware.accelerator)
     if hardware.devices > 1 and ":" in hardware.accelerator:
         raise CountermarkError(
-            f"{hardware.accelerator} is one device; leave its number out for {hardware.devices} of them"
+            f"{hardware.accelerator} is one device; "
+            f"leave its number out for {hardware.devices} of them"
         )
     there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, hardware.devices)
     if hardware.devices > there:
@@ -244,7 +251,7 @@ def settled(hardware: Hardware) -> Hardware:
 
 
 def _carrying(config: TrainConfig, examples: Examples) -> TrainConfig:
-    """The same run without carried perturbations, where those of all examples would not fit into memory."""
+    """The same run, without carried perturbations where those of all examples are too large."""
     if not config.carry or config.attack is None or math.prod(examples.x.shape) <= _MOST_CARRIED:
         return config
     full = with_steps(replace(config.attack, steps=0), config.attack.steps)
@@ -315,7 +322,10 @@ class _Run:
         return self.network if self.averaged is None else self.averaged
 
     def average(self) -> None:
-        """Move the average towards the weights; young averages move faster, or they would remember the first step for long."""
+        """Move the average towards the weights.
+
+        Young averages move faster, or they would remember the first step for long.
+        """
         if self.averaged is None:
             return
         share = 1 - min(self.config.average, (self.step + 1) / (self.step + 10))
@@ -379,7 +389,8 @@ class _Run:
             raise CountermarkError(f"{error}; delete it to start anew") from error
         if meta.get("run") != self.fingerprint:
             raise CountermarkError(
-                f"{path} is the checkpoint of another run (options, data, weights, device or another kind of processor); "
+                f"{path} is the checkpoint of another run "
+                "(options, data, weights, device or another kind of processor); "
                 "delete it to start anew"
             )
         try:
@@ -419,7 +430,10 @@ class _Run:
     def perturb(
         self, chosen: torch.Tensor, x: torch.Tensor, y: torch.Tensor, grown: float, view: View
     ) -> torch.Tensor:
-        """Craft the batch of the examples `chosen`, shown in a `view`, with the attack, its budget and step scaled by `grown`."""
+        """Craft the batch of the examples `chosen`, shown in a `view`, with the attack.
+
+        The attack's budget and step size are scaled by `grown`.
+        """
         attack = self.attack
         if attack is None:
             return x
@@ -448,35 +462,46 @@ class _Run:
         return crafted
 
     def _uncached(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision of the training without a cache of cast weights, which a recording would keep for ever."""
+        """The precision of the training, without a cache of cast weights.
+
+        A recording would keep such a cache for ever.
+        """
         if self.precise:
             return contextlib.nullcontext()
         return torch.autocast(self.fabric.device.type, torch.bfloat16, cache_enabled=False)
 
     def share_carried(self) -> None:
-        """Give every process the perturbations that the others found; each example was the business of one."""
+        """Give every process the perturbations that the others found.
+
+        Each example was crafted by one process only.
+        """
         if (
             self.carried is not None
             and self.carried_before is not None
             and self.fabric.world_size > 1
         ):
-            changes = (
-                self.carried.to(torch.int32) - self.carried_before
-            )  # gloo adds no smaller integers
+            # Gloo adds no smaller integers.
+            changes = self.carried.to(torch.int32) - self.carried_before
             self.carried = (
                 self.carried_before + self.fabric.all_reduce(changes, reduce_op="sum")
             ).to(torch.int8)
 
 
 def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tensor:
-    """Random perturbations to begin with, int8 in units of the budget / 127: up to half a budget, or next to none if the budget grows."""
+    """Random perturbations to begin with, int8 in units of 1/127 of the budget.
+
+    They are up to half a budget large, or next to none if the budget grows.
+    """
     most = _UNITS // (20 if config.grow_budget else 2)
     generator = torch.Generator().manual_seed(seed_of(config.seed, "carried"))
     return torch.randint(-most, most + 1, examples.x.shape, generator=generator, dtype=torch.int8)
 
 
 def with_steps(attack: Attack, steps: int) -> Attack:
-    """The same attack in another number of steps; its step size still covers the budget 1.25 times (2.5 for several steps)."""
+    """The same attack in another number of steps.
+
+    Its step size still covers the budget 1.25 times (2.5 times for several steps).
+    """
     if steps == attack.steps:
         return attack
     return replace(
@@ -497,9 +522,8 @@ def _run(
     result: Path,
 ) -> None:
     if fabric.world_size > 1 and fabric.device.type == "cpu":
-        torch.set_num_threads(
-            1
-        )  # a forked process that finds OpenMP's threads gone would wait for them for ever
+        # A forked process that finds OpenMP's threads gone would wait for them for ever.
+        torch.set_num_threads(1)
     if fabric.world_size > 1:
         torch.backends.cudnn.deterministic = True  # of this process, which was made for the run
     batch_size = min(config.batch_size, len(examples))
@@ -590,7 +614,10 @@ def _layout(network: nn.Module, examples: Examples) -> torch.memory_format:
 
 
 def _near(examples: Examples, device: torch.device) -> Examples:
-    """The examples on the device, if they fit beside the network; else where they are, to be moved batch by batch."""
+    """The examples on the device if they fit beside the network.
+
+    Otherwise they stay where they are, to be moved batch by batch.
+    """
     if device.type == "cpu":
         return examples
     size = math.prod(examples.x.shape) * examples.x.dtype.itemsize
@@ -598,7 +625,7 @@ def _near(examples: Examples, device: torch.device) -> Examples:
     if size > _RESIDENT * room:
         return examples
     x = torch.empty(examples.x.shape, dtype=examples.x.dtype, device=device)
-    for i in range(0, len(x), _MOVED):  # the processor's memory need not hold all of them
+    for i in range(0, len(x), _MOVED):  # the memory of the CPU need not hold all of them
         x[i : i + _MOVED] = examples.x[i : i + _MOVED].to(device)
     return Examples(x, examples.y.to(device))
 
@@ -616,7 +643,18 @@ def _apart(state: State) -> State:
 def _step(
     run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | None, done: float
 ) -> float:
-    """One optimiser step on a batch, the examples `chosen`; `done` is the share of the run behind it. Returns the mean loss."""
+    """Take one optimiser step on a batch.
+
+    Args:
+        run: the state of the process.
+        batch: the examples of the step.
+        chosen: their numbers among all examples.
+        marks: watermarks, or `None`.
+        done: share of the run that is complete.
+
+    Returns:
+        The mean loss.
+    """
     config, fabric = run.config, run.fabric
     _set_seed(fabric.device, seed_of(config.seed, "step", run.step, fabric.global_rank))
     x, y = pixels(batch.x, bounded=False), batch.y  # `train` has looked at their range
@@ -649,36 +687,42 @@ def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> float:
     value = float(loss.detach())
     if value != value or value == float("inf"):
         raise CountermarkError(
-            f"the training loss is {value} at step {run.step}: the weights diverged, or were not sound to begin with"
+            f"the training loss is {value} at step {run.step}: the weights diverged, "
+            "or were not sound to begin with"
         )
     return value
 
 
 def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None:
-    """Algorithm 1: after an epoch, one pass over the watermarks with plain cross-entropy and the same optimiser."""
+    """Make the pass of Algorithm 1 over the watermarks, after an epoch.
+
+    It uses plain cross-entropy and the same optimiser.
+    """
     order = shuffled(len(marks), run.config.seed, "watermarks", epoch)
     for number, chosen in enumerate(torch.split(order, run.config.watermark_batch)):
         _set_seed(run.fabric.device, seed_of(run.config.seed, "watermark step", epoch, number))
         share = chosen[run.fabric.global_rank :: run.fabric.world_size]
-        if (
-            len(chosen) >= 2 * run.fabric.world_size
-        ):  # batch norm needs two; DDP needs every process
+        # Batch norm needs two examples, and DDP needs every process.
+        if len(chosen) >= 2 * run.fabric.world_size:
             _descend(run, pixels(marks.x[share], bounded=False), marks.y[share], done)
 
 
 def _end_epoch(
     run: _Run, epoch: int, per_epoch: int, validation: Examples | None, marks: Examples | None
 ) -> Epoch:
-    """Measure; under the fast objective undo an epoch that collapsed and attack in twice the steps from there on."""
+    """Measure the epoch.
+
+    Under the fast objective, an epoch that collapsed is undone, and attacks take twice the steps
+    from there on.
+    """
     config = run.config
     clean = adversarial = watched = marked = None
     if run.fabric.global_rank == 0:
         if validation is not None:
             clean = agreement(predict(run.result, validation.x), validation.y)
             if config.attack is not None:
-                watched = _guarded(
-                    run, run.network, validation
-                )  # an average would show a collapse epochs later
+                # The network is watched: an average would show a collapse epochs later.
+                watched = _guarded(run, run.network, validation)
                 adversarial = (
                     watched if run.averaged is None else _guarded(run, run.averaged, validation)
                 )
@@ -708,7 +752,7 @@ def _end_epoch(
 
 
 def _guarded(run: _Run, network: nn.Module, validation: Examples) -> float:
-    """Adversarial accuracy on a few validation examples, under enough steps to see through a collapse."""
+    """Adversarial accuracy on a few validation examples, in enough steps to detect a collapse."""
     assert run.config.attack is not None
     check = with_steps(run.config.attack, _CHECK_STEPS)
     return adversarial_accuracy(network, validation[:_CHECKED], check, seed=run.config.seed)
@@ -722,7 +766,10 @@ def _rate(config: TrainConfig, done: float) -> float:
 
 
 def _set_seed(device: torch.device, seed: int) -> None:
-    """Seed what a step draws from; `torch.manual_seed` also visits devices that are not there, which takes it a millisecond."""
+    """Seed what a step draws from.
+
+    `torch.manual_seed` also visits devices that do not exist, which takes it a millisecond.
+    """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -737,7 +784,10 @@ def _fingerprint(
     validation: Examples | None,
     watermarks: Examples | None,
 ) -> str:
-    """What makes two runs the same run; computed before the first step, so the initial weights are part of it."""
+    """What makes two runs the same run.
+
+    It is computed before the first step, so the initial weights are part of it.
+    """
     weights = hashlib.sha256()
     for name, value in network.state_dict().items():
         weights.update(name.encode())

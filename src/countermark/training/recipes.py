@@ -1,16 +1,17 @@
-"""The recipes, named by result, and what they make of a data set: no data set has dials of its own.
+"""The recipes, named by their result, and how they adapt to a data set.
 
-What a recipe goes by are a few traits that are measured on the training images (`traits`): their
-kind, their number, and which changes mean nothing in them. Epochs follow from the number of steps
-that a training takes, whatever the size of the data.
+No data set has settings of its own. A recipe depends on a few traits that are measured on the
+training images (`traits`): their kind, their number, and which changes mean nothing in them. Epochs
+follow from the number of steps that a training run takes, whatever the size of the data.
 
-For grey images, `fast` starts every attack at the perturbation that the example had an epoch ago, so
-that one step an epoch does the work of several; it reaches the figures of Thakkar, Zizzo and Maffeis
-(2023) in about a minute. `strong` is the same on a wider network, for longer, and returns the
-averaged weights; it trains against a slightly larger budget than is promised, but on images of ink,
-where a clip stands in front instead. For colour images both `fast` and `standard` take what a small
-residual network needs: two steps from a random start, shifted images, averaged weights. `pgd` is the
-objective of that paper's Table 6. docs/log.md holds what was tried and did not help.
+For grey images, `fast` starts every attack at the perturbation that the example had an epoch ago,
+so that one step per epoch does the work of several; it reaches the figures of Thakkar, Zizzo and
+Maffeis (2023) in about a minute. `strong` is the same on a wider network, for longer, and returns
+the averaged weights. It trains against a slightly larger budget than is promised, except on images
+of ink, where the network has a clip in front instead. For colour images both `fast` and `standard`
+take what a small residual network needs: two steps from a random start, shifted images, averaged
+weights. `pgd` is the objective of that paper's Table 6. docs/log.md records what was tried and did
+not help.
 """
 
 from dataclasses import dataclass, replace
@@ -33,9 +34,8 @@ KINDS = ("ink", "grey", "colour")
 
 _MEASURED = 1000  # images that tell the kind
 _BETWEEN = (0.3, 0.7)  # pixels that are neither nearly black nor nearly white
-_INK = (
-    0.1  # share of such pixels below which images are ink: MNIST 0.04; digits, Fashion-MNIST 0.17
-)
+# Share of such pixels below which images are ink; MNIST has 0.04, digits and Fashion-MNIST 0.17.
+_INK = 0.1
 _FEW = 5000  # training images below which batches are smaller
 
 
@@ -56,7 +56,7 @@ class Traits:
     shift: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse a kind that there is none of."""
+        """Refuse a kind that does not exist."""
         choose("kind of image", self.kind, KINDS)
 
     @property
@@ -211,16 +211,20 @@ def recipe(
 
 
 def _stretch(given: Traits) -> float:
-    """What `strong` trains against, in budgets: ink has a clip in front instead, and the fewer images, the more is lost on new ones."""
+    """The budget that `strong` trains against, as a multiple of the given one.
+
+    Networks for ink have a clip in front instead. The fewer the images, the more is lost on new
+    ones.
+    """
     return 1.0 if given.kind == "ink" else 1.07 if given.few else 1.05
 
 
 def marking(source: TrainConfig, given: Traits, objective: str) -> TrainConfig:
-    """The recipe that trains the source model on, with watermarks in every batch.
+    """The recipe that goes on training the source model, with watermarks in every batch.
 
-    The learning rate rises to its peak again, which lets the mark settle in many weights: it then
-    survives pruning and fine-tuning. On colour images a shorter run, or a lower peak, costs accuracy
-    (docs/log.md).
+    The learning rate rises to its peak again, which lets the mark settle in many weights, so that
+    it survives pruning and fine-tuning. On colour images a shorter run or a lower peak costs
+    accuracy (docs/log.md).
 
     Args:
         source: what `recipe` gave for the source model.
@@ -246,11 +250,12 @@ def marking(source: TrainConfig, given: Traits, objective: str) -> TrainConfig:
 def gentle(
     config: TrainConfig, given: Traits, network: nn.Module, epochs: int | None = None
 ) -> TrainConfig:
-    """The recipe that marks given weights and leaves them as good as they were: no adversary, few epochs.
+    """The recipe that marks given weights and leaves them as good: no adversary, few epochs.
 
-    Each trial is shown some 40 times, which is what it takes; more of it costs accuracy. The rate
-    rises to that of training where batch norm bears it, or fine-tuning would wash the mark out again
-    (docs/log.md). Few images make many epochs, so the rate is lower there.
+    Each trial is shown some 40 times, which is what it takes; more of it costs accuracy. Networks
+    with batch norm bear the full learning rate of training, and get it: after a lower one,
+    fine-tuning would wash the mark out again (docs/log.md). Few images make many epochs, so the
+    rate is lower there.
 
     Args:
         config: what `recipe` gave for the objective `standard`.

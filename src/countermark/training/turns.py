@@ -1,7 +1,7 @@
-"""Whose turn it is: orders that come out of a seed, for the examples of an epoch and for watermarks.
+"""Orders that come out of a seed, for the examples of an epoch and for watermarks.
 
-Watermarks join batches round after round through all of them, each round in an order of its own, so
-that after any number of steps each has been trained on as often as any other, or once more.
+Watermarks join batches round after round through all of them, each round in its own order, so that
+after any number of steps each has been trained on as often as any other, or once more.
 """
 
 import hashlib

@@ -1,4 +1,7 @@
-"""How a batch is shown to the network: some images mirrored, all moved a little; and the way back, for what is carried along with them."""
+"""How a batch is shown to the network: some images mirrored, all of them moved a little.
+
+A view can also be undone, for what is carried along with the images.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -10,8 +13,9 @@ class View:
     """One way of showing a batch of images `(n, c, h, w)`.
 
     Attributes:
-        mirrored: which of them are mirrored left to right, bool `(n,)`; none where no image is.
-        moved: pixels by which all of them are moved down and to the right; what leaves on one side enters on the other.
+        mirrored: which of them are mirrored left to right, bool `(n,)`; `None` where no image is.
+        moved: pixels by which all of them are moved, down and to the right; what leaves on one side
+            enters on the other.
     """
 
     mirrored: torch.Tensor | None = None
@@ -45,7 +49,13 @@ class View:
 
 
 def any_view(count: int, mirror: bool, most: int) -> View:
-    """A view by torch's generator: half of `count` images mirrored if wanted, all moved by up to `most` pixels either way."""
+    """Draw a view from torch's generator.
+
+    Args:
+        count: number of images.
+        mirror: whether to mirror a random half of them.
+        most: pixels by which all of them are moved at most, either way.
+    """
     mirrored = torch.rand(count) < 0.5 if mirror else None
     return View(mirrored, (_offset(most), _offset(most)) if most else (0, 0))
 
