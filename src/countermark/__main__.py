@@ -6,9 +6,10 @@ import sys
 
 
 def main() -> int:
-    """Run the command line; what fails before it runs, or while it says what failed, ends as an error as well.
+    """Run the command line, and end with an error status whatever fails.
 
-    Without this an import that fails would end with Python's status 1, which means "no evidence" or "dismissed".
+    This covers a failure before the command line runs, or while it reports an error. An import that
+    fails would otherwise end with Python's status 1, which means "no evidence" or "dismissed".
     """
     try:
         from countermark.cli import main as run
@@ -21,7 +22,8 @@ def main() -> int:
         with contextlib.suppress(OSError):
             os.write(
                 2,
-                f"countermark: it cannot be started or ended ({type(error).__name__}: {str(error)!a}); install it again\n".encode(),
+                f"countermark: it cannot be started or ended ({type(error).__name__}: "
+                f"{str(error)!a}); install it again\n".encode(),
             )
         return 2
     finally:
@@ -30,7 +32,10 @@ def main() -> int:
 
 
 def _let_go(stream: object) -> None:
-    """Let a stream drop what it could not write; Python would try again at its end, and end with status 120."""
+    """Let a stream drop what it could not write.
+
+    Python would otherwise try again as it exits, and end with status 120.
+    """
     try:
         stream.flush()  # type: ignore[attr-defined]
     except (AttributeError, OSError, ValueError):  # there is none, it is full, it is closed

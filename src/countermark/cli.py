@@ -1,8 +1,9 @@
-"""The command line: a thin skin over the verbs.
+"""The command line: a thin layer over the verbs.
 
-Results go to standard output, progress and errors to standard error. Exit status 0 is success, 2 an error of one line, 130 an interruption;
-`verify` adds 1 (no evidence) and 3 (inconclusive), `adjudicate` 1 (dismissed) and 3 (undecidable). Only a verdict ends with a verdict's
-status: whatever is raised, by us or by a library, ends with 2.
+Results go to standard output, progress and errors to standard error. Exit status 0 is success, 2 an
+error of one line, 130 an interruption and 143 a termination (SIGTERM). `verify` adds 1 (no
+evidence) and 3 (inconclusive), `adjudicate` 1 (dismissed) and 3 (undecidable). Only a verdict ends
+with a verdict's status: any other exception, ours or a library's, ends with 2.
 """
 
 import ast
@@ -96,25 +97,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         where = f" ({error.filename})" if error.filename else ""
         return _fail(
-            f"{error.strerror or error}{where}; {'free some space' if full else 'check the path and its permissions'}"
+            f"{error.strerror or error}{where}; "
+            f"{'free some space' if full else 'check the path and its permissions'}"
         )
     except MemoryError:
         return _fail(_NO_MEMORY)
-    except (
-        BaseException
-    ) as error:  # a library's own exit, and the panic of one in Rust, are no `Exception`
+    # A library's own exit, and the panic of one in Rust, are no `Exception`.
+    except BaseException as error:
         if os.environ.get("COUNTERMARK_TRACEBACK"):
             sys.stderr.writelines(
                 f"{visible(line)}\n" for line in traceback.format_exc().splitlines()
             )
         text = str(error)
+        # These are the words of torch, oneDNN and the loader.
         if any(
             word in text
             for word in ("memory", "bad_alloc", "create a primitive", "failed to map segment")
-        ):  # torch, oneDNN, the loader
+        ):
             return _fail(_NO_MEMORY)
         return _fail(
-            f"an error that should not happen, {type(error).__name__}: {text}; set COUNTERMARK_TRACEBACK=1 to see where and report it"
+            f"an error that should not happen, {type(error).__name__}: {text}; "
+            "set COUNTERMARK_TRACEBACK=1 to see where and report it"
         )
 
 
@@ -173,7 +176,10 @@ def _terminate(_number: int, _frame: object) -> None:
 
 
 def _nobody_reads() -> int:
-    """Nobody reads standard output any more: say so, and keep the interpreter from saying it again at its end."""
+    """Say that nobody reads standard output any more.
+
+    The interpreter is kept from saying it again as it exits.
+    """
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return _fail("nobody reads standard output any more; finished work is kept")

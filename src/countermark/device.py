@@ -174,10 +174,10 @@ def batch_size(
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """Let cuDNN choose deterministic kernels in the block; the rest of its settings stays what it is.
+    """Let cuDNN choose deterministic kernels in the block, and leave its other settings alone.
 
-    `torch.backends.cudnn.flags` would switch cuDNN itself off unless it is told not to, and
-    convolutions would take fifty times as long.
+    `torch.backends.cudnn.flags` switches cuDNN off unless it is told not to, and convolutions then
+    take fifty times as long.
     """
     import torch
 
@@ -191,13 +191,14 @@ def deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def seeded(device: "torch.device", seed: int | None) -> Iterator[None]:
-    """Make the block's randomness a function of the seed, and leave torch's generators as they were.
+    """Make the block's randomness a function of the seed, and restore torch's generators after it.
 
-    cuDNN chooses deterministic kernels meanwhile, so that one device gives the same numbers again.
+    In the block, cuDNN chooses deterministic kernels, so that one device gives the same numbers
+    again.
 
     Args:
-        device: where the block computes; its generator is seeded beside the processor's.
-        seed: the seed; None draws on from where the generators are.
+        device: where the block computes; its generator is seeded along with the CPU's.
+        seed: the seed; with None, the generators continue from their present state.
     """
     import torch
 

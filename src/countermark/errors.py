@@ -1,7 +1,7 @@
-"""The one family of errors that Countermark raises on purpose, and the refusal of a name that is none.
+"""The errors that Countermark raises on purpose, and the refusal of unknown names.
 
-A message says what was wrong, where, and what to do next, in one line.
-The command line prints that line and exits with status 2; anything else that escapes is a bug.
+A message says in one line what was wrong, where, and what to do next.
+The command line prints that line and exits with status 2; any other exception is a bug.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and readers that survive hostile ones.
+"""Files that are written whole or not at all, and readers that are safe with hostile files.
 
-Every writer goes through a temporary file, `fsync` and `rename`. Every reader knows its size limit before it reads, and
-nothing here ever unpickles: tensors travel as safetensors, the rest as JSON.
+Every writer goes through a temporary file, `fsync` and `rename`. Every reader knows its size limit
+before it reads. Nothing here ever unpickles: tensors are stored as safetensors, the rest as JSON.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def file_sha256(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """Serialise to the one byte string that this value has: sorted keys, ASCII, no NaN, a final newline."""
+    """Serialise a value to its one byte string: sorted keys, ASCII, no NaN, a final newline."""
     return (
         json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
     ).encode()
@@ -127,7 +127,8 @@ def read_bytes(path: Path, limit: int, first: int | None = None) -> bytes:
     """Read a regular file of at most `limit` bytes, or only its `first` bytes.
 
     Raises:
-        CountermarkError: the file is missing, unreadable, not a regular file, or larger than the limit.
+        CountermarkError: the file is missing, unreadable, not a regular file, or larger than
+            `limit` bytes.
     """
     try:
         if not path.is_file():
@@ -146,37 +147,46 @@ def read_bytes(path: Path, limit: int, first: int | None = None) -> bytes:
         ) from error
     if max(size, len(data)) > limit:
         raise CountermarkError(
-            f"{path} is larger than {limit} bytes, the most that such a file can need; it is not one of ours"
+            f"{path} is larger than {limit} bytes, the most that such a file can need; "
+            "it is not one of ours"
         )
     return data
 
 
 def write_json(path: Path, value: Any, mode: int | None = None, limit: int = JSON_LIMIT) -> None:
-    """Write `value` as canonical JSON, whole or not at all, if `read_json` can read it with the same `limit`.
+    """Write `value` as canonical JSON, whole or not at all.
 
     Raises:
-        CountermarkError: it would have more than `limit` bytes, or cannot be written.
+        CountermarkError: the file would have more than `limit` bytes, so that `read_json` with the
+            same limit could not read it, or it cannot be written.
     """
     data = canonical_json(value)
     if len(data) > limit:
         raise CountermarkError(
-            f"{path} would have {len(data)} bytes, and no more than {limit} could be read back; nothing was written"
+            f"{path} would have {len(data)} bytes, and no more than {limit} could be read back; "
+            "nothing was written"
         )
     write_bytes(path, data, mode)
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
-    """Parse a JSON object that `canonical_json` wrote; any other spelling of the same object is refused.
+    """Parse a JSON object that `canonical_json` wrote, and refuse any other spelling of it.
+
+    Args:
+        data: the bytes of the object.
+        origin: what messages call their source.
 
     Raises:
-        CountermarkError: not JSON, not an object, or not byte for byte what Countermark writes.
+        CountermarkError: the bytes are not JSON, not an object, or not exactly what
+            `canonical_json` writes.
     """
     try:
         value = json.loads(data)
         canonical = canonical_json(value)
     except (ValueError, RecursionError) as error:
         raise CountermarkError(
-            f"{origin} is not valid JSON; it is damaged or not one of ours, restore it from a backup"
+            f"{origin} is not valid JSON; it is damaged or not one of ours, "
+            "restore it from a backup"
         ) from error
     if not isinstance(value, dict):
         raise CountermarkError(f"{origin} does not hold a JSON object; it is not one of ours")
@@ -188,7 +198,11 @@ def parse_json(data: bytes, origin: str) -> dict[str, Any]:
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
-    """Read a JSON object of at most `limit` bytes that `write_json` wrote (see `parse_json` for what is refused)."""
+    """Read a JSON object of at most `limit` bytes that `write_json` wrote.
+
+    Raises:
+        CountermarkError: see `read_bytes` and `parse_json`.
+    """
     return parse_json(read_bytes(path, limit), str(path))
 
 
@@ -198,7 +212,7 @@ def write_tensors(
     meta: Mapping[str, Any] | None = None,
     mode: int | None = None,
 ) -> str:
-    """Write named tensors as safetensors, whole or not at all, and return the SHA-256 of the file."""
+    """Write named tensors as safetensors, whole or not at all, and return the file's SHA-256."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     data = serialise_tensors(contiguous, {_METADATA_KEY: json.dumps(meta or {}, sort_keys=True)})
     write_bytes(path, data, mode)
@@ -215,16 +229,18 @@ def read_tensors(
     Args:
         path: the file.
         limit: the most bytes that such a file can need.
-        check: raises `CountermarkError` at tensors of names, types or shapes that are not wanted.
-            It is given them without their data (on the device `meta`) before any data is read, so
-            that a small file which claims to be a large one costs nothing.
+        check: raises `CountermarkError` if the names, types or shapes of the tensors are not those
+            that are wanted. It is first called with tensors that hold no data (on the device
+            `meta`), before any data is read, so that a small file which claims to be a large one
+            costs nothing.
 
     Returns:
-        The tensors by name, the metadata object that `write_tensors` stored (empty for foreign files), the file's SHA-256.
+        The tensors by name, the metadata object that `write_tensors` stored (empty for files that
+        it did not write), and the file's SHA-256.
 
     Raises:
-        CountermarkError: missing, too large, or not safetensors (a pickle, a truncated file);
-            nothing is ever unpickled. Or see `check`.
+        CountermarkError: the file is missing, too large, refused by `check`, or not safetensors (a
+            pickle, a truncated file). Nothing is ever unpickled.
     """
     try:
         announced = _announced(path, limit)
@@ -244,7 +260,8 @@ def read_tensors(
         OverflowError,
     ) as error:
         raise CountermarkError(
-            f"{path} is not a whole safetensors file ({brief(str(error))}); it is truncated, damaged or of another format"
+            f"{path} is not a whole safetensors file ({brief(str(error))}); "
+            "it is truncated, damaged or of another format"
         ) from error
     if check is not None:
         check(tensors)  # what was read, not what was announced
@@ -269,7 +286,11 @@ def _announced(path: Path, limit: int) -> dict[str, torch.Tensor]:
 
 
 def make_private_folder(path: Path) -> None:
-    """Create a folder that only its owner can enter (mode 0700); an existing one is closed to others."""
+    """Create a folder that only its owner can enter (mode 0700), or give an existing one that mode.
+
+    Raises:
+        CountermarkError: the folder cannot be created or its mode cannot be changed.
+    """
     try:
         path.mkdir(mode=0o700, exist_ok=True)
         path.chmod(0o700)
@@ -302,18 +323,20 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
-    """Build the folder `path` in a sibling `NAME.partial` and rename it when the block ends well.
+    """Build the folder `path` in a sibling `NAME.partial` and rename it when the block succeeds.
 
-    The sibling holds `config.json`, the configuration `run` of the work. If the block is interrupted after it wrote anything else (a
-    checkpoint, a secret), the sibling stays, and the same call finds it again; otherwise it is removed.
+    The sibling holds `config.json`, the configuration `run` of the work. If the block is
+    interrupted after it wrote anything else (a checkpoint, a secret), the sibling stays, and the
+    same call continues in it; otherwise it is removed.
 
     Args:
-        path: the folder to make; it must not exist or be empty.
-        run: the configuration of this run, as JSON-ready values.
+        path: the folder to make; it must not exist, or must be empty.
+        run: the configuration of this run, as values that JSON can hold.
 
     Raises:
-        CountermarkError: `path` is not empty or cannot be written, another process builds it right now, or the sibling
-            holds unfinished work of another configuration.
+        CountermarkError: `path` is not empty or cannot be written, or the sibling holds unfinished
+            work of another configuration.
+        FolderBusyError: another process is building the same folder.
     """
     try:
         path = path.resolve()
@@ -345,7 +368,8 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
             write_bytes(config, record)
         elif (begun := read_bytes(config, JSON_LIMIT)) != record:
             raise CountermarkError(
-                f"{partial} holds unfinished work with {_others(begun, record)}; run it again with those (see its config.json) or delete it"
+                f"{partial} holds unfinished work with {_others(begun, record)}; "
+                "run it again with those (see its config.json) or delete it"
             )
         yield partial
         try:
@@ -367,7 +391,7 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _others(begun: bytes, wanted: bytes) -> str:
-    """What two configurations do not have in common, in words: their options, or what is told by its digest."""
+    """Say how two configurations differ: in options, or in contents known by their digest."""
     try:
         before, now = (parse_json(each, "config.json") for each in (begun, wanted))
     except CountermarkError:

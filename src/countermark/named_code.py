@@ -50,10 +50,12 @@ def imported(place: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise CountermarkError(
-                f"{place} cannot be imported: it needs the module {error.name!r}, which is not installed"
+                f"{place} cannot be imported: it needs the module {error.name!r}, "
+                "which is not installed"
             ) from error
         raise CountermarkError(
-            f"there is no module {module_name!r} for {place}; it is looked for in {here} and among installed packages, "
+            f"there is no module {module_name!r} for {place}; "
+            f"it is looked for in {here} and among installed packages, "
             f"so run the command in the folder that holds {module_name.partition('.')[0]}"
         ) from error
     except (Exception, SystemExit) as error:
@@ -137,8 +139,7 @@ def said(error: BaseException) -> str:
     """
     words = sentence(str(error))
     frames = traceback.extract_tb(error.__traceback__)
-    last = next(
-        (frame for frame in reversed(frames) if not frame.filename.startswith("<")), None
-    )  # importlib's own have no file
+    # The frames of importlib itself have no file.
+    last = next((frame for frame in reversed(frames) if not frame.filename.startswith("<")), None)
     where = "" if last is None else f" ({Path(last.filename).name}, line {last.lineno})"
     return f"{type(error).__name__}{': ' if words else ''}{words}{where}"

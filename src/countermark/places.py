@@ -1,4 +1,7 @@
-"""Places that a user gives: a suspect, a network, the address of an endpoint or of a timestamp authority, a folder to write."""
+"""Places that a user gives: suspects, networks, addresses, and folders to write.
+
+The addresses are those of endpoints and timestamp authorities.
+"""
 
 import re
 from collections.abc import Callable, Mapping
@@ -70,8 +73,8 @@ def endpoint_address(url: str) -> EndpointAddress:
     found = None if mlflow else _MODEL.fullmatch(path)
     if not mlflow and found is None:
         raise CountermarkError(
-            f"{sentence(urlunsplit(parts._replace(query='')))} is neither .../v2/models/NAME (Open Inference "
-            "Protocol) nor .../invocations (MLflow); give one of these"
+            f"{sentence(urlunsplit(parts._replace(query='')))} is neither .../v2/models/NAME "
+            "(Open Inference Protocol) nor .../invocations (MLflow); give one of these"
         )
     model = path if found is None else found[1]
     asked = path if found is None else f"{model}/infer"
@@ -81,9 +84,11 @@ def endpoint_address(url: str) -> EndpointAddress:
 
 
 def place_name(place: object) -> str:
-    """What a place is called: its path, name or address; for a function `python:MODULE.QUALIFIED_NAME`.
+    """What a place is called in messages and files.
 
-    An object is called by its type, and an address has no query string, which may hold a secret.
+    A path, a name or an address is called as it is given, but an address without its query string,
+    which may hold a secret. A function is called `python:MODULE.QUALIFIED_NAME`, and any other
+    object likewise by its type.
     """
     if is_address(place):
         return str(place).partition("?")[0]
@@ -96,10 +101,10 @@ def place_name(place: object) -> str:
 
 
 def check_address(url: str, whose: str) -> str:
-    """Refuse an address that cannot be asked, or that would put a password into files that others read.
+    """Refuse an address that cannot be asked, or that holds a password.
 
-    Addresses stand in claims, judgements, replay logs and configurations, and are shown as they are.
-    The message leaves out what may be the password.
+    Addresses are written to claims, judgements, replay logs and configurations, and are shown as
+    they are. The message leaves out what may be the password.
 
     Args:
         url: the address.
@@ -118,7 +123,8 @@ def check_address(url: str, whose: str) -> str:
         raise CountermarkError(f"the address of {whose} is http(s)://HOST[:PORT]/..., not {hidden}")
     if "@" in parts.netloc:
         raise CountermarkError(
-            f"the address of {whose} is saved and shown as it is, so it may hold no name or password, "
+            f"the address of {whose} is saved and shown as it is, "
+            "so it may hold no name or password, "
             f"as {hidden} does; an endpoint takes them as --headers 'Authorization: ...'"
         )
     return url

@@ -1,7 +1,8 @@
-"""An HTTP session with a server that may mean harm: an answer has one deadline as a whole, and a redirect is nothing but a status.
+"""An HTTP session that is safe with a malicious server.
 
-A timeout of `requests` is for each read, so a server that sends a byte now and then, of the head or the body, would be read for ever. And
-`requests` reads the body and the address of a redirect even if it is told not to follow it.
+One deadline holds for the whole answer: a timeout of `requests` is for each read, so a server that
+sends a byte of the head or the body now and then would be read for ever. A redirect is only a
+status: `requests` would read its body and its address even if told not to follow it.
 """
 
 import http.client
@@ -16,16 +17,17 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 
 class Session(requests.Session):
-    """Use it like `requests.Session`; the timeout is also that of the whole answer, from when the request is sent."""
+    """A `requests.Session` whose timeout also limits the whole answer, from the request on."""
 
     def __init__(self, netrc: bool = False) -> None:
-        """Take every address.
+        """Prepare the session for every address.
 
-        The environment's proxies and certificates count.
+        The environment's proxies and certificates are used.
 
         Args:
-            netrc: whether a `.netrc` may give the password for the host. Its entry, or its default,
-                replaces an Authorization that the user gave, and would be shown to a suspect.
+            netrc: whether a `.netrc` file may give the password for the host. Its entry, or its
+                default, replaces an Authorization header that the user gave, and would be shown to
+                a suspect.
         """
         super().__init__()
         self.auth = None if netrc else _no_password

@@ -34,7 +34,8 @@ def sign_folder(folder: Path, private_key: Path) -> Path:
         inside = private_key.resolve()
         if inside.is_relative_to(place) and inside.relative_to(place).parts[0] not in _LEFT_OUT:
             raise CountermarkError(
-                f"{private_key} lies in the folder that it signs, and would be published with it; move it elsewhere"
+                f"{private_key} lies in the folder that it signs, and would be published with it; "
+                "move it elsewhere"
             )
         config = (
             signing.Config()
@@ -67,10 +68,11 @@ def check_folder(folder: Path, public_key: Path) -> None:
 
 @contextlib.contextmanager
 def _library(folder: Path, key: Path) -> Iterator[tuple[Any, Any, Any, Path]]:
-    """The library, which is an extra, told what to leave out, and the folder's one absolute name.
+    """The library, its hashing configuration, and the folder's resolved absolute path.
 
-    The library leaves out a path only if it is spelled as the folder is: of a relative folder, or one
-    behind a link, it would sign the secrets. Its errors become ours.
+    The library, which is an optional dependency, leaves out a path only if that is spelled as the
+    folder is: given a relative folder, or one behind a link, it would sign the secrets. Its errors
+    become ours.
     """
     if not (folder / "model.json").is_file():
         raise CountermarkError(

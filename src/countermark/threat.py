@@ -18,7 +18,14 @@ _MOST = 0.9  # pixels; beyond it nothing of an image is left
 
 @dataclass(frozen=True)
 class Attack:
-    """The PGD of an evaluation or an objective (see `attacks.pgd`): budget and step in pixels of [0, 1]."""
+    """The PGD of an evaluation or a training objective (see `attacks.pgd`).
+
+    Attributes:
+        epsilon: L-inf budget, in pixels of [0, 1].
+        steps: number of steps.
+        step_size: size of a step, in pixels.
+        random_start: whether it starts at a random point within the budget.
+    """
 
     epsilon: float
     steps: int
@@ -28,12 +35,12 @@ class Attack:
 
 @dataclass(frozen=True)
 class Threat:
-    """The attackers that a model is trained and measured against, and how far its watermarks go beyond them.
+    """The attackers that a model is trained and measured against, and the budget of its watermarks.
 
     Attributes:
         epsilon: L-inf budget, in pixels of [0, 1].
         steps: steps of the PGD of an evaluation.
-        step_size: its step, in pixels.
+        step_size: size of such a step, in pixels.
         watermark_epsilon: budget of the watermarks, above `epsilon`.
 
     Example:
@@ -47,10 +54,11 @@ class Threat:
     watermark_epsilon: float
 
     def __post_init__(self) -> None:
-        """Refuse budgets that are none, and watermarks that an attacker could make.
+        """Refuse invalid budgets, and watermarks that an attacker could make.
 
         Raises:
-            CountermarkError: a number out of range, or a watermark budget that is not above the other.
+            CountermarkError: a number is out of range, or the watermark budget is not above the
+                training budget.
         """
         given: dict[str, Any] = {
             "epsilon": self.epsilon,
@@ -66,7 +74,8 @@ class Threat:
             raise CountermarkError(f"PGD takes one step or more, not {self.steps}")
         if self.watermark_epsilon <= self.epsilon:
             raise CountermarkError(
-                f"the watermark budget {self.watermark_epsilon:g} must be above the training budget {self.epsilon:g}; "
+                f"the watermark budget {self.watermark_epsilon:g} "
+                f"must be above the training budget {self.epsilon:g}; "
                 "raise --watermark-epsilon or lower --epsilon"
             )
 
@@ -85,8 +94,9 @@ class Threat:
     ) -> "Threat":
         """The same threat with some of its numbers replaced.
 
-        A step that is not given keeps its share of the budget.
-        A watermark budget that is not given stays what it is, or is twice the training budget where that is more.
+        A step size that is not given keeps its share of the training budget. A watermark budget
+        that is not given stays what it is if it is above the training budget; otherwise it becomes
+        twice the training budget, but stays below 1.
 
         Raises:
             CountermarkError: see `Threat`.
@@ -116,7 +126,10 @@ COLOUR = Threat(8 / 255, 10, 2 / 255, 16 / 255)
 """The budget of CIFAR-10's leaderboards, for colour images of which nothing else is known."""
 
 GREY = Threat(0.15, 15, 0.01, 0.3)
-"""Fashion-MNIST's in Thakkar, Zizzo and Maffeis (2023), for grey images of which nothing else is known."""
+"""The budget of Fashion-MNIST in Thakkar, Zizzo and Maffeis (2023).
+
+It is for grey images of which nothing else is known.
+"""
 
 
 def default_threat(shape: tuple[int, int, int]) -> Threat:

@@ -1,7 +1,8 @@
-"""Timestamps by RFC 3161: ask an authority for one, and check one offline against roots that the checker chooses.
+"""Timestamps by RFC 3161: ask an authority for one, and check one offline against chosen roots.
 
-A token says that a digest existed at a time. Its signature also serves as randomness: nobody but the authority could foresee it, so coins
-hashed out of it did not exist before (docs/how-it-works.md).
+A token says that a digest existed at a time. Its signature also serves as randomness: nobody but
+the authority could foresee it, so coins that are hashed from it did not exist before
+(docs/how-it-works.md).
 """
 
 import base64
@@ -41,11 +42,14 @@ _ROOTS_LIMIT = 1 << 22
 
 
 class TokenError(CountermarkError):
-    """Bytes that are no token that can be read, or one of something else: a fault of whoever shows them."""
+    """Bytes that are no readable token, or a token of something else.
+
+    The fault lies with whoever shows them.
+    """
 
 
 class UntrustedError(TokenError):
-    """A token that is not signed by an authority under the given roots, or not at a time when its certificate was valid."""
+    """A token that no authority under the given roots signed while its certificate was valid."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,9 @@ class Token:
 
     Attributes:
         response: the authority's whole response, DER.
-        time: when it signed, by its own clock (UTC).
-        beacon: what nobody else could foresee and nobody can change afterwards: an RSA signature, or the r of an ECDSA signature
-            (whose s has two valid values).
+        time: when the authority signed, by its own clock (UTC).
+        beacon: the bytes that nobody else could foresee and nobody can change afterwards: the
+            signature, or only the r of an ECDSA signature (whose s has two valid values).
     """
 
     response: bytes
@@ -92,7 +96,8 @@ def request_token(url: str, message: bytes, roots: Sequence[x509.Certificate] = 
     Args:
         url: address of the authority, http or https.
         message: what is stamped; only its digest leaves.
-        roots: certificates that the token is checked against at once; without any, only its form is.
+        roots: certificates that the token is checked against at once; without any, only its form
+            and its message are checked.
 
     Raises:
         CountermarkError: the authority cannot be reached, refuses, or answers with something else.
@@ -136,7 +141,8 @@ def _post(url: str, query: bytes) -> bytes:
         ):
             if answer.is_redirect:
                 raise CountermarkError(
-                    f"the timestamp authority {url} sends its callers on to {sentence(answer.headers['location'])}; "
+                    f"the timestamp authority {url} sends its callers on "
+                    f"to {sentence(answer.headers['location'])}; "
                     "give that address if you trust it"
                 )
             answer.raise_for_status()
@@ -153,10 +159,16 @@ def _post(url: str, query: bytes) -> bytes:
 
 
 def read_token(response: bytes, digest: str, origin: str) -> Token:
-    """Read an authority's response and check that it stamps a SHA-256 `digest` (hexadecimal); not who signed it.
+    """Read an authority's response and check what it stamps, but not who signed it.
+
+    Args:
+        response: DER.
+        digest: SHA-256 of what it must stamp, hexadecimal.
+        origin: what messages call it.
 
     Raises:
-        TokenError: not a response that grants a token, over another message, or signed in a way that is not ours to read.
+        TokenError: the response grants no token, stamps another message, or has a form or a
+            signature that cannot be read.
     """
     if len(response) > TOKEN_LIMIT:
         raise TokenError(
@@ -190,7 +202,7 @@ def read_token(response: bytes, digest: str, origin: str) -> Token:
 def check_token(
     response: bytes, digest: str, roots: Sequence[x509.Certificate], origin: str
 ) -> Token:
-    """Check an authority's response in full: form, message, signature, certificates at the time of signing.
+    """Check a response in full: form, message, signature, and certificates at the time of signing.
 
     Args:
         response: DER.
@@ -200,7 +212,8 @@ def check_token(
 
     Raises:
         TokenError: see `read_token`.
-        UntrustedError: the signature does not lead to one of the roots, through certificates that were valid then and are meant for it.
+        UntrustedError: the signature does not lead to one of the roots through certificates that
+            were valid at that time and are meant for timestamps.
     """
     token = read_token(response, digest, origin)
     parsed = _parse(response, origin)
@@ -232,12 +245,12 @@ def _parse(response: bytes, origin: str) -> Any:
 
 
 def _in_order(response: bytes) -> bytes:
-    """A response as the client library, which is stricter than RFC 3161, takes it.
+    """Correct a response for the client library, which is stricter than RFC 3161.
 
-    Two things outside of what is signed are put right; nothing else is touched, and what is stored and
-    committed to stays the response as it came. The certificates are a set, whose order means nothing,
-    but authorities send them in the order of their chain: they are sorted as DER wants them. And the
-    status "granted with modifications" (1) grants a token as "granted" (0) does.
+    Two things outside of the signed part are corrected; what is stored and committed to remains the
+    response as it came. The certificates are a set, whose order means nothing, but authorities send
+    them in the order of their chain: they are sorted as DER requires. The status "granted with
+    modifications" (1) becomes "granted" (0), since it grants a token just as well.
     """
     from asn1crypto import cms, core, tsp
 
@@ -287,10 +300,11 @@ def decode_token(text: object, origin: str) -> bytes | None:
 def load_roots(path: Path) -> list[x509.Certificate]:
     """Read the certificates of trusted authorities from a PEM file.
 
-    One that cannot be used is left out, and standard error says so: with fewer roots fewer timestamps are trusted, never more.
+    A certificate that cannot be used is left out, with a note on standard error: with fewer roots,
+    fewer timestamps are trusted, never more.
 
     Raises:
-        CountermarkError: not such a file, or none of its certificates can be used.
+        CountermarkError: the file cannot be read, or holds no certificate that can be used.
     """
     found = [
         b"-----BEGIN " + part for part in read_bytes(path, _ROOTS_LIMIT).split(b"-----BEGIN ")[1:]
@@ -309,7 +323,8 @@ def load_roots(path: Path) -> list[x509.Certificate]:
     if not roots:
         reason = f" ({trouble[0]})" if trouble else ""
         raise CountermarkError(
-            f"{path} holds no certificates in PEM that can be used{reason}; give the roots of the timestamp authorities that you trust"
+            f"{path} holds no certificates in PEM that can be used{reason}; "
+            "give the roots of the timestamp authorities that you trust"
         )
     for line in trouble:
         note(line)
@@ -317,7 +332,7 @@ def load_roots(path: Path) -> list[x509.Certificate]:
 
 
 def root_name(certificate: x509.Certificate) -> str:
-    """What a root is called: its subject, or the SHA-256 of a certificate whose subject cannot be read."""
+    """What a root is called: its subject, or its SHA-256 where the subject cannot be read."""
     try:
         with _understood("its name cannot be read"):
             return certificate.subject.rfc4514_string()
@@ -348,7 +363,8 @@ def _beacon(signed: bytes) -> bytes:
     signer = data["signer_infos"][0]
     if signer["sid"].name != "issuer_and_serial_number":
         raise ValueError("its signer is not named by issuer and number")
-    # Were there two certificates of one number, two readers that compare names differently could each take another one.
+    # If two certificates had the same number, two readers that compare names differently could
+    # choose different ones.
     number = signer["sid"].chosen["serial_number"].native
     if (
         len({each.dump() for each in data["certificates"] if each.chosen.serial_number == number})
@@ -356,7 +372,8 @@ def _beacon(signed: bytes) -> bytes:
     ):
         raise ValueError("it holds no certificate of the signer's number, or several")
     signature = bytes(signer["signature"].native)
-    # What the token says of the algorithm is not signed: the signature itself tells whether it is an ECDSA one, the only kind in DER.
+    # The token's statement of the algorithm is not signed. The signature itself tells whether it is
+    # ECDSA, the only kind that is in DER.
     try:
         r, s = decode_dss_signature(signature)
     except ValueError:
@@ -370,14 +387,23 @@ def _beacon(signed: bytes) -> bytes:
 def _understood(
     trouble: str, advice: str = "", kind: type[TokenError] = TokenError
 ) -> Iterator[None]:
-    """Turn whatever a library raises over somebody's bytes into one line: `trouble`, the reason, `advice`."""
+    """Turn what a library raises over somebody's bytes into an error of one line.
+
+    Args:
+        trouble: the beginning of the line; the library's reason follows in brackets.
+        advice: the end of the line, after a semicolon; none if empty.
+        kind: type of the error.
+
+    Raises:
+        TokenError: of the type `kind`, for any error that the bytes caused.
+    """
     try:
         yield
     except CountermarkError:
         raise
     except BaseException as error:
-        # The panic of a library in Rust is no `Exception`. An interruption, a lack of memory or of a
-        # library, and a system that refuses something say nothing of the bytes.
+        # The panic of a library in Rust is no `Exception`. An interruption, too little memory, a
+        # missing library and an error of the system say nothing about the bytes.
         whose = isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
         if not whose or isinstance(error, MemoryError | ImportError | OSError):
             raise
@@ -388,7 +414,10 @@ def _understood(
 
 @contextmanager
 def _library() -> Iterator[Any]:
-    """The client library, which is an extra together with the reader of what it does not show."""
+    """Import the client library, and the ASN.1 reader for what it does not show.
+
+    Both are optional dependencies.
+    """
     try:
         import asn1crypto.tsp  # noqa: F401
         import rfc3161_client

@@ -1,4 +1,4 @@
-"""Claims: one opened batch of a key as files for a third party, and the judgement that he can make of them alone."""
+"""Claims: one opened batch of a key as files, which a third party can judge on their own."""
 
 from countermark.claims.judgement import (
     Check,

@@ -1,8 +1,9 @@
-"""The judgement: every check that a third party can make of a claim, from the files and the roots that he trusts.
+"""The judgement of a claim by a third party, from its files and the roots that they trust.
 
-Nothing that the claim says is believed. Signatures tie it to one key; tokens tie it to times; paths tie the opened trials to what was
-committed before the coins; the coins are computed anew; and the judge asks the suspect himself. A claim is upheld if every check holds,
-dismissed if one fails, and undecidable if one cannot be made.
+Nothing that the claim says is believed. Signatures tie it to one key, tokens tie it to times, and
+Merkle paths tie the opened trials to what was committed before the coins were drawn. The coins are
+computed anew, and the judge asks the suspect directly. A claim is upheld if every check holds,
+dismissed if one fails, and otherwise undecidable.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,12 +64,13 @@ class Finding:
     """What the judge has besides the claim.
 
     Attributes:
-        labels: the suspect's labels of the opened trials `(n,)`, -1 where it gave none; asked by the judge.
-        suspect: what he asked (`suspect_identity`).
-        model_sha256: digest of the weights that the claim shows as the owner's.
-        model_labels: their labels of the opened trials `(n,)`.
-        roots: certificates of the timestamp authorities that he trusts.
-        alpha: his level.
+        labels: the suspect's labels of the opened trials `(n,)`, as it answered the judge; -1 where
+            it gave none.
+        suspect: what the judge asked (see `suspect_identity`).
+        model_sha256: SHA-256 of the weights that the claim shows as the owner's.
+        model_labels: the labels that a model with these weights gives the opened trials `(n,)`.
+        roots: certificates of the timestamp authorities that the judge trusts.
+        alpha: the judge's significance level.
         suspect_token: an authority's response over the suspect's file, if the accused has one.
         shown: claims of the same key that were shown before.
         rival: a claim of somebody else.
@@ -121,7 +123,10 @@ def judge_claim(claim: Claim, finding: Finding) -> Judgement:
 
 
 def standing(claim: Claim, roots: Sequence[x509.Certificate], model_sha256: str) -> list[Check]:
-    """What can be checked of a claim without asking anybody: signatures, commitments, times, the opened batch, the model's digest."""
+    """Check what can be checked of a claim without asking a model.
+
+    That is its signatures, commitments, times, opened batch, and the digest of its model.
+    """
     return [
         _signatures(claim),
         _commitment(claim),
@@ -134,7 +139,10 @@ def standing(claim: Claim, roots: Sequence[x509.Certificate], model_sha256: str)
 def commitment_faults(
     claim: Claim, model_sha256: str, roots: Sequence[x509.Certificate] | None
 ) -> list[str]:
-    """What speaks against a claim before anybody is asked: commitments and their tokens; without roots, whether there are any."""
+    """List the faults of a claim's commitments and their tokens, before any model is asked.
+
+    Without roots, a token is only required to be there.
+    """
     faults = [
         f"the signature of {part.upper()} is not by the key"
         for part in _unsigned(claim, "c1", "c2")
@@ -209,7 +217,10 @@ def _commitment(claim: Claim) -> Check:
             "; ".join(faults),
             "The parts of the claim do not belong together, or allow no exact test.",
         )
-    found = f"{c1['leaves']} trials in {c1['batches']} batches, each trial of weight 1, judged by the sign-flip test"
+    found = (
+        f"{c1['leaves']} trials in {c1['batches']} batches, each trial of weight 1, "
+        "judged by the sign-flip test"
+    )
     return Check(
         name, HOLDS, found, "What is tested, and how, was fixed before the coins were drawn."
     )
@@ -223,7 +234,10 @@ _STAMPED = {
     "t2": ("T2, over the model", "The marked model existed by then."),
     "answers_token": (
         "T of the answers",
-        "The accusation and the suspect's answers were fixed by then, before the trials were shown.",
+        (
+            "The accusation and the suspect's answers were fixed by then, "
+            "before the trials were shown."
+        ),
     ),
 }
 
@@ -241,7 +255,10 @@ def _times(claim: Claim, roots: Sequence[x509.Certificate]) -> Iterator[Check]:
             yield Check(title, FAILS, str(error), "The timestamp belongs to something else.")
         else:
             if time is None:
-                meaning = "Nothing shows when this was fixed; the owner could have tried until he liked it."
+                meaning = (
+                    "Nothing shows when this was fixed; "
+                    "the owner could have tried until he liked it."
+                )
                 yield Check(title, OPEN, "there is none", meaning)
             else:
                 times.append(time)
@@ -295,7 +312,10 @@ def _batch(claim: Claim) -> Check:
             meaning,
         )
     if missing:
-        meaning = "A claim shows a whole batch: chosen trials would prove anything. Missing ones count against it."
+        meaning = (
+            "A claim shows a whole batch: chosen trials would prove anything. "
+            "Missing ones count against it."
+        )
         return Check(name, FAILS, f"{missing} of {len(whole)} trials are missing", meaning)
     return Check(
         name,
@@ -335,9 +355,10 @@ def _owners_model(claim: Claim, finding: Finding) -> Check:
 
 
 def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
-    """Is what the judge asked the accused model, and is it older than the marked one?
+    """Check that the judge asked the accused model, and that it is not older than the marked one.
 
-    A file that is not the accused one decides nothing, however old it is: whoever could choose the file would choose the verdict.
+    A file that is not the accused one decides nothing, however old it is: whoever could choose the
+    file would choose the verdict.
     """
     name, age = "The suspect", "Age of the suspect"
     named, made = claim.answers["suspect"], None  # made: by then at the latest
@@ -366,12 +387,24 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
             "It is the model that the claim was fixed against.",
         )
     elif older and _stands_for_endpoint(claim, finding):
-        found = f"{_named(finding.suspect)} repeats every answer that the claim recorded of {_named(named)}"
-        meaning = "The claimant's own record shows what the endpoint ran, and that its answers agree with the coins."
+        found = (
+            f"{_named(finding.suspect)} repeats every answer "
+            f"that the claim recorded of {_named(named)}"
+        )
+        meaning = (
+            "The claimant's own record shows what the endpoint ran, "
+            "and that its answers agree with the coins."
+        )
         yield Check(name, HOLDS, found, meaning)
     else:
-        found = f"the claim was fixed against {_named(named)}, the judge asked {_named(finding.suspect)}"
-        meaning = "Another model than the accused one, however old, decides nothing; ask the one that the claim names."
+        found = (
+            f"the claim was fixed against {_named(named)}, "
+            f"the judge asked {_named(finding.suspect)}"
+        )
+        meaning = (
+            "Another model than the accused one, however old, decides nothing; "
+            "ask the one that the claim names."
+        )
         yield Check(name, OPEN, found, meaning)
         return
     if made is not None and marked is not None:
@@ -405,11 +438,14 @@ def _is_accused(claim: Claim, finding: Finding) -> bool:
 
 
 def _stands_for_endpoint(claim: Claim, finding: Finding) -> bool:
-    """Whether a file gives every answer that the claim recorded of an accused endpoint, where these are enough to tell.
+    """Whether a file repeats every answer that the claim recorded of an accused endpoint.
 
-    Such a file acquits if it is older than the marked model: one that does not depend on the coins repeats a record that matches them
-    with a probability of at most alpha, and a record that does not match proves nothing. It does not convict, whatever its age: the
-    record is the claimant's word, which binds the claimant and not the accused. Few answers could be repeated by chance.
+    False if the recorded answers are too few for a verdict: a few could be repeated by chance.
+
+    Such a file acquits if it is older than the marked model: a file that does not depend on the
+    coins repeats a record that matches them with a probability of at most alpha, and a record that
+    does not match them proves nothing. It does not convict, whatever its age: the record is the
+    claimant's word, which binds the claimant and not the accused.
     """
     recorded = _recorded(claim)
     if recorded is None or (claim.answers["suspect"].get("kind"), finding.suspect.get("kind")) != (
@@ -422,7 +458,10 @@ def _stands_for_endpoint(claim: Claim, finding: Finding) -> bool:
 
 
 def _recorded(claim: Claim) -> torch.Tensor | None:
-    """What the claim says that the suspect answered to each shown trial `(n,)`; none if it does not say so of the whole batch."""
+    """The suspect's labels of the shown trials `(n,)` according to the claim.
+
+    None if the claim does not record an answer to every trial of the batch.
+    """
     whole, labels = _expected(claim), claim.answers["labels"]
     if len(labels) != len(whole):
         return None
@@ -431,7 +470,10 @@ def _recorded(claim: Claim) -> torch.Tensor | None:
 
 
 def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Check]:
-    """A batch that was shown in another dispute counts only against suspects that are known to be older than that."""
+    """Check that the suspect is older than any other dispute in which the batch was shown.
+
+    A batch that was shown before counts only against suspects that are known to be older than that.
+    """
     for earlier in finding.shown:
         same = (earlier.c1, earlier.answers["batch"]) == (claim.c1, claim.answers["batch"])
         if not same or earlier.answers == claim.answers:
@@ -457,7 +499,10 @@ def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Ch
 
 def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) -> Check:
     name = "The test"
-    found = f"{test.agreements} as the coins fell, {test.disagreements} the other way, {test.neither} neither; "
+    found = (
+        f"{test.agreements} as the coins fell, {test.disagreements} the other way, "
+        f"{test.neither} neither; "
+    )
     found += (
         f"p = 10^{test.log10_p_value:.1f}, {claim.c1['batches']} batches to choose from included"
     )
@@ -466,7 +511,10 @@ def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) ->
             name,
             HOLDS,
             found,
-            f"A model that does not depend on these coins gets there less than once in {1 / test.alpha:.0e} claims.",
+            (
+                "A model that does not depend on these coins gets there "
+                f"less than once in {1 / test.alpha:.0e} claims."
+            ),
         )
     if test.verdict == "inconclusive":
         return Check(
@@ -478,14 +526,20 @@ def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) ->
         and recorded is not None
         and _test(claim, recorded, finding.alpha).verdict == "match"
     ):
-        meaning = "The endpoint answers otherwise than the claim recorded: it was changed, or the record is wrong; which cannot be told."
+        meaning = (
+            "The endpoint answers otherwise than the claim recorded: it was changed, "
+            "or the record is wrong; which cannot be told."
+        )
         return Check(name, OPEN, found, meaning)
     if elsewhere:
         return Check(
             name,
             OPEN,
             found,
-            "Models that never saw the coins agree as often; but what was asked decides nothing, see above.",
+            (
+                "Models that never saw the coins agree as often; "
+                "but what was asked decides nothing, see above."
+            ),
         )
     return Check(name, FAILS, found, "Models that never saw the coins agree as often.")
 
@@ -510,15 +564,24 @@ def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
         return
     theirs = _test(rival.claim, rival.its_mark_in_ours, finding.alpha)
     ours = _test(claim, rival.our_mark_in_its, finding.alpha)
-    found = f"its mark in this owner's model: p = 10^{theirs.log10_p_value:.1f}; this mark in its model: p = 10^{ours.log10_p_value:.1f}"
+    found = (
+        f"its mark in this owner's model: p = 10^{theirs.log10_p_value:.1f}; "
+        f"this mark in its model: p = 10^{ours.log10_p_value:.1f}"
+    )
     outcome = {
         (False, True): (
             HOLDS,
-            "The rival's model carries this mark, and not the other way round: this owner was first.",
+            (
+                "The rival's model carries this mark, and not the other way round: "
+                "this owner was first."
+            ),
         ),
         (True, False): (
             FAILS,
-            "This owner's model carries the rival's mark, and not the other way round: the rival was first.",
+            (
+                "This owner's model carries the rival's mark, and not the other way round: "
+                "the rival was first."
+            ),
         ),
         (True, True): (
             OPEN,
@@ -526,7 +589,10 @@ def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
         ),
         (False, False): (
             HOLDS,
-            "Neither model was made from the other. The suspect may depend on both; this claim stands by itself.",
+            (
+                "Neither model was made from the other. The suspect may depend on both; "
+                "this claim stands by itself."
+            ),
         ),
     }[theirs.verdict == "match", ours.verdict == "match"]
     yield Check(name, outcome[0], found, outcome[1])
@@ -550,7 +616,11 @@ def _test(claim: Claim, labels: torch.Tensor, alpha: float) -> Verdict:
 
 
 def _bound(claim: Claim) -> dict[int, int]:
-    """Row of each shown trial, by its leaf, that lies on the committed tree and in the claim's batch; each leaf and each cell once."""
+    """Map the leaf of each valid shown trial to its row.
+
+    A trial is valid if its path leads to the committed root and it lies in the claim's batch. Each
+    leaf and each cell counts once.
+    """
     c1, opened = claim.c1, claim.opened
     wanted, rows, cells = set(_expected(claim)), {}, set()
     for row, root in enumerate(opened.roots(int(c1["leaves"]))):
@@ -578,7 +648,10 @@ def _expected(claim: Claim) -> list[int]:
 
 
 def _coins(claim: Claim) -> list[int] | None:
-    """The coin of each shown trial, out of C1, T1 and its leaf secret; none if T1 is no token of C1."""
+    """Compute the coin of each shown trial from C1, T1 and its leaf secret.
+
+    None if T1 is no token of C1 or a leaf has a negative number.
+    """
     c1, beacon = canonical_json(claim.c1), b""
     if claim.t1 is not None:
         try:
@@ -594,7 +667,10 @@ def _coins(claim: Claim) -> list[int] | None:
 
 
 def _named(suspect: Mapping[str, object]) -> str:
-    """A suspect in a few words; the claimant wrote them, so they are made safe even for who prints them without us."""
+    """Name a suspect in a few words.
+
+    The claimant wrote them, so they are made safe even for somebody who prints them without us.
+    """
     return visible(str(suspect.get("url") or f"the file {str(suspect.get('sha256'))[:16]}")[:200])
 
 

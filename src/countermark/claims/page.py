@@ -23,9 +23,11 @@ _WORDS = {
 _CLASSES = {HOLDS: "good", FAILS: "bad"}
 
 LIMITS = (
-    "What is proven is that the suspect's answers depend on coins that were drawn after the trials were fixed. That is not yet theft: "
-    "the suspect's maker may have had the model from somebody else, or a licence. That the marked model existed before the suspect is "
-    "shown as far as the accused has a timestamp of his own. The times are as good as the authorities whose roots the judge chose."
+    "What is proven is that the suspect's answers depend on coins that were drawn after the trials "
+    "were fixed. That is not yet theft: the suspect's maker may have had the model from somebody "
+    "else, or a licence. That the marked model existed before the suspect is shown as far as the "
+    "accused has a timestamp of his own. The times are as good as the authorities whose roots the "
+    "judge chose."
 )
 """What a judgement does not say."""
 
@@ -50,7 +52,8 @@ def page(judgement: Judgement, about: Mapping[str, Any]) -> str:
     kind, words = _WORDS[judgement.verdict]
     test = judgement.test
     rows = "".join(
-        f"<tr><td>{escape(check.name)}</td><td class='{_CLASSES.get(check.result, 'open')}'>{escape(check.result)}</td>"
+        f"<tr><td>{escape(check.name)}</td>"
+        f"<td class='{_CLASSES.get(check.result, 'open')}'>{escape(check.result)}</td>"
         f"<td>{escape(check.meaning)}<br><span class='soft'>{escape(check.found)}</span></td></tr>"
         for check in judgement.checks
     )
@@ -58,15 +61,18 @@ def page(judgement: Judgement, about: Mapping[str, Any]) -> str:
         f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items()
     )
     story = (
-        f"Asked for {test.trials} trials, each with two answers of which a secret coin had chosen one, the suspect gave the coin's answer "
-        f"{test.agreements} times and the other one {test.disagreements} times ({test.neither} times neither). A model that does not "
-        f"depend on the coins agrees that often with probability {p_value(test.log10_p_value)}; the judge asks for {test.alpha:g} or less. "
+        f"Asked for {test.trials} trials, each with two answers of which a secret coin had chosen "
+        f"one, the suspect gave the coin's answer {test.agreements} times and the other one "
+        f"{test.disagreements} times ({test.neither} times neither). A model that does not depend "
+        f"on the coins agrees that often with probability {p_value(test.log10_p_value)}; "
+        f"the judge asks for {test.alpha:g} or less. "
         f"The owner could have shown any of {judgement.batches} batches; that is included."
     )
     parts = [
         f"<h1>Judgement: <span class='{kind}'>{escape(judgement.verdict)}</span></h1>",
         f"<p><strong>{escape(words)}</strong></p><p>{escape(story)}</p>",
-        "<h2>Every check</h2><div class='wide'><table><thead><tr><th>What</th><th>Result</th><th>What it means</th></tr></thead>",
+        "<h2>Every check</h2><div class='wide'><table>"
+        "<thead><tr><th>What</th><th>Result</th><th>What it means</th></tr></thead>",
         f"<tbody>{rows}</tbody></table></div><h2>What it does not say</h2><p>{escape(LIMITS)}</p>",
         f"<h2>What was judged</h2><dl>{listed}</dl>",
         "<footer>Every number here can be computed again from the claim's files.</footer>",

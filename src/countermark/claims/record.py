@@ -1,6 +1,7 @@
-"""A claim as a folder: what was committed, the suspect's answers, one opened batch, and the owner's model (docs/format.md).
+"""A claim as a folder (see docs/format.md).
 
-Reading checks that the files have the right form and nothing more; whether a claim is true is the judgement's business.
+It holds the commitments, the suspect's answers, one opened batch, and the owner's model. Reading a
+claim checks only the form of its files; `judgement` decides whether it is true.
 """
 
 import hashlib
@@ -61,7 +62,7 @@ class Opened:
         x: uint8 images `(n, c, h, w)`.
         answers: int64 `(n, 2)`, heads and tails.
         secrets: uint8 `(n, 32)`, the leaf secrets.
-        paths: uint8 `(n, d, 32)`, neighbours from the leaf up; rows beyond a leaf's own depth are 0.
+        paths: uint8 `(n, d, 32)`, neighbours from the leaf up; 0 beyond a leaf's own depth.
     """
 
     index: torch.Tensor
@@ -76,11 +77,14 @@ class Opened:
         return len(self.index)
 
     def roots(self, count: int) -> list[str]:
-        """The Merkle root that each trial leads to in a tree of `count` leaves, hexadecimal; empty where its path has another length."""
+        """The Merkle root that each trial leads to in a tree of `count` leaves, in hexadecimal.
+
+        It is empty where the trial cannot be such a leaf: a path of another length, a leaf number
+        outside the tree, or a negative batch, cell or answer.
+        """
         found = []
-        images, secrets, paths = (
-            part.numpy() for part in (self.x, self.secrets, self.paths)
-        )  # rows as bytes, quicker than of tensors
+        # Rows of arrays become bytes faster than rows of tensors.
+        images, secrets, paths = (part.numpy() for part in (self.x, self.secrets, self.paths))
         numbers = zip(
             self.index.tolist(),
             self.batch.tolist(),
@@ -166,7 +170,8 @@ class Claim:
         description = describe(self.model)
         if description.shape != tuple(self.opened.x.shape[1:]):
             raise CountermarkError(
-                f"{self.model} takes images of shape {brief(description.shape)}, the claim asks with others; it is another model"
+                f"{self.model} takes images of shape {brief(description.shape)}, "
+                "the claim asks with others; it is another model"
             )
         held = f"{self.model} holds the network {brief(description.network) or 'of a program'}"
         if network is None and description.network not in NETWORKS:
@@ -203,7 +208,8 @@ def suspect_identity(place: str | Path) -> dict[str, str]:
                 digest.update(part)
     except OSError as error:
         raise CountermarkError(
-            f"cannot read {path}: {error.strerror}; name a model folder, a model's file or an address"
+            f"cannot read {path}: {error.strerror}; "
+            "name a model folder, a model's file or an address"
         ) from error
     named = digest.hexdigest()
     if path.suffix.lower() == ".onnx" and (data := onnx_data(path)):
@@ -212,7 +218,7 @@ def suspect_identity(place: str | Path) -> dict[str, str]:
 
 
 def open_batch(watermarks: WatermarkSet, secret: bytes, batch: int) -> Opened:
-    """Open one batch of a key: its trials with their secrets and their paths to the committed root."""
+    """Open one batch of a key: its trials, their secrets, and their paths to the committed root."""
     chosen = torch.nonzero(watermarks.batch == batch).flatten()
     secrets = leaf_secrets(secret, len(watermarks))
     every = merkle_paths(leaves(watermarks, secret))
@@ -231,7 +237,7 @@ def open_batch(watermarks: WatermarkSet, secret: bytes, batch: int) -> Opened:
 
 
 def write_claim(folder: Path, claim: Claim) -> None:
-    """Write a claim into the existing folder `folder`; the owner's model is copied from `claim.model`."""
+    """Write a claim into the existing folder `folder`, with a copy of the owner's model."""
     model = folder / "model"
     model.mkdir(exist_ok=True)
     for name in ("model.safetensors", "model.json"):
@@ -281,7 +287,10 @@ def read_claim(folder: Path) -> Claim:
 def _check_commitments(
     c1: Mapping[str, Any], c2: Mapping[str, Any], answers: Mapping[str, Any], path: Path
 ) -> None:
-    """Refuse records whose fields are missing or of another kind; what they say is not judged here."""
+    """Refuse records with fields that are missing or of another kind.
+
+    Whether what they say is true is not judged here.
+    """
     shape, labels = c1.get("shape"), answers.get("labels")
     count, batches = c1.get("leaves"), c1.get("batches")
     whole = (
@@ -309,7 +318,8 @@ def _check_commitments(
     )
     if not fits:
         raise CountermarkError(
-            f"{path} lacks what a claim says, or says it in another form; it is damaged or not one of ours"
+            f"{path} lacks what a claim says, or says it in another form; "
+            "it is damaged or not one of ours"
         )
 
 
@@ -339,7 +349,8 @@ def _read_opened(path: Path, shape: list[int]) -> Opened:
             fits = fits and widths == (2, _DIGEST, _DIGEST)
         if not fits:
             raise CountermarkError(
-                f"{path} does not hold the opened trials of a claim; it is damaged or not one of ours"
+                f"{path} does not hold the opened trials of a claim; "
+                "it is damaged or not one of ours"
             )
         if list(tensors["x"].shape[1:]) != shape:
             raise CountermarkError(

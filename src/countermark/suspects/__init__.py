@@ -1,7 +1,8 @@
-"""Suspects at arm's length: labels only, whatever the model is and whoever made it.
+"""Suspects, which answer with labels only, whatever the model is and whoever made it.
 
-A suspect is a model folder of ours (numbers for a network that we build), an ONNX or .pt2 file (run in a child process under limits), an
-endpoint behind HTTP, or any function of your own from images to labels.
+A suspect is a model folder of ours (weights for a network that we build), an ONNX or .pt2 file (run
+in a child process under limits), an HTTP endpoint, or any function of your own from images to
+labels.
 """
 
 from collections.abc import Callable, Mapping
@@ -41,9 +42,10 @@ _BUGS = (TypeError, NameError, AttributeError, ImportError, NotImplementedError,
 """What a function raises that will not pass by itself."""
 
 Suspect = Callable[[torch.Tensor], torch.Tensor]
-"""Images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`; -1 where there is no answer.
+"""From images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`, -1 for no answer.
 
-One of your own goes where a place goes: `countermark.verify(function, key=...)`, and so in `trace`.
+A function of your own can stand for a place: `countermark.verify(function, key=...)`, and likewise
+in `trace`.
 """
 
 
@@ -57,18 +59,19 @@ def open_suspect(
     """Make a suspect that answers with labels.
 
     Args:
-        place: a model folder, an `.onnx` or `.pt2` file, the URL of an endpoint (see `Endpoint`), or a function of your own, which is
-            given the images in batches as `asking` says; an exception of it is a failure that is
-            retried, and a replay log knows it by its module and qualified name.
-        shape: one image as it will be asked, `(channels, height, width)`.
+        place: a model folder, an `.onnx` or `.pt2` file, the URL of an endpoint (see `Endpoint`),
+            or a function of your own, which is given the images in batches as `asking` says. An
+            exception that the function raises is a failure and is retried, unless it shows a bug
+            (see `_BUGS`). A replay log identifies the function by its module and qualified name.
+        shape: the shape of each image that will be asked, `(channels, height, width)`.
         asking: how the suspect wants its images, and how an endpoint or a function is asked.
-        device: where a model folder computes. A file runs in a child
-            process on the processor, and the others compute where they are.
+        device: where a model folder computes. A file runs in a child process on the CPU, and the
+            others compute where they are.
         network: what builds the network of a model folder, where it is not one of ours.
 
     Raises:
         CountermarkError: the place is none of these, the model takes images of another shape, or
-            `asking` says what such a suspect has no use for.
+            `asking` sets an option that such a suspect has no use for.
     """
     asking = asking or Asking()
     if callable(place):
@@ -82,7 +85,8 @@ def open_suspect(
         description = describe(path)
         if description.shape != tuple(shape):
             raise CountermarkError(
-                f"{path} takes images of shape {brief(description.shape)}, the key asks with {tuple(shape)}; it is for other data"
+                f"{path} takes images of shape {brief(description.shape)}, "
+                f"the key asks with {tuple(shape)}; it is for other data"
             )
         if (
             prepare(torch.zeros(1, *shape), asking).dtype != torch.float32
@@ -91,14 +95,16 @@ def open_suspect(
             or asking.std
         ):
             raise CountermarkError(
-                f"{path} is one of our model folders, which take float pixels in nchw; leave the declared differences out"
+                f"{path} is one of our model folders, which take float pixels in nchw; "
+                "leave the declared differences out"
             )
         built, _ = load_model(path, None if description.network in NETWORKS else network, device)
         return lambda x: _labels(built, x, path)
     suffix = path.suffix.lower()
     if suffix in (".pt", ".pth", ".pkl", ".bin"):
         raise CountermarkError(
-            f"{path} is refused: loading {suffix} files from others can run their code; export the model to ONNX instead"
+            f"{path} is refused: loading {suffix} files from others can run their code; "
+            "export the model to ONNX instead"
         )
     if not path.exists():
         raise CountermarkError(f"{path} does not exist; name a model folder or an .onnx file")
@@ -116,7 +122,8 @@ def _check_heeded(asking: Asking, kind: str) -> None:
     for name in _NOT_HEEDED[kind]:
         if getattr(asking, name) != getattr(plain_asking, name):
             raise CountermarkError(
-                f"--{name} has no meaning for {kind} as suspect, which is asked on this machine; leave it out"
+                f"--{name} has no meaning for {kind} as suspect, which is asked on this machine; "
+                "leave it out"
             )
 
 
@@ -153,8 +160,9 @@ def _checked(labels: object, count: int) -> list[int]:
     )
     if not isinstance(labels, torch.Tensor) or not fits:
         raise CountermarkError(
-            f"a suspect that is a function answers {count} images with a tensor of int64 labels, or an array of whole "
-            f"numbers, of the shape ({count},), each a class number or -1 for no answer"
+            f"a suspect that is a function answers {count} images with a tensor of int64 labels, "
+            f"or an array of whole numbers, of the shape ({count},), "
+            "each a class number or -1 for no answer"
         )
     return labels.tolist()
 

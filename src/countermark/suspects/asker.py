@@ -124,7 +124,8 @@ def prepare(x: torch.Tensor, asking: Asking) -> torch.Tensor:
             if values:
                 if len(values) not in (1, x.shape[1]) or (apply is torch.div and min(values) <= 0):
                     raise CountermarkError(
-                        f"give one mean and one positive deviation, or {x.shape[1]} of each, not {values}"
+                        f"give one mean and one positive deviation, or {x.shape[1]} of each, "
+                        f"not {values}"
                     )
                 images = apply(images, torch.tensor(values).reshape(1, -1, 1, 1))
     return images.permute(0, 2, 3, 1).contiguous() if asking.layout == "nhwc" else images

@@ -106,14 +106,15 @@ _TRUNCATE, _MODE = 0o1000, 3  # O_TRUNC and O_ACCMODE of fcntl.h
 
 
 def allow_few_calls(libc: ctypes.CDLL) -> bool:
-    """Leave this process no system calls but those of a computation; nothing takes that back.
+    """Allow this process only the system calls of a computation, irrevocably.
 
     A new thread is allowed and a new process is not; limits can be read and not set. A refused call
-    fails with ENOSYS, so that libraries take another way, and the program of another architecture
-    (32 bits) is killed.
+    fails with ENOSYS, so that libraries take another way, and a call of another architecture (32
+    bits) kills the process.
 
-    Returns: Whether the kernel took the list; false on other processors than x86-64 and arm64, and
-    where a kernel has no seccomp.
+    Returns:
+        Whether the kernel took the list; false on other processors than x86-64 and arm64, and where
+        a kernel has no seccomp.
     """
     architectures = {"x86_64": (_X86, 0), "aarch64": (_ARM, 1)}
     if platform.machine() not in architectures:
@@ -121,16 +122,15 @@ def allow_few_calls(libc: ctypes.CDLL) -> bool:
     architecture, column = architectures[platform.machine()]
     program = _program(architecture, column)
     code = ctypes.create_string_buffer(program, len(program))
-    header = struct.pack(
-        "=HxxxxxxQ", len(program) // 8, ctypes.addressof(code)
-    )  # struct sock_fprog
+    # struct sock_fprog
+    header = struct.pack("=HxxxxxxQ", len(program) // 8, ctypes.addressof(code))
     no_new_privileges, filtering = 38, 22  # PR_SET of linux/prctl.h
     libc.prctl(no_new_privileges, 1, 0, 0, 0)
     return bool(libc.prctl(filtering, 2, ctypes.c_char_p(header), 0, 0) == 0)
 
 
 def _program(architecture: int, column: int) -> bytes:
-    """The list for the kernel: instructions `(code, jump if true, jump if false, value)`, 8 bytes each."""
+    """Build the kernel's program, of 8 bytes for each `(code, jump if true, if false, value)`."""
     answer = {"no": _ERRNO | errno.ENOSYS, "yes": _ALLOW, "no terminal": _ERRNO | errno.ENOTTY}
     steps = [
         (_LOAD, 0, 0, _ARCHITECTURE),
@@ -152,8 +152,8 @@ def _program(architecture: int, column: int) -> bytes:
         (_RETURN, 0, 0, answer["yes"]),
         (_RETURN, 0, 0, answer["no"]),
     ]
-    # Which files can be opened is Landlock's business, but before Linux 6.2 it lets whoever may read a
-    # file empty it as they open it (O_TRUNC).
+    # Landlock decides which files can be opened, but before Linux 6.2 it lets a process that may
+    # read a file truncate it on opening (O_TRUNC).
     for call, flags in ((_OPEN, _SECOND), (_OPENAT, _THIRD)):
         if (number := call[column]) is not None:
             steps += [

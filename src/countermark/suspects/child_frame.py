@@ -1,7 +1,9 @@
-"""What the children that ask strangers' files share: a request on standard input, limits, an answer on standard output.
+"""What the child processes that ask strangers' files share.
 
-A child is run as `python -I CHILD.py FILE`, by its path and not as a module: it imports nothing of Countermark, which keeps it small and
-quick to start. Exit status 2 means that standard error holds one line with the reason.
+A child reads a request from standard input, sets its limits, and writes an answer to standard
+output. It is run as `python -I CHILD.py FILE`, by its path and not as a module: it imports nothing
+of Countermark, which keeps it small and quick to start. Exit status 2 means that the last line of
+standard error holds the reason.
 """
 
 import ctypes
@@ -35,8 +37,13 @@ def serve(prepare: Callable[[], None], ask: Callable[[bytes, np.ndarray], bytes]
     """Answer one request.
 
     Args:
-        prepare: called when the file and the images are read, before anything looks at the file: limits, confinement.
-        ask: the answer to the bytes of the file and images `(n, ...)`; see `in_batches` for labels.
+        prepare: confines the process; called after the file and the images were read and the
+            limits set, and before anything looks into the file.
+        ask: gives the answer for the bytes of the file and images `(n, ...)`; see `in_batches` for
+            labels.
+
+    Returns:
+        The exit status.
     """
     _die_with_parent()
     path = Path(sys.argv[1])
@@ -156,7 +163,8 @@ def labels_of(output: Any, count: int) -> Any:
         if output.ndim == 2 and len(output) == count:
             if output.shape[1] < 2 or not np.isfinite(output).all():
                 raise RefusedError(
-                    "its logits are not finite numbers for two classes or more; such a model cannot be asked"
+                    "its logits are not finite numbers for two classes or more; "
+                    "such a model cannot be asked"
                 )
             chosen = output.argmax(axis=1)
             return (chosen if names is None else np.array(names)[chosen]).astype(np.int64)

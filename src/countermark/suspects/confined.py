@@ -1,8 +1,8 @@
-"""Asking a file from a stranger in a child process under limits; the children are `onnx_child` and `pt2_child`.
+"""Ask a stranger's file in a child process under limits.
 
-The child limits its own memory, processor time and file size, checks the file before anything is
-run, and sends labels back as 64-bit integers. It gets none of the environment, where tokens and
-passwords may be, but what finds libraries.
+The children are `onnx_child` and `pt2_child`. A child limits its own memory, processor time and
+file size, checks the file before anything is run, and sends labels back as 64-bit integers. Of the
+environment, which may hold tokens and passwords, it gets only what is needed to find libraries.
 """
 
 import importlib.util
@@ -77,13 +77,13 @@ def _onnx(path: Path, x: torch.Tensor, *options: str) -> bytes:
 def ask_pt2(path: Path, x: torch.Tensor) -> torch.Tensor:
     """Ask a program of `torch.export` (.pt2) for labels.
 
-    Its loader imports modules by name, unpickles and evaluates expressions, so the file is written
-    anew before it is loaded, with nothing but stored tensors, ATen operators and arithmetic of
-    sizes. The child that loads it can read Python's own folders and nothing else, write nowhere but
-    in an empty folder that is deleted, and make none but the system calls of a computation: it
-    reaches no network, no socket, no keyring and no process, and starts none. Where the system
-    cannot promise that (Linux with Landlock, user namespaces and seccomp can, on x86-64 and arm64),
-    it refuses. What is left to it is said in docs/security.md.
+    PyTorch's loader imports modules by name, unpickles and evaluates expressions, so the file is
+    written anew before it is loaded, with nothing but stored tensors, ATen operators and arithmetic
+    of sizes. The child that loads it can only read Python's own folders, only write in an empty
+    folder that is deleted afterwards, and only make the system calls of a computation: it reaches
+    no network, no socket, no keyring and no other process, and starts no process. It refuses to
+    load the file where the system cannot guarantee that (Linux with Landlock, user namespaces and
+    seccomp can, on x86-64 and arm64). docs/security.md says what remains possible.
 
     Args:
         path: the file: one input of the layout of `x`, floats for floats and integers for integers;
@@ -94,8 +94,9 @@ def ask_pt2(path: Path, x: torch.Tensor) -> torch.Tensor:
         int64 labels `(n,)`.
 
     Raises:
-        CountermarkError: the file holds more than a plain program, takes other images, answers with anything but finite logits or labels,
-            needs more memory or time than it is given, or this system cannot confine the child.
+        CountermarkError: the file holds more than a plain program, takes other images, answers with
+            anything but finite logits or labels, or needs more memory or time than it is given; or
+            this system cannot confine the child.
     """
     return _labels(path, len(x), _run(_FOLDER / "pt2_child.py", path, x))
 
@@ -125,14 +126,16 @@ def _run(child: Path, path: Path, x: torch.Tensor, *options: str) -> bytes:
             ).returncode
         except subprocess.TimeoutExpired as error:
             raise CountermarkError(
-                f"{path} did not answer {len(x)} images within {_TIMEOUT} seconds; it is not a model of this size"
+                f"{path} did not answer {len(x)} images within {_TIMEOUT} seconds; "
+                "it is not a model of this size"
             ) from error
         if status == _FAILED:
             reason.seek(max(0, reason.seek(0, os.SEEK_END) - 8 * _REASON))
             raise CountermarkError(f"{path}: {_last_line(reason.read(8 * _REASON))}")
         if status != 0:
             raise CountermarkError(
-                f"{path} crashed or needed more memory or processor time than a suspect is given; it cannot be asked"
+                f"{path} crashed or needed more memory or processor time than a suspect is given; "
+                "it cannot be asked"
             )
         answer.seek(0)
         return answer.read()

@@ -93,7 +93,8 @@ def _keep_called(model: Any) -> None:
             domain == taken or domain.startswith(f"{taken}.") for taken in _BUILT_IN
         ):
             raise RefusedError(
-                f"its function {domain[:80]}.{name[:80]} takes the place of an operator; give its domain another name"
+                f"its function {domain[:80]}.{name[:80]} takes the place of an operator; "
+                "give its domain another name"
             )
     kept = list(called.values())
     del model.functions[:]
@@ -132,7 +133,8 @@ def _check_node(node: Any, functions: Functions) -> None:
     """
     if node.domain not in _DOMAINS and (node.domain, node.op_type) not in functions:
         raise RefusedError(
-            f"it uses the custom operator {node.domain[:80]}.{node.op_type[:80]}; only standard ONNX operators are run"
+            f"it uses the custom operator {node.domain[:80]}.{node.op_type[:80]}; "
+            "only standard ONNX operators are run"
         )
 
 
@@ -142,7 +144,8 @@ def _check_extent(dims: Any) -> None:
         size *= extent
         if extent < 0 or size > _TENSOR_LIMIT:
             raise RefusedError(
-                f"it declares a tensor of the shape {list(dims)[:8]}, more than a suspect may have; it cannot be asked"
+                f"it declares a tensor of the shape {list(dims)[:8]}, "
+                "more than a suspect may have; it cannot be asked"
             )
 
 
@@ -161,7 +164,8 @@ def _take_in(tensor: Any, files: dict[str, bytes]) -> None:
     end = len(content) if length is None else start + length
     if not start <= end <= len(content):
         raise RefusedError(
-            f"its tensor {tensor.name[:80]!r} lies beyond the end of {location[:80]!r}; the file beside it is truncated or another one"
+            f"its tensor {tensor.name[:80]!r} lies beyond the end of {location[:80]!r}; "
+            "the file beside it is truncated or another one"
         )
     tensor.raw_data = content[start:end]
     tensor.ClearField("external_data")
@@ -173,7 +177,8 @@ def _beside(location: str, limit: int) -> bytes:
     folder = Path(sys.argv[1]).parent
     named = PurePosixPath(location)
     outside = RefusedError(
-        f"it wants data from {location[:80]!r}, which does not lie in its own folder (external data); "
+        f"it wants data from {location[:80]!r}, "
+        "which does not lie in its own folder (external data); "
         "put the file there, or export the model as one file"
     )
     if (
@@ -199,7 +204,8 @@ def _beside(location: str, limit: int) -> bytes:
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "it leads nowhere"
         raise RefusedError(
-            f"it wants data from {location[:80]!r} in its folder (external data), which cannot be read ({reason}); put the file there"
+            f"it wants data from {location[:80]!r} in its folder (external data), "
+            f"which cannot be read ({reason}); put the file there"
         ) from error
 
 
@@ -291,7 +297,8 @@ def _first_answer(outputs: list[Any]) -> Any:
         if numbers or output.type.startswith("seq(map(int64,"):
             return output
     raise RefusedError(
-        f"it answers with {[output.type for output in outputs][:4]}; a suspect answers with logits or labels"
+        f"it answers with {[output.type for output in outputs][:4]}; "
+        "a suspect answers with logits or labels"
     )
 
 

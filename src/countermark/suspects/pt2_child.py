@@ -1,4 +1,8 @@
-"""The child process of `pt2` (see `child_frame`): rewrites the archive plainly, confines itself, then lets torch load it."""
+"""The child process of `ask_pt2` (see `child_frame`).
+
+It confines itself, writes the archive anew with nothing in it that could run, and lets PyTorch load
+the result.
+"""
 
 import ctypes
 import io
@@ -28,8 +32,10 @@ from child_frame import (  # type: ignore[import-not-found]
 )
 
 _KNOWN = re.compile(
-    r"(data/(weights/(weight_\d+|model_weights_config\.json)|constants/(tensor_\d+|model_constants_config\.json)|sample_inputs/model\.pt)"
-    r"|models/model\.json|archive_format|archive_version|byteorder|\.data/(version|serialization_id)|\.format_version|\.storage_alignment)"
+    r"(data/(weights/(weight_\d+|model_weights_config\.json)"
+    r"|constants/(tensor_\d+|model_constants_config\.json)|sample_inputs/model\.pt)"
+    r"|models/model\.json|archive_format|archive_version|byteorder"
+    r"|\.data/(version|serialization_id)|\.format_version|\.storage_alignment)"
 )
 _SIZE_LIMIT = 1 << 29
 _JSON_LIMIT = 1 << 24
@@ -59,19 +65,19 @@ def _confine() -> None:
 
     torch.set_num_threads(1)
     torch.ones(4).half()  # torch reads what processor this is where it first needs it
-    scratch = tempfile.tempdir = str(
-        Path.cwd()
-    )  # empty, and deleted when the answer is there; torch's loader wants such a place
+    # An empty folder that is deleted after the answer; torch's loader needs a temporary folder.
+    scratch = tempfile.tempdir = str(Path.cwd())
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    if (
-        libc.unshare(0x10000000 | 0x20000000 | 0x40000000 | 0x08000000) != 0
-    ):  # user, PID, network and IPC namespaces
+    # User, PID, network and IPC namespaces.
+    if libc.unshare(0x10000000 | 0x20000000 | 0x40000000 | 0x08000000) != 0:
         raise RefusedError(
-            "this system cannot put a child into namespaces of its own, so .pt2 files are not loaded; export the model to ONNX"
+            "this system cannot put a child into namespaces of its own, "
+            "so .pt2 files are not loaded; export the model to ONNX"
         )
     _move_into_pid_namespace(libc)
-    # Landlock (linux/landlock.h): handle every use of files that this kernel's version knows; allow reading below Python's folders.
+    # Landlock (linux/landlock.h): restrict every kind of file access that this kernel's version
+    # knows, and allow reading below Python's folders.
     create, add, restrict = 444, 445, 446
     version = libc.syscall(create, None, ctypes.c_size_t(0), 1)
     everything = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(version, 16)) - 1
@@ -79,7 +85,8 @@ def _confine() -> None:
     ruleset = libc.syscall(create, ctypes.byref(ctypes.c_uint64(everything)), ctypes.c_size_t(8), 0)
     if ruleset < 0:
         raise RefusedError(
-            "this system has no Landlock to close the files of a child, so .pt2 files are not loaded; export the model to ONNX"
+            "this system has no Landlock to close the files of a child, "
+            "so .pt2 files are not loaded; export the model to ONNX"
         )
     places = {
         *sys.path,
@@ -98,7 +105,8 @@ def _confine() -> None:
             os.close(descriptor)
     if libc.syscall(restrict, ruleset, 0) != 0:
         raise RefusedError(
-            "this system cannot close the files of a child, so .pt2 files are not loaded; export the model to ONNX"
+            "this system cannot close the files of a child, so .pt2 files are not loaded; "
+            "export the model to ONNX"
         )
     os.close(ruleset)
     if not allow_few_calls(libc):
@@ -109,9 +117,11 @@ def _confine() -> None:
 
 
 def _move_into_pid_namespace(libc: ctypes.CDLL) -> None:
-    """Go on in a child, the first process of the new PID namespace; this one waits and passes its status on.
+    """Continue in a child, the first process of the new PID namespace.
 
-    No process outside has a number there, so none can be signalled, limited or watched; the session of its own is for signals to a group.
+    The parent waits for it and passes its status on. No process outside has a number in the
+    namespace, so none can be signalled, limited or watched. The child starts a session of its own
+    because a signal can also go to a process group.
     """
     child = os.fork()
     if child:
@@ -139,7 +149,8 @@ def _plain(data: bytes, x: np.ndarray) -> io.BytesIO:
         member.compress_type != zipfile.ZIP_STORED for member in members
     ):
         raise RefusedError(
-            "its archive is compressed or too large; torch.export.save stores its members as they are"
+            "its archive is compressed or too large; "
+            "torch.export.save stores its members as they are"
         )
     roots = {member.filename.split("/")[0] for member in members}
     names = [member.filename.partition("/")[2] for member in members]
@@ -150,7 +161,8 @@ def _plain(data: bytes, x: np.ndarray) -> io.BytesIO:
     for name in names:
         if not _KNOWN.fullmatch(name):
             raise RefusedError(
-                f"its archive holds {name[:80]!r}, which a plain program does not need; export the model to ONNX"
+                f"its archive holds {name[:80]!r}, which a plain program does not need; "
+                "export the model to ONNX"
             )
     contents = {
         name: _content(archive, member) for name, member in zip(names, members, strict=True)
@@ -179,7 +191,8 @@ def _json(contents: dict[str, bytes], name: str) -> dict[str, Any]:
         value = json.loads(contents[name])
     except (KeyError, ValueError, RecursionError) as error:
         raise RefusedError(
-            f"its member {name} is missing or not JSON; it is not a program that torch.export.save wrote"
+            f"its member {name} is missing or not JSON; "
+            "it is not a program that torch.export.save wrote"
         ) from error
     if not isinstance(value, dict):
         raise RefusedError(f"its member {name} is not a JSON object")
@@ -194,7 +207,8 @@ def _check_tensors(config: dict[str, Any], name: str) -> None:
         plain = isinstance(entry, dict) and entry.get("use_pickle") is False
         if not plain or not re.fullmatch(r"(weight|tensor)_\d+", str(entry.get("path_name"))):
             raise RefusedError(
-                f"its member {name} has a value that is pickled or no tensor; pickles are never loaded"
+                f"its member {name} has a value that is pickled or no tensor; "
+                "pickles are never loaded"
             )
 
 
@@ -254,14 +268,16 @@ def _check_program(value: Any, place: str = "") -> None:
     elif isinstance(value, str) and place == "expr_str":
         if len(value) >= _LONGEST_EXPRESSION or not _EXPRESSION.fullmatch(value):
             raise RefusedError(
-                f"it has an expression that is more than arithmetic of sizes: {value[:60]!r}; it is not evaluated"
+                f"it has an expression that is more than arithmetic of sizes: {value[:60]!r}; "
+                "it is not evaluated"
             )
     elif isinstance(value, str) and place == "target":
         if not _ARITHMETIC.fullmatch(value) and not _is_operator(value):
             raise RefusedError(f"it calls {value[:80]!r}; only ATen operators are run")
     elif isinstance(value, str) and place not in _TEXTS and not _WORDS.fullmatch(value):
         raise RefusedError(
-            f"it has the name {value[:60]!r}, which is more than letters and digits; export the model again"
+            f"it has the name {value[:60]!r}, which is more than letters and digits; "
+            "export the model again"
         )
 
 
@@ -283,7 +299,8 @@ def _content(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
         return archive.read(member)
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, struct.error) as error:
         raise RefusedError(
-            f"its member {member.filename[:80]!r} is damaged or encrypted ({first_line(error)}); get the file again"
+            f"its member {member.filename[:80]!r} is damaged or encrypted ({first_line(error)}); "
+            "get the file again"
         ) from error
 
 
@@ -312,7 +329,8 @@ def _ask(data: bytes, x: np.ndarray) -> bytes:
         d not in (None, s) for d, s in zip(declared[1:], x.shape[1:], strict=True)
     ):
         raise RefusedError(
-            f"it takes images of shape {declared}; the key asks with (n, {', '.join(map(str, x.shape[1:]))})"
+            f"it takes images of shape {declared}; "
+            f"the key asks with (n, {', '.join(map(str, x.shape[1:]))})"
         )
 
     def run(part: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Commit, draw, mark: how coins come out of randomness that did not exist when the inputs were fixed.
+"""Commitments, and coins drawn from randomness that did not exist when the inputs were fixed.
 
-Each trial is a leaf with a secret of its own; a Merkle tree binds them to one root; C1 holds the root and is signed; the coins are
-hashed out of C1, the authority's signature on its timestamp T1, and the leaf secrets (docs/format.md gives every byte). Without a
-timestamp the owner could draw coins until he likes them, so such a mark is "private": good for the owner, undecidable for a judge.
+Each trial is a leaf with a secret of its own. A Merkle tree binds the leaves to one root; C1 holds
+the root and is signed. The coins are hashed from C1, the authority's signature on its timestamp T1,
+and the leaf secrets (docs/format.md gives every byte). Without a timestamp, owners could draw coins
+until they like them, so such a mark is "private": good for its owner, undecidable for a judge.
 """
 
 import hashlib
@@ -39,10 +40,12 @@ def leaf_secrets(secret: bytes, count: int) -> list[bytes]:
 
 
 def secret_seed(secret: bytes, purpose: str) -> int:
-    """A seed that only the owner knows, for one purpose: HMAC-SHA-256(secret, purpose), cut to 32 bits.
+    """A seed that only the owner knows: the first 32 bits of an HMAC-SHA-256 of the purpose.
 
-    What the trials are made from (the source model, the choice of bases, the crafting) is seeded with these, so that nobody can make them
-    again from public files. The purposes are no 8-byte numbers, so the coins' leaf secrets stay independent of them.
+    Its key is the secret, and its message is `countermark seed: PURPOSE`. These seeds are used for
+    what the trials are made from (the source model, the choice of bases, the crafting), so that
+    nobody can make the trials again from public files. The messages are no 8-byte numbers, so the
+    leaf secrets of the coins stay independent of the seeds.
     """
     return int.from_bytes(
         hmac.digest(secret, f"countermark seed: {purpose}".encode(), "sha256")[:4], "big"
@@ -80,7 +83,10 @@ def leaves(watermarks: WatermarkSet, secret: bytes) -> list[bytes]:
 
 
 def merkle_root(nodes: Sequence[bytes]) -> bytes:
-    """Root of the Merkle tree of RFC 6962 over the leaf hashes: split at the largest power of two below their number."""
+    """Root of the Merkle tree of RFC 6962 over the leaf hashes.
+
+    It is split at the largest power of two below their number.
+    """
     return _tree(nodes)[0]
 
 
@@ -90,7 +96,10 @@ def merkle_paths(nodes: Sequence[bytes]) -> list[list[bytes]]:
 
 
 def root_of_path(leaf: bytes, index: int, count: int, path: Sequence[bytes]) -> bytes | None:
-    """The root that a leaf leads to by its path, in a tree of `count` leaves; none if the path has another length than the leaf's place."""
+    """The root that a leaf leads to by its path, in a tree of `count` leaves.
+
+    None if the path does not have the length that belongs to the leaf's place.
+    """
     turns = _turns(index, count)
     if len(turns) != len(path):
         return None
@@ -115,23 +124,31 @@ def _turns(index: int, count: int) -> list[bool]:
 
 
 def batch_of(index: int, leaves: int, batches: int) -> int:
-    """The batch of a leaf: all are of one size and in order, so that a missing leaf cannot be hidden."""
+    """The batch of a leaf.
+
+    Batches are of one size and in order, so that a missing leaf cannot be hidden.
+    """
     return index // (leaves // batches)
 
 
 def draw_coins(
     c1: bytes, beacon: bytes, leaf_secrets: Sequence[bytes], indices: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """coin_i = low bit of SHA-256(2 | SHA-256(C1) | SHA-256(beacon of T1, or nothing) | i | s_i), as int64 `(n,)`; 0 is heads, 1 is tails.
+    """Draw the coin of each leaf from C1, the beacon of its timestamp T1, and the leaf secret.
 
-    The number of the leaf is in it because nobody can tell how an owner chose his leaf secrets: were they all the same, and the coin a
-    function of them alone, all trials would share one coin.
+    coin_i is the lowest bit of SHA-256(2 | SHA-256(C1) | SHA-256(beacon of T1, or nothing) | i |
+    s_i). The number i of the leaf is included because nobody can tell how owners chose their leaf
+    secrets: if the coins depended on the secrets alone, and those were all the same, all trials
+    would share one coin.
 
     Args:
         c1: the first commitment, canonical JSON.
-        beacon: of its token; empty for a private mark.
+        beacon: the beacon of its token; empty for a private mark.
         leaf_secrets: s_i of each leaf.
-        indices: number of each leaf; from 0 by default.
+        indices: number i of each leaf; from 0 by default.
+
+    Returns:
+        int64 `(n,)`; 0 is heads, 1 is tails.
     """
     seed = _COIN + hashlib.sha256(c1).digest() + hashlib.sha256(beacon).digest()
     numbered = zip(
@@ -229,5 +246,6 @@ def check_signature(public: str, value: Any, signature: str, origin: str) -> Non
         )
     except (InvalidSignature, ValueError, TypeError) as error:
         raise CountermarkError(
-            f"{origin}: the signature does not fit the content, which was changed; restore it from a backup"
+            f"{origin}: the signature does not fit the content, which was changed; "
+            "restore it from a backup"
         ) from error

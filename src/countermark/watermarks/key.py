@@ -1,7 +1,8 @@
 """The owner's key: a folder that only its owner can read.
 
-It holds the secret from which the coins come, the signing key, the watermark images and answers, and the signed first commitment. Each
-load recomputes the Merkle root, so a key with one altered byte is refused and never judges anybody.
+It holds the secret that the coins are drawn with, the signing key, the watermark images and
+answers, and the signed first commitment. Each load recomputes the Merkle root, so a key with one
+altered byte is refused and never judges anybody.
 """
 
 import secrets
@@ -57,14 +58,15 @@ class Key:
 
     Attributes:
         watermarks: images, possible answers, batches, cells.
-        labels: int64 `(n,)`, the answer of the marked model to each: the coin's, or the published scheme's one label.
-        others: int64 `(n,)`, the answer that the coin did not choose; -1 where there is only one answer.
+        labels: int64 `(n,)`, the answer that the marked model is to give to each: the one that the
+            coin chose, or the one label of a published scheme.
+        others: int64 `(n,)`, the answer that the coin did not choose; -1 where there is only one
+            answer.
         c1: the first commitment.
-        signature: its signature.
-        t1: the timestamp over C1 that the coins were drawn from; none for a private mark.
-        clean: clean examples, which show whether a suspect is asked in the right way; none in keys
-            that were made before there were any, and where the file was lost. Nothing is judged by
-            them.
+        signature: the signature of `c1`, hexadecimal.
+        t1: the timestamp over C1 that the coins were drawn from; None for a private mark.
+        clean: clean examples, which show whether a suspect is asked in the right way; None in keys
+            that were made without them, and where the file was lost. Nothing is judged by them.
     """
 
     watermarks: WatermarkSet
@@ -86,7 +88,12 @@ class Key:
         return SCHEMES[self.scheme]
 
     def outcomes(self, answers: torch.Tensor) -> list[int]:
-        """Compare a suspect's labels `(n,)` with the key: +1 agrees, -1 gives the other answer, 0 gives neither."""
+        """Compare a suspect's labels `(n,)` with the key.
+
+        Returns:
+            For each watermark +1 if the suspect gives the key's answer, -1 if it gives the other
+            one, and 0 if it gives neither.
+        """
         return (
             torch.eq(answers, self.labels).int()
             - (torch.eq(answers, self.others) & (self.others >= 0)).int()
@@ -94,7 +101,9 @@ class Key:
 
 
 def new_secrets(folder: Path) -> bytes:
-    """Create the key's folder with a secret and a signing key out of the operating system's randomness, if it has none yet.
+    """Create a key's folder with a secret and a signing key, where it has none yet.
+
+    Both are drawn from the operating system's randomness.
 
     Returns:
         The secret.
@@ -160,13 +169,15 @@ def load_key(folder: Path) -> Key:
     signed = record.get("key")
     if not isinstance(signed, dict) or signed.get("format") != KEY_FORMAT:
         raise CountermarkError(
-            f"{folder / 'key.json'} is not a key of the format {KEY_FORMAT!r}; use the release that wrote it"
+            f"{folder / 'key.json'} is not a key of the format {KEY_FORMAT!r}; "
+            "use the release that wrote it"
         )
     c1 = signed.get("c1")
     known = list(SCHEMES)  # a list: what a foreign file has there may not be hashable
     if not isinstance(c1, dict) or c1.get("format") != C1_FORMAT or c1.get("scheme") not in known:
         raise CountermarkError(
-            f"{folder / 'key.json'} holds no commitment of the format {C1_FORMAT!r}; restore it from a backup"
+            f"{folder / 'key.json'} holds no commitment of the format {C1_FORMAT!r}; "
+            "restore it from a backup"
         )
     check_signature(
         str(c1.get("public_key")), signed, str(record.get("signature")), str(folder / "key.json")
@@ -240,7 +251,8 @@ def _check_form(tensors: Mapping[str, torch.Tensor], c1: Mapping[str, Any], path
         or tensors["answers"].shape[1] not in (1, 2)
     ):
         raise CountermarkError(
-            f"{path} does not hold the trials of a key (images, answers, batches, cells); restore it from a backup"
+            f"{path} does not hold the trials of a key (images, answers, batches, cells); "
+            "restore it from a backup"
         )
     if (c1.get("leaves"), c1.get("shape")) != (len(tensors["x"]), list(tensors["x"].shape[1:])):
         raise CountermarkError(
@@ -249,9 +261,10 @@ def _check_form(tensors: Mapping[str, torch.Tensor], c1: Mapping[str, Any], path
 
 
 def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> None:
-    """Refuse trials that the statistic is not valid for, or that are not those that C1 counts.
+    """Refuse trials that the statistic is not valid for, or that do not match the counts in C1.
 
-    A "coin" with one answer would score a stranger who happens to give it; two trials of one coin in different cells would count it twice.
+    A "coin" with one answer would score a stranger's model that happens to give it. Two trials of
+    one coin in different cells would count it twice.
     """
     answers, batch, cell = watermarks.answers, watermarks.batch, watermarks.cell
     in_order = bool((answers >= 0).all()) and bool((batch >= 0).all()) and bool((cell >= 0).all())
@@ -276,7 +289,8 @@ def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> N
     )
     if not even or not counted:
         raise CountermarkError(
-            f"{path} commits to other trials than its scheme allows or than the key holds; it is not a valid key"
+            f"{path} commits to other trials than its scheme allows or than the key holds; "
+            "it is not a valid key"
         )
 
 

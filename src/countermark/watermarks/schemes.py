@@ -1,8 +1,9 @@
-"""The watermark schemes, one record each: what they need, how they make their set, when a model has learned it.
+"""The watermark schemes: what they need, how they make their set, and when a model has learned it.
 
-A scheme is one entry of `SCHEMES`. Whatever protects, checks a key, judges a suspect or runs a study
-reads the record and compares no name. No scheme sees a coin: `Materials` holds the unmarked source
-model, clean images and numbers, and coins are drawn after the set was committed to (`write_key`).
+Each scheme is one entry of `SCHEMES`. Code that protects a model, checks a key, judges a suspect or
+runs a study reads the entry and compares no names. No scheme sees a coin: `Materials` holds the
+unmarked source model, clean images and numbers, and coins are drawn after the set was committed to
+(see `write_key`).
 
 Sources: `ood` is the baseline of Szyller and Asokan (2022), `adversarial` the scheme of Thakkar,
 Zizzo and Maffeis (2023); `coin` is ours.

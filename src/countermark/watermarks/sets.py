@@ -1,8 +1,9 @@
-"""Watermark sets: images with the answers that may be given to them, and how each scheme makes its own.
+"""Watermark sets: images with their possible answers, and how each scheme makes its own.
 
-Schemes: `ood` (images of another data set with their own labels: Szyller and Asokan, 2022), `adversarial` (PGD examples at a budget above
-the training budget: Thakkar, Zizzo and Maffeis, 2023) and `coin` (the same images, but a coin that did not exist when they were
-made chooses between the true label and the source model's). Nothing here knows a coin.
+The schemes are `ood` (images of another data set with their own labels: Szyller and Asokan, 2022),
+`adversarial` (PGD examples at a budget above the training budget: Thakkar, Zizzo and Maffeis, 2023)
+and `coin` (the same images, but a coin that did not exist when they were made chooses between the
+true label and the source model's). Nothing here knows a coin.
 """
 
 from dataclasses import asdict, dataclass
@@ -31,9 +32,11 @@ class WatermarkSet:
 
     Attributes:
         x: uint8 images `(n, c, h, w)`.
-        answers: int64 `(n, k)`: for coins heads and tails, heads < tails; for the published schemes the one label.
+        answers: int64 `(n, k)`: for coins heads and tails, heads < tails; for the published schemes
+            the one label.
         batch: int64 `(n,)`, the batch in which each is opened.
-        cell: int64 `(n,)`, the cell whose coin decides it; in a model mark each watermark is its own.
+        cell: int64 `(n,)`, the cell whose coin decides it; in a model mark each watermark is its
+            own cell.
     """
 
     x: torch.Tensor
@@ -46,10 +49,11 @@ class WatermarkSet:
 
 
 def full_strength(epsilon: float, steps: int = CRAFTING_STEPS) -> Attack:
-    """The crafting that reaches its bound: `steps` steps of 2.5 epsilon / steps.
+    """The crafting attack that reaches its bound: `steps` steps of 2.5 epsilon / steps.
 
-    The paper's step of .01 stops at the bound's edge, and what it makes is transferable: strangers give the true label 50-79 % of the
-    time. At full strength it is 2-7 %.
+    With the paper's step of 0.01 the crafting stops at the edge of the bound, and its watermarks
+    are transferable: models that never saw them give the true label 50-79 % of the time. At full
+    strength they do so 2-7 % of the time.
     """
     return Attack(epsilon, steps, 2.5 * epsilon / steps)
 
@@ -67,8 +71,8 @@ def craft_adversarial(
         seed: seed of the random starts.
 
     Returns:
-        uint8 images `(n, c, h, w)` and the source's labels of them `(n,)`, asked after rounding; both
-        on the processor. One seed gives the same ones again on the same kind of device.
+        uint8 images `(n, c, h, w)` and the source's labels of the rounded images `(n,)`, both on
+        the CPU. The same seed gives the same images and labels on the same kind of device.
 
     Raises:
         CountermarkError: bases outside [0, 1], or logits that are not finite.
@@ -88,10 +92,11 @@ def craft_adversarial(
 def coin_set(
     source: nn.Module, bases: Examples, attack: Attack, batches: int, batch_size: int, seed: int
 ) -> WatermarkSet:
-    """Make the trials of a model mark: each may be answered with the true label or with the source model's.
+    """Make the trials of a model mark, answered with the true label or the source model's.
 
-    The bases are taken in an order of the seed, the first `batches * batch_size` on which those two differ; where there are fewer, the
-    batches are smaller. The source model never sees a coin, so the choice depends on none (condition 2).
+    The bases are shuffled with the seed, and the first `batches * batch_size` are taken on which
+    the two labels differ; where there are fewer, the batches are smaller. The source model never
+    sees a coin, so the choice depends on none (condition 2).
 
     Raises:
         CountermarkError: too few bases are misclassified for batches that a judge could uphold.
@@ -106,7 +111,8 @@ def coin_set(
     batch_size = min(batch_size, len(usable) // batches)
     if batch_size < SMALLEST_BATCH:
         raise CountermarkError(
-            f"only {len(usable)} of {len(bases)} bases became watermarks where the key needs {batches * SMALLEST_BATCH}; "
+            f"only {len(usable)} of {len(bases)} bases became watermarks "
+            f"where the key needs {batches * SMALLEST_BATCH}; "
             "raise the watermark budget or train longer"
         )
     count = batches * batch_size
@@ -118,7 +124,7 @@ def coin_set(
 
 
 def published_sample(examples: Examples, seed: int) -> Examples:
-    """The hundred examples, in an order of the seed, that a published scheme makes its watermarks from."""
+    """Choose the 100 examples, shuffled with the seed, for the watermarks of a published scheme."""
     return examples[
         torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[
             :_PUBLISHED_WATERMARKS
@@ -135,7 +141,8 @@ def published_set(images: torch.Tensor, labels: torch.Tensor) -> WatermarkSet:
     count = len(images)
     if count == 0 or images.dtype != torch.uint8:
         raise CountermarkError(
-            f"a watermark set is made of uint8 images, one or more, not of {count} of {images.dtype}"
+            "a watermark set is made of uint8 images, one or more, "
+            f"not of {count} of {images.dtype}"
         )
     return WatermarkSet(
         images, labels.unsqueeze(1), torch.zeros(count, dtype=torch.int64), torch.arange(count)
