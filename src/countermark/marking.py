@@ -1,9 +1,10 @@
-"""Marks in any training loop: `Marking` for a loop of one's own, and what `protect` shares with it.
+"""Marks in any training loop: the class `Marking`, and what `protect` shares with it.
 
-The order is that of the protocol (docs/how-it-works.md). Making a `Marking` draws the secret, crafts
-the trials on the network as it is now, commits to them and only then draws the coins. `mix` hands the
-trials to the loop, `check` says what the network has learned, `finish` commits to the weights. There
-is no way to choose trials once there are coins: a key that exists is read and goes on as it is.
+The order is that of the protocol (docs/how-it-works.md). Creating a `Marking` draws the secret,
+crafts the trials on the network in its current state, commits to them and only then draws the
+coins. `mix` adds the trials to the loop's batches, `check` tells what the network has learned,
+`finish` commits to the weights. There is no way to choose trials once there are coins: an existing
+key is read and continued as it is.
 """
 
 import contextlib
@@ -54,33 +55,37 @@ from countermark.watermarks import (
 )
 
 PLANNED_PRUNING = (0.5, 0.4, 0.3, 0.2, 0.1)
-"""Fractions of the weights that a mark must be able to lose: the largest that leaves a usable copy.
+"""Fractions of the weights whose pruning a mark must survive.
 
-Pruning costs a thief nothing, so it is the removal to expect, and half of the weights cost most
-networks little accuracy. A small one may be ruined by less, and a ruined copy is no theft: there the
-next smaller fraction counts. The check takes a copy and two passes over some hundred images, and
-also tells of a mark that sits on the edge of decisions: such a one is the first to go under
-fine-tuning as well.
+The largest one that leaves a usable copy counts. Pruning costs a thief nothing, so it is the
+removal attack to expect, and pruning half of the weights costs most networks little accuracy. Less
+may ruin a small network, and a ruined copy is no theft: there, the next smaller fraction counts.
+The check takes a copy of the network and two passes over some hundred images. It also detects a
+mark that lies at the edge of decisions: such a mark is the first to be lost under fine-tuning as
+well.
 """
 
-_RUINED = 10.0  # points of accuracy on the key's clean examples that a usable copy has not lost
+# A copy that loses this many points of accuracy on the key's clean examples counts as ruined.
+_RUINED = 10.0
 
-_SLACK = 0.02  # pixels outside [0, 1] that interpolation may leave
+_SLACK = 0.02  # how far interpolation may take pixel values outside [0, 1]
 _WRITTEN = ("model.safetensors", "model.json", "commitment.json")  # in this order
 _UNFINISHED = ".torn-finish"  # in the model folder: where they are written first
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a network stands to a key: its answers as it is, and with many of its weights pruned.
+    """How well a network carries the mark of a key: as it is, and with many of its weights pruned.
 
     Attributes:
-        trials: trials of the key.
-        agreement: those answered as the key says, in percent.
-        needed: percent at which the scheme counts as learned.
-        verdict: what the answers prove; none for a scheme without coins.
-        pruned: what those of the pruned copy prove; none likewise, or where every pruning ruins it.
-        rate: fraction of the weights that the pruned copy lacks; none where there is no such copy.
+        trials: number of trials of the key.
+        agreement: trials that are answered as the key says, in percent.
+        needed: percentage at which the scheme counts as learned.
+        verdict: what the answers prove; `None` for a scheme without coins.
+        pruned: what the answers of the pruned copy prove; `None` for a scheme without coins, or if
+            every pruning ruins the copy.
+        rate: fraction of the weights that were pruned from the copy; `None` if there is no such
+            copy.
     """
 
     trials: int
@@ -92,7 +97,10 @@ class Standing:
 
     @property
     def taken(self) -> bool:
-        """Whether the mark holds: enough trials learned, and a judge's p-value after pruning."""
+        """Whether the mark holds.
+
+        Enough trials are learned, and the answers of the pruned copy still convince a judge.
+        """
         survives = self.pruned is None or self.pruned.verdict == "match"
         return self.agreement >= self.needed and survives
 
@@ -103,39 +111,43 @@ class Standing:
         return told(self.verdict)
 
     def why_not(self) -> str:
-        """What is missing, as the beginning of a sentence; for a mark that did not take."""
+        """Say what is missing, as the beginning of a sentence; for a mark that did not take."""
         if self.agreement < self.needed:
             what, found = ("watermarks", "") if self.verdict is None else ("coins", f" ({self})")
             return (
                 f"the mark did not take: the network agrees with {self.agreement:.1f} % of its "
                 f"{self.trials} {what}{found} where {self.needed:g} % are needed"
             )
-        return f"the mark would not last: {self.left()} is left of {self}, and a judge wants p <= {JUDGE_ALPHA:g}"
+        return (
+            f"the mark would not last: {self.left()} is left of {self}, and a judge wants p <= "
+            f"{JUDGE_ALPHA:g}"
+        )
 
     def left(self) -> str:
-        """What the pruned copy still proves, for a person; empty where there is none."""
+        """Say what the pruned copy still proves, for a person; empty if there is no copy."""
         if self.pruned is None or self.rate is None:
             return ""
         return f"with {100 * self.rate:.0f} % of the weights pruned {told(self.pruned)}"
 
 
 def told(verdict: Verdict) -> str:
-    """Agreements, disagreements and p-value of a verdict, for a person."""
+    """Format the agreements, disagreements and p-value of a verdict for a person."""
     counted = f"{verdict.agreements}:{verdict.disagreements}"
     return f"{counted}, p = {p_value(verdict.log10_p_value)}"
 
 
 def standing(network: nn.Module, key: Key) -> Standing:
-    """Ask a network for all trials of a key, and once more with some of its weights gone.
+    """Ask a network all trials of a key, and ask again with some of its weights pruned.
 
-    How many that are says `PLANNED_PRUNING`: as many as leave a copy that a thief could use. It is
-    measured on the key's clean examples, which are no trials; a key without them takes the largest.
+    How many weights are pruned follows from `PLANNED_PRUNING`: as many as leave a copy that a thief
+    could use. This is measured on the key's clean examples, which are not trials; a key without
+    them takes the largest fraction.
 
-    No trial is dropped and no coin drawn again for what comes out: it only says whether the
+    No trial is dropped and no coin drawn again because of the result: it only decides whether the
     training goes on (condition 2).
 
     Args:
-        network: pixels `(n, c, h, w)` of [0, 1] to logits.
+        network: takes pixel values `(n, c, h, w)` in [0, 1] to logits.
         key: the key of its mark.
     """
     answers = predict(network, key.watermarks.x)
@@ -155,7 +167,7 @@ def standing(network: nn.Module, key: Key) -> Standing:
 
 
 def _usable(copy: nn.Module, network: nn.Module, clean: Examples | None) -> bool:
-    """Whether a copy is nearly as good as the network that it was made from."""
+    """Tell whether a copy is nearly as good as the network that it was made from."""
     return clean is None or accuracy(copy, clean) > accuracy(network, clean) - _RUINED
 
 
@@ -166,10 +178,10 @@ def commit(folder: Path, keys: Path, key: Key, digest: str, stamp: Stamp | None)
 
     Args:
         folder: the model folder.
-        keys: the key folder, which holds the key that signs.
+        keys: the key folder, which holds the signing key.
         key: the key.
         digest: SHA-256 of the weights file, in hexadecimal.
-        stamp: has a message timestamped; none for a private mark.
+        stamp: obtains a timestamp for a message; `None` for a private mark.
     """
     signing_key = read_bytes(keys / "signing-key", 32)
     c2 = second_commitment(key.c1, key.t1, digest)
@@ -222,42 +234,44 @@ class Marking:
         tsa: str | None = None,
         roots: str | Path | None = None,
     ) -> None:
-        """Draw the secret, craft and commit to the trials, draw the coins; or go on with a key.
+        """Draw the secret, craft and commit to the trials, draw the coins; or continue with a key.
 
         Several processes of one job may do this at once: one makes the key, the others read it.
 
         Args:
-            net: the network before its mark, from pixels `(n, c, h, w)` of [0, 1] to logits, or
-                from normalised pixels where `mean` and `std` are given. It is asked in evaluation
-                mode and left as it was. With a key that exists it may be at any point of training.
-            bases: clean images that the network is not trained on and their true labels:
-                `Examples`, or a pair of arrays `(n, c, h, w)` (uint8, or pixels of [0, 1]) and
-                `(n,)`; or a data set, whose pools then give them.
-            key: folder of the key: new, or made by an earlier `Marking` of the same bases and
-                watermark budget, whose trials and coins then stay. It is secret; keep a backup of it.
-            epsilon: budget that the network is trained for, in pixels of [0, 1], a number
-                or a fraction as "8/255"; default that of the data set or the kind of image.
+            net: the network before it is marked. It takes pixel values `(n, c, h, w)` in [0, 1], or
+                normalised ones if `mean` and `std` are given, to logits. It is run in evaluation
+                mode and left as it was. With an existing key it may be at any point of training.
+            bases: clean images that the network is not trained on, with their true labels:
+                `Examples`, or a pair of arrays `(n, c, h, w)` (uint8, or pixel values in [0, 1])
+                and `(n,)`; or a data set, whose pools then provide them.
+            key: folder of the key: new, or made by an earlier `Marking` with the same bases and
+                watermark budget, whose trials and coins are then kept. It is secret; keep a backup
+                of it.
+            epsilon: budget that the network is trained for, for pixel values in [0, 1], a number or
+                a fraction such as "8/255"; by default that of the data set or of the kind of image.
             watermark_epsilon: budget of the trials, above `epsilon`; the same default.
             batches: batches of trials, one for each later dispute; default 2.
-            batch_size: most trials in a batch; default 200. Where the bases do not suffice, batches
-                are smaller.
-            mean: what the loop takes from the pixels outside the network, one number or one a
-                channel.
+            batch_size: largest number of trials in a batch; default 200. If there are too few
+                bases, batches are smaller.
+            mean: what the loop subtracts from pixel values outside the network, one number or one
+                per channel.
             std: what it then divides by.
-            seed: seed that cuts the pools of a data set; the one that the training pool comes from.
-            clean: a few clean examples to keep with the key, given as the bases are, which show
-                later whether a suspect is asked in the right way. They must be no bases. Those of a
-                data set by default.
+            seed: seed that splits a data set into pools; the same that the training pool comes
+                from.
+            clean: a few clean examples to keep with the key, given in the same form as the bases,
+                which show later whether a suspect is queried in the right way. They must not be
+                bases. By default those of the data set.
             tsa: address of a timestamp authority (RFC 3161); without one the mark is private.
             roots: PEM file of the authority's root certificates.
 
         Raises:
-            CountermarkError: an argument of another type, bases that do not fit the network or are
-                too few, clean examples that do not fit it or are bases, a mean without a deviation
-                or for other channels, a budget that is not above the training budget,
-                a key of another scheme, for other images or made from other bases or at another
-                budget, or an authority that does not answer. A key that could not be made leaves
-                nothing behind.
+            CountermarkError: an argument has the wrong type; the bases do not fit the network or
+                are too few; the clean examples do not fit it or are bases; a mean is given without
+                a deviation or for other channels; the watermark budget is not above the training
+                budget; the key is of another scheme, for other images, or made from other bases or
+                at another budget; or the authority does not answer. A key that could not be made
+                leaves nothing behind.
         """
         seed = _whole("seed", seed, 0)
         if seed >= 1 << 32:
@@ -302,33 +316,34 @@ class Marking:
     def mix(
         self, x: torch.Tensor, y: torch.Tensor, count: int = 16
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Let trials join a batch, those whose turn it is: round after round through all of them.
+        """Add the trials whose turn it is to a batch, going round through all of them.
 
-        Mix last, after the loop's own augmentation: a trial that was moved or blurred is another.
+        Call `mix` last, after the loop's own augmentation: a trial that is shifted or blurred is no
+        longer the same trial.
 
         Args:
-            x: the batch `(n, c, h, w)`: uint8, or floating-point pixels as the loop feeds them
-                (normalised ones where `mean` and `std` were given).
+            x: the batch `(n, c, h, w)`: uint8, or floating-point pixel values as the loop feeds
+                them (normalised if `mean` and `std` were given).
             y: its labels, int64 `(n,)`.
-            count: trials that join. 16 in a batch of 128 are a good beginning.
+            count: number of trials to add; 16 in a batch of 128 are a good start.
 
         Returns:
             Images `(n + count, c, h, w)` and labels `(n + count,)`, of the types and on the devices
             of the batch.
 
         Raises:
-            CountermarkError: a batch of other images or labels than the key has, or pixels outside
-                [0, 1] where no normalisation was declared.
+            CountermarkError: the batch has other images or labels than the key, or pixel values
+                outside [0, 1] although no normalisation was declared.
         """
         if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
             raise CountermarkError(
-                f"the batch is two tensors, images and labels, not {type(x).__name__} and {type(y).__name__}; "
-                "mix them in where the loop has tensors"
+                f"the batch is two tensors, images and labels, not {type(x).__name__} and "
+                f"{type(y).__name__}; mix them in where the loop has tensors"
             )
         if tuple(x.shape[1:]) != self._shape:
             raise CountermarkError(
-                f"the batch has images of shape {tuple(x.shape[1:])}, and the trials {self._shape}; "
-                "mix them in where images have the shape that the network takes"
+                f"the batch has images of shape {tuple(x.shape[1:])}, and the trials "
+                f"{self._shape}; mix them in where images have the shape that the network takes"
             )
         if y.shape != x.shape[:1] or y.dtype != torch.int64:
             raise CountermarkError(
@@ -351,18 +366,18 @@ class Marking:
         return torch.cat((x, trials)), torch.cat((y, labels[turn].to(y.device)))
 
     def check(self, net: nn.Module) -> Standing:
-        """Ask a network, in evaluation mode, for all trials; `print` it for a verdict in one line.
+        """Ask a network, in evaluation mode, all trials; `print` the result for a one-line verdict.
 
-        It costs two passes over some hundred images: once an epoch is often enough.
+        This costs two passes over some hundred images: once an epoch is often enough.
 
         Raises:
-            CountermarkError: it takes other images or tells other classes apart than the key has.
+            CountermarkError: the network takes other images or has other classes than the key.
         """
         classes = _told_apart(net, self.key.watermarks.x[:1], self._normalise)
         if classes != self._classes:
             raise CountermarkError(
-                f"the network tells {classes} classes apart, and the one that the marking began with {self._classes}; "
-                "give the network that is trained"
+                f"the network tells {classes} classes apart, and the one that the marking began "
+                f"with {self._classes}; give the network that is trained"
             )
         return standing(self._seen(net), self.key)
 
@@ -378,21 +393,21 @@ class Marking:
     ) -> Standing:
         """Commit to the marked weights and write the model folder.
 
-        The folder may hold the key already. All of it is written, or nothing.
+        The folder may already hold the key. Either all of the model folder is written, or nothing.
 
         Args:
             net: the marked network.
             out: folder to write: new, empty, or with nothing but the key in it.
-            network: what builds the network, as later verbs are told by `--network`: a name of
-                ours, `timm:NAME` or `module:function`. It is built once, to see that the weights
-                fit it. Without it each of them has to be told.
+            network: what builds the network, as later commands are told with `--network`: the name
+                of a built-in network, `timm:NAME` or `module:function`. It is built once, to see
+                that the weights fit it. Without it, each later command has to be told.
             data: the data that the model is for, a place or a data set; by default the data set
-                that gave the bases.
-            class_names: names of the classes in the order of the logits, where there is no data set.
+                that provided the bases.
+            class_names: names of the classes in the order of the logits, if there is no data set.
             history: what was done to the model, JSON-ready, in order.
 
         Returns:
-            How the network stands to its key.
+            How well the network carries the mark of the key.
 
         Raises:
             CountermarkError: the mark did not take, `network` builds another network, the folder
@@ -423,7 +438,7 @@ class Marking:
         batch_size: int,
         clean: Examples | None,
     ) -> Key:
-        """Craft, commit, draw: in this order, and once."""
+        """Make the key: craft, commit and draw, in this order and only once."""
         secret = new_secrets(self._keys)
         attack = full_strength(self.threat.watermark_epsilon)
         trials = SCHEMES["coin"].make(
@@ -445,38 +460,42 @@ class Marking:
         return write_key(self._keys, "coin", trials, provenance, self._stamp, clean)
 
     def _check_key(self, bases: Examples) -> None:
-        """Refuse to go on with a key that is none of this loop's.
+        """Refuse to continue with a key that does not belong to this loop.
 
-        What was committed to before the coins were drawn is compared, and no coin.
+        The comparison covers what was committed to before the coins were drawn, and no coin.
         """
         key, where = self.key, self._keys
         if not key.rules.coins:
             raise CountermarkError(
-                f"{where} is a key of the scheme {key.scheme}; a marking has coins, choose another folder"
+                f"{where} is a key of the scheme {key.scheme}; a marking has coins, choose another "
+                "folder"
             )
         if (
             tuple(key.watermarks.x.shape[1:]) != self._shape
             or int(key.watermarks.answers.max()) >= self._classes
         ):
             raise CountermarkError(
-                f"{where} is a key for images of shape {tuple(key.watermarks.x.shape[1:])} or other classes than "
-                f"the network has ({self._classes}); choose another folder"
+                f"{where} is a key for images of shape {tuple(key.watermarks.x.shape[1:])} or "
+                f"other classes than the network has ({self._classes}); choose another folder"
             )
         if (key.t1 is None) != (self._stamp is None):
             how, what = ("without", "leave tsa out") if key.t1 is None else ("with", "give tsa")
             raise CountermarkError(
-                f"the coins of {where} were drawn {how} a timestamp; {what}, or choose another folder"
+                f"the coins of {where} were drawn {how} a timestamp; {what}, or choose another "
+                "folder"
             )
         if _committed(key, "pools", "bases") != bases.digest:
             raise CountermarkError(
-                f"the trials of {where} were made from other bases than are given now, so some of these may "
-                "be in the training; give the data and the seed of its making, or choose another folder"
+                f"the trials of {where} were made from other bases than are given now, so some of "
+                "these may be in the training; give the data and the seed of its making, or choose "
+                "another folder"
             )
         budget = _committed(key, "crafting", "epsilon")
         if budget != self.threat.watermark_epsilon:
             raise CountermarkError(
                 f"the trials of {where} were crafted at a watermark budget of {budget}, not of "
-                f"{self.threat.watermark_epsilon:g}; give watermark_epsilon={budget}, or choose another folder"
+                f"{self.threat.watermark_epsilon:g}; give watermark_epsilon={budget}, or choose "
+                "another folder"
             )
 
     def _describe(
@@ -494,7 +513,8 @@ class Marking:
             if (opened.shape, opened.classes) != (self._shape, self._classes):
                 raise CountermarkError(
                     f"the network takes images of shape {self._shape} to {self._classes} classes, "
-                    f"{opened.place or 'the data'} has {opened.shape} and {opened.classes}; give the model's data"
+                    f"{opened.place or 'the data'} has {opened.shape} and {opened.classes}; give "
+                    "the model's data"
                 )
             return describing(opened, network, threat=self.threat, seed=self.seed, **more)
         names = tuple(class_names) or tuple(map(str, range(self._classes)))
@@ -507,56 +527,58 @@ class Marking:
         )
 
     def _seen(self, net: nn.Module, *, checked: bool = False) -> nn.Module:
-        """The network from pixels of [0, 1]."""
+        """Return the network as a function of pixel values in [0, 1]."""
         return open_network(
             net, self._shape, self._classes, mean=self.mean, std=self.std, checked=checked
         )
 
     def _resident(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """All trials and what the key says of them, on a device."""
+        """Return all trials and what the key says of them, on a device."""
         if device not in self._on:
             self._on[device] = self.key.watermarks.x.to(device), self.key.labels.to(device)
         return self._on[device]
 
 
 def _committed(key: Key, part: str, name: str) -> Any:
-    """What a part of a key's first commitment says; none where it says nothing."""
+    """Return an entry of a part of a key's first commitment; `None` if it is missing."""
     found = key.c1.get(part)
     return found.get(name) if isinstance(found, Mapping) else None
 
 
 def _clean(given: Examples | tuple[Any, Any], bases: Examples, classes: int) -> Examples:
-    """The clean examples that are kept with a key: in memory, and such that the key can be read again.
+    """Read the clean examples to keep with a key into memory, and check them.
+
+    The checks make sure that the key can be read again.
 
     Raises:
-        CountermarkError: there are none, they are no images like the bases, have other labels than
-            the network has classes, or are bases.
+        CountermarkError: there are no examples, they are not images like the bases, have other
+            labels than the network has classes, or are bases.
     """
     found = _examples(given, "clean examples")[:CLEAN_EXAMPLES].read()
     if len(found) == 0 or found.x.shape[1:] != bases.x.shape[1:]:
         raise CountermarkError(
-            f"there are {len(found)} clean examples of shape {tuple(found.x.shape[1:])} for bases of shape "
-            f"{_shape(bases)}; give one or more of this shape, or leave clean out"
+            f"there are {len(found)} clean examples of shape {tuple(found.x.shape[1:])} for bases "
+            f"of shape {_shape(bases)}; give one or more of this shape, or leave clean out"
         )
     if not 0 <= int(found.y.min()) <= int(found.y.max()) < classes:
         raise CountermarkError(
-            f"the clean examples have labels from {int(found.y.min())} to {int(found.y.max())}, and the "
-            f"network tells {classes} classes apart; number the classes from 0"
+            f"the clean examples have labels from {int(found.y.min())} to {int(found.y.max())}, "
+            f"and the network tells {classes} classes apart; number the classes from 0"
         )
     shared = int(torch.isin(found.contents(), bases.contents()).sum())
     if shared:
         raise CountermarkError(
-            f"{shared} of {len(found)} clean examples are bases, and what a suspect is shown may be "
-            "none of them; give others, or leave clean out"
+            f"{shared} of {len(found)} clean examples are bases, and what a suspect is shown may "
+            "be none of them; give others, or leave clean out"
         )
     return found
 
 
 def _examples(given: Examples | tuple[Any, Any], what: str = "bases") -> Examples:
-    """Images with labels as uint8 examples on the processor, from arrays or pixels if need be.
+    """Return images with labels as uint8 examples on the CPU, converted if need be.
 
     Raises:
-        CountermarkError: they are no images with labels.
+        CountermarkError: they are not images with labels.
     """
     if isinstance(given, Examples):
         if given.rows is not None:
@@ -571,7 +593,8 @@ def _examples(given: Examples | tuple[Any, Any], what: str = "bases") -> Example
     whole = labels.dim() == 1 and not labels.is_floating_point() and not labels.is_complex()
     if images.dim() != 4 or not whole or len(images) != len(labels) or not len(labels):
         raise CountermarkError(
-            f"{what} are images (n, c, h, w) and whole labels (n,), not {tuple(images.shape)} and {tuple(labels.shape)} of {labels.dtype}"
+            f"{what} are images (n, c, h, w) and whole labels (n,), not {tuple(images.shape)} and "
+            f"{tuple(labels.shape)} of {labels.dtype}"
         )
     return Examples(
         as_uint8(pixels(images)) if images.dtype != torch.uint8 else images, labels.long()
@@ -590,10 +613,11 @@ def _whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def _classes(net: nn.Module, bases: Examples, normalise: nn.Module) -> int:
-    """How many classes a network tells apart, if all labels of the bases are among them.
+    """Return how many classes a network tells apart, if they include all labels of the bases.
 
     Raises:
-        CountermarkError: it does not take such images, gives no logits, or has not all the labels.
+        CountermarkError: the network does not take such images, gives no logits, or lacks some of
+            the labels.
     """
     classes = _told_apart(net, bases.x[:1], normalise)
     if not 0 <= int(bases.y.min()) <= int(bases.y.max()) < classes:
@@ -605,10 +629,12 @@ def _classes(net: nn.Module, bases: Examples, normalise: nn.Module) -> int:
 
 
 def _told_apart(net: nn.Module, image: torch.Tensor, normalise: nn.Module) -> int:
-    """How many classes a network tells apart, by the logits that it gives for one image `(1, c, h, w)`.
+    """Return how many classes a network tells apart.
+
+    It is the number of logits that the network gives for one image `(1, c, h, w)`.
 
     Raises:
-        CountermarkError: it is no network, does not take such images, or gives no logits.
+        CountermarkError: it is not a network, does not take such images, or gives no logits.
     """
     if not isinstance(net, nn.Module):
         raise CountermarkError(
@@ -625,7 +651,8 @@ def _told_apart(net: nn.Module, image: torch.Tensor, normalise: nn.Module) -> in
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != 1:
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise CountermarkError(
-            f"the network gives {found} for one image, where logits (1, classes) are wanted; put a module around it that returns them"
+            f"the network gives {found} for one image, where logits (1, classes) are wanted; put a "
+            "module around it that returns them"
         )
     return logits.shape[1]
 
@@ -636,14 +663,17 @@ def _check_range(x: torch.Tensor) -> None:
     if not (low >= -_SLACK and high <= 1 + _SLACK):
         raise CountermarkError(
             f"the batch has pixels from {low:.3g} to {high:.3g}, outside [0, 1]: it seems to be "
-            "normalised outside the network. Say how, Marking(..., mean=, std=), and trials will be "
-            "as well"
+            "normalised outside the network. Say how, Marking(..., mean=, std=), and trials will "
+            "be as well"
         )
 
 
 @contextlib.contextmanager
 def _key_folder(folder: Path) -> Iterator[None]:
-    """Be alone with a key folder, which is made if there is none and taken away if no key came of it."""
+    """Lock a key folder, which is created if there is none.
+
+    A new folder is removed again if no key was made in it.
+    """
     new = not folder.exists()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -662,17 +692,19 @@ def _key_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _filled(folder: Path, keys: Path) -> Iterator[Path]:
-    """Fill a model folder that may hold its key already: all files of `_WRITTEN`, or none.
+    """Fill a model folder that may already hold its key: all files of `_WRITTEN`, or none.
 
-    They are written into a folder of their own inside it and moved into place when the block ends
-    well, the commitment last. What an interrupted call had moved is told by the commitment that
-    still waits there, so no file is ever replaced or taken away that another put there.
+    They are written into a subfolder of their own and moved into place when the block ends without
+    an error, the commitment last. As long as the commitment is still in the subfolder, it shows
+    what an interrupted call had moved, so no file that another program put there is ever replaced
+    or removed.
 
     Yields:
         The folder to write the files in.
 
     Raises:
-        CountermarkError: the folder holds something else, cannot be made, or another process fills it.
+        CountermarkError: the folder holds something else, cannot be created, or is being filled by
+            another process.
     """
     new, beside = not folder.exists(), folder / _UNFINISHED
     try:
@@ -703,7 +735,10 @@ def _filled(folder: Path, keys: Path) -> Iterator[Path]:
 
 
 def _moved(folder: Path) -> list[str]:
-    """The files of an unfinished call that it had moved into place; none once all of them are."""
+    """List the files that an unfinished call had moved into place.
+
+    The list is empty once all of them are.
+    """
     beside = folder / _UNFINISHED
     if not (beside / _WRITTEN[-1]).exists():
         return []
@@ -711,7 +746,7 @@ def _moved(folder: Path) -> list[str]:
 
 
 def _take_back(folder: Path) -> None:
-    """Take away what an unfinished call has written; nothing, once all its files are in place."""
+    """Remove what an unfinished call has written; nothing once all its files are in place."""
     for name in _moved(folder):
         (folder / name).unlink(missing_ok=True)
     if (folder / _UNFINISHED).exists():

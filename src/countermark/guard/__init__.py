@@ -1,4 +1,4 @@
-"""The answer mark: coins in the answers of a served model, the log of them, and the way from a copy back to an account."""
+"""Keyed coins in a served model's answers, the query log, and tracing of copies to accounts."""
 
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent_scores

@@ -1,9 +1,10 @@
-"""Calibration: how much boundary a stated cost in accuracy buys.
+"""Calibration of a guard: the most coin entropy for a stated cost in accuracy.
 
-A model's margin says how likely its first class is right rather than its second: 1 / (1 + exp(-sharpness x margin)), fitted on the
-validation pool. Returning the second class with probability w(margin) costs w x tanh(sharpness x margin / 2) of an example. For a cost in
-sum, w = 1 / (1 + exp(slope x margin)) gives the coins the most entropy there is to have, so one number, the slope, is all that is chosen
-(docs/guard.md).
+A model's margin tells how likely it is that its first class is right rather than its second:
+1 / (1 + exp(-sharpness x margin)), where the sharpness is fitted on the validation pool. Returning
+the second class with probability w(margin) costs, in expectation, w x tanh(sharpness x margin / 2)
+of an example. For a given total cost, w = 1 / (1 + exp(slope x margin)) gives the coins the largest
+possible entropy, so the slope is the only number to choose (docs/guard.md).
 """
 
 import math
@@ -15,23 +16,29 @@ from countermark.errors import CountermarkError
 from countermark.guard.core import GuardSettings, boundary, projections
 
 FLOOR = 0.05
-"""Where the chance of the second class, before it is rounded to 64ths, would be below this, the answer is the model's own."""
+"""Smallest chance of the second class, before it is rounded to 64ths.
+
+Where the chance would be smaller, the answer is the model's own.
+"""
 CELL_BITS = 16
-_NEAR = 0.1  # quantile of the margins that are small
+_NEAR = 0.1  # margins up to this quantile count as small
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a guard costs and gives, estimated on the validation pool.
+    """What a guard costs and how much evidence it gives, estimated on the validation pool.
 
     Attributes:
-        settings: the guard's.
-        cost: expected loss of accuracy, in points: near ties and honest queries that are taken for made-up ones.
-        entropy: bits of coins in an average natural query; a perfect copy made from n queries can reach p = 2^(-n x entropy).
+        settings: settings of the guard.
+        cost: expected loss of accuracy, in percentage points, from near ties and from honest
+            queries that are taken for made-up ones.
+        entropy: bits of coin entropy in an average natural query; a perfect copy made from n
+            queries can reach p = 2^(-n x entropy).
         tied: share of natural queries that meet a coin, in percent.
-        sharpness: fitted steepness of the model's own reliability, for each unit of margin.
-        foreign_cost: the part of the cost that coins for made-up queries have, or would have where it is too much for the guard to have
-            them; none where nobody asked for them.
+        sharpness: fitted steepness of the model's own reliability, per unit of margin.
+        foreign_cost: the part of the cost that is due to coins for made-up queries. If they cost
+            too much for the guard to use them, what they would have cost. `None` if they were not
+            asked for.
     """
 
     settings: GuardSettings
@@ -55,16 +62,18 @@ def calibrate(
     """Choose the slope of the chances for a stated cost.
 
     Args:
-        logits: of the validation pool, `(n, classes)`.
-        features: of the same, `(n, features)`.
+        logits: logits of the validation pool, `(n, classes)`.
+        features: features of the validation pool, `(n, features)`.
         y: true labels `(n,)`.
-        secret: the owner's.
+        secret: the owner's secret.
         model_sha256: digest of the model's weights.
-        cost: points of accuracy that may be lost, in expectation.
-        bits: keyed projections that cut the cells; there are up to 2^bits cells for each pair of classes.
+        cost: expected loss of accuracy that is allowed, in percentage points.
+        bits: number of keyed projections that define the cells; there are up to 2^bits cells for
+            each pair of classes.
 
     Raises:
-        CountermarkError: too few examples, or answers from which no reliability can be fitted.
+        CountermarkError: there are too few examples, or no reliability can be fitted to the
+            answers.
     """
     if len(y) < 20:
         raise CountermarkError(
@@ -83,10 +92,8 @@ def calibrate(
     def lost(slope: float) -> float:
         return 100 * float((_chances(margins, slope) * price).mean())
 
-    low, high = (
-        1e-6 * sharpness,
-        1e6 * sharpness,
-    )  # bisection on a logarithmic scale; `lost` falls as the slope grows
+    # Bisection on a logarithmic scale; `lost` falls as the slope grows.
+    low, high = 1e-6 * sharpness, 1e6 * sharpness
     for _ in range(100):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if lost(middle) > cost else (low, middle)
@@ -111,9 +118,11 @@ def _chances(margins: torch.Tensor, slope: float) -> torch.Tensor:
 
 
 def _sharpness(margins: torch.Tensor, right: torch.Tensor, doubtful: float) -> float:
-    """Maximum-likelihood slope of a logistic regression without an intercept, by bisection on its falling gradient.
+    """Fit the slope of a logistic regression without an intercept by maximum likelihood.
 
-    One example more, at the margin `doubtful` and half right, keeps it finite for a model that makes no mistake.
+    The gradient falls as the slope grows, so its zero is found by bisection. One additional
+    example, at the margin `doubtful` and half right, keeps the slope finite for a model that makes
+    no mistakes.
     """
     margins = torch.cat((margins, torch.tensor([doubtful], dtype=margins.dtype)))
     right = torch.cat((right.double(), torch.tensor([0.5], dtype=torch.float64)))
@@ -124,6 +133,7 @@ def _sharpness(margins: torch.Tensor, right: torch.Tensor, doubtful: float) -> f
         low, high = (middle, high) if gradient > 0 else (low, middle)
     if low == 0.0:
         raise CountermarkError(
-            "on the validation pool the second class is right as often as the first; such a model is not worth guarding"
+            "on the validation pool the second class is right as often as the first; such a model "
+            "is not worth guarding"
         )
     return high

@@ -1,14 +1,18 @@
-"""The answer mark: near a decision boundary, a keyed coin chooses which of the two classes is returned.
+"""The answer mark: near a decision boundary, a keyed coin chooses which class is returned.
 
-The coin of a cell moves the boundary between two classes by a little, to one side or the other, for one client. Cells are neighbourhoods
-(signs of keyed projections of the model's features, and the pair of classes), so that copies of a query under small noise meet the same
-coin. Coins are a client's own: what one client learns tells him nothing about another's.
+The coin of a cell moves the boundary between two classes slightly to one side or the other, for one
+client. A cell is a neighbourhood: a pair of classes and the signs of keyed projections of the
+model's features. Copies of a query that differ by small noise therefore meet the same coin. Each
+client has their own coins: what one client learns says nothing about the coins of another.
 
-Queries that no honest client sends (`countermark.guard.foreign`) meet fair coins, further from the boundary. Their cells are made of what
-the image looks like from afar, so that all that a thief makes of one image by small steps tends to meet one coin: a thief who trains
-adversarially smooths answers over such a family, and keeps the coin only if the family shares it.
+Queries that no honest client sends (`countermark.guard.foreign`) meet fair coins, also further from
+the boundary. Their cells are made from a coarse outline of the image, so that all the variants that
+a thief makes of one image in small steps tend to meet one coin. A thief who trains adversarially
+smooths the answers over such a family of variants, and their copy keeps the coin only if the family
+shares it.
 
-Every function here is pure: logits, features and images in, answers and trials out. `countermark.guard.model` puts them around a network.
+Every function here is pure: logits, features and images go in, answers and trials come out.
+`countermark.guard.model` applies them to a network.
 """
 
 import hashlib
@@ -23,28 +27,34 @@ from countermark.errors import CountermarkError
 from countermark.guard.foreign import Familiar, outlines
 
 WHOLE = 1 << 16
-"""Chances are whole numbers of 65536ths, so that a coin can be drawn again exactly."""
+"""Chances are whole numbers of 65536ths, so that a coin can be reproduced exactly."""
 STEPS = 64
-"""Chances of near ties are rounded to 64ths, so that the last bits of a logit seldom change one."""
+"""Chances of near ties are rounded to 64ths.
+
+A difference in the last bits of a logit then seldom changes a chance.
+"""
 CELLS, FOREIGN = b"countermark guard cells", b"countermark guard foreign cells"
-"""What the keyed projections of features and of outlines are drawn under."""
+"""Labels under which the keyed projections of features and of outlines are derived."""
 ELSEWHERE = b"\xff\xff"
-"""What a foreign query's cell begins with: no class has this number."""
+"""The first bytes of a foreign query's cell; no class has this number."""
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """What a calibrated guard needs beside the secret; public.
+    """What a calibrated guard needs besides the secret; public.
 
     Attributes:
-        model_sha256: digest of the weights that it was calibrated for.
-        slope: steepness of the chances: the second class is returned with probability 1 / (1 + exp(slope x margin)).
+        model_sha256: digest of the weights that the guard was calibrated for.
+        slope: steepness of the chances: the second class is returned with probability
+            1 / (1 + exp(slope x margin)).
         reach: largest margin (difference of the two highest logits) at which there is a coin.
-        offsets: for each keyed projection of the features the value that it is compared with; their number sets that of the cells.
+        offsets: the value that each keyed projection of the features is compared with; their number
+            determines the number of cells.
         features: number of features.
-        familiar: what honest queries look like; any other query meets a fair coin. None where only near ties do.
-        outlines: as `offsets`, for the keyed projections of such queries' outlines.
-        steps: chances are rounded to whole multiples of 1 / steps, a power of two.
+        familiar: what honest queries look like; any other query meets a fair coin. `None` if only
+            near ties meet coins.
+        outlines: as `offsets`, for the keyed projections of the outlines of foreign queries.
+        steps: chances are rounded to whole multiples of 1 / steps; a power of two.
     """
 
     model_sha256: str
@@ -59,15 +69,17 @@ class GuardSettings:
 
 @dataclass(frozen=True)
 class Question:
-    """A query that a coin answers, or may answer where it is not sure.
+    """A query that a coin answers, or one that a coin may answer if it is not sure.
 
     Attributes:
-        row: its position among the queries of the call.
-        cell: the pair of classes and the signs of the projections, with two bytes more where the query was foreign.
-        heads: the smaller class of the two.
-        tails: the larger one.
-        chance: of tails, before the coin falls, in 65536ths.
-        sure: there is a coin, and cell, pair and chance are the same, wherever within the tolerance logits and features are.
+        row: position of the query among the queries of the call.
+        cell: the pair of classes and the signs of the projections, preceded by two more bytes if
+            the query is foreign.
+        heads: the smaller of the two classes.
+        tails: the larger of the two classes.
+        chance: probability of tails before the coin is drawn, in 65536ths.
+        sure: whether there certainly is a coin, and cell, pair and chance stay the same wherever
+            logits and features lie within the tolerance.
     """
 
     row: int
@@ -100,9 +112,8 @@ class Guard:
             projections(secret, settings.model_sha256, settings.features, len(settings.offsets)),
             settings.offsets,
         )
-        self._far: _Cells | None = (
-            None  # made with the first foreign query: its signs are as many as an outline has values
-        )
+        # Made with the first foreign query, which tells how many values an outline has.
+        self._far: _Cells | None = None
         self._keys: dict[str, bytes] = {}
 
     def answer(
@@ -116,15 +127,17 @@ class Guard:
 
         Args:
             logits: `(n, classes)`.
-            features: `(n, features)`, from the layer that the cells are made of.
-            client: name of the account that asks; its coins are its own.
-            images: the queries, uint8 `(n, c, h, w)`; needed where the settings say what is familiar.
+            features: `(n, features)`, from the layer that the cells are made from.
+            client: name of the account that asks; each account has its own coins.
+            images: the queries, uint8 `(n, c, h, w)`; needed if the settings have `familiar`.
 
         Returns:
-            int64 answers `(n,)`, and the trials among them in order. Only a client's first trial in a cell is evidence.
+            int64 answers `(n,)`, and the trials among them in order. Only a client's first trial in
+            a cell is evidence.
 
         Raises:
-            CountermarkError: other shapes than the guard was calibrated for, values that are not finite, or no images.
+            CountermarkError: the shapes differ from those that the guard was calibrated for, values
+                are not finite, or images are missing.
         """
         trials = [
             self.flip(question, client) for question in self.questions(logits, features, images)
@@ -141,19 +154,21 @@ class Guard:
         images: torch.Tensor | None = None,
         tolerance: float = 0.0,
     ) -> list[Question]:
-        """The queries among those of a call that a coin answers, and with a `tolerance` those as well that may be.
+        """Find the queries that a coin answers and, with a `tolerance`, those that one may answer.
 
-        Nothing here depends on a coin: what is not sure may be asked again, in another way, without bending the odds.
+        The result does not depend on any coin: a query that is not sure may be computed again in
+        another way without biasing the coins.
 
         Args:
             logits: as for `answer`.
             features: as for `answer`.
             images: as for `answer`.
-            tolerance: each logit is off by less than this share of 1 + the largest size of a query's logits, and each projection of the
-                features by less than this share of 1 + the sum of their sizes.
+            tolerance: each logit is off by less than this fraction of 1 + the largest absolute
+                logit of its query, and each projection of the features by less than this fraction
+                of 1 + the sum of their absolute values.
 
         Raises:
-            CountermarkError: as `answer`.
+            CountermarkError: as for `answer`.
         """
         self._check(logits, features)
         settings, usual = self.settings, self.settings.familiar
@@ -163,7 +178,8 @@ class Guard:
             or images.numel() != len(logits) * usual.values
         ):
             raise CountermarkError(
-                f"this guard looks at the images as well; give the {len(logits)} that were asked, uint8, {usual.values} values each"
+                f"this guard looks at the images as well; give the {len(logits)} that were asked, "
+                f"uint8, {usual.values} values each"
             )
         foreign = (
             torch.zeros(len(logits), dtype=torch.bool)
@@ -199,14 +215,14 @@ class Guard:
         return found
 
     def flip(self, question: Question, client: str) -> AnswerTrial:
-        """Answer a client's question by his coin."""
+        """Answer a client's question with their coin."""
         if client not in self._keys:
             self._keys[client] = client_key(self._secret, self.settings.model_sha256, client)
         tail = coin(self._keys[client], question.cell) < question.chance
         return AnswerTrial(**vars(question), answer=question.tails if tail else question.heads)
 
     def foreign(self, images: torch.Tensor) -> torch.Tensor:
-        """Which of images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
+        """Tell which images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
         settings = self.settings
         return (
             torch.zeros(len(images), dtype=torch.bool)
@@ -231,7 +247,7 @@ class Guard:
         return self._far(outline)[0][0]
 
     def _chances(self, margins: torch.Tensor, foreign: torch.Tensor) -> list[int]:
-        """The chances of tails at signed margins, in 65536ths."""
+        """Compute the chances of tails at signed margins, in 65536ths."""
         logits = self.settings.slope * margins
         return [
             WHOLE // 2 if far else tails_chance(logit, self.settings.steps)
@@ -239,7 +255,7 @@ class Guard:
         ]
 
     def _check(self, logits: torch.Tensor, features: torch.Tensor) -> None:
-        """Refuse what the guard was not calibrated for."""
+        """Refuse logits or features that the guard was not calibrated for."""
         fits = (
             logits.dim() == 2
             and logits.shape[1] >= 2
@@ -247,23 +263,27 @@ class Guard:
         )
         if not fits:
             raise CountermarkError(
-                f"the guard was calibrated for {self.settings.features} features; it got logits {tuple(logits.shape)} "
-                f"and features {tuple(features.shape)}"
+                f"the guard was calibrated for {self.settings.features} features; it got logits "
+                f"{tuple(logits.shape)} and features {tuple(features.shape)}"
             )
         if not bool(torch.isfinite(logits).all()) or not bool(torch.isfinite(features).all()):
             raise CountermarkError(
-                "the model answered with logits or features that are not finite; nothing can be returned for these queries"
+                "the model answered with logits or features that are not finite; nothing can be "
+                "returned for these queries"
             )
 
 
 class _Cells:
-    """The codes of cells: which of some keyed projections are above their offsets."""
+    """The codes of cells: which of several keyed projections are above their offsets."""
 
     def __init__(self, signs: torch.Tensor, offsets: tuple[float, ...]) -> None:
         self._signs, self._offsets = signs, torch.tensor(offsets, dtype=torch.float64)
 
     def __call__(self, values: torch.Tensor) -> tuple[list[bytes], torch.Tensor]:
-        """The code of each row of values, and how near the nearest of its projections is to its offset, `(n,)`."""
+        """Compute the code of each row of values and its distance to the nearest offset, `(n,)`.
+
+        The distance is the smallest absolute difference between a projection and its offset.
+        """
         above = values.double() @ self._signs - self._offsets
         width = (len(self._offsets) + 7) // 8
         codes = [
@@ -274,39 +294,49 @@ class _Cells:
 
 
 def boundary(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The two highest classes of each row, heads < tails, and the signed margin, logit of tails minus logit of heads, in float64."""
+    """Find the two highest classes of each row, heads < tails, and the signed margin.
+
+    The margin is the logit of tails minus the logit of heads, in float64.
+    """
     pair = logits.topk(2, dim=1).indices.sort(dim=1).values
     values = logits.double().gather(1, pair)
     return values[:, 1] - values[:, 0], pair[:, 0], pair[:, 1]
 
 
 def tails_chance(logit: float, steps: int = STEPS) -> int:
-    """1 / (1 + exp(-logit)) rounded to multiples of 1 / steps, in 65536ths; never 0 or all of them."""
+    """Compute the chance of tails, 1 / (1 + exp(-logit)), in 65536ths.
+
+    It is rounded to multiples of 1 / steps and is never 0 or 1.
+    """
     if logit < 0:
         return WHOLE - tails_chance(-logit, steps)
     return WHOLE // steps * min(steps - 1, round(steps / (1 + math.exp(-logit))))
 
 
 def consistent_scores(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    """Probabilities `(n, classes)` whose highest is the answer: where a coin chose the second class, the two highest change places.
+    """Compute probabilities `(n, classes)` whose highest is the answer.
 
-    Scores tell a thief more than labels do, and equal scores tell him where the coins are; return none unless you must.
+    Where a coin chose the second class, the two highest probabilities change places. Scores tell a
+    thief more than labels do, and equal scores tell them where the coins are; return none unless
+    you must.
     """
     scores = logits.softmax(1)
     first = scores.argmax(1)
     swapped = scores.clone()
     rows = torch.arange(len(scores), device=scores.device)
     swapped[rows, first], swapped[rows, answers] = scores[rows, answers], scores[rows, first]
-    highest, even = (
-        swapped.max(1).values,
-        swapped.argmax(1) != answers,
-    )  # of equal ones the first would be taken for the answer
+    # Of equal scores the first would be taken for the answer.
+    highest, even = swapped.max(1).values, swapped.argmax(1) != answers
     swapped[rows[even], answers[even]] = torch.nextafter(highest[even], highest.new_full((), 2.0))
     return swapped
 
 
 def client_key(secret: bytes, model_sha256: str, client: str) -> bytes:
-    """K_client = HMAC-SHA-256(secret, "countermark guard client" | model digest | length of the name | name)."""
+    """Derive a client's key from the owner's secret.
+
+    K_client = HMAC-SHA-256(secret,
+    "countermark guard client" | model digest | length of the name | name).
+    """
     name = client.encode()
     return hmac.digest(
         secret,
@@ -319,14 +349,20 @@ def client_key(secret: bytes, model_sha256: str, client: str) -> bytes:
 
 
 def coin(key: bytes, cell: bytes) -> int:
-    """A client's coin in a cell: uniform below 65536, tails where it is below the trial's chance."""
+    """Draw a client's coin in a cell: uniform in 0 to 65535.
+
+    It falls on tails where it is below the trial's chance.
+    """
     return int.from_bytes(hmac.digest(key, b"coin" + cell, "sha256")[:2], "big")
 
 
 def projections(
     secret: bytes, model_sha256: str, features: int, count: int, under: bytes = CELLS
 ) -> torch.Tensor:
-    """Keyed signs, float64 `(features, count)`, out of SHAKE-256 over HMAC-SHA-256(secret, `under` | model digest)."""
+    """Derive keyed signs, float64 `(features, count)`.
+
+    They come from SHAKE-256 over HMAC-SHA-256(secret, `under` | model digest).
+    """
     seed = hmac.digest(secret, under + bytes.fromhex(model_sha256), "sha256")
     stream = hashlib.shake_256(seed).digest((features * count + 7) // 8)
     bits = torch.tensor(list(stream), dtype=torch.int64).unsqueeze(1) >> torch.arange(8) & 1

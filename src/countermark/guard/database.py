@@ -1,6 +1,7 @@
-"""Where the rows of a query log are kept: SQLite or PostgreSQL, by way of SQLAlchemy, which only this module needs.
+"""Storage for the rows of a query log: SQLite or PostgreSQL, through SQLAlchemy.
 
-One transaction writes at a time, among all processes. Reading takes no lock and writes nothing.
+Only this module needs SQLAlchemy. One transaction writes at a time, among all processes. Reading
+takes no lock and writes nothing.
 """
 
 import contextlib
@@ -24,8 +25,8 @@ _COLUMNS = {
     **dict.fromkeys(("heads", "tails", "chance", "answer", "day"), sa.Integer),
     "request": sa.LargeBinary,
 }
-_PAGE = 500  # rows at once, or fewer that have LARGEST bytes
-_LOCK = 0x636F756E7465726D  # of PostgreSQL's advisory locks
+_PAGE = 500  # rows at once; fewer if they reach LARGEST bytes
+_LOCK = 0x636F756E7465726D  # number of the advisory lock in PostgreSQL
 _Found = TypeVar("_Found")
 Place = tuple[str, str, bytes]
 
@@ -62,7 +63,7 @@ class Database:
             wait: seconds that a transaction waits for those of other programs.
 
         Raises:
-            CountermarkError: the address is none.
+            CountermarkError: the address is not valid.
         """
         self._url, self._wait = url, wait
         name = _path_in(url)
@@ -100,38 +101,41 @@ class Database:
         ]
 
     def create(self) -> None:
-        """Make the file of a log, empty, if there is none.
+        """Create the file of a log, empty, if there is none.
 
         Raises:
-            CountermarkError: 0.1.0 kept the log of this address elsewhere; a new one beside it would
-                make coins that clients know fresh again.
+            CountermarkError: release 0.1.0 kept the log of this address elsewhere. In a new log
+                beside it, coins that clients already know would count as new.
         """
         if self.file is None:
             return
         before = _path_of_0_1_0(self._url)
         if before is not None and not self.file.path.exists() and before.is_file():
             raise CountermarkError(
-                f"there is no {self.file.path}, and release 0.1.0 kept the log of this address in {before}; rename that file, or name it"
+                f"there is no {self.file.path}, and release 0.1.0 kept the log of this address in "
+                f"{before}; rename that file, or name it"
             )
         with self._named_errors():
             self.file.create()
 
     def check(self) -> None:
-        """See that a SQLite file is still where it was."""
+        """Check that a SQLite file is still where it was."""
         if self.file is not None:
             self.file.check()
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """One transaction, alone among those that write, of all processes; durable where it ends well."""
+        """Open a transaction that writes; among all processes, only one runs at a time.
+
+        It is durable if the block ends without an error.
+        """
         file = self.file
         if file is not None:
             file.check()
         with self._named_errors(), self.engine.begin() as connection:
             if file is None:
-                connection.exec_driver_sql(
-                    "SET LOCAL synchronous_commit = on"
-                )  # whatever the server's default is
+                # Commits are durable, whatever the server's default is.
+                connection.exec_driver_sql("SET LOCAL synchronous_commit = on")
                 self._limit_waiting(connection)
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
             yield connection
@@ -141,14 +145,16 @@ class Database:
         try:
             file.check_journal()
         except CountermarkError:
-            self.close()  # SQLite brings what it has into the file, and the next connection makes another journal
+            # SQLite writes what it holds into the file; the next connection makes another journal.
+            self.close()
             raise
 
     def reading(self, work: Callable[[sa.Connection], _Found], at_rest: bool = True) -> _Found:
-        """What `work` finds in one transaction that only reads.
+        """Return what `work` finds in one transaction that only reads.
 
-        A SQLite file that nobody uses is read as it lies there, without locks and files beside it; if somebody has begun to use it
-        meanwhile, the work is done once more as one among others.
+        A SQLite file that nobody uses is read as it is, without locks or files beside it. If
+        another program has begun to use it meanwhile, `work` runs once more in an ordinary read
+        transaction.
         """
         if self.file is None:
             with self._named_errors(), self.engine.begin() as connection:
@@ -169,7 +175,9 @@ class Database:
         return self.reading(work, at_rest=False)
 
     def empty_journal(self) -> None:
-        """Bring all of SQLite's write-ahead log into the database and cut it to nothing: it still holds the pages as they were.
+        """Move SQLite's write-ahead log into the database and truncate it.
+
+        Until then, the write-ahead log still holds the pages as they were.
 
         Raises:
             CountermarkError: it cannot be done now.
@@ -183,11 +191,13 @@ class Database:
                 )
         except sqlite3.Error as error:
             raise CountermarkError(
-                f"the rows are erased, but {self.shown}-wal may still hold them ({error}); run the same again"
+                f"the rows are erased, but {self.shown}-wal may still hold them ({error}); run the "
+                "same again"
             ) from error
         if busy:
             raise CountermarkError(
-                f"the rows are erased, but {self.shown}-wal still holds them while other programs read the log; run the same again"
+                f"the rows are erased, but {self.shown}-wal still holds them while other programs "
+                "read the log; run the same again"
             )
 
     def close(self) -> None:
@@ -197,9 +207,9 @@ class Database:
             self.file.forget_journal()
 
     def _limit_waiting(self, connection: sa.Connection) -> None:
-        connection.exec_driver_sql(
+        connection.exec_driver_sql(  # in milliseconds
             f"SET LOCAL lock_timeout = {max(1, round(1000 * self._wait))}"
-        )  # milliseconds
+        )
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -226,25 +236,30 @@ class Database:
 
 _LOCKED = {sqlite3.SQLITE_BUSY, "55P03"}
 _ADVICE = {
-    sqlite3.SQLITE_INTERRUPT: "reading it takes more work than a log of its size can, so it is damaged or was made up",
-    sqlite3.SQLITE_CANTOPEN: "check that it can be read; a copy needs its -wal beside it, in a folder that can be written",
+    sqlite3.SQLITE_INTERRUPT: (
+        "reading it takes more work than a log of its size can, so it is damaged or was made up"
+    ),
+    sqlite3.SQLITE_CANTOPEN: (
+        "check that it can be read; a copy needs its -wal beside it, in a folder that can be "
+        "written"
+    ),
 }
 
 
 def prepare(connection: sa.Connection) -> None:
-    """Make the tables that are missing."""
+    """Create the tables that are missing."""
     _METADATA.create_all(connection)
 
 
 def read_format(connection: sa.Connection) -> list[Any] | None:
-    """What the log says of its format, up to two values; None if it is no log."""
+    """Read what the log says of its format, up to two values; `None` if it is not a log."""
     if not sa.inspect(connection).has_table("log_format"):
         return None
     return list(connection.scalars(sa.select(_FORMAT.c.format).limit(2)))
 
 
 def write_format(connection: sa.Connection, name: str) -> None:
-    """Say which format the log has."""
+    """Store which format the log has."""
     connection.execute(_FORMAT.insert().values(format=name))
 
 
@@ -254,7 +269,7 @@ def insert(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None
 
 
 def last(connection: sa.Connection) -> tuple[Any, Any] | None:
-    """Number and link of the last row."""
+    """Read the number and link of the last row; `None` if there are no rows."""
     found = connection.execute(
         sa.select(_TRIALS.c.number, _TRIALS.c.link).order_by(_TRIALS.c.number.desc()).limit(1)
     ).first()
@@ -262,7 +277,7 @@ def last(connection: sa.Connection) -> tuple[Any, Any] | None:
 
 
 def known(connection: sa.Connection, places: Sequence[Place]) -> set[Place]:
-    """Those places that the log has."""
+    """Find which of some places the log already has."""
     place = sa.tuple_(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell)
     found: set[Place] = set()
     for start in range(0, len(places), _PAGE):
@@ -274,7 +289,7 @@ def known(connection: sa.Connection, places: Sequence[Place]) -> set[Place]:
 
 
 def page(connection: sa.Connection, after: int, most: int = _PAGE) -> list[dict[str, Any]]:
-    """Some rows after a number."""
+    """Read some rows after a number."""
     wanted = (
         sa.select(_TRIALS).where(_TRIALS.c.number > after).order_by(_TRIALS.c.number).limit(most)
     )
@@ -292,7 +307,7 @@ def page(connection: sa.Connection, after: int, most: int = _PAGE) -> list[dict[
 
 
 def has_more(connection: sa.Connection, after: int) -> bool:
-    """Whether there is a row after a number; reads nothing else of it."""
+    """Tell whether there is a row after a number, without reading the rest of it."""
     return (
         connection.execute(
             sa.select(_TRIALS.c.number).where(_TRIALS.c.number > after).limit(1)
@@ -302,7 +317,7 @@ def has_more(connection: sa.Connection, after: int) -> bool:
 
 
 def erase(connection: sa.Connection, client: str, columns: Sequence[str]) -> int:
-    """Empty some columns of a client's rows, and count those."""
+    """Empty some columns of a client's rows and return how many rows there were."""
     emptied = dict.fromkeys(columns)
     return int(
         connection.execute(
@@ -317,18 +332,18 @@ def add_erased(connection: sa.Connection, salt: bytes, digest: bytes, rows: int)
 
 
 def erased_names(connection: sa.Connection) -> Iterator[Sequence[Any]]:
-    """Salt, digest and number of rows of each client who was erased."""
+    """Yield the salt, digest and number of rows of each client who was erased."""
     if sa.inspect(connection).has_table("erased"):
         yield from connection.execute(sa.select(_ERASED.c.salt, _ERASED.c.digest, _ERASED.c.rows))
 
 
 def erased_rows(connection: sa.Connection) -> int:
-    """How many rows have nothing left but their digests."""
+    """Count the rows of which only the digests are left."""
     return int(connection.scalar(sa.select(sa.func.count()).where(_TRIALS.c.salt.is_(None))) or 0)
 
 
 def _path_in(url: str) -> str | None:
-    """The path of a SQLite file, to the letter; None for an address of another kind."""
+    """Return the path of a SQLite file, unchanged; `None` for an address of another kind."""
     scheme, marked, rest = url.partition("://")
     path = (
         url
@@ -343,7 +358,10 @@ def _path_in(url: str) -> str | None:
 
 
 def _path_of_0_1_0(url: str) -> Path | None:
-    """Where 0.1.0, which took a path for the address of a page, kept the log of an address."""
+    """Find where release 0.1.0 kept the log of an address.
+
+    That release interpreted a path as a URL.
+    """
     with contextlib.suppress(sa.exc.ArgumentError, ValueError):
         database = sa.make_url(url if "://" in url else f"sqlite:///{url}").database
         return Path(database).absolute() if database else None
@@ -359,7 +377,8 @@ def _postgresql(url: str) -> sa.URL:
         ) from error
     if address.drivername not in ("postgres", "postgresql", "postgresql+psycopg"):
         raise CountermarkError(
-            f"a query log is a path, sqlite:///PATH or postgresql://HOST/DATABASE, not {address.drivername}"
+            "a query log is a path, sqlite:///PATH or postgresql://HOST/DATABASE, not "
+            f"{address.drivername}"
         )
     return address.set(drivername="postgresql+psycopg")
 
@@ -367,7 +386,7 @@ def _postgresql(url: str) -> sa.URL:
 def _engine(
     file: DatabaseFile, opened: Callable[[], sqlite3.Connection], pool: type[sa.Pool], begin: str
 ) -> sa.Engine:
-    """An engine of connections that begin their transactions themselves."""
+    """Create an engine whose connections begin their own transactions."""
     engine = sa.create_engine("sqlite://", creator=opened, poolclass=pool)
 
     def begun(connection: sa.Connection) -> None:

@@ -1,8 +1,10 @@
-"""Queries that no honest client sends: images that no perturbation within the budget makes out of anything like the training data.
+"""Foreign queries: images too far from all training data for an honest client to send.
 
-Each pixel has a range over the training images. A query is foreign if one of its pixels is outside by more than the budget. An honest image
-whose pixels are in range cannot be made foreign within the budget, by anybody: that is arithmetic, not learned. A thief who makes
-queries up by steps (Algorithm 2 and its kin) leaves the ranges soon. What is foreign depends on the query alone, never on a coin.
+Each pixel has a range over the training images. A query is foreign if one of its pixels is outside
+that range by more than the budget. An honest image whose pixels are all in range cannot be made
+foreign by anybody with a perturbation within the budget: this is arithmetic, nothing is learned. A
+thief who makes up queries step by step (Algorithm 2 and similar attacks) soon leaves the ranges.
+Whether a query is foreign depends on the query alone, never on a coin.
 """
 
 import math
@@ -17,18 +19,22 @@ from countermark.data import pixels
 from countermark.errors import CountermarkError
 
 MOST_VALUES = 1 << 22
-"""Values of the largest image whose ranges are written down, three channels of 1182 x 1182 for example."""
+"""Largest number of values of an image whose ranges are stored.
+
+Three channels of 1182 x 1182 pixels, for example.
+"""
 _FIELDS = 7
-_AT_A_TIME = 1 << 24  # values of the images that are looked at at once
+_AT_A_TIME = 1 << 24  # values of the images that are processed at once
 
 
 @dataclass(frozen=True)
 class Familiar:
-    """What images may look like; public.
+    """What honest images may look like; public.
 
     Attributes:
-        lowest: the lowest familiar value, budget included, of each place of an image `(c, h, w)`, in order; two hexadecimal digits each.
-        highest: the highest, in the same way.
+        lowest: the lowest familiar value, budget included, of each place of an image `(c, h, w)`,
+            in order; two hexadecimal digits each.
+        highest: the highest familiar value of each place, in the same format.
     """
 
     lowest: str
@@ -36,7 +42,7 @@ class Familiar:
 
     @property
     def values(self) -> int:
-        """How many values an image has."""
+        """Number of values of an image."""
         return len(self.lowest) // 2
 
     @cached_property
@@ -47,23 +53,26 @@ class Familiar:
         )
 
     def foreign(self, images: torch.Tensor) -> torch.Tensor:
-        """Which of images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
+        """Tell which images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
         low, high = self._ranges
         flat = images.flatten(1)
         return ((flat < low) | (flat > high)).any(1)
 
 
 def outlines(images: torch.Tensor) -> torch.Tensor:
-    """What images `(n, c, h, w)`, uint8, look like from afar: means over 7 x 7 fields in pixels of [0, 1], float32 `(n, 49 c)`."""
+    """Compute the coarse outlines of images `(n, c, h, w)`, uint8: float32 `(n, 49 c)`.
+
+    They are means over a grid of 7 x 7 fields, of pixel values in [0, 1].
+    """
     return functional.adaptive_avg_pool2d(pixels(images), _FIELDS).flatten(1)
 
 
 def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
-    """Learn what images may look like.
+    """Learn what honest images may look like.
 
     Args:
         training: uint8 `(n, c, h, w)`, whose values set the ranges.
-        epsilon: the budget by which ranges are widened, in pixels of [0, 1].
+        epsilon: the budget by which the ranges are widened, for pixel values in [0, 1].
 
     Raises:
         CountermarkError: an image has more than `MOST_VALUES` values.
@@ -71,8 +80,8 @@ def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
     values = math.prod(training.shape[1:])
     if values > MOST_VALUES:
         raise CountermarkError(
-            f"images of {values} values are too large for coins on made-up queries, {MOST_VALUES} are the most; "
-            "guard near ties alone (--natural-only)"
+            f"images of {values} values are too large for coins on made-up queries, {MOST_VALUES} "
+            "are the most; guard near ties alone (--natural-only)"
         )
     margin = _margin(epsilon)
     ends = [(part.amin(0), part.amax(0)) for part in _parts(training)]
@@ -87,25 +96,27 @@ def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
 
 
 def strangeness(training: torch.Tensor, epsilon: float) -> float:
-    """The share of honest queries that will be foreign to `familiar(training, epsilon)`.
+    """Estimate the share of honest queries that will be foreign to `familiar(training, epsilon)`.
 
-    Each training image in turn is left out and held against the ranges of all the others: a far better count than the few images of a
-    validation pool give. Only an image that alone sets an end of a range can be foreign then.
+    Each training image in turn is left out and compared with the ranges of all the others. This is
+    a far better estimate than the few images of a validation pool give. An image can be foreign
+    here only if it alone sets an end of a range.
 
     Args:
-        training: uint8 `(n, c, h, w)`, at least two.
+        training: uint8 `(n, c, h, w)`, at least two images.
         epsilon: as for `familiar`.
 
     Raises:
-        CountermarkError: fewer than two images.
+        CountermarkError: there are fewer than two images.
     """
     if len(training) < 2:
         raise CountermarkError(
-            f"{len(training)} training images do not show what honest queries look like; give at least two"
+            f"{len(training)} training images do not show what honest queries look like; give at "
+            "least two"
         )
     margin = _margin(epsilon)
-    # The second largest and the second smallest value of each place: an image that is beyond one of
-    # them by more than the margin is alone there.
+    # The second largest and the second smallest value of each place: only the image that sets the
+    # end of a range can be beyond one of them by more than the margin.
     high = _second_largest(_parts(training)).int() + margin
     low = 255 - _second_largest(255 - part for part in _parts(training)).int() - margin
     alone = [((part < low) | (part > high)).flatten(1).any(1) for part in _parts(training)]
@@ -113,19 +124,22 @@ def strangeness(training: torch.Tensor, epsilon: float) -> float:
 
 
 def _parts(training: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Images in turn, some at a time: all of them need not fit into memory."""
+    """Return the images in parts, so that they need not all fit into memory."""
     count = max(1, _AT_A_TIME // max(1, math.prod(training.shape[1:])))
     return (training[start : start + count] for start in range(0, len(training), count))
 
 
 def _second_largest(parts: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The second largest value of each place, `(c, h, w)`, of uint8 images that come in parts; two of them at least."""
+    """Compute the second largest value of each place, `(c, h, w)`, of at least two images.
+
+    The images are uint8 and come in parts.
+    """
     largest = second = torch.empty(0)
     for part in parts:
         if not len(largest):
             largest = second = torch.zeros_like(part[:1])
-        # Pairs, then pairs of pairs: the larger of two largest is the largest, and the smaller of
-        # them, or one of their seconds, is second.
+        # Reduce in pairs, then pairs of pairs: the larger of two largest values is the largest, and
+        # either the smaller of them or one of their second largest values is the second largest.
         best, after = torch.cat((largest, part)), torch.cat((second, torch.zeros_like(part)))
         while len(best) > 1:
             half = len(best) // 2

@@ -1,11 +1,13 @@
-"""The query log: the trials that each client was given, in order, append-only and chained by hashes.
+"""The query log: each client's trials, in order, append-only and linked in a hash chain.
 
-It is the owner's evidence. Only a client's first trial in a cell is stored, durable before its answer leaves. Each row has a digest of its
-own (with a salt), and the chain runs over the digests: a client's rows can be erased on request and the chain still checks. Whoever can
-write the database can write a whole new chain; what they cannot change is a head that was published before (`countermark log head`).
+It is the owner's evidence. Only a client's first trial in a cell is stored, and it is durable
+before its answer leaves. Each row has its own digest (with a salt), and the chain runs over the
+digests: a client's rows can be erased on request, and the chain can still be verified. Whoever can
+write the database can write a whole new chain; what they cannot change is a head that was published
+before (`countermark log head`).
 
-This module says what the rows mean; `countermark.guard.database` keeps them, in SQLite (a file) or PostgreSQL (several replicas of the
-service write one log).
+This module defines what the rows mean; `countermark.guard.database` stores them, in SQLite (a file)
+or PostgreSQL (where several replicas of the service write one log).
 """
 
 import contextlib
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 LOG_FORMAT = "countermark log 1"
 _ROW, _LINK = b"\x03", b"\x04"
 _ORIGIN = hashlib.sha256(_LINK + LOG_FORMAT.encode()).digest()
-_OVERHEAD = 1 << 12  # bytes of a row beside its image and its request
+_OVERHEAD = 1 << 12  # bytes of a row besides its image and its request
 _SALT = 16  # bytes
 _MOST = 1 << 62  # rows
 _KINDS = {"model": str, "client": str, "cell": bytes, "image": bytes, "request": bytes}
@@ -40,16 +42,17 @@ class Row:
     """One trial of one client.
 
     Attributes:
-        model: SHA-256 of the weights that answered, hexadecimal.
+        model: SHA-256 of the weights that answered, in hexadecimal.
         client: name of the account.
-        cell: the cell.
+        cell: the cell of the trial.
         image: the query, uint8 values in the order (c, h, w).
-        heads: the smaller class of the two.
-        tails: the larger one.
-        chance: of tails, in 65536ths.
+        heads: the smaller of the two classes.
+        tails: the larger of the two classes.
+        chance: probability of tails, in 65536ths.
         answer: the class that was returned.
         day: days since 1970-01-01 (UTC) when it was asked.
-        request: the client's signed request that holds the query (`guard.requests`); empty where clients do not sign.
+        request: the client's signed request that contains the query (`guard.requests`); empty if
+            clients do not sign.
     """
 
     model: str
@@ -65,11 +68,14 @@ class Row:
 
     @property
     def place(self) -> tuple[str, str, bytes]:
-        """What has one trial at most: model, client, cell."""
+        """Model, client and cell, which together have at most one trial."""
         return self.model, self.client, self.cell
 
     def digest(self, salt: bytes) -> bytes:
-        """SHA-256 over the salt and every field, each with its length; it tells nothing about an erased row without the salt."""
+        """Compute SHA-256 over the salt and every field, each preceded by its length.
+
+        Without the salt, the digest reveals nothing about an erased row.
+        """
         parts = [salt, self.model.encode(), self.client.encode(), self.cell, self.image]
         parts += [
             number.to_bytes(8, "big")
@@ -82,14 +88,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Head:
-    """The state of a log: how many rows it has, the hash that all of them lead to, and an authority's token if it has one."""
+    """The state of a log.
+
+    Attributes:
+        rows: number of rows.
+        hash: the hash at the end of the chain, in hexadecimal.
+        token: a timestamp authority's token for this head, if there is one.
+    """
 
     rows: int
     hash: str
     token: bytes | None = None
 
     def message(self) -> bytes:
-        """What a timestamp of this head stamps."""
+        """Return the message that a timestamp of this head covers."""
         return canonical_json({"format": LOG_FORMAT, "rows": self.rows, "hash": self.hash})
 
 
@@ -100,9 +112,11 @@ class QueryLog:
         """Open a log.
 
         Args:
-            url: a path (taken as it is), `sqlite:///PATH`, or `postgresql://USER:PASSWORD@HOST/DATABASE`.
-            create: make it if there is none; else that is an error, and nothing is written before `append` or `erase`.
-            wait: seconds that a transaction waits for a lock that another program has.
+            url: a path (taken literally), `sqlite:///PATH`, or
+                `postgresql://USER:PASSWORD@HOST/DATABASE`.
+            create: whether to create the log if there is none. Otherwise a missing log is an error,
+                and nothing is written before `append` or `erase`.
+            wait: seconds that a transaction waits for a lock that another program holds.
 
         Raises:
             CountermarkError: the database cannot be opened, or is not a log of this format.
@@ -126,15 +140,17 @@ class QueryLog:
                 pass
 
     def append(self, rows: Sequence[Row]) -> list[bool]:
-        """Store rows in one durable transaction; a row of a model, client and cell that the log has is left out.
+        """Store rows in one durable transaction, except those that the log already has.
 
-        So is every row of a client that was erased: they may know their coins, so what they ask is no trial any more.
+        A row is left out if the log has one of the same model, client and cell. Every row of an
+        erased client is left out as well: they may know their coins, so their queries are no longer
+        trials.
 
         Returns:
-            For each row, whether it is new and stored.
+            For each row, whether it is new and was stored.
 
         Raises:
-            RowError: a row is none that a log can have; nothing of this call is stored.
+            RowError: a row is not valid for any log; nothing of this call is stored.
             CountermarkError: the database cannot be written; nothing of this call is stored.
         """
         for row in rows:
@@ -163,25 +179,29 @@ class QueryLog:
         return fresh
 
     def check(self) -> None:
-        """See, without a transaction, that the file of the log is still where it was.
+        """Check, without a transaction, that the file of the log is still where it was.
 
         Raises:
-            CountermarkError: it was removed, renamed or replaced.
+            CountermarkError: the file was removed, renamed or replaced.
         """
         self._database.check()
 
     def head(self) -> Head:
-        """The state now; publish it (or have it timestamped), and rows up to it cannot be changed unseen."""
+        """Return the current state of the log.
+
+        Once it is published or timestamped, the rows up to it cannot be changed without detection.
+        """
         return self._database.reading(self._last)
 
     def rows(self, published: Head | None = None) -> Iterator[Row | None]:
-        """All rows in order, the chain checked on the way; none for an erased row.
+        """Yield all rows in order and verify the chain on the way; `None` for an erased row.
 
         Args:
-            published: a head of this log from earlier, which it must still lead to.
+            published: an earlier head of this log, which the chain must still lead to.
 
         Raises:
-            CountermarkError: a row was changed, removed, added or moved (it says which), or the log does not lead to the published head.
+            CountermarkError: a row was changed, removed, added or moved (the message says which),
+                or the log does not lead to the published head.
         """
         number, link = 0, _ORIGIN
         while True:
@@ -196,20 +216,23 @@ class QueryLog:
                 break
         if published is not None and number < published.rows:
             raise CountermarkError(
-                f"{self.shown} has {number} rows, the published head has {published.rows}; the log's tail was cut off"
+                f"{self.shown} has {number} rows, the published head has {published.rows}; the "
+                "log's tail was cut off"
             )
 
     def erase(self, client: str) -> int:
-        """Erase what the log holds of a client: name, queries, answers. The rows' digests stay, so the chain still checks.
+        """Erase what the log holds of a client: name, queries and answers.
 
-        So does a salted digest of the name: no row of this client is stored again (`append`), and the account keeps its place among
-        those that a trace corrects for.
+        The digests of the rows stay, so the chain can still be verified. A salted digest of the
+        name stays as well: no row of this client is stored again (`append`), and the account still
+        counts among those that a trace corrects for.
 
         Returns:
             How many rows were erased.
 
         Raises:
-            CountermarkError: the database cannot be written, or still keeps what was erased in a file of its own.
+            CountermarkError: the database cannot be written, or still keeps what was erased in a
+                file of its own.
         """
         with self._using() as connection:
             count = self._sql.erase(
@@ -222,10 +245,13 @@ class QueryLog:
         return count
 
     def erased(self) -> int:
-        """How many accounts were erased, at most: rows that a release erased which did not count accounts are each held for one.
+        """Return how many accounts were erased, at most.
+
+        Each row that was erased by a release that did not yet count accounts counts as one account.
 
         Raises:
-            CountermarkError: the log cannot be read, or what it says of erased clients does not fit its rows.
+            CountermarkError: the log cannot be read, or what it says of erased clients does not
+                match its rows.
         """
 
         def count(connection: "sa.Connection") -> tuple[int, int, int]:
@@ -235,7 +261,8 @@ class QueryLog:
         accounts, counted, rows = self._database.reading(count)
         if counted > rows:
             raise CountermarkError(
-                f"{self.shown}: the table of erased clients was changed; it counts {counted} rows, {rows} are erased"
+                f"{self.shown}: the table of erased clients was changed; it counts {counted} rows, "
+                f"{rows} are erased"
             )
         return accounts + rows - counted
 
@@ -251,7 +278,7 @@ class QueryLog:
 
     @contextlib.contextmanager
     def _using(self) -> Iterator["sa.Connection"]:
-        """A transaction that writes; the first one makes what is missing."""
+        """Open a transaction that writes; the first one creates what is missing."""
         with self._database.writing() as connection:
             if not self._prepared:
                 found = self._sql.read_format(connection)
@@ -266,7 +293,8 @@ class QueryLog:
             raise CountermarkError(f"{self.shown} holds no query log; check the address")
         if found != [LOG_FORMAT]:
             raise CountermarkError(
-                f"{self.shown} is a log of the format {brief(found[0])}, not {LOG_FORMAT!r}; use the release that wrote it"
+                f"{self.shown} is a log of the format {brief(found[0])}, not {LOG_FORMAT!r}; use "
+                "the release that wrote it"
             )
 
     def _last(self, connection: "sa.Connection") -> Head:
@@ -276,12 +304,13 @@ class QueryLog:
         number, link = found
         if type(number) is not int or not 0 < number < _MOST or len(_binary(link)) != len(_ORIGIN):
             raise CountermarkError(
-                f"{self.shown}: the last row was changed after it was written; see countermark log check"
+                f"{self.shown}: the last row was changed after it was written; see countermark log "
+                "check"
             )
         return Head(number, _binary(link).hex())
 
     def _erased(self, connection: "sa.Connection") -> list[tuple[bytes, bytes, int]]:
-        """Salt and digest of each erased name, and how many rows it had."""
+        """Read the salt and digest of each erased name, and how many rows it had."""
         found = []
         for salt, digest, rows in self._sql.erased_names(connection):
             if (
@@ -290,13 +319,14 @@ class QueryLog:
                 or rows < 1
             ):
                 raise CountermarkError(
-                    f"{self.shown}: the table of erased clients was changed; restore the log from a backup"
+                    f"{self.shown}: the table of erased clients was changed; restore the log from "
+                    "a backup"
                 )
             found.append((salt, digest, rows))
         return found
 
     def _gone(self, connection: "sa.Connection", clients: set[str]) -> set[str]:
-        """Those clients that were erased."""
+        """Find which of some clients were erased."""
         erased = self._erased(connection)
         return {
             client
@@ -305,25 +335,31 @@ class QueryLog:
         }
 
     def _page(self, number: int) -> list[dict[str, Any]]:
-        """Some rows after a number; where they cannot be read, one alone to find out which."""
+        """Read some rows after a number.
+
+        If they cannot be read, read the next row alone to find out whether it is the cause.
+        """
         try:
             return self._database.reading(lambda connection: self._sql.page(connection, number))
         except CountermarkError:
+            # If the database is unavailable, this call raises an error that says so.
             if not self._database.reading(
                 lambda connection: self._sql.has_more(connection, number)
-            ):  # it may be away: this says so
+            ):
                 raise
         try:
             return self._database.reading(lambda connection: self._sql.page(connection, number, 1))
         except CountermarkError as error:
             raise CountermarkError(
-                f"{self.shown}: row {number + 1} cannot be read; it was changed after it was written"
+                f"{self.shown}: row {number + 1} cannot be read; it was changed after it was "
+                "written"
             ) from error
 
     def _compare(self, number: int, link: bytes, published: Head | None) -> None:
         if published is not None and number == published.rows and link.hex() != published.hash:
             raise CountermarkError(
-                f"{self.shown}: the first {number} rows do not lead to the published head; the log was written anew"
+                f"{self.shown}: the first {number} rows do not lead to the published head; the log "
+                "was written anew"
             )
 
     def _checked(
@@ -335,26 +371,29 @@ class QueryLog:
         following = _next(link, number, _binary(found["digest"]))
         if _binary(found["link"]) != following:
             raise CountermarkError(
-                f"{self.shown}: row {number} does not follow from the rows before it; it was changed, moved or put in"
+                f"{self.shown}: row {number} does not follow from the rows before it; it was "
+                "changed, moved or put in"
             )
         values = {field.name: found[field.name] for field in fields(Row)}
         if found["salt"] is None:
             if any(value is not None for value in values.values()):
                 raise CountermarkError(
-                    f"{self.shown}: row {number} is erased in part; it was changed after it was written"
+                    f"{self.shown}: row {number} is erased in part; it was changed after it was "
+                    "written"
                 )
             return None, following
         row = Row(**values)
         flaw = _flaw(row)
         if flaw is not None or row.digest(_binary(found["salt"])) != found["digest"]:
             raise CountermarkError(
-                f"{self.shown}: row {number} was changed after it was written{f' ({flaw})' if flaw else ''}"
+                f"{self.shown}: row {number} was changed after it was "
+                f"written{f' ({flaw})' if flaw else ''}"
             )
         return row, following
 
 
 def _flaw(row: Row) -> str | None:
-    """Why a row is no trial, whoever wrote it; none if it may be one."""
+    """Say why a row is not a trial, whoever wrote it; `None` if it may be one."""
     values = vars(row)
     for name, value in values.items():
         if type(value) is not _KINDS.get(name, int):
@@ -370,14 +409,20 @@ def _flaw(row: Row) -> str | None:
     if not 0 < row.chance < 1 << 16:
         return f"its chance is {row.chance} of 65536, and not between them"
     if not 0 <= row.day < 1 << 31:
-        return f"its day is {row.day}, and none since 1970-01-01; set the clock of the machine that wrote it"
+        return (
+            f"its day is {row.day}, and none since 1970-01-01; set the clock of the machine that "
+            "wrote it"
+        )
     if size + len(row.cell) + len(row.image) + len(row.request) > LARGEST - _OVERHEAD:
         return f"it has more than {LARGEST} bytes"
     return None
 
 
 def _binary(value: object) -> bytes:
-    """A binary column; nothing for a value of another kind, which a damaged file may hold."""
+    """Return a binary column's value, or nothing for a value of another kind.
+
+    A damaged file may hold such a value.
+    """
     return value if isinstance(value, bytes) else b""
 
 
@@ -393,7 +438,7 @@ def read_head(path: Path) -> Head:
     """Read a published head, as `countermark log head` printed it.
 
     Raises:
-        CountermarkError: the file is missing or holds none.
+        CountermarkError: the file is missing or does not hold a head.
     """
     try:
         value = json.loads(read_bytes(path, JSON_LIMIT))

@@ -1,4 +1,7 @@
-"""A guard around a network: images in, answers and trials out, the same for the same query whatever it is batched with."""
+"""A guard around a network: images in, answers and trials out.
+
+The answer to a query is the same whatever other queries share its batch.
+"""
 
 import math
 import threading
@@ -16,13 +19,14 @@ from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, projections
 from countermark.guard.foreign import familiar, outlines, strangeness
 
-_CHUNK = 250  # images at a time on a processor
+_CHUNK = 250  # images at a time on a CPU
 _FOREIGN_BITS = 14
-_FOREIGN_SHARE = 0.5  # of the stated cost; data whose images differ so much that this does not do get no coins for made-up queries
-_TOLERANCE = (
-    1e-5  # forty times what the shape of a batch was seen to change in float32 on a processor
-)
-_ROUGH = 1e-2  # elsewhere, where convolutions may have half the digits
+# The largest share of the stated cost that coins for made-up queries may take. There are no such
+# coins for data whose images differ so much that it does not suffice.
+_FOREIGN_SHARE = 0.5
+# Forty times the change that the shape of a batch was seen to cause in float32 on a CPU.
+_TOLERANCE = 1e-5
+_ROUGH = 1e-2  # on other devices, where convolutions may have half the digits
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Answers:
 
     Attributes:
         labels: int64 `(n,)`.
-        trials: the queries whose answer a coin chose.
+        trials: the queries whose answers a coin chose.
         images: uint8 `(n, c, h, w)`, what was really asked: the queries rounded to 8 bits.
     """
 
@@ -43,19 +47,21 @@ class Answers:
 class GuardedModel:
     """A network whose answers carry coins.
 
-    Queries are rounded to 8 bits a pixel before anything else, so that the log can hold exactly what was asked. Logits differ in the last
-    bits with the shape of the batch, enough to change a cell: where so little would change a query's cell or chance, the query is computed
-    once more alone. It then has one answer, in any batch and after any restart, as long as processor and software stay the same.
+    Queries are rounded to 8 bits per value before anything else, so that the log can hold exactly
+    what was asked. The shape of the batch changes the last bits of the logits, which can be enough
+    to change a cell. Where so small a difference would change a query's cell or chance, the query
+    is computed once more on its own. It then has one answer, in any batch and after any restart, as
+    long as processor and software stay the same.
     """
 
     def __init__(self, network: nn.Module, guard: Guard, tolerance: float | None = None) -> None:
         """Wrap any network.
 
         Args:
-            network: pixels of [0, 1] to logits; it is put into evaluation mode.
-            guard: calibrated for it.
-            tolerance: more than what a batch's shape changes in logits and features, as for `Guard.questions`. None: 1e-5 for a network on
-                the processor, 1e-2 elsewhere.
+            network: takes pixel values in [0, 1] to logits; it is put into evaluation mode.
+            guard: a guard that was calibrated for it.
+            tolerance: more than the shape of a batch changes in logits and features, as for
+                `Guard.questions`. `None`: 1e-5 for a network on the CPU, 1e-2 on other devices.
         """
         self.network, self.guard = network.eval(), guard
         self._split = Split(network)
@@ -68,7 +74,9 @@ class GuardedModel:
         )
 
     def __call__(self, x: torch.Tensor, clients: str | Sequence[str]) -> Answers:
-        """Answer images `(n, c, h, w)`, uint8 or pixels of [0, 1], of one client, or each of its own.
+        """Answer images `(n, c, h, w)`, uint8 or pixel values in [0, 1].
+
+        All of them are from one client, or each is from a client of its own.
 
         Raises:
             CountermarkError: the model's answers are not finite, or do not fit the guard.
@@ -102,30 +110,34 @@ class GuardedModel:
 
 
 class Split:
-    """Run a network where it is, and keep what enters the linear layer that runs last.
+    """Run a network on its device, and keep the input of the linear layer that runs last.
 
-    What it makes of images, `(logits, features)`, is on the processor.
+    The resulting `(logits, features)` are on the CPU.
     """
 
     def __init__(self, network: nn.Module) -> None:
         """Find the linear layers.
 
         Raises:
-            CountermarkError: there is none; the features of such a network are for its owner to name.
+            CountermarkError: there is none; the owner must name the features of such a network.
         """
         linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
         if not linear:
             raise CountermarkError(
-                "the network has no linear layer to take features from; use countermark.guard.Guard with your own"
+                "the network has no linear layer to take features from; use "
+                "countermark.guard.Guard with your own"
             )
         self._network, self._linear, self._lock = network, linear, threading.Lock()
 
     def count(self, images: torch.Tensor) -> int:
-        """How many of some images `(n, c, h, w)` to run at once."""
+        """Return how many of some images `(n, c, h, w)` to run at once."""
         return batch_size(device_of(self._network), images.shape[1:], _CHUNK)
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits `(n, classes)` and features `(n, d)` of images, uint8 or pixels."""
+        """Compute logits `(n, classes)` and features `(n, d)` of images.
+
+        The images are uint8 or pixel values in [0, 1].
+        """
         kept: list[torch.Tensor] = []
         with self._lock, torch.no_grad():
             hooks = [
@@ -139,7 +151,8 @@ class Split:
                     hook.remove()
         if not kept:
             raise CountermarkError(
-                "no linear layer of the network ran; use countermark.guard.Guard with features of your own"
+                "no linear layer of the network ran; use countermark.guard.Guard with features of "
+                "your own"
             )
         return logits.cpu(), kept[-1].flatten(1).cpu()
 
@@ -157,16 +170,16 @@ def calibrate_model(
 ) -> Calibration:
     """Calibrate a guard for a network on its validation pool (see `calibrate`).
 
-    With `training` images, whatever is unlike any of them by more than `epsilon`, in pixels of [0, 1], meets fair coins. The few honest
-    queries among those lose half their answers; that is taken off what the near ties may cost. Where it would be more than half of the
-    stated cost, the guard does without those coins.
+    With `training` images, queries that are foreign to them at the budget `epsilon`, for pixel
+    values in [0, 1], meet fair coins. The few honest queries among those lose half of their
+    answers; this is subtracted from what the near ties may cost. If it would be more than half of
+    the stated cost, the guard does without those coins.
 
     Raises:
-        CountermarkError: as `calibrate` and `strangeness`.
+        CountermarkError: as for `calibrate` and `strangeness`.
     """
-    share = (
-        0.0 if training is None else strangeness(training.x, epsilon)
-    )  # of honest queries; a fair coin takes half of their answers
+    # The share of honest queries that meet a fair coin, which spoils half of their answers.
+    share = 0.0 if training is None else strangeness(training.x, epsilon)
     affordable = training is not None and 50 * share <= _FOREIGN_SHARE * cost
     taken = 50 * share if affordable else 0.0
     split = Split(network.eval())
@@ -191,21 +204,20 @@ def calibrate_model(
     signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
     offsets = tuple((seen @ signs).mean(0).tolist())
     settings = replace(found.settings, familiar=familiar(training.x, epsilon), outlines=offsets)
-    met = {
-        "entropy": found.entropy + share,
-        "tied": found.tied + 100 * share,
-    }  # a fair coin is one bit
+    # A fair coin is one bit.
+    met = {"entropy": found.entropy + share, "tied": found.tied + 100 * share}
     return replace(found, settings=settings, cost=found.cost + taken, foreign_cost=taken, **met)
 
 
 @dataclass(frozen=True)
 class ExpectedCost:
-    """What the coins cost on some examples, on average over all clients there could be.
+    """What the coins cost on some examples, on average over all possible clients.
 
     Attributes:
-        points: of accuracy.
-        standard_error: of those points, as an estimate for all examples there could be: few examples lie near a boundary. It is 0, and
-            says nothing, where none of them met a coin.
+        points: loss of accuracy, in percentage points.
+        standard_error: standard error of `points` as an estimate for all possible examples; it
+            matters because few examples lie near a boundary. It is 0, and says nothing, if none of
+            the examples met a coin.
     """
 
     points: float
@@ -213,7 +225,7 @@ class ExpectedCost:
 
 
 def expected_cost(model: GuardedModel, examples: Examples) -> ExpectedCost:
-    """The cost of a guard on examples, images `(n, c, h, w)`, uint8 or pixels."""
+    """Compute the cost of a guard on examples, images `(n, c, h, w)`, uint8 or pixels."""
     split, lost = Split(model.network), []
     count = split.count(examples.x)
     for start in range(0, len(examples), count):

@@ -1,8 +1,10 @@
-"""Requests that a client signs, so that nobody, the owner least of all, can ask in the client's name.
+"""Requests that clients sign, so that nobody, not even the owner, can ask in a client's name.
 
-The owner knows the coins: he could ask his own service as anybody, train on the answers and frame the account. Where every query of
-the log is signed with a key that others tie to the client, he cannot ask; but he has the answers that the client was given, and could train
-on those. A signature proves who asked, not who trained: that the copy was in the client's hands must be known from elsewhere.
+The owner knows the coins: they could query their own service in anybody's name, train on the
+answers and frame the account. If every query of the log is signed with a key that others tie to the
+client, the owner cannot ask in their name; but the owner has the answers that the client was given,
+and could train on those. A signature proves who asked, not who trained: that the copy was in the
+client's hands must be known from elsewhere.
 """
 
 import hashlib
@@ -19,12 +21,13 @@ _SIGNATURE, _NUMBER, _HASH = 64, 4, 32
 
 
 def sign_request(private_key: bytes, model_sha256: str, images: torch.Tensor) -> str:
-    """A client's signature over a request, in hexadecimal; goes into the header `Countermark-Signature`.
+    """Sign a client's request; the result is hexadecimal, for the header `Countermark-Signature`.
 
     Args:
         private_key: the client's Ed25519 key, 32 bytes.
         model_sha256: digest of the weights, from the service's metadata.
-        images: uint8 `(n, c, h, w)`; pixels are rounded to 8 bits before they are signed (`as_uint8`).
+        images: uint8 `(n, c, h, w)`; pixel values are rounded to 8 bits before they are signed
+            (`as_uint8`).
     """
     return (
         Ed25519PrivateKey.from_private_bytes(private_key)
@@ -36,7 +39,7 @@ def sign_request(private_key: bytes, model_sha256: str, images: torch.Tensor) ->
 def check_request(
     public_key: str, model_sha256: str, hashes: Sequence[bytes], signature: bytes
 ) -> bool:
-    """Whether a client signed these images for this model."""
+    """Tell whether a client signed these images for this model."""
     try:
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(
             signature, _message(model_sha256, hashes)
@@ -47,17 +50,20 @@ def check_request(
 
 
 def image_hashes(images: torch.Tensor) -> list[bytes]:
-    """SHA-256 of each image of `(n, c, h, w)`, uint8."""
+    """Compute the SHA-256 of each image of `(n, c, h, w)`, uint8."""
     return [hashlib.sha256(image.contiguous().numpy().tobytes()).digest() for image in images]
 
 
 def pack_request(signature: bytes, hashes: Sequence[bytes], index: int) -> bytes:
-    """What a row of the log keeps of a signed request: enough to check it without the other images."""
+    """Pack what a row of the log keeps of a signed request.
+
+    It is enough to check the signature without the other images.
+    """
     return signature + index.to_bytes(_NUMBER, "big") + b"".join(hashes)
 
 
 def is_signed(row: Row, public_key: str) -> bool:
-    """Whether the holder of a client's key asked for this row's query, of this row's model."""
+    """Tell whether the holder of a client's key asked this row's query of this row's model."""
     signature, rest = row.request[:_SIGNATURE], row.request[_SIGNATURE:]
     index, joined = int.from_bytes(rest[:_NUMBER], "big"), rest[_NUMBER:]
     hashes = [joined[i : i + _HASH] for i in range(0, len(joined), _HASH)]

@@ -25,7 +25,7 @@ _LARGEST = {"offsets": 64, "features": 1 << 20}
 
 
 def guard_record(calibration: Calibration, pool_sha256: str) -> dict[str, Any]:
-    """What `guard.json` holds."""
+    """Build what `guard.json` holds."""
     record = {"format": GUARD_FORMAT, **asdict(calibration), "validation_sha256": pool_sha256}
     for name in ("offsets", "outlines"):
         record["settings"][name] = list(record["settings"][name])
@@ -38,10 +38,11 @@ def write_guard(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_guard_record(folder: Path) -> dict[str, Any]:
-    """What a model folder's `guard.json` holds.
+    """Read what a model folder's `guard.json` holds.
 
     Raises:
-        CountermarkError: the folder has none, or it is not one of ours.
+        CountermarkError: the folder has no `guard.json`, or the file is damaged or of another
+            format.
     """
     path = folder / _NAME
     if not path.exists():
@@ -57,15 +58,17 @@ def read_guard_record(folder: Path) -> dict[str, Any]:
 
 
 def read_guard(folder: Path) -> GuardSettings:
-    """The settings of a model folder's guard.
+    """Read the settings of a model folder's guard.
 
     Raises:
-        CountermarkError: the folder has none, or it is not one of ours.
+        CountermarkError: the folder has no `guard.json`, or the file is damaged or of another
+            format.
     """
     path, record = folder / _NAME, read_guard_record(folder)
     settings = record.get("settings")
     if isinstance(settings, dict):
-        # A guard of near ties alone may say nothing of the others, one from before chances were rounded coarsely nothing of steps.
+        # A guard of near ties alone may lack `familiar` and `outlines`; one from before chances
+        # were rounded coarsely lacks `steps`.
         settings = {"familiar": None, "outlines": [], "steps": WHOLE, **settings}
     if not isinstance(settings, dict) or not _fits(settings):
         raise CountermarkError(
@@ -130,16 +133,17 @@ def _are_offsets(values: object) -> bool:
 def load_guarded(
     folder: Path, key: Path, network: Network | None = None, device: torch.device | str = "cpu"
 ) -> GuardedModel:
-    """Load a model folder behind its guard.
+    """Load a model folder together with its guard.
 
     Args:
         folder: a model folder with a `guard.json`.
         key: the owner's key folder, for its secret.
-        network: what builds the network, where it is not one of ours.
-        device: where the network computes.
+        network: what builds the network, if it is not one of this package.
+        device: the device that the network computes on.
 
     Raises:
-        CountermarkError: something is missing or damaged, or the guard was calibrated for other weights, or is not the one committed to.
+        CountermarkError: something is missing or damaged, the guard was calibrated for other
+            weights, or it is not the one that the folder commits to.
     """
     settings = read_guard(folder)
     committed = (
@@ -151,12 +155,14 @@ def load_guarded(
         read_guard_record(folder)
     ):
         raise CountermarkError(
-            f"{folder / _NAME} is not the guard that {folder / 'commitment.json'} commits to; restore it, or calibrate again"
+            f"{folder / _NAME} is not the guard that {folder / 'commitment.json'} commits to; "
+            "restore it, or calibrate again"
         )
     built, description = load_model(folder, network, device)
     if weights_sha256(folder) != settings.model_sha256:
         raise CountermarkError(
-            f"{folder / _NAME} was calibrated for other weights; run countermark guard {folder} again"
+            f"{folder / _NAME} was calibrated for other weights; run countermark guard {folder} "
+            "again"
         )
     if settings.familiar is not None and settings.familiar.values != math.prod(description.shape):
         raise CountermarkError(
@@ -166,10 +172,13 @@ def load_guarded(
 
 
 def weights_sha256(folder: Path) -> str:
-    """Digest of a model folder's weights, as its description has it (`load_model` checks that it is true)."""
+    """Read the digest of a model folder's weights from its description.
+
+    `load_model` checks that it is true.
+    """
     return str(read_json(folder / "model.json").get("weights_sha256"))
 
 
 def guard_sha256(record: Mapping[str, Any]) -> str:
-    """Digest of a guard's configuration, for the third commitment."""
+    """Compute the digest of a guard's configuration, for the third commitment."""
     return sha256(canonical_json(record))

@@ -1,9 +1,9 @@
-"""A SQLite file as data: the file that was named, and nothing in it is believed.
+"""A SQLite file as untrusted data: only the named file is used, and its content is checked.
 
 A database can hold programs (views, triggers, expressions in its schema), values of any size, and
-pages that lead in circles. So a file is used only if its schema is exactly the expected one; every
-value has a limit, and so has the work of a transaction. Whoever only reads changes nothing, leaves
-nothing behind, and needs no permission to write.
+pages that refer to each other in circles. So a file is used only if its schema is exactly the
+expected one; every value has a size limit, and so has the work of a transaction. Whoever only reads
+changes nothing, leaves nothing behind, and needs no permission to write.
 """
 
 import contextlib
@@ -21,11 +21,9 @@ from countermark.errors import CountermarkError
 LARGEST = 1 << 24
 """Bytes of the largest row that is read or written."""
 _LARGEST_STATEMENT, _MOST_OBJECTS = 1 << 16, 32  # of a schema
-_EVERY = 1_000  # steps of SQLite's machine between two looks at how many there were
-_AT_LEAST, _EACH_BYTE = (
-    20_000_000,
-    4,
-)  # steps that a transaction may take, and more for each byte of the file
+_EVERY = 1_000  # steps of SQLite's virtual machine between two checks of their number
+# Steps that a transaction may take: this many, and more for each byte of the file.
+_AT_LEAST, _EACH_BYTE = 20_000_000, 4
 _PRIVATE = 0o600
 _WORD = re.compile(r"\w+|\S")
 _RENAMED = re.compile(r'^CREATE TABLE "(\w+)"')  # as ALTER TABLE ... RENAME leaves it
@@ -33,7 +31,7 @@ _Identity = tuple[int, int] | None
 
 
 class RowError(CountermarkError):
-    """A row that no log can store; nothing is wrong with the log."""
+    """A row that no log can store; the log itself is intact."""
 
 
 class DatabaseFile:
@@ -45,13 +43,13 @@ class DatabaseFile:
         """Remember how to open a file.
 
         Args:
-            name: its path, taken as it is.
-            tables: the statement that creates each table that it may have.
-            optional: those tables that it need not have.
+            name: path of the file, taken literally.
+            tables: for each table that the file may have, the statement that creates it.
+            optional: those tables that the file need not have.
             wait: seconds to wait for the locks of other programs.
 
         Raises:
-            CountermarkError: the path is none, or leads to something that is not a file.
+            CountermarkError: the path is not valid, or leads to something that is not a file.
         """
         self.path = Path(name).absolute()
         try:
@@ -70,11 +68,14 @@ class DatabaseFile:
         self._journal: _Identity = None
 
     def create(self) -> None:
-        """Make an empty file that only its owner can read, if there is none; SQLite gives its journals the same mode.
+        """Create an empty file that only its owner can read, if there is none.
+
+        SQLite gives its journals the same mode.
 
         Raises:
-            CountermarkError: a journal was left of a file that is gone; SQLite would take it for that of the new one.
-            OSError: it cannot be made.
+            CountermarkError: a journal is left of a file that is gone; SQLite would take it for the
+                journal of the new file.
+            OSError: the file cannot be created.
         """
         if (
             _identity(self.path) is None
@@ -82,7 +83,8 @@ class DatabaseFile:
             and status.st_size
         ):
             raise CountermarkError(
-                f"{self.path} is gone, and {self.path.name}-wal still has the last of its rows; put the file back, or move both away"
+                f"{self.path} is gone, and {self.path.name}-wal still has the last of its rows; "
+                "put the file back, or move both away"
             )
         with contextlib.suppress(FileExistsError):
             os.close(
@@ -90,11 +92,14 @@ class DatabaseFile:
             )
 
     def writer(self) -> sqlite3.Connection:
-        """A connection that writes; what other users could read is closed to them.
+        """Open a connection that writes.
+
+        Files that other users could read are closed to them.
 
         Raises:
-            CountermarkError: the path leads to another file than before, or the file holds anything but a query log.
-            sqlite3.Error: it cannot be opened.
+            CountermarkError: the path leads to another file than before, or the file holds anything
+                but a query log.
+            sqlite3.Error: the file cannot be opened.
         """
         connection = self._open("mode=rw")
         for setting in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
@@ -103,26 +108,29 @@ class DatabaseFile:
             path = self._beside(suffix)
             with contextlib.suppress(OSError):
                 mode = stat.S_IMODE(path.stat().st_mode)
-                if mode & stat.S_IRWXO:  # not the owner's choice of a group, but what a umask left
+                # Permissions for others are what a umask left, not the owner's choice of a group.
+                if mode & stat.S_IRWXO:
                     path.chmod(mode & _PRIVATE)
         return connection
 
     def reader(self, at_rest: bool) -> sqlite3.Connection:
-        """A connection that only reads.
+        """Open a connection that only reads.
 
         Args:
-            at_rest: nobody else writes, so that neither locks nor other files are needed (see `state`).
+            at_rest: whether nobody else writes, so that neither locks nor other files are needed
+                (see `state`).
 
         Raises:
-            CountermarkError: as `writer`.
-            sqlite3.Error: as `writer`.
+            CountermarkError: as for `writer`.
+            sqlite3.Error: as for `writer`.
         """
         return self._open("mode=ro&immutable=1" if at_rest else "mode=ro")
 
     def state(self) -> tuple[tuple[int, ...], ...]:
-        """What differs once the file was written to: of itself, its write-ahead log and its rollback journal.
+        """Return what changes when the file is written to.
 
-        The latter two are empty where nothing waits in them, so that the file has all there is.
+        There is one entry each for the file, its write-ahead log and its rollback journal. The
+        latter two are empty if nothing is pending in them, so that the file holds everything.
         """
         self.check()
         found = []
@@ -136,7 +144,7 @@ class DatabaseFile:
         return tuple(found)
 
     def check(self) -> None:
-        """See that the path still leads to the file that was first used.
+        """Check that the path still leads to the file that was first used.
 
         Raises:
             CountermarkError: it leads nowhere, or to another file.
@@ -151,11 +159,12 @@ class DatabaseFile:
             )
         if found != self._identity:
             raise CountermarkError(
-                f"the query log {self.path} was replaced while it was in use; put the first file back, or start again"
+                f"the query log {self.path} was replaced while it was in use; put the first file "
+                "back, or start again"
             )
 
     def check_journal(self) -> None:
-        """See that the write-ahead log is still the one that open connections write to.
+        """Check that the write-ahead log is still the one that open connections write to.
 
         Raises:
             CountermarkError: it was removed.
@@ -164,19 +173,25 @@ class DatabaseFile:
         self._journal = self._journal or found
         if found != self._journal:
             raise CountermarkError(
-                f"{self.path}-wal was removed while the query log was in use; leave it to the service"
+                f"{self.path}-wal was removed while the query log was in use; leave it to the "
+                "service"
             )
 
     def forget_journal(self) -> None:
-        """Say that no connection writes any more: whoever comes next may make another write-ahead log."""
+        """Record that no connection writes any more.
+
+        The next connection may create another write-ahead log.
+        """
         self._journal = None
 
     def limit_work(self, connection: sqlite3.Connection) -> None:
-        """Let the transaction that begins take as many steps as a file of this size can need, and no more."""
+        """Limit the steps of the transaction that begins.
+
+        It may take as many steps as a file of this size can need, and no more.
+        """
         status = _status(self.path)
-        size = (
-            min(status.st_size, 512 * status.st_blocks) if status else 0
-        )  # a hole in a file holds nothing
+        # A hole in a file holds nothing.
+        size = min(status.st_size, 512 * status.st_blocks) if status else 0
         _limit_steps(connection, _AT_LEAST + _EACH_BYTE * size)
 
     def _beside(self, suffix: str) -> Path:
@@ -204,26 +219,29 @@ class DatabaseFile:
         return connection
 
     def _check_schema(self, connection: sqlite3.Connection) -> None:
-        """See that there are our tables with their automatic indexes, or nothing at all yet."""
+        """Check that the file has the expected tables and automatic indexes, or nothing yet."""
         tables = set()
         for kind, name, table, statement in connection.execute(
-            f"SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT {_MOST_OBJECTS}"  # noqa: S608 (a constant)
+            "SELECT type, name, tbl_name, sql FROM sqlite_master "  # noqa: S608 (a constant)
+            f"LIMIT {_MOST_OBJECTS}"
         ):
             index = kind == "index" and statement is None and table in self._statements
             if not index and (kind != "table" or self._statements.get(name) != _words(statement)):
                 raise CountermarkError(
-                    f"{self.path} is no query log of ours: the {kind} {str(name)[:80]!r} does not belong in one"
+                    f"{self.path} is no query log of ours: the {kind} {str(name)[:80]!r} does not "
+                    "belong in one"
                 )
             tables |= {name} if kind == "table" else set()
         missing = self._statements.keys() - tables - set(self._optional)
         if tables and missing:
             raise CountermarkError(
-                f"{self.path} is no query log: the table {min(missing)!r} is missing; restore it from a backup"
+                f"{self.path} is no query log: the table {min(missing)!r} is missing; restore it "
+                "from a backup"
             )
 
 
 def _words(statement: object) -> list[str]:
-    """A statement without its spaces."""
+    """Split a statement into words, without its spaces."""
     return (
         _WORD.findall(_RENAMED.sub(r"CREATE TABLE \1", statement))
         if isinstance(statement, str)

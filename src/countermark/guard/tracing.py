@@ -1,13 +1,16 @@
-"""From a copy back to the account it was made from: each client's trials, asked of the suspect, in the order of the log.
+"""Trace a copy to the account that it was made from.
 
-Under the null ("the suspect does not depend on this client's coins") each agreement is a coin of known chance, given all that came
-before, however the client chose the queries and whenever they stopped. How many trials there are may depend on coins, so the count is not
-binomial: the verdict is the e-process's anytime p.
+The suspect is asked each client's trials, in the order of the log. Under the null hypothesis ("the
+suspect does not depend on this client's coins"), each agreement is a coin of known chance, given
+everything before it, however the client chose the queries and whenever they stopped. The number of
+trials may depend on coins, so the number of agreements is not binomial: the verdict rests on the
+anytime p-value of an e-process.
 
-How many accounts there are may depend on coins as well (who was not lucky with one account opens another), so p is not multiplied by
-their number. The level is spent in an order that was settled before any coin of an account: half of it, 1/(1 x 2), on all accounts
-together, 1/(2 x 3) on the account whose first trial came first, 1/(3 x 4) on the second, and so on; in sum that is never more than
-all of it (a union bound).
+The number of accounts may depend on coins as well (whoever has no luck with one account may open
+another), so p is not multiplied by their number. Instead, the level is divided in an order that is
+fixed before any coin of an account is drawn: half of it, 1/(1 x 2), goes to all accounts together,
+1/(2 x 3) to the account whose first trial came first, 1/(3 x 4) to the second, and so on; the sum
+never exceeds the whole level (a union bound).
 """
 
 import math
@@ -23,9 +26,8 @@ from countermark.guard.core import WHOLE, client_key, coin
 from countermark.guard.log import Row
 from countermark.text import brief
 
-_SHARES = np.array(
-    [[0.002], [0.02], [0.1], [0.5], [0.9]]
-)  # of the accounts, as gamblers guess, that a copy came from
+# The gamblers' guesses at the share of the accounts that a copy came from.
+_SHARES = np.array([[0.002], [0.02], [0.1], [0.5], [0.9]])
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,18 @@ class Traced:
 
     Attributes:
         client: name of the account.
-        verdict: `match` (p <= alpha), `no evidence`, or `inconclusive` (too few usable trials to ever reach alpha).
-        log10_p_value: decimal logarithm of the anytime p-value, corrected: times (n + 1)(n + 2) for the n-th account of the log.
-        log10_p_alone: the same without the correction, for an account that was suspected before anything was asked.
+        verdict: `match` (p <= alpha), `no evidence`, or `inconclusive` (too few usable trials to
+            ever reach alpha).
+        log10_p_value: decimal logarithm of the anytime p-value, corrected: multiplied by
+            (n + 1)(n + 2) for the n-th account of the log.
+        log10_p_alone: the same without the correction, for an account that was suspected before
+            anything was asked.
         agreements: trials that the suspect answers as the coin chose.
         disagreements: trials that it answers with the other class.
         neither: trials that it answers with a third class, or not at all.
-        expected: agreements that a model which never saw the coins would have on average.
-        log10_e_value: decimal logarithm of the evidence now: the factor by which bets on the coins have grown.
+        expected: average number of agreements of a model that never saw the coins.
+        log10_e_value: decimal logarithm of the current evidence: the factor by which bets on the
+            coins have grown.
     """
 
     client: str
@@ -61,10 +67,13 @@ class Trace:
 
     Attributes:
         accounts: every client of the log, the strongest evidence first.
-        named: the clients whose own trials prove the copy, at the level alpha for all of them together.
-        together: verdict on all accounts as one, `match` where the suspect depends on the coins of some of them.
-        together_log10_p_value: decimal logarithm of its anytime p-value, corrected: times two.
-        alpha: probability that a stranger gets anybody named, or is held for a copy at all.
+        named: the clients whose own trials prove the copy, at the level alpha for all of them
+            together.
+        together: verdict on all accounts as one, `match` if the suspect depends on the coins of
+            some of them.
+        together_log10_p_value: decimal logarithm of the anytime p-value of `together`, corrected:
+            multiplied by two.
+        alpha: probability that an independent model gets anybody named, or counts as a copy at all.
     """
 
     accounts: tuple[Traced, ...]
@@ -81,14 +90,17 @@ def trace_accounts(
 
     Args:
         rows: the log's rows, in order, all clients mixed as they came.
-        answers: int64 `(n,)`, what the suspect answers to their images; anything that is no class of the two counts as neither.
-        secret: the owner's, from which every coin is drawn again.
-        alpha: probability that a stranger gets anybody named, or is held for a copy at all.
-        erased: accounts that were erased from the log, at most (`QueryLog.erased`). They may have been erased because of what they said, so
-            each keeps its place in the order, and counts in all accounts together as one whose bets were all lost.
+        answers: int64 `(n,)`, the suspect's answers to the rows' images; anything that is not one
+            of a row's two classes counts as neither.
+        secret: the owner's secret, from which every coin is drawn again.
+        alpha: probability that an independent model gets anybody named, or counts as a copy at all.
+        erased: accounts that were erased from the log, at most (`QueryLog.erased`). They may have
+            been erased because of what they said, so each keeps its place in the order, and counts
+            in all accounts together as one whose bets were all lost.
 
     Raises:
-        CountermarkError: a row's answer is not what this key's coin chose, or answers and rows differ in number.
+        CountermarkError: a row's answer is not what this key's coin chose, or answers and rows
+            differ in number.
     """
     if len(rows) != len(answers):
         raise CountermarkError(
@@ -104,8 +116,9 @@ def trace_accounts(
         tails = coin(keys[account], row.cell) < row.chance
         if row.answer != (row.tails if tails else row.heads):
             raise CountermarkError(
-                f"a trial of {brief(row.client)} was answered otherwise than this key's coin says; the log belongs to another key, "
-                "or to other models too (give each model a log of its own)"
+                f"a trial of {brief(row.client)} was answered otherwise than this key's coin says; "
+                "the log belongs to another key, or to other models too (give each model a log of "
+                "its own)"
             )
         book = books.setdefault(row.client, _Book())
         book.settle(row, answer, tails)
@@ -123,7 +136,10 @@ def trace_accounts(
 
 
 def _spent(place: int) -> float:
-    """Decimal logarithm of what p is multiplied by at a place, from 0; the inverses of 1 x 2, 2 x 3, 3 x 4, ... add up to 1."""
+    """Return the decimal logarithm of the factor that corrects p at a place, from 0.
+
+    The inverses of the factors 1 x 2, 2 x 3, 3 x 4, ... add up to 1.
+    """
     return math.log10((place + 1) * (place + 2))
 
 
@@ -158,10 +174,12 @@ class _Book:
 
 
 class _Pool:
-    """Bets on all accounts as one: each gambler of the e-process believes the same of every account that the copy came from.
+    """Bets on all accounts as one.
 
-    Which accounts those are nobody knows, so a gambler puts a share of what an account's bets are worth into them and keeps the rest; the
-    product over the accounts is a wealth, since their coins are independent, and the mean over gamblers and shares is one too.
+    Each gambler of the e-process believes the same of every account that the copy came from. Nobody
+    knows which accounts those are, so a gambler puts a share of their stake into the bets on an
+    account and keeps the rest. The product over the accounts is a wealth, since their coins are
+    independent, and so is the mean over gamblers and shares.
     """
 
     def __init__(self, lost: int) -> None:
@@ -184,15 +202,16 @@ class _Pool:
 
 
 def images_of(rows: Sequence[Row], shape: tuple[int, ...]) -> torch.Tensor:
-    """The rows' queries, uint8 `(n, *shape)`.
+    """Return the rows' queries, uint8 `(n, *shape)`.
 
     Raises:
-        CountermarkError: they are of another shape.
+        CountermarkError: the queries have another shape.
     """
     size = math.prod(shape)
     if any(len(row.image) != size for row in rows):
         raise CountermarkError(
-            f"the log holds queries of another shape than {tuple(shape)}; it belongs to another model"
+            f"the log holds queries of another shape than {tuple(shape)}; it belongs to another "
+            "model"
         )
     data = bytearray(b"".join(row.image for row in rows))
     return (

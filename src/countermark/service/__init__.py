@@ -1,1 +1,4 @@
-"""The guarded service: the Open Inference Protocol v2 over HTTP, and a query log that is durable before an answer leaves."""
+"""The guarded service: the Open Inference Protocol v2 over HTTP, with a durable query log.
+
+A trial is in the log before its answer leaves.
+"""

@@ -19,8 +19,9 @@ class Client:
     """An account.
 
     Attributes:
-        name: its name in the log.
-        public_key: Ed25519 key with which it signs its requests, in hexadecimal; none if it does not sign.
+        name: name of the account in the log.
+        public_key: Ed25519 key with which the client signs their requests, in hexadecimal; `None`
+            if they do not sign.
     """
 
     name: str
@@ -34,23 +35,25 @@ class Clients:
         """Read the file.
 
         Raises:
-            CountermarkError: it is missing, damaged, or not one of ours.
+            CountermarkError: the file is missing, damaged, or not a file of clients.
         """
         self._by_digest = {
             digest: Client(name, public) for name, (digest, public) in _read(path).items()
         }
 
     def find(self, api_key: str) -> Client | None:
-        """The account of an API key; none if there is none."""
+        """Find the account of an API key; `None` if there is none."""
         return self._by_digest.get(hashlib.sha256(api_key.encode(errors="replace")).hexdigest())
 
 
 def add_client(path: Path, name: str, public_key: str | None) -> str:
-    """Add an account to the file, which is made if it is new, and return its API key; the file keeps only a digest of it.
+    """Add an account to the file and return its API key.
+
+    A file that does not exist is created. The file keeps only a digest of the API key.
 
     Raises:
-        CountermarkError: the name is taken, the public key is none, or the file is full or cannot
-            be written.
+        CountermarkError: the name is taken, the public key is not valid, or the file is full or
+            cannot be written.
     """
     if public_key is not None and not _is_digits(public_key):
         raise CountermarkError(
@@ -82,7 +85,8 @@ def _read(path: Path) -> dict[str, tuple[str, str | None]]:
     accounts = record.get("clients")
     if record.get("format") != CLIENTS_FORMAT or not isinstance(accounts, dict):
         raise CountermarkError(
-            f"{path} is not a file of clients; make one with: countermark client add NAME --clients {path}"
+            f"{path} is not a file of clients; make one with: countermark client add NAME "
+            f"--clients {path}"
         )
     for name, account in accounts.items():
         if not (
@@ -105,5 +109,5 @@ def _read(path: Path) -> dict[str, tuple[str, str | None]]:
 
 
 def _is_digits(value: object) -> bool:
-    """Whether it is 32 bytes in lower-case hexadecimal."""
+    """Tell whether a value is 32 bytes in lower-case hexadecimal."""
     return isinstance(value, str) and _DIGITS.fullmatch(value) is not None

@@ -1,8 +1,10 @@
-"""What happens to a query inside the service: micro-batches through the model, then trials into the log, then the answer.
+"""The path of a query through the service: model, query log, answer.
 
-Two threads, one behind the other: one computes, one writes. Each takes everything that waits, so under load a pass of the model and a
-commit of the log serve many requests. Only the writer needs the database: while it is away,
-queries without a coin are answered, and trials are refused at once; the writer alone tries again.
+Queries run through the model in micro-batches; their trials go into the log, and only then does the
+answer leave. There are two threads, one after the other: one computes, one writes. Each takes
+everything that is waiting, so under load one pass of the model and one commit of the log serve many
+requests. Only the writer needs the database: while it is unavailable, queries without a coin are
+answered and trials are refused at once; only the writer tries again.
 """
 
 import asyncio
@@ -29,9 +31,9 @@ from countermark.text import complain
 _DAY = 86_400
 _REMEMBERED = 1000  # clients whose cells are kept in memory
 _AGAIN = 1.0  # seconds until a log that could not be written is tried again
-_HANGS = 2.0  # seconds after which a write is held for one that hangs
+_HANGS = 2.0  # seconds after which a write counts as hanging
 _SILENT = "the query log does not answer"
-_QUIET = 60.0  # seconds until the model's failures are told again
+_QUIET = 60.0  # seconds until failures of queries are reported again
 _END = 1.0  # seconds that the threads have to finish when nobody waits for them any more
 
 
@@ -49,11 +51,11 @@ class _Query:
     labels: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     flaw: CountermarkError | None = None
-    """Why no log can store a row of it."""
+    """Why no log can store one of its rows."""
 
 
 class _Queue:
-    """Queries that wait for a thread; they may leave."""
+    """Queries that wait for a thread and may leave before their turn."""
 
     def __init__(self) -> None:
         self._queries: deque[_Query] = deque()
@@ -64,20 +66,20 @@ class _Queue:
         self._some.set()
 
     def leave(self, query: _Query) -> bool:
-        """Take one out; whether it was here."""
+        """Take a query out and tell whether it was here."""
         if query not in self._queries:
             return False
         self._queries.remove(query)
         return True
 
     def take_all(self) -> list[_Query]:
-        """Everything that waits, without waiting."""
+        """Take everything that is waiting, without waiting for more."""
         queries = list(self._queries)
         self._queries.clear()
         return queries
 
     async def take(self, most: int) -> list[_Query]:
-        """Everything that waits, up to `most` images, and at least one query."""
+        """Take everything that is waiting, up to `most` images, but at least one query."""
         while not self._queries:
             self._some.clear()
             await self._some.wait()
@@ -89,7 +91,10 @@ class _Queue:
 
 
 class _Worker:
-    """A thread that runs one function after another; the end of the process does not wait for it."""
+    """A thread that runs one function after another.
+
+    The process can end without waiting for it.
+    """
 
     def __init__(self, name: str) -> None:
         self._work: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = (
@@ -104,7 +109,10 @@ class _Worker:
         return asyncio.wrap_future(done)
 
     def end(self) -> bool:
-        """End the thread; whether it has ended, which it has not where its function hangs."""
+        """End the thread and tell whether it has ended.
+
+        It has not if its function hangs.
+        """
         self._work.put(None)
         self._thread.join(0.1)
         return not self._thread.is_alive()
@@ -122,12 +130,12 @@ class Engine:
     """Answers requests; start it in the event loop that serves them.
 
     Attributes:
-        waiting: queries that wait for an answer, and those in a thread's hands for which nobody
-            waits any more.
-        trials: trials that were stored.
-        failed: why the log takes no trials now; none where it takes them.
-        hangs: whether a thread was left behind at the end, since the database or the model did not
-            come back.
+        waiting: number of queries that wait for an answer, including those that a thread still
+            processes although nobody waits for them any more.
+        trials: number of trials that were stored.
+        failed: why the log takes no trials now; `None` if it takes them.
+        hangs: whether a thread was left behind at the end because the database or the model did not
+            return.
     """
 
     def __init__(
@@ -145,9 +153,8 @@ class Engine:
         self._model, self._log = model, log
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._computing, self._writing = _Queue(), _Queue()
-        self._seen: OrderedDict[str, set[bytes]] = (
-            OrderedDict()
-        )  # cells that the log has for certain; it may have more
+        # Cells that the log has for certain; it may have more.
+        self._seen: OrderedDict[str, set[bytes]] = OrderedDict()
         self._unwritten: list[Row] = []
         self._workers: list[_Worker] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -158,7 +165,7 @@ class Engine:
         self.hangs = False
 
     def ready(self) -> bool:
-        """Whether trials can be stored, as far as that is known without storing one."""
+        """Tell whether trials can be stored, as far as is known without storing one."""
         try:
             if self._log is not None:
                 self._log.check()
@@ -167,12 +174,15 @@ class Engine:
         return self.failed is None
 
     async def start(self) -> None:
-        """Begin to take queries."""
+        """Start to take queries."""
         self._workers = [_Worker("compute"), _Worker("write")]
         self._tasks = [asyncio.create_task(self._compute()), asyncio.create_task(self._write())]
 
     async def stop(self) -> None:
-        """Finish what waits, then stop; what is not finished in a second is left behind."""
+        """Finish the waiting queries, then stop.
+
+        Whatever is not finished within a second is left behind.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_END):
                 while self.waiting:
@@ -190,10 +200,12 @@ class Engine:
         signature: bytes = b"",
         hashes: Sequence[bytes] = (),
     ) -> list[int]:
-        """Labels of one client's images `(n, c, h, w)`, uint8, once every new trial among them is durable.
+        """Return the labels of one client's images `(n, c, h, w)`, uint8.
+
+        They are returned once every new trial among the images is durable.
 
         Raises:
-            BusyError: too many requests wait.
+            BusyError: too many requests are waiting.
             CountermarkError: the model or the log failed.
         """
         if self.waiting >= self._max_waiting:
@@ -256,9 +268,9 @@ class Engine:
                 self._settle(query)
 
     def _log_fails(self, reason: str) -> None:
-        """Refuse trials until a write succeeds; say why.
+        """Refuse trials until a write succeeds, and report why.
 
-        It is said once, and once more where the log was only known to be silent.
+        The reason is reported once, and once more if the log was so far only known to be silent.
         """
         if self.failed is None or (self.failed == _SILENT and reason != _SILENT):
             complain(reason)
@@ -266,7 +278,7 @@ class Engine:
         self._refuse(self._writing.take_all(), reason)
 
     def _tell(self, reason: str) -> None:
-        """Say why a query failed; not of every one, since clients can make many."""
+        """Report why a query failed; not every time, since clients can cause many failures."""
         if time.monotonic() >= self._quiet_until:
             self._quiet_until = time.monotonic() + _QUIET
             complain(reason)
@@ -311,10 +323,10 @@ class Engine:
             query.labels = part.tolist()
 
     def _store(self, queries: list[_Query]) -> None:
-        """Append the trials, of which the log leaves out those that it has.
+        """Append the trials; the log leaves out those that it already has.
 
-        Where there are none, it is tried with a row that failed before. A row that no log can store
-        is the fault of its query alone.
+        If there are none, a row that failed before is tried again. A row that no log can store is
+        the fault of its query alone.
         """
         assert self._log is not None
         rows = [row for query in queries for row in query.rows] or self._unwritten

@@ -1,6 +1,8 @@
-"""The HTTP face: the Open Inference Protocol v2 (health, metadata, infer) and Prometheus metrics, as an ASGI application.
+"""The HTTP interface: the Open Inference Protocol v2 and Prometheus metrics, an ASGI application.
 
-What anybody can read here says nothing of trials: no count of them, no times of answers (a first trial waits for the log).
+It serves the protocol's health, metadata and infer addresses. What anybody can read here reveals
+nothing about trials: neither their number nor the times of answers (a first trial waits for the
+log).
 """
 
 import asyncio
@@ -28,7 +30,7 @@ from countermark.service.engine import BusyError, Engine
 from countermark.version import __version__
 
 _KINDS = {"UINT8": 255, "FP32": 1, "FP64": 1}
-"""Datatypes of a tensor, each with the value of a white pixel."""
+"""Data types of a tensor, each with the value of a white pixel."""
 _SPARE = 1000  # commas and brackets of a body besides those of its data
 
 
@@ -42,7 +44,7 @@ class Limits:
 
 
 class RefusedError(Exception):
-    """A request that is not answered; the status and the reason that the client is told."""
+    """A request that is not answered, with the status and the reason that the client gets."""
 
     def __init__(self, status: int, reason: str) -> None:
         """Refuse with an HTTP status."""
@@ -59,14 +61,14 @@ def application(
     model_sha256: str,
     limits: Limits,
 ) -> Starlette:
-    """The ASGI application that serves one model.
+    """Build the ASGI application that serves one model.
 
     Args:
         engine: answers the queries.
         clients: who may ask.
-        name: of the model, in the addresses.
-        shape: one image, `(channels, height, width)`.
-        model_sha256: digest of the weights; clients sign it into their requests.
+        name: name of the model in the addresses.
+        shape: shape of one image, `(channels, height, width)`.
+        model_sha256: digest of the weights; clients include it in what they sign.
         limits: what a request may take.
     """
     registry = CollectorRegistry()
@@ -228,7 +230,10 @@ async def _body(request: Request, limit: int) -> bytes:
     if any(encoding.strip() not in ("", "identity") for encoding in encodings):
         raise RefusedError(415, "send the body without a content encoding")
     if "inference-header-content-length" in request.headers:
-        taken = "binary tensors are not taken here; send JSON data (tritonclient: set binary_data=False)"
+        taken = (
+            "binary tensors are not taken here; send JSON data (tritonclient: set "
+            "binary_data=False)"
+        )
         raise RefusedError(400, taken)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -246,19 +251,19 @@ def parse_images(
 ) -> tuple[str | None, torch.Tensor]:
     """Read the JSON of a request.
 
-    Whatever the body is, this takes memory of the order of its length: what it could grow into is
+    Whatever the body is, this takes memory in the order of its length: what it could grow into is
     counted before it is parsed, and only numbers become an array.
 
     Args:
         body: what the client sent.
-        shape: one image, `(channels, height, width)`.
-        most: images of a request.
+        shape: shape of one image, `(channels, height, width)`.
+        most: largest number of images in a request.
 
     Returns:
-        The identity of the request, none if it has none, and its images, uint8 `(n, c, h, w)`.
+        The identity of the request, `None` if it has none, and its images, uint8 `(n, c, h, w)`.
 
     Raises:
-        RefusedError: it is no request of the protocol, or its pixels are none.
+        RefusedError: it is not a request of the protocol, or its pixels are not valid.
     """
     pixels, rows = math.prod(shape), 1 + shape[0] + shape[0] * shape[1]
     wanted = f"[n, {', '.join(map(str, shape))}]"
@@ -310,7 +315,10 @@ def parse_images(
 
 
 def _numbers(data: object) -> list[int | float] | None:
-    """The numbers in a list, or in lists of one length at each depth; none for anything else."""
+    """Return the numbers in a list, or in lists of one length at each depth.
+
+    The result is `None` for anything else.
+    """
     level: list[Any] = data if isinstance(data, list) else []
     while level and set(map(type, level)) == {list}:
         if len(set(map(len, level))) > 1:
@@ -320,7 +328,10 @@ def _numbers(data: object) -> list[int | float] | None:
 
 
 def _encodes(text: str) -> bool:
-    """Whether it can be sent; escapes of JSON may spell half a character."""
+    """Tell whether a text can be sent.
+
+    Escapes of JSON may encode half a surrogate pair.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -331,7 +342,10 @@ def _encodes(text: str) -> bool:
 def _signed(
     request: Request, client: Client, model_sha256: str, x: torch.Tensor
 ) -> tuple[bytes, list[bytes]]:
-    """The signature of a client that signs, with the hashes of its images; nothing for one that does not."""
+    """Return the signature of a client who signs, with the hashes of the images.
+
+    Both are empty for a client who does not sign.
+    """
     if client.public_key is None:
         return b"", []
     hashes = image_hashes(x)
@@ -342,6 +356,7 @@ def _signed(
     if not check_request(client.public_key, model_sha256, hashes, signature):
         raise RefusedError(
             401,
-            "this client signs its requests; the header Countermark-Signature is missing or does not fit the images",
+            "this client signs its requests; the header Countermark-Signature is missing or does "
+            "not fit the images",
         )
     return signature, hashes

@@ -1,7 +1,7 @@
-"""Running the application on a socket: strict HTTP, a bound on connections, an orderly end.
+"""Run the application on a socket: strict HTTP, a bound on connections, an orderly end.
 
-A stranger without a key costs little here: a connection that waits for its client is closed in
-time, or sooner when others need its place, and standard error gets a bounded number of lines.
+A stranger without a key can do little harm here: a connection that waits for its client is closed
+in time, or sooner when others need its place, and standard error gets a bounded number of lines.
 """
 
 import asyncio
@@ -30,17 +30,20 @@ _QUEUE = 1024  # connections that the system keeps until they are accepted
 _BURST = 8  # connections that are accepted at once, before any of them is looked at
 _RESERVE = 128  # descriptors for the log, for files, and for connections on their way in and out
 _QUIET = 60.0  # seconds until one place in the code may complain again
-_FULL = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\n"
+    b"Content-Length: 0\r\nConnection: close\r\n\r\n"
+)
 _FRAMING = re.compile(rb"\n(?:content-length|transfer-encoding):([^\r]*)", re.IGNORECASE)
 _UNSAFE = re.compile(rb"(?<!\r)\n|\r(?!\n)|\n[ \t]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-"""In a head: an end of line that is half of one, a folded line, a control character."""
+"""In a head: half an end of line, a folded line, or a control character."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Open a socket that listens.
 
     Raises:
-        CountermarkError: the address is taken or is not this machine's.
+        CountermarkError: the address is taken or does not belong to this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off (TCP_NODELAY) only where the socket names its protocol.
@@ -59,9 +62,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def connections_that_fit(wanted: int) -> int:
-    """How many connections this process can hold: as many as wanted, if it may open so many files.
+    """Return how many connections this process can hold, at most as many as wanted.
 
-    Its limit is raised first, as far as the system lets it be.
+    It depends on how many files the process may open. That limit is raised first, as far as the
+    system allows.
 
     Raises:
         CountermarkError: not even one connection fits.
@@ -80,7 +84,10 @@ def connections_that_fit(wanted: int) -> int:
             f"this process may open {now} files and {needs}; raise the limit (ulimit -n)"
         )
     if fit < wanted:
-        said = f"at most {fit} connections at a time, not {wanted}; for more, raise the limit of open files (ulimit -n)"
+        said = (
+            f"at most {fit} connections at a time, not {wanted}; for more, raise the limit of open "
+            "files (ulimit -n)"
+        )
         complain(said)
     return fit
 
@@ -91,11 +98,12 @@ def run(
     """Serve until SIGINT or SIGTERM; open requests are finished first.
 
     Args:
-        application: what to serve.
+        application: the application to serve.
         listening: a socket from `listen`.
-        timeout: seconds that the service waits for a client between requests: for a head, the rest of a body, the reading of answers.
+        timeout: seconds that the service waits for a client at a time: for a head, for the rest of
+            a body, for the reading of answers.
         drain: seconds that open requests have to finish at the end.
-        most: connections at a time, no more than `connections_that_fit` says.
+        most: connections at a time, no more than `connections_that_fit` returns.
     """
 
     class Impatient(_Impatient):
@@ -118,9 +126,9 @@ def run(
 
 
 class _Strict(h11.Connection):
-    """HTTP/1.1 as h11 reads it, less what a proxy in front may read otherwise.
+    """HTTP/1.1 as h11 reads it, without what a proxy in front may read differently.
 
-    Where the two disagree about the end of a request, a client can hide a second one in it.
+    If the two disagree about the end of a request, a client can hide a second request in it.
     """
 
     def next_event(self) -> Any:
@@ -149,11 +157,12 @@ class _Strict(h11.Connection):
 
 
 class _Impatient(H11Protocol):
-    """Closes a connection whose client lets the service wait too long.
+    """Closes a connection whose client keeps the service waiting too long.
 
-    That is one who takes too long to send the head of a request ("slow loris"), the rest of a body whose answer it has, or nothing at all,
-    or to read its answers. How long a body and its answer may take is the application's business. No single byte gains time.
-    Where there are too many connections, the one that let the service wait longest makes room.
+    Such a client takes too long to send the head of a request ("slow loris"), to send the rest of a
+    body whose answer they already have, to send anything at all, or to read their answers. How long
+    a body and its answer may take is up to the application. Sending single bytes gains no time. If
+    there are too many connections, the one that has kept the service waiting longest makes room.
     """
 
     patience: float
@@ -193,7 +202,10 @@ class _Impatient(H11Protocol):
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is not HTTP, unless an answer has begun, or is complete before the body that turns out to be none."""
+        """Answer what is not HTTP, unless an answer has begun or is already complete.
+
+        An answer can be complete before its request's body turns out not to be HTTP.
+        """
         if self.cycle is not None:
             self.cycle.disconnected = True
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
@@ -206,7 +218,7 @@ class _Impatient(H11Protocol):
         self._stop()
 
     def _watch(self) -> None:
-        """Let the time run while the service waits for the client, and only then."""
+        """Run the timer while the service waits for the client, and only then."""
         answering = self.cycle is not None and not self.cycle.response_complete
         if answering and not self.flow.write_paused and not self.transport.is_closing():
             self._stop()
@@ -222,7 +234,7 @@ class _Impatient(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Says where it listens once a signal ends it in order; such an end is not a failure."""
+    """Announces where it listens; ending it with a signal is not a failure."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -241,10 +253,10 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _complaints() -> Iterator[None]:
-    """Exceptions that uvicorn and asyncio report go to standard error.
+    """Print exceptions that uvicorn and asyncio report on standard error.
 
-    Each place in the code has a line a minute. What else they have to say is of clients' mistakes,
-    which anybody can make as often as they like.
+    Each place in the code may print one line a minute. Everything else that they report concerns
+    clients' mistakes, which anybody can make as often as they like.
     """
     handler = _Complaints(logging.ERROR)
     loggers = [logging.getLogger(name) for name in ("uvicorn.error", "asyncio")]
