@@ -1,8 +1,9 @@
-"""A network as one ONNX file that other programs run: pixels of [0, 1] in, logits out, any number of images at once.
+"""Write a network as one ONNX file that other programs run.
 
-No file is left whose answers are not those of the network: the two are compared on images first, in
-batches of several sizes, torch against onnxruntime. The file holds no paths and no code of the
-machine that it was made on.
+The file takes pixels of [0, 1], any number of images at once, and gives logits. It is written only
+if its answers are those of the network: the two are compared on images first, in batches of
+several sizes, torch against onnxruntime. The file holds no paths and no code of the machine that
+it was made on.
 """
 
 import copy
@@ -109,7 +110,8 @@ def export_model(
     )
     if size > _LARGEST:
         raise CountermarkError(
-            f"the network has {size / 1e9:.1f} GB of weights, and one ONNX file holds 2 GB at most; export a smaller one"
+            f"the network has {size / 1e9:.1f} GB of weights, and one ONNX file holds 2 GB at "
+            "most; export a smaller one"
         )
     plain = copy.deepcopy(network).cpu().float().eval()
     model = _traced(plain, shape)
@@ -130,15 +132,20 @@ def export_model(
 
 
 def _traced(network: nn.Module, shape: Shape) -> Any:
-    """The ONNX model: by torch's first exporter, which is quick, or by the newer one, which follows more."""
+    """Make the ONNX model with torch's older exporter, or else with the newer one.
+
+    The older one is quick, the newer one supports more networks.
+
+    Raises:
+        CountermarkError: neither can write the network.
+    """
     import onnx
 
     reasons = []
     for exporter in (_by_tracing, _by_export):
         try:
-            model = exporter(
-                network, torch.zeros(2, *shape)
-            )  # never data: what is traced may keep its input
+            # Zeros and no data, since what is traced may keep its input.
+            model = exporter(network, torch.zeros(2, *shape))
             onnx.checker.check_model(model, full_check=True)
             return model
         except Exception as error:  # of any kind: a library's, or an operator's that is not there
@@ -197,7 +204,10 @@ def _quietly(work: Callable[[], Any]) -> Any:
 
 
 def _state(model: Any, shape: Shape, class_names: Sequence[str]) -> None:
-    """Say in the file what it takes and gives, and nothing of where it was made: exporters write down paths and lines of code."""
+    """Say in the file what it takes and gives, and remove all traces of where it was made.
+
+    Exporters write paths and lines of code into the file.
+    """
     for graph in _graphs(model):
         for part in (*graph.node, *getattr(graph, "value_info", ())):
             part.doc_string = ""
@@ -232,7 +242,7 @@ def _graphs(model: Any) -> list[Any]:
 
 
 def _compared(network: nn.Module, data: bytes, images: torch.Tensor) -> tuple[int, float]:
-    """How many labels differ between the network and the file, and the largest difference of a logit.
+    """How many labels differ between network and file, and the largest difference of a logit.
 
     Raises:
         CountermarkError: more than rounding accounts for.
@@ -254,12 +264,14 @@ def _compared(network: nn.Module, data: bytes, images: torch.Tensor) -> tuple[in
                 found = torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
             except Exception as error:
                 raise CountermarkError(
-                    f"the exported file does not answer {len(x)} image(s): {brief(str(error))}; nothing was written"
+                    f"the exported file does not answer {len(x)} image(s): {brief(str(error))}; "
+                    "nothing was written"
                 ) from error
             if found.shape != wanted.shape:
                 raise CountermarkError(
-                    f"the exported file answers {len(x)} image(s) in the shape {tuple(found.shape)}, "
-                    f"the network in {tuple(wanted.shape)}; nothing was written"
+                    f"the exported file answers {len(x)} image(s) in the "
+                    f"shape {tuple(found.shape)}, the network in "
+                    f"{tuple(wanted.shape)}; nothing was written"
                 )
             differ += int((found.argmax(1) != wanted.argmax(1)).sum())
             gap = (found - wanted).abs()
@@ -268,7 +280,8 @@ def _compared(network: nn.Module, data: bytes, images: torch.Tensor) -> tuple[in
             start += count
     if largest > _ROUNDING * highest + 1e-5:
         raise CountermarkError(
-            f"the exported file is not the network: of {len(images)} images {differ} get other labels, and logits differ by up to "
-            f"{largest:.3g}; nothing was written (does its code depend on numbers, or on how many images there are?)"
+            f"the exported file is not the network: of {len(images)} images {differ} get "
+            f"other labels, and logits differ by up to {largest:.3g}; nothing was written "
+            "(does its code depend on numbers, or on how many images there are?)"
         )
     return differ, largest

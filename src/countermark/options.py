@@ -179,8 +179,8 @@ class ModelOptions(DataOptions):
     data: AnyData | None = None
     """The data's place, where it is not where the folder says."""
     network: Network | None = None
-    """module:function that builds the network, where the folder's is not one of ours; in Python also
-    a function or a module."""
+    """module:function that builds the network, where the folder's is not one of ours; in Python
+    also a function or a module."""
 
 
 Precision = Literal["auto", "32-true", "bf16-mixed"]
@@ -254,7 +254,8 @@ class SuspectOptions(OneDeviceOptions):
     """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
     .../invocations (MLflow); in Python also a function from images to labels."""
     network: Network | None = None
-    """module:function that builds the suspect's network, where it is a model folder and not one of ours."""
+    """module:function that builds the suspect's network, where it is a model folder and not one of
+    ours."""
     pixels: Pixels = "float"
     """What the suspect takes: float (pixels of [0, 1]) or uint8."""
     layout: Layout = "nchw"
@@ -366,10 +367,11 @@ def _html(module: ModuleType, found: object) -> str:
 
 
 def _put_own_first(config: type) -> None:
-    """Order the fields as help lists them: the main place, what must be given, own options, shared ones.
+    """Order the fields as help lists them.
 
-    A dataclass has what it inherits first. All fields but the main place are keywords, so that
-    nothing else depends on their order.
+    First comes the main place, then what must be given, the verb's own options and the shared
+    ones. A dataclass puts inherited fields first. All fields but the main place are keyword-only,
+    so nothing else depends on their order.
     """
     own = vars(config)["__annotations__"]
     known: dict[str, Field[Any]] = vars(config)["__dataclass_fields__"]

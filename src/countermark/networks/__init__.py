@@ -1,4 +1,4 @@
-"""Networks: ours by name, any other by what builds it, weights from files, and the folder that a model is."""
+"""Networks: ours by name, others by what builds them, weights from files, and model folders."""
 
 from countermark.networks.folder import (
     MODEL_FORMAT,

@@ -106,7 +106,7 @@ class Denoiser(nn.Module):
     """A small network that adds a correction to an image: convolutions at full and at half size."""
 
     def __init__(self, channels: int, width: int) -> None:
-        """Correct images of `channels` channels by `width` filters, and twice as many at half size."""
+        """Correct images of `channels` channels with `width` filters, twice that at half size."""
         super().__init__()
         self.fine = nn.Conv2d(channels, width, 3, padding=1)
         self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
@@ -134,7 +134,7 @@ def clip(x: torch.Tensor, margin: float) -> torch.Tensor:
 
 
 def median(x: torch.Tensor, side: float) -> torch.Tensor:
-    """Take the median of `side` x `side` pixels, each channel by itself; the border is continued."""
+    """Take the median of `side` x `side` pixels in each channel; border pixels are repeated."""
     k = int(side)
     n, c, h, w = x.shape
     wide = functional.pad(x.reshape(n * c, 1, h, w), (k // 2,) * 4, mode="replicate")

@@ -1,9 +1,10 @@
-"""A model as a folder: `model.safetensors` with the weights, `model.json` with all that was declared about it.
+"""Save a model as a folder, and load it again.
 
-The declaration says how the network is built, which data it is for, and what it is to withstand,
-so that no later verb has to be told. Loading builds the network and fills in numbers: a folder
-from a stranger can be wrong, but it cannot run code. A network that is not one of ours is built
-only by code that the user names.
+The folder holds `model.safetensors` with the weights and `model.json` with everything that was
+declared about the model: how the network is built, which data it is for, and what it must
+withstand, so that no later verb has to be told. Loading builds the network and fills in numbers: a
+folder from a stranger can be wrong, but it cannot run code. A network that is not one of ours is
+built only by code that the user names.
 """
 
 import copy
@@ -148,7 +149,13 @@ def describing(
 def save_model(
     folder: Path, network: nn.Module, description: Description, mode: int | None = None
 ) -> str:
-    """Write a model into an existing folder, its files with `mode` (see `write_bytes`), and return the SHA-256 of its weights file.
+    """Write a model into an existing folder and return the SHA-256 of its weights file.
+
+    Args:
+        folder: the folder.
+        network: the network whose weights are written.
+        description: what `model.json` says of it.
+        mode: permissions of the files; see `write_bytes`.
 
     Raises:
         CountermarkError: such a model could not be read again; nothing was written.
@@ -162,9 +169,10 @@ def save_model(
 
 
 def _front(description: Description) -> dict[str, Any]:
-    """What stands in front of the network and has no weights, as `model.safetensors` says it too.
+    """What stands in front of the network and has no weights, for the header of its weights file.
 
-    So the digest of that file fixes what the model answers. It says nothing where nothing stands there.
+    With this in `model.safetensors` too, the digest of that file fixes what the model answers. It
+    is empty where nothing stands in front of the network.
     """
     front = {
         "mean": list(description.mean),
@@ -212,17 +220,20 @@ def _record(description: Description) -> dict[str, Any]:
     }
     if not 2 <= description.classes <= _MOST_CLASSES:
         raise CountermarkError(
-            f"a model folder holds a model of 2 to {_MOST_CLASSES} classes, not {description.classes}"
+            f"a model folder holds a model of 2 to {_MOST_CLASSES} classes, "
+            f"not {description.classes}"
         )
     if len(description.cleaners) > _MOST_CLEANERS:
         raise CountermarkError(
-            f"a model folder holds a model behind {_MOST_CLEANERS} cleaners at most, not {len(description.cleaners)}"
+            f"a model folder holds a model behind {_MOST_CLEANERS} cleaners at most, "
+            f"not {len(description.cleaners)}"
         )
     try:
         _description(record)
     except (KeyError, ValueError, TypeError) as error:
         raise CountermarkError(
-            f"the model could not be read again: its {error.args[0]!r} is out of range or of another type"
+            f"the model could not be read again: its {error.args[0]!r} is out of range or of "
+            "another type"
         ) from error
     return record
 
@@ -254,8 +265,8 @@ def load_model(
         The network in evaluation mode and its description.
 
     Raises:
-        CountermarkError: a file is missing, foreign, changed or truncated, the weights do not fit the network or are not finite,
-            or the network is built by code that was not named.
+        CountermarkError: a file is missing, foreign, changed or truncated, the weights do not fit
+            the network or are not finite, or the network is built by code that was not named.
     """
     description, weights_sha256 = _described(folder)
     if isinstance(network, nn.Module):
@@ -282,35 +293,40 @@ def load_model(
     def check(tensors: Mapping[str, torch.Tensor]) -> None:
         if (name := _misfit(tensors, expected)) is not None:
             raise CountermarkError(
-                f"{path} does not fit the network {named} (tensor {brief(name)}); it belongs to another model"
+                f"{path} does not fit the network {named} (tensor {brief(name)}); "
+                "it belongs to another model"
             )
 
     tensors, meta, digest = read_tensors(path, size + _HEADER_ALLOWANCE, check)
     if digest != weights_sha256:
         raise CountermarkError(
-            f"{path} is not the file that model.json describes (SHA-256 differs); restore it from a backup"
+            f"{path} is not the file that model.json describes (SHA-256 differs); "
+            "restore it from a backup"
         )
     if meta.get("front") != _front(description).get("front"):
         raise CountermarkError(
-            f"{path} was written with another normalisation or other cleaners than model.json says; restore both"
+            f"{path} was written with another normalisation or other cleaners than model.json "
+            "says; restore both"
         )
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise CountermarkError(
-            f"{path} holds weights that are not finite (NaN or infinity); such a model cannot be asked, restore it"
+            f"{path} holds weights that are not finite (NaN or infinity); "
+            "such a model cannot be asked, restore it"
         )
     built.load_state_dict(tensors, assign=ours)
     return built.to(device).eval(), description
 
 
 def check_builds(network: nn.Module, description: Description) -> None:
-    """Refuse a description that says another network than the one whose weights go with it.
+    """Refuse a description that names another network than the one whose weights go with it.
 
     Args:
-        network: from pixels of [0, 1], as `save_model` takes it.
-        description: whose network is a place that is imported or built here.
+        network: takes pixels of [0, 1], as for `save_model`.
+        description: its network is a place, which is imported or built here.
 
     Raises:
-        CountermarkError: there is no such network, or its weights have other names, types or shapes.
+        CountermarkError: there is no such network, or its weights have other names, types or
+            shapes.
     """
     place = description.network
     built = open_network(
@@ -324,14 +340,15 @@ def check_builds(network: nn.Module, description: Description) -> None:
     )
     if (name := _misfit(network.state_dict(), built.state_dict())) is not None:
         raise CountermarkError(
-            f"{brief(place)} builds another network than this one (tensor {brief(name)}); name what builds it"
+            f"{brief(place)} builds another network than this one (tensor {brief(name)}); "
+            "name what builds it"
         )
 
 
 def _misfit(
     tensors: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
 ) -> str | None:
-    """The name of a tensor that is missing, left over, or of another type or shape; none where all fit."""
+    """The name of a tensor that is missing, left over, or of another type or shape; else none."""
     for name, value in expected.items():
         if (
             name not in tensors
@@ -356,17 +373,20 @@ def _nameable(description: Description, what: str, network: Network | None) -> N
             and (network in NETWORKS or place in NETWORKS)
         ):
             raise CountermarkError(
-                f"{what} holds the network {brief(place) or 'of a program'}, not {brief(network)}; leave --network out"
+                f"{what} holds the network {brief(place) or 'of a program'}, "
+                f"not {brief(network)}; leave --network out"
             )
         return network
     if place in NETWORKS:
         return place
     if not place:
         raise CountermarkError(
-            f"{what} holds a network that was given in Python; name what builds it, --network MODULE:FUNCTION"
+            f"{what} holds a network that was given in Python; name what builds it, "
+            "--network MODULE:FUNCTION"
         )
     raise CountermarkError(
-        f"{what} holds the network {brief(place)}, whose code is imported only if you name it: --network {brief(place)}"
+        f"{what} holds the network {brief(place)}, whose code is imported only if you name it: "
+        f"--network {brief(place)}"
     )
 
 
@@ -384,9 +404,8 @@ def open_declared(
         CountermarkError: it cannot be opened, or it is not what it was when the model was made.
     """
     record = description.data
-    fixed = isinstance(data, Dataset) or (
-        isinstance(data, str) and data in KNOWN
-    )  # such images keep their size
+    # Images of these keep their size.
+    fixed = isinstance(data, Dataset) or (isinstance(data, str) and data in KNOWN)
     size = None if fixed else record.size
     found = (
         _kept(record, cache)
@@ -401,17 +420,18 @@ def open_declared(
     shown = found.place or "the data"
     if (description.shape, description.classes) != (found.shape, found.classes):
         raise CountermarkError(
-            f"the model takes images of shape {brief(description.shape)} to {brief(description.classes)} classes, "
-            f"{shown} has {found.shape} and {found.classes}; it is for other data"
+            f"the model takes images of shape {brief(description.shape)} to "
+            f"{brief(description.classes)} classes, {shown} has "
+            f"{found.shape} and {found.classes}; it is for other data"
         )
     if record.sha256 is None:
-        return replace(
-            found, by_content=False
-        )  # the pools of 0.1.0 did not look at what images show
+        # The pools of 0.1.0 did not look at what images show.
+        return replace(found, by_content=False)
     if record.sha256 and found.digest != record.sha256:
         raise CountermarkError(
-            f"{shown} was changed since the model was made (SHA-256 {found.digest[:12]}, not {record.sha256[:12]}): its pools would be "
-            "others, and images that the model knows would be taken for new ones; restore the data, or name where it is with --data"
+            f"{shown} was changed since the model was made (SHA-256 {found.digest[:12]}, not "
+            f"{record.sha256[:12]}): its pools would be others, and images that the model knows "
+            "would be taken for new ones; restore the data, or name where it is with --data"
         )
     return found
 
@@ -436,9 +456,16 @@ def declared_pools(description: Description, data: Dataset) -> Pools:
 
 
 def _kept(record: DataRecord, cache: str | Path | None) -> Dataset:
-    """The data of a record at its place, or out of the cache where the place is gone or would run code that nobody named."""
+    """Open the data of a record at its place, or from the cache.
+
+    The cache is used where the place is gone, or would run code that nobody named.
+
+    Raises:
+        CountermarkError: the data is at neither, or cannot be opened.
+    """
     place = record.place
-    nowhere = place not in KNOWN and not os.path.exists(place)  # noqa: PTH110 (it says no where it may not look)
+    # Unlike `Path.exists`, `os.path.exists` answers no where it may not look.
+    nowhere = place not in KNOWN and not os.path.exists(place)  # noqa: PTH110
     if not nowhere:
         return open_data(place, size=record.size, skip_damaged=record.skip_damaged, cache=cache)
     found = (
@@ -454,10 +481,12 @@ def _kept(record: DataRecord, cache: str | Path | None) -> Dataset:
         )
     if is_code(place):
         raise CountermarkError(
-            f"the model's data come from {place}, whose code is run only if you name it: --data {place}"
+            f"the model's data come from {place}, whose code is run only if you name it: "
+            f"--data {place}"
         )
     raise CountermarkError(
-        f"the model's data are gone from {brief(place)}, and not in the cache; say where they are, --data PLACE"
+        f"the model's data are gone from {brief(place)}, and not in the cache; "
+        "say where they are, --data PLACE"
     )
 
 
@@ -465,7 +494,8 @@ def _described(folder: Path) -> tuple[Description, Any]:
     """The description of a model folder, and what it says is the SHA-256 of its weights."""
     if not folder.is_dir():
         raise CountermarkError(
-            f"{folder} is not a model folder; name the folder that holds model.json and model.safetensors"
+            f"{folder} is not a model folder; name the folder that holds model.json and "
+            "model.safetensors"
         )
     path = folder / "model.json"
     record = read_json(path)
@@ -521,7 +551,7 @@ def _description(record: Mapping[str, Any]) -> Description:
 
 
 def _first_description(record: Mapping[str, Any]) -> Description:
-    """What 0.1.0 wrote: data sets that are known by name, and no more of the threat than the budget."""
+    """What 0.1.0 wrote: a data set that is known by name, and only the budget of the threat."""
     place, epsilon, classes = (
         _field(record, "data", str),
         _field(record, "epsilon", float),
@@ -615,12 +645,15 @@ def _history(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 def load(
     folder: str | Path, network: Network | None = None, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """Load a model folder as an `nn.Module` from pixels of [0, 1], `(n, c, h, w)`, to logits `(n, classes)`, in evaluation mode.
+    """Load a model folder as an `nn.Module` in evaluation mode.
 
     Args:
         folder: the folder.
         network: what builds the network, where it is not one of ours.
         device: where the network goes.
+
+    Returns:
+        The network from pixels of [0, 1], `(n, c, h, w)`, to logits `(n, classes)`.
 
     Raises:
         CountermarkError: see `load_model`; or there is no such device.

@@ -1,7 +1,9 @@
-"""Networks by name. Each maps pixels of [0, 1] to logits; a normaliser, where there is one, is its first layer.
+"""Networks by name.
 
-Everything else in Countermark takes any `nn.Module` of that kind. A name is only needed where weights are loaded from a file: the network
-is built by us and the file may fill in numbers, nothing more.
+Each maps pixels of [0, 1] to logits; a normaliser, where there is one, is its first layer.
+Everything else in Countermark takes any `nn.Module` of that kind. A name is only needed where
+weights are loaded from a file: we build the network, and the file may fill in numbers, nothing
+more.
 """
 
 import math
@@ -52,12 +54,17 @@ def _by_channel(number: float | tuple[float, ...], x: torch.Tensor) -> float | t
 
 
 class Clip(nn.Module):
-    """The layer that takes [low, high] to [0, 1] and clips what is outside, for images whose pixels are nearly black or nearly white.
+    """The layer that maps [low, high] to [0, 1] and clips what is outside.
 
-    Perturbations of a black pixel below `low` end here, and those of a white one below 1 - `high`. Its gradient is that of the map without
-    the clipping: a layer that is flat outside its range would hide from attacks how to bring a pixel back into it (gradient masking), and a
-    network trained behind it would only seem robust (docs/log.md). Steps by the gradient's sign so reach all that the budget allows. FAB,
-    which goes by the gradient's size, is misled by it, and a copy in another framework has the flat gradient: there Square is the check.
+    It is for images whose pixels are nearly black or nearly white. It removes perturbations of a
+    black pixel of less than `low`, and those of a white one of less than 1 - `high`.
+
+    Its gradient is that of the map without the clipping. A layer that is flat outside its range
+    would hide from attacks how to bring a pixel back into it (gradient masking), and a network
+    trained behind it would only seem robust (docs/log.md). Attack steps along the gradient's sign
+    therefore reach everything that the budget allows. FAB, which uses the gradient's size, is
+    misled by it, and a copy in another framework has the flat gradient; in these cases the check
+    is Square, which uses no gradient.
     """
 
     def __init__(self, low: float, high: float) -> None:
@@ -73,16 +80,17 @@ class Clip(nn.Module):
 
 
 class HalvingConv2d(nn.Conv2d):
-    """A convolution with stride 2 that halves height and width, computed with stride 1 on 2x2 blocks of pixels.
+    """A convolution with stride 2, computed with stride 1 on 2x2 blocks of pixels.
 
-    An odd height or width is rounded down, as `nn.Conv2d` does it.
+    It halves height and width; an odd one is rounded down, as in `nn.Conv2d`.
 
-    The numbers are those of `nn.Conv2d(..., kernel, stride=2, padding=kernel // 2 - 1)`; on processors its gradient with regard to the
-    input, which every attack step needs, is several times faster for images of one channel.
+    Its results are those of `nn.Conv2d(..., kernel, stride=2, padding=kernel // 2 - 1)`. On CPUs
+    its gradient with respect to the input, which every attack step needs, is several times faster
+    for images of one channel.
     """
 
     def __init__(self, channels: int, filters: int, kernel: int = 4) -> None:
-        """Convolve `channels` input channels with `filters` filters of `kernel` x `kernel`, an even number."""
+        """Convolve `channels` channels with `filters` filters; `kernel`, their side, is even."""
         super().__init__(channels, filters, kernel, stride=2, padding=kernel // 2 - 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,17 +110,20 @@ def blocks_of_pixels(x: torch.Tensor) -> torch.Tensor:
 
 
 def small(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """Four layers, two of them convolutions with stride 2: fast enough to train robustly on a laptop."""
+    """Four layers, two of them stride-2 convolutions; fast enough to train robustly on a laptop."""
     return _strided(shape, classes, SMALL_WIDTHS)
 
 
 def wide(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The layers of `small` in twice the width: a large budget wants more features than a small network has."""
+    """The layers of `small` at twice the width, for budgets that need more features than it has."""
     return _strided(shape, classes, WIDE_WIDTHS)
 
 
 def clipped(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The network `wide` behind a clip to [.3, .7], for images of nearly black and nearly white pixels, such as MNIST's."""
+    """The network `wide` behind a clip to [0.3, 0.7].
+
+    It is for images of nearly black and nearly white pixels, such as MNIST's.
+    """
     return nn.Sequential(Clip(0.3, 0.7), *wide(shape, classes).children())
 
 
@@ -133,7 +144,10 @@ def _strided(shape: tuple[int, int, int], classes: int, widths: tuple[int, int, 
 
 
 def paper(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The owner's network of Thakkar, Zizzo and Maffeis (2023): two convolutional blocks and two linear layers."""
+    """The owner's network of Thakkar, Zizzo and Maffeis (2023).
+
+    It has two convolutional blocks and two linear layers.
+    """
     channels, height, width = shape
     return nn.Sequential(
         Normalise(0.5, 0.5),
@@ -157,7 +171,10 @@ def paper(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 def surrogate(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """The black-box thief's network of the same paper: two convolutions with stride 2 and two linear layers, tanh throughout."""
+    """The black-box thief's network of Thakkar, Zizzo and Maffeis (2023).
+
+    It has two convolutions with stride 2 and two linear layers, with tanh between all of them.
+    """
     channels, height, width = shape
     return nn.Sequential(
         HalvingConv2d(channels, 16, 8),
@@ -172,7 +189,10 @@ def surrogate(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 class PreActivationBlock(nn.Module):
-    """A residual block whose batch norms and ReLUs stand before its convolutions (He et al., 2016, "Identity mappings")."""
+    """A residual block whose batch norms and ReLUs come before its convolutions.
+
+    See He et al., 2016, "Identity mappings in deep residual networks".
+    """
 
     def __init__(self, channels: int, filters: int, stride: int = 1) -> None:
         """Take `channels` channels to `filters`, every `stride`-th pixel in each direction."""
@@ -198,14 +218,21 @@ def resnet(shape: tuple[int, int, int], classes: int) -> nn.Module:
 
 
 def narrow(shape: tuple[int, int, int], classes: int) -> nn.Module:
-    """A pre-activation ResNet with one block a stage, 16 filters wide (308,000 weights): what a laptop trains on colour images."""
+    """A pre-activation ResNet with one block a stage, 16 filters wide (308,000 weights).
+
+    A laptop can train it on colour images.
+    """
     return _residual(shape, classes, width=16, blocks=1)
 
 
 def _residual(shape: tuple[int, int, int], classes: int, width: int, blocks: int) -> nn.Module:
-    """Four stages of `blocks` blocks, each twice as wide as the one before and with half its height and width."""
+    """A ResNet of four stages of `blocks` blocks each.
+
+    Each stage is twice as wide as the one before and has half its height and width.
+    """
     channels, height, width_of_image = shape
-    # Large images are reduced at once, so that the stages see between 32 and 63 pixels of images up to 255.
+    # Large images are reduced at once: the stages see sides of 32 to 63 pixels for images with
+    # sides of up to 255.
     stride = (
         1 if min(height, width_of_image) < 64 else 2 if min(height, width_of_image) < 128 else 4
     )

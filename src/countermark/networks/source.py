@@ -1,8 +1,8 @@
-"""The one door through which a network comes in: by name, from timm, from the user's code, or as a module in Python.
+"""Open a network: by name, from timm, from the user's code, or as a module in Python.
 
-Behind it nothing asks where a network came from: it is an `nn.Module` from pixels of [0, 1] to
-logits, in float32, whose answer about an image depends on that image alone. What is not so is
-refused here, in one line.
+Every network comes in through `open_network`, and no later code asks where it came from: it is an
+`nn.Module` from pixels of [0, 1] to logits, in float32, whose answer about an image depends on
+that image alone. Anything else is refused here, with a message of one line.
 """
 
 import copy
@@ -119,7 +119,7 @@ def place_of(place: Network) -> str:
 
 
 def inner(network: nn.Module) -> nn.Module:
-    """The network behind a normaliser that `open_network` put in front of it, else the network itself."""
+    """The network behind a normaliser that `open_network` put in front, else the network itself."""
     if type(network) is nn.Sequential and len(network) == 2 and type(network[0]) is Normalise:
         return network[1]
     return network
@@ -154,22 +154,24 @@ def check_network(network: nn.Module, shape: Shape, classes: int, name: str) -> 
             )
         if not bool(torch.isfinite(logits).all()):
             raise CountermarkError(
-                f"{name} answers with logits that are not finite (NaN or infinity); look at its weights"
+                f"{name} answers with logits that are not finite (NaN or infinity); "
+                "look at its weights"
             )
         if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < 1e-4).all()):
             raise CountermarkError(
-                f"{name} answers with probabilities; let it return logits, without the softmax at the end"
+                f"{name} answers with probabilities; let it return logits, "
+                "without the softmax at the end"
             )
         if not bool(_same(_output(network, x, classes, name), logits)):
             raise CountermarkError(
-                f"{name} answers otherwise each time, in evaluation mode as well; is a dropout left on "
-                "(functional.dropout needs training=self.training)?"
+                f"{name} answers otherwise each time, in evaluation mode as well; is a "
+                "dropout left on (functional.dropout needs training=self.training)?"
             )
         alone = _output(network, x[:1], classes, name)
         if not bool(_same(alone, logits[:1])):
             raise CountermarkError(
-                f"{name} answers otherwise about an image that is asked alone: in evaluation mode it mixes the examples of a batch "
-                "(a batch norm needs track_running_stats=True)"
+                f"{name} answers otherwise about an image that is asked alone: in evaluation mode "
+                "it mixes the examples of a batch (a batch norm needs track_running_stats=True)"
             )
         _check_copy(network, x, classes, name)
         _check_gradient(network, x, name)
@@ -183,7 +185,8 @@ def _made(place: Network, shape: Shape, classes: int) -> tuple[nn.Module, Normal
         if not is_code(place):
             known = ", ".join(NETWORKS)
             raise CountermarkError(
-                f"unknown network {brief(place)}; choose one of {known}, or name yours as module:function or timm:NAME"
+                f"unknown network {brief(place)}; choose one of {known}, "
+                "or name yours as module:function or timm:NAME"
             )
         found, name = imported(place), place
     else:
@@ -191,7 +194,8 @@ def _made(place: Network, shape: Shape, classes: int) -> tuple[nn.Module, Normal
     if not isinstance(found, nn.Module):
         if not callable(found):
             raise CountermarkError(
-                f"{name} is no function that makes a network, but of the type {type(found).__name__}"
+                f"{name} is no function that makes a network, but of the type "
+                f"{type(found).__name__}"
             )
         found = called(found, name, _known(shape, classes), shape, classes)
         if not isinstance(found, nn.Module):
@@ -202,7 +206,7 @@ def _made(place: Network, shape: Shape, classes: int) -> tuple[nn.Module, Normal
 
 
 def _known(shape: Shape, classes: int) -> Mapping[str, Any]:
-    """What a function that makes networks may ask for, by the names that its parameters may have."""
+    """What a function that makes networks may ask for, by the names its parameters may have."""
     by_shape = dict.fromkeys(("shape", "image_shape", "input_shape"), shape)
     by_classes = dict.fromkeys(("classes", "num_classes", "n_classes"), classes)
     return {**by_shape, **by_classes, **dict.fromkeys(("in_channels", "in_chans"), shape[0])}
@@ -237,7 +241,7 @@ def _from_timm(place: str, shape: Shape, classes: int) -> tuple[nn.Module, Norma
 
 
 def _config(network: nn.Module) -> Mapping[str, Any]:
-    """What timm says of a network: the size and normalisation of the images that it was made for."""
+    """What timm says of a network: the size and normalisation of the images it was made for."""
     config: Any = (
         getattr(network, "pretrained_cfg", None) or getattr(network, "default_cfg", None) or {}
     )
@@ -259,10 +263,16 @@ def numbers(name: str, value: Any) -> tuple[float, ...]:
 
 
 def normaliser(shape: Shape, mean: Sequence[float], std: Sequence[float]) -> Normalise | None:
-    """The layer that takes off `mean` and divides by `std`, of images of a shape; none where neither is given.
+    """The layer that subtracts `mean` and then divides by `std`; none where neither is given.
+
+    Args:
+        shape: one image, `(channels, height, width)`.
+        mean: one number, or one a channel, in pixels of [0, 1].
+        std: likewise, each at least 1e-6.
 
     Raises:
-        CountermarkError: one of them is missing, is not of [0, 1], or has another number of channels.
+        CountermarkError: one of them is missing, is out of range, or has another number of
+            channels.
     """
     if not mean and not std:
         return None
@@ -273,18 +283,25 @@ def normaliser(shape: Shape, mean: Sequence[float], std: Sequence[float]) -> Nor
             )
         if len(numbers) not in (1, shape[0]):
             raise CountermarkError(
-                f"{name} has {len(numbers)} numbers for images of {shape[0]} channels; give one, or one a channel"
+                f"{name} has {len(numbers)} numbers for images of {shape[0]} channels; give one, "
+                "or one a channel"
             )
         if not all(lowest <= number <= 1 for number in numbers):  # NaN is refused as well
             raise CountermarkError(
-                f"{name} {brief(tuple(numbers))} is not in pixels of [0, 1]; divide numbers of 0 to 255 by 255"
+                f"{name} {brief(tuple(numbers))} is not in pixels of [0, 1]; "
+                "divide numbers of 0 to 255 by 255"
             )
     first, second = (numbers[0] if len(numbers) == 1 else tuple(numbers) for numbers in (mean, std))
     return Normalise(first, second)
 
 
 def _output(network: nn.Module, x: torch.Tensor, classes: int, name: str) -> torch.Tensor:
-    """What a network answers, without gradients, if that is a tensor of one row an image and one column a class."""
+    """What a network answers, without gradients.
+
+    Raises:
+        CountermarkError: it raises an error, or its answer is not a tensor with one row an image
+            and one column a class.
+    """
     try:
         with torch.no_grad():
             output = network(x)
@@ -294,12 +311,14 @@ def _output(network: nn.Module, x: torch.Tensor, classes: int, name: str) -> tor
         ) from error
     if not isinstance(output, torch.Tensor):
         raise CountermarkError(
-            f"{name} answers with an object of the type {type(output).__name__}; let it return the tensor of logits, (n, {classes})"
+            f"{name} answers with an object of the type {type(output).__name__}; "
+            f"let it return the tensor of logits, (n, {classes})"
         )
     if output.shape != (len(x), classes):
         raise CountermarkError(
-            f"{name} answers {len(x)} image(s) of {_written(x.shape[1:])} with a tensor of shape {tuple(output.shape)}; "
-            f"the data has {classes} classes, so it must be {(len(x), classes)}"
+            f"{name} answers {len(x)} image(s) of {_written(x.shape[1:])} "
+            f"with a tensor of shape {tuple(output.shape)}; the data has "
+            f"{classes} classes, so it must be {(len(x), classes)}"
         )
     return output
 
@@ -321,7 +340,8 @@ def _check_weights(network: nn.Module, name: str) -> None:
     }
     if others:
         raise CountermarkError(
-            f"{name} has weights in {' and '.join(sorted(others))}; give it in float32, as network.float() makes it"
+            f"{name} has weights in {' and '.join(sorted(others))}; give it in float32, "
+            "as network.float() makes it"
         )
 
 
@@ -329,12 +349,19 @@ def _check_gradient(network: nn.Module, x: torch.Tensor, name: str) -> None:
     with torch.enable_grad():
         if not network(x.requires_grad_()).requires_grad:
             raise CountermarkError(
-                f"no gradient leads from the logits of {name} back to its image; it computes under torch.no_grad or detaches"
+                f"no gradient leads from the logits of {name} back to its image; "
+                "it computes under torch.no_grad or detaches"
             )
 
 
 def _check_copy(network: nn.Module, x: torch.Tensor, classes: int, name: str) -> None:
-    """In training mode it must answer as well; that is tried on a copy, whose statistics may change."""
+    """Check that a network answers in training mode as well.
+
+    That is tried on a copy, since it may change statistics.
+
+    Raises:
+        CountermarkError: the network cannot be copied, or does not answer.
+    """
     try:
         copied = copy.deepcopy(network)
     except Exception as error:

@@ -1,7 +1,7 @@
-"""Weights that the user brings, read into a network: `.safetensors`, or a state dict, saved or at hand.
+"""Read the user's own weights into a network: `.safetensors`, or a state dict, saved or in Python.
 
 A `.pt` of the user's own is read with `weights_only=True`, which builds tensors and containers and
-runs no code. A suspect's file never comes here.
+runs no code. A suspect's file is never read here.
 """
 
 import errno
@@ -37,32 +37,30 @@ _NESTED = (
 )
 _PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
 _LISTED = 5  # names in a message
-_OBJECTS = (
-    "Unsupported global",
-    "Unsupported class",
-    "unrecognized function",
-)  # in what torch says of a pickle
+# What torch's error about a pickle says where it holds objects.
+_OBJECTS = ("Unsupported global", "Unsupported class", "unrecognized function")
 _COUNTER = "num_batches_tracked"  # of batch norm, which old files lack and nothing of ours reads
 _HOW = "save its numbers alone: torch.save(network.state_dict(), 'own.pt')"
 
 
 def load_weights(network: nn.Module, weights: Weights) -> None:
-    """Fill a network with the weights of a file or a state dict; nothing is changed where they do not fit.
+    """Fill a network with the weights of a file or a state dict.
 
-    A normaliser that `open_network` put in front is passed by. Prefixes that wrappers put before names
-    (`module.`, `_orig_mod.`, `model.`, `net.`) are taken off where the names then fit, and state dicts
-    are found in the entries in which training scripts keep them. Other precisions are converted to the
+    Nothing is changed where they do not fit. A normaliser that `open_network` put in front is left
+    out of the comparison. Prefixes that wrappers put before names (`module.`, `_orig_mod.`,
+    `model.`, `network.`, `net.`) are removed where the names then fit, and state dicts are found
+    in the entries in which training scripts keep them. Other precisions are converted to the
     network's.
 
     Args:
         network: what `open_network` returned.
-        weights: a `.safetensors` file, or a `.pt`, `.pth`, `.bin` or `.ckpt` of the user's own; or a
-            state dict.
+        weights: a `.safetensors` file, or a `.pt`, `.pth`, `.bin` or `.ckpt` of the user's own; or
+            a state dict.
 
     Raises:
-        CountermarkError: the file is missing, damaged, holds more than numbers, or its tensors are
-            not those of the network: names that are missing, left over or of another shape are
-            listed, five of each. Or a weight is NaN or infinite.
+        CountermarkError: the file is missing, damaged or holds more than numbers; its tensors are
+            not those of the network (names that are missing, left over or of another shape are
+            listed, at most five of each); or a weight is NaN or infinite.
     """
     path, found = _found(weights)
     target, tensors = _fitting(network, found)
@@ -79,7 +77,8 @@ def load_weights(network: nn.Module, weights: Weights) -> None:
     for name, value in tensors.items():
         if value.is_floating_point() != own[name].is_floating_point():
             raise CountermarkError(
-                f"{path} holds {name} as {value.dtype}, the network as {own[name].dtype}; it belongs to another network"
+                f"{path} holds {name} as {value.dtype}, the network as {own[name].dtype}; "
+                "it belongs to another network"
             )
     wrong = [
         name
@@ -88,13 +87,17 @@ def load_weights(network: nn.Module, weights: Weights) -> None:
     ]
     if wrong:
         raise CountermarkError(
-            f"{path} holds weights that are not finite (NaN or infinity): {_names(wrong)}; the training diverged"
+            f"{path} holds weights that are not finite (NaN or infinity): {_names(wrong)}; "
+            "the training diverged"
         )
     target.load_state_dict(dict(tensors), strict=False)  # which copies, and so converts
 
 
 def weights_sha256(weights: Weights) -> str:
-    """SHA-256 of weights: of a file as it is, of a state dict over its names, types, shapes and values.
+    """SHA-256 of weights.
+
+    That of a file is taken over its bytes, that of a state dict over its names, types, shapes and
+    values.
 
     Raises:
         CountermarkError: the file cannot be read, or they are neither.
@@ -114,7 +117,8 @@ def _found(weights: Weights) -> tuple[Path | str, Tensors]:
         return Path(weights), _read(Path(weights))
     if not isinstance(weights, Mapping):
         raise CountermarkError(
-            f"weights are a file or a state dict, not {type(weights).__name__}; for a module, give its .state_dict()"
+            f"weights are a file or a state dict, not {type(weights).__name__}; for a module, "
+            "give its .state_dict()"
         )
     return "the state dict", _tensors(weights, "the state dict")
 
@@ -141,7 +145,8 @@ def _read(path: Path) -> Tensors:
     except pickle.UnpicklingError as error:
         if any(words in str(error) for words in _OBJECTS):
             raise CountermarkError(
-                f"{path} holds Python objects, such as a whole module, which are never unpickled here; {_HOW}"
+                f"{path} holds Python objects, such as a whole module, "
+                f"which are never unpickled here; {_HOW}"
             ) from error
         raise CountermarkError(
             f"{path} is truncated, damaged or of another format; save it anew"
@@ -191,7 +196,11 @@ def _tensors(found: Any, path: Path | str) -> Tensors:
 
 
 def _fitting(network: nn.Module, found: Tensors) -> tuple[nn.Module, Tensors]:
-    """The part of the network that the names of a file are of, and the file's tensors by the names that fit it best."""
+    """The part of a network that a file's weights are for, and its tensors by the names that fit.
+
+    The part is the network itself or the network behind its normaliser, whichever has more of the
+    names.
+    """
     best: tuple[int, nn.Module, Tensors] = (-1, network, found)
     for target in dict.fromkeys((inner(network), network)):
         own = target.state_dict()
@@ -203,7 +212,7 @@ def _fitting(network: nn.Module, found: Tensors) -> tuple[nn.Module, Tensors]:
 
 
 def _spellings(found: Tensors) -> Iterator[Tensors]:
-    """The tensors by their names, and by what is left of these as one prefix after the other is taken off."""
+    """The tensors by their names, then by what is left of these as prefixes are removed."""
     seen = [found]
     for tensors in seen:
         yield tensors

@@ -1,1 +1,4 @@
-"""The verbs of the command line, one importable function each; each module also knows how to show its result."""
+"""The verbs of the command line, one importable function each.
+
+Each module also has a function `show`, which prints the result.
+"""

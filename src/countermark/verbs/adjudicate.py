@@ -36,7 +36,7 @@ _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
 
 @dataclass(frozen=True, kw_only=True)
 class AdjudicateConfig(SuspectOptions):
-    """Judge a claim as a third party: check everything, ask the suspect, and write the judgement as a page and as JSON."""
+    """Judge a claim as a third party: check it, ask the suspect, write a page and a JSON file."""
 
     suspect: ReadPath
     """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
@@ -121,9 +121,8 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     shown = tuple(read_claim(Path(folder)) for folder in config.shown)
     rival = _rival(claim, network, config)
     suspect = suspect_identity(config.suspect)
-    given, answers = ask(
-        config, claim.opened.x, str(claim.c1.get("data"))
-    )  # only now: everything else could be read
+    # Only now, after everything else could be read.
+    given, answers = ask(config, claim.opened.x, str(claim.c1.get("data")))
     labels = predict(network, claim.opened.x)
     finding = Finding(given, suspect, digest, labels, roots, config.alpha, token, shown, rival)
     judgement = judge_claim(claim, finding)
@@ -138,7 +137,13 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
 
 
 def _output(out: Path, suffix: str) -> Path:
-    """Where a part of the judgement goes; what an earlier one left there is removed, so that no two of them are mixed."""
+    """Where a part of the judgement goes; what an earlier one left there is removed first.
+
+    So parts of two judgements are never mixed.
+
+    Raises:
+        CountermarkError: `out` has no file name.
+    """
     if not out.name:
         raise CountermarkError(f"--out is the beginning of two files' names, not {out}")
     path = out.with_name(out.name + suffix)

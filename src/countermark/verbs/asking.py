@@ -19,18 +19,22 @@ _TRANSLATED = 70.0  # percent right after an exchange of classes that explains t
 _GAIN = 10.0  # points that the exchange has to bring
 _CONSTANT = 90.0  # percent of equal answers
 _CONVINCED = ("match", "upheld")
-_DECLARE = "it may want other images than declared (--pixels, --layout, --mean and --std), or be a model for other data"
+_DECLARE = (
+    "it may want other images than declared (--pixels, --layout, --mean and --std), "
+    "or be a model for other data"
+)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """How a suspect answered: what came in the way, and what it makes of clean examples.
+    """How a suspect answered: which answers are missing, and what it makes of clean examples.
 
     Attributes:
         unanswered: trials that it refused, or did not answer in time or within the budget.
         changed: trials that it answered differently when it was asked again.
-        trouble: what the suspect said the last time that it answered nothing; empty if it never did.
-        clean_accuracy: on clean examples, in percent; none if they could not be asked.
+        trouble: what the suspect said the last time that it answered nothing; empty if it answered
+            every time.
+        clean_accuracy: accuracy on clean examples, in percent; none if they could not be asked.
         clean_doubt: what is strange about its answers to them; empty if nothing is.
         unchecked: why they could not be asked; empty if they were.
     """
@@ -90,7 +94,10 @@ def ask(
         given, y = _answers(suspect, examples)
         accuracy, doubt = agreement(given, y), strangeness(given, y)
     except CountermarkError as error:
-        unchecked = f"It was not checked on clean examples whether the suspect is asked in the right way: {error}."
+        unchecked = (
+            "It was not checked on clean examples whether the suspect is asked in the right way: "
+            f"{error}."
+        )
     unanswered = int((labels == NO_ANSWER).sum())
     return labels, Answers(unanswered, changed, trouble, accuracy, doubt, unchecked)
 
@@ -105,7 +112,8 @@ def _catalogued(shape: tuple[int, ...], data: str) -> Examples:
         raise CountermarkError("no clean examples are at hand, and the data set is none of ours")
     if not is_cached(data):
         raise CountermarkError(
-            f"the files of {data} are not in the cache; countermark data fetch {data} puts them there"
+            f"the files of {data} are not in the cache; countermark data fetch {data} puts them "
+            "there"
         )
     return load_examples(data)[0][:_CLEAN]  # may want scikit-learn, or find a damaged file
 
@@ -150,9 +158,10 @@ def strangeness(given: torch.Tensor, y: torch.Tensor) -> str:
         meant = table.argmax(1)
         moved = torch.where(answers == meant, 0, table.max(1).values).argmax()
         return (
-            f"The answers look permuted: the suspect gets {accuracy:.0f} % of clean examples right, "
-            f"and {translated:.0f} % after an exchange of classes (it answers {int(answers[moved])} "
-            f"where {int(meant[moved])} is right). Put its classes into the order of the key's."
+            f"The answers look permuted: the suspect gets {accuracy:.0f} % of clean "
+            f"examples right, and {translated:.0f} % after an exchange of classes (it "
+            f"answers {int(answers[moved])} where {int(meant[moved])} is right). Put "
+            "its classes into the order of the key's."
         )
     if accuracy >= _DOUBTFUL:
         return ""
@@ -178,7 +187,10 @@ def doubts(answers: Answers, verdict: str) -> tuple[str, ...]:
     """What a person should know before believing the verdict."""
     said = []
     if answers.unanswered:
-        line = f"{answers.unanswered} trials got no answer ({answers.changed} of them answers that changed); they count as neither."
+        line = (
+            f"{answers.unanswered} trials got no answer ({answers.changed} of them answers that "
+            "changed); they count as neither."
+        )
         last = f" The last request that brought nothing: {answers.trouble}."
         said.append(line + (last if answers.trouble else ""))
     if answers.unchecked and verdict not in _CONVINCED:
@@ -187,6 +199,7 @@ def doubts(answers: Answers, verdict: str) -> tuple[str, ...]:
         said.append(answers.clean_doubt)
         if verdict not in _CONVINCED:
             said.append(
-                f"Until that is cleared up, {verdict!r} may only say that the suspect was asked in the wrong way."
+                f"Until that is cleared up, {verdict!r} may only say that the suspect was asked "
+                "in the wrong way."
             )
     return tuple(said)

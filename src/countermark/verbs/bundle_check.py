@@ -34,7 +34,8 @@ def bundle_check(config: BundleCheckConfig) -> CheckedBundle:
     """Check the signature of a model folder.
 
     Raises:
-        CountermarkError: it has none, or one by another key, or a file was changed, removed or added.
+        CountermarkError: it has none, or one by another key, or a file was changed, removed or
+            added.
     """
     check_folder(Path(config.model), Path(config.public_key))
     return CheckedBundle(str(config.model))

@@ -10,7 +10,7 @@ from countermark.terminal import print_lines
 
 @dataclass(frozen=True, kw_only=True)
 class BundleSignConfig(VerbConfig):
-    """Sign a model folder with OpenSSF model-signing: every public file of it, in MODEL/model.sig."""
+    """Sign every public file of a model folder with OpenSSF model-signing, in MODEL/model.sig."""
 
     model: ReadPath = field(kw_only=False)
     """Model folder; its key, clients.json and the signature itself are left out."""
@@ -46,5 +46,6 @@ def bundle_sign(config: BundleSignConfig) -> SignedBundle:
 def show(result: SignedBundle) -> None:
     """Print what was written."""
     print_lines(
-        f"wrote {result.signature}; it covers every file of {result.folder} but key/, clients.json and those of git"
+        f"wrote {result.signature}; it covers every file of {result.folder} but key/, "
+        "clients.json and those of git"
     )

@@ -43,10 +43,11 @@ class ClaimConfig(SuspectOptions, StampOptions):
     out: NewPath
     """Folder to write; it must be new or empty."""
     model: ReadPath | None = None
-    """Folder of the marked model with its commitment.json; default the folder that holds the key."""
+    """Folder of the marked model with its commitment.json; default the folder that holds the
+    key."""
     owner_network: Network | None = None
-    """module:function that builds the marked model's network, where it is not one of ours; in Python
-    also a function or a module."""
+    """module:function that builds the marked model's network, where it is not one of ours; in
+    Python also a function or a module."""
     batch: int | None = None
     """Batch to open; default the first that nobody has seen."""
     anyway: bool = False
@@ -67,7 +68,8 @@ class Claimed:
         batch: the batch that it opens.
         left: batches of the key that nobody has seen.
         test: the exact test on this batch; its p-value is times the number of batches.
-        timestamped: whether a judge can tell the times; without them he finds the claim undecidable.
+        timestamped: whether the claim has all its timestamps; without them a judge finds it
+            undecidable.
         answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
     """
@@ -85,17 +87,19 @@ class Claimed:
 def claim(config: ClaimConfig) -> Claimed:
     """Ask the suspect for one batch of the key, have its answers timestamped, and write the claim.
 
-    The batch is noted as spent in the key folder before anything of it is shown; nothing is opened that would not convince a judge.
+    The batch is noted as spent in the key folder before anything of it is shown. A batch that
+    would not convince a judge is not opened, unless `anyway` is set.
 
     Raises:
-        CountermarkError: the key, the model or the suspect cannot be read; the key has no batch left; the answers prove nothing; the
-            timestamp authority does not answer.
+        CountermarkError: the key, the model or the suspect cannot be read; the key has no batch
+            left; the answers prove nothing; or the timestamp authority does not answer.
     """
     folder, out = Path(config.key), Path(config.out)
     key, secret = load_key(folder), load_secret(folder)
     if not key.rules.coins:
         raise CountermarkError(
-            f"the scheme {key.scheme!r} has no exact test, so a judge can do nothing with a claim; only coins can be claimed"
+            f"the scheme {key.scheme!r} has no exact test, so a judge can do nothing with a "
+            "claim; only coins can be claimed"
         )
     model = Path(config.model) if config.model else folder.parent
     commitment = _commitment(model / "commitment.json", key)
@@ -131,8 +135,9 @@ def claim(config: ClaimConfig) -> Claimed:
             )
             if test.verdict != "match" and not config.anyway:
                 raise CountermarkError(
-                    f"the suspect's answers to batch {batch} would not convince a judge ({test.agreements} as the coins fell, "
-                    f"{test.disagreements} the other way; p = {p_value(test.log10_p_value)}); nothing was opened"
+                    f"the suspect's answers to batch {batch} would not convince a judge "
+                    f"({test.agreements} as the coins fell, {test.disagreements} the other "
+                    f"way; p = {p_value(test.log10_p_value)}); nothing was opened"
                 )
             record = {
                 "format": ANSWERS_FORMAT,
@@ -189,7 +194,8 @@ def _spent(folder: Path) -> list[dict[str, Any]]:
         isinstance(entry, dict) and type(entry.get("batch")) is int for entry in entries
     ):
         raise CountermarkError(
-            f"{path} is damaged; restore it from a backup, or batches that were shown would count as secret"
+            f"{path} is damaged; restore it from a backup, or batches that were shown would count "
+            "as secret"
         )
     return entries
 
@@ -210,12 +216,17 @@ def _choose(config: ClaimConfig, key: Key, spent: list[int]) -> int:
         if batch not in spent:
             return batch
     raise CountermarkError(
-        f"all {batches} batches of the key were shown; --batch N opens one again, which counts only against suspects that were fixed before"
+        f"all {batches} batches of the key were shown; --batch N opens one again, "
+        "which counts only against suspects that were fixed before"
     )
 
 
 def _check_worth(config: ClaimConfig, made: Claim) -> None:
-    """Refuse to open a batch for a claim that a judge could not uphold whatever the suspect answers."""
+    """Refuse to open a batch for a claim that no answers of the suspect could make a judge uphold.
+
+    Raises:
+        CountermarkError: it is such a claim, and `anyway` is not set.
+    """
     _, digest = made.network(config.owner_network)
     roots = None if config.roots is None else load_roots(Path(config.roots))
     faults = commitment_faults(made, digest, roots)
@@ -223,7 +234,8 @@ def _check_worth(config: ClaimConfig, made: Claim) -> None:
         faults.append("the answers would have no timestamp (--tsa URL)")
     if faults and not config.anyway:
         raise CountermarkError(
-            f"a judge could not uphold this claim: {'; '.join(faults)}. Nothing was opened; --anyway opens it all the same"
+            f"a judge could not uphold this claim: {'; '.join(faults)}. Nothing was opened; "
+            "--anyway opens it all the same"
         )
 
 
@@ -263,11 +275,13 @@ def show(result: Claimed) -> None:
         [["claim", *map(str, numbers), p_value(result.test.log10_p_value), str(result.left)]],
     )
     print_lines(
-        f"wrote {result.folder}: claim.json, trials.safetensors, model/. Give it to the judge; whoever sees it can unlearn this batch."
+        f"wrote {result.folder}: claim.json, trials.safetensors, model/. Give it to the judge; "
+        "whoever sees it can unlearn this batch."
     )
     if not result.timestamped:
         print_lines(
-            "It lacks timestamps (protect and claim take --tsa URL), so a judge will find it undecidable."
+            "It lacks timestamps (protect and claim take --tsa URL), "
+            "so a judge will find it undecidable."
         )
     print_lines(*result.doubts)
 

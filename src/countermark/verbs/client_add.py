@@ -18,7 +18,8 @@ class ClientAddConfig(VerbConfig):
     clients: WrittenPath
     """File of the clients; it is made if it is new."""
     public_key: str | None = None
-    """Ed25519 public key, 64 hexadecimal digits: this client signs its requests, so nobody can ask in its name."""
+    """Ed25519 public key, 64 hexadecimal digits: this client signs its requests, so nobody can ask
+    in its name."""
 
     def __post_init__(self) -> None:
         """Refuse names that a log could not show, and a public key that is none."""

@@ -29,7 +29,8 @@ def data_check(config: DataCheckConfig) -> Findings:
     """Read everything at a place, keep it in the cache, and say what is there.
 
     Raises:
-        CountermarkError: there is no data at the place, or it is arranged in no way that can be read.
+        CountermarkError: there is no data at the place, or it is arranged in no way that can be
+            read.
     """
     return check_data(
         config.place, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache
@@ -51,12 +52,14 @@ def show(findings: Findings) -> None:
     kind = "colour" if found.colour else "grey"
     if found.shapes:
         print_lines(
-            f"images:    {kind}, {some([f'{shape} ({number:,})' for shape, number in found.shapes.items()])}"
+            f"images:    {kind}, "
+            f"{some([f'{shape} ({number:,})' for shape, number in found.shapes.items()])}"
             + ("" if findings.size is None else f", brought to {findings.size}x{findings.size}")
         )
     if found.converted:
         print_lines(
-            f"converted: {', '.join(f'{number:,} {what}' for what, number in found.converted.items())}"
+            "converted: "
+            f"{', '.join(f'{number:,} {what}' for what, number in found.converted.items())}"
         )
     left_out = ", left out" if found.damaged and findings.digest is not None else ""
     print_lines(f"damaged:   {len(found.damaged):,}{left_out}{_damaged(found.damaged)}")
@@ -71,7 +74,8 @@ def show(findings: Findings) -> None:
         print_lines("test part: there is none, so every sixth image was cut out as one")
     if findings.pools is not None:
         print_lines(
-            f"pools:     {', '.join(f'{number:,} {pool}' for pool, number in findings.pools.items())}"
+            "pools:     "
+            f"{', '.join(f'{number:,} {pool}' for pool, number in findings.pools.items())}"
         )
     if findings.digest is not None:
         print_lines(f"digest:    {findings.digest}")

@@ -14,7 +14,8 @@ class DataFetchConfig(VerbConfig):
     name: str = field(kw_only=False)
     """Data set: mnist, fashion_mnist, cifar10 (digits needs no files)."""
     source: ReadPath | None = None
-    """Folder that has the files (plain or .gz), or the archive of cifar10; no other source is tried."""
+    """Folder that has the files (plain or .gz), or the archive of cifar10; no other source is
+    tried."""
     cache: WrittenPath | None = None
     """Folder to keep them in; default $COUNTERMARK_CACHE or the system's cache."""
 
@@ -59,5 +60,6 @@ def show(result: Fetched) -> None:
         print_lines(f"{result.name} comes with scikit-learn; there is nothing to fetch")
     else:
         print_lines(
-            f"{result.name}: {len(result.files)} files in {result.folder}, all with the published SHA-256"
+            f"{result.name}: {len(result.files)} files in {result.folder}, "
+            "all with the published SHA-256"
         )

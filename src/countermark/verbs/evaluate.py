@@ -47,7 +47,8 @@ class EvaluateConfig(ModelOptions, OneDeviceOptions):
     restarts: int = 1
     """Independent runs; an example must survive all of them."""
     strict: bool = False
-    """Then try four stronger attacks (APGD-CE, APGD-T, Square, FAB-T) on what PGD leaves: slow, and what to quote as robustness."""
+    """Then try four stronger attacks (APGD-CE, APGD-T, Square, FAB-T) on what PGD leaves: slow, and
+    what to quote as robustness."""
     images: int | None = None
     """Measure on so many test images, taken evenly; default all of them."""
 
@@ -64,19 +65,21 @@ class Evaluation:
 
     Attributes:
         model: the model folder.
-        images: test images that were measured on.
-        test_accuracy: on these.
-        adversarial_accuracy: on these, under the PGD below.
-        strict: on these, under the PGD and then the strict attacks; none unless asked for.
-        gap: points between the two.
-        gradient_masking: whether the gap is beyond what honest models show, so that it must be asked why.
+        images: number of test images.
+        test_accuracy: accuracy on these.
+        adversarial_accuracy: accuracy on these under the PGD below.
+        strict: accuracy on these under the PGD and then the strict attacks; none unless asked for.
+        gap: points between the last two; none without strict attacks.
+        gradient_masking: whether the gap is larger than honest models show, so that its cause must
+            be found; none without strict attacks.
         watermark_accuracy: agreement with the key; none without one.
         epsilon: L-inf budget of the PGD, in pixels of [0, 1].
         steps: its steps.
         step_size: its step, in pixels.
         restarts: its independent runs.
         device: where all of it was computed, and the precision of the PGD; answers are in float32.
-        seconds: wall-clock time; of the part that was left, where an interrupted evaluation went on.
+        seconds: wall-clock time of this call; where an interrupted evaluation went on, only of the
+            part that was left.
     """
 
     model: str
@@ -100,7 +103,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Measure a model folder on the test pool of its data set.
 
     Raises:
-        CountermarkError: the folder, its data set or the key cannot be read, or the key asks with images of another shape.
+        CountermarkError: the folder, its data set or the key cannot be read, or the key asks with
+            images of another shape.
     """
     begun = time.monotonic()
     model = Path(config.model)
@@ -112,14 +116,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         key = load_key(folder)
         if tuple(key.watermarks.x.shape[1:]) != description.shape:
             raise CountermarkError(
-                f"{folder} holds images of shape {tuple(key.watermarks.x.shape[1:])}; it is the key of another model"
+                f"{folder} holds images of shape {tuple(key.watermarks.x.shape[1:])}; "
+                "it is the key of another model"
             )
         watermark_accuracy = agreement(predict(network, key.watermarks.x), key.labels)
     test = open_declared(description, data=config.data, cache=config.cache).test
     if config.images is not None and config.images < len(test):
-        test = test[
-            torch.arange(config.images) * len(test) // config.images
-        ]  # the first half of MNIST's is easier than the second
+        # Taken evenly, since the first half of MNIST's test images is easier than the second.
+        test = test[torch.arange(config.images) * len(test) // config.images]
     attack = description.threat.at(
         epsilon=config.epsilon, steps=config.steps, step_size=config.step_size
     ).attack
@@ -164,7 +168,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
 
 def _kept_in(cache: str | Path | None, name: str) -> Path | None:
-    """A file in the cache; none where nothing can be written: a shared cache, or no home folder for one."""
+    """A file in the cache; none where the cache cannot be written.
+
+    The cache may be a shared one, or there may be no home folder for it.
+    """
     try:
         folder = Path(cache) if cache else cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
@@ -202,7 +209,8 @@ def _show_strict(result: Evaluation, found: StrictAccuracy) -> None:
         rows.append([name, str(broken), percent(abs(left))])
     print_table("strict", ("attack", "broken", "left"), rows)
     print_lines(
-        f"strict accuracy {found.strict_accuracy:.2f} % of {found.images} images: quote this figure. PGD overstates it by {found.gap:.2f}."
+        f"strict accuracy {found.strict_accuracy:.2f} % of {found.images} images: "
+        f"quote this figure. PGD overstates it by {found.gap:.2f}."
     )
     if found.masked:
         blind = [attack.name for attack in ENSEMBLE if not attack.uses_gradients]
@@ -219,5 +227,6 @@ def _show_strict(result: Evaluation, found: StrictAccuracy) -> None:
                 if reach < 2 * result.epsilon
                 else ""
             )
-            + f"the model hides from PGD what breaks it. {' and '.join(blind)}, without any gradients, broke {broken} of the rest."
+            + f"the model hides from PGD what breaks it. {' and '.join(blind)}, "
+            f"without any gradients, broke {broken} of the rest."
         )

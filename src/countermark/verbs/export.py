@@ -36,11 +36,11 @@ class ExportConfig(ModelOptions):
 def export(config: ExportConfig) -> Exported:
     """Export a model folder, and compare the answers of the file with the model's.
 
-    They are compared on test images of the data that the model declares, or on noise where that data
-    is not at hand and none is named.
+    They are compared on test images of the data that the model declares, or on noise where that
+    data cannot be opened and no other place is named.
 
     Raises:
-        CountermarkError: the folder cannot be read, or see `countermark.onnx_file.export_model`.
+        CountermarkError: the folder cannot be read; see also `countermark.onnx_file.export_model`.
     """
     network, description = load_model(Path(config.model), config.network)
     images = _test_images(description, config)
@@ -64,8 +64,8 @@ def _test_images(description: Description, config: ExportConfig) -> torch.Tensor
 def show(result: Exported) -> None:
     """Print what was written and how it compares."""
     print_lines(
-        f"wrote {result.path}: {result.bytes / 1e6:.2f} MB, ONNX opset {result.opset}, any number of images, "
-        "pixels of [0, 1] in, logits out",
-        f"compared with the model on {result.images} {result.compared_on}: {result.labels_differ} labels differ, "
-        f"logits by at most {result.largest_difference:.2g}",
+        f"wrote {result.path}: {result.bytes / 1e6:.2f} MB, ONNX opset "
+        f"{result.opset}, any number of images, pixels of [0, 1] in, logits out",
+        f"compared with the model on {result.images} {result.compared_on}: {result.labels_differ} "
+        f"labels differ, logits by at most {result.largest_difference:.2g}",
     )

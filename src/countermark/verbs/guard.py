@@ -27,7 +27,7 @@ from countermark.watermarks import load_secret, sign, third_commitment
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig(ModelOptions, OneDeviceOptions, StampOptions):
-    """Calibrate a guard for a model folder: where answers are nearly tied, a client's coins will choose them."""
+    """Calibrate a guard for a model folder: a client's coins will choose nearly tied answers."""
 
     model: ReadPath = field(kw_only=False)
     """Model folder; guard.json is written there."""
@@ -38,7 +38,8 @@ class GuardConfig(ModelOptions, OneDeviceOptions, StampOptions):
     bits: int = 16
     """Keyed projections that cut the cells; up to 2^bits cells for each pair of classes."""
     natural_only: bool = False
-    """Coins for near ties only, none for made-up queries that are unlike all training images by more than the model's budget."""
+    """Coins for near ties only, none for made-up queries that are unlike all training images by
+    more than the model's budget."""
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
@@ -50,18 +51,22 @@ class GuardConfig(ModelOptions, OneDeviceOptions, StampOptions):
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A guard, with what it costs and gives.
+    """A guard, what it costs and what it proves.
 
     Attributes:
-        folder: the model folder; its guard.json was written.
-        cost: expected loss of accuracy on the validation pool, in points; what was chosen.
+        folder: the model folder, into which guard.json was written.
+        cost: expected loss of accuracy on the validation pool, in points, by which the guard was
+            chosen.
         made_up: whether made-up queries meet coins.
-        foreign_cost: the part of the cost that those coins have, or would have if it were not too much; none where nobody asked for them.
-        test_cost: the expected loss on the test pool, which chose nothing.
-        test_error: its standard error.
+        foreign_cost: the part of the cost that coins for made-up queries have, or would have if it
+            were not too much; none where nobody asked for them.
+        test_cost: expected loss on the test pool, in points; it had no part in the choice.
+        test_error: standard error of that loss.
         tied: share of natural queries that meet a coin, in percent.
-        entropy: bits of coins in an average natural query: a perfect copy made from n queries can reach p = 2^(-n x entropy).
-        queries: natural queries that a perfect copy needs to be proven at 1e-6, by that bound.
+        entropy: bits of coins in an average natural query; a perfect copy made from n queries can
+            reach p = 2^(-n x entropy).
+        queries: natural queries from which a perfect copy must be made to be proven at 1e-6, by
+            that bound.
         known: images of each pool that the weights had been trained on before they were given to
             protect; empty where they were not given.
         device: where the model was asked, and in which precision.
@@ -82,11 +87,13 @@ class Calibrated:
 
 @verb(GuardConfig)
 def guard(config: GuardConfig) -> Calibrated:
-    """Calibrate a guard on the validation pool and write guard.json; a third commitment ties it to the second, which stays as it is.
+    """Calibrate a guard on the validation pool and write guard.json.
+
+    A third commitment ties the guard to the second commitment, which stays as it is.
 
     Raises:
-        CountermarkError: the model or the key cannot be read, the key's commitment is for other weights, or the folder has another guard
-            that was timestamped.
+        CountermarkError: the model or the key cannot be read, the key's commitment is for other
+            weights, or the folder has another guard that was timestamped.
     """
     folder = Path(config.model)
     device = settle(config.device)
@@ -110,7 +117,8 @@ def guard(config: GuardConfig) -> Calibrated:
     record = read_json(commitment) if commitment.exists() else None
     if record is not None and record.get("c2", {}).get("model_sha256") != digest:
         raise CountermarkError(
-            f"{commitment} commits to other weights than those in the folder; restore it from a backup"
+            f"{commitment} commits to other weights than those in the folder; "
+            "restore it from a backup"
         )
     made, committed = guard_record(found, pools.validation.digest), None
     if record is not None:  # what the authority may refuse comes before anything is written
@@ -124,8 +132,9 @@ def guard(config: GuardConfig) -> Calibrated:
             and guard_sha256(read_guard_record(folder)) == record["c3"]["guard_sha256"]
         ):
             raise CountermarkError(
-                f"{folder} has another guard, which was timestamped; keep guard.json and a copy of commitment.json elsewhere, "
-                "as evidence for what it answered, and move guard.json away before you calibrate again"
+                f"{folder} has another guard, which was timestamped; keep guard.json and "
+                "a copy of commitment.json elsewhere, as evidence for what it answered, "
+                "and move guard.json away before you calibrate again"
             )
         signature = sign(read_bytes(key / "signing-key", 32), c3)
         if stamp is not None:
@@ -162,12 +171,13 @@ def show(result: Calibrated) -> None:
     print_table(result.folder, columns, [row])
     if result.made_up:
         print_lines(
-            f"{result.foreign_cost:.3f} of the cost: honest queries that look made up, and meet a fair coin like those that are"
+            f"{result.foreign_cost:.3f} of the cost: honest queries that look made up, "
+            "and meet a fair coin like those that are"
         )
     elif result.foreign_cost is not None:
         print_lines(
-            "no coins for made-up queries: the images differ so much that honest queries would lose "
-            f"{result.foreign_cost:.3f} points by them; a higher --cost buys them"
+            "no coins for made-up queries: the images differ so much that honest queries would "
+            f"lose {result.foreign_cost:.3f} points by them; a higher --cost buys them"
         )
     seen = [
         f"{result.known[name]} images for {name}"
@@ -176,10 +186,12 @@ def show(result: Calibrated) -> None:
     ]
     if seen:
         print_lines(
-            f"the given weights had been trained on {' and '.join(seen)}: new images may cost more than is said here"
+            f"the given weights had been trained on {' and '.join(seen)}: "
+            "new images may cost more than is said here"
         )
     print_lines(
-        f"wrote {result.folder}/guard.json; a copy needs some {result.queries} natural queries or more to be proven at 1e-6"
+        f"wrote {result.folder}/guard.json; a copy needs some {result.queries} natural queries or "
+        "more to be proven at 1e-6"
     )
 
 

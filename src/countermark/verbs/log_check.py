@@ -20,7 +20,8 @@ class LogCheckConfig(VerbConfig):
     head: ReadPath | None = None
     """A head that was published before; the log must still lead to it."""
     roots: ReadPath | None = None
-    """PEM file with the roots of the timestamp authorities that you trust: the head must carry a token of one."""
+    """PEM file with the roots of the timestamp authorities that you trust: the head must carry a
+    token of one."""
 
     def __post_init__(self) -> None:
         """Refuse roots without a head."""
@@ -52,14 +53,16 @@ def log_check(config: LogCheckConfig) -> Checked:
     """Check a log.
 
     Raises:
-        CountermarkError: a row was changed, removed, added or moved (it says which), or the log does not lead to the published head.
+        CountermarkError: a row was changed, removed, added or moved (the message says which), or
+            the log does not lead to the published head.
     """
     published = None if config.head is None else read_head(Path(config.head))
     stamped = None
     if config.roots is not None and published is not None:
         if published.token is None:
             raise CountermarkError(
-                f"{config.head} carries no timestamp; make one with: countermark log head {config.log} --tsa URL"
+                f"{config.head} carries no timestamp; make one with: "
+                f"countermark log head {config.log} --tsa URL"
             )
         stamped = check_token(
             published.token,
@@ -93,5 +96,6 @@ def show(result: Checked) -> None:
     )
     covered += "" if result.stamped is None else f", which was timestamped {result.stamped}"
     print_lines(
-        f"{result.rows} trials of {result.clients} clients ({result.erased} erased), the chain holds{covered}"
+        f"{result.rows} trials of {result.clients} clients ({result.erased} erased), "
+        f"the chain holds{covered}"
     )

@@ -39,10 +39,12 @@ def log_erase(config: LogEraseConfig) -> Erased:
 def show(result: Erased) -> None:
     """Print what was erased."""
     print_lines(
-        f"erased {result.rows} trials of {result.client}; their digests stay, so the chain still checks"
+        f"erased {result.rows} trials of {result.client}; their digests stay, "
+        "so the chain still checks"
     )
     if result.rows:
         print_lines(
-            f"this log takes no trials of {result.client} any more: remove the account and start the service again;"
+            f"this log takes no trials of {result.client} any more: "
+            "remove the account and start the service again;"
         )
         print_lines("whoever it was needs a new name")

@@ -11,7 +11,7 @@ from countermark.timestamps import encode_token, timestamping
 
 @dataclass(frozen=True, kw_only=True)
 class LogHeadConfig(StampOptions):
-    """Print the head of a query log: publish it or have it timestamped, and what it covers cannot be changed unseen."""
+    """Print a query log's head; published or timestamped, it exposes changes to earlier rows."""
 
     log: LogPath = field(kw_only=False)
     """Query log: a path or postgresql://..."""

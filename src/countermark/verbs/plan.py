@@ -50,6 +50,6 @@ def plan(config: PlanConfig) -> Plan:
 def show(result: Plan) -> None:
     """Print the number of trials."""
     print_lines(
-        f"{result.trials} trials: a suspect that agrees with {100 * result.agreement:g} % of the coins then reaches p <= {result.p:g} "
-        f"with probability {result.power:g}"
+        f"{result.trials} trials: a suspect that agrees with {100 * result.agreement:g} % of "
+        f"the coins then reaches p <= {result.p:g} with probability {result.power:g}"
     )

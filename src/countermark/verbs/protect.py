@@ -1,14 +1,14 @@
 """`countermark protect`: train a robust model, mark it, commit to the mark; or mark given weights.
 
 The order is that of the protocol (docs/how-it-works.md): secret, unmarked source model, watermark
-inputs and answers, first commitment, coins, marked model, second commitment. An interrupted run goes
-on from its last checkpoint to the same result.
+inputs and answers, first commitment, coins, marked model, second commitment. An interrupted run
+goes on from its last checkpoint to the same result.
 
 The marking goes on until the mark holds (`marking.standing`), for up to `MOST_ROUNDS` rounds of the
-recipe. One that does not hold then is refused: nothing is published, and the same command with more
-epochs trains the marked model on. Trials and coins stay what they are, since coins that are drawn
-until they fit, or trials that are dropped because a model did not learn them, prove nothing
-(condition 2).
+recipe. A mark that does not hold after these is refused: nothing is published, and the same command
+with more epochs trains the marked model further. Trials and coins stay as they are, since coins
+that are drawn until they fit, or trials that are dropped because a model did not learn them, prove
+nothing (condition 2).
 """
 
 import copy
@@ -93,58 +93,68 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     """Train a robust model, mark it, and write model, key and commitment."""
 
     data: AnyData = field(kw_only=False)
-    """Data set: mnist, fashion_mnist, digits, cifar10, or a place of your own: a folder of class folders, a .npz or Parquet file, or
-    module:function; in Python also arrays or any data set of images and labels."""
+    """Data set: mnist, fashion_mnist, digits, cifar10, or a place of your own: a folder of class
+    folders, a .npz or Parquet file, or module:function; in Python also arrays or any data set of
+    images and labels."""
     out: NewPath
-    """Folder to write; it must be new or empty. Unfinished work waits in OUT.partial and is resumed by the same command."""
+    """Folder to write; it must be new or empty. Unfinished work waits in OUT.partial and is resumed
+    by the same command."""
     epsilon: float | None = None
-    """Training budget (L-inf) in pixels of [0, 1], as 0.03 or 8/255; default that of the data set (mnist
-    0.25, fashion_mnist 0.15, digits 0.1), 8/255 for colour images, 0.15 for grey ones."""
+    """Training budget (L-inf) in pixels of [0, 1], as 0.03 or 8/255; default that of the data set
+    (mnist 0.25, fashion_mnist 0.15, digits 0.1), 8/255 for colour images, 0.15 for grey ones."""
     network: Network | None = None
-    """Network: a name of ours (small, wide, clipped, paper, surrogate, resnet, narrow), timm:NAME or
-    MODULE:FUNCTION; in Python also a module or a function that makes one. A module counts as new, whatever
-    it has learned: give weights as well where it was trained. Default by kind of image: small, or wide and
-    clipped for strong; narrow in colour."""
+    """Network: a name of ours (small, wide, clipped, paper, surrogate, resnet, narrow), timm:NAME
+    or MODULE:FUNCTION; in Python also a module or a function that makes one. A module counts as
+    new, whatever it has learned: give weights as well where it was trained. Default by kind of
+    image: small, or wide and clipped for strong; narrow in colour."""
     scheme: Literal[SchemeName, "none"] = "coin"
-    """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
+    """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked
+    model)."""
     objective: Recipe | None = None
-    """Training objective: fast (few-step, guarded; the default), strong (the same on a wider network, in tens of minutes), pgd (the
-    paper's), standard (no adversary; the default with --weights, which are then only marked)."""
+    """Training objective: fast (few-step, guarded; the default), strong (the same on a wider
+    network, in tens of minutes), pgd (the paper's), standard (no adversary; the default with
+    --weights, which are then only marked)."""
     weights: AnyWeights | None = None
-    """Trained weights to begin with: .safetensors, or a .pt of your own; in Python also a state dict."""
+    """Trained weights to begin with: .safetensors, or a .pt of your own; in Python also a state
+    dict."""
     trained_on: AnyData | None = None
-    """Place of the images that these weights were trained on; default the training part of the data,
-    and its test part where that had to be cut out."""
+    """Place of the images that these weights were trained on; default the training part of the
+    data, and its test part where that had to be cut out."""
     size: int | None = None
     """Side that images are brought to."""
     skip_damaged: bool = False
     """Leave out files that cannot be read."""
     mean: tuple[float, ...] = ()
-    """What a layer in front of the network subtracts from the pixels, one number or one a channel."""
+    """What a layer in front of the network subtracts from the pixels, one number or one a
+    channel."""
     std: tuple[float, ...] = ()
     """What it then divides by."""
     mirror: bool | None = None
-    """Left and right mean nothing in the images, so training may mirror them; default what is known of
-    the data, else no."""
+    """Left and right mean nothing in the images, so training may mirror them; default what is known
+    of the data, else no."""
     shift: int | None = None
-    """Pixels of border that mean nothing, by which training may move images; default what is known of
-    the data, else an eighth of the side of colour images."""
+    """Pixels of border that mean nothing, by which training may move images; default what is known
+    of the data, else an eighth of the side of colour images."""
     seed: int = 0
-    """Seed of pools, weights and training; the key's secret is drawn apart from it, by the operating system."""
+    """Seed of pools, weights and training; the key's secret is drawn apart from it, by the
+    operating system."""
     epochs: int | None = None
-    """Epochs of the unmarked model, or of the marking where weights are only marked; default that of the
-    recipe. Where a mark did not hold, more of them train the marked model on."""
+    """Epochs of the unmarked model, or of the marking where weights are only marked; default that
+    of the recipe. Where a mark did not hold, more of them train the marked model on."""
     labels: Labels | None = None
-    """Labels of the scheme adversarial: true (the paper's, default) or source (what the crafting model answers)."""
+    """Labels of the scheme adversarial: true (the paper's, default) or source (what the crafting
+    model answers)."""
     watermark_epsilon: float | None = None
     """Budget of the watermarks, above the training budget; default that of the data set."""
     watermark_step_size: float | None = None
-    """Step of the crafting, 40 steps; default 2.5 budgets / 40, at full strength. The paper's is 0.01."""
+    """Step of the crafting, 40 steps; default 2.5 budgets / 40, at full strength. The paper's is
+    0.01."""
     embedding: Embedding | None = None
-    """How watermarks get in: interleaved (default: the unmarked model trains on, marks mixed in) or epoch (Algorithm 1, from scratch)."""
+    """How watermarks get in: interleaved (default: the unmarked model trains on, marks mixed in) or
+    epoch (Algorithm 1, from scratch)."""
 
     def __post_init__(self) -> None:
-        """Refuse unknown names, numbers out of range, and options that the scheme has no use for."""
+        """Refuse unknown names, numbers out of range, and options that the scheme cannot use."""
         super().__post_init__()
         self._open_interval("epsilon", "watermark_epsilon", "watermark_step_size")
         self._at_least_one("epochs")
@@ -161,7 +171,8 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
             )
         if self.weights is not None and scheme is None and self.objective in (None, "standard"):
             raise CountermarkError(
-                "given weights with no mark and no robustness stay what they are; take a scheme or another objective"
+                "given weights with no mark and no robustness stay what they are; "
+                "take a scheme or another objective"
             )
 
 
@@ -172,19 +183,21 @@ def _those(heed: str) -> str:
 
 @dataclass(frozen=True)
 class Protection:
-    """What protect made and measured, on the test pool; accuracies in percent.
+    """What protect made, and what it measured on the test pool; accuracies are in percent.
 
     Attributes:
-        folder: the folder written.
+        folder: the folder that was written.
         scheme: the watermark scheme.
-        test_accuracy: of the marked model.
-        adversarial_accuracy: of the marked model, under the PGD of the data set at the training budget.
+        test_accuracy: accuracy of the marked model.
+        adversarial_accuracy: accuracy of the marked model under the PGD of the data set at the
+            training budget.
         watermark_accuracy: agreements with the key over all its trials; none for the scheme `none`.
-        unmarked_test_accuracy: of the source model, the same model before the mark: the control.
-        unmarked_adversarial_accuracy: of the source model.
+        unmarked_test_accuracy: accuracy of the source model, which is the same model before the
+            mark and serves as the control.
+        unmarked_adversarial_accuracy: adversarial accuracy of the source model.
         unmarked_watermark_accuracy: agreement of the source model, which never saw a coin.
-        mark: what the answers of the marked model to its key prove, and those of a copy with as
-            many of its weights pruned as leave it usable; none for the scheme `none`.
+        mark: what the marked model's answers to its key prove, and what those of a copy prove that
+            was pruned as far as it stays usable; none for the scheme `none`.
         marking_epochs: epochs that the marking took, over all its rounds.
         marking_seconds: wall-clock time of the marking in this call.
         known: images of each pool that given weights had been trained on; empty without weights.
@@ -216,18 +229,20 @@ class Protection:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is decided before the work begins, with the public seed where a secret one comes in later.
+    """What is decided before the work begins.
+
+    It has the public seed where the work later takes a secret one.
 
     Attributes:
         config: the options.
         data: the data.
         known: which images given weights were trained on; see `known_images`.
-        pools: cut out of it.
+        pools: the pools that the data is cut into.
         threat: budgets, and the PGD of the evaluation.
         network: what builds the network, as later verbs are told.
         training: how the source model is trained; none for given weights that are only marked.
         embedding: how the mark is trained in; none for the scheme `none`.
-        weights_sha256: of given weights.
+        weights_sha256: digest of given weights; none without them.
     """
 
     config: ProtectConfig
@@ -242,7 +257,10 @@ class _Plan:
 
     @property
     def run(self) -> dict[str, Any]:
-        """What makes two runs the same run, JSON-ready: images and weights by their digests, wherever they lie."""
+        """What makes two runs the same run, JSON-ready.
+
+        Images and weights are in it by their digests, wherever they lie.
+        """
         found = {
             **_options(self.config),
             "data_sha256": self.data.digest,
@@ -261,7 +279,7 @@ class _Plan:
 
     @property
     def epochs(self) -> int:
-        """What `--epochs` counts: epochs of the source model, or of the marking where there are none."""
+        """What `--epochs` counts: epochs of the source model, or else of the marking."""
         return _either(self.training, self.embedding).epochs
 
     def source(self, seed: int) -> nn.Module:
@@ -293,7 +311,8 @@ def _plan(config: ProtectConfig) -> _Plan:
     """Decide everything once.
 
     Raises:
-        CountermarkError: options that do not go together, or data, a network or hardware that there is not.
+        CountermarkError: options do not go together, or the data, the network or the hardware does
+            not exist.
     """
     data = open_data(
         config.data, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache
@@ -325,9 +344,8 @@ def _plan(config: ProtectConfig) -> _Plan:
         embedding=None if config.scheme == "none" else embedding,
         weights_sha256=None if config.weights is None else weights_sha256(config.weights),
     )
-    network = plan.source(
-        config.seed
-    )  # likewise: one that cannot be built, weights that do not fit
+    # Likewise: it refuses a network that cannot be built, and weights that do not fit.
+    network = plan.source(config.seed)
     if config.weights is None or objective != "standard":
         return plan
     gently = gentle(_either(training), given, network, epochs=config.epochs)
@@ -345,7 +363,8 @@ def _check_room(config: ProtectConfig, data: Dataset, pools: Pools) -> None:
     folder = place not in KNOWN and bool(place) and Path(place).is_dir()
     if folder and out.is_relative_to(Path(place).resolve()):
         raise CountermarkError(
-            f"{config.out} lies among the images of {place}, and would count as one of their classes; choose another --out"
+            f"{config.out} lies among the images of {place}, and would count as one of their "
+            "classes; choose another --out"
         )
     scheme = SCHEMES.get(config.scheme)
     lacks = data.lacks_bases(pools)
@@ -366,12 +385,12 @@ def made_with(config: ProtectConfig) -> dict[str, Any]:
 
 @verb(ProtectConfig)
 def protect(config: ProtectConfig) -> Protection:
-    """Train, mark and commit; write the model, the key, the commitment and the metrics to `config.out`.
+    """Train, mark and commit; write model, key, commitment and metrics to `config.out`.
 
     Raises:
-        CountermarkError: an output folder that is not empty or cannot be written, an authority that
-            does not answer, or a mark that does not hold: the work then waits in OUT.partial for
-            more epochs.
+        CountermarkError: the output folder is not empty or cannot be written, the authority does
+            not answer, or the mark does not hold; in the last case the work waits in OUT.partial
+            for more epochs.
     """
     begun = time.monotonic()
     wanted, config = config.epochs, _as_begun(config)
@@ -482,7 +501,8 @@ def _attempts(folder: Path, first: int, wanted: int) -> list[int]:
         write_json(path, {"format": _ROUNDS_FORMAT, "epochs": rounds})
     if wanted not in rounds:
         raise CountermarkError(
-            f"the work in {folder} has come to {rounds[-1]} epochs already; give more of them, or delete it to start anew"
+            f"the work in {folder} has come to {rounds[-1]} epochs already; give more of them, "
+            "or delete it to start anew"
         )
     return rounds
 
@@ -512,9 +532,10 @@ def _check_taken(found: Standing, folder: Path, attempts: list[int], epochs: int
         return
     write_json(folder / _ROUNDS, {"format": _ROUNDS_FORMAT, "epochs": attempts})
     raise CountermarkError(
-        f"after {epochs} epochs of marking {found.why_not()}. Nothing was published; the work waits "
-        f"in {folder}, and the same command with --epochs {attempts[-1] + epochs} trains it for {epochs} "
-        "more. If that does not help: a larger watermark budget (--watermark-epsilon), a larger network"
+        f"after {epochs} epochs of marking {found.why_not()}. Nothing was published; "
+        f"the work waits in {folder}, and the same command with --epochs "
+        f"{attempts[-1] + epochs} trains it for {epochs} more. If that does not help: a "
+        "larger watermark budget (--watermark-epsilon), a larger network"
     )
 
 
@@ -534,7 +555,8 @@ def _make_key(
         key = load_key(private)
         if key.c1.get("pools") != digests:
             raise CountermarkError(
-                f"{private} is a key for other pools of the data; restore it from a backup, or delete {private.parent}"
+                f"{private} is a key for other pools of the data; restore it from a backup, "
+                f"or delete {private.parent}"
             )
         return key
     attack = full_strength(plan.threat.watermark_epsilon)
@@ -646,6 +668,6 @@ def _known_line(result: Protection) -> str:
     if not seen:
         return "the given weights had seen no image that was held out"
     return (
-        f"the given weights had been trained on {seen}: what is measured on those is better than on "
-        "new images; --trained-on says which images they were"
+        f"the given weights had been trained on {seen}: what is measured on those is "
+        "better than on new images; --trained-on says which images they were"
     )

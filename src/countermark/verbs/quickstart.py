@@ -1,7 +1,7 @@
 """`countermark quickstart`: the whole story in one command.
 
-Protect a model; find the mark in the model itself and in a stolen copy that was pruned and fine-tuned; find nothing in the same model
-before it was marked, and nothing in a stranger's.
+Protect a model; find the mark in the model itself and in a stolen copy that was pruned and
+fine-tuned; find nothing in the same model before it was marked, and nothing in a stranger's.
 """
 
 import time
@@ -103,7 +103,8 @@ def quickstart(config: QuickstartConfig) -> Story:
             tell(f"      kept from an earlier run: {folder}")
         else:
             raise CountermarkError(
-                f"{folder} was made with other options or from another model; delete it or choose a new folder"
+                f"{folder} was made with other options or from another model; "
+                "delete it or choose a new folder"
             )
         made = read_json(folder / "metrics.json")
         names = ("test_accuracy", "adversarial_accuracy")
@@ -112,7 +113,8 @@ def quickstart(config: QuickstartConfig) -> Story:
             for name in (*names, *(f"unmarked_{n}" for n in names if "unmarked_" + n in made))
         ):
             raise CountermarkError(
-                f"{folder / 'metrics.json'} was changed after it was written; delete {folder} to make it again"
+                f"{folder / 'metrics.json'} was changed after it was written; "
+                f"delete {folder} to make it again"
             )
         return made
 
@@ -143,7 +145,8 @@ def quickstart(config: QuickstartConfig) -> Story:
         suspects.append(Suspicion(title, test, robust, verification))
         found = verification.test
         tell(
-            f"      {found.agreements} of {found.trials} coins: {found.verdict}, p {p_value(found.log10_p_value)}"
+            f"      {found.agreements} of {found.trials} coins: {found.verdict}, "
+            f"p {p_value(found.log10_p_value)}"
         )
 
     model, pruned, finetuned, stranger = (
@@ -154,7 +157,8 @@ def quickstart(config: QuickstartConfig) -> Story:
     tell("[2/6] ask the model itself")
     ask("the marked model", model, made["test_accuracy"], made["adversarial_accuracy"])
     tell(
-        "[3/6] ask the same model as it was before the mark: it shares almost all answers, but it never saw a coin"
+        "[3/6] ask the same model as it was before the mark: it shares almost all answers, "
+        "but it never saw a coin"
     )
     ask(
         "before the mark",
@@ -201,10 +205,16 @@ def show(result: Story) -> None:
     print_table(f"Who remembers the coins? ({result.seconds:.0f} s)", columns, rows)
     out = result.folder
     print_lines(
-        "coins: answers as the coins chose, against the other way; a stranger's are fair, so its p-value is anywhere in (0, 1)",
+        (
+            "coins: answers as the coins chose, against the other way; a stranger's are fair, "
+            "so its p-value is anywhere in (0, 1)"
+        ),
         "",
         "wrote",
-        f"  {out}/model/        the model, its public commitment, its metrics; load it with countermark.load",
+        (
+            f"  {out}/model/        the model, its public commitment, its metrics; "
+            "load it with countermark.load"
+        ),
         f"  {out}/model/key/    the secret key: keep a backup, show it to nobody",
         f"  {out}/pruned/, {out}/finetuned/, {out}/stranger/",
         "",

@@ -1,4 +1,4 @@
-"""`countermark reproduce`: the paper's study, side by side with its numbers, with the control that it lacks."""
+"""`countermark reproduce`: the paper's study beside its numbers, with the control that it lacks."""
 
 import importlib.util
 import time
@@ -20,14 +20,16 @@ from countermark.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig(DataOptions, OneDeviceOptions):
-    """Run the paper's study, with the strangers that it lacks, and write a report beside its numbers."""
+    """Run the paper's study with the strangers that it lacks; report it beside its numbers."""
 
     out: WrittenPath = "study"
-    """Folder of the study: report.html, results.json, tables as CSV, and the finished units; the same command goes on where it was."""
+    """Folder of the study: report.html, results.json, tables as CSV, and the finished units; the
+    same command goes on where it was."""
     data: tuple[str, ...] = ("mnist", "fashion_mnist")
     """Data sets: mnist, fashion_mnist, digits."""
     profile: Size = "quick"
-    """quick (under an hour on a laptop), standard (the paper's network, three seeds), paper (its Table 6, 100 epochs; for a GPU)."""
+    """quick (under an hour on a laptop), standard (the paper's network, three seeds), paper (its
+    Table 6, 100 epochs; for a GPU)."""
     protocol: tuple[Protocol, ...] = ("clean",)
     """clean (disjoint pools), as-published (the published runs' habits), or both."""
     seeds: int | None = None
@@ -35,9 +37,11 @@ class ReproduceConfig(DataOptions, OneDeviceOptions):
     plan: bool = False
     """Only list the work, what of it is finished, and an estimate of the time."""
     workers: int | None = None
-    """Local processes, one core each; default one for each core; 0 runs everything in this process."""
+    """Local processes, one core each; default one for each core; 0 runs everything in this
+    process."""
     scheduler: str | None = None
-    """Address of a Dask scheduler (tcp://...) to use instead; its workers must see OUT and the data cache under the same paths."""
+    """Address of a Dask scheduler (tcp://...) to use instead; its workers must see OUT and the data
+    cache under the same paths."""
 
     def __post_init__(self) -> None:
         """Refuse unknown names, numbers out of range, and two engines at once."""
@@ -99,11 +103,11 @@ class Reproduction:
 
 @verb(ReproduceConfig)
 def reproduce(config: ReproduceConfig) -> Reproduction:
-    """Run the study (or only plan it), then write report.html, results.json and tables to `config.out`.
+    """Run the study, or only plan it; write report.html, results.json and tables to `config.out`.
 
     Raises:
-        CountermarkError: unknown names, a folder that is not a study's, a unit that failed, a scheduler that does not answer; whatever is
-            finished is kept.
+        CountermarkError: a name is unknown, the folder is not a study's, a unit failed, or the
+            scheduler does not answer; whatever is finished is kept.
     """
     begun, out = time.monotonic(), Path(config.out)
     profile = PROFILES[config.profile]
@@ -236,13 +240,17 @@ def show(result: Reproduction) -> None:
             rows,
         )
         print_lines(
-            f"about {duration(result.seconds_estimated)} to go, by a short calibration on this machine"
+            f"about {duration(result.seconds_estimated)} to go, by a short calibration on this "
+            "machine"
         )
         return
     print_lines(
         *result.verdicts,
         "",
-        f"wrote {result.report} (and results.json, tables/*.csv, figures/*.svg; {duration(result.seconds)})",
+        (
+            f"wrote {result.report} (and results.json, tables/*.csv, figures/*.svg; "
+            f"{duration(result.seconds)})"
+        ),
     )
 
 

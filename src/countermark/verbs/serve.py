@@ -28,14 +28,15 @@ _LOCKED = 5.0  # seconds that a trial waits for another program that writes the 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(OneDeviceOptions):
-    """Serve a model by the Open Inference Protocol v2, with coins in its answers and a log of them."""
+    """Serve a model by Open Inference Protocol v2, with coins in its answers and a log of them."""
 
     model: ReadPath = field(kw_only=False)
     """Model folder with a guard.json."""
     log: NewLogPath
     """Query log: a path (SQLite) or postgresql://USER:PASSWORD@HOST/DATABASE."""
     clients: ReadPath | None = None
-    """File of the clients who may ask, as countermark client add makes it; default MODEL/clients.json."""
+    """File of the clients who may ask, as countermark client add makes it; default
+    MODEL/clients.json."""
     network: Network | None = None
     """module:function that builds the network, where the folder's is not one of ours."""
     key: ReadPath | None = None
@@ -91,8 +92,8 @@ def serve(config: ServeConfig) -> Served:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
-        CountermarkError: the model, its guard, the key, the clients or the log cannot be read, the address is taken, or
-            this process may not open files enough.
+        CountermarkError: the model, its guard, the key, the clients or the log cannot be read, the
+            address is taken, or this process may not open enough files.
     """
     missing = [
         name

@@ -40,8 +40,9 @@ class Tracing:
 
     Attributes:
         suspect: its path or address, or what names a function.
-        verdict: `match` if somebody is named or all accounts together prove a copy, else `no evidence` or `inconclusive`.
-        trace: every account, those whose own trials prove it, and all of them as one.
+        verdict: `match` if an account is named or all accounts together prove a copy, else `no
+            evidence` or `inconclusive`.
+        trace: every account, those whose own trials prove a copy, and all of them taken as one.
         rows: trials in the log.
         erased: rows of which only the digest is left.
         answers: how the suspect answered.
@@ -67,7 +68,8 @@ def trace(config: TraceConfig) -> Tracing:
     """Ask the suspect for every trial of the log, and judge each account.
 
     Raises:
-        CountermarkError: the log was changed, belongs to another key, or the suspect cannot be asked.
+        CountermarkError: the log was changed or belongs to another key, or the suspect cannot be
+            asked.
     """
     key = load_key(Path(config.key))
     published = None if config.head is None else read_head(Path(config.head))
@@ -126,7 +128,8 @@ def show(result: Tracing) -> None:
     elif result.verdict == "match":
         p = p_value(result.trace.together_log10_p_value)
         print_lines(
-            f"The copy was made from this service's answers (p {p} over all accounts together), but no single account can be named."
+            f"The copy was made from this service's answers (p {p} over all accounts together), "
+            "but no single account can be named."
         )
     else:
         print_lines("Nobody's account can be named.")

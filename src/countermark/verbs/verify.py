@@ -69,7 +69,8 @@ class Verification:
 def verify(config: VerifyConfig) -> Verification:
     """Ask the suspect for the label of every watermark and judge the answers.
 
-    The mark of a key without timestamps is private: the verdict tells its owner, and does not bind a third party.
+    A verdict by a key without timestamps is private: it informs the owner, but does not convince a
+    third party.
 
     Raises:
         CountermarkError: the key or the suspect cannot be read, or they do not fit each other.
@@ -119,11 +120,21 @@ def explain(result: Verification) -> str:
     """One sentence for a person."""
     if result.published_rule is not None:
         return (
-            f"The scheme {result.scheme!r} has no valid p-value: models that never saw the mark often score as high. The paper's rule "
-            f"(50 %) says {result.published_rule!r} at {percent(result.watermark_accuracy)}; ask strangers before you believe it."
+            f"The scheme {result.scheme!r} has no valid p-value: models that never saw the mark "
+            f"often score as high. The paper's rule (50 %) says {result.published_rule!r} at "
+            f"{percent(result.watermark_accuracy)}; ask strangers before you believe it."
         )
     if result.verdict == "match":
-        return f"A model that does not depend on these coins agrees this often with probability {p_value(result.test.log10_p_value)}."
+        return (
+            "A model that does not depend on these coins agrees this often with probability "
+            f"{p_value(result.test.log10_p_value)}."
+        )
     if result.verdict == "inconclusive":
-        return f"Too few trials were answered with one of their two answers to ever reach {result.test.alpha:g}."
-    return f"A model that never saw the coins agrees this often with probability {p_value(result.test.log10_p_value)}; that is no evidence."
+        return (
+            "Too few trials were answered with one of their two answers to ever reach "
+            f"{result.test.alpha:g}."
+        )
+    return (
+        "A model that never saw the coins agrees this often with probability "
+        f"{p_value(result.test.log10_p_value)}; that is no evidence."
+    )
