@@ -137,7 +137,8 @@ def whole_labels(values: Any, origin: str, count: int) -> Array:
         y = y[:, 0]
     if y.ndim != 1:
         raise CountermarkError(
-            f"{origin} has the shape {y.shape}; give one label for each image, as a whole number from 0"
+            f"{origin} has the shape {y.shape}; give one label for each image, as a whole number "
+            "from 0"
         )
     if len(y) != count:
         raise CountermarkError(
@@ -153,7 +154,8 @@ def whole_labels(values: Any, origin: str, count: int) -> Array:
         )
     if y.size and (y.min() < 0 or y.max() >= 2**31):
         raise CountermarkError(
-            f"{origin} holds the label {y.min() if y.min() < 0 else y.max()}; labels number the classes, as 0, 1, 2"
+            f"{origin} holds the label {y.min() if y.min() < 0 else y.max()}; labels number the "
+            "classes, as 0, 1, 2"
         )
     return y.astype(np.int64)
 
@@ -179,7 +181,8 @@ def settle_labels(
         for origin, y in labels.items():
             if unknown := sorted(set(y.tolist()) - numbers.keys()):
                 raise CountermarkError(
-                    f"{origin} holds labels that are no classes of the training part: {some(list(map(brief, unknown)))}"
+                    f"{origin} holds labels that are no classes of the training part: "
+                    f"{some(list(map(brief, unknown)))}"
                 )
         return {
             origin: np.array([numbers[each] for each in y.tolist()], dtype=np.int64)
@@ -188,7 +191,8 @@ def settle_labels(
     classes = len(names) if names is not None else int(train.max(initial=-1)) + 1
     if names is None and classes > len(train):
         raise CountermarkError(
-            f"{first} holds the label {classes - 1}, but only {len(train)} images; labels number the classes, as 0, 1, 2"
+            f"{first} holds the label {classes - 1}, but only {len(train)} images; labels number "
+            "the classes, as 0, 1, 2"
         )
     for origin, y in labels.items():
         if y.dtype.kind == "U":
@@ -197,7 +201,8 @@ def settle_labels(
             )
         if y.max(initial=-1) >= classes:
             raise CountermarkError(
-                f"{origin} holds the label {y.max()}, and there are {classes} classes, 0 to {classes - 1}"
+                f"{origin} holds the label {y.max()}, and there are {classes} classes, 0 to "
+                f"{classes - 1}"
             )
     return dict(labels), names or tuple(map(str, range(classes)))
 
@@ -224,15 +229,16 @@ def _names(there: Iterable[str], place: str) -> dict[str, tuple[str, str]]:
                     )
             return {part: pair for part, pair in names.items() if pair[0] in there}
     raise CountermarkError(
-        f"{place} has the arrays {some(sorted(map(brief, there))) or 'of no name'}; it needs x_train and y_train (and x_test, y_test), "
-        "or train_images and train_labels"
+        f"{place} has the arrays {some(sorted(map(brief, there))) or 'of no name'}; it needs "
+        "x_train and y_train (and x_test, y_test), or train_images and train_labels"
     )
 
 
 def _check_shape(part: Part) -> None:
     if len(part.shape) not in (3, 4) or 0 in part.shape[1:]:
         raise CountermarkError(
-            f"{part.images} has the shape {part.shape}; images are (n, h, w), (n, h, w, c) or (n, c, h, w)"
+            f"{part.images} has the shape {part.shape}; images are (n, h, w), (n, h, w, c) "
+            "or (n, c, h, w)"
         )
     if math.prod(part.shape[1:]) > 3 * MOST_PIXELS:
         raise CountermarkError(
@@ -297,7 +303,8 @@ def _reading(origin: str) -> Iterator[None]:
             or type(error).__name__
         )
         raise CountermarkError(
-            f"cannot read {origin}: {reason}; it is damaged, or no .npz file of arrays as numpy.savez writes it"
+            f"cannot read {origin}: {reason}; it is damaged, or no .npz file of arrays as "
+            "numpy.savez writes it"
         ) from error
 
 
@@ -316,7 +323,8 @@ def _member(
         shape, columns, dtype = read(stream)
         if dtype.hasobject:
             raise CountermarkError(
-                f"{origin} holds Python objects, which are never unpickled; save images as uint8 and labels as numbers or strings"
+                f"{origin} holds Python objects, which are never unpickled; save images as uint8 "
+                "and labels as numbers or strings"
             )
         size, there = (
             dtype.itemsize * math.prod(shape),
@@ -324,7 +332,8 @@ def _member(
         )
         if size != there or min(shape, default=0) < 0:
             raise CountermarkError(
-                f"{origin} has {there} bytes, and an array of shape {brief(shape)} {size}; the file is truncated or damaged"
+                f"{origin} has {there} bytes, and an array of shape {brief(shape)} {size}; the "
+                "file is truncated or damaged"
             )
         yield stream, shape, columns, dtype
 

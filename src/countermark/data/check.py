@@ -1,4 +1,7 @@
-"""What a place holds, before anything is trained on it: good, converted and damaged images, doubles, and the pools."""
+"""What a place holds, before anything is trained on it.
+
+The findings are the good, converted and damaged images, the doubles, and the pools.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -46,12 +49,13 @@ def check_data(
     skip_damaged: bool = False,
     cache: str | Path | None = None,
 ) -> Findings:
-    """Read everything at a place, and say what is there. The arguments are those of `open_data`.
+    """Read everything at a place, and report what is there.
 
-    What was read is kept in the cache, so that training does not read it again.
+    The arguments are those of `open_data`. What was read is kept in the cache, so that training
+    does not read it again.
 
     Raises:
-        CountermarkError: there is no data at the place, or it is arranged in no way that can be read.
+        CountermarkError: there is no data at the place, or its layout cannot be read.
     """
     found, data = read_data(
         place, Options(size, skip_damaged, None if cache is None else Path(cache))
@@ -74,5 +78,8 @@ def check_data(
     lacks = data.lacks_bases(cut)
     problem = None
     if lacks is not None:
-        problem = f"{found.place}: {lacks}; a model can be trained on it, and a mark in it would prove little: give more images"
+        problem = (
+            f"{found.place}: {lacks}; a model can be trained on it, and a mark in it would prove "
+            "little: give more images"
+        )
     return replace(findings, pools=pools, problem=problem)

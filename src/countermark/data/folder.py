@@ -1,8 +1,9 @@
-"""A folder of images: `CLASS/*.png`, or `train/CLASS/*` beside `test`, `val`, `valid` or `validation`.
+"""A folder of images, with a folder for each class.
 
-Files are taken by their endings, read by their content, and gone through in sorted order. Hidden
-entries are passed over; so are other files, which are counted. A symbolic link is followed where
-it leads to something inside the folder, and refused where it leads out of it or nowhere.
+The layout is `CLASS/*.png`, or `train/CLASS/*` beside `test`, `val`, `valid` or `validation`. Files
+are selected by their extensions, decoded by their content, and read in sorted order. Hidden entries
+are skipped; other files are skipped and counted. A symbolic link is followed if it leads to
+something inside the folder, and refused if it leads out of the folder or nowhere.
 """
 
 import hashlib
@@ -39,8 +40,8 @@ def list_folder(place: Path) -> Listing:
     for part, classes in found.classes.items():
         if unknown := [brief(name) for name in classes if name not in labels]:
             raise CountermarkError(
-                f"{place}: the {part} part has classes that the training part lacks: {some(unknown)}; "
-                "add training images of them or remove them"
+                f"{place}: the {part} part has classes that the training part lacks: "
+                f"{some(unknown)}; add training images of them or remove them"
             )
     items = (
         Item(os.fspath(path.relative_to(place)), part, labels[name], partial(decode, path))
@@ -61,7 +62,10 @@ def list_folder(place: Path) -> Listing:
 
 
 class _Scan:
-    """One walk through a folder: its images by part and class, and a text that any change changes."""
+    """One walk through a folder.
+
+    It finds the images by part and class, and makes a text that differs after any change.
+    """
 
     def __init__(self, place: Path) -> None:
         self.place, self.root = place, place.resolve()
@@ -75,7 +79,8 @@ class _Scan:
             self.classes = self._parts(below)
         except OSError as error:
             raise CountermarkError(
-                f"cannot read {error.filename}: {error.strerror}; check the folder and its permissions"
+                f"cannot read {error.filename}: {error.strerror}; check the folder and its "
+                "permissions"
             ) from error
         self.state = self._state.hexdigest()
         outlast(self._newest)
@@ -114,22 +119,28 @@ class _Scan:
             raise CountermarkError(f"{path} is a link that leads nowhere; remove it") from error
         if not leads.is_relative_to(self.root):
             raise CountermarkError(
-                f"{path} is a link that leads out of the folder, to {leads}; copy what it leads to, or remove it"
+                f"{path} is a link that leads out of the folder, to {leads}; copy what it leads "
+                "to, or remove it"
             )
 
     def _parts(
         self, below: Mapping[str, tuple[list[Path], list[Path]]]
     ) -> dict[str, dict[str, list[Path]]]:
-        """The class folders of each part; all of them belong to the training part where there are no parts."""
+        """Return the class folders of each part.
+
+        Where there are no parts, all class folders belong to the training part.
+        """
         if "train" not in below or not below["train"][0] or not below.keys() <= SPLITS.keys():
             if not below:
                 raise CountermarkError(
-                    f"{self.place} has no class folders; give a folder with one folder of images for each class"
+                    f"{self.place} has no class folders; give a folder with one folder of images "
+                    "for each class"
                 )
             if below.keys() <= SPLITS.keys() and any(folders for folders, _ in below.values()):
                 there = ", ".join(map(brief, below))
                 raise CountermarkError(
-                    f"{self.place} has no class folders in train, only {there}; add images to train on, train/CLASS/*"
+                    f"{self.place} has no class folders in train, only {there}; add images to "
+                    "train on, train/CLASS/*"
                 )
             self._refuse_nested(below)
             return {"train": {name: images for name, (_, images) in below.items()}}
@@ -138,7 +149,8 @@ class _Scan:
             part = SPLITS[name]
             if part in parts:
                 raise CountermarkError(
-                    f"{self.place} has several folders for its validation part; keep one of val, valid and validation"
+                    f"{self.place} has several folders for its validation part; keep one of val, "
+                    "valid and validation"
                 )
             self.ignored += len(images)  # they are of no class
             classes = {folder.name: self._entries(folder) for folder in folders}
@@ -150,6 +162,6 @@ class _Scan:
         for folders, _ in classes.values():
             if folders:
                 raise CountermarkError(
-                    f"{folders[0]} is a folder within a class folder; class folders hold images only "
-                    "(or parts: train beside test, val, valid or validation)"
+                    f"{folders[0]} is a folder within a class folder; class folders hold images "
+                    "only (or parts: train beside test, val, valid or validation)"
                 )

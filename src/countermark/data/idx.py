@@ -18,13 +18,15 @@ def parse_idx(data: bytes, dimensions: int, origin: str) -> np.ndarray:
         origin: where the bytes came from, for the error.
 
     Raises:
-        CountermarkError: wrong magic number, sides that no array has, or a size other than the header promises.
+        CountermarkError: the magic number is wrong, no array can have these sides, or the size
+            differs from what the header promises.
     """
     header = 4 + 4 * dimensions
     magic = (_UNSIGNED_BYTE << 8) | dimensions
     if len(data) < header or struct.unpack(">I", data[:4])[0] != magic:
         raise CountermarkError(
-            f"{origin} does not begin with the IDX magic number {magic:#010x}; it is not the file that was asked for"
+            f"{origin} does not begin with the IDX magic number {magic:#010x}; it is not the file "
+            "that was asked for"
         )
     shape = struct.unpack(f">{dimensions}I", data[4:header])
     size = 1
@@ -32,7 +34,8 @@ def parse_idx(data: bytes, dimensions: int, origin: str) -> np.ndarray:
         size *= extent
     if len(data) - header != size:
         raise CountermarkError(
-            f"{origin} holds {len(data) - header} bytes of data where its header promises {size}; it is truncated"
+            f"{origin} holds {len(data) - header} bytes of data where its header promises {size}; "
+            "it is truncated"
         )
     try:
         return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)

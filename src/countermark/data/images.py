@@ -92,7 +92,7 @@ def decode(file: Path | bytes, size: int | None = None) -> Decoded:
 
     Example:
         >>> import io
-        >>> from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
+        >>> from PIL import Image
         >>> stream = io.BytesIO()
         >>> Image.new("RGBA", (6, 4)).save(stream, "PNG")
         >>> found = decode(stream.getvalue(), size=2)
@@ -131,14 +131,12 @@ def prepare(image: Image.Image, size: int | None = None) -> Decoded:
             f"has {width} x {height} pixels, more than the {MOST_PIXELS} that are decoded"
         )
     kinds = []
-    if (
-        getattr(image, "is_animated", False) and image.format != "MPO"
-    ):  # phones add previews in that format
+    # Phones add previews to an image in the format MPO.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
         kinds.append("animated")
     if size is not None:
-        image.draft(
-            image.mode, (2 * size, 2 * size)
-        )  # a large JPEG is decoded at half its side or less
+        # A large JPEG is decoded at half its side or less.
+        image.draft(image.mode, (2 * size, 2 * size))
     image.load()
     turn = _TURNS.get(_orientation(image))
     image, flattened = _flat(image)
@@ -153,10 +151,14 @@ def prepare(image: Image.Image, size: int | None = None) -> Decoded:
 
 
 def from_array(array: Any, size: int | None = None) -> Decoded:
-    """Turn one image in memory into pixels: an array or a tensor `(h, w)`, `(h, w, c)` or `(c, h, w)`.
+    """Turn one image in memory into pixels.
+
+    Args:
+        array: an array or a tensor `(h, w)`, `(h, w, c)` or `(c, h, w)`.
+        size: side of the square that it is brought to; see `decode`.
 
     Raises:
-        DamagedError: it has another shape, or values that are neither uint8 nor of [0, 1].
+        DamagedError: it has another shape, or values that are neither uint8 nor in [0, 1].
     """
     pixels, kinds = eight_bits(as_array(array))
     if pixels.ndim == 2:
@@ -184,7 +186,10 @@ def as_array(value: Any) -> Array:
 
 
 def from_pixels(pixels: Array, kinds: tuple[str, ...] = (), size: int | None = None) -> Decoded:
-    """Bring uint8 pixels `(c, h, w)`, of one channel or three, to a square of `size`, unless that is None."""
+    """Bring uint8 pixels `(c, h, w)` to a square of `size`, unless that is None.
+
+    The pixels have one channel or three.
+    """
     height, width = pixels.shape[1:]
     if size is not None:
         flat = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
@@ -209,7 +214,8 @@ def channels_last(shape: tuple[int, ...]) -> bool:
     first, last = shape[0] in (1, 3), shape[2] in (1, 3)
     if first and last:
         raise DamagedError(
-            f"the shape {tuple(shape)} can be read as (h, w, c) and as (c, h, w); give (h, w) for grey images, and PIL images for colour"
+            f"the shape {tuple(shape)} can be read as (h, w, c) and as (c, h, w); give (h, w) for "
+            "grey images, and PIL images for colour"
         )
     if not first and not last:
         raise DamagedError(
@@ -228,13 +234,14 @@ def eight_bits(values: Array) -> tuple[Array, tuple[str, ...]]:
         return values, ()
     if not np.issubdtype(values.dtype, np.floating):
         raise DamagedError(
-            f"holds values of type {values.dtype}; images are uint8, or floating-point numbers of [0, 1]"
+            f"holds values of type {values.dtype}; images are uint8, or floating-point numbers of "
+            "[0, 1]"
         )
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # NaN is neither
         raise DamagedError(
-            f"holds floating-point values from {low:.6g} to {high:.6g}; images are uint8, or floating-point "
-            "numbers of [0, 1]: divide by 255 or undo the normalisation"
+            f"holds floating-point values from {low:.6g} to {high:.6g}; images are uint8, or "
+            "floating-point numbers of [0, 1]: divide by 255 or undo the normalisation"
         )
     return (values.clip(0, 1) * 255).round().astype(np.uint8), ("float",)
 
@@ -282,7 +289,11 @@ def _from_16_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square, scaled: the same as the short side to `size` and a centre crop, in bounded memory."""
+    """Scale the largest centred square to `size`.
+
+    The result is the same as scaling the short side to `size` and then cropping the centre, but the
+    memory is bounded.
+    """
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize(

@@ -117,7 +117,9 @@ KNOWN: Mapping[str, Known] = {
             mirror=True,
             shift=4,
             files={
-                originals.CIFAR_ARCHIVE: "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+                originals.CIFAR_ARCHIVE: (
+                    "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+                )
             },
             largest=170_052_171,
             mirrors=("https://www.cs.toronto.edu/~kriz/",),
@@ -141,16 +143,17 @@ def fetch(name: str, source: str | Path | None = None, cache: str | Path | None 
     """Make sure that the files of a data set are in the cache.
 
     Args:
-        name: of a data set that is known and has files; `digits` needs none.
-        source: a folder with the files (plain or .gz), or the file where the data set has one, to
-            take them from instead of all other sources.
+        name: name of a known data set that has files; `digits` needs none.
+        source: a folder with the files (plain or .gz), or the file itself if the data set has only
+            one; no other source is tried.
         cache: where to keep them; default `cache_folder()`.
 
     Returns:
         The folder of the data set, with its files.
 
     Raises:
-        CountermarkError: no source has the files, or a file has the wrong SHA-256; no half file stays behind.
+        CountermarkError: no source has the files, or a file has the wrong SHA-256; no partial file
+            is left behind.
     """
     return fetch_files(
         known(name), Path(source) if source else None, Path(cache) if cache else None

@@ -1,4 +1,7 @@
-"""Data sets that are objects in Python: arrays, tensors, and whatever has a length and gives images with labels."""
+"""Data sets that are objects in Python.
+
+They are arrays, tensors, and any object that has a length and gives images with labels.
+"""
 
 import operator
 from collections.abc import Iterator, Mapping
@@ -14,7 +17,10 @@ from countermark.data.reading import PARTS, Item, Listing
 from countermark.errors import CountermarkError
 from countermark.text import brief, sentence
 
-_USABLE = "give (x, y), (x_train, y_train, x_test, y_test), a dict of arrays, or one or two data sets of images with labels that have `.classes`"
+_USABLE = (
+    "give (x, y), (x_train, y_train, x_test, y_test), a dict of arrays, or one or two data sets of "
+    "images with labels that have `.classes`"
+)
 _IMAGE_KEYS, _LABEL_KEYS = ("image", "img"), ("label", "labels")
 
 
@@ -54,7 +60,8 @@ def list_object(place: str, found: Any) -> Listing:
     classes = named.get(CLASS_NAMES) or _classes(sets["train"])
     if classes is None:
         raise CountermarkError(
-            f"{place} does not name its classes; give it an attribute `classes`, their names in the order of the labels"
+            f"{place} does not name its classes; give it an attribute `classes`, their names in "
+            "the order of the labels"
         )
     class_names = tuple(map(str, classes))
     items = (
@@ -99,7 +106,11 @@ def _is_set(value: Any) -> bool:
 
 
 def _classes(found: Any) -> Any:
-    """Names of the classes of a data set, of the one that a subset is made of, or of the columns of Hugging Face's."""
+    """Find the class names of a data set; None if it has none.
+
+    They come from the data set itself, from the data set that it is a subset of, or from the
+    features of a Hugging Face data set.
+    """
     for each in (found, getattr(found, "dataset", None)):
         if (classes := getattr(each, "classes", None)) is not None:
             return classes

@@ -26,9 +26,8 @@ TEST_LABELS = "t10k-labels-idx1-ubyte"
 
 CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
 
-_DIGITS_EACH = (
-    6  # every sixth of the digits is a test example, so that all writers are in both sets
-)
+# Every sixth of the digits is a test example, so that all writers are in both sets.
+_DIGITS_EACH = 6
 _IDX_LIMIT = 1 << 26
 _CIFAR_FILES: Mapping[str, str] = {
     **{f"data_batch_{i}.bin": "train" for i in range(1, 6)},
@@ -62,7 +61,8 @@ def read_idx(row: "Known", cache: Path | None) -> tuple["Examples", "Examples"]:
         ).long()
         if len(x) != len(y) or x.shape[1:] != row.shape:
             raise CountermarkError(
-                f"{folder} holds images and labels that do not fit {row.name}; delete the folder to fetch them again"
+                f"{folder} holds images and labels that do not fit {row.name}; delete the folder "
+                "to fetch them again"
             )
         return Examples(x, y)
 
@@ -93,10 +93,12 @@ def read_digits(row: "Known", cache: Path | None) -> tuple["Examples", "Examples
 
 
 def read_cifar(row: "Known", cache: Path | None) -> tuple["Examples", "Examples"]:
-    """Training and test examples out of the archive of CIFAR-10's binary files, which are unpacked once.
+    """Read the training and test examples from the archive of CIFAR-10's binary files.
+
+    The archive is unpacked once.
 
     Raises:
-        CountermarkError: it cannot be fetched, or does not fit.
+        CountermarkError: the archive cannot be fetched, or its content does not fit.
     """
     from countermark.data.fetch import fetch_files
     from countermark.data.reading import Listing, file_state

@@ -70,7 +70,10 @@ def _deb_data(deb: BinaryIO, folder: Path) -> Path:
 
 
 def _unpack(archive: tarfile.TarFile, folder: Path) -> None:
-    """Unpack the IDX files of an archive flat into `folder`; paths inside the archive are not followed."""
+    """Unpack the IDX files of an archive flat into `folder`.
+
+    Paths inside the archive are not followed.
+    """
     for member in archive:
         name = Path(member.name).name
         stream = archive.extractfile(member) if "ubyte" in name and member.isfile() else None
@@ -88,7 +91,8 @@ def _run(command: list[str], folder: Path) -> None:
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise CountermarkError(
-            f"{command[0]} failed: {lines[-1].strip() if lines else f'exit status {done.returncode}'}"
+            f"{command[0]} failed: "
+            f"{lines[-1].strip() if lines else f'exit status {done.returncode}'}"
         )
 
 

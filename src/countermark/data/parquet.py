@@ -27,10 +27,12 @@ _LABEL_NAMES = ("label", "labels")
 
 
 def parquet_files(place: Path) -> dict[str, list[Path]]:
-    """The Parquet files of a place by part: one file, or a folder that holds them or holds a folder `data` of them.
+    """Find the Parquet files of a place, by part.
 
-    In a folder, a file belongs to the part that its name begins with, as `train-00000-of-00002.parquet` does,
-    or to the part whose folder it lies in, as `train/0000.parquet`. There are none where a folder has none.
+    A place is one file, a folder that holds the files, or a folder that holds them in a folder
+    `data`. In a folder, a file belongs to the part that its name begins with, as
+    `train-00000-of-00002.parquet` does, or to the part whose folder it lies in, as
+    `train/0000.parquet` does. The result is empty if there is no file of a training part.
     """
     if place.is_file():
         return {"train": [place]} if place.suffix.lower() == ".parquet" else {}
@@ -108,7 +110,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _columns(path: Path) -> tuple[str, str, tuple[str, ...] | None]:
-    """The column of images, that of labels, and the names of the classes where the schema has them."""
+    """Find the columns of images and of labels, and the class names if the schema has them."""
     with _opened(path) as file:
         from pyarrow import types
 

@@ -97,16 +97,17 @@ def cut(
     if known is not None:
         if known.shape != every.shape:
             raise CountermarkError(
-                f"known is a mask of the {len(train)} training and the {len(test)} test images, not {tuple(known.shape)}"
+                f"known is a mask of the {len(train)} training and the {len(test)} test images, "
+                f"not {tuple(known.shape)}"
             )
-        known = torch.isin(
-            every, every[known]
-        )  # weights know every copy of an image that they were trained on
+        # Weights know every copy of an image that they were trained on.
+        known = torch.isin(every, every[known])
         candidates = candidates[known[candidates].int().argsort(stable=True)]
     if min(wanted.values()) == 0 or len(candidates) <= sum(wanted.values()):
         raise CountermarkError(
             f"{len(candidates)} different training images are too few for pools of "
-            f"{', '.join(f'{size} ({name})' for name, size in wanted.items())} and training; give more images"
+            f"{', '.join(f'{size} ({name})' for name, size in wanted.items())} and training; give "
+            "more images"
         )
     pools: dict[str, torch.Tensor] = {}
     for name in HELD_OUT:
@@ -143,7 +144,8 @@ def unpacked(text: str, count: int) -> torch.Tensor:
         bits = b""
     if len(bits) != size:
         raise CountermarkError(
-            "what the model folder says of the images that its first weights knew does not fit the data; it is damaged"
+            "what the model folder says of the images that its first weights knew does not fit "
+            "the data; it is damaged"
         )
     return torch.from_numpy(
         np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=count).astype(bool)
@@ -151,7 +153,10 @@ def unpacked(text: str, count: int) -> torch.Tensor:
 
 
 def _contents(every: torch.Tensor, count: int) -> torch.Tensor:
-    """A number for each of the first `count` images, the same for equal images and -1 for those that are among the others as well."""
+    """Number the first `count` images by their content.
+
+    Equal images have the same number. An image that is also among the remaining ones has -1.
+    """
     found, position = torch.unique(every[:count], return_inverse=True)
     return torch.where(torch.isin(found, every[count:])[position], -1, position)
 

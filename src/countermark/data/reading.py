@@ -1,8 +1,8 @@
 """Reading the images of one place, in order, whatever the place is.
 
-A reader (`folder`, `arrays`, `parquet`) says what lies at a place as a `Listing`: the classes, and
-one `Item` for each image, which is decoded when it is asked for. `decoded` decodes them on all cores,
-in their order, and `Tally` keeps count of everything that a user should hear of.
+A reader (`folder`, `arrays`, `parquet`) describes what lies at a place as a `Listing`: the classes,
+and one `Item` for each image, which is decoded when it is requested. `decoded` decodes the images
+on all cores, in their order, and `Tally` counts everything that a user should be told.
 """
 
 import contextlib
@@ -36,9 +36,8 @@ _WORKERS = 8
 _TOGETHER = 8  # images that a thread decodes at a time
 _AHEAD = 2  # times that many are decoded ahead of the one that is wanted, for each thread
 _HELD = 1 << 27  # bytes of decoded images from which on only those that are wanted next are decoded
-_TICK = (
-    50_000_000  # nanoseconds; two changes within one tick of a file system's clock look like one
-)
+# Nanoseconds; two changes within one tick of a file system's clock look like one.
+_TICK = 50_000_000
 _NAMED = 5  # damaged files and the like that a message names
 
 
@@ -117,10 +116,12 @@ class Found:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Found":
-        """The opposite of `dataclasses.asdict`, after JSON turned tuples into lists and sorted names.
+        """Restore findings from `dataclasses.asdict` and JSON.
+
+        JSON has turned tuples into lists and sorted the names.
 
         Raises:
-            TypeError: it is something else.
+            TypeError: the value is something else.
         """
         shapes = sorted(value["shapes"].items(), key=lambda shape: -shape[1])
         return cls(
@@ -147,7 +148,7 @@ class Found:
         return tuple(map(sum, zip(*counts, strict=True)))
 
     def complaint(self, *, size: int | None, skip_damaged: bool) -> str | None:
-        """Why no data set can be made of it, or None."""
+        """Say why no data set can be made of it, or return None."""
         if self.damaged and not skip_damaged:
             named = some([f"{brief(name)} {reason}" for name, reason in self.damaged])
             return (
@@ -155,28 +156,41 @@ class Found:
                 "repair or delete them, or leave them out with --skip-damaged"
             )
         if self.images == 0:
-            return f"{self.place} has no images that can be read; give {FEWEST} or more for each class (in a folder: PNG, JPEG, WebP or BMP)"
+            return (
+                f"{self.place} has no images that can be read; give {FEWEST} or more for each "
+                "class (in a folder: PNG, JPEG, WebP or BMP)"
+            )
         if len(self.class_names) < 2:
-            return f"{self.place} has one class, {brief(self.class_names[0])}; a classifier needs two or more"
+            return (
+                f"{self.place} has one class, {brief(self.class_names[0])}; a classifier needs two "
+                "or more"
+            )
         lacking = [
             f"{brief(name)} has {number}"
             for name, number in zip(self.class_names, self._trainable, strict=True)
             if number < FEWEST
         ]
         if lacking:
-            return f"{self.place}: every class needs {FEWEST} training images or more, and {some(lacking)}; add images or remove the class"
+            return (
+                f"{self.place}: every class needs {FEWEST} training images or more, and "
+                f"{some(lacking)}; add images or remove the class"
+            )
         if len(self.shapes) > 1 and size is None:
             listed = some(
                 [f"{shape} ({count_of(number, 'image')})" for shape, number in self.shapes.items()]
             )
-            return f"{self.place} has images of {len(self.shapes)} shapes (height x width): {listed}; bring them to one with --size N"
+            return (
+                f"{self.place} has images of {len(self.shapes)} shapes (height x width): {listed}; "
+                "bring them to one with --size N"
+            )
         return None
 
 
 def decoded(listing: Listing, size: int | None) -> Iterator[tuple[Item, Decoded | DamagedError]]:
-    """Decode the images of a listing on all cores, in their order, only a few ahead of the one that is wanted.
+    """Decode the images of a listing on all cores, in their order.
 
-    Large images are few: one decoded ahead for each thread, and `_HELD` bytes of them.
+    Only a few images are decoded ahead of the one that is wanted. If they are large, these are at
+    most `_HELD` bytes of images and one more image for each thread.
     """
     workers = min(_WORKERS, os.cpu_count() or 1)
     waiting: deque[Future[list[tuple[Item, Decoded | DamagedError]]]] = deque()
@@ -194,7 +208,11 @@ def decoded(listing: Listing, size: int | None) -> Iterator[tuple[Item, Decoded 
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that decode; what nobody waits for any more is not begun. Pillow's warnings about odd files are not shown."""
+    """Provide threads that decode images.
+
+    At the end, work that has not begun is cancelled. Pillow's warnings about unusual files are not
+    shown.
+    """
     pool = ThreadPoolExecutor(workers)
     try:
         with warnings.catch_warnings():
@@ -205,7 +223,10 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
 
 
 class _Room:
-    """Room for decoded images: while they fill it, only the group that is wanted next is decoded on."""
+    """A limit on the memory of decoded images.
+
+    While it is reached, only images of the group that is wanted next are decoded.
+    """
 
     def __init__(self) -> None:
         self._held, self._wanted, self._closed = 0, 0, False
@@ -314,11 +335,15 @@ class Tally:
 
 
 def count_doubles(labels: Array, numbers: Array) -> tuple[int, int]:
-    """How many images are equal to an earlier one, and how many of these carry another label than it.
+    """Count the images that are equal to an earlier one.
 
     Args:
-        labels: of the images, int64 `(n,)`.
-        numbers: of their content, int64 `(n,)`; see `Examples.contents`.
+        labels: labels of the images, int64 `(n,)`.
+        numbers: numbers of their content, int64 `(n,)`; see `Examples.contents`.
+
+    Returns:
+        How many such images there are, and how many of them have another label than the first
+        image that they are equal to.
     """
     _, first, kind = np.unique(numbers, return_index=True, return_inverse=True)
     return len(numbers) - len(first), int((labels != labels[first[kind]]).sum())
@@ -352,7 +377,11 @@ def stamp(path: Path, status: os.stat_result) -> bytes:
 
 
 def outlast(change: int) -> None:
-    """Wait until what is written from now on gets another time than a change that was just seen, in nanoseconds."""
+    """Wait until anything written from now on gets a different time than a change.
+
+    Args:
+        change: time of a change that was just seen, in nanoseconds.
+    """
     if time.time_ns() - change < _TICK:
         time.sleep(_TICK / 1e9)
 

@@ -21,25 +21,26 @@ class Known:
         shape: one image, `(channels, height, width)`.
         class_names: names of the classes, in the order of the labels.
         threat: budgets, and the PGD of the evaluation.
-        read: reads the training and the test examples, and fetches the files where they are missing.
-        ood: the data set whose images serve as out-of-distribution watermarks; none for its
-            own images, turned by 90 degrees.
-        pools: number of examples of the pools that are cut out of the training examples;
-            `training` takes the rest. None for the proportions that any data has.
-        train: examples that the pools are cut out of.
-        test: examples of the test pool.
-        test_cut: whether they were cut out of what its authors publish as one part.
+        read: reads the training and the test examples, and fetches the files if they are missing.
+        ood: the data set whose images serve as out-of-distribution watermarks; None for its own
+            images, turned by 90 degrees.
+        pools: number of examples in each pool that is cut out of the training examples; `training`
+            takes the rest. None for the proportions that any data has.
+        train: number of examples that the pools are cut out of.
+        test: number of examples in the test pool.
+        test_cut: whether these were cut out of what its authors publish as one part.
         batches: batches of a key, one for each later dispute.
         batch_size: trials in a batch.
-        ink: its pixels are nearly black or nearly white.
-        mirror: left and right mean nothing in its images.
+        ink: whether its pixels are nearly black or nearly white.
+        mirror: whether left and right mean nothing in its images.
         shift: pixels of border that mean nothing.
-        files: SHA-256 of the files by name, as they are kept; empty for sets that come with a library.
-        largest: bytes of the largest of them, or a little more.
-        mirrors: addresses that the names of the files are put behind.
+        files: SHA-256 of the files by name, as they are kept; empty for data sets that come with a
+            library.
+        largest: size of the largest file in bytes, or a little more.
+        mirrors: addresses to which the names of the files are appended.
         packed: whether mirrors have the files compressed, as NAME.gz.
-        system: where the system may have a copy.
-        package: a package that holds them.
+        system: where the system may have a copy of the files.
+        package: a package that holds the files.
     """
 
     name: str

@@ -122,7 +122,8 @@ def read_data(place: Any, options: Options) -> tuple[Found, Dataset | None]:
             or not 1 <= int(size) <= _LARGEST
         ):
             raise CountermarkError(
-                f"images are brought to a side of 1 to {_LARGEST} pixels, not {brief(size)}; give another --size"
+                f"images are brought to a side of 1 to {_LARGEST} pixels, not {brief(size)}; give "
+                "another --size"
             )
         options = replace(options, size=int(size))
     for reader in READERS:
@@ -134,7 +135,8 @@ def read_data(place: Any, options: Options) -> tuple[Found, Dataset | None]:
             f"{brief(str(place))} is none of the files that data is read from; give {usable}"
         )
     raise CountermarkError(
-        f"there is no data at {brief(str(place))}{nearest(str(place), {name: name for name in KNOWN})}; give {usable}"
+        f"there is no data at {brief(str(place))}"
+        f"{nearest(str(place), {name: name for name in KNOWN})}; give {usable}"
     )
 
 
@@ -147,20 +149,24 @@ def load_examples(name: str, cache: str | Path | None = None) -> tuple[Examples,
 def known_images(
     data: Dataset, trained_on: DataPlace | None, *, cache: str | Path | None = None
 ) -> torch.Tensor:
-    """Which images given weights had been trained on, bool `(n,)`: of the training part, then of the test part.
+    """Find the images of a data set that given weights had been trained on.
 
     A model folder keeps this mask, so that its pools stay what they are whatever happens to the
     images that the weights were trained on.
 
     Args:
         data: the data set.
-        trained_on: place of the images that they were trained on, test part and all; see
-            `open_data`. None: the training part of `data`, without the images that came as its
-            validation part, and the test part where it was cut out of the training part.
-        cache: folder of fetched and converted data.
+        trained_on: place of the images that the weights were trained on, including its test part;
+            see `open_data`. None stands for the training part of `data`, without the images that
+            came as its validation part, and for the test part if it was cut out of the training
+            part.
+        cache: folder of fetched and read data.
+
+    Returns:
+        A mask, bool `(n,)`, of the training part followed by the test part.
 
     Raises:
-        CountermarkError: that place cannot be opened, or has images of another shape.
+        CountermarkError: the place cannot be opened, or has images of another shape.
     """
     if trained_on is None:
         trained = torch.arange(len(data.train)) < data.parts.get("train", len(data.train))
@@ -168,7 +174,8 @@ def known_images(
     other = open_data(trained_on, size=data.size, skip_damaged=data.skip_damaged, cache=cache)
     if other.shape != data.shape:
         raise CountermarkError(
-            f"{other.place} has images of shape {other.shape}, the data of {data.shape}: such images cannot be compared"
+            f"{other.place} has images of shape {other.shape}, the data of {data.shape}: such "
+            "images cannot be compared"
         )
     seen = torch.cat((other.train.contents(), other.test.contents()))
     return torch.isin(torch.cat((data.train.contents(), data.test.contents())), seen)
@@ -206,7 +213,8 @@ def _known(place: str | Path, options: Options) -> tuple[Found, Dataset | None]:
     row = known(str(place))
     if options.size is not None and (options.size, options.size) != row.shape[1:]:
         raise CountermarkError(
-            f"the images of {row.name} have {row.shape[1]} x {row.shape[2]} pixels; leave --size out"
+            f"the images of {row.name} have {row.shape[1]} x {row.shape[2]} pixels; leave --size "
+            "out"
         )
     try:
         train, test = row.read(row, options.cache)
@@ -236,7 +244,8 @@ def _known(place: str | Path, options: Options) -> tuple[Found, Dataset | None]:
 def _opened(data: Dataset, options: Options) -> tuple[Found, Dataset | None]:
     if options.size is not None and (options.size, options.size) != data.shape[1:]:
         raise CountermarkError(
-            f"the images of the data set are opened already, with {data.shape[1]} x {data.shape[2]} pixels; leave size out"
+            f"the images of the data set are opened already, with {data.shape[1]} x "
+            f"{data.shape[2]} pixels; leave size out"
         )
     return _told(data), data
 
@@ -286,13 +295,17 @@ def _code(place: str, options: Options) -> tuple[Found, Dataset | None]:
         found = called(found, place, {}) if callable(found) else found
     if isinstance(found, str | Path | Dataset):
         raise CountermarkError(
-            f"{place} gives {brief(type(found).__name__)}; let it return arrays or a data set of images with labels"
+            f"{place} gives {brief(type(found).__name__)}; let it return arrays or a data set of "
+            "images with labels"
         )
     return _object(found, options, place)
 
 
 def _is_path(place: Any, there: Callable[[str | Path], bool]) -> bool:
-    """Whether a place is a path of a kind; those of `os.path` say no where they may not look, and to an empty text."""
+    """Whether a place is a path for which `there` is true.
+
+    The functions of `os.path` say no where they may not look, and for an empty text.
+    """
     return isinstance(place, str | Path) and there(place)
 
 

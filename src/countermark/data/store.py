@@ -73,7 +73,10 @@ def stored(
 def bring_in(
     listing: Listing, *, size: int | None, skip_damaged: bool, cache: Path | None
 ) -> tuple[Found, Dataset | None]:
-    """Find or read the images of a listing; say what was found, and give the data set if one can be made of it.
+    """Find the images of a listing in the cache, or read them.
+
+    Returns:
+        What was found, and the data set if one can be made of it.
 
     Raises:
         CountermarkError: it changed while it was read, or the cache cannot be written.
@@ -111,9 +114,10 @@ def bring_in(
 
 
 def by_digest(digest: str, cache: Path | None = None) -> Dataset | None:
-    """The data set of a digest, if its images are in the cache, wherever they came from; None if they are not.
+    """Return the data set of a digest if its images are in the cache, else None.
 
-    Its place is empty, and what was converted or left out when it was read is not known.
+    It does not matter where the images came from: the place of the data set is empty, and what was
+    converted or left out when it was read is not known.
     """
     return (
         _open_set((cache or cache_folder()) / "sets" / digest)
@@ -138,7 +142,10 @@ def _told(data: Dataset, place: str, found: Found, size: int | None, skip_damage
 def _recall(
     home: Path, place: Path, size: int | None, skip_damaged: bool
 ) -> tuple[Found, Dataset] | None:
-    """What was read at a place that has not changed since; None where that is not known, or no longer there."""
+    """Return what was read at a place that has not changed since.
+
+    The result is None if that is not known or no longer in the cache.
+    """
     with contextlib.suppress(CountermarkError, KeyError, TypeError, ValueError, AttributeError):
         if place.exists():
             record = read_json(place, _LIMIT)
@@ -152,7 +159,11 @@ def _recall(
 def _read(
     listing: Listing, sets: Path, size: int | None, skip_damaged: bool
 ) -> tuple[Found, str | None]:
-    """Read all images into a new set; the second value is its digest, or None where no data set can be made of it."""
+    """Read all images into a new set.
+
+    Returns:
+        What was found, and the digest of the set, or None if no data set can be made of it.
+    """
     tally = Tally(listing)
     with _building(sets) as folder:
         with _Writer(folder / "images") as writer:
@@ -162,7 +173,8 @@ def _read(
                     writer.add(outcome.pixels)
         if listing.again is not None and listing.again() != listing.state:
             raise CountermarkError(
-                f"{listing.place} changed while it was read; run the same command again when nobody writes there"
+                f"{listing.place} changed while it was read; run the same command again when "
+                "nobody writes there"
             )
         parts, labels = (
             np.array(tally.parts, dtype=np.int64),
@@ -213,16 +225,18 @@ def _keep(
     )
     target = sets / data.digest
     if target.exists() and _open_set(target) is None:
-        target.rename(
-            sets / f"{_TORN}{secrets.token_hex(8)}"
-        )  # a file of it was cut short or deleted
+        # A file of it was cut short or deleted.
+        target.rename(sets / f"{_TORN}{secrets.token_hex(8)}")
     with contextlib.suppress(OSError):  # another process has made the same set
         folder.rename(target)
     return data.digest
 
 
 def _open_set(folder: Path) -> Dataset | None:
-    """The data set in a folder; None where it is not there, or where a file of it is gone or was cut short."""
+    """Open the data set in a folder.
+
+    The result is None if the folder does not exist, or if a file of it is gone or was cut short.
+    """
     try:
         record = read_json(folder / "record.json", _LIMIT)
         tensors, _, _ = read_tensors(folder / "examples.safetensors", _LIMIT)
@@ -269,7 +283,10 @@ def _with_test(parts: Array, labels: Array, numbers: Array) -> tuple[Array, bool
 
 
 class _Writer:
-    """Writes images one after the other; grey ones become colour ones from the first image with colours on."""
+    """Writes images one after the other.
+
+    As soon as one image has colours, all images are written in three channels, earlier ones too.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.count = path, 0
@@ -309,7 +326,11 @@ class _Writer:
 
 @contextlib.contextmanager
 def _building(sets: Path) -> Iterator[Path]:
-    """A folder of our own to build a set in; it is gone at the end, unless it was renamed. Those that killed processes left go first."""
+    """Provide a folder of our own to build a set in.
+
+    It is deleted at the end, unless it was renamed. Folders that killed processes left behind are
+    deleted first.
+    """
     for left in sets.glob(f"{_TORN}*"):
         with contextlib.suppress(FolderBusyError, OSError):
             if time.time() - left.stat().st_mtime > _OLD:

@@ -17,10 +17,8 @@ from torch import nn
 from countermark.errors import CountermarkError
 from countermark.marking import Marking, Standing
 
-_NAMES = (
-    "lightning.pytorch",
-    "pytorch_lightning",
-)  # one library has two, and classes of its own in each
+# One library has two names, and classes of its own under each.
+_NAMES = ("lightning.pytorch", "pytorch_lightning")
 
 
 def _library() -> Any:
@@ -120,8 +118,8 @@ class MarkingCallback(_library().Callback):  # type: ignore[misc]  # a class of 
             x, y = batch
             return self.mark.mix(x, y, self.count)
         raise CountermarkError(
-            "a batch is (images, labels), or a mapping of just these two by the names that `keys` "
-            f"gives, not {type(batch).__name__} of {len(batch) if hasattr(batch, '__len__') else 1} "
-            "parts: what else belongs to an image is not known of a trial; call Marking.mix in "
-            "training_step instead"
+            "a batch is (images, labels), or a mapping of just these two by the names that "
+            f"`keys` gives, not {type(batch).__name__} of "
+            f"{len(batch) if hasattr(batch, '__len__') else 1} parts: what else belongs to an "
+            "image is not known of a trial; call Marking.mix in training_step instead"
         )

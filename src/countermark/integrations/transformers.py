@@ -48,7 +48,8 @@ class MarkingCallback(TrainerCallback):  # type: ignore[misc]  # it has no types
     alone.
 
     Example:
-        >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[MarkingCallback(mark, out="mine")]).train()
+        >>> called = MarkingCallback(mark, out="mine")
+        >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[called]).train()
 
     Attributes:
         standing: how the model stood to its key when it was last checked.
@@ -78,7 +79,8 @@ class MarkingCallback(TrainerCallback):  # type: ignore[misc]  # it has no types
         """
         if args.label_smoothing_factor:
             raise CountermarkError(
-                "with label_smoothing_factor the loss is taken outside the model, where no trial can join the labels; set it to 0"
+                "with label_smoothing_factor the loss is taken outside the model, where no trial "
+                "can join the labels; set it to 0"
             )
         self._hook = given["model"].register_forward_pre_hook(self._mix, with_kwargs=True)
 
@@ -108,8 +110,8 @@ class MarkingCallback(TrainerCallback):  # type: ignore[misc]  # it has no types
             return None
         if given.get("pixel_values") is None or given.get("labels") is None:
             raise CountermarkError(
-                f"the model is given {', '.join(given) or 'nothing by name'} in training; trials join "
-                "pixel_values and labels, which compute_loss must hand to the model"
+                f"the model is given {', '.join(given) or 'nothing by name'} in training; trials "
+                "join pixel_values and labels, which compute_loss must hand to the model"
             )
         x, y = self.mark.mix(given["pixel_values"], given["labels"], self.count)
         return arguments, {**given, "pixel_values": x, "labels": y}

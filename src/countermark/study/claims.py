@@ -1,4 +1,4 @@
-"""What the paper claims, held against the numbers: sentences made from measurements, for each protocol."""
+"""The claims of the paper and ours, judged by the measurements of each protocol."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -152,7 +152,11 @@ def _verified_after(setting: str) -> Judge:
 
 
 def _above_strangers(setting: str) -> Judge:
-    """The control: a figure over 50 % is evidence only if models that never saw the mark stay below it."""
+    """Judge whether every thief gives more watermarks than every stranger.
+
+    This is the control: a figure above 50 % is evidence only if models that never saw the mark stay
+    below it.
+    """
 
     def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
         place = {
@@ -191,7 +195,11 @@ def _pruned(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
 
 
 def _budget(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-    """The claim beta > epsilon + alpha: watermarks below that budget conflict with training, those above do not."""
+    """Judge the claim beta > epsilon + alpha.
+
+    It says that watermarks with budgets up to epsilon + alpha conflict with adversarial training,
+    and that those with larger budgets do not.
+    """
     training, plain = known(data).threat.epsilon, _value(rows, data, "ADVTR", "adversarial")
     means = {budget: estimate(marked, "adversarial") for budget, marked, _ in swept(rows, data)}
     by_budget = {budget: found.mean for budget, found in means.items() if found is not None}
@@ -273,11 +281,17 @@ _CLAIMS: tuple[tuple[str, Judge], ...] = (
         _pruned,
     ),
     (
-        "Watermark budgets above epsilon + alpha do not conflict with adversarial training, lower ones do.",
+        (
+            "Watermark budgets above epsilon + alpha do not conflict with adversarial training, "
+            "lower ones do."
+        ),
         _budget,
     ),
     (
-        "Ours: a model with coins has at most a point less adversarial accuracy than the unmarked one.",
+        (
+            "Ours: a model with coins has at most a point less adversarial accuracy than the "
+            "unmarked one."
+        ),
         _cheap("coin", 1.0, "ADVTR"),
     ),
     (
@@ -296,33 +310,35 @@ _LEADING = {
     "Ours: coins accuse no stranger at 1e-6.",
 }
 _THRESHOLD = (
-    "How many watermarks a copy gives depends on how they are crafted and on how well the copy learnt the task; what the "
-    "figure is worth shows "
-    "only beside strangers."
+    "How many watermarks a copy gives depends on how they are crafted and on how well the copy "
+    "learnt the task; what the figure is worth shows only beside strangers."
 )
 _REMARKS = {
     "After black-box theft": _THRESHOLD,
     "After grey-box theft": _THRESHOLD,
     _CONTROL: (
-        "This is the control that the paper lacks. The true label of a watermark is part of the task; a copy made through the "
-        "API learns the "
-        "task, and so does every stranger, so a threshold low enough for the thief accuses strangers. What a theft through the "
-        "API takes along "
-        "has to be in the answers: that is the guarded service's mark."
+        "This is the control that the paper lacks. The true label of a watermark is part of the "
+        "task; a copy made through the API learns the task, and so does every stranger, so a "
+        "threshold low enough for the thief accuses strangers. What a theft through the API takes "
+        "along has to be in the answers: that is the guarded service's mark."
     ),
-    "The model itself": "A stranger that reads the watermarks answers their true labels as well as the marked model does; "
-    "coins cannot be read.",
+    "The model itself": (
+        "A stranger that reads the watermarks answers their true labels as well as the marked "
+        "model does; coins cannot be read."
+    ),
     "Watermark budgets above": (
-        "The paper argues from how an unmarked model fares against larger budgets (Table 5), not from marked models. Here "
-        "marked models are measured. Where watermarks join every batch (clean) their budget hardly matters; a pass over them after each "
-        "epoch (as-published) does the more harm the larger it is."
+        "The paper argues from how an unmarked model fares against larger budgets (Table 5), not "
+        "from marked models. Here marked models are measured. Where watermarks join every batch "
+        "(clean) their budget hardly matters; a pass over them after each epoch (as-published) "
+        "does the more harm the larger it is."
     ),
     "Ours: the same": (
-        "This control is stricter than the paper's tables: marks are trained in from the unmarked model, and as many further "
-        "epochs without a mark make that better as well."
+        "This control is stricter than the paper's tables: marks are trained in from the unmarked "
+        "model, and as many further epochs without a mark make that better as well."
     ),
     "Coins in the weights": (
-        "Expected, and the reason for the guarded service: nothing in the weights that was tried survives a theft by answers."
+        "Expected, and the reason for the guarded service: nothing in the weights that was tried "
+        "survives a theft by answers."
     ),
 }
 """What we know of why a claim falls, by the beginning of its text."""

@@ -35,7 +35,10 @@ _PLUMBING = (
     "timestamps.py",
     "version.py",
 )
-"""What the work imports and no number depends on: messages, files, places, suspects, progress, time."""
+"""Modules that the work imports but no number depends on.
+
+They are for messages, files, places, suspects, progress and time.
+"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,10 @@ def environment() -> dict[str, str]:
 
 @functools.cache
 def code_version(package: Path = _PACKAGE) -> str:
-    """SHA-256 over the syntax trees of a unit's code; comments, docstrings and layout do not count."""
+    """SHA-256 over the syntax trees of a unit's code.
+
+    Comments, docstrings and layout do not count.
+    """
     trees = [f"{path} {_meaning((package / path).read_text())}" for path in code_files(package)]
     return sha256("\n".join(trees).encode())
 

@@ -1,7 +1,8 @@
-"""The grid of the paper and beyond it: which units a study needs, and where in its tables each belongs.
+"""The grid of the paper and beyond it: the units of a study, and their places in its tables.
 
-A cell is a unit and its place: data set, seed, defence, how the model was stolen, what was removed. The results of all cells are one flat
-list of measurements; every table, figure and sentence is made from that list.
+A cell is a unit and its place: the data set, the seed, the defence, how the model was stolen and
+what was removed. The results of all cells are one flat list of measurements; every table, figure
+and sentence is made from that list.
 """
 
 from collections.abc import Mapping
@@ -23,9 +24,12 @@ DEFENCES = (
     *(f"{prefix}{scheme}" for prefix in ("WM ", "ADVTR+") for scheme in SCHEMES),
 )
 TRAINED_ON = "ADVTR, trained on"
-"""The control for marks that are trained in from the unmarked model: the same further epochs without a mark."""
+"""The control for marks whose training starts from the unmarked model.
+
+It is trained for the same number of further epochs without a mark.
+"""
 BUDGETS = ((0.15, 15), (0.25, 25), (0.3, 40), (0.4, 40), (0.5, 40))
-"""Of Table 5: (budget, steps), steps of .01."""
+"""Attacks of Table 5, as (budget, steps), with a step size of 0.01."""
 
 _STRANGERS = 1000  # seeds of strangers begin here, far from those of owners
 _CHAIN = ("prune", "finetune")
@@ -35,25 +39,32 @@ _OWN = THEFTS["white"].title
 
 @dataclass(frozen=True)
 class Profile:
-    """How much of everything.
+    """How much a study does of everything.
 
     Attributes:
         network: the owner's network.
-        objective: of robust training.
-        seeds: owners.
-        strangers: independent models of each kind.
-        queries: of Algorithm 2.
-        thief_objective: of the grey-box thief and the adversarial fine-tuner: `fast` is one step.
-        haste: how a thief in a hurry trains: as a share of the epochs that the theft takes by itself, and instead of its batch size
-            and learning rate. None is in no hurry; `quick` copies about as well in a quarter of the time (docs/log.md).
-        finetune_examples: images that the thief fine-tunes on; none for his whole pool.
-        attack_copies: test images for the adversarial accuracy of copies, strangers and swept budgets; none for all of them.
-        attack_removals: the same after the paper's removals; 0 measures test and watermark accuracy only.
-        test_removals: test images for the test accuracy after the paper's removals; none for all of them.
+        objective: objective of robust training.
+        seeds: number of owners.
+        strangers: number of independent models of each kind.
+        queries: number of queries of Algorithm 2.
+        thief_objective: objective of the grey-box thief and of adversarial fine-tuning; `fast` is
+            one step.
+        haste: how a thief in a hurry trains: the share of the theft's own epochs, and the batch
+            size and learning rate that replace its own. None stands for no hurry; `quick` copies
+            about as well in a quarter of the time (docs/log.md).
+        finetune_examples: images that the thief fine-tunes on; None for their whole pool.
+        attack_copies: test images for the adversarial accuracy of copies, strangers and swept
+            budgets; None for all of them.
+        attack_removals: the same after the paper's removals; 0 measures test and watermark accuracy
+            only.
+        test_removals: test images for the test accuracy after the paper's removals; None for all of
+            them.
         budget_examples: test images of Table 5 and of the plane.
-        sweep: budgets of the watermarks beside the default one, for the claim beta > epsilon + alpha.
-        epochs: of training, by data set; the recipe's where there is none.
-        amounts: of the removals beyond the paper, by their names; their own where there is none.
+        sweep: watermark budgets besides the default one, by data set, for the claim
+            beta > epsilon + alpha.
+        epochs: epochs of training, by data set; those of the recipe where there is no entry.
+        amounts: amounts of the removals beyond the paper, by name of the removal; the removal's own
+            amount where there is no entry.
     """
 
     network: str
@@ -133,7 +144,8 @@ class Cell:
 
     Attributes:
         unit: the unit.
-        place: what the measurement is of: section, data, seed, defence, theft, removal; only strings and numbers.
+        place: what the measurement is of: section, data, seed, defence, theft, removal; its values
+            are strings and numbers.
     """
 
     unit: Unit
@@ -194,7 +206,10 @@ class _Maker:
     def theft(
         self, title: str, victim: Unit, name: str, watermarks: Unit | None, seed: int
     ) -> Unit:
-        """A theft by its name in `THEFTS`; the copy is the victim itself where the thief has that."""
+        """Make the unit of a theft, by its name in `THEFTS`.
+
+        If the thief has the victim itself, that is the copy.
+        """
         profile, theft = self.profile, THEFTS[name]
         if theft.sees is None:
             return victim
@@ -427,7 +442,10 @@ class _Owner(_Maker):
         ]
 
     def sweep(self) -> list[Cell]:
-        """Adversarial watermarks at other budgets: what they cost the model, and what strangers answer."""
+        """Measure adversarial watermarks at other budgets.
+
+        The cells show what these cost the model, and how strangers answer them.
+        """
         cells = []
         for budget in self.profile.sweep[self.data]:
             watermarks = self.watermarks("adversarial", budget)

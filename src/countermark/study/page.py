@@ -18,20 +18,35 @@ figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
 table { font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 th { position: sticky; top: 0; background: var(--paper); font-weight: 600; }
-td.word, th.word { text-align: left; } td.unit { font-family: ui-monospace, monospace; color: var(--soft); font-size: .75rem; }
+td.word, th.word { text-align: left; } \
+td.unit { font-family: ui-monospace, monospace; color: var(--soft); font-size: .75rem; }
 li { margin: .5rem 0; } li .good, li .bad { font-weight: 600; }
 """
 
 _CAPTIONS = {
-    "figure2": "Figure 2. Black-box copies: watermark accuracy after pruning and fine-tuning. The dashed line is the paper's 50 % rule.",
+    "figure2": (
+        "Figure 2. Black-box copies: watermark accuracy after pruning and fine-tuning. The dashed "
+        "line is the paper's 50 % rule."
+    ),
     "figure3": "Figure 3. Grey-box copies, the same.",
     "figure4": "Figure 4. White-box copies, the same.",
-    "strangers": "Every thief and every stranger asked for the same watermarks: a threshold is evidence where no grey dot lies above it.",
-    "p_values": "Exact p-values of the coins in white-box copies; the dashed line is a judge's 1e-9, the grey band holds all strangers.",
+    "strangers": (
+        "Every thief and every stranger asked for the same watermarks: a threshold is evidence "
+        "where no grey dot lies above it."
+    ),
+    "p_values": (
+        "Exact p-values of the coins in white-box copies; the dashed line is a judge's 1e-9, the "
+        "grey band holds all strangers."
+    ),
     "sweep": "Adversarial watermarks crafted at other budgets.",
-    "figure1_5": "Figures 1 and 5. Training images, their adversarial examples and watermarks, in the plane of the images' two first "
-    "principal components (the paper does not say how it projects).",
-    "figure6": "Figure 6. A training image, its adversarial example and its watermarks, with the adversarially trained model's answers.",
+    "figure1_5": (
+        "Figures 1 and 5. Training images, their adversarial examples and watermarks, in the plane "
+        "of the images' two first principal components (the paper does not say how it projects)."
+    ),
+    "figure6": (
+        "Figure 6. A training image, its adversarial example and its watermarks, with the "
+        "adversarially trained model's answers."
+    ),
 }
 
 
@@ -53,7 +68,10 @@ def page(
     """
     parts = [
         "<h1>Adversarial training and watermarks: the paper, ours, and strangers</h1>",
-        "<p class='soft'>A reproduction of Thakkar, Zizzo and Maffeis (2023), with independent models asked for every watermark.</p>",
+        (
+            "<p class='soft'>A reproduction of Thakkar, Zizzo and Maffeis (2023), with independent "
+            "models asked for every watermark.</p>"
+        ),
         *(f"<p><strong>{escape(verdict)}</strong></p>" for verdict in verdicts),
         "<h2>What holds</h2><ul>",
         *(_claim(claim) for claim in claims),
@@ -67,7 +85,8 @@ def page(
     parts.append("<h2>How it was made</h2><dl>")
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items()]
     parts.append(
-        "</dl><footer>Each number names the unit of work it came from by the first 12 digits of its SHA-256.</footer>"
+        "</dl><footer>Each number names the unit of work it came from by the first 12 digits of "
+        "its SHA-256.</footer>"
     )
     return document("Countermark: the study", _STYLE, parts)
 
@@ -83,7 +102,10 @@ def _claim(claim: Claim) -> str:
         f"<span class='soft'>{escape(protocol)}: {escape(f.told)}</span>"
         for protocol, f in claim.findings.items()
     )
-    return f"<li>{escape(claim.text)} <span class='{kind}'>{escape(claim.verdict)}.</span><br>{told}{remark}</li>"
+    return (
+        f"<li>{escape(claim.text)} <span class='{kind}'>{escape(claim.verdict)}.</span>"
+        f"<br>{told}{remark}</li>"
+    )
 
 
 def _figure(name: str, svg: str) -> str:
@@ -98,7 +120,10 @@ def _figure(name: str, svg: str) -> str:
     plain = " class='plain'" if name.startswith("figure6") else ""
     encoded = base64.b64encode(svg.encode()).decode()
     image = f"<img alt='{escape(caption)}' src='data:image/svg+xml;base64,{encoded}'>"
-    return f"<figure id='{escape(name)}'{plain}>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+    return (
+        f"<figure id='{escape(name)}'{plain}>{image}"
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
 
 
 def _table(table: Table, protocol: str) -> str:
@@ -119,8 +144,10 @@ def _table(table: Table, protocol: str) -> str:
         for row, units in zip(table.rows, table.units, strict=True)
     )
     return (
-        f"<h2 id='{escape(protocol)}-{escape(table.name)}'>{escape(table.title)}, protocol {escape(protocol)}</h2>"
-        f"<p class='soft'>{escape(table.note)}</p><div class='wide'><table><thead><tr>{head}<th class='word'>unit</th></tr></thead>"
+        f"<h2 id='{escape(protocol)}-{escape(table.name)}'>{escape(table.title)}, "
+        f"protocol {escape(protocol)}</h2>"
+        f"<p class='soft'>{escape(table.note)}</p><div class='wide'><table>"
+        f"<thead><tr>{head}<th class='word'>unit</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -1,7 +1,8 @@
 """What a study will take: an estimate for each unit, from a short calibration on this machine.
 
-The measure of work is one image once through the network and back. The estimate is for one core a worker and ignores what several cores
-take from each other; the progress corrects it as units finish.
+The measure of work is a pass: one image once through the network and back. The estimate assumes one
+core for each worker, and ignores that busy cores slow each other down; the progress display
+corrects it as units finish.
 """
 
 import time
@@ -20,9 +21,8 @@ from countermark.training import known_traits, marking, recipe
 from countermark.watermarks import CRAFTING_STEPS, SCHEMES
 
 _OVERHEAD = 1.0  # seconds of every unit: reading data, writing files
-_STANDARD_STEPS = (
-    4  # steps that a model without robustness survives, and its robust share, as passes
-)
+# Steps that a model without robustness survives, and its robust share, as passes.
+_STANDARD_STEPS = 4
 _FORWARD = 0.35  # of a pass
 
 
@@ -32,12 +32,25 @@ def _held_out(row: Known) -> Mapping[str, int]:
 
 
 def seconds(unit: Unit, speed: Mapping[str, float]) -> float:
-    """Estimated seconds of a unit on one core; `speed` is seconds for one image's pass, by network."""
+    """Estimate the seconds that a unit takes on one core.
+
+    Args:
+        unit: the unit.
+        speed: seconds of one pass, by network.
+    """
     return _OVERHEAD + _passes(unit) * speed[_network(unit)]
 
 
 def calibrate(networks: set[str], shape: tuple[int, int, int] = (1, 28, 28)) -> dict[str, float]:
-    """Measure the seconds of one image's pass, forwards and backwards, for each network, on one thread."""
+    """Measure the seconds of one pass of an image, forwards and backwards, on one thread.
+
+    Args:
+        networks: names of the networks.
+        shape: one image, `(channels, height, width)`.
+
+    Returns:
+        The seconds, by network.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,8 @@
-"""What a finished study writes: results.json, tables as CSV, figures as SVG, and the page that holds them all."""
+"""The files that a finished study writes.
+
+They are `results.json`, `results.md`, tables as CSV, figures as SVG, and a page that holds all of
+them.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -70,16 +74,18 @@ def write_report(
         "measurements": measured,
         "tables": {protocol: [asdict(table) for table in part] for protocol, part in made.items()},
     }
-    write_bytes(
-        out / "results.json", canonical_json(results)
-    )  # of any size: nothing here reads it back
+    # It may have any size: nothing here reads it back.
+    write_bytes(out / "results.json", canonical_json(results))
     write_bytes(out / "results.md", markdown(found, judged, made, about, command).encode())
     write_bytes(out / "report.html", page(found, judged, made, drawn, about).encode())
     return found
 
 
 def verdicts(judged: Sequence[Claim]) -> tuple[str, ...]:
-    """The sentences to begin with: how many claims hold, and the leading ones with their numbers."""
+    """Make the sentences with which the report begins.
+
+    They say how many claims hold, and give the verdicts on the leading ones with their numbers.
+    """
     known = [claim for claim in judged if claim.verdict != "not measured"]
     lines = [f"{sum(claim.holds for claim in known)} of {len(known)} claims hold."]
     for claim in known:
@@ -110,7 +116,10 @@ def _figures(rows: Sequence[Row], cells: Sequence[Cell], store: Store) -> dict[s
 
 
 def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Our settings in the words of Table 6, by data set, as the units of the robust model have them."""
+    """Give our settings under the names of Table 6, by data set.
+
+    They are taken from the units of the robust model.
+    """
     settings = {}
     for cell in cells:
         place = cell.place
@@ -130,8 +139,13 @@ def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
             assert config.attack is not None
             settings[catalogued.name] = {
                 "advtr.epsilon": catalogued.threat.epsilon,
-                "advtr.steps": f"{config.attack.steps} (training), {catalogued.threat.steps} (evaluation)",
-                "advtr.step_size": f"{config.attack.step_size:g} (training), {catalogued.threat.step_size:g} (evaluation)",
+                "advtr.steps": (
+                    f"{config.attack.steps} (training), {catalogued.threat.steps} (evaluation)"
+                ),
+                "advtr.step_size": (
+                    f"{config.attack.step_size:g} (training), "
+                    f"{catalogued.threat.step_size:g} (evaluation)"
+                ),
                 "advwm.epsilon": catalogued.threat.watermark_epsilon,
                 "advwm.steps": CRAFTING_STEPS,
                 "advwm.step_size": "0.01; coins at full strength",

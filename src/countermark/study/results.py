@@ -1,4 +1,7 @@
-"""From finished units to one flat list of measurements, and the statistics that tables, figures and sentences take from it."""
+"""The flat list of the measurements of finished units, and its statistics.
+
+Tables, figures and sentences are made from these statistics.
+"""
 
 import csv
 import io
@@ -34,7 +37,10 @@ FIELDS = (
     "own_mark",
     "unit",
 )
-"""Columns of a measurement; accuracies in percent, `amount` the rate, epochs or budget of a removal or attack."""
+"""Columns of a measurement.
+
+Accuracies are in percent; `amount` is the rate, the epochs or the budget of a removal or an attack.
+"""
 
 Row = dict[str, Any]
 

@@ -1,7 +1,8 @@
-"""Running the units of a study by Dask: in this process, on local processes, or on a cluster that is already there.
+"""Running the units of a study with Dask.
 
-Every unit is a task with declared inputs; a finished one is never run again, whichever engine made it. A unit computes on one thread, so
-its numbers do not depend on the engine.
+They run in this process, in local processes, or on a cluster that already exists. Every unit is a
+task with declared inputs; a finished one is never run again, whichever engine made it. A unit
+computes on one thread, so its numbers do not depend on the engine.
 """
 
 import contextlib
@@ -37,14 +38,16 @@ _QUIET_CLUSTER = {
 
 
 def do(unit: Unit, store_folder: str, cache: str | None, device: str, *_inputs: str) -> str:
-    """Do one unit, wherever this is called; returns its digest.
+    """Do one unit, wherever this is called, and return its digest.
 
     Raises:
-        CountermarkError: the unit was planned with other code than this process has, or its work failed.
+        CountermarkError: the unit was planned with other code than this process has, or its work
+            failed.
     """
     if unit.record["code"] != code_version():
         raise CountermarkError(
-            "a worker runs another version of Countermark than this command; install the same one everywhere"
+            "a worker runs another version of Countermark than this command; install the same one "
+            "everywhere"
         )
     keep_freed_memory()
     store = Store(Path(store_folder))
@@ -82,10 +85,11 @@ def run(
     """Run units of which none is finished.
 
     Args:
-        todo: inputs before what starts from them.
-        store: where finished units are, and will be; workers on other machines must see it under the same path.
-        finished: units of the study that were finished before.
-        workers: local processes; 0 runs everything in this process.
+        todo: the units; inputs come before the units that start from them.
+        store: where finished units are kept; workers on other machines must see it under the same
+            path.
+        finished: number of units of the study that were finished before.
+        workers: number of local processes; 0 runs everything in this process.
         scheduler: address of a Dask scheduler to use instead.
         cache: the data cache, as workers see it.
         device: where each worker computes its units; `auto` is what it finds on its machine.
@@ -93,7 +97,8 @@ def run(
         estimates: seconds of each unit, by digest.
 
     Raises:
-        CountermarkError: a unit failed, or the scheduler cannot be reached; what is finished is kept.
+        CountermarkError: a unit failed, or the scheduler cannot be reached; what is finished is
+            kept.
     """
     watch = Watch(store, finished, todo, estimates, max(workers, 1), log)
     if not todo:
@@ -107,7 +112,8 @@ def run(
                 _elsewhere(tasks, todo, watch, workers, scheduler)
         except KeyboardInterrupt:
             watch.note(
-                f"interrupted: {watch.done} of {watch.total} units are finished and kept; the same command goes on from there"
+                f"interrupted: {watch.done} of {watch.total} units are finished and kept; the "
+                "same command goes on from there"
             )
             raise
 
@@ -167,7 +173,8 @@ def _elsewhere(
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with contextlib.ExitStack() as stack:
         if scheduler is None:
-            # Without this Dask takes unknown tasks for short and queues them where their inputs are, while other workers idle.
+            # Without this, Dask assumes that unknown tasks are short and queues them where their
+            # inputs are, while other workers are idle.
             stack.enter_context(dask.config.set(_QUIET_CLUSTER))
             with _undisturbed():  # workers inherit this: a Ctrl-C is for the one who waits
                 cluster = stack.enter_context(
@@ -185,7 +192,8 @@ def _elsewhere(
                 client = stack.enter_context(Client(scheduler, timeout=_CONNECT))
             except (OSError, TimeoutError, ValueError) as error:
                 raise CountermarkError(
-                    f"no Dask scheduler answers at {scheduler} ({error}); start one or leave --scheduler out"
+                    f"no Dask scheduler answers at {scheduler} ({error}); start one or leave "
+                    "--scheduler out"
                 ) from error
         by_digest = {unit.digest: unit for unit in todo}
         futures = dict(zip(tasks, client.compute(list(tasks.values())), strict=True))
@@ -228,7 +236,11 @@ def _undisturbed() -> Iterator[None]:
 
 
 class Watch:
-    """Progress over the whole graph: on a terminal a live picture, else a line for each unit; always a log file."""
+    """Progress over the whole graph.
+
+    It is a live display on a terminal, and elsewhere a line for each unit. There is always a log
+    file.
+    """
 
     def __init__(
         self,
@@ -256,7 +268,8 @@ class Watch:
         for word in self.store.told().keys() & self.left.keys():
             self.store.tell(self.left[word], None)  # of a run that was killed
         self._write(
-            f"{self.done} of {self.total} units are finished; {duration(self.seconds_left())} to go, by estimate"
+            f"{self.done} of {self.total} units are finished; {duration(self.seconds_left())} to "
+            "go, by estimate"
         )
         if self.live is not None:
             self.live.start()
@@ -267,7 +280,10 @@ class Watch:
             self.live.stop()
 
     def seconds_left(self) -> float:
-        """Estimated wall-clock seconds, corrected by how the finished units compared with their estimates."""
+        """Estimate the remaining wall-clock seconds.
+
+        The estimate is corrected by how the finished units compared with theirs.
+        """
         rest = sum(self.estimates.get(digest, 1.0) for digest in self.left) / self.workers
         elapsed = time.monotonic() - self.begun
         return rest * (elapsed * self.workers / self.spent) if self.spent > 20 else rest
@@ -278,7 +294,8 @@ class Watch:
         self.done += 1
         self.spent += self.estimates.get(unit.digest, 1.0)
         self._write(
-            f"[{self.done}/{self.total}] {unit.title} ({unit.digest[:12]}); {duration(self.seconds_left())} left"
+            f"[{self.done}/{self.total}] {unit.title} ({unit.digest[:12]}); "
+            f"{duration(self.seconds_left())} left"
         )
 
     def note(self, line: str) -> None:

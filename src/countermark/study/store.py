@@ -1,7 +1,9 @@
 """Finished units, each in a folder of its own name.
 
-A unit's folder appears whole or not at all (built as `DIGEST.partial`, renamed), with the digest of every file in it; what is damaged
-later is noticed before it is used and made again. `kill -9` at any moment leaves finished folders, and at most checkpoints of the others.
+A unit's folder appears whole or not at all: it is built as `DIGEST.partial` and renamed. It holds
+the digest of every file in it, so a unit that is damaged later is noticed before it is used, and is
+made again. `kill -9` at any moment leaves the finished folders, and of the other units at most
+checkpoints.
 """
 
 import json
@@ -47,7 +49,8 @@ class Store:
         if mark.exists():
             if read_json(mark).get("format") != STORE_FORMAT:
                 raise CountermarkError(
-                    f"{folder} is a store of another release ({STORE_FORMAT!r} is read); choose a new folder for this study"
+                    f"{folder} is a store of another release ({STORE_FORMAT!r} is read); choose a "
+                    "new folder for this study"
                 )
         elif folder.is_dir() and any(folder.iterdir()):
             raise CountermarkError(f"{folder} holds other files and no store; choose a new folder")
@@ -56,7 +59,8 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise CountermarkError(
-                    f"cannot create {folder}: {error.strerror}; choose a folder that you can write to"
+                    f"cannot create {folder}: {error.strerror}; choose a folder that you can "
+                    "write to"
                 ) from error
             write_json(mark, {"format": STORE_FORMAT})
 
@@ -65,7 +69,10 @@ class Store:
         return self.folder / unit.digest
 
     def has(self, unit: Unit) -> bool:
-        """Whether a unit is finished; the folder of a damaged one is removed, so that it is made again."""
+        """Whether a unit is finished.
+
+        The folder of a damaged unit is removed, so that it is made again.
+        """
         folder = self.path(unit)
         if not folder.exists():
             return False
@@ -86,7 +93,10 @@ class Store:
         return read_json(self.path(unit) / RESULT)
 
     def make(self, unit: Unit, work: Callable[[Path], Mapping[str, Any]]) -> None:
-        """Do the `work` of a unit, which writes its files into the folder that it is given and returns its result."""
+        """Do the `work` of a unit.
+
+        It writes its files into the folder that it is given, and returns the unit's result.
+        """
         with new_folder(self.path(unit), unit.record) as folder:
             write_json(folder / RESULT, dict(work(folder)))
             kept = sorted(
@@ -100,7 +110,12 @@ class Store:
             )
 
     def tell(self, unit: Unit, status: Mapping[str, Any] | None) -> None:
-        """Leave word of how far a running unit is, for whoever watches; none when it has stopped."""
+        """Record how far a running unit is, for whoever watches.
+
+        Args:
+            unit: the unit.
+            status: how far it is; None when it has stopped.
+        """
         path = self.folder / _PROGRESS / f"{unit.digest}.json"
         if status is None:
             path.unlink(missing_ok=True)
@@ -109,7 +124,7 @@ class Store:
         write_bytes(path, json.dumps(status).encode())
 
     def told(self) -> dict[str, dict[str, Any]]:
-        """What running units left word of, by digest."""
+        """Return the recorded status of each running unit, by digest."""
         found = {}
         for path in sorted((self.folder / _PROGRESS).glob("*.json")):
             try:

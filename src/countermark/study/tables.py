@@ -32,7 +32,7 @@ class Table:
     Attributes:
         name: short name, also of its CSV file.
         title: what a reader sees above it.
-        note: what he must know to read it.
+        note: what a reader must know to read it.
         columns: their headings.
         rows: a row is a value for each column; numbers are in the unit that the heading says.
         units: for each row the units that its numbers came from.
@@ -269,8 +269,9 @@ def _marks(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
         "log10 p",
     )
     note = (
-        "Percent; coins are answers as the coins chose against the other way, seed by seed; p is exact, the largest over seeds. Under the "
-        "protocol clean marks are trained in from the unmarked model ADVTR; 'trained on' has the same further epochs without a mark."
+        "Percent; coins are answers as the coins chose against the other way, seed by seed; p is "
+        "exact, the largest over seeds. Under the protocol clean marks are trained in from the "
+        "unmarked model ADVTR; 'trained on' has the same further epochs without a mark."
     )
     return _table("marks", "The coins beside the published schemes", note, columns, lines)
 
@@ -355,8 +356,9 @@ def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
         "smallest log10 p",
     )
     note = (
-        "Watermark accuracy, in percent, of models that never saw the mark: standard, robust, of another architecture, thefts of unmarked "
-        "models, and the owner's own unmarked models. An exact p-value needs no bank; strangers' p-values are anywhere in (0, 1)."
+        "Watermark accuracy, in percent, of models that never saw the mark: standard, robust, of "
+        "another architecture, thefts of unmarked models, and the owner's own unmarked models. An "
+        "exact p-value needs no bank; strangers' p-values are anywhere in (0, 1)."
     )
     return _table(
         "strangers", "The control: strangers asked for the same watermarks", note, columns, lines
@@ -387,7 +389,10 @@ def _separation(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                     ((TITLES[data], scheme, setting, _rounded(lowest), _rounded(area), told), units)
                 )
     columns = ("data", "scheme", "stolen by", "lowest thief", "ROC AUC", "convicted at 1e-6")
-    note = "How well watermark accuracy tells thieves from strangers: 1 always, 0.5 not at all. Both defences of a scheme are counted."
+    note = (
+        "How well watermark accuracy tells thieves from strangers: 1 always, 0.5 not at all. Both "
+        "defences of a scheme are counted."
+    )
     return _table("separation", "Thieves against strangers", note, columns, lines)
 
 
@@ -414,12 +419,20 @@ def _beyond(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
         "coins",
         "log10 p",
     )
-    note = "Thefts and removals that the paper does not try, on the adversarially trained models; percent, one row a seed."
+    note = (
+        "Thefts and removals that the paper does not try, on the adversarially trained models; "
+        "percent, one row a seed."
+    )
     return _table("beyond", "Beyond the paper", note, columns, lines)
 
 
 def swept(rows: Sequence[Row], data: str) -> list[tuple[float, list[Row], list[Row]]]:
-    """By watermark budget, the default one included: the marked models, and strangers asked for the same watermarks."""
+    """Select the measurements of each watermark budget, including the default one.
+
+    Returns:
+        For each budget: the budget, the rows of the marked models, and the rows of strangers asked
+        for the same watermarks.
+    """
     default = where(
         rows,
         section="model",
@@ -468,8 +481,9 @@ def _sweep(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
         "strangers' watermark",
     )
     note = (
-        "ADVTR+adversarial with watermarks crafted at several budgets, in percent. In the profile quick the adversarial accuracy at other "
-        "budgets than the default is that on 1,000 test images, give or take two points."
+        "ADVTR+adversarial with watermarks crafted at several budgets, in percent. In the profile "
+        "quick the adversarial accuracy at other budgets than the default is that on 1,000 test "
+        "images, give or take two points."
     )
     return _table("sweep", "The watermark budget", note, columns, lines)
 

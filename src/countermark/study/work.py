@@ -1,7 +1,8 @@
-"""What units do: train, mark, steal, remove, ask. One function for each kind of unit.
+"""What units do: train, mark, steal, remove, ask. There is one function for each kind of unit.
 
-A function takes its options, the folders of the units it starts from and the folder to write into, and returns a result: a list of points,
-each with what was measured there. Nothing else goes in: the same options and inputs give the same bytes.
+A function takes its options, the folders of the units that it starts from and the folder to write
+into, and returns a result: a list of points, each with what was measured there. Nothing else goes
+in: the same options and inputs give the same bytes.
 """
 
 import functools
@@ -35,7 +36,11 @@ _LIMIT = 1 << 34
 
 
 def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
-    """Train a model, from the weights of `start` if there is one, with `watermarks` in it if there are any."""
+    """Train a model.
+
+    Training starts from the weights of `start` if there is one, and embeds `watermarks` if there
+    are any.
+    """
     data, pools = options["data"], pools_of(options)
     opened = _data(data)
     given = traits(opened, pools.training)
@@ -80,7 +85,11 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 
 class _Best:
-    """The published protocol's choice of the epoch: the highest sum of test, adversarial and watermark accuracy on the TEST set."""
+    """The published protocol's choice of the epoch.
+
+    It is the epoch with the highest sum of test, adversarial and watermark accuracy on the TEST
+    set.
+    """
 
     def __init__(self, folder: Path, test: Examples, attack: Attack, key: Key | None) -> None:
         self.path = folder / "checkpoint-best.safetensors"
@@ -99,9 +108,10 @@ class _Best:
 
 
 def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
-    """Craft a watermark set on the model `source`, commit to it and draw its coins, as `protect` does.
+    """Craft a watermark set on the model `source`, commit to it and draw its coins.
 
-    The secrets come out of the seed, so that a study can be repeated: such a key is an experiment and proves nothing to anybody.
+    This is what `protect` does, but the secrets are derived from the seed, so that a study can be
+    repeated: such a key is an experiment and proves nothing to anybody.
     """
     data, pools = options["data"], pools_of(options)
     catalogued = known(data)
@@ -138,7 +148,10 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 
 def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
-    """Steal the model `victim` without its weights; the copy is asked for the victim's `watermarks`, if it has any."""
+    """Steal the model `victim` without its weights.
+
+    The copy is asked for the victim's `watermarks`, if it has any.
+    """
     victim, described = load_model(inputs["victim"], device=_device())
     means = replace(_means(options, "steal"), **options["means"])
     copied, described = stolen(options["theft"], victim, described, means)
@@ -148,7 +161,11 @@ def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 
 def prune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
-    """Prune `model` at several rates; test and watermark accuracy at each, and the adversarial one where the profile asks for it."""
+    """Prune `model` at several rates.
+
+    At each rate test and watermark accuracy are measured, and adversarial accuracy if the profile
+    asks for it.
+    """
     network, key, test = (
         _load(inputs["model"]),
         _key(inputs),
@@ -164,7 +181,10 @@ def prune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 
 def finetune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
-    """Fine-tune `model` on the thief's pool; the same measurements after each of several numbers of epochs."""
+    """Fine-tune `model` on the thief's pool.
+
+    The measurements of `prune_curve` are made after each of several numbers of epochs.
+    """
     key, test = _key(inputs), every(pools_of(options).test, options["tested"])
     points = []
 
@@ -184,7 +204,7 @@ def finetune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 
 def remove_mark(options: Options, inputs: Inputs, folder: Path) -> Result:
-    """Removals on `model`, one after the other."""
+    """Apply removals to `model`, one after the other."""
     network, described = load_model(inputs["model"], device=_device())
     network, described = removed(options["removals"], network, described, _means(options, "remove"))
     done, key, test = described.history[-1], _key(inputs), pools_of(options).test
@@ -223,7 +243,7 @@ def ask_strangers(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 
 def attack_budgets(options: Options, inputs: Inputs, folder: Path) -> Result:
-    """Adversarial accuracy of `model` at several budgets and steps of .01 (Table 5)."""
+    """Measure adversarial accuracy of `model` at several budgets, in steps of 0.01 (Table 5)."""
     network, test = _load(inputs["model"]), every(pools_of(options).test, options["examples"])
     return {
         "points": [
@@ -239,7 +259,11 @@ def attack_budgets(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 
 def draw_pictures(options: Options, inputs: Inputs, folder: Path) -> Result:
-    """Figure 6: one training image, its adversarial example, its watermarks at two budgets, crafted on `model`; kept as uint8 images."""
+    """Make the images of Figure 6.
+
+    They are one training image, its adversarial example and its watermarks at two budgets, crafted
+    on `model` and kept as uint8.
+    """
     data, pools, network = options["data"], pools_of(options), _load(inputs["model"])
     x, y = pixels(pools.bases.x[:1]), pools.bases.y[:1]
     images = {"training image": x}
@@ -262,9 +286,11 @@ def draw_pictures(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 
 def project(options: Options, inputs: Inputs, folder: Path) -> Result:
-    """Figures 1 and 5: training images, their adversarial examples and the watermark sets in the plane of two principal components.
+    """Project images on a plane, for Figures 1 and 5.
 
-    The paper does not say how it projects; here everything is projected on the first two principal components of the training images.
+    The images are training images, their adversarial examples and the watermark sets. The paper
+    does not say how it projects; here everything is projected on the first two principal components
+    of the training images.
     """
     pools, network, count = pools_of(options), _load(inputs["model"]), options["examples"]
     training = pools.training[:count]
@@ -291,7 +317,10 @@ def project(options: Options, inputs: Inputs, folder: Path) -> Result:
 
 
 def _distances(places: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """How far each cloud's centre is from that of the adversarial training examples, in standard deviations of the latter."""
+    """Measure how far the centre of each set is from that of the adversarial training examples.
+
+    The unit is the standard deviation of the latter.
+    """
     centre = places["adversarial training"].mean(0)
     spread = float((places["adversarial training"] - centre).norm(dim=1).pow(2).mean().sqrt())
     return {
@@ -316,7 +345,11 @@ KINDS: Mapping[str, Callable[[Options, Inputs, Path], Result]] = {
 
 
 def pools_of(options: Options) -> Pools:
-    """The pools of a unit: disjoint ones, or those of the published runs, whose bases and thief's seeds are TEST images."""
+    """Cut the pools of a unit.
+
+    They are disjoint, or those of the published runs, where the watermark bases and the thief's
+    seeds are TEST images.
+    """
     pools = _pools(options["data"], options["pool_seed"])
     if options["protocol"] == "clean":
         return pools
@@ -377,7 +410,10 @@ def _cache() -> Path | None:
 
 
 def every(test: Examples, count: int | None) -> Examples:
-    """About `count` of the test images, evenly taken: the first half of MNIST's is easier than the second."""
+    """Take about `count` of the test images, evenly spaced; all of them if `count` is None.
+
+    The first half of MNIST's test images is easier than the second.
+    """
     return test[:: max(1, len(test) // count)] if count else test
 
 
@@ -386,7 +422,10 @@ def _attack(data: str) -> Attack:
 
 
 def _training_attack(objective: str, data: str, epsilon: float) -> Attack:
-    """The thief's or remover's own adversarial training: the paper's PGD, or single steps from a random start."""
+    """Return the attack of a thief's or remover's own adversarial training.
+
+    It is the paper's PGD, or single steps from a random start.
+    """
     threat = known(data).threat
     return (
         Attack(epsilon, threat.steps, threat.step_size)
@@ -402,7 +441,16 @@ def _key(inputs: Inputs) -> Key | None:
 def _measured(
     network: nn.Module, test: Examples, data: str, key: Key | None, attacked: int | None
 ) -> Result:
-    """Test accuracy, adversarial accuracy on `attacked` test images (none for all of them, 0 for no attack), watermark accuracy."""
+    """Measure the test, adversarial and watermark accuracy of a model.
+
+    Args:
+        network: the model.
+        test: test images.
+        data: the data set, whose attack is used.
+        key: key of the watermarks; None measures no watermark accuracy.
+        attacked: number of test images for the adversarial accuracy; None for all of them, 0 for no
+            attack.
+    """
     point: Result = {"test": accuracy(network, test)}
     if attacked != 0:
         point["adversarial"] = adversarial_accuracy(

@@ -88,7 +88,10 @@ def finetune(network: nn.Module, epochs: float, means: Means) -> nn.Module:
 
 
 def finetune_adversarially(network: nn.Module, epochs: float, means: Means) -> nn.Module:
-    """Do the same as `finetune` on examples under the thief's attack, so that the copy is robust."""
+    """Return a copy that was trained on as in `finetune`, but on adversarial examples.
+
+    They are made by the thief's attack, so that the copy is robust.
+    """
     return _tuned(network, epochs, means, adversarial=True)
 
 

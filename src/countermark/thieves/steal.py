@@ -231,7 +231,8 @@ def _some(pool: Examples, count: int) -> Examples:
     """The first `count` images of a thief, or all of them."""
     if min(len(pool), count) < 1:
         raise CountermarkError(
-            "there is no image to ask the victim about; give the thief at least one image and one query"
+            "there is no image to ask the victim about; give the thief at least one image and one "
+            "query"
         )
     return pool[:count]
 
