@@ -1,4 +1,8 @@
-"""A timestamp authority on loopback, made of `openssl ts`: a root, an authority under it, and one whose certificate has expired."""
+"""A timestamp authority on loopback, made with `openssl ts`.
+
+It has a root certificate and, under it, the certificate of the authority, which a test may make
+expired.
+"""
 
 import subprocess
 import threading
@@ -54,8 +58,11 @@ class Authority:
         (folder / "conf").write_text(_CONFIG.format(folder=folder))
         (folder / "serial").write_text("01")
         algorithm = ["ec", "-pkeyopt", "ec_paramgen_curve:P-256"] if key == "ec" else ["rsa:2048"]
-        self._openssl("req", "-x509", "-newkey", *algorithm, "-nodes", "-keyout", "root.key", "-out", "root.pem", "-days", "60",
-                      "-subj", "/CN=root", "-config", "conf", "-extensions", "ca")  # fmt: skip
+        self._openssl(
+            "req", "-x509", "-newkey", *algorithm, "-nodes", "-keyout", "root.key",
+            "-out", "root.pem", "-days", "60", "-subj", "/CN=root", "-config", "conf",
+            "-extensions", "ca",
+        )  # fmt: skip
         self._openssl(
             "req",
             "-new",
@@ -69,8 +76,11 @@ class Authority:
             "-subj",
             "/CN=tsa",
         )
-        self._openssl("x509", "-req", "-in", "tsa.csr", "-CA", "root.pem", "-CAkey", "root.key", "-CAcreateserial", "-out", "tsa.pem",
-                      "-days", str(days), "-extfile", "conf", "-extensions", extensions)  # fmt: skip
+        self._openssl(
+            "x509", "-req", "-in", "tsa.csr", "-CA", "root.pem", "-CAkey", "root.key",
+            "-CAcreateserial", "-out", "tsa.pem", "-days", str(days), "-extfile", "conf",
+            "-extensions", extensions,
+        )  # fmt: skip
 
     def reply(self, request: bytes) -> bytes:
         with self.lock:

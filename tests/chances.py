@@ -3,11 +3,15 @@
 import math
 
 RISK = 1e-7
-"""Probability with which a test of something that is right may fail; the suite has some dozen such tests."""
+"""Probability that such a test fails although the code is right; the suite has about a dozen."""
 
 
 def most(count: int, chance: float, risk: float = RISK) -> int:
-    """The largest of `count` coins' number of heads to put up with: more come up with a probability of at most `risk`."""
+    """Return the largest number of heads among `count` coins that a test should accept.
+
+    Each coin shows heads with probability `chance`; more heads than the returned number have a
+    probability of at most `risk`.
+    """
     above = 0.0
     for heads in range(count, -1, -1):
         ways = math.lgamma(count + 1) - math.lgamma(heads + 1) - math.lgamma(count - heads + 1)

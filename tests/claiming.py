@@ -1,4 +1,4 @@
-"""Keys and claims without training: trials, secrets and tokens of one's choice, for tests of the judge."""
+"""Keys and claims without training: chosen trials, secrets and tokens, for tests of the judge."""
 
 import secrets
 from dataclasses import dataclass, fields, replace

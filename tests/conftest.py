@@ -1,4 +1,4 @@
-"""Fixtures: one protected digits model for the whole run, made once whatever the number of test processes."""
+"""Fixtures; the digits models are made once per run and shared by all test processes."""
 
 import fcntl
 import random

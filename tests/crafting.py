@@ -37,12 +37,18 @@ EXPRESSIONS = (
     "load_extension('x')",
     "readfile('/etc/passwd')",
     f"({_ENDLESS} max(n) from c)",
-    "(select group_concat(hex(image)) from sqlite_schema, trials_ as a, trials_ as b, trials_ as c)",
+    (
+        "(select group_concat(hex(image))"
+        " from sqlite_schema, trials_ as a, trials_ as b, trials_ as c)"
+    ),
 )
 """What a cell may be computed by."""
 
 _TABLES = ("trials", "log_format", "erased")
-_ERASED = "create table if not exists erased (digest blob primary key, salt blob not null, rows bigint not null)"
+_ERASED = (
+    "create table if not exists erased"
+    " (digest blob primary key, salt blob not null, rows bigint not null)"
+)
 
 
 def craft_log(data: bytes, rng: random.Random) -> bytes:
@@ -203,7 +209,10 @@ def _other_table(connection: sqlite3.Connection, rng: random.Random) -> list[str
         f"create table trials ({', '.join(f'{name} any' for name in columns)}) strict",
         f"create virtual table trials using fts5({', '.join(columns)})",
         f"create table trials ({', '.join(columns)}, check ({rng.choice(EXPRESSIONS[:8])}))",
-        f"create table trials ({', '.join(columns)}, {', '.join(f'c{number}' for number in range(1900))})",
+        (
+            f"create table trials ({', '.join(columns)}, "
+            f"{', '.join(f'c{number}' for number in range(1900))})"
+        ),
     ]
     copied = f"insert into trials ({', '.join(columns)}) select {', '.join(columns)} from trials_"
     return ["alter table trials rename to trials_", rng.choice(ways), copied]
@@ -233,7 +242,8 @@ def _erasures(_connection: sqlite3.Connection, rng: random.Random) -> list[str]:
 def _index(connection: sqlite3.Connection, rng: random.Random) -> list[str]:
     column = rng.choice(_columns(connection, "trials"))
     return [
-        f"create {rng.choice(['', 'unique '])}index i{rng.randrange(10**6)} on trials ({rng.choice(['abs', 'hex', 'length'])}({column}))"
+        f"create {rng.choice(['', 'unique '])}index i{rng.randrange(10**6)}"
+        f" on trials ({rng.choice(['abs', 'hex', 'length'])}({column}))"
     ]
 
 
@@ -254,7 +264,8 @@ def _schema(_connection: sqlite3.Connection, rng: random.Random) -> list[str]:
         ]
     )
     return [
-        f"update sqlite_schema set {change} where name {rng.choice(['=', '<>'])} '{rng.choice(_TABLES)}'"
+        f"update sqlite_schema set {change}"
+        f" where name {rng.choice(['=', '<>'])} '{rng.choice(_TABLES)}'"
     ]
 
 
@@ -541,7 +552,7 @@ _VALUE = re.compile(rb'"(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|true|false|null|\[\]|\{\
 
 
 def craft_body(data: bytes, rng: random.Random) -> bytes:
-    """Write odd tokens of JSON in the place of values, keys or whole lists; or other bytes around them."""
+    """Put odd JSON tokens in place of values, keys or lists, or change the bytes around them."""
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         places = [found.span() for found in _VALUE.finditer(data[:4096])]
         if not places:
@@ -697,7 +708,7 @@ _LOCATIONS = (
 
 
 def craft_onnx(data: bytes, rng: random.Random) -> bytes:
-    """Change fields of a graph: tensors in other files, absurd shapes, functions, graphs in graphs."""
+    """Change fields of a graph: tensors in other files, absurd shapes, functions, nested graphs."""
     import onnx
     from google.protobuf.message import DecodeError
     from onnx import helper

@@ -1,7 +1,8 @@
 """A pretend device, `away`, that computes on the processor but refuses what a GPU refuses.
 
-Its tensors wrap tensors of the processor. An operation between one of them and a plain tensor raises, as it does between a GPU's and the
-processor's, and so does a generator of the processor's that is to fill one. So a test without a GPU finds a tensor that was left behind.
+Its tensors wrap CPU tensors. An operation that mixes one of them with a plain tensor raises an
+error, as mixing GPU and CPU tensors does. So does filling one of them from a CPU generator. A test
+without a GPU therefore finds a tensor that was left on the processor.
 """
 
 import contextlib
@@ -98,7 +99,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         left = [] if isinstance(args[0], Away) else left
     if name not in _MAY_MIX and away and any(tensor.dim() or name == "cat" for tensor in left):
         raise RuntimeError(
-            f"expected all tensors on one device, but {name} got some on away:0 and some on the processor"
+            f"expected all tensors on one device, but {name} got some on away:0"
+            " and some on the processor"
         )
     if any(isinstance(leaf, torch.Generator) for leaf in leaves):
         raise RuntimeError(f"expected a generator of away:0, but {name} got one of the processor")

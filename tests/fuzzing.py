@@ -217,7 +217,10 @@ def kinds() -> dict[str, Kind]:
         "roots": Place(GOLDEN, "roots.pem", _roots, "roots.pem"),
     }
     found = {name: Kind(place.example, place, spoil) for name, place in places.items()}
-    replay = b'{"url": "http://a", "x": 1}\n{"url": "http://a", "image": "00", "label": 3, "repeats": 1}\n'
+    replay = (
+        b'{"url": "http://a", "x": 1}\n'
+        b'{"url": "http://a", "image": "00", "label": 3, "repeats": 1}\n'
+    )
     replay_place = Place(
         GOLDEN, "roots.pem", lambda path: read_replay(path, "http://a"), "roots.pem"
     )
@@ -269,7 +272,10 @@ def log_place() -> Place:
 
 
 def spoil(data: bytes, rng: random.Random) -> bytes:
-    """Change an input: its bytes, or, where it is JSON, a value in it (written canonically again, so that it is read further)."""
+    """Change the bytes of an input or, if it is a JSON object, values in it.
+
+    A changed object is written as canonical JSON again, so that parsers read on beyond the syntax.
+    """
     if data[:1] == b"{" and rng.random() < 0.7:
         try:
             value = json.loads(data)
@@ -415,7 +421,10 @@ def _alone(kind: Kind, data: bytes) -> tuple[bool, str | None]:
 
 @contextlib.contextmanager
 def _limited_memory() -> Iterator[Callable[[], int]]:
-    """Stop at `_MOST_ADDRESSES` more; gives a function that says how many bytes were taken at most."""
+    """Limit the address space to `_MOST_ADDRESSES` bytes more than are in use.
+
+    Yields a function that returns by how many bytes the peak of used memory has risen.
+    """
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     with contextlib.suppress(OSError):

@@ -23,7 +23,11 @@ def linear(seed: int) -> nn.Module:
 
 
 def optimum(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Two classes, linear: the loss falls with the margin, whose gradient is the difference of two rows."""
+    """Return the images of highest loss within `epsilon` for a linear model of two classes.
+
+    The loss falls as the margin grows, and the gradient of the margin is the difference of the two
+    rows of weights.
+    """
     weight = model[1].weight.detach()
     direction = (weight[1 - y] - weight[y]).sign().view_as(x)
     return (x + epsilon * direction).clamp(0, 1)
@@ -175,7 +179,11 @@ def test_same_seed_same_adversarial_accuracy(digits: Pools) -> None:
 
 
 def test_a_step_of_the_attack_is_the_same_on_all_examples_and_on_those_still_right() -> None:
-    """What a GPU records, a step on a whole batch where lost examples rest, against the processor's way, which drops them."""
+    """Compare the step that a GPU records with what the processor does.
+
+    The GPU steps on a whole batch, in which lost examples stay where they are; the processor drops
+    them.
+    """
     model = prepare(
         build("small", (1, 8, 8), 10, seed=0).double()
     )  # the sign of a gradient near zero is not left to rounding
@@ -201,7 +209,10 @@ def test_a_step_of_the_attack_is_the_same_on_all_examples_and_on_those_still_rig
 def test_adversarial_accuracy_asks_the_model_itself_when_its_copy_rounds(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A copy that takes every example for lost stops at once; the model disagrees, so the attack is run on the model."""
+    """A copy that takes every example for lost ends the attack at once.
+
+    The model itself disagrees with the copy, so the attack is run on the model.
+    """
     model = linear(5)
     images = torch.randint(0, 256, (400, 1, 3, 4), dtype=torch.uint8)
     examples = Examples(images, predict(model, images))

@@ -1,4 +1,7 @@
-"""protect, claim and adjudicate as a user has them: a real authority, real files, and what a hostile one may contain."""
+"""The verbs protect, claim and adjudicate as a user runs them.
+
+The tests use a real authority, real files, and files with hostile contents.
+"""
 
 import base64
 import json
@@ -459,7 +462,10 @@ def test_a_secret_is_in_no_signature_however_the_folder_is_spelled(
 def test_no_change_of_one_byte_makes_a_forged_claim_upheld(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """A claim that fails for one signature alone, against a true copy: it may be refused with a reason, or judged; never crash."""
+    """Change one bit of a claim that accuses a true copy and fails only because of a signature.
+
+    It may be refused with a reason or judged, but it must not crash.
+    """
     source = _CLAIMED["forged"]
     folder = tmp_path_factory.mktemp("changed") / "claim"
     shutil.copytree(source, folder)

@@ -1,6 +1,10 @@
-"""The judge: true claims, and every false one that we could think of, with each protection switched off once to see that it is what held.
+"""The judge: true claims, and every false claim that we could think of.
 
-`COUNTERMARK_CLAIMS=2000 pytest tests/test_claims.py -k false_claims` makes that many tries instead of a few.
+For each false claim, a test switches off the protection against it once, to see that this
+protection is what held.
+
+`COUNTERMARK_CLAIMS=2000 pytest tests/test_claims.py -k false_claims` makes that many tries instead
+of a few.
 """
 
 import os
@@ -143,7 +147,8 @@ def test_every_path_leads_to_the_root_and_no_other_does(count: int) -> None:
         assert root_of_path(nodes[index], index, count, [*path, b"0" * 32]) is None
 
 
-# Attacks. Each is a claim that must not be upheld, and the protection that holds it: switched off, the claim is upheld.
+# Attacks. Each test has a claim that must not be upheld and the protection that stops it; with the
+# protection switched off, the claim is upheld.
 
 
 def believed(claim: Claim) -> list[int]:
@@ -152,7 +157,10 @@ def believed(claim: Claim) -> list[int]:
 
 
 def test_biased_inputs_do_not_convict(owner_: Claimant, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A suspect that always gives the larger label: known beforehand, and worth nothing once coins decide."""
+    """A suspect always gives the larger label.
+
+    The accuser may know this beforehand, but it is worth nothing once coins decide.
+    """
     biased = owner_.trials.answers[:, 1]
     claim, finding = owner_.claim(biased), owner_.finding(biased, model_labels=biased[:40])
     assert judge_claim(claim, owner_.finding(biased)).verdict == "dismissed"
@@ -167,7 +175,10 @@ def test_transferable_examples_do_not_convict(
     digits: Pools,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Liu et al. (2024): targeted examples crafted on several surrogates fool strangers alike; the accuser "claims" the target label."""
+    """The accuser claims the target label of transferable examples (Liu et al., 2024).
+
+    Targeted examples that are crafted on several surrogates fool unrelated models as well.
+    """
     trials, fooled = transferable(surrogates, innocents, digits)
     assert min(fooled) > 0.8  # the attack itself works
     accuser = claimant(trials, authority)
@@ -188,9 +199,11 @@ def test_transferable_examples_do_not_convict(
 def test_grinding_before_the_token_wins_nothing(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The accuser has tried secrets until all coins that he can compute suit an innocent; the authority's signature then deals anew.
+    """The accuser has tried secrets until all coins that they can compute suit an innocent model.
 
-    Made the other way round, which no amount of computing could tell apart: the innocent is one whom the computed coins suit.
+    The authority's signature then draws the coins anew. The test works the other way round: it
+    makes an innocent model whose answers suit the computed coins. No amount of computation could
+    tell the two apart.
     """
     trials, secret = some_trials(seed=3), secrets.token_bytes(32)
     computed = draw_coins(b"", b"", leaf_secrets(secret, len(trials)))
@@ -217,8 +230,12 @@ def same_secrets(secret: bytes, count: int) -> list[bytes]:
 def test_equal_leaf_secrets_do_not_make_one_coin_of_all(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody can see how leaf secrets were made. With one for all leaves, and the answers in the order of a habit of the suspect's, a
-    single coin would decide the whole batch: half of all innocents would be convicted."""
+    """Equal leaf secrets must not let one coin decide the whole batch.
+
+    Nobody can see how leaf secrets were made. An accuser could use one secret for all leaves and
+    order the answers of each trial by a habit of the suspect. If a single coin then decided the
+    whole batch, half of all innocent models would be convicted.
+    """
     monkeypatch.setattr(commitment, "leaf_secret", lambda secret, _index: secret)
     for room in (commitment, record, claiming):
         monkeypatch.setattr(room, "leaf_secrets", same_secrets)
@@ -332,7 +349,10 @@ def test_trials_that_were_not_committed_are_found(owner_: Claimant, attack: str)
 def test_made_up_leaves_convict_only_without_the_paths(
     owner_: Claimant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Leaf secrets chosen after T1 make coins to order; the path to the committed root is what forbids it."""
+    """Leaf secrets chosen after T1 give any wanted coins.
+
+    Only the path to the committed root prevents this.
+    """
     innocent = random_labels(owner_.trials, 9)
     claim, opened = owner_.claim(innocent), owner_.claim(innocent).opened
     wished = (innocent[:40] == opened.answers[:, 1]).long()
@@ -357,7 +377,10 @@ def test_made_up_leaves_convict_only_without_the_paths(
 
 
 def test_a_suspect_older_than_the_model_goes_free(authority: Authority) -> None:
-    """Whatever it answers: here it answers as the coins fell, so that only its age speaks for it."""
+    """A suspect older than the model goes free whatever it answers.
+
+    Here it answers as the coins fell, so that only its age speaks for it.
+    """
     digest = stamped(authority, b"the suspect's file")
     owner = claimant(some_trials(), authority)
     suspect = {"kind": "file", "sha256": sha256(b"the suspect's file")}
@@ -366,7 +389,8 @@ def test_a_suspect_older_than_the_model_goes_free(authority: Authority) -> None:
         owner.finding(owner.labels, suspect=suspect),
     )
     assert judge_claim(claim, finding).verdict == "upheld"  # without the token
-    # Tokens tell whole seconds here: one second lies between, or the order cannot be told and does not help him.
+    # Tokens tell whole seconds here. If less than one second lies between them, the order cannot be
+    # told and does not help the accused.
     times = {
         "T2, over the model": read_token(
             owner.t2 or b"", sha256(canonical_json(owner.c2)), "T2"
@@ -417,7 +441,10 @@ SHOWN = {"kind": "file", "sha256": sha256(b"what somebody hands the judge")}
 
 @pytest.fixture(scope="module")
 def ages(authority: Authority) -> dict[str, tuple[Claimant, bytes | None]]:
-    """An owner, and a token over the shown file: older than the marked model, between it and the accusation, or none."""
+    """An owner and a token over the shown file, by the age of the token.
+
+    The token is older than the marked model, between the model and the accusation, or missing.
+    """
     import time
 
     older = stamped(authority, b"what somebody hands the judge")
@@ -437,7 +464,10 @@ def test_another_model_however_old_acquits_nobody(
     accused: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The thief keeps the stolen model and hands the judge an innocent one, with an honest timestamp of any age."""
+    """The thief keeps the stolen model and hands the judge an innocent one.
+
+    The innocent model has an honest timestamp of any age, or none.
+    """
     owner, token = ages[age]
     claim = owner.claim(owner.labels, suspect=accused)
     innocent = random_labels(owner.trials, 6)
@@ -462,7 +492,10 @@ def test_another_model_however_old_convicts_nobody(
     accused: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The accuser names an innocent, makes up what it answered, and hands the judge a copy of the marked model."""
+    """The accuser names an innocent suspect and makes up its answers.
+
+    They then hand the judge a copy of the marked model.
+    """
     accuser, token = ages[age]
     claim = accuser.claim(accuser.labels, suspect=accused)
     finding = accuser.finding(accuser.labels, suspect=SHOWN, suspect_token=token)
@@ -475,7 +508,10 @@ def test_another_model_however_old_convicts_nobody(
 def test_the_operator_of_an_endpoint_shows_the_older_model_behind_it(
     ages: dict[str, tuple[Claimant, bytes | None]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It counts only if it repeats every answer that the claim recorded, and these are enough to tell."""
+    """The model counts only if it repeats every answer that the claim recorded.
+
+    The recorded answers must also be enough to tell models apart.
+    """
     owner, token = ages["older"]
 
     def judged(recorded: torch.Tensor, now: torch.Tensor) -> str:
@@ -518,7 +554,10 @@ def test_the_accused_file_itself_goes_free_by_its_age(
 def test_another_file_says_nothing_of_a_spent_batch(
     ages: dict[str, tuple[Claimant, bytes | None]],
 ) -> None:
-    """The batch was shown before the accusation, so the accused may have learned it; an older file in its place changes nothing."""
+    """The batch was shown before the accusation, so the accused may have learned it.
+
+    Showing an older file in place of the accused one changes nothing.
+    """
     import time
 
     owner, token = ages["older"]
@@ -574,7 +613,10 @@ def test_a_spent_batch_counts_only_against_older_suspects(
 
 
 def test_a_mark_put_over_a_stolen_model_does_not_win(authority: Authority) -> None:
-    """The thief marks his copy, and claims against whoever else has one; the owner answers with his own claim."""
+    """The thief marks their copy and claims against everyone else who has one.
+
+    The owner answers with their own claim.
+    """
     owner, thief = (
         claimant(some_trials(seed=1), authority),
         claimant(some_trials(seed=2), authority),
@@ -625,7 +667,10 @@ def test_trials_copied_from_another_claim_draw_other_coins(
 def test_a_claim_taken_over_by_somebody_else_is_not_his(
     owner_: Claimant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Commitments of the owner, accusation by another key: against a suspect that the owner never accused."""
+    """The commitments are the owner's, but another key signed the accusation.
+
+    The accused is a suspect that the owner never accused.
+    """
     innocent = {"kind": "file", "sha256": "ee" * 32}
     honest = owner_.claim(owner_.labels)
     assert owner_.authority is not None
@@ -647,7 +692,10 @@ def test_a_claim_taken_over_by_somebody_else_is_not_his(
 def test_a_replayed_token_is_found(
     owner_: Claimant, authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """T1 of an older commitment under a new one: its beacon is known, so secrets can be ground against it."""
+    """The token T1 of an older commitment is put under a new one.
+
+    Its beacon is known, so secrets can be tried until the coins suit.
+    """
     accuser = claimant(some_trials(seed=4), authority)
     accuser.t1 = owner_.t1
     accuser.c2 = {**accuser.c2, "t1_sha256": sha256(owner_.t1 or b"")}
@@ -830,7 +878,12 @@ class _Mean(torch.nn.Module):
 def transferable(
     surrogates: list[torch.nn.Module], innocents: list[torch.nn.Module], digits: Pools
 ) -> tuple[WatermarkSet, list[float]]:
-    """Targeted examples on several surrogates, those that all of them are surest of; and how often each innocent gives the target."""
+    """Craft targeted examples on several surrogates and keep those they are all surest of.
+
+    Returns:
+        The examples as trials, and for each innocent model the fraction of them to which it gives
+        the target label.
+    """
     x, y = pixels(digits.training.x), digits.training.y
     target = (y + 1) % 10
     ensemble = _Mean(surrogates)
@@ -867,9 +920,10 @@ def test_false_claims_are_upheld_at_most_at_the_level(
     innocents: list[torch.nn.Module],
     digits: Pools,
 ) -> None:
-    """Every attack that the claimant can repeat, again and again, each time with a fresh key and fresh tokens.
+    """Repeat every attack that a claimant can repeat, each time with a fresh key and fresh tokens.
 
-    Innocents answer alike, so the claims of one key stand or fall together: what is independent is counted, keys for each innocent.
+    Innocent models answer alike, so the claims of one key stand or fall together. The test
+    therefore counts what is independent: the keys, for each innocent model.
     """
     trials, _ = transferable(surrogates, innocents, digits)
     answered = [*(predict(innocent, trials.x) for innocent in innocents), trials.answers[:, 1]]
@@ -906,7 +960,8 @@ def test_false_claims_are_upheld_at_most_at_the_level(
             upheld += verdicts.count("upheld")
             tried += len(verdicts)
     print(
-        f"\n{tried} false claims, {upheld} upheld; of {keys} keys, innocent by innocent, p <= alpha: {below}"
+        f"\n{tried} false claims, {upheld} upheld;"
+        f" of {keys} keys, innocent by innocent, p <= alpha: {below}"
     )
     assert upheld == 0
     for counts in below:

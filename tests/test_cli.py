@@ -1,4 +1,4 @@
-"""The command line as a user meets it: JSON, exit statuses, one-line errors, nothing half-written."""
+"""The command line as a user meets it: JSON, exit statuses, one-line errors, no partial output."""
 
 import ast
 import dataclasses
@@ -97,7 +97,10 @@ def test_protect_writes_what_it_promises(owner: Path) -> None:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Shorten the second training of digits, that with the watermarks, for which there is no option."""
+    """Shorten the second training on digits, the one with the watermarks.
+
+    There is no option for its number of epochs.
+    """
 
     return lambda epochs: mark_shortly(monkeypatch, protecting, epochs)
 
@@ -256,7 +259,10 @@ def test_theft_and_removal(owner: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_removals_in_a_row_and_a_cleaner_are_one_command(
     owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was chained is what two commands make, and a copy behind a cleaner is loaded, asked and cleaned again."""
+    """One command with two removals makes the same copy as two commands.
+
+    A copy behind a cleaner can be loaded, verified and put behind another cleaner.
+    """
     both = ["--finetune", 2, "--learning-rate", 0.01, "--prune", 0.5]
     ask(capsys, "remove", owner, *both, "--out", tmp_path / "both")
     ask(capsys, "remove", owner, "--prune", 0.5, "--out", tmp_path / "one")
@@ -550,7 +556,10 @@ def test_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_full_disk_is_an_error_and_the_command_can_be_run_again(
     owner: Path, tmp_path: Path
 ) -> None:
-    """A limit on the size of files stands in for the disk: writing fails in the middle of the weights."""
+    """A limit on file size stands in for a full disk.
+
+    Writing fails in the middle of the weights.
+    """
 
     def small_disk() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -573,7 +582,11 @@ def test_interruption_is_clean_and_resumes_to_the_same_result(
     capsys: pytest.CaptureFixture[str],
     short: Callable[..., None],
 ) -> None:
-    """Ctrl-C at the end of several epochs, of the source model and of the marked one; one secret in, one result out."""
+    """Interrupt the training of the source model and of the marked model with Ctrl-C.
+
+    The interrupts come at the ends of epochs. With the same secret, the result is the same as that
+    of an undisturbed run.
+    """
     short(8)
     monkeypatch.setattr(key_module.secrets, "token_bytes", lambda count: b"k" * count)
     monkeypatch.setattr(
@@ -819,7 +832,10 @@ def test_nothing_but_a_verdict_ends_with_the_status_of_one(
 )
 def test_an_installation_that_cannot_be_imported_is_an_error(part: str) -> None:
     """Python itself would end with 1, which means "no evidence" or "dismissed"."""
-    code = f"import runpy, sys; sys.modules[{part!r}] = None; sys.argv = ['countermark', 'plan', '--p', '1e-9']; "
+    code = (
+        f"import runpy, sys; sys.modules[{part!r}] = None; "
+        "sys.argv = ['countermark', 'plan', '--p', '1e-9']; "
+    )
     code += "runpy.run_module('countermark', run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=False
@@ -912,7 +928,8 @@ def test_quickstart_tells_the_story_and_keeps_what_it_did(
     assert text.count("kept from an earlier run") == 1
     status, story = ask(capsys, "quickstart", "--data", "digits", "--out", out)
     verdicts = [suspect["verification"]["test"]["verdict"] for suspect in story["suspects"]]
-    # Each run draws its secret anew, and 160 trials on digits are few: what is left at 80 % pruned is not always below 1e-6.
+    # Each run draws a new secret, and the 160 trials on digits are few: the p-value of the copy
+    # with 80 % pruned is not always below 1e-6.
     assert [verdicts[i] for i in (0, 1, 4)] == ["match", "no evidence", "no evidence"]
     for copy in (story["suspects"][i]["verification"]["test"] for i in (2, 3)):
         assert copy["agreements"] > copy["disagreements"]
@@ -1032,11 +1049,17 @@ MISTAKES = {
     f"plan --{'x' * 5000} 3": "unknown option",
     "verify --suspect x": "--key is missing; see countermark verify --help",
     "adjudicate": "--claim, --suspect, --roots are missing",
-    "protect --data digits --out {new} --epsilon much": "--epsilon takes a number, or a fraction as 8/255, not 'much'",
+    "protect --data digits --out {new} --epsilon much": (
+        "--epsilon takes a number, or a fraction as 8/255, not 'much'"
+    ),
     "protect --data digits --out {new} --epochs 1.5": "--epochs takes a whole number, not '1.5'",
-    "protect --data digits --out {new} --epochs": "--epochs takes a whole number, and none is given",
+    "protect --data digits --out {new} --epochs": (
+        "--epochs takes a whole number, and none is given"
+    ),
     f"protect --data digits --out {{new}} --seed {'9' * 6000}": "--seed takes a whole number",
-    "verify --suspect {full} --key {full} --mean 0.5 x": "--mean takes a number, or a fraction as 8/255, not 'x'",
+    "verify --suspect {full} --key {full} --mean 0.5 x": (
+        "--mean takes a number, or a fraction as 8/255, not 'x'"
+    ),
     "plan --p 0.1 extra": "'extra' belongs to no option",
     "plan --json=no": "'no' belongs to no option",
     "plan --p_ 1": "unknown option",
@@ -1056,7 +1079,9 @@ def test_mistakes_in_options_are_one_short_line(tmp_path: Path) -> None:
 
 NAMED = {
     "data fetch cifar": "choose one of mnist, fashion_mnist, digits",
-    "protect --data cifar --out {new}": "there is no data at 'cifar' (did you mean cifar10?); give mnist, fashion_mnist,",
+    "protect --data cifar --out {new}": (
+        "there is no data at 'cifar' (did you mean cifar10?); give mnist, fashion_mnist,"
+    ),
     "quickstart --data cifar --out {new}": "there is no data at 'cifar' (did you mean cifar10?)",
     "reproduce --data digits cifar --out {new}": "data set",
     "reproduce --profile vast": "quick, standard, paper",
@@ -1212,7 +1237,10 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_a_home_folder_is_expanded_in_every_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shell leaves the `~` of `--out=~/x` as it is, so the command line expands it, in every path or in none."""
+    """A shell leaves the `~` of `--out=~/x` as it is, so the command line expands it.
+
+    It must do so in every path or in none.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "there").mkdir()
     (tmp_path / "log.db").write_text("")
@@ -1280,7 +1308,10 @@ for environment, line in json.load(sys.stdin):
 def test_without_a_home_folder_only_what_needs_a_cache_is_refused(
     owner: Path, tmp_path: Path
 ) -> None:
-    """Several command lines in one process whose user has no home folder when Python starts, and nonsense for one later."""
+    """Run several command lines in one process whose user has no usable home folder.
+
+    There is none when Python starts, and later `HOME` or the cache variable names nonsense.
+    """
     strict = ["evaluate", "--model", str(owner), "--strict", "--images", "2"]
     places = [
         {},
@@ -1322,7 +1353,8 @@ found, importlib.metadata.version = importlib.metadata.version, gone
 sys.path.insert(0, {str(source)!r})
 from countermark import cli
 {QUICK}
-raise SystemExit(cli.main(["evaluate", "--model", {str(owner)!r}, "--strict", "--images", "2", "--json"]))
+raise SystemExit(cli.main(["evaluate", "--model", {str(owner)!r}, "--strict", "--images", "2", \
+"--json"]))
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=ENVIRONMENT, check=False

@@ -1,4 +1,7 @@
-"""Data in `.npz` files, Parquet files, functions and objects: all come in by one door, and bad ones are told in one line."""
+"""Data in `.npz` files, Parquet files, functions and objects.
+
+One function opens them all, and an error of one line says what is wrong with bad data.
+"""
 
 import contextlib
 import io
@@ -567,7 +570,9 @@ def test_a_function_that_the_user_names(
 ) -> None:
     (tmp_path / "shopping_data.py").write_text(
         "import numpy as np\n"
-        "def make():\n    return np.arange(24 * 64 * 3).reshape(24, 8, 8, 3).astype('uint8'), np.arange(24) % 2\n"
+        "def make():\n"
+        "    return np.arange(24 * 64 * 3).reshape(24, 8, 8, 3).astype('uint8'),"
+        " np.arange(24) % 2\n"
         "arrays = make()\n"
         "def broken():\n    raise ValueError('no\\ndata')\n"
         "def place():\n    return 'mnist'\n"

@@ -172,7 +172,10 @@ def random_data(contents: list[int], test: list[int], seed: int) -> Dataset:
 def test_equal_images_never_fall_into_two_pools(
     contents: list[int], test: list[int], seed: int, draw: st.DataObject
 ) -> None:
-    """Whatever is equal to what; every image that is no test image is in one pool; known ones are held out last."""
+    """No image of one pool equals an image of another, whichever images are equal.
+
+    Every image that is no test image is in one pool, and known images are held out last.
+    """
     data = random_data(contents, test, seed)
     every = contents + test
     known = torch.tensor(
@@ -262,7 +265,10 @@ def test_a_mask_of_other_images_is_refused() -> None:
 
 
 def test_the_pools_are_declared_by_their_sizes_and_by_what_was_known(tmp_path: Path) -> None:
-    """Neither another place for the same images, nor what becomes of those that were known, changes a pool."""
+    """Declared pools stay the same when the same images are opened from another place.
+
+    So do the counts of known images in them.
+    """
     data, known = (
         open_data("digits"),
         torch.rand(1797, generator=torch.Generator().manual_seed(0)) < 0.6,
@@ -380,7 +386,7 @@ def test_every_reader_takes_a_place_of_its_own(tmp_path: Path) -> None:
 def test_a_set_of_many_images_is_never_read_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pools, digests and batches of a set that is too large for memory ask for a few images at a time."""
+    """Pools, digests and batches of a data set too large for memory read a few images at a time."""
     monkeypatch.setattr(store, "_RESIDENT", 0)
     monkeypatch.setattr("countermark.data.examples._CHUNK", 8 * 8 * 3 * 16)
     place = class_folders(tmp_path / "photos", 2, 150)

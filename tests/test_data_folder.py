@@ -501,7 +501,10 @@ def test_cmyk_16_bit_and_animated_files_in_one_folder(tmp_path: Path, cache: Pat
 def test_few_large_images_are_held_while_they_are_decoded_ahead(
     taken: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was decoded and is not yet wanted is bounded by its bytes; whoever stops early is not kept waiting."""
+    """Images that are decoded but not yet wanted are limited by their bytes.
+
+    A caller who stops early does not have to wait for the rest.
+    """
     side, most = 64, 0
     read: list[int] = []
     monkeypatch.setattr(reading.os, "cpu_count", lambda: 8)
@@ -521,5 +524,6 @@ def test_few_large_images_are_held_while_they_are_decoded_ahead(
         assert each.name == str(number)
         most = max(most, len(read) - number)
     found.close()  # type: ignore[attr-defined]
-    # The room, an image in each of the other threads, the group that is wanted and the one that is taken.
+    # The images that may be held, one image in each of the other threads, the group that is wanted
+    # and the group that is being taken.
     assert most <= 10 + 7 + 8 + 8

@@ -59,7 +59,10 @@ def test_a_jpeg_is_near_its_pixels_and_grey_ones_have_one_channel() -> None:
 
 
 def test_transparency_is_laid_over_white() -> None:
-    """Of RGBA, of grey with alpha, of a palette with one, and of the one transparent colour of a PNG."""
+    """Transparency of four kinds is laid over white.
+
+    These are RGBA, grey with alpha, a palette with alpha, and the one transparent colour of a PNG.
+    """
     pixels = drawn(2, 4, 4, 4)
     alpha = pixels[..., 3:].astype(float) / 255
     expected = pixels[..., :3] * alpha + 255 * (1 - alpha)

@@ -1,6 +1,7 @@
 """Devices: which there are, and that every path computes where its model is.
 
-`elsewhere.py` pretends a device that refuses what a GPU refuses. The same numbers must come out there as on the processor.
+`elsewhere.py` makes a pretend device that refuses what a GPU refuses. Its results must be the same
+numbers as those of the processor.
 """
 
 import contextlib
@@ -405,7 +406,11 @@ def test_a_model_folder_is_asked_on_the_device(away: torch.device, tmp_path: Pat
 def test_a_recorded_attack_finds_what_pgd_finds(
     precise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a GPU nothing is recorded: the step itself stands for its replay. Its tensors stay the same ones, its weights change."""
+    """A recorded attack finds what `pgd` finds, even when the weights change.
+
+    Without a GPU nothing is recorded, so the step itself stands for its replay. The tensors that it
+    works on stay the same while the batch size does.
+    """
     monkeypatch.setattr(pgd_module, "_captured", lambda step: step)
     network, shown = NETWORKS["paper"]().eval(), examples(32)
 

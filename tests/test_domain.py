@@ -145,7 +145,10 @@ def test_one_image_without_an_answer_is_found_among_others(
 def test_a_model_that_only_fails_under_attack_gets_no_figure(
     images: torch.Tensor, model: nn.Module
 ) -> None:
-    """Clean images are answered; what the attack makes of them is not, and that is no resistance."""
+    """The model answers clean images but gives no finite answer to attacked ones.
+
+    That must not count as robustness.
+    """
     clean = pixels(images.mul(255).round().to(torch.uint8))
     odd = Poisoned(
         torch.nan, lambda x: (255 * x - (255 * x).round()).abs().flatten(1).amax(1) > 0.01

@@ -1,4 +1,7 @@
-"""The drawn folders of other tests and benchmarks/open_house.py: the same bytes, the dirt they say."""
+"""The drawn folders that other tests and benchmarks/open_house.py use.
+
+A seed must always give the same bytes, and the folders must have the dirt that they declare.
+"""
 
 from pathlib import Path
 
@@ -57,7 +60,10 @@ def test_the_dirt_is_what_the_drawer_says(test: int, tmp_path: Path) -> None:
 
 
 def test_the_classes_can_be_told_apart() -> None:
-    """A few dozen steps of a small residual network are far above chance on images it has not seen."""
+    """A small residual network is far above chance on images it has not seen.
+
+    It is trained for a few dozen steps.
+    """
     pools = [draw_arrays(each, seed=seed, size=16) for seed, each in ((0, 60), (1, 20))]
     seen, fresh = (Examples(torch.from_numpy(x), torch.from_numpy(y)) for x, y in pools)
     assert numpy.array_equal(numpy.bincount(pools[0][1]), [60] * len(SHAPES))

@@ -1,4 +1,8 @@
-"""Suspects behind HTTP: a peer that misbehaves in every way, and a real MLServer that serves a stolen model."""
+"""Suspects behind HTTP.
+
+The tests use a peer that misbehaves in every way, and a real MLServer and a real Triton that serve
+a stolen model.
+"""
 
 import contextlib
 import dataclasses
@@ -39,7 +43,10 @@ Respond = Callable[[dict[str, Any], int], tuple[int, Any]]
 
 
 class Peer:
-    """An HTTP server whose answers a test writes: `respond(request, number) -> (status, body)`; status 0 drops the connection."""
+    """An HTTP server whose answers a test writes.
+
+    The test sets `respond(request, number) -> (status, body)`; status 0 drops the connection.
+    """
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
@@ -308,7 +315,7 @@ def test_early_replay_logs_do_not_say_how_and_are_asked_anew(peer: Peer, tmp_pat
     assert peer.sent() == 1
 
 
-# --- suspects that mean harm ---------------------------------------------------------------------------------------------------------
+# --- suspects that mean harm ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["oip", "oip without metadata", "mlflow"])
@@ -609,7 +616,7 @@ def test_a_suspect_that_is_gone_before_the_clean_examples_is_judged(
     assert "cannot be reached" in capsys.readouterr().out
 
 
-# --- addresses and answers as servers have them ----------------------------------------------------
+# --- addresses and answers as servers have them ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -735,7 +742,7 @@ def test_answers_that_are_no_labels_are_refused_by_name(
         Endpoint(peer.url)(images(1))
 
 
-# --- suspects that refuse everybody ------------------------------------------------------------------
+# --- suspects that refuse everybody ---------------------------------------------------------------
 
 _PAGE = (
     b"<html><head><style>p { color: red }</style></head><body><p>Please\n log in</p></body></html>"
@@ -810,7 +817,7 @@ def test_a_suspect_that_blocks_half_way_is_judged_and_its_words_are_said(
     assert '403 Forbidden ({"error": "too many questions"})' in " ".join(said.split())
 
 
-# --- what the environment may add, and what not ----------------------------------------------------
+# --- what the environment may add, and what not ---------------------------------------------------
 
 
 @pytest.fixture
@@ -854,7 +861,7 @@ def test_headers_that_cannot_be_sent_are_refused(header: str) -> None:
         VerifyConfig("http://h/invocations", key=Path("key"), headers=(header,))
 
 
-# --- a real MLServer -----------------------------------------------------------------------------------------------------------------
+# --- a real MLServer ------------------------------------------------------------------------------
 
 _MLSERVER = Path(__file__).parents[1] / ".venv-peers" / "bin" / "mlserver"
 _RUNTIME = """
@@ -867,7 +874,8 @@ from mlserver.types import InferenceRequest, InferenceResponse
 
 class Stolen(MLModel):
     async def load(self) -> bool:
-        self.session = onnxruntime.InferenceSession("stolen.onnx", providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession("stolen.onnx", \
+providers=["CPUExecutionProvider"])
         return True
 
     async def predict(self, payload: InferenceRequest) -> InferenceResponse:
@@ -957,7 +965,7 @@ def test_a_stolen_model_behind_mlserver_is_convicted(
     assert found["answers"]["clean_accuracy"] > 80
 
 
-# --- a real Triton -------------------------------------------------------------------------------------------------------------------
+# --- a real Triton --------------------------------------------------------------------------------
 
 _TRITON = Path(__file__).parents[1] / ".venv-triton" / "bin" / "python"
 _BINDING = """
@@ -978,10 +986,12 @@ def infer(image):
 
 
 ports = [int(word) for word in sys.argv[1:]]
-with Triton(config=TritonConfig(http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2], http_address="127.0.0.1")) as triton:
+with Triton(config=TritonConfig(http_port=ports[0], grpc_port=ports[1], metrics_port=ports[2], \
+http_address="127.0.0.1")) as triton:
     image = Tensor(name="image", dtype=np.float32, shape=(1, 8, 8))
     label = Tensor(name="label", dtype=np.int64, shape=(1,))
-    triton.bind("stolen", infer, inputs=[image], outputs=[label], config=ModelConfig(max_batch_size=64))
+    triton.bind("stolen", infer, inputs=[image], outputs=[label], \
+config=ModelConfig(max_batch_size=64))
     triton.serve()
 """
 

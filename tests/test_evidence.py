@@ -1,4 +1,7 @@
-"""The exact test against brute force, its level under the null, the e-process, the verdict and the planner."""
+"""The exact test, the e-process, the verdict and the planner.
+
+The exact test is compared with brute force, and its level under the null hypothesis is checked.
+"""
 
 import itertools
 import math
@@ -37,7 +40,10 @@ def test_counts_are_those_of_all_sign_patterns(drawn: list[tuple[int, int]]) -> 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=9))
 def test_level_is_exact_under_the_null(magnitudes: list[int]) -> None:
-    """Over all coins, P(p <= p_0) = p_0 for each p_0 that can occur: neither anti-conservative nor wasteful."""
+    """Over all coins, P(p <= p_0) = p_0 for each p_0 that can occur.
+
+    The test is therefore neither anti-conservative nor wasteful.
+    """
     values = [
         sign_flip_test([sign * value for sign, value in zip(signs, magnitudes, strict=True)]).p
         for signs in itertools.product((1, -1), repeat=len(magnitudes))
@@ -66,7 +72,11 @@ def test_no_cells_prove_nothing() -> None:
 
 
 def test_the_logarithm_of_a_p_value_is_exact_from_1_down() -> None:
-    """Beside 1 - q, whose natural logarithm is -q - q^2/2 - ...; it never falls where p rises, and is 0 where p is 1.0."""
+    """The logarithm is also exact close to 1.
+
+    It is compared with ln(1 - q) = -q - q^2/2 - ... It never falls where p rises, and it is 0
+    exactly where p is 1.0 as a float.
+    """
     values = {
         Fraction((1 << cells) - lost, 1 << cells)
         for cells in range(1, 80)
@@ -124,7 +134,10 @@ def test_trials_of_a_cell_share_one_coin() -> None:
 
 
 def test_counting_a_cells_trials_as_independent_would_convict_strangers() -> None:
-    """The simulation that would have caught the mistake: answers within a cell always agree with each other."""
+    """Simulate strangers whose answers within a cell always agree with each other.
+
+    This simulation would have caught the mistake of counting the trials of a cell as independent.
+    """
     generator = random.Random(1)
     naive = exact = 0
     for _ in range(2000):
@@ -138,7 +151,10 @@ def test_counting_a_cells_trials_as_independent_would_convict_strangers() -> Non
 
 
 def test_choosing_learned_trials_would_convict_strangers() -> None:
-    """Condition 2, simulated: dropping the trials that the marked model did not learn looks at coins through the model."""
+    """Simulate a breach of condition 2.
+
+    Dropping the trials that the marked model did not learn looks at the coins through the model.
+    """
     generator = random.Random(2)
     chosen = 0
     for _ in range(2000):
@@ -226,7 +242,10 @@ def test_half_the_confidence_is_half_the_stake() -> None:
 def test_expected_wealth_is_one_for_coins_of_any_bias(
     trials: list[tuple[bool, int, float]],
 ) -> None:
-    """All patterns of biased coins, weighted by their probabilities, against a suspect that never saw them."""
+    """Sum over all patterns of biased coins, weighted by their probabilities.
+
+    The suspect never saw the coins.
+    """
     total = 0.0
     for coins in itertools.product((True, False), repeat=len(trials)):
         process, probability = EProcess(), 1.0

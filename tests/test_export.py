@@ -1,4 +1,7 @@
-"""Models as ONNX files: the answers are the network's, on any number of images, and nothing else is in them."""
+"""Models as ONNX files.
+
+A file gives the network's answers for any number of images and contains nothing else.
+"""
 
 import json
 from dataclasses import replace
@@ -190,7 +193,10 @@ def test_an_exported_model_can_be_asked_as_a_suspect(tmp_path: Path) -> None:
 def test_a_model_folder_is_exported(
     tmp_path: Path, digits: Pools, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Compared on the test images of the data that the folder declares; on noise where they are not what it declares."""
+    """The exported file is compared with the model on the test images of the declared data.
+
+    Where the data are not what the folder declares, noise takes their place.
+    """
     network = build("small", (1, 8, 8), 10, seed=0)
     folder = tmp_path / "mine"
     folder.mkdir()

@@ -1,4 +1,7 @@
-"""Model folders: what is written can be read, and what stands in front of the weights is part of them."""
+"""Model folders.
+
+What is written can be read, and the digest of the weights file covers the normaliser and cleaners.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +92,7 @@ def test_a_network_behind_a_normaliser_takes_no_memory_before_its_weights_are_lo
 
 
 def test_the_digest_of_the_weights_file_fixes_what_stands_in_front(tmp_path: Path) -> None:
-    """Whoever changes the normaliser or the cleaners in model.json has another model, and is refused."""
+    """A model whose normaliser or cleaners were changed in model.json is refused."""
     plain = described("small", SHAPE, 10, "digits", 0.1, 0)
     normalised = replace(plain, mean=(0.5,), std=(0.25,))
     cleaned = replace(normalised, cleaners=(("median", 3.0),))

@@ -28,7 +28,10 @@ from countermark.networks.named import NETWORKS, HalvingConv2d, Normalise, build
 
 
 def lived_in(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every batch norm weights and statistics of a network that has been trained, some scales negative."""
+    """Give every batch norm weights and statistics like those of a trained network.
+
+    Some scales are negative.
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.running_mean is not None:
@@ -51,8 +54,10 @@ def same(
 ) -> Prepared:
     """Check logits and gradients on random images and return what was prepared.
 
-    In double precision: where a ReLU or a maximum is nearly undecided, rounding decides the gradient, on each processor otherwise. A
-    `deep` network has so many that its gradient is compared with that of a copy which computes in double precision as well.
+    The network computes in double precision: where a ReLU or a maximum is nearly undecided,
+    rounding decides the gradient, and differently on each processor. A `deep` network has so many
+    such places that its gradient is compared with that of a copy that computes in double precision
+    as well.
     """
     x = torch.rand(5, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     prepared = prepare(network.double())
@@ -404,7 +409,10 @@ def test_every_network_and_its_copies_take_an_empty_batch(
 def _other(
     layer: nn.Module, before: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Something else than the layer computes; a copy of the layer still calls the layer itself, in whichever precision that is."""
+    """Return a function that computes something other than the layer does.
+
+    A copy of the layer still calls the layer itself, in whichever precision the layer has.
+    """
     return lambda x: 1 - before(x.to(dtype_of(layer, x.dtype))).to(x.dtype)
 
 

@@ -1,6 +1,7 @@
 """Hostile files and messages: every parser refuses or accepts, and nothing else escapes.
 
-`COUNTERMARK_FUZZ=1000000 pytest tests/test_fuzz.py` makes that many inputs in all; benchmarks/fuzz.py does it guided by coverage.
+`COUNTERMARK_FUZZ=1000000 pytest tests/test_fuzz.py` makes that many inputs in all;
+benchmarks/fuzz.py uses coverage to guide them.
 """
 
 import os

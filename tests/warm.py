@@ -1,10 +1,13 @@
-"""Command lines for tests that need a process of their own but not what happens while Python starts and imports torch.
+"""Command lines in processes of their own, without the time to start Python and import torch.
 
-One server for each process of the tests has imported everything and computed nothing. What stands in for the executable, this file as
-a script, sends it its arguments, environment, working directory, umask and standard streams; the server forks, and the child runs
-`python -m countermark` from there. Signals are passed on, the status comes back, and the child is killed when its stand-in is.
+Each test process has one server, which has imported everything and computed nothing. This file, run
+as a script, stands in for the executable: it sends the server its arguments, environment, working
+directory, umask and standard streams. The server forks, and the child runs `python -m countermark`
+with them. Signals are passed on to the child, its exit status comes back, and it is killed when its
+stand-in is.
 
-What a test does to the start itself needs `COLD`: closed streams, limits of resources, variables that Python reads at its start.
+A test that changes how Python itself starts needs `COLD`: closed streams, resource limits, or
+variables that Python reads when it starts.
 """
 
 import atexit
@@ -23,7 +26,10 @@ _LENGTH = 8  # bytes of the number before a request
 
 @functools.cache
 def warm() -> list[str]:
-    """Start the server at the first call; the words that begin a command line, those of a real start where it cannot be used."""
+    """Start the server at the first call and return the words that begin a command line.
+
+    Where the server cannot be used, these are the words of a real start.
+    """
     if not hasattr(os, "pidfd_open"):
         return COLD
     import subprocess
@@ -35,7 +41,8 @@ def warm() -> list[str]:
         listening.listen(128)
         command = [sys.executable, __file__, "serve", str(listening.fileno()), folder]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        # Its standard input is closed when this process ends, however that happens, and so it ends as well.
+        # The server's standard input is closed when this process ends, however that happens, and
+        # the server then ends as well.
         server = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -51,7 +58,11 @@ def warm() -> list[str]:
 
 
 def _ask(address: str, arguments: list[str]) -> int:
-    """Have a command line run; its exit status, or the negative number of the signal that ended it."""
+    """Have the server run a command line.
+
+    Returns:
+        The exit status, or the negative number of the signal that ended the command.
+    """
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
         umask = os.umask(0)
@@ -86,7 +97,11 @@ def _end_as(status: int) -> None:
 
 
 def _serve(listening: socket.socket, folder: str) -> dict[str, Any] | None:
-    """Fork a child for each request until standard input ends; what was asked in a child, nothing at the end."""
+    """Fork a child for each request until standard input ends.
+
+    Returns:
+        In a child, its request; in the server, when it ends, None.
+    """
     import selectors
     import shutil
 
@@ -139,7 +154,10 @@ def _serve(listening: socket.socket, folder: str) -> dict[str, Any] | None:
 
 
 def _received(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """A request and the standard streams that came with it; an empty one from a stand-in that has gone."""
+    """Receive a request and the standard streams that came with it.
+
+    The request is empty if the stand-in has gone.
+    """
     length, streams, _, _ = socket.recv_fds(connection, _LENGTH, 3)
     with connection.makefile("rb") as stream:
         body = stream.read(int.from_bytes(length, "big"))

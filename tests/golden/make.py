@@ -1,6 +1,7 @@
-"""Make the golden files of a release: python tests/golden/make.py VERSION (once; what is there is never made again).
+"""Make the golden files of a release with `python tests/golden/make.py VERSION`.
 
-Every later release must read them (tests/test_golden.py). The key in them is an example: its secret is public.
+Run it once for each release; existing files are never made again. Every later release must be able
+to read them (tests/test_golden.py). Their key is an example, and its secret is public.
 """
 
 import json
