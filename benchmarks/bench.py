@@ -1,14 +1,21 @@
-"""Countermark beside its peers on one machine: `make bench` writes benchmarks/results.json and docs/performance.md.
+"""Compare Countermark with its peers on one machine.
 
-Every ratio is of one run: the same network (PyTorch's own layers for all), images, steps and threads, the contenders in turn, medians
-over the rounds. What is done is kept in runs/bench, so a run that was interrupted goes on there; `--parts NAME ...` makes parts anew.
+`make bench` runs this and writes benchmarks/results.json and docs/performance.md.
+
+Every ratio comes from one run: the contenders use the same network (in PyTorch's own layers),
+images, steps and threads, take turns, and are compared by their medians over the rounds. Finished
+parts are kept in runs/bench, so that an interrupted run goes on there; `--parts NAME ...` makes
+the named parts again.
 
     gemm      what a matrix product reaches here, float32 and bf16
     pgd       PGD on the paper's network and on the small one, against torchattacks, foolbox and ART
     strict    the strict evaluation of 1,000 images against pyautoattack's standard run
-    recipe    time to the paper's adversarial accuracy, against the paper's recipe as a torchattacks loop
-    scaling   time and memory of protect, evaluate, verify and trace as their inputs grow by 10 and 100 (benchmarks/scaling.py)
-    strong    nothing is run: the figures of benchmarks/strong.jsonl, which benchmarks/strong.py takes hours to make
+    recipe    time to the paper's adversarial accuracy, against the paper's recipe as a torchattacks
+              loop
+    scaling   time and memory of protect, evaluate, verify and trace as their inputs grow by 10 and
+              100 (benchmarks/scaling.py)
+    strong    nothing is run: the figures of benchmarks/strong.jsonl, which benchmarks/strong.py
+              takes hours to make
 """
 
 import argparse
@@ -59,7 +66,10 @@ def ours(
     kind: torch.dtype = torch.float32,
     dropping: bool = False,
 ) -> torch.Tensor:
-    """Our loop on a prepared network; steps on lost examples are saved only when `dropping`, since the peers save none."""
+    """Run our loop on a prepared network.
+
+    Steps on lost examples are saved only if `dropping`, since the peers save none.
+    """
     steps = {"epsilon": attack.epsilon, "steps": attack.steps, "step_size": attack.step_size}
     return pgd(prepare(model, kind), x, y, stop_when_lost=dropping, **steps)  # type: ignore[arg-type]
 
@@ -201,7 +211,10 @@ def speed(
 
 
 def flops(model: nn.Module, shape: tuple[int, int, int]) -> float:
-    """Floating-point operations of one image in one attack step: convolutions and linear layers, forward and backward to the input."""
+    """Count the floating-point operations of one image in one attack step.
+
+    These are the operations of convolutions and linear layers, forward and backward to the input.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     x = torch.rand(1, *shape).requires_grad_()
@@ -215,7 +228,10 @@ def flops(model: nn.Module, shape: tuple[int, int, int]) -> float:
 
 
 def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) -> float:
-    """Seconds of the processor for an epoch of the paper's recipe as a torchattacks loop, from `steps` of its batches of 128."""
+    """Return the CPU seconds for an epoch of the paper's recipe as a torchattacks loop.
+
+    They are extrapolated from `steps` batches of 128 images.
+    """
     import torchattacks
 
     catalogued = known(data)
@@ -240,7 +256,11 @@ def paper_recipe_epoch(data: str, network: str, training: Examples, steps: int) 
 
 
 def trained(data: str, network: str, anew: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """The recipe `fast`, unmarked, and how much of the processor's time it took; kept as a model folder in runs/bench."""
+    """Train with the recipe `fast`, unmarked, and return the model and its metrics.
+
+    The metrics include the CPU seconds that the training took. The model is kept as a model folder
+    in runs/bench, and is trained only if it is not there or if `anew`.
+    """
     catalogued, folder = known(data), DONE / f"{network}-{data}"
     if (folder / "metrics.json").exists() and not anew:
         return load_model(folder)[0], read_json(folder / "metrics.json")
@@ -326,7 +346,10 @@ def pgd_part(images: int, rounds: int) -> dict[str, Any]:
 
 
 def summary(parts: dict[str, Any]) -> dict[str, Any]:
-    """The figures by the names under which they are quoted; null where this machine, or this run, has none."""
+    """Return the figures by the names under which they are quoted.
+
+    A figure that this machine, or this run, does not have is null.
+    """
     top: dict[str, Any] = {}
     if "pgd" in parts:
         paper, small = parts["pgd"]["paper"], parts["pgd"]["small"]
@@ -387,7 +410,10 @@ def summary(parts: dict[str, Any]) -> dict[str, Any]:
 def protected_runs(
     parts: dict[str, Any],
 ) -> dict[tuple[str, str, float, str], list[dict[str, Any]]]:
-    """The models of benchmarks/strong.jsonl, seeds together, by recipe, data set, budget, and marked or not."""
+    """Group the models of benchmarks/strong.jsonl by recipe, data set, budget, and marked or not.
+
+    Each group holds all seeds.
+    """
     found: dict[tuple[str, str, float, str], list[dict[str, Any]]] = {}
     for run in parts.get("strong", []):
         found.setdefault((run["objective"], run["data"], run["epsilon"], run["model"]), []).append(
@@ -405,7 +431,8 @@ TARGETS = {
     ),
     "gemm_ceiling_fraction": (
         0.4,
-        "share of the measured matrix-product ceiling in that loop, counting the operations of direct convolutions",
+        "share of the measured matrix-product ceiling in that loop, "
+        "counting the operations of direct convolutions",
     ),
     "strict_evaluation_speedup": (
         4.0,
@@ -440,8 +467,14 @@ def write_page(record: dict[str, Any]) -> None:
         "",
         "Written by `make bench` out of benchmarks/results.json.",
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}.",
-        "Ratios are of one run: the same network in PyTorch's own layers, the same images and steps, one thread, the contenders in turn,",
-        "medians of the processor's time. Where the time goes, and what was tried: [log.md](log.md).",
+        (
+            "Ratios are of one run: the same network in PyTorch's own layers, "
+            "the same images and steps, one thread, the contenders in turn,"
+        ),
+        (
+            "medians of the processor's time. "
+            "Where the time goes, and what was tried: [log.md](log.md)."
+        ),
         "",
         "| | wanted | measured |",
         "|---|---|---|",
@@ -465,7 +498,8 @@ def write_page(record: dict[str, Any]) -> None:
     for name, value in record.items():
         if name.startswith("strict_accuracy"):
             lines.append(
-                f"| {name.replace('_', ' ')}, marked, mean over the seeds | {STRICT.get(name, '')} | {value:.1f} |"
+                f"| {name.replace('_', ' ')}, marked, mean over the seeds "
+                f"| {STRICT.get(name, '')} | {value:.1f} |"
             )
     lines += (
         _pgd_lines(parts)
@@ -482,7 +516,10 @@ def _pgd_lines(parts: dict[str, Any]) -> list[str]:
     for network, found in parts.get("pgd", {}).items():
         lines += ["", f"## PGD, network `{network}`", ""]
         lines += [
-            f"{found['images']} images, {found['steps']} steps, {found['threads']} thread(s), {found['data']}.",
+            (
+                f"{found['images']} images, {found['steps']} steps, "
+                f"{found['threads']} thread(s), {found['data']}."
+            ),
             "",
         ]
         lines += [
@@ -491,23 +528,30 @@ def _pgd_lines(parts: dict[str, Any]) -> list[str]:
         ]
         rates = found["image_steps_per_second"]
         lines += [
-            f"| {name} | {rate:,.0f} | {rate / rates['torchattacks']:.2f} | {found['accuracy_left'][name]:.1f} |"
+            (
+                f"| {name} | {rate:,.0f} | {rate / rates['torchattacks']:.2f} "
+                f"| {found['accuracy_left'][name]:.1f} |"
+            )
             for name, rate in rates.items()
         ]
     if "gemm" in parts:
         ceiling = parts["gemm"]
         lines += [
             "",
-            f"The fastest matrix product here: {ceiling['float32']:,.0f} GFLOP/s in float32, {ceiling['bfloat16']:,.0f} in bfloat16",
+            (
+                f"The fastest matrix product here: {ceiling['float32']:,.0f} GFLOP/s in float32, "
+                f"{ceiling['bfloat16']:,.0f} in bfloat16"
+            ),
         ]
         lines += [
-            f"({'with' if ceiling['bf16_in_hardware'] else 'without'} bf16 in hardware), {ceiling['threads']} thread(s)."
+            f"({'with' if ceiling['bf16_in_hardware'] else 'without'} bf16 in hardware), "
+            f"{ceiling['threads']} thread(s)."
         ]
     return lines
 
 
 def _section(title: str, notes: list[str], columns: str, rows: list[list[str]]) -> list[str]:
-    """A heading, what is to be said first, and a table of the `columns`; nothing where there are no rows."""
+    """Return a heading, the notes, and a table of the `columns`; nothing if there are no rows."""
     if not rows:
         return []
     head = [f"| {columns} |", "|" + "---|" * len(rows[0])]
@@ -528,7 +572,10 @@ def _recipe_lines(parts: dict[str, Any]) -> list[str]:
         ]
         for data, made in parts.get("recipe", {}).items()
     ]
-    columns = "data | epochs | seconds | adversarial | wanted | test | the paper's epoch, seconds | times less"
+    columns = (
+        "data | epochs | seconds | adversarial | wanted | test "
+        "| the paper's epoch, seconds | times less"
+    )
     return _section("The recipe, paper's network", [], columns, rows)
 
 
@@ -568,17 +615,27 @@ def _strong_lines(parts: dict[str, Any]) -> list[str]:
             str(run["images"]),
             run["coins"] if model == "marked" else "",
             run["precision"],
-            f"{'resumed' if run['seconds_to_protect'] is None else format(run['seconds_to_protect'], ',.0f')}, {run['threads']}",
+            f"""{
+                "resumed"
+                if run["seconds_to_protect"] is None
+                else format(run["seconds_to_protect"], ",.0f")
+            }, {run["threads"]}""",
         ]
         for (objective, data, epsilon, model), runs in protected_runs(parts).items()
         for run in runs
     ]
     notes = [
-        "Strict accuracy is on test images taken evenly from the pool, the others on all of it; seconds are of the wall clock, beside",
+        (
+            "Strict accuracy is on test images taken evenly from the pool, "
+            "the others on all of it; seconds are of the wall clock, beside"
+        ),
         "up to three other programs. `benchmarks/strong.py`.",
         "",
     ]
-    columns = "recipe | data, budget | model | network | seed | test | PGD | PGD, part | strict, part | images | coins | precision"
+    columns = (
+        "recipe | data, budget | model | network | seed | test | PGD | PGD, part | strict, part "
+        "| images | coins | precision"
+    )
     return _section("Protected models, strict", notes, columns + " | seconds, threads", rows)
 
 
@@ -595,8 +652,14 @@ def _scaling_lines(parts: dict[str, Any]) -> list[str]:
     notes = [
         "![time over the size of the input](scaling.svg)",
         "",
-        "One thread; seconds, their growth since the row above, and memory above that of the program. The exact test on cells of one trial",
-        "adds whole numbers of n binary digits, which is why it grows faster than n; 10,000 cells take it hundredths of a second.",
+        (
+            "One thread; seconds, their growth since the row above, and memory above that of the "
+            "program. The exact test on cells of one trial"
+        ),
+        (
+            "adds whole numbers of n binary digits, which is why it grows faster than n; "
+            "10,000 cells take it hundredths of a second."
+        ),
         "",
     ]
     return _section("How it grows", notes, "what | size | seconds | growth | MiB", rows)

@@ -1,10 +1,14 @@
-"""True claims before a judge: copies pruned up to 80 %, a thief who unlearns the batch that was shown, and what a judgement costs.
+"""Make true claims before a judge, and measure what a judgement costs.
+
+The suspects are copies pruned up to 80 %, and copies of a thief who unlearns the batch that was
+shown.
 
     python benchmarks/claims.py --data mnist fashion_mnist --seeds 0 1 2
     python benchmarks/claims.py --timing
 
-Models are protected with a timestamp authority on loopback (`openssl ts`) and kept in runs/claims; every claim and every judgement goes
-through the verbs. False claims are in tests/test_claims.py (COUNTERMARK_CLAIMS=2000).
+Models are protected with a timestamp authority on loopback (`openssl ts`) and kept in runs/claims;
+every claim and every judgement goes through the verbs. False claims are in tests/test_claims.py
+(COUNTERMARK_CLAIMS=2000).
 """
 
 import argparse
@@ -63,7 +67,10 @@ def judged(
 def unlearned(
     mine: Path, network: nn.Module, description: Description, batch: int, epochs: int
 ) -> nn.Module:
-    """A thief who has seen one batch: he tunes his copy on it with the other answers, and on his own data."""
+    """Return the copy of a thief who has seen one batch.
+
+    They tune their copy on that batch with the other answers, and on their own data.
+    """
     key = load_key(mine / "key")
     seen = key.watermarks.batch == batch
     pool = open_declared(description).pools(description.seed).thief[slice(0, 4000)]
@@ -114,7 +121,10 @@ def play(runs: Path, data: str, seed: int, authority: Authority) -> None:
 
 
 def prepare_timing(runs: Path, authority: Authority, trials: int = 1000) -> Path:
-    """A claim of one batch of a thousand trials on images of MNIST's size; its model has made-up weights, which cost the same to ask."""
+    """Write a claim of one batch of a thousand trials on images of MNIST's size.
+
+    Its model has random weights, which cost the same to ask.
+    """
     folder = runs / "timing"
     model = folder / "model"
     model.mkdir(parents=True, exist_ok=True)
@@ -139,10 +149,12 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from countermark import adjudicate
-import countermark.claims, countermark.verbs.adjudicate, countermark.data.fetch, cryptography, asn1crypto.cms, rfc3161_client
+import countermark.claims, countermark.verbs.adjudicate, countermark.data.fetch, \
+cryptography, asn1crypto.cms, rfc3161_client
 folder = Path(sys.argv[1])
 begun = time.perf_counter()
-found = adjudicate(folder / "claim", suspect=folder / "model", roots=sys.argv[2], out=folder / "judgement")
+found = adjudicate(folder / "claim", suspect=folder / "model", roots=sys.argv[2], \
+out=folder / "judgement")
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 print(time.perf_counter() - begun, peak, found.test.trials)
 """

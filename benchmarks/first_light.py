@@ -1,8 +1,10 @@
-"""The figures of docs/first-light.md, from real MNIST and Fashion-MNIST: `python benchmarks/first_light.py`.
+"""Make the figures of docs/first-light.md from real MNIST and Fashion-MNIST.
 
-For each data set and seed: protect, then the mark after pruning and fine-tuning, the stranger bank, and 2,000 random keys against
-strangers. Finished parts in the folder are kept, so an interrupted run goes on. Takes about five minutes for each data set and seed on
-two cores.
+    python benchmarks/first_light.py
+
+For each data set and seed: protect, then the mark after pruning and fine-tuning, the stranger bank,
+and 2,000 random keys against strangers. Finished parts in the folder are kept, so an interrupted
+run goes on. It takes about five minutes for each data set and seed on two cores.
 """
 
 import argparse
@@ -42,7 +44,10 @@ def asked(suspect: Path, key: Path) -> dict[str, Any]:
 
 
 def random_keys(suspect: Path, key_folder: Path) -> dict[str, Any]:
-    """Randomised p-values of fresh secrets against one fixed suspect: their Kolmogorov-Smirnov distance and tail rates."""
+    """Summarise the randomised p-values of fresh secrets against one fixed suspect.
+
+    The summary holds their Kolmogorov-Smirnov distance and tail rates.
+    """
     key = load_key(key_folder)
     answers = predict(load(suspect), key.watermarks.x)
     heads, tails = key.watermarks.answers.unbind(1)
@@ -142,7 +147,8 @@ def main() -> int:
 
 def show(result: dict[str, Any]) -> None:
     print(
-        f"\n{result['data']}, seed {result['seed']} (protect: {result['seconds_to_protect']:.0f} s)\n"
+        f"\n{result['data']}, seed {result['seed']} "
+        f"(protect: {result['seconds_to_protect']:.0f} s)\n"
     )
     print("| suspect | test | adversarial | coins | log10 p | verdict |\n|---|---|---|---|---|---|")
     for title, row in result["suspects"].items():
@@ -153,7 +159,8 @@ def show(result: dict[str, Any]) -> None:
         )
     for title, found in result["random_keys"].items():
         print(
-            f"\n{KEYS} random keys against the {title}: KS x sqrt(n) {found['ks_times_sqrt_n']:.2f}, p <= alpha at {found['rates']}"
+            f"\n{KEYS} random keys against the {title}: "
+            f"KS x sqrt(n) {found['ks_times_sqrt_n']:.2f}, p <= alpha at {found['rates']}"
         )
     sys.stdout.flush()
 

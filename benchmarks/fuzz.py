@@ -1,4 +1,7 @@
-"""Fuzz every parser, guided by coverage: python benchmarks/fuzz.py -runs=1000000 (needs: pip install atheris).
+"""Fuzz every parser, guided by coverage.
+
+    pip install atheris
+    python benchmarks/fuzz.py -runs=1000000
 
 The first byte of an input chooses the kind; the inputs are spoiled and crafted as in
 tests/test_fuzz.py, but parsed in this process. Options are libFuzzer's. `KIND="crafted log"` in the

@@ -230,12 +230,14 @@ def table(steps: Steps, compared: list[dict[str, Any]], machine: dict[str, Any])
     lines += ["| step | seconds | status | result |", "|---|---|---|---|"]
     for step in steps.done:
         lines.append(
-            f"| {step['step']} | {step['seconds']} | {step['status']} | {summary(step.get('found', {}))} |"
+            f"| {step['step']} | {step['seconds']} | {step['status']} "
+            f"| {summary(step.get('found', {}))} |"
         )
     lines += ["", "| model | measure | device | processor | the same |", "|---|---|---|---|---|"]
     for row in compared:
         lines.append(
-            f"| {row['model']} | {row['measure']} | {row['there']:.2f} | {row['here']:.2f} | {row['same']} |"
+            f"| {row['model']} | {row['measure']} | {row['there']:.2f} | {row['here']:.2f} "
+            f"| {row['same']} |"
         )
     return "\n".join(lines) + "\n"
 

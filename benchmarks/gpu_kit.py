@@ -1,9 +1,9 @@
-"""What `gpu.sh` takes along to a machine without a network: wheels, and images of MNIST and CIFAR-10.
+"""Collect what `gpu.sh` takes to a machine without a network: wheels, MNIST and CIFAR-10 images.
 
     python benchmarks/gpu_kit.py .kit --cifar10 cifar10.zip
 
-A machine with a GPU usually has PyTorch and what goes with it; the wheels are those of our
-dependencies that it lacks, at the versions of constraints.txt. All of it is less than 40 MB.
+A machine with a GPU usually has PyTorch and its dependencies; the wheels are those of our other
+dependencies, at the versions of constraints.txt. All of it is less than 40 MB.
 """
 
 import argparse

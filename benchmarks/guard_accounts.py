@@ -1,8 +1,12 @@
-"""Tracing among twenty accounts: thieves with one account, two and ten, an account that asked half of the thief's queries, strangers.
+"""Trace copies among twenty accounts.
+
+The suspects are copies of thieves with one account, two and ten, and a stranger. One account asked
+half of the thief's queries.
 
     python benchmarks/guard_accounts.py --data fashion_mnist --seed 0 --queries 2000
 
-Also: what it costs a thief to guess which queries are trials and to answer those at random. Models come from `guard_power.py` (runs/guard).
+It also measures what it costs a thief to guess which queries are trials and to answer those at
+random. The models come from `guard_power.py` (runs/guard).
 """
 
 import argparse
@@ -55,7 +59,10 @@ class Randomising(nn.Module):
 
 
 def interleaved(accounts: list[Account]) -> list[Row]:
-    """The log of a service that all accounts asked at the same time; the thief's account is the last, with the least of the level."""
+    """Return the log of a service that all accounts asked at the same time.
+
+    The thief's account comes last and so has the least share of the level.
+    """
     columns = [list(account.rows.values()) for account in reversed(accounts)]
     longest = max(map(len, columns))
     return [column[i] for i in range(longest) for column in columns if i < len(column)]
@@ -139,7 +146,8 @@ def main() -> None:
         evading = Randomising(copy, pools.validation.x, share, seed)
         traced(f"copy that answers its least sure {share:.0%} at random", evading)
         print(
-            f"  its test accuracy {accuracy(evading, pools.test):.2f}, without {accuracy(copy, pools.test):.2f}",
+            f"  its test accuracy {accuracy(evading, pools.test):.2f}, "
+            f"without {accuracy(copy, pools.test):.2f}",
             flush=True,
         )
         record[f"test accuracy at {share:.0%}"] = accuracy(evading, pools.test)

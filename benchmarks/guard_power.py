@@ -1,12 +1,14 @@
-"""The answer mark's power: thieves who ask the guarded model, strangers beside them, p against queries and cost.
+"""Measure the answer mark's power: p-values of thieves and strangers against queries and cost.
 
     python benchmarks/guard_power.py --data mnist --seeds 0 1 2 --thieves natural robust
     python benchmarks/guard_power.py --data mnist --seeds 0 --thieves black grey
 
-Each seed protects a model (kept in runs/guard), calibrates a guard and plays its thieves, each with an account of its own; what a finished
-thief gave is kept in runs/guard/*.json and not played again. p is the anytime p of one account, over the first trials of its cells.
-Strangers are models that never saw the coins, asked for the very same trials, and the thief's own training on the model's bare answers.
-`python benchmarks/guard_power.py --table` prints what there is.
+Each seed protects a model (kept in runs/guard), calibrates a guard and plays its thieves, each with
+an account of their own. The results of a finished thief are kept in runs/guard/*.json, and that
+thief is not played again. p is the anytime p-value of one account, over the first trials of its
+cells. Strangers are models that never saw the coins, asked for the very same trials, and the
+thief's own training on the model's bare answers. `python benchmarks/guard_power.py --table` prints
+what there is.
 """
 
 import argparse
@@ -52,7 +54,10 @@ Victim = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Account:
-    """A client of the guarded model: answers his queries and keeps his first trials, as the service's log does."""
+    """A client of the guarded model.
+
+    It answers the client's queries and keeps their first trials, as the service's log does.
+    """
 
     def __init__(self, model: GuardedModel, name: str) -> None:
         """Open an account."""
@@ -93,7 +98,10 @@ def robust(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn
 
 
 def averaging(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
-    """A thief who asks nine noisy copies of each image and takes the majority; `count` images, nine times as many queries."""
+    """A thief who asks nine noisy copies of each image and takes the majority answer.
+
+    `count` is the number of images; there are nine times as many queries.
+    """
     x = pools.thief.x[:count]
     generator = torch.Generator().manual_seed(seed)
     copies = [
@@ -104,7 +112,11 @@ def averaging(victim: Victim, data: str, pools: Pools, seed: int, count: int) ->
 
 
 def dropping(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
-    """A thief who trains, drops the tenth of his queries that his copy is least sure of, and trains anew on the rest."""
+    """A thief who trains twice.
+
+    They drop the tenth of their queries that the first copy is least sure of, and train anew on the
+    rest.
+    """
     x = pools.thief.x[:count]
     y = victim(x)
     first = _standard(Examples(x, y), data, seed)
@@ -325,9 +337,11 @@ def table(runs: Path) -> str:
         error = f"+- {r['cost_error']:.3f}" if "cost_error" in r else ""
         found, others = r["suspect"], [stranger["log10_p"] for stranger in r["strangers"].values()]
         lines.append(
-            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} | {r['stated_cost']:g} | {r['cost']:.3f} {error} "
+            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} "
+            f"| {r['stated_cost']:g} | {r['cost']:.3f} {error} "
             f"| {under} | {r['trials']} ({r.get('foreign_trials', 0)}) "
-            f"| {found['agree']} : {found['other']} ({found['expected']:.0f}) | {found['log10_p']:.1f} "
+            f"| {found['agree']} : {found['other']} ({found['expected']:.0f}) "
+            f"| {found['log10_p']:.1f} "
             f"| {min(others):.1f} to {max(others):.1f} | {r['test_accuracy']:.1f} |"
         )
     return "\n".join(lines)

@@ -1,7 +1,10 @@
-"""A study that is killed at random moments ends like one that is not: `python benchmarks/kill_study.py`.
+"""Show that a study that is killed at random moments ends like one that is not.
 
-Runs the quick profile on digits once undisturbed, then again under `kill -9` of the command and its workers at 20 random moments, and
-compares every finished unit and results.json byte for byte. Takes about twice the time of the study, and what the kills cost.
+    python benchmarks/kill_study.py
+
+Runs the quick profile on digits once undisturbed, then again under `kill -9` of the command and its
+workers at 20 random moments, and compares every finished unit and results.json byte for byte. It
+takes about twice the time of the study, and what the kills cost.
 """
 
 import argparse

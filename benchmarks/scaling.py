@@ -1,9 +1,12 @@
-"""How time and memory grow: protect, evaluate, verify, adjudicate, trace and the log, each input by 10 and by 100.
+"""Measure how time and memory grow when inputs grow by 10 and by 100.
+
+The measured tasks are protect, evaluate, verify, adjudicate, trace and the log.
 
     python benchmarks/scaling.py            # prints a table, writes docs/scaling.svg
 
-Each point is a process of its own on one thread: seconds of the work without imports, and the peak memory above that after imports. The
-exponent is that of the last step, log10(t(100 n) / t(10 n)): 1 is linear.
+Each point is a process of its own on one thread: seconds of the work without imports, and the peak
+memory above that after imports. The exponent is that of the last step, log10(t(100 n) / t(10 n)):
+1 is linear.
 """
 
 import argparse
@@ -42,7 +45,10 @@ def _network() -> torch.nn.Module:
 
 
 def _test(count: int) -> Examples:
-    """Test images as they come; labels are the network's own, so that no example is lost before the attack."""
+    """Return the first `count` test images, repeated where there are too few.
+
+    The labels are the network's own answers, so that no example is lost before the attack.
+    """
     pool = load_pools("mnist", 0).test
     times = -(-count // len(pool))
     x = pool.x.repeat(times, 1, 1, 1)[:count]
@@ -93,7 +99,7 @@ def _cells(cells: int) -> Work:
 
 
 def _convolution(cells: int) -> Work:
-    """Cells of 1 to 9 trials: the exact convolution, the one thing that is allowed to grow faster."""
+    """Time the exact convolution on cells of 1 to 9 trials; it alone is allowed to grow faster."""
     differences = [(i % 9 + 1) * (1 if i % 7 < 4 else -1) for i in range(cells)]
     return lambda: sign_flip_test(differences)
 

@@ -1,4 +1,6 @@
-"""What the guard costs the service: latency and throughput with and without it, and what a kill leaves of the log.
+"""Measure what the guard costs the service, and what a kill leaves of the log.
+
+Latency and throughput are measured with the guard and without it.
 
     python benchmarks/service_load.py --model runs/guard/mnist-0 --seconds 10 --rounds 5
     python benchmarks/service_load.py --model runs/guard/mnist-0 --kills 20
@@ -6,7 +8,7 @@
 The load is a closed loop: each connection is kept alive, has one natural test image a request,
 and asks again as soon as it has its answer. The requests come from many accounts, so that each run
 meets first trials that must be made durable as well as cells that are known. Guarded and bare runs
-alternate. To compare with the code of before, name its source tree: PYTHONPATH=OTHER/src.
+alternate. To compare with earlier code, name its source tree: PYTHONPATH=OTHER/src.
 """
 
 import argparse
@@ -115,7 +117,8 @@ def load(
     p50, p99 = (1000 * statistics.quantiles(times, n=100)[place] for place in (49, 98))
     rate = len(times) / seconds
     print(
-        f"{'guarded' if guarded else 'bare':8} p50 {p50:.1f} ms, p99 {p99:.1f} ms, {rate:.0f}/s, {trials} trials, {wrong} errors",
+        f"{'guarded' if guarded else 'bare':8} p50 {p50:.1f} ms, p99 {p99:.1f} ms, {rate:.0f}/s, "
+        f"{trials} trials, {wrong} errors",
         flush=True,
     )
     return p50, p99, rate
@@ -123,7 +126,9 @@ def load(
 
 def _request(body: str, key: str) -> bytes:
     head = f"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
-    return f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+    return (
+        f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+    ).encode()
 
 
 async def _closed_loop(
@@ -205,7 +210,8 @@ def kills(model: Path, x: torch.Tensor, times: int) -> None:
                 answered + len(pairs),
             )
     print(
-        f"{times} kills, {answered} answers, {trials} trials answered, {lost} of them not in the log, {wrong} answers that changed"
+        f"{times} kills, {answered} answers, {trials} trials answered, "
+        f"{lost} of them not in the log, {wrong} answers that changed"
     )
     assert lost == wrong == 0
 

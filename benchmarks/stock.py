@@ -1,4 +1,4 @@
-"""Our networks in PyTorch's own layers: what somebody has who uses none of ours."""
+"""Our networks in PyTorch's own layers, as somebody has them who uses none of ours."""
 
 import copy
 
@@ -8,7 +8,7 @@ from countermark.networks.named import HalvingConv2d
 
 
 def stock(network: nn.Module) -> nn.Module:
-    """A copy with the same weights, each convolution of ours a plain `nn.Conv2d` of the same numbers."""
+    """Return a copy with the same weights and plain `nn.Conv2d` layers instead of our own."""
     network = copy.deepcopy(network)
     for name, layer in list(network.named_children()):
         if isinstance(layer, HalvingConv2d):

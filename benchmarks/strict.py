@@ -1,9 +1,12 @@
-"""The strict evaluation beside AutoAttack packages, on one model and the same images: `python benchmarks/strict.py MODEL...`.
+"""Run the strict evaluation beside AutoAttack packages, on one model and the same images.
 
-Ours, pyautoattack and torchattacks each run their standard L-inf evaluation of the network (in PyTorch's own layers) in one thread, in
-turn on each chunk of images, so that whatever else the machine does meets all of them alike. Times are of the processor, which other
-programs do not stretch much. Prints one JSON object a line: the parts as they are done, then for each model the sums, the ratios to
-ours, the accuracies and how the verdicts differ image by image. `make bench` installs the peers.
+    python benchmarks/strict.py MODEL...
+
+Ours, pyautoattack and torchattacks each run their standard L-inf evaluation of the network (in
+PyTorch's own layers) in one thread. They take turns on each chunk of images, so that other load on
+the machine meets all of them alike. Times are CPU times, which other programs do not lengthen much.
+Prints one JSON object a line: the parts as they are done, then for each model the sums, the ratios
+to ours, the accuracies and how the verdicts differ image by image. `make bench` installs the peers.
 """
 
 import argparse

@@ -1,7 +1,10 @@
-"""The figures of the recipe `strong`: `python benchmarks/strong.py --data mnist --epsilon 0.3 --seeds 0`, one JSON line a model.
+"""Make the figures of the recipe `strong`, one JSON line for each model.
 
-Each model folder holds the marked model and, in its key, the unmarked one that it came from. Both are measured on test images taken
-evenly from the pool: test accuracy, the data set's own PGD, and strict accuracy, as `evaluate --strict` has it. Finished folders are kept.
+    python benchmarks/strong.py --data mnist --epsilon 0.3 --seeds 0
+
+Each model folder holds the marked model and, in its key, the unmarked one that it came from. Both
+are measured on test images taken evenly from the pool: test accuracy, the data set's own PGD, and
+strict accuracy, as `evaluate --strict` measures it. Finished folders are kept.
 """
 
 import argparse

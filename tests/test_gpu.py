@@ -1,4 +1,8 @@
-"""On a real GPU, where there is one: what `test_device.py` tests on a pretend one, and what only a GPU has (recordings, bf16)."""
+"""Tests on a real GPU, where there is one.
+
+They repeat what `test_device.py` tests on a simulated GPU, and add what only a GPU has (recordings,
+bf16).
+"""
 
 import contextlib
 import copy

@@ -1,4 +1,7 @@
-"""The answer mark: coins, calibration, the same answer every time, tracing, and its level under clients who adapt."""
+"""The answer mark: coins, calibration, repeated answers, tracing, and its level.
+
+Answers stay the same every time, and the level holds for clients who adapt.
+"""
 
 import math
 import os
@@ -83,7 +86,7 @@ def queries(
     )
 
 
-# --- coins ---------------------------------------------------------------------------------------------------------------------------
+# --- coins ----------------------------------------------------------------------------------------
 
 
 def test_only_near_answers_change_and_only_to_the_second_class() -> None:
@@ -113,7 +116,11 @@ def test_the_coin_is_tails_as_often_as_its_chance_says() -> None:
 
 
 def test_one_cell_moves_the_boundary_to_one_side() -> None:
-    """For one client, cell and pair of classes the answers over all margins are a step, wherever the coin put it."""
+    """One coin moves the boundary in one direction.
+
+    For one client, cell and pair of classes, the answers over all margins are a step, wherever the
+    coin put it.
+    """
     margins = torch.linspace(-1.5, 1.5, 61)
     logits = torch.stack((torch.zeros(61), margins, torch.full((61,), -9.0)), 1)
     steps = set()
@@ -252,13 +259,16 @@ def test_answers_that_do_not_fit_the_guard_are_refused(
         guard_of().answer(logits, features, "anna")
 
 
-# --- calibration ---------------------------------------------------------------------------------------------------------------------
+# --- calibration ----------------------------------------------------------------------------------
 
 
 def ambiguous(
     count: int, sharpness: float, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of a model whose first class is right with probability 1 / (1 + exp(-sharpness x margin)), exactly."""
+    """Logits of a model whose confidence is exact.
+
+    Its first class is right with probability 1 / (1 + exp(-sharpness x margin)).
+    """
     generator = torch.Generator().manual_seed(seed)
     margins = torch.rand(count, generator=generator, dtype=torch.float64) * 10
     first = torch.randint(0, 4, (count,), generator=generator)
@@ -338,7 +348,7 @@ def test_a_model_that_makes_no_mistake_can_be_guarded_and_one_that_always_does_c
         calibrate(logits[:10], features[:10], y[:10], secret=SECRET, model_sha256=MODEL, cost=0.1)
 
 
-# --- around a network ----------------------------------------------------------------------------------------------------------------
+# --- around a network -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -381,10 +391,11 @@ def test_the_same_query_has_the_same_answer_in_any_batch(
 def test_a_sure_question_stays_whatever_happens_within_the_tolerance(
     seed: int, classes: int, case: tuple[float, float]
 ) -> None:
-    """Every logit moved as far as the tolerance allows, the features towards the nearest side of their cell.
+    """Every logit moves as far as the tolerance allows, and the features to their cell's edge.
 
-    Margins are put around the reach, and third classes near the second. With a slope of 1e-3 all chances are one half, so that pair, cell
-    and reach are alone at work.
+    The features move towards the nearest side of their cell. Margins are put around the reach, and
+    third classes near the second. With a slope of 1e-3 all chances are one half, so that only pair,
+    cell and reach matter.
     """
     slope, tolerance = case
     usual = Familiar("00" * 4, "80" * 4)
@@ -510,7 +521,11 @@ def far_sighted(owner_network: nn.Module, digits: Pools) -> GuardedModel:
 def test_what_made_up_queries_cost_is_taken_off_the_near_ties(
     owner_network: nn.Module, digits: Pools
 ) -> None:
-    """One training image with a bright corner alone: its like are one in so many honest queries, and half of them get the other class."""
+    """One training image alone has a bright corner.
+
+    About one honest query in as many as there are training images is like it, and half of those
+    get the other class.
+    """
     bright = digits.training.x.clone()
     bright[:, :, 0, 0] = 0
     bright[0, :, 0, 0] = 255
@@ -604,7 +619,11 @@ def test_foreign_queries_have_one_answer_in_any_batch(
 def test_strangers_agree_with_the_coins_of_a_thiefs_walk_as_often_as_they_should(
     far_sighted: GuardedModel, digits: Pools, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A client who walks by what he is told, on coins for made-up queries, again and again: a stranger's wealth does not grow."""
+    """A stranger's wealth does not grow on the coins of a thief's walk.
+
+    The client chooses each next query by the answers to the last, again and again, and gets coins
+    for made-up queries.
+    """
     runs = TRACES // 20 if TRACES > 1000 else 30
     stranger = build("small", (1, 8, 8), 10, seed=9)
     train(
@@ -641,7 +660,9 @@ def test_strangers_agree_with_the_coins_of_a_thiefs_walk_as_often_as_they_should
     with capsys.disabled():
         if TRACES > 1000:
             print(
-                f"{runs} walks: {agreed:.0f} agreements, expected {expected:.0f} +- {math.sqrt(spread):.0f}; lowest p 10^{min(lowest):.1f}"
+                f"{runs} walks: {agreed:.0f} agreements, "
+                f"expected {expected:.0f} +- {math.sqrt(spread):.0f}; "
+                f"lowest p 10^{min(lowest):.1f}"
             )
     assert made_up > 200
     assert abs(agreed - expected) < 5.5 * math.sqrt(spread)
@@ -660,7 +681,8 @@ def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools)
     expected = expected_cost(guarded, test)
     assert abs(np.mean(costs) - expected.points) < 5.5 * spread + 1e-9
     each = [expected_cost(guarded, test[k : k + 1]).points for k in range(len(test))]
-    # Margins differ in the last bits where an image is alone; chances are so coarse that next to none of them notices.
+    # Margins differ in the last bits where an image is alone;
+    # chances are so coarse that next to none of them notices.
     assert expected.points == pytest.approx(np.mean(each), rel=1e-3)
     assert expected.standard_error == pytest.approx(np.std(each) / math.sqrt(len(test)), rel=1e-3)
 
@@ -703,7 +725,7 @@ def test_queries_are_rounded_to_eight_bits(guarded: GuardedModel) -> None:
     assert torch.equal(guarded(x, "anna").images, as_uint8(x))
 
 
-# --- tracing -------------------------------------------------------------------------------------------------------------------------
+# --- tracing --------------------------------------------------------------------------------------
 
 
 def row_of(client: str, cell: int, chance: int = WHOLE // 2, secret: bytes = SECRET) -> Row:
@@ -715,7 +737,10 @@ def row_of(client: str, cell: int, chance: int = WHOLE // 2, secret: bytes = SEC
 def answers_of(
     rows: list[Row], copied: str | None, share: float = 1.0, seed: int = 0
 ) -> torch.Tensor:
-    """A suspect that remembers one client's coins with a probability, and else answers without them."""
+    """Answers of a suspect that remembers one client's coins with probability `share`.
+
+    Where it does not remember them, it answers without them.
+    """
     generator = random.Random(seed)
     free = [1 if generator.random() < 0.5 else 2 for _ in rows]
     return torch.tensor(
@@ -757,7 +782,7 @@ def test_the_p_value_is_the_e_processs_times_the_accounts_share_of_the_level(era
 
 
 def test_erased_accounts_weaken_what_all_together_say() -> None:
-    """Accounts may have been erased for what they said: whatever that was, nothing is gained by it."""
+    """Erasing accounts gains nothing, whatever the erased accounts would have said."""
     rows = interleaved(6, 25)
     answers = torch.tensor(
         [row.answer if row.client < "client 3" else 3 - row.answer for row in rows]
@@ -781,7 +806,7 @@ def test_refused_answers_are_neither_and_prove_nothing() -> None:
 
 
 def test_many_weak_accounts_convict_together() -> None:
-    """One thief behind ten accounts, 14 trials each: nobody can be named, all together are proof."""
+    """One thief has ten accounts of 14 trials: none can be named, but together they are proof."""
     rows = interleaved(20, 14)
     behind = {f"client {k}" for k in range(10)}
     answers = torch.tensor(
@@ -808,10 +833,11 @@ def test_a_log_of_another_key_is_refused() -> None:
 def adaptive_client(
     generator: random.Random, key: bytes, most: int
 ) -> Iterator[tuple[bytes, int, bool, bool]]:
-    """Trials of a client who knows which answer the suspect gives everywhere, and asks where it suits him.
+    """Trials of a client who knows every answer of the suspect, and asks where it suits them.
 
-    He walks on: where the coin agreed with the suspect he asks the same cell again and again, and he stops altogether when more trials
-    agreed than not. Yields cell, chance, whether the coin agreed, whether it is the first of its cell.
+    The client walks on: where the coin agreed with the suspect they often ask the same cell again,
+    and they stop altogether when clearly more trials agreed than not. Yields the cell, the chance,
+    whether the coin agreed, and whether the trial is the first of its cell.
     """
     seen: set[int] = set()
     agreed = disagreed = 0
@@ -836,7 +862,10 @@ def adaptive_client(
 def test_strangers_keep_the_level_whatever_a_client_does(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Adaptive queries and optional stopping: the plain count convicts strangers, ours keeps its level."""
+    """The level survives adaptive queries and optional stopping.
+
+    A plain count of agreements convicts strangers; our test keeps its level.
+    """
     generator = random.Random(5)
     levels = (0.05, 0.01, 0.001)
     naive, ours = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
@@ -866,7 +895,10 @@ def test_strangers_keep_the_level_whatever_a_client_does(
 def test_strangers_get_nobody_named_more_often_than_alpha(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Logs of twenty clients, a stranger, fresh secrets: somebody is named at most at the rate alpha, and so for all accounts together."""
+    """Logs of twenty clients, a stranger and fresh secrets: the rates stay at most alpha.
+
+    This holds for the rate at which somebody is named and for all accounts together.
+    """
     runs = TRACES // 5
     levels = (0.05, 0.01, 0.001)
     named, together = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
@@ -892,9 +924,11 @@ def test_strangers_get_nobody_named_more_often_than_alpha(
 def test_opening_accounts_until_one_is_lucky_convicts_nobody_too_often(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Clients who know the suspect's answers open accounts one after another, and stop with the first that a count of accounts would name.
+    """Clients who know the suspect's answers open accounts until one of them is lucky.
 
-    A stranger agrees with fair coins half of the time. Only services with an account that could be named are traced.
+    They open one account after another, and stop with the first that would be named if p were
+    multiplied by the number of accounts. A stranger agrees with fair coins half of the time. Only
+    services with an account that could be named are traced.
     """
     runs, most, each = max(TRACES // 5, 600), 20, 100
     levels = (0.05, 0.01, 0.001)
@@ -925,7 +959,8 @@ def test_opening_accounts_until_one_is_lucky_convicts_nobody_too_often(
     with capsys.disabled():
         if TRACES > 1000:
             print(
-                f"{runs} services where accounts are opened until one is lucky: times the accounts {counted}, ours {named}"
+                f"{runs} services where accounts are opened until one is lucky: "
+                f"times the accounts {counted}, ours {named}"
             )
     for alpha in levels:
         assert named[alpha] <= runs * alpha + 3 * math.sqrt(runs * alpha)
@@ -934,7 +969,10 @@ def test_opening_accounts_until_one_is_lucky_convicts_nobody_too_often(
 
 
 def test_a_copy_made_through_the_guard_is_traced(guarded: GuardedModel, digits: Pools) -> None:
-    """The whole way, small: a thief learns the answers, his account is named; one who learned the model's own answers is nobody's."""
+    """A small run of the whole way: a thief learns the answers, and their account is named.
+
+    A suspect that learned the model's own answers is traced to nobody.
+    """
     x = digits.training.x
     log: list[Row] = []
     for client in ("anna", "bob"):

@@ -1,4 +1,7 @@
-"""What a hostile environment does to the command line: closed streams, full disks, odd names, edited files, signals."""
+"""What a hostile environment does to the command line.
+
+The tests have closed streams, full disks, odd names, edited files and signals.
+"""
 
 import os
 import pty
@@ -271,7 +274,10 @@ def test_what_needs_the_extra_serve_says_so(tmp_path: Path) -> None:
         ["trace", "--suspect", mine, "--key", f"{mine}/key", "--log", log],
     ]
     lines += [["log", "check", log], ["log", "head", log]]
-    script = f"from countermark.cli import main\nfor line in {lines!r}:\n    print(main(line), flush=True)\n"
+    script = (
+        "from countermark.cli import main\n"
+        f"for line in {lines!r}:\n    print(main(line), flush=True)\n"
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": without_the_extra(tmp_path)}
     command = [sys.executable, "-c", script]
     done = subprocess.run(

@@ -1,6 +1,7 @@
-"""Imports run one way: no circle among the files, and none among the rooms, the packages and files at the top.
+"""Imports run one way: there is no circle.
 
-Imports within functions and those for types alone count as well: they hide a circle and do not open it.
+There is none among the files, and none among the packages and files at the top. Imports within
+functions and those for types alone count as well: they hide a circle and do not open it.
 """
 
 import ast
@@ -16,7 +17,10 @@ Graph = Mapping[str, set[str]]
 
 
 def imports(package: Path) -> Graph:
-    """What each file of a package imports of it, by dotted names; a package stands for its `__init__.py`."""
+    """Map each file of a package to the files of it that it imports, by dotted names.
+
+    A package stands for its `__init__.py`.
+    """
     paths = {_dotted(package, path): path for path in package.rglob("*.py")}
     return {
         name: {each for each in _named(path, paths) if each in paths}

@@ -72,8 +72,9 @@ def module_of(net: nn.Module, keys: tuple[str, str] | None = None) -> Any:
 
 def trainer(tmp_path: Path, *callbacks: Any, epochs: int = 1, **options: Any) -> Any:
     return lightning().Trainer(
-        max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, default_root_dir=tmp_path, callbacks=list(callbacks), **options,
+        max_epochs=epochs, accelerator="cpu", devices=1, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        default_root_dir=tmp_path, callbacks=list(callbacks), **options,
     )  # fmt: skip
 
 
@@ -186,8 +187,9 @@ def hugging(tmp_path: Path, model: Any, callback: Any, **options: Any) -> Any:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path / "run"), num_train_epochs=2, per_device_train_batch_size=32, learning_rate=3e-3, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True, logging_strategy="no", eval_strategy="epoch", **options,
+        output_dir=str(tmp_path / "run"), num_train_epochs=2, per_device_train_batch_size=32,
+        learning_rate=3e-3, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        logging_strategy="no", eval_strategy="epoch", **options,
     )  # fmt: skip
     return transformers.Trainer(
         model=model,

@@ -206,7 +206,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Head]:
         ("UPDATE trials SET chance = 'many' WHERE number = 5", "row 5 was changed"),
         ("UPDATE trials SET salt = NULL WHERE number = 5", "row 5 is erased in part"),
         (
-            "UPDATE trials SET digest = (SELECT digest FROM trials WHERE number = 6) WHERE number = 5",
+            (
+                "UPDATE trials SET digest = (SELECT digest FROM trials WHERE number = 6) "
+                "WHERE number = 5"
+            ),
             "row 5 does not follow",
         ),
         (
@@ -215,7 +218,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Head]:
         ),
         ("UPDATE trials SET number = 100 - number WHERE number IN (5, 95)", "row 5 is missing"),
         (
-            "UPDATE trials SET number = CASE number WHEN 5 THEN -6 WHEN 6 THEN -5 END WHERE number IN (5, 6)",
+            (
+                "UPDATE trials SET number = CASE number WHEN 5 THEN -6 WHEN 6 THEN -5 END "
+                "WHERE number IN (5, 6)"
+            ),
             "row 5 is missing",
         ),
     ],
@@ -564,7 +570,10 @@ def test_reading_writes_nothing_and_needs_no_right_to(
 def test_a_log_whose_journal_is_needed_and_cannot_be_used_says_so(
     plain_folder: Path, tmp_path: Path
 ) -> None:
-    """Copied while the service ran: the last rows are in the journal. They are read where they can be, and never left out."""
+    """The log is copied while the service runs, so that its last rows are in the journal.
+
+    They are read where they can be, and never left out.
+    """
     log = QueryLog(str(tmp_path / "log.db"))
     log.append([row_of(1)])
     for suffix in ("", "-wal"):
@@ -575,7 +584,10 @@ def test_a_log_whose_journal_is_needed_and_cannot_be_used_says_so(
 
 
 def test_a_log_is_read_while_it_is_written(address: str) -> None:
-    """Every reading is some state that the log had, whether the writer was there before or came in the middle."""
+    """Every reading is a state that the log once had.
+
+    This holds whether the writer was there before the reader or came in the middle.
+    """
     QueryLog(address).close()
     reader, ended = QueryLog(address, create=False), threading.Event()
 
@@ -615,12 +627,20 @@ def test_nobody_else_reads_the_log(mask: int, tmp_path: Path) -> None:
         os.umask(before)
 
 
-TRIALS = """CREATE TABLE trials (number BIGINT NOT NULL, model TEXT, client TEXT, cell BLOB, image BLOB, heads INTEGER, tails INTEGER,
-chance INTEGER, answer INTEGER, day INTEGER, request BLOB, salt BLOB, digest BLOB NOT NULL, link BLOB NOT NULL, PRIMARY KEY (number),
+TRIALS = """CREATE TABLE trials (number BIGINT NOT NULL, model TEXT, client TEXT, cell BLOB, \
+image BLOB, heads INTEGER, tails INTEGER,
+chance INTEGER, answer INTEGER, day INTEGER, request BLOB, salt BLOB, digest BLOB NOT NULL, \
+link BLOB NOT NULL, PRIMARY KEY (number),
 UNIQUE (model, client, cell))"""
-COLUMNS = "number, model, client, cell, image, heads, tails, chance, answer, day, request, salt, digest, link"
+COLUMNS = (
+    "number, model, client, cell, image, heads, tails, chance, answer, day, request, salt, "
+    "digest, link"
+)
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
-LARGE = f"CREATE VIEW trials({COLUMNS}) AS {ENDLESS} SELECT i, {', '.join(['zeroblob(500000000)'] * 13)} FROM n LIMIT 10"
+LARGE = (
+    f"CREATE VIEW trials({COLUMNS}) AS {ENDLESS} "
+    f"SELECT i, {', '.join(['zeroblob(500000000)'] * 13)} FROM n LIMIT 10"
+)
 
 
 @pytest.mark.parametrize(
@@ -765,7 +785,10 @@ def test_a_changed_table_of_erased_clients_is_found(tmp_path: Path, statement: s
 
 
 def circular(log: Path, folder: Path) -> Path:
-    """A log whose table has sixteen levels, each page with 200 ways to the next one: 10 to the 37 rows in a small file."""
+    """Write a small log file whose table has 10 to the 37 rows.
+
+    The table has sixteen levels, and each page has 200 ways to the next one.
+    """
     path, levels, ways = folder / "log.db", 16, 200
     content = bytearray(log.read_bytes())
     size = int.from_bytes(content[16:18], "big")

@@ -165,7 +165,10 @@ def test_checking_leaves_the_network_as_it_was(
 def test_crafting_asks_in_evaluation_mode_and_leaves_the_network_as_it_was(
     source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One secret: whether the network was in training mode makes no difference, and its statistics do not move."""
+    """With one secret, training mode makes no difference to the trials.
+
+    Crafting does not move the network's statistics either.
+    """
     made = []
     for number, training in enumerate((True, False)):
         monkeypatch.setattr(secrets, "token_bytes", random.Random(1).randbytes)
@@ -200,7 +203,10 @@ def test_a_marking_over_a_key_goes_on_with_its_trials_and_coins(
         (
             BASES,
             {"watermark_epsilon": 0.6},
-            r"crafted at a watermark budget of 0\.376\d+, not of 0\.6; give watermark_epsilon=0\.376",
+            (
+                r"crafted at a watermark budget of 0\.376\d+, not of 0\.6; "
+                r"give watermark_epsilon=0\.376"
+            ),
         ),
     ],
 )
@@ -212,7 +218,10 @@ def test_a_key_made_from_something_else_is_refused(
     options: dict[str, float],
     words: str,
 ) -> None:
-    """What is compared was committed to before there were coins; whatever the coins are, it comes out the same."""
+    """The comparison uses only what was committed to before there were coins.
+
+    So it comes out the same, whatever the coins are.
+    """
     some_mark(source, tmp_path)
     before, loaded = files(tmp_path), room.load_key
     blind = lambda folder: replace(loaded(folder), labels=torch.empty(0), others=torch.empty(0))  # noqa: E731
@@ -237,7 +246,10 @@ def test_a_key_of_another_seed_is_refused(tmp_path: Path) -> None:
 def test_coins_come_after_the_trials_and_out_of_the_token(
     source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is committed is on disk, and unchanged, when the authority is asked; another token gives the same trials other coins."""
+    """What is committed to is on disk, and unchanged, when the authority is asked.
+
+    Another token gives the same trials other coins.
+    """
     drawn = []
     true_write, order = room.write_key, []
 
@@ -279,10 +291,11 @@ class Token:
 def test_four_hundred_markings_find_nothing_in_strangers(
     source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whole markings, each with a secret of its own, asked of the source and of a stranger: randomised p-values are uniform.
+    """Whole markings, each with a secret of its own, give uniform randomised p-values.
 
-    This is what a choice of trials by their coins would break: with the trials that the marked
-    network had learned, or with the answers sorted by what the source says, it fails by far.
+    The trials are asked of the source model and of a stranger. A choice of trials by their coins
+    would break this: with the trials that the marked network had learned, or with the answers
+    sorted by what the source model says, it fails by far.
     """
     stranger = network(seed=8)
     loop(stranger, None, 2)
@@ -357,7 +370,7 @@ def test_trials_join_in_the_type_of_the_batch(
 def test_a_loop_that_normalises_outside_the_network_is_met_on_its_scale(
     source: nn.Module, tmp_path: Path
 ) -> None:
-    """The trials are those of a network behind the same normaliser, and join the batch normalised."""
+    """The trials are those of a network behind the same normaliser, and are mixed in normalised."""
     mean, std = (0.2, 0.3, 0.4), (0.5, 0.25, 0.125)
     mark = some_mark(source, tmp_path, mean=mean, std=std)
     x, _ = mark.mix(torch.full((1, 3, 8, 8), -2.0), torch.tensor([0]), 80)
@@ -461,7 +474,10 @@ def test_a_mark_that_would_not_last_is_refused(
 def test_a_pruned_copy_that_nobody_could_use_does_not_count(
     marked: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the weights may be too many to take; then the mark has to last as far as a copy is of use."""
+    """Half of the weights may be too many to prune.
+
+    Then the mark has to last as far as a copy is of use.
+    """
     out, net = marked
     mark = Marking(net, BASES, key=out / "key", **SMALL)
     clean = Examples(BASES.x[:50], predict(net, BASES.x[:50]))
@@ -485,7 +501,10 @@ def test_a_finish_that_fails_leaves_nothing_and_the_next_one_succeeds(
     failing: str,
     inside: bool,
 ) -> None:
-    """An authority that does not answer, a full disk: whether the key lies in the model folder or not."""
+    """The authority does not answer, or the disk is full.
+
+    The key lies in the model folder or outside it.
+    """
     out, net = marked
     keys = tmp_path / ("mine/key" if inside else "keys")
     keys.mkdir(parents=True)
@@ -557,7 +576,7 @@ def test_files_of_others_are_neither_replaced_nor_taken_away(
     name: str,
     inside: bool,
 ) -> None:
-    """Weights of the user's own that lie where the model is to be written, alone or beside the key."""
+    """The user's own weights lie where the model is to be written, alone or beside the key."""
     out, net = marked
     keys = tmp_path / ("mine/key" if inside else "keys")
     shutil.copytree(out / "key", keys)
@@ -621,10 +640,12 @@ def test_a_network_that_later_verbs_could_not_load_is_refused(
     (tmp_path / "shop").mkdir()
     (tmp_path / "shop" / "models.py").write_text(
         "from torch import nn\n"
-        "def smaller(): return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(1024, 4))\n"
+        "def smaller(): return nn.Sequential("
+        "nn.Conv2d(3, 16, 3, padding=1), nn.Flatten(), nn.Linear(1024, 4))\n"
         "def deeper():\n"
         "    front = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten()\n"
-        "    return nn.Sequential(*front, nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 4), nn.LayerNorm(4))\n"
+        "    return nn.Sequential(*front, nn.Linear(1024, 128), nn.ReLU(), "
+        "nn.Linear(128, 4), nn.LayerNorm(4))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     out, net = marked
@@ -814,7 +835,10 @@ def test_keys_of_something_else_are_refused(
 
 
 def test_several_processes_make_one_key(source: nn.Module, tmp_path: Path) -> None:
-    """As the workers of a data-parallel job do; threads have locks of their own on the folder, as processes have."""
+    """Several workers make one key, as in a data-parallel job.
+
+    Threads stand for processes here: each has its own lock on the folder, as a process has.
+    """
     made: list[Marking] = []
     workers = [
         threading.Thread(target=lambda: made.append(some_mark(source, tmp_path))) for _ in range(4)

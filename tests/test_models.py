@@ -40,7 +40,10 @@ def test_large_images_are_reduced_before_the_first_stage(side: int, seen: int) -
 
 
 def test_the_narrow_network_is_the_one_that_was_measured() -> None:
-    """Its layers by hand, in the order of the paper: batch norm and ReLU stand before each convolution."""
+    """The layers are computed by hand, in the paper's order.
+
+    Batch norm and ReLU stand before each convolution.
+    """
     network = build("narrow", (3, 16, 16), 7, seed=1).eval()
     x = torch.rand(2, 3, 16, 16)
     features = functional.conv2d(x, network[0].weight, padding=1)
@@ -86,7 +89,10 @@ def test_a_normaliser_has_one_number_or_one_a_channel() -> None:
 
 
 def test_a_normaliser_by_channel_takes_nothing_from_the_host() -> None:
-    """A tensor made there shows as a constant of the trace, and its copy to a GPU fits into no CUDA graph."""
+    """No tensor is made on the host during the forward pass.
+
+    Such a tensor shows as a constant of the trace, and its copy to a GPU fits into no CUDA graph.
+    """
     traced = make_fx(Normalise((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))(torch.rand(2, 3, 4, 4))
     assert not dict(traced.named_buffers())
 
@@ -100,7 +106,10 @@ def test_the_clip_clips_and_its_gradient_does_not() -> None:
 
 
 def test_an_attack_finds_its_way_back_into_the_clips_range() -> None:
-    """From the far end of each pixel's box, where the clip is flat, PGD reaches the other end: the worst of all perturbations."""
+    """PGD gets from the far end of each pixel's box, where the clip is flat, to the other end.
+
+    The other end is the worst of all perturbations.
+    """
     model = nn.Sequential(Clip(0.3, 0.7), nn.Flatten(), nn.Linear(4, 2, bias=False))
     with torch.no_grad():
         model[2].weight.copy_(torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]))

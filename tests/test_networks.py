@@ -74,7 +74,8 @@ def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "shop" / "models.py").write_text(
         "from torch import nn\n"
         "def make(shape, classes):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], classes))\n"
+        "    return nn.Sequential(nn.Flatten(), "
+        "nn.Linear(shape[0] * shape[1] * shape[2], classes))\n"
         "class Nets:\n"
         "    @staticmethod\n"
         "    def linear():\n"

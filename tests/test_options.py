@@ -1,4 +1,4 @@
-"""Options that verbs share: the user's own network and data, wherever a verb reads a model folder."""
+"""Options that verbs share: the user's own network and data, where a verb reads a model folder."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Addresses: those that cannot be asked, and those that would put a password into files that others read."""
+"""Addresses that cannot be asked, and those that would put a password into files others read."""
 
 import contextlib
 import shutil

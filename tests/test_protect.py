@@ -166,7 +166,10 @@ def test_the_rounds_of_the_recipe_come_first_and_then_what_further_attempts_add(
 def test_the_epochs_that_are_suggested_double_what_ran(
     first: int, round_of: int, tmp_path: Path
 ) -> None:
-    """However often: each time the same command trains as long again, and the number is beyond all that ran."""
+    """Each suggested number makes the same command train as long again.
+
+    It is beyond all epochs that ran, however often the command is repeated.
+    """
     embedding = TrainConfig("standard", None, round_of)
     short = Standing(40, 50.0, 95.0, None, None)
     attempts, ran = room._attempts(tmp_path, first, first), 0
@@ -187,7 +190,7 @@ def test_the_epochs_that_are_suggested_double_what_ran(
 def test_the_marking_goes_on_until_the_mark_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One epoch a round is too little for a few rounds; no round is made after the one that does it."""
+    """One epoch a round is too little for a few rounds; no round follows the one that suffices."""
     mark_shortly(monkeypatch, room, 6)
     seen: list[Standing] = []
     true_standing = room.standing
@@ -216,10 +219,10 @@ def test_the_marking_goes_on_until_the_mark_holds(
 def test_given_weights_are_marked_and_no_more(owner: Path, tmp_path: Path) -> None:
     """The source model is what was given, to the last bit, and its mark holds.
 
-    The key's secret decides the course of the training: of eight markings of two models, each was
-    done in one round of the four that there are, with 159 or 160 of the 160 coins where 152 are needed
-    (and a p-value of 2e-33 or less after pruning, where 1e-9 is needed), and cost 0.3 to 3.0 of the
-    accuracy's 98.3 and 99.3 points.
+    The key's secret decides the course of the training. Of eight markings of two models, each was
+    done in one round of the four that there are. 159 or 160 of the 160 coins agreed, where 152 are
+    needed; the p-value after pruning was 2e-33 or less, where 1e-9 is needed. The markings cost 0.3
+    to 3.0 points of the accuracies of 98.3 and 99.3.
     """
     given = owner / "key" / "source" / "model.safetensors"
     out = tmp_path / "mine"
@@ -270,7 +273,7 @@ def test_given_weights_are_made_robust_where_an_objective_says_so(
 def test_bases_are_taken_from_what_given_weights_did_not_know(
     owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights that were trained on 900 of the images: the held-out pools come from the other 597."""
+    """The weights were trained on 900 of the images; the held-out pools are of the other 597."""
     data = open_data("digits")
     seen = data.train[torch.arange(900)]
     monkeypatch.setattr(
@@ -327,7 +330,10 @@ def test_other_weights_do_not_go_on_with_trials_of_the_first(
 def test_work_goes_on_with_the_same_images_and_weights_wherever_they_lie(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Digests say what is the same: of the data, of the weights, and of what these had been trained on."""
+    """Digests decide what is the same.
+
+    There are digests of the data, of the weights, and of the data that the weights were trained on.
+    """
     data, begun = open_data("digits"), []
 
     def stops(*_arguments: object, **_options: object) -> None:
@@ -425,7 +431,10 @@ def test_options_that_the_scheme_or_the_weights_have_no_use_for_are_refused(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes_see_no_coin(scheme: str) -> None:
-    """The same materials make the same set, whatever the coins: nothing that makes trials is told of any."""
+    """The same materials make the same set, whatever the coins.
+
+    Nothing that makes trials is told of any coin.
+    """
     assert {each.name for each in fields(Materials)} == {
         "source", "bases", "outside", "attack", "batches", "batch_size", "seed", "true_labels",
     }  # fmt: skip
@@ -452,8 +461,9 @@ def test_arrays_and_a_network_of_ones_own_are_protected_from_python(
     before = {name: value.clone() for name, value in own.state_dict().items()}
     out = tmp_path / "mine"
     made = protect(
-        (examples.x.numpy(), examples.y.numpy()), out=out, cache=tmp_path / "cache", epochs=1, objective="standard",
-        network=own if kind == "module" else network, mean=(0.4,), std=(0.3,), epsilon="4/255", watermark_epsilon=0.3,
+        (examples.x.numpy(), examples.y.numpy()), out=out, cache=tmp_path / "cache", epochs=1,
+        objective="standard", network=own if kind == "module" else network, mean=(0.4,),
+        std=(0.3,), epsilon="4/255", watermark_epsilon=0.3,
     )  # fmt: skip
     assert made.epsilon == 4 / 255
     assert all(
@@ -473,14 +483,18 @@ def test_arrays_and_a_network_of_ones_own_are_protected_from_python(
 def test_a_module_that_was_trained_says_so_by_its_state_dict(
     given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its weights it is only marked, and knows the held-out pools; without them it counts as new and is trained."""
+    """A module given with its weights is only marked, and knows the held-out pools.
+
+    Without them it counts as new and is trained.
+    """
     mark_shortly(monkeypatch, room, 1)
     take_any_mark(monkeypatch)
     examples, own, out = shapes(900), network(), tmp_path / "mine"
     before = {name: value.clone() for name, value in own.state_dict().items()}
     made = protect(
-        (examples.x.numpy(), examples.y.numpy()), out=out, cache=tmp_path / "cache", epochs=1, network=own,
-        weights=own.state_dict() if given else None, epsilon="4/255", watermark_epsilon=0.3,
+        (examples.x.numpy(), examples.y.numpy()), out=out, cache=tmp_path / "cache", epochs=1,
+        network=own, weights=own.state_dict() if given else None, epsilon="4/255",
+        watermark_epsilon=0.3,
     )  # fmt: skip
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
     source = read_tensors(out / "key" / "source" / "model.safetensors", 1 << 24)[0]
@@ -531,7 +545,8 @@ def test_the_digest_of_a_state_dict_is_of_all_that_it_holds() -> None:
         "c": torch.ones(2, dtype=torch.bfloat16),
     }
     others: list[dict[str, torch.Tensor]] = [
-        {**own, "a": own["a"].reshape(3, 2)}, {**own, "b": torch.tensor(4)}, {**own, "c": torch.ones(2, dtype=torch.float16)},
+        {**own, "a": own["a"].reshape(3, 2)}, {**own, "b": torch.tensor(4)},
+        {**own, "c": torch.ones(2, dtype=torch.float16)},
         {"a": own["a"], "b": own["b"], "d": own["c"]}, {"a": own["a"], "b": own["b"]},
     ]  # fmt: skip
     assert len({weights_sha256(each) for each in (own, *others)}) == 6

@@ -1,4 +1,7 @@
-"""The guarded service as its clients meet it: a real process on loopback, honest and hostile requests, kill and drain."""
+"""The guarded service as its clients meet it: a real process on loopback.
+
+The tests send honest and hostile requests, and kill and drain the service.
+"""
 
 import asyncio
 import contextlib
@@ -218,9 +221,10 @@ def test_answers_stay_the_same_after_a_restart(start: Start, digits: Pools) -> N
 def test_verify_and_trace_ask_the_service_itself(
     start: Start, digits: Pools, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The service as a suspect: what it answers bob carries bob's coins, and the bare service carries the model mark.
+    """The service is asked as a suspect.
 
-    Behind the guard the mark does not show: watermarks are no queries of honest clients.
+    Its answers to bob carry bob's coins, and the bare service carries the model mark. Behind the
+    guard the mark does not show: watermarks are no queries of honest clients.
     """
     bare = start("--unguarded")
     asked = [
@@ -391,7 +395,10 @@ def test_bad_requests_get_a_reason_and_the_service_stays_up(start: Start, digits
 
 
 def test_slow_clients_are_cut_off(start: Start, digits: Pools) -> None:
-    """Each sends a byte now and then for ever, before or after it was answered; all are gone in a few seconds and others are served."""
+    """Each client sends a byte now and then forever, before or after it was answered.
+
+    All of them are gone in a few seconds, and others are served.
+    """
     service = start("--timeout", "1", "--max-waiting", "2")  # at most 8 connections
     signed = f"Host: x\r\nAuthorization: Bearer {service.keys['anna']}\r\n"
     address = "POST /v2/models/model/infer HTTP/1.1\r\n"
@@ -480,7 +487,10 @@ def connected(service: Running) -> socket.socket:
 
 
 def drip(connections: list[socket.socket], seconds: float = 60) -> list[bytes]:
-    """Send each connection a byte now and then until the service has closed them all; what it answered."""
+    """Send each connection a byte now and then until the service has closed them all.
+
+    Return what the service answered on each connection.
+    """
     received, is_open, begun = (
         [b""] * len(connections),
         set(range(len(connections))),
@@ -612,7 +622,10 @@ def test_the_unguarded_service_is_the_model_itself(start: Start, digits: Pools) 
 
 
 def test_while_the_log_is_away_only_queries_with_a_coin_fail(start: Start, digits: Pools) -> None:
-    """Its table is gone: nobody is known. Clients learn nothing of the database; the service recovers by itself."""
+    """The table of the log is gone, so that nobody is known.
+
+    Clients learn nothing of the database, and the service recovers by itself.
+    """
     service = start()
     tied, untied = tied_and_untied(service.folder, digits)
     rename(service.log, "trials", "away")
@@ -782,7 +795,11 @@ class Stuck(Broken):
 def test_queries_that_nobody_waits_for_wait_no_more(
     guarded_folder: Path, digits: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three clients give up while the log hangs: one is in its hands, the others leave, and what they asked is never stored."""
+    """Three clients give up while the log hangs.
+
+    The log has begun to write the query of one; the others leave, and what they asked is never
+    stored.
+    """
     monkeypatch.setattr("countermark.service.engine._HANGS", 1000.0)
     model, log = load_guarded(guarded_folder, guarded_folder / "key"), Stuck()
     _, untied = tied_and_untied(guarded_folder, digits)
@@ -1012,7 +1029,11 @@ def test_answers_do_not_wait_for_an_acknowledgement(host: str) -> None:
     reason="the peak of a process's memory is read from /proc",
 )
 def test_a_request_takes_memory_of_the_order_of_its_body(start: Start, digits: Pools) -> None:
-    """An array of strings has room for the longest in every place; an object is thirty times its text."""
+    """Hostile bodies must not take many times their own size in memory.
+
+    An array of strings has room for the longest in every place; an object takes thirty times its
+    text.
+    """
     service = start(command=COLD)
     assert service.infer(digits.test.x[:64]).status_code == 200
 
@@ -1027,7 +1048,10 @@ def test_a_request_takes_memory_of_the_order_of_its_body(start: Start, digits: P
         )
 
     def tensor(data: str) -> str:
-        return f'{{"inputs": [{{"name": "image", "shape": [64, 1, 8, 8], "datatype": "FP32", "data": {data}}}]}}'
+        return (
+            '{"inputs": [{"name": "image", "shape": [64, 1, 8, 8], "datatype": "FP32", '
+            f'"data": {data}}}]}}'
+        )
 
     hostile = {
         "strings": tensor(f'["{"x" * 1747}"' + ', ""' * 200_000 + "]"),
@@ -1073,7 +1097,10 @@ def test_idle_connections_keep_nobody_out(
 
 def test_a_new_connection_is_refused_where_all_others_are_being_answered(start: Start) -> None:
     service = start("--timeout", "60", "--max-waiting", "1")  # at most 4 connections
-    head = "POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\nExpect: 100-continue\r\n"
+    head = (
+        "POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\n"
+        "Content-Length: 9\r\nExpect: 100-continue\r\n"
+    )
     with contextlib.ExitStack() as closing:
         for _ in range(4):
             busy = closing.enter_context(connected(service))
@@ -1147,7 +1174,10 @@ BAD_CHUNKS = (
 
 
 def test_what_a_proxy_may_read_otherwise_is_refused(start: Start) -> None:
-    """Each is followed by a request that only one reader of the two would see; it is never answered."""
+    """Each request is followed by one that only one of two readers would see.
+
+    That second request is never answered.
+    """
     service = start()
     for name, sent in AMBIGUOUS.items():
         received = exchange(service, sent + HIDDEN)

@@ -56,7 +56,10 @@ def examples(
 def best_margins(
     model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float
 ) -> torch.Tensor:
-    """Highest z_t - z_y in the ball for every class t, exactly: each pixel moves to the end of its box that the weights point to."""
+    """The highest z_t - z_y in the ball for every class t, exactly.
+
+    Each pixel moves to the end of its box that the weights point to.
+    """
     weight, bias = model[1].weight.detach(), model[1].bias.detach()
     lower, upper = (x - epsilon).clamp(0, 1).flatten(1), (x + epsilon).clamp(0, 1).flatten(1)
     difference = weight.unsqueeze(0) - weight[y].unsqueeze(1)
@@ -69,7 +72,10 @@ def robust(model: nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float) -
 
 
 class Straight(nn.Module):
-    """A residual network with batch norm and dropout, but without any nonlinearity: the worst point of a ball is known."""
+    """A residual network with batch norm and dropout, but without any nonlinearity.
+
+    So the worst point of a ball is known.
+    """
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
@@ -126,7 +132,10 @@ def test_the_worst_case_of_a_residual_network_is_the_closed_form(side: int, clas
 
 
 def test_a_row_of_the_table_is_all_that_an_attack_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An attack that knows the answer goes into the ensemble; its name comes out in results, what it breaks is checked by the model."""
+    """An attack that knows the answer joins the ensemble by one row of the table.
+
+    Its name appears in the results, and the model checks what it breaks.
+    """
     model = Steps(linear(2)).eval()
     x, _ = examples(model)
     y = model(x).argmax(1)
@@ -277,7 +286,10 @@ def test_projections_are_the_nearest_points_of_the_plane_in_the_box(seed: int, s
 
 
 def test_brute_force_in_three_pixels() -> None:
-    """A small network on images of three pixels: the strict attack breaks whatever a fine grid of the ball breaks, and little else."""
+    """The strict attack breaks whatever a fine grid of the ball breaks, and little else.
+
+    The network is small and takes images of three pixels.
+    """
     torch.manual_seed(4)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 4)).eval()
     nn.init.normal_(model[1].weight, std=4)
@@ -334,7 +346,10 @@ def test_square_breaks_what_hides_its_gradients() -> None:
 
 
 def test_scaled_logits_hide_nothing() -> None:
-    """Cross-entropy of logits in the millions has no gradient in float32; the ratio of logits has."""
+    """Logits in the millions do not hide a gradient.
+
+    Their cross-entropy has none in float32; the ratio of logits has one.
+    """
 
     plain = linear()
     x, y = examples(plain)
@@ -397,7 +412,10 @@ def test_one_seed_one_verdict() -> None:
 
 
 def test_what_drops_out_does_not_change_the_verdict_on_the_others() -> None:
-    """FAB is not random: each example alone comes out as among all, though there others leave before it."""
+    """Each example gets the same verdict alone as among all, though there others leave before it.
+
+    FAB is not random.
+    """
     model, x, y = digits_model()
     model, x, y = (
         model.double(),

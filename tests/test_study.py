@@ -1,4 +1,7 @@
-"""The study: units that survive anything, engines that agree, numbers that match hand-made ones, a page that stands alone."""
+"""The study: its units, engines, numbers and page.
+
+Units survive anything, engines agree, numbers match hand-made ones, and the page stands alone.
+"""
 
 import json
 import os
@@ -101,7 +104,7 @@ def running(units: list[Unit], folder: Path, **options: object) -> Store:
     return store
 
 
-# --- units and their store ----------------------------------------------------------------------------------------------------------
+# --- units and their store ------------------------------------------------------------------------
 
 
 def test_a_unit_is_named_by_all_that_its_result_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +123,10 @@ def test_a_unit_is_named_by_all_that_its_result_depends_on(monkeypatch: pytest.M
 
 
 def test_every_file_that_a_units_code_imports_names_it_or_is_plumbing() -> None:
-    """What Python loads for the work, against what names its units: no new room can be forgotten."""
+    """What Python loads for the work is compared with what names its units.
+
+    So no new package can be forgotten.
+    """
     listing = """
 import sys, countermark.study.work
 ours = [module for name, module in sys.modules.items() if name.startswith("countermark.")]
@@ -258,7 +264,7 @@ def test_a_worker_with_other_code_refuses(tmp_path: Path, arithmetic: None) -> N
         do(planned, str(tmp_path / "units"), None, "auto")
 
 
-# --- engines ------------------------------------------------------------------------------------------------------------------------
+# --- engines --------------------------------------------------------------------------------------
 
 WORKER = """
 import sys, os
@@ -356,7 +362,7 @@ def test_a_scheduler_that_does_not_answer_is_an_error(
         running([unit(1)], tmp_path, scheduler="tcp://127.0.0.1:9")
 
 
-# --- the grid -----------------------------------------------------------------------------------------------------------------------
+# --- the grid -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -396,7 +402,7 @@ def test_the_grid_has_every_cell(profile: str) -> None:
 
 
 def test_a_row_of_the_table_is_all_that_the_study_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new removal has its cell, its unit, its estimate and its result, and nothing else was touched."""
+    """A new removal has its cell, its unit, its estimate and its result, with no other change."""
     own = Removal(
         "halved",
         "halve all weights",
@@ -411,7 +417,10 @@ def test_a_row_of_the_table_is_all_that_the_study_needs(monkeypatch: pytest.Monk
 
 
 def test_every_watermark_set_is_asked_of_strangers() -> None:
-    """Each set that a model was marked with is also asked of models that never saw it, and no stranger was made with its coins."""
+    """Each set that a model was marked with is also asked of models that never saw it.
+
+    No stranger was made with its coins.
+    """
     cells = grid(("mnist",), PROFILES["standard"], "clean")
     marked = {
         cell.unit.inputs["watermarks"].digest
@@ -443,7 +452,10 @@ def test_protocols_differ_where_the_published_runs_did(digits: object) -> None:
 
 
 def test_crafting_in_training_mode_lets_batch_statistics_move(digits: Pools) -> None:
-    """The published code crafts with batch norm live: its running statistics then see crafted batches twice."""
+    """The published code crafts with batch norm in training mode.
+
+    Its running statistics then see crafted batches twice.
+    """
     config = recipe(known_traits("digits"), "fast", known("digits").threat, epochs=1)
     statistics = []
     for live in (False, True):
@@ -485,7 +497,7 @@ def test_the_published_protocol_picks_its_epoch_on_the_test_set(
     )
 
 
-# --- numbers ------------------------------------------------------------------------------------------------------------------------
+# --- numbers --------------------------------------------------------------------------------------
 
 
 def test_statistics_against_known_values() -> None:
@@ -507,7 +519,7 @@ def test_published_numbers() -> None:
     assert paper_value("table1_single_defence", "advtr.adv", "digits") is None
 
 
-# --- a real, tiny study -------------------------------------------------------------------------------------------------------------
+# --- a real, tiny study ---------------------------------------------------------------------------
 
 
 def tiny_grid() -> list[Cell]:
@@ -524,9 +536,10 @@ def tiny_grid() -> list[Cell]:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Cell]], Store]:
-    """One owner on digits with next to no training, all cells, both protocols' code paths for a marked model; the report of it.
+    """One owner on digits with next to no training: all cells, and the report of them.
 
-    Two workers begin. The rest is done here, where the training with watermarks can be shortened.
+    Both protocols' code paths for a marked model are run. Two workers begin. The rest is done here,
+    where the training with watermarks can be shortened.
     """
     out = tmp_path_factory.mktemp("study")
     cells = {"clean": tiny_grid()}
@@ -564,7 +577,8 @@ def test_every_number_names_the_unit_it_came_from(
         if table["name"] != "table6":
             assert all(units for units in table["units"]), table["name"]
     assert {table["name"] for table in results["tables"]["clean"]} >= {
-        "table1", "table2", "table3", "table4", "table5", "marks", "pruned", "fine-tuned", "strangers", "separation", "beyond", "sweep",
+        "table1", "table2", "table3", "table4", "table5", "marks", "pruned", "fine-tuned",
+        "strangers", "separation", "beyond", "sweep",
     }  # fmt: skip
 
 
@@ -588,7 +602,7 @@ def test_the_tables_say_what_the_measurements_say(
 
 
 def test_a_claim_is_judged_by_its_numbers(study: tuple[Path, dict[str, list[Cell]], Store]) -> None:
-    """The control must fall when one stranger scores as high as the thief, whatever the thief scores."""
+    """The control must fall if one stranger scores as high as the thief, whatever that score is."""
     _, cells, store = study
     rows = measurements(cells["clean"], store, "clean")
     thief = where(
@@ -618,7 +632,10 @@ CHROMIUM = (
 def test_the_page_stands_alone(
     study: tuple[Path, dict[str, list[Cell]], Store], width: int, scheme: str
 ) -> None:
-    """Opened from disk: no request, no console message, no overflow at desk and phone width, every figure there."""
+    """The page is opened from disk and shows every figure.
+
+    It makes no request and no console message, and does not overflow at desk and phone width.
+    """
     sync_api = pytest.importorskip("playwright.sync_api")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_api.sync_playwright() as playwright:
@@ -643,7 +660,7 @@ def test_the_page_stands_alone(
     assert figures == 8
 
 
-# --- the verb -----------------------------------------------------------------------------------------------------------------------
+# --- the verb -------------------------------------------------------------------------------------
 
 
 def countermark(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -687,14 +704,20 @@ def test_bad_options_are_one_line(tmp_path: Path, arguments: list[str], said: st
 
 
 def test_kill_minus_nine_and_on(tmp_path: Path) -> None:
-    """Killed in the middle with its workers, the study goes on and ends with the results of one that was not disturbed."""
+    """A study that is killed in the middle with its workers goes on when it is run again.
+
+    It ends with the results of one that was not disturbed.
+    """
     script = tmp_path / "go.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import test_study\nfrom pathlib import Path\nfrom countermark.study.graph import in_order\n"
+        "import test_study\nfrom pathlib import Path\n"
+        "from countermark.study.graph import in_order\n"
         "if __name__ == '__main__':\n"
-        "    cells = [c for c in test_study.tiny_grid() if c.place.get('defence') in ('ADVTR', 'none')]\n"
-        "    test_study.running(in_order(c.unit for c in cells)[:14], Path(sys.argv[1]), workers=int(sys.argv[2]))\n"
+        "    cells = [c for c in test_study.tiny_grid() "
+        "if c.place.get('defence') in ('ADVTR', 'none')]\n"
+        "    test_study.running(in_order(c.unit for c in cells)[:14], Path(sys.argv[1]), "
+        "workers=int(sys.argv[2]))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}

@@ -329,7 +329,10 @@ def built_in_function() -> onnx.ModelProto:
 
 
 def function_in(domain: str, *spare: onnx.FunctionProto) -> onnx.ModelProto:
-    """A linear classifier whose flattening is a function of its own; `spare` ones are called by nobody."""
+    """A linear classifier whose flattening is a function of its own.
+
+    The functions in `spare` are called by nobody.
+    """
     function = helper.make_function(
         domain,
         "Flat",
@@ -509,7 +512,7 @@ def changed(program: bytes, change: Callable[[dict[str, object]], None]) -> byte
 
 
 def damaged(program: bytes, encrypted: bool) -> bytes:
-    """The archive with one flipped bit in a weight, or with a member that is marked as encrypted."""
+    """The archive with one flipped bit in a weight, or with a member marked as encrypted."""
     with zipfile.ZipFile(io.BytesIO(program)) as archive:
         member = next(m for m in archive.infolist() if m.filename.endswith("weight_0"))
         spoiled = bytearray(program)
@@ -604,7 +607,8 @@ def test_a_pt2_with_words_that_would_run_is_refused(
     assert MODULE not in sys.modules
 
 
-# Numbers of system calls on x86-64 and arm64, and arguments that would succeed or at least be looked at.
+# Numbers of system calls on x86-64 and arm64,
+# and arguments that would succeed or at least be looked at.
 _HOSTILE = """
 import ctypes, importlib.util, json, os, socket, sys, threading
 sys.path.insert(0, sys.argv[2])
@@ -626,7 +630,8 @@ def call(numbers, *arguments):
     if number is None:
         raise OSError("no such call here")
     ctypes.set_errno(0)
-    found = libc.syscall(*map(lambda a: a if not isinstance(a, int) else ctypes.c_long(a), (number, *arguments)))
+    found = libc.syscall(*map(lambda a: a if not isinstance(a, int) else ctypes.c_long(a), \
+(number, *arguments)))
     if found < 0:
         raise OSError(ctypes.get_errno(), "refused")
     return found
@@ -636,10 +641,13 @@ def unix():
 attempts = {
     "unix socket": unix,
     "socket pair": socket.socketpair,
-    "add_key": lambda: call((248, 217), ctypes.c_char_p(b"user"), ctypes.c_char_p(b"k"), ctypes.c_char_p(b"v"), 1, -4),
+    "add_key": lambda: call((248, 217), ctypes.c_char_p(b"user"), ctypes.c_char_p(b"k"), \
+ctypes.c_char_p(b"v"), 1, -4),
     "keyctl": lambda: call((250, 219), 0, -4, 1),
-    "request_key": lambda: call((249, 218), ctypes.c_char_p(b"user"), ctypes.c_char_p(b"k"), None, -4),
-    "setxattr": lambda: call((188, 5), name, ctypes.c_char_p(b"user.x"), ctypes.c_char_p(b"1"), 1, 0),
+    "request_key": lambda: call((249, 218), ctypes.c_char_p(b"user"), ctypes.c_char_p(b"k"), \
+None, -4),
+    "setxattr": lambda: call((188, 5), name, ctypes.c_char_p(b"user.x"), ctypes.c_char_p(b"1"), \
+1, 0),
     "removexattr": lambda: call((197, 14), name, ctypes.c_char_p(b"user.kept")),
     "getxattr": lambda: call((191, 8), name, ctypes.c_char_p(b"user.kept"), buffer, 100),
     "chmod": lambda: os.chmod(path, 0o777),
@@ -789,7 +797,8 @@ def test_a_child_that_says_too_much_is_cut_off(
     """What it writes goes to files, on which its limits hold, and not into our memory."""
     folder = Path(countermark.suspects.__file__).parent
     child = (
-        f"import sys; sys.path.insert(0, {str(folder)!r}); import child_frame; child_frame.limit()\n"
+        f"import sys; sys.path.insert(0, {str(folder)!r}); "
+        "import child_frame; child_frame.limit()\n"
         "for _ in range(64): sys.stdout.buffer.write(bytes(1 << 20))"
     )
     (tmp_path / "pt2_child.py").write_text(child)
@@ -802,7 +811,10 @@ def test_a_child_that_says_too_much_is_cut_off(
 def test_a_reason_is_one_line_without_control_characters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = r"sys.stderr.write('a library says\nsomething\nthe \x1b[31mreason' + '!' * 10**6); sys.exit(2)"
+    words = (
+        r"sys.stderr.write('a library says\nsomething\nthe \x1b[31mreason' + '!' * 10**6); "
+        "sys.exit(2)"
+    )
     (tmp_path / "pt2_child.py").write_text(f"import sys; {words}")
     monkeypatch.setattr("countermark.suspects.confined._FOLDER", tmp_path)
     with pytest.raises(CountermarkError) as caught:

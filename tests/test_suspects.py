@@ -557,7 +557,7 @@ def test_any_attack_library_can_take_a_loaded_model(bundle: Path) -> None:
     assert x.grad is not None
 
 
-# --- .pt2: programs of torch.export, which are not safe to load ---------------------------------------------------------------------------
+# --- .pt2: programs of torch.export, which are not safe to load -----------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -745,7 +745,8 @@ def test_a_confined_child_reaches_nothing(owner: Path, tmp_path: Path) -> None:
                 timeout=120,
                 check=False,
                 env=_THREADS,
-                start_new_session=True,  # so that a signal to the group would end the child's own parent, and not this test
+                # A signal to the group would end the child's own parent, and not this test.
+                start_new_session=True,
             )
         if "cannot confine" in done.stdout:
             pytest.skip(done.stdout)

@@ -1,4 +1,4 @@
-"""Results and progress in a notebook: the same words as on a terminal, and one output for a call."""
+"""Results and progress in a notebook: the words of a terminal, and one output for a call."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""Thefts, removals and cleaners, each against what it gives by hand, then all rows of the tables."""
+"""Thefts, removals and cleaners against what each gives by hand, then all rows of the tables."""
 
 import copy
 from dataclasses import asdict, replace

@@ -83,7 +83,10 @@ def test_a_token_of_another_message_authority_or_time_is_refused(
 
 
 def test_the_second_form_of_a_signature_draws_the_same_coins(authority: Authority) -> None:
-    """(r, s) and (r, -s) both verify: were s in the beacon, an owner could choose between two draws."""
+    """Both (r, s) and (r, -s) verify, so s must not be in the beacon.
+
+    If it were, an owner could choose between two draws.
+    """
     response = stamped(authority, b"this")
     changed = tsp.TimeStampResp.load(response)
     signer = changed["time_stamp_token"]["content"]["signer_infos"][0]
@@ -119,7 +122,10 @@ def test_what_a_token_says_of_its_algorithm_draws_no_other_coins(
 
 
 def test_a_token_signed_with_a_certificate_for_something_else_is_refused(tmp_path: Path) -> None:
-    """A web server's certificate of the same root, with a forged twin beside it that claims to be an authority's."""
+    """The token is signed with a web server's certificate of the same root.
+
+    A forged twin beside it claims to be an authority's.
+    """
     authority = Authority(tmp_path / "tsa")
     authority.close()
     folder = authority.folder
@@ -145,19 +151,22 @@ def test_a_token_signed_with_a_certificate_for_something_else_is_refused(tmp_pat
         "-subj",
         "/CN=web",
     )
-    openssl("x509", "-req", "-in", "web.csr", "-CA", "root.pem", "-CAkey", "root.key", "-set_serial", "77", "-out", "web.pem",
+    openssl("x509", "-req", "-in", "web.csr", "-CA", "root.pem", "-CAkey", "root.key",
+            "-set_serial", "77", "-out", "web.pem",
             "-extfile", "conf", "-extensions", "web")  # fmt: skip
-    openssl("cms", "-sign", "-binary", "-nodetach", "-outform", "DER", "-econtent_type", "1.2.840.113549.1.9.16.1.4",
+    openssl("cms", "-sign", "-binary", "-nodetach", "-outform", "DER",
+            "-econtent_type", "1.2.840.113549.1.9.16.1.4",
             "-in", "info", "-signer", "web.pem", "-inkey", "web.key", "-out", "forged")  # fmt: skip
     forged = cms.ContentInfo.load((folder / "forged").read_bytes())
     honest["time_stamp_token"] = forged
     response = honest.dump(force=True)
     with pytest.raises(CountermarkError):
         check_token(response, sha256(b"this"), load_roots(authority.root), "T")
-    # The twin: same issuer (or one that differs in case, which OpenSSL takes for the same) and number, with the extension of an authority;
-    # it is signed by nobody we know.
+    # The twin has the same issuer (or one that differs in case, which OpenSSL takes for the same),
+    # the same number, and the extension of an authority; it is signed by nobody we know.
     for position, name in itertools.product((0, 1), ("root", "ROOT")):
-        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "x.key", "-out", "x.pem", "-subj", f"/CN={name}",
+        openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "x.key",
+                "-out", "x.pem", "-subj", f"/CN={name}",
                 "-set_serial", "77", "-config", "conf", "-extensions", "stamping")  # fmt: skip
         openssl("x509", "-in", "x.pem", "-outform", "DER", "-out", "x.der")
         data = cms.ContentInfo.load((folder / "forged").read_bytes())["content"]
@@ -281,11 +290,16 @@ def reordered(response: bytes) -> list[bytes]:
 def test_a_chain_of_certificates_is_taken_in_any_order(
     tmp_path: Path, chain: tuple[str, ...]
 ) -> None:
-    """The order of a set means nothing: `openssl ts -verify` takes them all, and they draw the same coins."""
+    """The order of a set means nothing.
+
+    `openssl ts -verify` takes all orders, and they draw the same coins.
+    """
     authority = Authority(tmp_path / "tsa")
     try:
-        authority._openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "other.key", "-out", "other.pem",
-                           "-subj", "/CN=other", "-config", "conf", "-extensions", "ca")  # fmt: skip
+        authority._openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes",
+                           "-keyout", "other.key", "-out", "other.pem",
+                           "-subj", "/CN=other", "-config", "conf",
+                           "-extensions", "ca")  # fmt: skip
         (authority.folder / "chain.pem").write_bytes(
             b"".join((authority.folder / name).read_bytes() for name in chain)
         )
@@ -349,13 +363,18 @@ ODD = {
     "cut": b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n0123456789",
     "cut in a chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nff\r\n0123456789",
     "bad chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n0123456789",
-    "not packed": b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 10\r\n\r\n0123456789",
+    "not packed": (
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 10\r\n\r\n0123456789"
+    ),
     "nothing": b"",
     "no HTTP": b"\x1b[2J\r\n\r\n",
     "error": b"HTTP/1.1 500 \x1b[2J\r\nContent-Length: 0\r\n\r\n",
     "empty": b"HTTP/1.1 204 No Content\r\n\r\n",
     "too much": b"HTTP/1.1 200 OK\r\nContent-Length: 70000\r\n\r\n" + bytes(70000),
-    "redirect": b"HTTP/1.1 307 Elsewhere\r\nLocation: https://elsewhere.example/tsa\r\nContent-Length: 0\r\n\r\n",
+    "redirect": (
+        b"HTTP/1.1 307 Elsewhere\r\nLocation: https://elsewhere.example/tsa\r\n"
+        b"Content-Length: 0\r\n\r\n"
+    ),
     "bad redirect": b"HTTP/1.1 302 Found\r\nLocation: //[\x1b[2J\r\nContent-Length: 0\r\n\r\n",
     "refusal": b"HTTP/1.1 200 OK\r\n\r\n" + refusal("\x1b[2J\nupheld"),
 }
@@ -402,7 +421,10 @@ def odd_root(root: Path) -> bytes:
 def claimed(
     authority: Authority, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, bytes]:
-    """A claim of an earlier release's key against its own model, that model, and the right roots; nothing is trained."""
+    """A claim of an earlier release's key against its own model, that model, and the right roots.
+
+    Nothing is trained.
+    """
     folder = tmp_path_factory.mktemp("claimed")
     shutil.copytree(Path(__file__).parent / "golden" / "0.1.0", folder / "release")
     mine = folder / "release" / "mine"
@@ -424,7 +446,10 @@ def test_an_odd_root_beside_the_right_one_stops_no_judgement(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """It is left out and named; alone it is an error and no verdict. A library in Rust panics over the first kind."""
+    """An odd root beside the right one is left out and named; alone it is an error, not a verdict.
+
+    A library in Rust panics over the first kind.
+    """
     folder, suspect, right = claimed
     odd = {
         "name": odd_root(authority.root),

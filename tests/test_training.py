@@ -1,4 +1,7 @@
-"""The training loop: determinism, resuming, processes, precision, the guard, the embedding of watermarks."""
+"""The training loop and the embedding of watermarks.
+
+The tests are of determinism, resuming, processes, precision and the guard.
+"""
 
 import os
 import subprocess
@@ -112,7 +115,10 @@ def test_robust_training_resists_and_standard_training_does_not(
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Write down what the guard measures after each epoch, so that no run redoes one by chance; the last number stays."""
+    """Set what the guard measures after each epoch, so that no run redoes one by chance.
+
+    The last number stays.
+    """
 
     def write(*measured: float) -> None:
         monkeypatch.setattr(
@@ -138,9 +144,10 @@ def test_interrupted_training_resumes_to_the_very_same_weights(
     monkeypatch: pytest.MonkeyPatch,
     script: Callable[..., None],
 ) -> None:
-    """Stopped in the middle of epochs, again and again; the paper's network adds dropout and batch norm.
+    """Training is interrupted in the middle of epochs, again and again.
 
-    The second epoch is said to have collapsed: what was undone is not done again, and what is run again is run in more steps.
+    The paper's network adds dropout and batch norm. The second epoch is said to have collapsed: an
+    epoch that was undone is not done again, and the one that is run again has more attack steps.
     """
     script(50.0, 10.0, 60.0)
     config = replace(
@@ -184,7 +191,10 @@ def test_interrupted_training_resumes_to_the_very_same_weights(
 def test_the_average_is_that_of_the_closed_form(
     digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch, script: Callable[..., None]
 ) -> None:
-    """The weights after each step, with shares that sum to 1; the steps themselves are those of a run without an average."""
+    """The average is of the weights after each step, with shares that sum to 1.
+
+    The steps themselves are those of a run without an average.
+    """
     script(50.0)
     decay, seen = 0.8, []
     descend = loop._descend
@@ -224,11 +234,15 @@ def test_the_average_is_that_of_the_closed_form(
 def test_a_step_is_one_down_its_formula(
     digits: Pools, watermarks: Examples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One step of plain SGD, watermarks among the crafted images, against a gradient written down anew."""
+    """One step of plain SGD is compared with a gradient written down anew.
+
+    Watermarks are among the crafted images.
+    """
     data, rate = digits.training[:32], 0.05
     config = TrainConfig(
-        "pgd", Attack(0.1, 2, 0.05), 1, batch_size=32, learning_rate=rate, schedule="constant", momentum=0.0,
-        weight_decay=0.0, grow_budget=False, watermark_batch=8, hardware=Hardware("cpu", precision="32-true"),
+        "pgd", Attack(0.1, 2, 0.05), 1, batch_size=32, learning_rate=rate, schedule="constant",
+        momentum=0.0, weight_decay=0.0, grow_budget=False, watermark_batch=8,
+        hardware=Hardware("cpu", precision="32-true"),
     )  # fmt: skip
     crafted, turns = [], []
     perturb, turn_of = loop._Run.perturb, loop.in_turn
@@ -323,7 +337,10 @@ def test_every_watermark_has_its_turn() -> None:
 def test_turns_do_not_depend_on_how_they_are_cut(
     first: int, size: int, count: int, seed: int
 ) -> None:
-    """The row of rounds is one row: any piece of it is what single places are, and no watermark falls behind."""
+    """The rounds form one sequence: any piece of it equals its places taken one by one.
+
+    No watermark falls behind.
+    """
     row = in_turn(0, first + size, count, seed)
     assert torch.equal(row[first:], in_turn(first, size, count, seed))
     often = torch.bincount(row, minlength=count)
@@ -333,7 +350,11 @@ def test_turns_do_not_depend_on_how_they_are_cut(
 def test_carried_perturbations_end_at_the_worst_point_of_the_ball(
     digits: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a linear network that point is known: half a budget an epoch gets there if it goes on from where it was, and else never."""
+    """On a linear network the worst point is known.
+
+    Half a budget an epoch gets there if each epoch goes on from where the last one ended, and not
+    otherwise.
+    """
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     with torch.no_grad():
         network[1].weight[0] = torch.linspace(-1, 1, 64)
@@ -383,7 +404,10 @@ def test_a_view_and_its_way_back(seed: int, mirror: bool, most: int) -> None:
 def test_carried_perturbations_are_turned_with_their_images(
     digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An attack that stays where it starts must leave every perturbation as it was, whichever way its image was turned and moved."""
+    """An attack that stays where it starts leaves every perturbation as it was.
+
+    This holds whichever way its image was mirrored and moved.
+    """
     data, seen, carried = digits.training[:320], [], []
     perturb = loop._Run.perturb
 
@@ -416,9 +440,11 @@ def test_carried_perturbations_are_turned_with_their_images(
 def test_two_processes_take_the_steps_of_one(
     digits: Pools, watermarks: Examples, tmp_path: Path
 ) -> None:
-    """Data-parallel on the CPU, with watermarks, carried perturbations and an average; in a process of its own, since it forks.
+    """Data-parallel training on the CPU takes the same steps as one process.
 
-    Both sum the same gradients, in another order: over a few steps of a smooth network rounding does not grow beyond sight.
+    It has watermarks, carried perturbations and an average, and runs in a process of its own, since
+    it forks. Both sum the same gradients in different orders: over a few steps of a smooth network
+    the rounding errors stay small.
     """
     code = """
 import sys, torch
@@ -431,16 +457,20 @@ pools = load_pools("digits", 0)
 marks = load_ood(open_data("digits"), open_data("digits").pools(0), 0)[:40]
 loop._guarded = lambda *_networks: 50.0
 DIGITS, THREAT = known_traits("digits"), known("digits").threat
-config = recipe(DIGITS, "strong", THREAT, epochs=1, hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))
+config = recipe(DIGITS, "strong", THREAT, epochs=1, \
+hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))
 config = replace(config, grow_budget=False, schedule="constant", batch_size=96)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-point, state = Path(sys.argv[2]), {name: value.clone() for name, value in model.state_dict().items()}
-records = train(model, pools.training, config, validation=pools.validation, watermarks=marks, checkpoint=point)
+point, state = Path(sys.argv[2]), \
+{name: value.clone() for name, value in model.state_dict().items()}
+records = train(model, pools.training, config, validation=pools.validation, watermarks=marks, \
+checkpoint=point)
 after = nn.utils.parameters_to_vector(model.parameters()).detach()
 model.load_state_dict(state)
-assert train(model, pools.training, config, validation=pools.validation, watermarks=marks, checkpoint=point) == records
+assert train(model, pools.training, config, validation=pools.validation, watermarks=marks, \
+checkpoint=point) == records
 assert torch.equal(nn.utils.parameters_to_vector(model.parameters()).detach(), after)
 torch.save({"change": after - before, "loss": records[0].loss}, sys.argv[2] + ".pt")
 """
@@ -463,7 +493,10 @@ torch.save({"change": after - before, "loss": records[0].loss}, sys.argv[2] + ".
 
 
 def test_bf16_takes_the_steps_of_float32_within_rounding(digits: Pools) -> None:
-    """Two epochs: the weights stay in float32, and what they have moved by points where it points without rounding."""
+    """Over two epochs the weights stay in float32 and move as they do without rounding.
+
+    Their change points in the same direction and is of the same size.
+    """
     moved = []
     for precision in ("32-true", "bf16-mixed"):
         network = small()
@@ -484,7 +517,10 @@ def test_bf16_takes_the_steps_of_float32_within_rounding(digits: Pools) -> None:
 def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(
     digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The multi-step check is made to fall once; the epoch must be undone exactly and run again in two steps."""
+    """The multi-step check is made to fall once.
+
+    The epoch must be undone exactly and run again in two steps.
+    """
     measured = iter([10.0, 50.0, 60.0, 10.0, 62.0, 64.0])
     monkeypatch.setattr(
         loop, "adversarial_accuracy", lambda *_arguments, **_options: next(measured)
@@ -510,10 +546,11 @@ def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(
 
 
 class Brightness(nn.Sequential):
-    """Tells dark images from bright ones by a piecewise linear function of the mean pixel, whose weights can be planted.
+    """Tells dark images from bright ones by a piecewise linear function of the mean pixel.
 
-    Robust, the function rises. Collapsed, it is on the right side wherever an image is and wherever one long step takes it, and on the
-    wrong side half-way: what catastrophic overfitting does to a network (Kim, Lee and Lee, 2021).
+    The function's weights can be planted. In a robust network it rises. In a collapsed one it is on
+    the right side wherever an image is and wherever one long step takes it, and on the wrong side
+    half-way: this is what catastrophic overfitting does to a network (Kim, Lee and Lee, 2021).
     """
 
     BENDS = (0.0, 0.25, 0.3, 0.7, 0.75)
@@ -528,7 +565,10 @@ class Brightness(nn.Sequential):
 
     @torch.no_grad()
     def plant(self, function: tuple[tuple[float, float], tuple[float, ...]]) -> None:
-        """Let the second class' logit have a value and a slope at 0, and change its slope at each bend; the first has none."""
+        """Set the logit of the second class; that of the first is always 0.
+
+        It gets a value and a slope at 0, and the slope changes at each further bend.
+        """
         (value, slope), changes = function
         self[3].weight.zero_()
         self[3].bias.copy_(torch.tensor([0.0, value]))
@@ -539,10 +579,11 @@ class Brightness(nn.Sequential):
 def test_the_guard_sees_a_collapse_that_single_steps_do_not(
     monkeypatch: pytest.MonkeyPatch, check_steps: int
 ) -> None:
-    """The second epoch leaves a network on which single steps find nothing, as training in single steps may; many steps lose it all.
+    """The second epoch leaves a network on which single steps find nothing and many break all.
 
-    Everything but the weights that an epoch leaves is real: the measurement, the undoing, the steps of the next attempt. With single
-    steps in its place the guard is blind.
+    Training in single steps may do so. Everything but the weights that an epoch leaves is real: the
+    measurement, the undoing, the steps of the next attempt. If the guard measures in single steps,
+    it is blind.
     """
     y = torch.arange(64) % 2
     bright = Examples((51 + 153 * y.view(-1, 1, 1, 1)).expand(64, 1, 8, 8).to(torch.uint8), y)
@@ -578,7 +619,10 @@ def test_the_guard_sees_a_collapse_that_single_steps_do_not(
 def test_the_guard_knows_what_the_first_epoch_started_from(
     digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """An intended dip passes; a fall to a tenth of the start does not, and a checkpoint remembers the start."""
+    """An intended dip passes; a fall to a tenth of the start does not.
+
+    A checkpoint remembers the start.
+    """
     measured = iter([90.0, 40.0, 9.0, 60.0, 61.0])
     monkeypatch.setattr(
         loop, "adversarial_accuracy", lambda *_arguments, **_options: next(measured)
@@ -602,7 +646,10 @@ def test_the_guard_knows_what_the_first_epoch_started_from(
 def test_a_run_does_not_go_on_in_another_precision(
     digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """`auto` is what the processor has; a checkpoint that was taken to another one would go on to weights that are neither's."""
+    """The precision `auto` is what the processor has.
+
+    A checkpoint taken to another processor would go on to weights that are neither's.
+    """
     kept, trained = tmp_path / "c", replace(quick, epochs=1)
     monkeypatch.setattr(device, "computes_bf16", lambda _kind: False)
     train(small(), digits.training, trained, checkpoint=kept)
@@ -653,8 +700,9 @@ def test_impossible_configurations_are_refused(
         replace(quick, **change)  # type: ignore[arg-type]
 
 
-# What 0.1.0 did for the data sets that it knew, each with dials of its own: network; epochs, batch,
-# flip, shift, average; attack in budgets, its steps; then of the marking: epochs, its steps, trials.
+# What 0.1.0 did for the data sets that it knew, each with settings of its own: network; epochs,
+# batch, flip, shift, average; attack in budgets, its steps; then of the marking: epochs, its steps,
+# trials.
 RECIPES = {
     ("mnist", "fast"): ("small", 7, 128, False, 0, 0.0, 1.0, 1, 5, 1, 16),
     ("mnist", "strong"): ("clipped", 20, 128, False, 1, 0.999, 1.0, 2, 10, 2, 16),
@@ -736,7 +784,10 @@ def photographs(count: int, **facts: object) -> Dataset:
 
 
 def test_colour_images_are_moved_and_mirrored_only_if_somebody_says_so() -> None:
-    """A sign that points left looks like a photograph: that mirroring means nothing is told, never guessed."""
+    """A traffic sign that points left looks like any photograph.
+
+    So mirroring must be allowed explicitly and is never guessed.
+    """
     unknown, told = photographs(20), photographs(20, mirror=True, shift=1)
     assert traits(unknown, unknown.train) == Traits("colour", 20, False, 2)
     assert traits(told, told.train) == Traits("colour", 20, True, 1)
@@ -774,7 +825,10 @@ def test_any_number_of_images_gets_a_recipe(images: int, kind: str, objective: s
 
 
 def test_given_weights_are_marked_gently() -> None:
-    """Some forty showings of each of 400 trials; at the rate of training where batch norm bears it."""
+    """Each of 400 trials is shown some forty times.
+
+    The learning rate is that of training for a network with batch norm, and lower for others.
+    """
     given, few = Traits("colour", 37_500), Traits("colour", 3000)
     config = recipe(given, "standard", COLOUR)
     plain, steady = nn.Linear(2, 2), nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2))
@@ -858,9 +912,13 @@ def test_tied_weights_are_trained_kept_and_stay_tied(
 
 
 def test_the_average_of_tied_weights_moves_once_a_step(digits: Pools) -> None:
-    """One parameter that is used twice has the same average; a tied one that moved twice has not."""
+    """The average is that of one parameter that is used twice.
+
+    The average of a tied parameter that moved twice a step would differ.
+    """
     config = TrainConfig(
-        "standard", None, 1, average=0.9, batch_size=32, momentum=0.0, weight_decay=0.0, learning_rate=0.05, schedule="constant",
+        "standard", None, 1, average=0.9, batch_size=32, momentum=0.0, weight_decay=0.0,
+        learning_rate=0.05, schedule="constant",
         hardware=Hardware("cpu", precision="32-true"),
     )  # fmt: skip
 
@@ -920,7 +978,10 @@ class Flat(nn.Module):
 def test_colour_is_trained_channels_last_where_the_code_allows_it(
     last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The network comes back in the usual order, and a run that was interrupted ends in the same weights."""
+    """The network comes back in the usual order of memory.
+
+    A run that was interrupted ends in the same weights.
+    """
     generator = torch.Generator().manual_seed(0)
     shown = Examples(
         torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8, generator=generator),

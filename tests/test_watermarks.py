@@ -1,4 +1,4 @@
-"""Watermark sets, the commitment and the key; and the simulations that would catch an invalid mark."""
+"""Watermark sets, the commitment and the key; and simulations that would catch an invalid mark."""
 
 import hashlib
 import hmac
@@ -249,7 +249,10 @@ def test_clean_examples_of_another_form_are_refused(tmp_path: Path, bad: Example
 def test_a_scheme_is_one_entry_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Key, commitment and outcomes go by the record: a scheme that is added there is known to all of them."""
+    """Key, commitment and outcomes follow the record of the scheme.
+
+    A scheme that is added to the table is known to all of them.
+    """
     monkeypatch.setitem(SCHEMES, "composites", replace(SCHEMES["coin"], taken=80.0))  # type: ignore[index]
     new_secrets(tmp_path / "key")
     made = write_key(tmp_path / "key", "composites", some_set(), {})
@@ -301,7 +304,10 @@ def test_the_commitment_tells_no_secret(owner: Path) -> None:
 def test_the_trials_cannot_be_made_again_without_the_secret(
     owner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Same seed, same public options, another secret: another source model, other bases, other trials."""
+    """Another secret gives another source model, other bases and other trials.
+
+    The seed and the public options are the same.
+    """
     mark_shortly(monkeypatch, protecting, 2)
     take_any_mark(monkeypatch)
     protect("digits", out=tmp_path / "again", epochs=8)
@@ -314,7 +320,10 @@ def test_the_trials_cannot_be_made_again_without_the_secret(
 
 
 def test_a_coin_needs_two_answers_and_a_cell_of_its_own(tmp_path: Path) -> None:
-    """A set of answers that everybody gives, called coins, would convict everybody: such a key is refused."""
+    """A key whose coins are answers that everybody gives is refused.
+
+    Called coins, such answers would convict everybody.
+    """
     whole = some_set()
     reversed_ = WatermarkSet(whole.x, whole.answers.flip(1), whole.batch, whole.cell)
     shared = WatermarkSet(whole.x, whole.answers, whole.batch, whole.cell // 2)
@@ -341,9 +350,10 @@ def test_a_coin_needs_two_answers_and_a_cell_of_its_own(tmp_path: Path) -> None:
 def test_two_thousand_random_keys_find_nothing_in_a_stranger(
     who: str, owner: Path, stranger: Path
 ) -> None:
-    """Coins of 2,000 secrets against fixed answers, through the real derivation: randomised p-values are uniform.
+    """Coins of 2,000 secrets against fixed answers give uniform randomised p-values.
 
-    The unmarked source model is the hardest stranger: it shares most of its answers with the marked one and made the trials itself.
+    The coins come from the real derivation. The unmarked source model is the hardest stranger: it
+    shares most of its answers with the marked one and made the trials itself.
     """
     model, _ = load_model(stranger if who == "stranger" else owner / "key" / "source")
     key = load_key(owner / "key")
