@@ -197,6 +197,8 @@ def test_comments_and_docstrings_are_not_code() -> None:
     same = 'def f(x):  # twice\n    """Say more."""\n\n    return (x + 1)\n'
     assert graph._meaning(one) == graph._meaning(same)
     assert graph._meaning(one) != graph._meaning(one.replace("1", "2"))
+    below = ('STEPS = 3\n"""Of PGD."""\n', 'STEPS = 3\n"""How many\nsteps."""\n', "STEPS = 3\n")
+    assert len({graph._meaning(code) for code in below}) == 1
 
 
 def test_inputs_come_before_what_starts_from_them_and_each_once() -> None:
