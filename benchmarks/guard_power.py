@@ -129,7 +129,7 @@ def dropping(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> 
 
 
 def flipping(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
-    """A thief who replaces 5 % of the answers by other classes before he trains."""
+    """A thief who replaces 5 % of the answers by other classes before they train."""
     x = pools.thief.x[:count]
     y = victim(x)
     generator = torch.Generator().manual_seed(seed)

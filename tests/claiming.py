@@ -40,7 +40,7 @@ def rows_of(opened: Opened, rows: torch.Tensor) -> Opened:
 
 @dataclass
 class Claimant:
-    """Whoever claims: his key, his commitments and their tokens."""
+    """Whoever claims: their key, commitments and tokens."""
 
     trials: WatermarkSet
     secret: bytes

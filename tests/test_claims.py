@@ -152,7 +152,7 @@ def test_every_path_leads_to_the_root_and_no_other_does(count: int) -> None:
 
 
 def believed(claim: Claim) -> list[int]:
-    """The coins as an accuser would have them: whatever he says; here, always the second answer."""
+    """The coins as an accuser would have them: here, always the second answer."""
     return [1] * len(claim.opened)
 
 
@@ -593,7 +593,7 @@ def test_a_spent_batch_counts_only_against_older_suspects(
     assert (
         judge_claim(other, owner_.finding(owner_.labels, 1, shown=(earlier,))).verdict == "upheld"
     )
-    # What the accused forges out of the claim that he was given is no earlier claim.
+    # What the accused forges out of the claim that they were given is no earlier claim.
     forged = replace(
         claim,
         answers={**claim.answers, "version": "x"},
@@ -626,10 +626,10 @@ def test_a_mark_put_over_a_stolen_model_does_not_win(authority: Authority) -> No
     thiefs, owners = thief.claim(thief.labels), owner.claim(owner.labels)
     assert (
         judge_claim(thiefs, thief.finding(thief.labels)).verdict == "upheld"
-    )  # nobody answers: it does depend on his coins
+    )  # nobody answers: it does depend on their coins
     with_owner = Rival(
         owners, MODEL, owner.labels[:40], stranger_to_thief[:40]
-    )  # the owner's mark is in his model, not his in the owner's
+    )  # the owner's mark is in their model, not theirs in the owner's
     found = judge_claim(thiefs, thief.finding(thief.labels, rival=with_owner))
     assert (found.verdict, result_of(found, "The rival claim")) == ("dismissed", "fails")
     with_thief = Rival(thiefs, MODEL, stranger_to_thief[:40], owner.labels[:40])

@@ -566,7 +566,7 @@ def test_what_made_up_queries_cost_is_taken_off_the_near_ties(
 def walk(
     victim: Callable[[torch.Tensor], torch.Tensor], digits: Pools, queries: int, seed: int
 ) -> nn.Module:
-    """A thief by Algorithm 2, starting from images of his own."""
+    """A thief by Algorithm 2, starting from images of their own."""
     copy = build("surrogate", (1, 8, 8), 10, seed=seed)
     means = Means(
         pool=digits.thief,

@@ -257,7 +257,7 @@ def _times(claim: Claim, roots: Sequence[x509.Certificate]) -> Iterator[Check]:
             if time is None:
                 meaning = (
                     "Nothing shows when this was fixed; "
-                    "the owner could have tried until he liked it."
+                    "the owner could have tried until they liked the result."
                 )
                 yield Check(title, OPEN, "there is none", meaning)
             else:

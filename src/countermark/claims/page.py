@@ -26,7 +26,7 @@ LIMITS = (
     "What is proven is that the suspect's answers depend on coins that were drawn after the trials "
     "were fixed. That is not yet theft: the suspect's maker may have had the model from somebody "
     "else, or a licence. That the marked model existed before the suspect is shown as far as the "
-    "accused has a timestamp of his own. The times are as good as the authorities whose roots the "
+    "accused has their own timestamp. The times are as good as the authorities whose roots the "
     "judge chose."
 )
 """What a judgement does not say."""
