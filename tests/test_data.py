@@ -9,6 +9,8 @@ import resource
 import signal
 import stat
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable
@@ -592,3 +594,45 @@ def test_a_mirror_sends_the_archive_with_progress_and_none_sends_more_than_it_ha
             server.shutdown()
     left = [path.name for path in (tmp_path / "cache" / "cifar10").iterdir()]
     assert left == ([] if endless else [originals.CIFAR_ARCHIVE])
+
+
+MANY = """
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from countermark.data import Examples, Rows
+from countermark.evaluation import predict
+from countermark.guard.foreign import familiar, strangeness
+from countermark.memory import keep_freed_memory
+
+keep_freed_memory()
+torch.set_num_threads(1)
+images = Rows(Path(sys.argv[1]), (4000, 3, 224, 224))
+model = torch.nn.Sequential(torch.nn.AvgPool2d(112), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+few = images.take(slice(0, 1000))
+predict(model, few), strangeness(few, 0.1), familiar(few, 0.1)
+before = peak()
+assert len(predict(model, images)) == 4000
+assert strangeness(images, 0.1) == 0
+familiar(images, 0.1)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the setting is glibc's")
+def test_what_is_made_of_many_images_needs_no_more_memory_than_of_few(tmp_path: Path) -> None:
+    """Small results lay between large parts, so that the next ones did not fit in there."""
+    with (tmp_path / "images").open("wb") as file:
+        file.truncate(4000 * 3 * 224 * 224)  # black images, mostly not on the disk
+    command = [sys.executable, "-c", MANY, str(tmp_path / "images")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(said.stdout) < 100  # MiB; the images are 574

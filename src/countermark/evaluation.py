@@ -17,7 +17,7 @@ from torch import nn
 
 from countermark.attacks import answers, ask, pgd, strict
 from countermark.attacks.strict import CLEAN, OPENING, STAGES
-from countermark.data import Examples, pixels
+from countermark.data import Examples, joined, pixels
 from countermark.device import batch_size, seeded, settle_precision
 from countermark.errors import CountermarkError
 from countermark.fast import prepare
@@ -106,8 +106,7 @@ def predict(model: nn.Module, x: torch.Tensor, *, bounded: bool = True) -> torch
         parts = (
             pixels(x[i : i + count].to(device), bounded=bounded) for i in range(0, len(x), count)
         )
-        labels = [answers(ask(model, part)).cpu() for part in parts]
-    return torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
+        return joined((answers(ask(model, part)).cpu() for part in parts), len(x)).long()
 
 
 def accuracy(model: nn.Module, examples: Examples) -> float:

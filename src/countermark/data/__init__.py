@@ -14,7 +14,7 @@ from countermark.threat import default_threat
 
 if TYPE_CHECKING:
     from countermark.data.dataset import Dataset
-    from countermark.data.examples import Examples, Rows, as_uint8, pixels
+    from countermark.data.examples import Examples, Rows, as_uint8, joined, pixels
     from countermark.data.pools import Pools
     from countermark.data.source import (
         DataPlace,
@@ -34,6 +34,7 @@ _HOMES = {
     "Rows": "examples",
     "as_uint8": "examples",
     "by_digest": "store",
+    "joined": "examples",
     "known_images": "source",
     "load_examples": "source",
     "load_ood": "source",
@@ -56,6 +57,7 @@ __all__ = [
     "default_threat",
     "fetch",
     "is_cached",
+    "joined",
     "known",
     "known_images",
     "load_examples",

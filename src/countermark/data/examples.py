@@ -7,7 +7,7 @@ large ones stay in a file (`Rows`), of which a batch at a time is read.
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,31 @@ class Examples:
         count = max(1, _CHUNK // max(1, math.prod(self.x.shape[1:])))
         for i in range(0, len(self.x), count):
             yield self.x[i : i + count].cpu().contiguous()
+
+
+def joined(parts: Iterable[torch.Tensor], count: int) -> torch.Tensor:
+    """Join what was made of many images, part by part, into one tensor of `count` rows.
+
+    `torch.cat` over a list would keep each small result where it was made, between the large
+    tensors of two parts, and the C library would find no room for the next large one there: the
+    memory of a process grew with the number of images.
+
+    Args:
+        parts: tensors whose rows follow each other; the first says their type and further shape.
+        count: rows of all parts together.
+
+    Example:
+        >>> joined((torch.full((2,), number) for number in (3, 4)), 4)
+        tensor([3, 3, 4, 4])
+    """
+    whole, filled = torch.empty(0), 0
+    for part in parts:
+        if filled == 0:
+            whole = torch.empty((count, *part.shape[1:]), dtype=part.dtype)
+        whole[filled : filled + len(part)] = part
+        filled += len(part)
+        del part  # or it would lie in the way of what the next part takes
+    return whole
 
 
 def pixels(x: torch.Tensor, *, bounded: bool = True) -> torch.Tensor:

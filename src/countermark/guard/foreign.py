@@ -84,11 +84,11 @@ def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
             "are the most; guard near ties alone (--natural-only)"
         )
     margin = _margin(epsilon)
-    ends = [(part.amin(0), part.amax(0)) for part in _parts(training)]
-    lowest, highest = (
-        torch.stack([low for low, _ in ends]).amin(0),
-        torch.stack([high for _, high in ends]).amax(0),
-    )
+    lowest = torch.full(training.shape[1:], 255, dtype=torch.uint8)
+    highest = torch.zeros(training.shape[1:], dtype=torch.uint8)
+    for part in _parts(training):
+        torch.minimum(lowest, part.amin(0), out=lowest)
+        torch.maximum(highest, part.amax(0), out=highest)
     widened = (lowest.int() - margin).clamp(0, 255), (highest.int() + margin).clamp(0, 255)
     return Familiar(
         *(side.to(torch.uint8).contiguous().numpy().tobytes().hex() for side in widened)
@@ -119,8 +119,10 @@ def strangeness(training: torch.Tensor, epsilon: float) -> float:
     # end of a range can be beyond one of them by more than the margin.
     high = _second_largest(_parts(training)).int() + margin
     low = 255 - _second_largest(255 - part for part in _parts(training)).int() - margin
-    alone = [((part < low) | (part > high)).flatten(1).any(1) for part in _parts(training)]
-    return float(torch.cat(alone).double().mean())
+    alone = sum(
+        int(((part < low) | (part > high)).flatten(1).any(1).sum()) for part in _parts(training)
+    )
+    return alone / len(training)
 
 
 def _parts(training: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from countermark.data import Examples, as_uint8, pixels
+from countermark.data import Examples, as_uint8, joined, pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
@@ -184,8 +184,8 @@ def calibrate_model(
     taken = 50 * share if affordable else 0.0
     split = Split(network.eval())
     count = split.count(validation.x)
-    parts = [split(validation.x[i : i + count]) for i in range(0, len(validation), count)]
-    logits, features = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    told = [split(validation.x[i : i + count]) for i in range(0, len(validation), count)]
+    logits, features = (torch.cat(columns) for columns in zip(*told, strict=True))
     found = calibrate(
         logits,
         features,
@@ -200,7 +200,8 @@ def calibrate_model(
     if not affordable:
         return replace(found, foreign_cost=50 * share)
     rows = range(0, len(validation), _CHUNK)
-    seen = torch.cat([outlines(validation.x[i : i + _CHUNK]) for i in rows]).double()
+    parts = (outlines(validation.x[i : i + _CHUNK]) for i in rows)
+    seen = joined(parts, len(validation)).double()
     signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
     offsets = tuple((seen @ signs).mean(0).tolist())
     settings = replace(found.settings, familiar=familiar(training.x, epsilon), outlines=offsets)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from countermark.attacks import ask, finite
-from countermark.data import Examples, Rows, pixels
+from countermark.data import Examples, Rows, joined, pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating, predict
@@ -82,7 +82,8 @@ def probabilities(victim: nn.Module, _means: Means) -> Answers:
         device = device_of(victim)
         with evaluating(victim), torch.no_grad():
             parts = (pixels(x[few].to(device)) for few in _parts(x, device))
-            return torch.cat([finite(ask(victim, part)).softmax(1).float().cpu() for part in parts])
+            chances = (finite(ask(victim, part)).softmax(1).float().cpu() for part in parts)
+            return joined(chances, len(x))
 
     return answers
 

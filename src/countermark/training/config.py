@@ -40,8 +40,8 @@ class TrainConfig:
         attack: the attack that crafts the batches; `None` for `standard`.
         carry: start each example's attack at the perturbation that it had in the pass before (Zheng
             et al., 2020, "ATTA"): one step then does the work of several. Where the perturbations
-            of all examples would take more than 1 GiB, each attack starts at random and takes full
-            steps instead.
+            of all examples would take more than 256 MiB, each attack starts at random and takes
+            full steps instead.
         flip: mirror a random half of every batch left to right, perturbations included.
         shift: move every batch (on several devices, each device's part of it) by up to this many
             pixels, up or down and left or right, perturbations included; what leaves on one side

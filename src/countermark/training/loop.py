@@ -38,7 +38,7 @@ from countermark.training.views import View, any_view
 
 _CHECKPOINT_SECONDS = 30.0
 _LARGEST = 1 << 34  # bytes of a checkpoint
-_MOST_CARRIED = 1 << 30  # bytes of carried perturbations, of which there are three copies at times
+_MOST_CARRIED = 1 << 28  # bytes of carried perturbations, of which there are three copies at times
 _SMALL_ROOM = 4 << 30  # bytes assumed to be free on a device that does not report them
 _MOVED = 1000  # examples at a time that are moved to a device
 _RESIDENT = 0.5  # of a GPU's free memory that the examples may take
