@@ -51,9 +51,9 @@ class WatermarkSet:
 def full_strength(epsilon: float, steps: int = CRAFTING_STEPS) -> Attack:
     """The crafting attack that reaches its bound: `steps` steps of 2.5 epsilon / steps.
 
-    With the paper's step of 0.01 the crafting stops at the edge of the bound, and its watermarks
-    are transferable: models that never saw them give the true label 50-79 % of the time. At full
-    strength they do so 2-7 % of the time.
+    With the paper's step of 0.01 the crafting stops at the edge of the bound, and models that never
+    saw such a watermark give its true label 50-79 % of the time, as a copy would. At full strength
+    they do so 2-7 % of the time.
     """
     return Attack(epsilon, steps, 2.5 * epsilon / steps)
 
