@@ -2,7 +2,7 @@
 # make test         the test suite
 # make test-avx2    its numerical part once more, in the instructions of an older processor
 # make slow         the tests that need much room: a real Triton
-# make lint         format, lint, docstrings, types
+# make lint         format, lint, docstrings, types, words
 # make install      only .venv, with the command .venv/bin/countermark
 # make study        the paper's study beside its numbers, on real MNIST and Fashion-MNIST (profile quick)
 # make bench        beside torchattacks, foolbox, ART and pyautoattack: docs/performance.md, benchmarks/results.json
@@ -73,6 +73,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python .ci/words.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

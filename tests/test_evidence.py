@@ -147,7 +147,7 @@ def test_counting_a_cells_trials_as_independent_would_convict_strangers() -> Non
         naive += sign_flip_test(outcomes).p <= 0.01
         exact += judge([i // 10 for i in range(200)], outcomes).p_value <= 0.01
     assert naive > 200
-    assert exact <= 40  # Binomial(2000, .01): P(> 40) < 1e-4
+    assert exact <= 40  # Binomial(2000, 0.01): P(> 40) < 1e-4
 
 
 def test_choosing_learned_trials_would_convict_strangers() -> None:

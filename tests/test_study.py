@@ -507,7 +507,7 @@ def test_statistics_against_known_values() -> None:
     assert auc([1.0, 2.0], [1.0, 2.0]) == 0.5
     assert auc([], [1.0]) is None
     low, high = rate_interval(0, 10)
-    assert (low, round(high, 2)) == (0.0, 30.85)  # 1 - .025 ** (1 / 10)
+    assert (low, round(high, 2)) == (0.0, 30.85)  # 1 - 0.025 ** (1 / 10)
     rows = [{"test": value, "unit": str(value)} for value in (1.0, 2.0, 3.0)]
     found = estimate(rows, "test")
     assert found is not None

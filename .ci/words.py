@@ -1,0 +1,77 @@
+"""Check the words of code and documents: what the formatter and ruff cannot see.
+
+    python .ci/words.py
+
+It reads every tracked Python and Markdown file and complains about prose lines beyond 100 columns
+in Markdown (a row of a table cannot be wrapped), decimals without a leading zero, and the pronouns of
+one sex for people. Tables of results that a command writes are not prose.
+"""
+
+import io
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+WIDTH = 100
+WRITTEN_BY_COMMANDS = ("docs/results.md", "docs/performance.md")
+DECIMAL = re.compile(r"(?<![\w.)\]])\.\d")
+PRONOUN = re.compile(r"\b(?:he|his|him|himself)\b", re.IGNORECASE)
+A_NAME = re.compile(r"\bHe et al\.")  # "Deep residual learning"
+CODE = re.compile(r"`[^`]*`|\]\([^)]*\)|https?://\S+")
+
+
+def prose_of_markdown(text: str) -> Iterator[tuple[int, str, bool]]:
+    """Each line that is no code, with its number and whether it is a row of a table."""
+    fenced = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced and not line.startswith("    "):
+            yield number, line, line.lstrip().startswith("|")
+
+
+def prose_of_python(text: str) -> Iterator[tuple[int, str]]:
+    """Each line of a comment, and of a string that stands for itself."""
+    before = tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        alone = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT)
+        if token.type == tokenize.COMMENT or alone:
+            for offset, line in enumerate(token.string.splitlines()):
+                yield token.start[0] + offset, line
+        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.DEDENT):
+            before = token.type
+
+
+def faults(path: str) -> Iterator[str]:
+    """What is wrong with a file, one line each."""
+    text = Path(path).read_text()
+    if path.endswith(".md"):
+        lines = [(number, line, table) for number, line, table in prose_of_markdown(text)]
+    else:
+        lines = [(number, line, True) for number, line in prose_of_python(text)]
+    for number, line, table in lines:
+        bare = A_NAME.sub("", CODE.sub("", line))
+        if not table and len(CODE.sub("x", line)) > WIDTH:
+            yield f"{path}:{number}: {len(line)} columns; break the line after a clause"
+        if DECIMAL.search(bare):
+            yield f"{path}:{number}: a decimal without its zero: {line.strip()[:60]}"
+        if PRONOUN.search(bare):
+            yield f"{path}:{number}: say they: {line.strip()[:60]}"
+
+
+def main() -> int:
+    """Print the faults and return the exit status."""
+    listed = subprocess.run(
+        ["git", "ls-files", "*.py", "*.md"], capture_output=True, text=True, check=True
+    )
+    paths = [path for path in listed.stdout.splitlines() if path not in WRITTEN_BY_COMMANDS]
+    found = [fault for path in paths for fault in faults(path)]
+    print("\n".join(found) or f"the words of {len(paths)} files are in order")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
