@@ -2,19 +2,19 @@
 
     python .ci/words.py
 
-It reads every tracked Python and Markdown file and complains about prose lines beyond 100 columns
-in Markdown (a row of a table cannot be wrapped), decimals without a leading zero, and the pronouns of
-one sex for people. Tables of results that a command writes are not prose.
+It complains about prose lines beyond 100 columns in Markdown (a row of a table cannot be wrapped),
+decimals without a leading zero, and the pronouns of one sex for people. Tables of results that a
+command writes are not prose.
 """
 
 import io
 import re
-import subprocess
 import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 WIDTH = 100
 WRITTEN_BY_COMMANDS = ("docs/results.md", "docs/performance.md")
 DECIMAL = re.compile(r"(?<![\w.)\]])\.\d")
@@ -47,7 +47,7 @@ def prose_of_python(text: str) -> Iterator[tuple[int, str]]:
 
 def faults(path: str) -> Iterator[str]:
     """What is wrong with a file, one line each."""
-    text = Path(path).read_text()
+    text = (ROOT / path).read_text()
     if path.endswith(".md"):
         lines = [(number, line, table) for number, line, table in prose_of_markdown(text)]
     else:
@@ -64,10 +64,10 @@ def faults(path: str) -> Iterator[str]:
 
 def main() -> int:
     """Print the faults and return the exit status."""
-    listed = subprocess.run(
-        ["git", "ls-files", "*.py", "*.md"], capture_output=True, text=True, check=True
-    )
-    paths = [path for path in listed.stdout.splitlines() if path not in WRITTEN_BY_COMMANDS]
+    folders = (ROOT / name for name in ("src", "tests", "benchmarks", "docs", ".ci"))
+    files = [*ROOT.glob("*.md"), *(file for each in folders for file in each.rglob("*.*"))]
+    paths = sorted(str(file.relative_to(ROOT)) for file in files if file.suffix in (".md", ".py"))
+    paths = [path for path in paths if path not in WRITTEN_BY_COMMANDS]
     found = [fault for path in paths for fault in faults(path)]
     print("\n".join(found) or f"the words of {len(paths)} files are in order")
     return int(bool(found))
