@@ -605,7 +605,7 @@ import torch
 
 from countermark.data import Examples, Rows
 from countermark.evaluation import predict
-from countermark.guard.foreign import familiar, strangeness
+from countermark.guard.foreign import honest_ranges, foreign_share
 from countermark.memory import keep_freed_memory
 
 keep_freed_memory()
@@ -619,11 +619,11 @@ def peak():
 
 
 few = images.take(slice(0, 1000))
-predict(model, few), strangeness(few, 0.1), familiar(few, 0.1)
+predict(model, few), foreign_share(few, 0.1), honest_ranges(few, 0.1)
 before = peak()
 assert len(predict(model, images)) == 4000
-assert strangeness(images, 0.1) == 0
-familiar(images, 0.1)
+assert foreign_share(images, 0.1) == 0
+honest_ranges(images, 0.1)
 print(peak() - before)
 """
 

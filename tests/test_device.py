@@ -24,7 +24,14 @@ from countermark import evaluation
 from countermark.attacks import Recording, capturable, pgd, strict
 from countermark.data import Examples, pixels
 from countermark.data.examples import Rows
-from countermark.device import batch_size, check_device, describe, seeded, settle, settle_precision
+from countermark.device import (
+    batch_size,
+    check_device,
+    describe,
+    resolve_device,
+    resolve_precision,
+    seeded,
+)
 from countermark.errors import CountermarkError
 from countermark.evaluation import (
     accuracy,
@@ -40,7 +47,7 @@ from countermark.suspects import open_suspect
 from countermark.thieves import REMOVALS, THEFTS, Means
 from countermark.thieves.remove import add_noise, prune
 from countermark.threat import GREY, Attack
-from countermark.training import Hardware, TrainConfig, loop, settled, train
+from countermark.training import Hardware, TrainConfig, loop, resolve_hardware, train
 from countermark.verbs.evaluate import EvaluateConfig
 from countermark.watermarks import coin_set, craft_adversarial
 from described import described
@@ -131,7 +138,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "name", ["gpu", "cuda:", "cuda:x", "cuda:12345", "cpu:0", "CUDA", "", "auto\n"]
 )
 def test_a_misspelt_device_is_refused(name: str) -> None:
-    for refuse in (check_device, settle):
+    for refuse in (check_device, resolve_device):
         with pytest.raises(CountermarkError, match="unknown device"):
             refuse(name)
 
@@ -142,30 +149,35 @@ def test_a_device_that_is_not_there_is_an_error_that_says_what_there_is(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for found, said in ((1, "the only one is cuda:0"), (3, "there are cuda:0 to cuda:2")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda found=found: found)
-        assert settle("auto") == settle("cuda") == settle("cuda:0") == torch.device("cuda", 0)
-        assert settle(f"cuda:{found - 1}") == torch.device("cuda", found - 1)
+        assert (
+            resolve_device("auto")
+            == resolve_device("cuda")
+            == resolve_device("cuda:0")
+            == torch.device("cuda", 0)
+        )
+        assert resolve_device(f"cuda:{found - 1}") == torch.device("cuda", found - 1)
         with pytest.raises(CountermarkError, match=f"no device cuda:{found} here; {said}"):
-            settle(f"cuda:{found}")
+            resolve_device(f"cuda:{found}")
         with pytest.raises(
             CountermarkError, match=f"no {found + 1} cuda devices here; take {found}"
         ):
-            settled(Hardware("cuda", found + 1))
-    assert settled(Hardware("cuda:1", 1, "32-true")).accelerator == "cuda:1"
+            resolve_hardware(Hardware("cuda", found + 1))
+    assert resolve_hardware(Hardware("cuda:1", 1, "32-true")).accelerator == "cuda:1"
     assert (
-        settled(Hardware("cuda:0", 1, "32-true"))
-        == settled(Hardware("auto", 1, "32-true"))
+        resolve_hardware(Hardware("cuda:0", 1, "32-true"))
+        == resolve_hardware(Hardware("auto", 1, "32-true"))
         == Hardware("cuda", 1, "32-true")
     )
     with pytest.raises(CountermarkError, match="cuda:1 is one device"):
-        settled(Hardware("cuda:1", 2))
+        resolve_hardware(Hardware("cuda:1", 2))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert settle("cpu") == torch.device("cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(CountermarkError, match="no cuda device here"):
-        settle("cuda:0")
+        resolve_device("cuda:0")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert settle("auto") == torch.device("cpu")
+    assert resolve_device("auto") == torch.device("cpu")
     with pytest.raises(CountermarkError, match="no Apple GPU"):
-        settle("mps")
+        resolve_device("mps")
 
 
 def test_a_result_names_the_device_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +190,7 @@ def test_a_result_names_the_device_and_the_precision(monkeypatch: pytest.MonkeyP
     assert describe(torch.device("cuda", 1)) == "cuda:1 (H101), float32"
     assert describe(torch.device("cpu"), "auto") == "cpu, float32"
     with pytest.raises(CountermarkError, match="unknown precision 'fp8'"):
-        settle_precision(torch.device("cpu"), "fp8")
+        resolve_precision(torch.device("cpu"), "fp8")
 
 
 def test_batches_are_smaller_for_larger_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -508,7 +520,7 @@ def test_a_run_does_not_go_on_on_another_device(
 ) -> None:
     kept = tmp_path / "c"
     train(NETWORKS["small"](), examples(), PLAIN, checkpoint=kept)
-    monkeypatch.setattr(loop, "settle", lambda _name: torch.device("mps"))
+    monkeypatch.setattr(loop, "resolve_device", lambda _name: torch.device("mps"))
     monkeypatch.setattr(
         loop, "open_hardware", lambda _hardware: elsewhere.Fabric(torch.device("cpu"))
     )

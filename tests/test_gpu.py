@@ -17,7 +17,7 @@ import torch
 from countermark import evaluation
 from countermark.attacks import Recording, capturable, pgd, strict
 from countermark.data import pixels
-from countermark.device import describe, settle
+from countermark.device import describe, resolve_device
 from countermark.evaluation import (
     accuracy,
     adversarial_accuracy,
@@ -46,8 +46,8 @@ def trained(name: str, hardware: Hardware = PRECISE) -> torch.nn.Module:
 
 
 def test_the_gpu_is_what_auto_means() -> None:
-    assert settle("auto") == settle("cuda") == torch.device("cuda", 0)
-    assert torch.cuda.get_device_name(0) in describe(settle())
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 0)
+    assert torch.cuda.get_device_name(0) in describe(resolve_device())
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -26,21 +26,21 @@ from countermark.evidence import EProcess
 from countermark.files import canonical_json
 from countermark.guard import (
     Calibration,
-    Familiar,
     Guard,
     GuardedModel,
     GuardSettings,
+    HonestRanges,
     Row,
     calibrate,
     calibrate_model,
     consistent_scores,
     expected_cost,
-    familiar,
+    foreign_share,
     guard_record,
+    honest_ranges,
     images_of,
     read_guard,
     read_guard_record,
-    strangeness,
     trace_accounts,
     write_guard,
 )
@@ -53,7 +53,7 @@ from countermark.guard.core import (
     projections,
     tails_chance,
 )
-from countermark.guard.model import Split
+from countermark.guard.model import FeatureReader
 from countermark.networks import load
 from countermark.networks.named import build
 from countermark.thieves import Means
@@ -145,7 +145,7 @@ def test_coins_are_a_clients_and_a_keys_own() -> None:
 
 def test_foreign_queries_meet_fair_coins_in_cells_of_their_own() -> None:
     """However far from the boundary, and whatever the same logits would meet as an honest query."""
-    usual = Familiar("00" * 4, "80" * 4)
+    usual = HonestRanges("00" * 4, "80" * 4)
     guard = Guard(GuardSettings(MODEL, 2.0, 1.5, (0.0,) * 8, 12, usual, (0.0,) * 14), SECRET)
     logits = torch.tensor([[9.5, 0.0, -9.0], [0.2, 0.0, -9.0], [4.5, 0.0, -9.0]])
     features, images = torch.zeros(3, 12), torch.full((3, 1, 2, 2), 0x80, dtype=torch.uint8)
@@ -176,7 +176,7 @@ def test_no_perturbation_within_the_budget_makes_an_image_foreign(
     """Of any image in range, by the worst of all perturbations; and a little more is enough."""
     generator = torch.Generator().manual_seed(seed)
     training = torch.randint(0, 256, (3, 2, 4, 4), generator=generator, dtype=torch.uint8)
-    usual = familiar(training, epsilon)
+    usual = honest_ranges(training, epsilon)
     low, high = training.amin(0).double(), training.amax(0).double()
     x = (
         low + (high - low) * torch.rand(20, 2, 4, 4, generator=generator, dtype=torch.float64)
@@ -196,8 +196,10 @@ def test_strangeness_is_what_leaving_each_image_out_finds(
         100, 130, (count, 1, 3, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
     )
     others = [torch.cat((training[:k], training[k + 1 :])) for k in range(count)]
-    found = [bool(familiar(others[k], epsilon).foreign(training[k : k + 1])) for k in range(count)]
-    assert strangeness(training, epsilon) == sum(found) / count
+    found = [
+        bool(honest_ranges(others[k], epsilon).foreign(training[k : k + 1])) for k in range(count)
+    ]
+    assert foreign_share(training, epsilon) == sum(found) / count
 
 
 @given(st.floats(-50, 50), st.sampled_from([2, 64, WHOLE]))
@@ -398,7 +400,7 @@ def test_a_sure_question_stays_whatever_happens_within_the_tolerance(
     cell and reach matter.
     """
     slope, tolerance = case
-    usual = Familiar("00" * 4, "80" * 4)
+    usual = HonestRanges("00" * 4, "80" * 4)
     guard = Guard(GuardSettings(MODEL, slope, 1.5, (0.0,) * 8, 12, usual, (0.0,) * 14), SECRET)
     generator = torch.Generator().manual_seed(seed)
     logits, features = queries(80, classes, seed=seed)
@@ -455,7 +457,9 @@ def test_a_sure_question_stays_whatever_happens_within_the_tolerance(
 )
 def test_what_is_sure(logits: list[float], far: bool, sure: bool) -> None:
     guard = Guard(
-        GuardSettings(MODEL, 2.0, 1.5, (0.0,) * 8, 12, Familiar("00" * 4, "80" * 4), (0.0,) * 14),
+        GuardSettings(
+            MODEL, 2.0, 1.5, (0.0,) * 8, 12, HonestRanges("00" * 4, "80" * 4), (0.0,) * 14
+        ),
         SECRET,
     )
     image = torch.full((1, 1, 2, 2), 0x81 if far else 0x80, dtype=torch.uint8)
@@ -529,7 +533,7 @@ def test_what_made_up_queries_cost_is_taken_off_the_near_ties(
     bright = digits.training.x.clone()
     bright[:, :, 0, 0] = 0
     bright[0, :, 0, 0] = 255
-    spent = 50 * strangeness(bright, 0.25)
+    spent = 50 * foreign_share(bright, 0.25)
     assert spent >= 50 / len(bright)
 
     def calibrated(cost: float, training: Examples | None) -> Calibration:
@@ -689,11 +693,11 @@ def test_the_cost_is_the_mean_over_clients(guarded: GuardedModel, digits: Pools)
 
 def test_features_are_what_enters_the_last_linear_layer(digits: Pools) -> None:
     network = build("small", (1, 8, 8), 10, seed=0)
-    logits, features = Split(network)(digits.test.x[:9])
+    logits, features = FeatureReader(network)(digits.test.x[:9])
     assert torch.equal(features, network[:-1](pixels(digits.test.x[:9])).detach())  # type: ignore[index]
     assert torch.equal(logits, network(pixels(digits.test.x[:9])).detach())
     with pytest.raises(CountermarkError, match="no linear layer"):
-        Split(nn.Flatten())
+        FeatureReader(nn.Flatten())
 
 
 def test_features_are_of_the_layer_that_ran_last_wherever_it_stands(digits: Pools) -> None:
@@ -711,9 +715,11 @@ def test_features_are_of_the_layer_that_ran_last_wherever_it_stands(digits: Pool
             return self.head(self.body(x.flatten(1)).relu()) if self.runs else x.flatten(1)
 
     network, x = Odd(True), digits.test.x[:9]
-    assert torch.equal(Split(network)(x)[1], network.body(pixels(x).flatten(1)).relu().detach())
+    assert torch.equal(
+        FeatureReader(network)(x)[1], network.body(pixels(x).flatten(1)).relu().detach()
+    )
     with pytest.raises(CountermarkError, match="no linear layer of the network ran"):
-        Split(Odd(False))(x)
+        FeatureReader(Odd(False))(x)
 
 
 def test_queries_are_rounded_to_eight_bits(guarded: GuardedModel) -> None:
@@ -1019,14 +1025,14 @@ def test_a_copy_made_through_the_guard_is_traced(guarded: GuardedModel, digits: 
 def test_a_guard_of_large_images_can_be_read_back(tmp_path: Path) -> None:
     """Three channels of 512 x 512: the ranges alone have 3 MiB."""
     training = torch.randint(0, 256, (2, 3, 512, 512), dtype=torch.uint8)
-    chosen = GuardSettings("ab" * 32, 1.0, 1.0, (0.0,), 8, familiar(training, 0.1), (0.5,))
+    chosen = GuardSettings("ab" * 32, 1.0, 1.0, (0.0,), 8, honest_ranges(training, 0.1), (0.5,))
     calibration = Calibration(chosen, 0.1, 0.1, 1.0, 1.0)
     write_guard(tmp_path, guard_record(calibration, "cd" * 32))
     assert read_guard(tmp_path) == chosen
     assert chosen.familiar is not None
     assert not chosen.familiar.foreign(training).any()
     with pytest.raises(CountermarkError, match="natural-only"):
-        familiar(torch.zeros(1, 3, 1200, 1200, dtype=torch.uint8), 0.1)
+        honest_ranges(torch.zeros(1, 3, 1200, 1200, dtype=torch.uint8), 0.1)
     record = read_guard_record(tmp_path)
     for side in ("lowest", "highest"):
         record["settings"]["familiar"][side] = "00" * ((1 << 22) + 1)

@@ -37,12 +37,12 @@ from countermark.training import (
     marking,
     own_network,
     recipe,
-    settled,
+    resolve_hardware,
     train,
     traits,
 )
 from countermark.training.turns import in_turn
-from countermark.training.views import View, any_view
+from countermark.training.views import View, random_view
 from described import described
 
 ATTACK = Attack(0.1, 10, 0.025)
@@ -386,7 +386,7 @@ def test_carried_perturbations_end_at_the_worst_point_of_the_ball(
 def test_a_view_and_its_way_back(seed: int, mirror: bool, most: int) -> None:
     torch.manual_seed(seed)
     images = torch.randint(0, 256, (5, 2, 6, 7))
-    view = any_view(5, mirror, most)
+    view = random_view(5, mirror, most)
     shown = view.of(images)
     assert torch.equal(view.undo(shown), images)
     assert max(abs(offset) for offset in view.moved) <= most
@@ -653,7 +653,7 @@ def test_a_run_does_not_go_on_in_another_precision(
     kept, trained = tmp_path / "c", replace(quick, epochs=1)
     monkeypatch.setattr(device, "computes_bf16", lambda _kind: False)
     train(small(), digits.training, trained, checkpoint=kept)
-    assert settled(Hardware("cpu")) == Hardware("cpu", 1, "32-true")
+    assert resolve_hardware(Hardware("cpu")) == Hardware("cpu", 1, "32-true")
     train(
         small(),
         digits.training,
@@ -661,7 +661,7 @@ def test_a_run_does_not_go_on_in_another_precision(
         checkpoint=kept,
     )  # the same run
     monkeypatch.setattr(device, "computes_bf16", lambda _kind: True)
-    assert settled(Hardware("cpu")).precision == "bf16-mixed"
+    assert resolve_hardware(Hardware("cpu")).precision == "bf16-mixed"
     with pytest.raises(CountermarkError, match="another kind of processor"):
         train(small(), digits.training, trained, checkpoint=kept)
 

@@ -31,7 +31,9 @@ _FEWEST = 4  # images of the smallest batch
 
 
 def check_device(name: str) -> None:
-    """Refuse what is no name of a device; whether there is such a device, `settle` finds out.
+    """Refuse what is no name of a device.
+
+    Whether there is such a device, `resolve_device` finds out.
 
     Raises:
         CountermarkError: it is none of `auto`, `cpu`, `cuda`, `cuda:N` and `mps`.
@@ -41,7 +43,7 @@ def check_device(name: str) -> None:
         raise CountermarkError(f"unknown device {brief(name)}; {known}")
 
 
-def settle(device: "str | torch.device" = "auto") -> "torch.device":
+def resolve_device(device: "str | torch.device" = "auto") -> "torch.device":
     """Find a device of this machine.
 
     Args:
@@ -55,7 +57,7 @@ def settle(device: "str | torch.device" = "auto") -> "torch.device":
         CountermarkError: no such name, or no such device here.
 
     Example:
-        >>> settle("cpu")
+        >>> resolve_device("cpu")
         device(type='cpu')
     """
     import torch
@@ -83,7 +85,7 @@ def settle(device: "str | torch.device" = "auto") -> "torch.device":
     return torch.device("cuda", int(number or 0))
 
 
-def settle_precision(device: "torch.device", precision: str = "auto") -> str:
+def resolve_precision(device: "torch.device", precision: str = "auto") -> str:
     """What a precision means on a device.
 
     Args:
@@ -121,18 +123,18 @@ def describe(device: "str | torch.device", precision: str | None = None) -> str:
     """Name a device in a result, and the precision of the computing there.
 
     Args:
-        device: the device, as `settle` takes it.
-        precision: as `settle_precision` takes it; none where all of it is in float32.
+        device: the device, as `resolve_device` takes it.
+        precision: as `resolve_precision` takes it; none where all of it is in float32.
 
     Returns:
         For example `cuda:0 (NVIDIA H100 80GB HBM3), bf16`, or `cpu (AMD EPYC 9R14), float32`.
     """
     import torch
 
-    device = settle(device)
+    device = resolve_device(device)
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     name = str(device) + (f" ({model})" if model else "")
-    return f"{name}, {_PRECISIONS[settle_precision(device, precision or '32-true')]}"
+    return f"{name}, {_PRECISIONS[resolve_precision(device, precision or '32-true')]}"
 
 
 @functools.cache

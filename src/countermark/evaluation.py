@@ -18,7 +18,7 @@ from torch import nn
 from countermark.attacks import answers, ask, pgd, strict
 from countermark.attacks.strict import CLEAN, OPENING, STAGES
 from countermark.data import Examples, joined, pixels
-from countermark.device import batch_size, seeded, settle_precision
+from countermark.device import batch_size, resolve_precision, seeded
 from countermark.errors import CountermarkError
 from countermark.fast import prepare
 from countermark.files import read_json, write_json
@@ -149,7 +149,7 @@ def adversarial_accuracy(
     device = device_of(model)
     count = batch_size(device, examples.x.shape[1:], _ATTACKED)
     computing = (
-        torch.bfloat16 if settle_precision(device, precision) == "bf16-mixed" else torch.float32
+        torch.bfloat16 if resolve_precision(device, precision) == "bf16-mixed" else torch.float32
     )
     survivors = 0
     shown = bar(title, len(examples)) if title is not None else contextlib.nullcontext(None)

@@ -200,9 +200,9 @@ class OneDeviceOptions(VerbConfig):
 
     def record(self) -> dict[str, Any]:
         """The configuration with the kind of device that is meant on this machine."""
-        from countermark.device import settle
+        from countermark.device import resolve_device
 
-        return {**super().record(), "device": settle(self.device).type}
+        return {**super().record(), "device": resolve_device(self.device).type}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +221,11 @@ class DeviceOptions(OneDeviceOptions):
 
     def record(self) -> dict[str, Any]:
         """The configuration with the precision that is meant on this machine."""
-        from countermark.device import settle, settle_precision
+        from countermark.device import resolve_device, resolve_precision
 
         return {
             **super().record(),
-            "precision": settle_precision(settle(self.device), self.precision),
+            "precision": resolve_precision(resolve_device(self.device), self.precision),
         }
 
 

@@ -114,7 +114,7 @@ def list_parts(
     """
     for part in parts.values():
         _check_shape(part)
-    labels, names = settle_labels(
+    labels, names = resolve_labels(
         {part.labels: whole_labels(part.y, part.labels, part.shape[0]) for part in parts.values()},
         class_names,
     )
@@ -160,7 +160,7 @@ def whole_labels(values: Any, origin: str, count: int) -> Array:
     return y.astype(np.int64)
 
 
-def settle_labels(
+def resolve_labels(
     labels: Mapping[str, Array], class_names: Any = None
 ) -> tuple[dict[str, Array], tuple[str, ...]]:
     """Number the classes of several parts, of which the training part comes first.

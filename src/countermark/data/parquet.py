@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from countermark.data.arrays import settle_labels, whole_labels
+from countermark.data.arrays import resolve_labels, whole_labels
 from countermark.data.folder import SPLITS
 from countermark.data.images import Array, DamagedError, Decoded, decode
 from countermark.data.reading import PARTS, Item, Listing, file_state
@@ -63,7 +63,7 @@ def list_parquet(place: Path) -> Listing:
         part: np.concatenate([_labels(path, label) for path in paths])
         for part, paths in parts.items()
     }
-    labels, class_names = settle_labels(
+    labels, class_names = resolve_labels(
         {
             _origin(place, part): whole_labels(y, _origin(place, part), len(y))
             for part, y in raw.items()

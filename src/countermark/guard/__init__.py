@@ -2,7 +2,7 @@
 
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent_scores
-from countermark.guard.foreign import Familiar, familiar, strangeness
+from countermark.guard.foreign import HonestRanges, foreign_share, honest_ranges
 from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
 from countermark.guard.model import (
     Answers,
@@ -30,11 +30,11 @@ __all__ = [
     "Answers",
     "Calibration",
     "ExpectedCost",
-    "Familiar",
     "Guard",
     "GuardSettings",
     "GuardedModel",
     "Head",
+    "HonestRanges",
     "QueryLog",
     "Row",
     "RowError",
@@ -44,15 +44,15 @@ __all__ = [
     "calibrate_model",
     "consistent_scores",
     "expected_cost",
-    "familiar",
+    "foreign_share",
     "guard_record",
     "guard_sha256",
+    "honest_ranges",
     "images_of",
     "load_guarded",
     "read_guard",
     "read_guard_record",
     "read_head",
-    "strangeness",
     "trace_accounts",
     "weights_sha256",
     "write_guard",

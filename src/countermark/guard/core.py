@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional
 
 from countermark.errors import CountermarkError
-from countermark.guard.foreign import Familiar, outlines
+from countermark.guard.foreign import HonestRanges, outlines
 
 WHOLE = 1 << 16
 """Chances are whole numbers of 65536ths, so that a coin can be reproduced exactly."""
@@ -62,7 +62,7 @@ class GuardSettings:
     reach: float
     offsets: tuple[float, ...]
     features: int
-    familiar: Familiar | None = None
+    familiar: HonestRanges | None = None
     outlines: tuple[float, ...] = ()
     steps: int = STEPS
 
@@ -129,7 +129,7 @@ class Guard:
             logits: `(n, classes)`.
             features: `(n, features)`, from the layer that the cells are made from.
             client: name of the account that asks; each account has its own coins.
-            images: the queries, uint8 `(n, c, h, w)`; needed if the settings have `familiar`.
+            images: the queries, uint8 `(n, c, h, w)`; needed if the settings have `honest_ranges`.
 
         Returns:
             int64 answers `(n,)`, and the trials among them in order. Only a client's first trial in

@@ -28,7 +28,7 @@ _AT_A_TIME = 1 << 24  # values of the images that are processed at once
 
 
 @dataclass(frozen=True)
-class Familiar:
+class HonestRanges:
     """What honest images may look like; public.
 
     Attributes:
@@ -67,7 +67,7 @@ def outlines(images: torch.Tensor) -> torch.Tensor:
     return functional.adaptive_avg_pool2d(pixels(images), _FIELDS).flatten(1)
 
 
-def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
+def honest_ranges(training: torch.Tensor, epsilon: float) -> HonestRanges:
     """Learn what honest images may look like.
 
     Args:
@@ -90,13 +90,13 @@ def familiar(training: torch.Tensor, epsilon: float) -> Familiar:
         torch.minimum(lowest, part.amin(0), out=lowest)
         torch.maximum(highest, part.amax(0), out=highest)
     widened = (lowest.int() - margin).clamp(0, 255), (highest.int() + margin).clamp(0, 255)
-    return Familiar(
+    return HonestRanges(
         *(side.to(torch.uint8).contiguous().numpy().tobytes().hex() for side in widened)
     )
 
 
-def strangeness(training: torch.Tensor, epsilon: float) -> float:
-    """Estimate the share of honest queries that will be foreign to `familiar(training, epsilon)`.
+def foreign_share(training: torch.Tensor, epsilon: float) -> float:
+    """Estimate the share of honest queries that will be foreign to the training images' ranges.
 
     Each training image in turn is left out and compared with the ranges of all the others. This is
     a far better estimate than the few images of a validation pool give. An image can be foreign
@@ -104,7 +104,7 @@ def strangeness(training: torch.Tensor, epsilon: float) -> float:
 
     Args:
         training: uint8 `(n, c, h, w)`, at least two images.
-        epsilon: as for `familiar`.
+        epsilon: as for `honest_ranges`.
 
     Raises:
         CountermarkError: there are fewer than two images.

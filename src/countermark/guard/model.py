@@ -17,7 +17,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, projections
-from countermark.guard.foreign import familiar, outlines, strangeness
+from countermark.guard.foreign import foreign_share, honest_ranges, outlines
 
 _CHUNK = 250  # images at a time on a CPU
 _FOREIGN_BITS = 14
@@ -64,7 +64,7 @@ class GuardedModel:
                 `Guard.questions`. `None`: 1e-5 for a network on the CPU, 1e-2 on other devices.
         """
         self.network, self.guard = network.eval(), guard
-        self._split = Split(network)
+        self._split = FeatureReader(network)
         self._tolerance = (
             tolerance
             if tolerance is not None
@@ -109,7 +109,7 @@ class GuardedModel:
         return int(labels[0]), trials
 
 
-class Split:
+class FeatureReader:
     """Run a network on its device, and keep the input of the linear layer that runs last.
 
     The resulting `(logits, features)` are on the CPU.
@@ -176,13 +176,13 @@ def calibrate_model(
     the stated cost, the guard does without those coins.
 
     Raises:
-        CountermarkError: as for `calibrate` and `strangeness`.
+        CountermarkError: as for `calibrate` and `foreign_share`.
     """
     # The share of honest queries that meet a fair coin, which spoils half of their answers.
-    share = 0.0 if training is None else strangeness(training.x, epsilon)
+    share = 0.0 if training is None else foreign_share(training.x, epsilon)
     affordable = training is not None and 50 * share <= _FOREIGN_SHARE * cost
     taken = 50 * share if affordable else 0.0
-    split = Split(network.eval())
+    split = FeatureReader(network.eval())
     count = split.count(validation.x)
     told = [split(validation.x[i : i + count]) for i in range(0, len(validation), count)]
     logits, features = (torch.cat(columns) for columns in zip(*told, strict=True))
@@ -204,7 +204,9 @@ def calibrate_model(
     seen = joined(parts, len(validation)).double()
     signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
     offsets = tuple((seen @ signs).mean(0).tolist())
-    settings = replace(found.settings, familiar=familiar(training.x, epsilon), outlines=offsets)
+    settings = replace(
+        found.settings, familiar=honest_ranges(training.x, epsilon), outlines=offsets
+    )
     # A fair coin is one bit.
     met = {"entropy": found.entropy + share, "tied": found.tied + 100 * share}
     return replace(found, settings=settings, cost=found.cost + taken, foreign_cost=taken, **met)
@@ -227,7 +229,7 @@ class ExpectedCost:
 
 def expected_cost(model: GuardedModel, examples: Examples) -> ExpectedCost:
     """Compute the cost of a guard on examples, images `(n, c, h, w)`, uint8 or pixels."""
-    split, lost = Split(model.network), []
+    split, lost = FeatureReader(model.network), []
     count = split.count(examples.x)
     for start in range(0, len(examples), count):
         part = slice(start, start + count)

@@ -12,7 +12,7 @@ from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, canonical_json, read_json, sha256, write_json
 from countermark.guard.calibration import Calibration
 from countermark.guard.core import WHOLE, Guard, GuardSettings
-from countermark.guard.foreign import MOST_VALUES, Familiar
+from countermark.guard.foreign import MOST_VALUES, HonestRanges
 from countermark.guard.model import GuardedModel
 from countermark.networks import load_model
 from countermark.places import Network
@@ -77,7 +77,7 @@ def read_guard(folder: Path) -> GuardSettings:
     usual = settings["familiar"]
     lists = {name: tuple(settings[name]) for name in ("offsets", "outlines")}
     return GuardSettings(
-        **{**settings, **lists, "familiar": None if usual is None else Familiar(**usual)}
+        **{**settings, **lists, "familiar": None if usual is None else HonestRanges(**usual)}
     )
 
 

@@ -121,7 +121,7 @@ def trace_accounts(
                 "its own)"
             )
         book = books.setdefault(row.client, _Book())
-        book.settle(row, answer, tails)
+        book.enter(row, answer, tails)
         pool.update(row.client, book.process)
         best.update(row.client, book.best)
     found = [
@@ -151,7 +151,7 @@ class _Book:
         self.counts = {1: 0, -1: 0, 0: 0}
         self.expected = 0.0
 
-    def settle(self, row: Row, answer: int, tails: bool) -> None:
+    def enter(self, row: Row, answer: int, tails: bool) -> None:
         if answer not in (row.heads, row.tails):
             self.counts[0] += 1
             return

@@ -19,7 +19,7 @@ from torch import nn
 
 from countermark.data import KNOWN, DataPlace, Dataset, Pools, by_digest, known, open_data
 from countermark.data.pools import HELD_OUT, unpacked
-from countermark.device import settle
+from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import read_json, read_tensors, write_json, write_tensors
 from countermark.named_code import is_code
@@ -658,4 +658,4 @@ def load(
     Raises:
         CountermarkError: see `load_model`; or there is no such device.
     """
-    return load_model(own_path(folder, "the model folder"), network, settle(device))[0]
+    return load_model(own_path(folder, "the model folder"), network, resolve_device(device))[0]

@@ -17,7 +17,7 @@ from torch import nn
 
 from countermark.attacks import pgd
 from countermark.data import Dataset, Examples, Pools, known, load_ood, open_data, pixels
-from countermark.device import seeded, settle
+from countermark.device import resolve_device, seeded
 from countermark.evaluation import accuracy, adversarial_accuracy, predict
 from countermark.evidence import judge
 from countermark.files import make_private_folder, read_tensors, write_bytes, write_tensors
@@ -386,7 +386,7 @@ def use_device(name: str) -> None:
 
 
 def _device() -> torch.device:
-    return settle(_DEVICE[0])
+    return resolve_device(_DEVICE[0])
 
 
 def _hardware() -> Hardware:

@@ -1,7 +1,7 @@
 """Training: one loop, its objectives and the recipes by name."""
 
 from countermark.training.config import Hardware, TrainConfig
-from countermark.training.loop import Epoch, open_hardware, settled, train
+from countermark.training.loop import Epoch, open_hardware, resolve_hardware, train
 from countermark.training.recipes import (
     Traits,
     gentle,
@@ -25,7 +25,7 @@ __all__ = [
     "open_hardware",
     "own_network",
     "recipe",
-    "settled",
+    "resolve_hardware",
     "train",
     "traits",
 ]

@@ -18,7 +18,7 @@ class Hardware:
     """Where training runs; Lightning Fabric does the rest.
 
     Attributes:
-        accelerator: `auto`, `cpu`, `cuda`, `cuda:N` or `mps` (see `device.settle`).
+        accelerator: `auto`, `cpu`, `cuda`, `cuda:N` or `mps` (see `device.resolve_device`).
         devices: processes, one per device; more than one trains data-parallel (DDP) on batches of
             the same global size.
         precision: `auto` takes bf16 where the device computes in it, else float32.

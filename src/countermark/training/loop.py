@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from countermark.attacks import Recording, capturable, pgd
 from countermark.data import Examples, pixels
-from countermark.device import seeded, settle, settle_precision
+from countermark.device import resolve_device, resolve_precision, seeded
 from countermark.errors import CountermarkError
 from countermark.evaluation import adversarial_accuracy, agreement, device_of, evaluating, predict
 from countermark.fast import prepare, quick_to_train, worth_preparing
@@ -34,7 +34,7 @@ from countermark.terminal import bar
 from countermark.threat import Attack
 from countermark.training.config import Hardware, TrainConfig
 from countermark.training.turns import in_turn, seed_of, shuffled
-from countermark.training.views import View, any_view
+from countermark.training.views import View, random_view
 
 _CHECKPOINT_SECONDS = 30.0
 _LARGEST = 1 << 34  # bytes of a checkpoint
@@ -132,10 +132,13 @@ def train(
             or logits that are no longer finite.
     """
     _check(network, examples, validation, watermarks, bounded)
-    hardware = settled(config.hardware)
+    hardware = resolve_hardware(config.hardware)
     # A run that was begun in one precision or on one kind of device does not go on in another.
     config = _carrying(
-        replace(config, hardware=replace(hardware, accelerator=settle(hardware.accelerator).type)),
+        replace(
+            config,
+            hardware=replace(hardware, accelerator=resolve_device(hardware.accelerator).type),
+        ),
         examples,
     )
     fabric = open_hardware(hardware)
@@ -212,8 +215,8 @@ def open_hardware(hardware: Hardware) -> Any:
 
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
-    found = settled(hardware)
-    device = settle(found.accelerator)
+    found = resolve_hardware(hardware)
+    device = resolve_device(found.accelerator)
     strategy = (
         "auto" if found.devices == 1 else ("ddp_spawn" if device.type == "cuda" else "ddp_fork")
     )
@@ -229,13 +232,13 @@ def open_hardware(hardware: Hardware) -> Any:
         ) from error
 
 
-def settled(hardware: Hardware) -> Hardware:
+def resolve_hardware(hardware: Hardware) -> Hardware:
     """What `auto` means on this machine.
 
     Raises:
         CountermarkError: there is no such device, or there are fewer of them.
     """
-    device = settle(hardware.accelerator)
+    device = resolve_device(hardware.accelerator)
     if hardware.devices > 1 and ":" in hardware.accelerator:
         raise CountermarkError(
             f"{hardware.accelerator} is one device; "
@@ -247,7 +250,7 @@ def settled(hardware: Hardware) -> Hardware:
             f"there are no {hardware.devices} {device.type} devices here; take {there}"
         )
     named = str(device) if device.index else device.type  # the first one needs no number
-    return Hardware(named, hardware.devices, settle_precision(device, hardware.precision))
+    return Hardware(named, hardware.devices, resolve_precision(device, hardware.precision))
 
 
 def _carrying(config: TrainConfig, examples: Examples) -> TrainConfig:
@@ -659,7 +662,7 @@ def _step(
     _set_seed(fabric.device, seed_of(config.seed, "step", run.step, fabric.global_rank))
     x, y = pixels(batch.x, bounded=False), batch.y  # `train` has looked at their range
     grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
-    view = any_view(len(x), config.flip, config.shift).to(x.device)
+    view = random_view(len(x), config.flip, config.shift).to(x.device)
     x = view.of(x)
     inputs = [run.perturb(chosen, x, y, grown, view)]
     if marks is not None and config.embedding == "interleaved":

@@ -48,7 +48,7 @@ class View:
         )
 
 
-def any_view(count: int, mirror: bool, most: int) -> View:
+def random_view(count: int, mirror: bool, most: int) -> View:
     """Draw a view from torch's generator.
 
     Args:

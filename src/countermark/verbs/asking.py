@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from countermark.data import KNOWN, Examples, is_cached, load_examples
-from countermark.device import settle
+from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.evaluation import agreement
 from countermark.options import SuspectOptions
@@ -83,7 +83,7 @@ def ask(
         headers=tuple((name.strip(), value.strip()) for name, _, value in headers),
     )
     suspect = open_suspect(
-        config.suspect, tuple(x.shape[1:]), asking, settle(config.device), config.network
+        config.suspect, tuple(x.shape[1:]), asking, resolve_device(config.device), config.network
     )
     labels = suspect(x)
     asker = suspect if isinstance(suspect, Asker) else None
@@ -92,7 +92,7 @@ def ask(
     try:
         examples = clean or _catalogued(tuple(x.shape[1:]), data)
         given, y = _answers(suspect, examples)
-        accuracy, doubt = agreement(given, y), strangeness(given, y)
+        accuracy, doubt = agreement(given, y), foreign_share(given, y)
     except CountermarkError as error:
         unchecked = (
             "It was not checked on clean examples whether the suspect is asked in the right way: "
@@ -131,7 +131,7 @@ def _answers(suspect: Suspect, examples: Examples) -> tuple[torch.Tensor, torch.
     return given[answered], examples.y[answered]
 
 
-def strangeness(given: torch.Tensor, y: torch.Tensor) -> str:
+def foreign_share(given: torch.Tensor, y: torch.Tensor) -> str:
     """What answers to clean examples say about the way in which a suspect is asked.
 
     An exchange of classes is looked for by leaving one out: each answer is read as the class that

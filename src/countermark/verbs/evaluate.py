@@ -10,7 +10,7 @@ import torch
 
 from countermark.attacks.strict import ENSEMBLE
 from countermark.data import cache_folder
-from countermark.device import describe, settle
+from countermark.device import describe, resolve_device
 from countermark.errors import CountermarkError
 from countermark.evaluation import (
     LARGEST_HONEST_GAP,
@@ -108,7 +108,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     begun = time.monotonic()
     model = Path(config.model)
-    device = settle(config.device)
+    device = resolve_device(config.device)
     network, description = load_model(model, config.network, device=device)
     folder = Path(config.key) if config.key else model / "key" if (model / "key").is_dir() else None
     watermark_accuracy = None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from countermark.device import describe, settle
+from countermark.device import describe, resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, write_json
 from countermark.guard import (
@@ -96,7 +96,7 @@ def guard(config: GuardConfig) -> Calibrated:
             weights, or the folder has another guard that was timestamped.
     """
     folder = Path(config.model)
-    device = settle(config.device)
+    device = resolve_device(config.device)
     network, description = load_model(folder, config.network, device=device)
     data = open_declared(description, data=config.data, cache=config.cache)
     stamp = timestamping(config.tsa, config.roots)

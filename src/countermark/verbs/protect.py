@@ -60,7 +60,7 @@ from countermark.training import (
     open_hardware,
     own_network,
     recipe,
-    settled,
+    resolve_hardware,
     train,
     traits,
 )
@@ -326,7 +326,7 @@ def _plan(config: ProtectConfig) -> _Plan:
     given = traits(data, pools.training, mirror=config.mirror, shift=config.shift)
     objective = config.objective or ("fast" if config.weights is None else "standard")
     # The history says what was used.
-    hardware = settled(Hardware(config.device, config.devices, config.precision))
+    hardware = resolve_hardware(Hardware(config.device, config.devices, config.precision))
     options: dict[str, Any] = {"seed": config.seed, "hardware": hardware, "epochs": config.epochs}
     training: TrainConfig | None = recipe(given, objective, threat, **options)
     embedding = marking(_either(training), given, objective)

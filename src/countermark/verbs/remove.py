@@ -13,7 +13,7 @@ from countermark.files import new_folder, read_json
 from countermark.networks import declared_pools, load_model, open_declared
 from countermark.options import DeviceOptions, ModelOptions, NewPath, ReadPath, option, verb
 from countermark.thieves import REMOVALS, Means, Removal, objective_of, removed
-from countermark.training import Hardware, settled, traits
+from countermark.training import Hardware, resolve_hardware, traits
 from countermark.verbs.copies import Copy, show, write_copy
 
 
@@ -86,7 +86,7 @@ def remove(config: RemovalConfig) -> Copy:
         CountermarkError: a model that cannot be read, an output folder that is not empty.
     """
     begun, folder, out = time.monotonic(), Path(config.model), Path(config.out)
-    hardware = settled(Hardware(config.device, config.devices, config.precision))
+    hardware = resolve_hardware(Hardware(config.device, config.devices, config.precision))
     network, description = load_model(folder, config.network, hardware.accelerator)
     data = open_declared(description, data=config.data, cache=config.cache)
     with new_folder(out, config.record()) as work:

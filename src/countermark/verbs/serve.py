@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from countermark.device import settle
+from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.networks import load_model
 from countermark.options import NewLogPath, OneDeviceOptions, ReadPath, verb
@@ -111,7 +111,7 @@ def serve(config: ServeConfig) -> Served:
     from countermark.service.server import connections_that_fit, listen, run
 
     folder = Path(config.model)
-    device = settle(config.device)
+    device = resolve_device(config.device)
     network, description = load_model(folder, config.network, device=device)
     clients = Clients(Path(config.clients) if config.clients else folder / "clients.json")
     torch.set_num_threads(

@@ -11,7 +11,7 @@ from countermark.files import new_folder
 from countermark.networks import declared_pools, load_model, open_declared
 from countermark.options import DeviceOptions, ModelOptions, NewPath, ReadPath, verb
 from countermark.thieves import THEFTS, Means, stolen
-from countermark.training import Hardware, settled
+from countermark.training import Hardware, resolve_hardware
 from countermark.verbs.copies import Copy, show, write_copy
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def steal(config: StealConfig) -> Copy:
             not empty.
     """
     begun, out = time.monotonic(), Path(config.out)
-    hardware = settled(Hardware(config.device, config.devices, config.precision))
+    hardware = resolve_hardware(Hardware(config.device, config.devices, config.precision))
     victim, description = load_model(Path(config.victim), config.network, hardware.accelerator)
     data = open_declared(description, data=config.data, cache=config.cache)
     with new_folder(out, config.record()) as work:
