@@ -1012,11 +1012,23 @@ def test_help_lists_every_verb_and_a_groups_help_its_actions() -> None:
     assert all(status == 0 and err == "" for status, _, err in helps)
     texts = [out for _, out, _ in helps]
     assert texts[0] == texts[1]
-    assert [name for name in VERBS if f"\n  {name} " not in texts[0]] == []
     for number, group in enumerate(groups):
         assert texts[2 + 2 * number] == texts[3 + 2 * number]
         for name in VERBS:
             assert (f"  {name} " in texts[2 + 2 * number]) == name.startswith(f"{group} ")
+
+
+def test_help_is_one_screen_grouped_by_what_people_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = cli._overview().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    listed = [line for line in lines if line.startswith("  ")]
+    assert len(listed) == len(VERBS) <= 24  # one line each
+    # Two spaces or more part the columns: the task, where one begins, the verb and its summary.
+    rows = [re.split(r" {2,}", line.strip()) for line in listed]
+    assert [row[-2:] for row in rows] == [[name, cli._summary(name)] for name in VERBS]
+    begun = {row[0]: row[1] for row in rows if len(row) == 3}
+    assert begun == {task: names[0] for task, names in cli.TASKS.items()}
 
 
 def test_nothing_to_do_lists_every_verb_in_one_line() -> None:
@@ -1206,7 +1218,7 @@ def test_a_function_says_what_it_takes(verb: str) -> None:
     assert [name for name in parameters if f"\n    {name}: " not in function.__doc__] == []
     assert len([each for each in parameters.values() if each.kind is not each.KEYWORD_ONLY]) <= 1
     assert dataclasses.is_dataclass(inspect.signature(function).return_annotation)
-    assert cli._summary(verb) == inspect.getdoc(config)
+    assert cli._summary(verb) == str(inspect.getdoc(config)).splitlines()[0]
 
 
 def test_the_public_names_are_those_that_a_type_checker_sees() -> None:

@@ -37,34 +37,19 @@ if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry
 
 
-VERBS = (
-    "data fetch",
-    "data check",
-    "protect",
-    "evaluate",
-    "verify",
-    "claim",
-    "adjudicate",
-    "steal",
-    "remove",
-    "export",
-    "plan",
-    "guard",
-    "client add",
-    "serve",
-    "trace",
-    "log head",
-    "log check",
-    "log erase",
-    "bundle sign",
-    "bundle check",
-    "quickstart",
-    "reproduce",
-)
-"""Every verb, of one word or two, in the order of the help.
+TASKS = {
+    "make": ("data fetch", "data check", "protect", "export", "bundle sign", "bundle check"),
+    "check": ("evaluate", "verify", "plan"),
+    "serve": ("guard", "client add", "serve", "trace", "log head", "log check", "log erase"),
+    "dispute": ("claim", "adjudicate"),
+    "study": ("quickstart", "steal", "remove", "reproduce"),
+}
+"""What people do, and every verb for it, of one word or two, in the order of the help.
 
-Each is a file of `verbs/` and a function of the same name in it, with an underscore for a space.
+A verb is a file of `verbs/` and a function of the same name in it, with an underscore for a space.
 """
+VERBS = tuple(verb for verbs in TASKS.values() for verb in verbs)
+"""Every verb, in the order of `TASKS`."""
 
 _ABOUT = """Train image classifiers that resist attack, mark them with keyed coins, and prove a
 stolen copy."""
@@ -191,12 +176,14 @@ def _file(name: str) -> str:
 
 
 def _summary(name: str) -> str:
-    """A verb's first line of help, out of its source: what it imports may be slow."""
+    """The first line of a verb's help.
+
+    It is read from the source, because importing the verb may be slow.
+    """
     source = pkgutil.get_data("countermark.verbs", f"{_file(name)}.py") or b""
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    return next(
-        (ast.get_docstring(each) or "" for each in classes if each.name.endswith("Config")), ""
-    )
+    words = (ast.get_docstring(each) or "" for each in classes if each.name.endswith("Config"))
+    return next(words, "").partition("\n")[0]
 
 
 def _groups() -> list[str]:
@@ -205,17 +192,22 @@ def _groups() -> list[str]:
 
 
 def _overview(prefix: str = "") -> str:
-    """The help on all verbs, or on those of a group."""
-    verbs = {name: _summary(name) for name in VERBS if name.startswith(prefix)}
-    column = max(map(len, verbs)) + 4
+    """The help on all verbs, with what people do in front, or on those of a group."""
+    verbs = [name for name in VERBS if name.startswith(prefix)]
+    heads = {} if prefix else {names[0]: task for task, names in TASKS.items()}
+    indent = 2 if prefix else max(map(len, TASKS)) + 4
+    column = indent + max(map(len, verbs)) + 2
     width = max(shutil.get_terminal_size().columns, column + _NARROWEST)
     lines = [f"usage: countermark {prefix or 'VERB '}{'ACTION ' if prefix else ''}[OPTIONS]", ""]
     lines += [] if prefix else [*textwrap.wrap(_ABOUT, width), ""]
-    for name, summary in verbs.items():
-        first, rest = f"  {name}".ljust(column), " " * column
-        lines += textwrap.wrap(summary, width, initial_indent=first, subsequent_indent=rest)
+    for name in verbs:
+        first = f"  {heads.get(name, '')}".ljust(indent) + name
+        rest = " " * column
+        lines += textwrap.wrap(
+            _summary(name), width, initial_indent=first.ljust(column), subsequent_indent=rest
+        )
     more = f"countermark {prefix or 'VERB '}{'ACTION ' if prefix else ''}--help shows the options"
-    more += "." if prefix else " of one, countermark --version the release."
+    more += "." if prefix else ", countermark --version the release."
     return "\n".join([*lines, "", *textwrap.wrap(more, width)])
 
 

@@ -36,7 +36,10 @@ _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
 
 @dataclass(frozen=True, kw_only=True)
 class AdjudicateConfig(SuspectOptions):
-    """Judge a claim as a third party: check it, ask the suspect, write a page and a JSON file."""
+    """Judge a claim as a third party; write the judgement.
+
+    The claim is checked, the suspect is asked, and a page and a JSON file say what came of it.
+    """
 
     suspect: ReadPath
     """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or

@@ -10,7 +10,10 @@ from countermark.terminal import print_lines
 
 @dataclass(frozen=True, kw_only=True)
 class BundleCheckConfig(VerbConfig):
-    """Check the OpenSSF signature of a model folder."""
+    """Check the signature that `bundle sign` made.
+
+    It is an OpenSSF signature of every public file of the model folder.
+    """
 
     model: ReadPath = field(kw_only=False)
     """Model folder with its model.sig."""

@@ -10,7 +10,10 @@ from countermark.terminal import print_lines
 
 @dataclass(frozen=True, kw_only=True)
 class BundleSignConfig(VerbConfig):
-    """Sign every public file of a model folder with OpenSSF model-signing, in MODEL/model.sig."""
+    """Sign a model folder's public files with model-signing.
+
+    The signature is OpenSSF's, in MODEL/model.sig.
+    """
 
     model: ReadPath = field(kw_only=False)
     """Model folder; its key, clients.json and the signature itself are left out."""

@@ -33,7 +33,10 @@ SPENT_FORMAT = "countermark spent 1"
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimConfig(SuspectOptions, StampOptions):
-    """Open one batch of a key against a suspect: a folder that a judge can check."""
+    """Open part of a key, so that a judge can check it.
+
+    The claim is a folder with one batch of the key's trials and the answers of a suspect.
+    """
 
     suspect: ReadPath = field(kw_only=False)
     """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or

@@ -11,7 +11,10 @@ from countermark.terminal import note, print_lines
 
 @dataclass(frozen=True, kw_only=True)
 class ClientAddConfig(VerbConfig):
-    """Let a client ask the service: print a new API key, once, and keep only its digest."""
+    """Let a client use the service: print a new API key.
+
+    The API key is printed once, and only its digest is kept.
+    """
 
     name: str = field(kw_only=False)
     """Name of the account; the log and every trace use it."""

@@ -13,7 +13,10 @@ _CLASSES = 40  # that are shown; --json has all
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheckConfig(DataOptions):
-    """Say what a place holds: good, converted and damaged images, doubles, pools."""
+    """Check images: good, converted, damaged, duplicate.
+
+    It also says which pools a mark would have.
+    """
 
     place: AnyData = field(kw_only=False)
     """Data set: a name (mnist, cifar10), a folder of class folders, a .npz or Parquet file, or

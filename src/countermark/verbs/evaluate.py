@@ -32,7 +32,10 @@ from countermark.watermarks import load_key
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ModelOptions, OneDeviceOptions):
-    """Measure a model on the test pool: test, adversarial and watermark accuracy."""
+    """Measure test, adversarial and watermark accuracy.
+
+    All of them are measured on the test pool.
+    """
 
     model: ReadPath = field(kw_only=False)
     """Model folder."""

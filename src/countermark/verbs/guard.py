@@ -27,7 +27,10 @@ from countermark.watermarks import load_secret, sign, third_commitment
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig(ModelOptions, OneDeviceOptions, StampOptions):
-    """Calibrate a guard for a model folder: a client's coins will choose nearly tied answers."""
+    """Calibrate a guard, which puts coins into answers.
+
+    A client's coins will choose among a model's nearly tied answers.
+    """
 
     model: ReadPath = field(kw_only=False)
     """Model folder; guard.json is written there."""

@@ -13,7 +13,7 @@ from countermark.timestamps import check_token, load_roots
 
 @dataclass(frozen=True, kw_only=True)
 class LogCheckConfig(VerbConfig):
-    """Check every row of a query log and the chain that binds them."""
+    """Check every row of a query log, and their hash chain."""
 
     log: LogPath = field(kw_only=False)
     """Query log: a path or postgresql://..."""

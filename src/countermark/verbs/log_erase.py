@@ -9,7 +9,10 @@ from countermark.terminal import print_lines
 
 @dataclass(frozen=True, kw_only=True)
 class LogEraseConfig(VerbConfig):
-    """Erase what a query log holds of a client; the chain still checks."""
+    """Erase a client from a query log.
+
+    The hash chain of the log still checks.
+    """
 
     log: LogPath = field(kw_only=False)
     """Query log: a path or postgresql://..."""

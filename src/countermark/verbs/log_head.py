@@ -11,7 +11,10 @@ from countermark.timestamps import encode_token, timestamping
 
 @dataclass(frozen=True, kw_only=True)
 class LogHeadConfig(StampOptions):
-    """Print a query log's head; published or timestamped, it exposes changes to earlier rows."""
+    """Print the head of a query log, to be published.
+
+    A head that was published or timestamped exposes changes to earlier rows.
+    """
 
     log: LogPath = field(kw_only=False)
     """Query log: a path or postgresql://..."""

@@ -9,7 +9,7 @@ from countermark.terminal import print_lines
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(VerbConfig):
-    """Say how many trials a wished p-value takes."""
+    """Say how many trials a p-value needs."""
 
     p: float = 1e-9
     """The wished p-value."""

@@ -90,7 +90,10 @@ _ROUNDS_FORMAT = "countermark rounds 1"
 
 @dataclass(frozen=True, kw_only=True)
 class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
-    """Train a robust model, mark it, and write model, key and commitment."""
+    """Train a robust model and mark it, or mark your own.
+
+    It writes the model, the key and the commitment.
+    """
 
     data: AnyData = field(kw_only=False)
     """Data set: mnist, fashion_mnist, digits, cifar10, or a place of your own: a folder of class

@@ -26,7 +26,10 @@ _FINETUNED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class QuickstartConfig(DataOptions):
-    """The whole story in minutes: protect a model, then tell a stolen copy from a stranger."""
+    """See the whole story: tell a copy from a stranger.
+
+    It protects a model in minutes, steals it, and asks the copy and a stranger for the coins.
+    """
 
     out: WrittenPath = "quickstart"
     """Folder to write; a story that was interrupted goes on where it was."""

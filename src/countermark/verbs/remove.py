@@ -19,7 +19,10 @@ from countermark.verbs.copies import Copy, show, write_copy
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalConfig(ModelOptions, DeviceOptions):
-    """Try to remove a mark; several ways are tried one after the other, in the order below."""
+    """Try to remove a mark, as a thief would.
+
+    Several ways are tried one after the other, in the order below.
+    """
 
     model: ReadPath = field(kw_only=False)
     """Model folder."""

@@ -20,7 +20,10 @@ from countermark.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig(DataOptions, OneDeviceOptions):
-    """Run the paper's study with the strangers that it lacks; report it beside its numbers."""
+    """Run the paper's study and compare the numbers.
+
+    The study has the strangers that the paper's lacks.
+    """
 
     out: WrittenPath = "study"
     """Folder of the study: report.html, results.json, tables as CSV, and the finished units; the

@@ -28,7 +28,10 @@ _LOCKED = 5.0  # seconds that a trial waits for another program that writes the 
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(OneDeviceOptions):
-    """Serve a model by Open Inference Protocol v2, with coins in its answers and a log of them."""
+    """Serve a model over HTTP, with coins in its answers.
+
+    It speaks Open Inference Protocol v2, and keeps a log of the coins.
+    """
 
     model: ReadPath = field(kw_only=False)
     """Model folder with a guard.json."""

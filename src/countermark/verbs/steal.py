@@ -25,7 +25,10 @@ _SETTINGS = "What the thief has: " + "; ".join(
 
 @dataclass(frozen=True, kw_only=True)
 class StealConfig(ModelOptions, DeviceOptions):
-    """Steal a model the way a thief would, to see what the mark survives."""
+    """Steal a model as a thief would.
+
+    The stolen model shows what the mark survives.
+    """
 
     victim: ReadPath = field(kw_only=False)
     """Model folder of the victim."""

@@ -17,7 +17,10 @@ _SHOWN = 20
 
 @dataclass(frozen=True, kw_only=True)
 class TraceConfig(SuspectOptions):
-    """Say from whose account a copy was made: ask a suspect for the queries of a log."""
+    """Say from whose account a copy was made.
+
+    The suspect is asked for the queries of a log.
+    """
 
     key: ReadPath
     """Key folder of the guarded model."""

@@ -14,7 +14,10 @@ from countermark.watermarks import load_key
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig(SuspectOptions):
-    """Ask a suspect for the labels of a key's watermarks and say what they prove."""
+    """Ask a suspect for a key's coins; give the p-value.
+
+    The suspect is asked for the labels of the key's watermarks.
+    """
 
     key: ReadPath
     """Key folder, as protect wrote it."""
