@@ -6,6 +6,7 @@
 # make install      only .venv, with the command .venv/bin/countermark
 # make study        the paper's study beside its numbers, on real MNIST and Fashion-MNIST (profile quick)
 # make bench        beside torchattacks, foolbox, ART and pyautoattack: docs/performance.md, benchmarks/results.json
+# make release      build the wheel and the source archive in dist/, check them, name the tag
 # make first-light  the figures of docs/first-light.md: three seeds of both data sets
 
 PYTHON ?= python3
@@ -23,7 +24,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION ?= $(TORCH)$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: quickstart study install test test-avx2 slow lint format bench first-light clean
+.PHONY: quickstart study install test test-avx2 slow lint format bench first-light release clean
 
 quickstart: install
 	$(BIN)/countermark data fetch mnist
@@ -101,5 +102,17 @@ first-light: $(VENV)/.installed
 	$(BIN)/countermark data fetch fashion_mnist
 	$(BIN)/python benchmarks/first_light.py
 
+# A stale build/ would bring deleted files into the wheel. Nothing is pushed or uploaded.
+release: VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/countermark/version.py)
+release: $(VENV)/.dev
+	@test -z "$$(git status --porcelain)" \
+		|| { echo "commit or remove what git status shows first" >&2; exit 2; }
+	@grep -q "^## $(VERSION)" CHANGELOG.md \
+		|| { echo "CHANGELOG.md has no section $(VERSION)" >&2; exit 2; }
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation >/dev/null
+	$(BIN)/python -m twine check --strict dist/*
+	@echo "now tag it: git tag --annotate v$(VERSION) --message 'Countermark $(VERSION)'"
+
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) $(BENCH) build *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(BENCH) build dist *.egg-info src/*.egg-info
