@@ -1,0 +1,28 @@
+# docker build --tag countermark .
+# docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/work" countermark \
+#     protect digits --out mine
+#
+# The CPU build of PyTorch, and every version as in constraints.txt. What you name is read and
+# written in /work, and fetched data stay in /work/.countermark. A .pt2 suspect is refused where
+# the container may not create user namespaces, which is the default of Docker.
+FROM python:3.11-slim
+
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    COUNTERMARK_CACHE=/work/.countermark
+
+WORKDIR /build
+COPY constraints.txt ./
+RUN pip install --constraint constraints.txt \
+        --extra-index-url https://download.pytorch.org/whl/cpu \
+        "torch==$(sed -n 's/^torch==//p' constraints.txt)+cpu"
+COPY pyproject.toml LICENSE README.md ./
+COPY src src
+RUN pip install --constraint constraints.txt ".[digits,parquet,onnx,serve,judge,sign,study]" \
+    && rm -rf /build/*
+
+RUN useradd --create-home countermark && install --directory --owner=countermark /work
+USER countermark
+WORKDIR /work
+ENTRYPOINT ["countermark"]
