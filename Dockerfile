@@ -2,7 +2,8 @@
 # docker run --rm --user "$(id -u):$(id -g)" --volume "$PWD:/work" countermark \
 #     protect digits --out mine
 #
-# The CPU build of PyTorch, and every version as in constraints.txt. What you name is read and
+# Every version is as in constraints.txt. For the smaller CPU build of PyTorch give the index that
+# has it: --build-arg TORCH="torch==VERSION+cpu --extra-index-url URL". What you name is read and
 # written in /work, and fetched data stay in /work/.countermark. A .pt2 suspect is refused where
 # the container may not create user namespaces, which is the default of Docker.
 FROM python:3.11-slim
@@ -12,11 +13,10 @@ ENV PYTHONDONTWRITEBYTECODE=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     COUNTERMARK_CACHE=/work/.countermark
 
+ARG TORCH=torch
 WORKDIR /build
 COPY constraints.txt ./
-RUN pip install --constraint constraints.txt \
-        --extra-index-url https://download.pytorch.org/whl/cpu \
-        "torch==$(sed -n 's/^torch==//p' constraints.txt)+cpu"
+RUN pip install --constraint constraints.txt ${TORCH}
 COPY pyproject.toml LICENSE README.md ./
 COPY src src
 RUN pip install --constraint constraints.txt ".[digits,parquet,onnx,serve,judge,sign,study]" \
