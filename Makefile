@@ -3,6 +3,7 @@
 # make test-avx2    its numerical part once more, in the instructions of an older processor
 # make slow         the tests that need much room: a real Triton
 # make lint         format, lint, docstrings, types, words
+# make docs         the documentation site: site/index.html
 # make install      only .venv, with the command .venv/bin/countermark
 # make study        the paper's study beside its numbers, on real MNIST and Fashion-MNIST (profile quick)
 # make bench        beside torchattacks, foolbox, ART and pyautoattack: docs/performance.md, benchmarks/results.json
@@ -24,7 +25,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION ?= $(TORCH)$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: quickstart study install test test-avx2 slow lint format bench first-light release clean
+.PHONY: quickstart study install test test-avx2 slow lint format bench first-light docs release clean
 
 quickstart: install
 	$(BIN)/countermark data fetch mnist
@@ -79,6 +80,15 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+$(VENV)/.docs: $(VENV)/.installed
+	@echo "installing what builds the documentation"
+	@$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	@touch $@
+
+# A link that leads nowhere is an error. Nothing is fetched.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict --quiet
 
 study: $(VENV)/.installed
 	$(BIN)/countermark data fetch mnist
