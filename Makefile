@@ -88,7 +88,8 @@ $(VENV)/.docs: $(VENV)/.installed
 
 # A link that leads nowhere is an error. Nothing is fetched.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open site/index.html"
 
 study: $(VENV)/.installed
 	$(BIN)/countermark data fetch mnist

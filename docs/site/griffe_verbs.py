@@ -33,10 +33,18 @@ class Verbs(griffe.Extension):
                 for each in inspect.signature(made).parameters.values()
             )
         )
+        text, _, arguments = made.__doc__.partition("\n\nArgs:\n")
+        summary, raises, errors = text.partition("\n\nRaises:\n")
         result = inspect.signature(made).return_annotation
         said = (inspect.getdoc(result) or "").partition("\n")[0]
-        text = f"{made.__doc__}\n\nReturns:\n    {result.__qualname__}: {said}"
-        func.docstring = griffe.Docstring(text, parent=func)
+        returns = f"\n\nReturns:\n    {result.__qualname__}: {said}"
+        text = f"{summary}\n\nArgs:\n{arguments}{returns}{raises}{errors}"
+        func.docstring = griffe.Docstring(_examples(text), parent=func)
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Have a docstring's `Example:` read as code."""
+        if obj.docstring is not None:
+            obj.docstring.value = _examples(obj.docstring.value)
 
     def on_module_members(self, *, mod: griffe.Module, **_: Any) -> None:
         """Let a second name of a verb in its own module be that verb."""
@@ -45,6 +53,11 @@ class Verbs(griffe.Extension):
                 meant = mod.members.get(str(member.value))
                 if isinstance(meant, griffe.Function):
                     mod.set_member(name, griffe.Alias(name, meant, parent=mod))
+
+
+def _examples(text: str) -> str:
+    """The same docstring with the name that Griffe knows for its examples."""
+    return text.replace("\nExample:\n", "\nExamples:\n")
 
 
 def _type(hint: Any) -> str:

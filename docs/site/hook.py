@@ -19,15 +19,20 @@ from countermark.cli import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
 _SECTION = re.compile(r"^\[[^]]*\]\(\.\./README\.md#([a-z0-9-]+)\)$", re.MULTILINE)
+_VERBS = "<!-- verbs -->"
+_FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+_INNER = re.compile(r"^  (?=- )", re.MULTILINE)  # a list in a list, by two spaces as on GitHub
 _METAVARS = {bool: "", int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the parts that are made into a page."""
+    """Put the parts that are made into a page, and indent lists as MkDocs wants them."""
     markdown = _SECTION.sub(lambda found: readme_section(found[1]), markdown)
-    return (
-        markdown.replace("<!-- verbs -->", "\n".join(verbs())) if "<!-- v" in markdown else markdown
-    )
+    if _VERBS in markdown:
+        markdown = markdown.replace(_VERBS, "\n".join(verbs()))
+    parts = _FENCED.split(markdown)
+    parts[::2] = [_INNER.sub("    ", part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def readme_section(anchor: str) -> str:
