@@ -6,6 +6,7 @@ every verb of the command line with its options.
 """
 
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
@@ -52,7 +53,7 @@ def verbs() -> Iterator[str]:
         config = getattr(module, public).config
         main = next((each for each in fields(config) if not each.kw_only), None)
         words = options._words(config)
-        yield f"## {name}\n\n{config.__doc__}\n"
+        yield f"## {name}\n\n{inspect.cleandoc(config.__doc__ or '')}\n"
         place = "" if main is None else f" {main.name.upper()}"
         place = f" [{place.strip()}]" if main is not None and not options.required(main) else place
         needed = [each for each in fields(config) if options.required(each) and each is not main]
