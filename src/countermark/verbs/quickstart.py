@@ -222,7 +222,7 @@ def show(result: Story) -> None:
         f"  {out}/pruned/, {out}/finetuned/, {out}/stranger/",
         "",
         "try next",
-        f"  countermark steal --victim {out}/model --setting black --out {out}-stolen",
-        f"  countermark verify --suspect {out}-stolen --key {out}/model/key",
-        f"  countermark evaluate --model {out}/model --restarts 3",
+        f"  countermark steal {out}/model --setting black --out {out}-stolen",
+        f"  countermark verify {out}-stolen --key {out}/model/key",
+        f"  countermark evaluate {out}/model --restarts 3",
     )
