@@ -352,7 +352,7 @@ def _plan(config: ProtectConfig) -> _Plan:
     if config.weights is None or objective != "standard":
         return plan
     gently = gentle(_either(training), given, network, epochs=config.epochs)
-    return replace(plan, training=None, embedding=None if config.scheme == "none" else gently)
+    return replace(plan, training=None, embedding=gently)
 
 
 def _check_room(config: ProtectConfig, data: Dataset, pools: Pools) -> None:
