@@ -79,10 +79,17 @@ class Story:
             verb += ["--network", NETWORK]
         return [*self.start, *verb]
 
-    def tell(self, title: str, *words: object, out: str | None = None) -> None:
-        """Run a command unless what it makes is there, and note its time and what it found."""
+    def tell(self, title: str, line: str, *more: object) -> None:
+        """Run a command unless it was run before, and note its time and what it found.
+
+        Args:
+            title: names the command in the table.
+            line: words of the command, with spaces between them.
+            more: further words, which may hold spaces.
+        """
+        words = [*line.split(), *more]
         kept = self.work / f"{title.replace(' ', '-').replace('/', '-')}.json"
-        if kept.exists() and (out is None or (self.work / out).exists()):
+        if kept.exists():
             done: dict[str, Any] = json.loads(kept.read_text())
         else:
             begun = time.monotonic()
@@ -95,7 +102,10 @@ class Story:
             )
             if said.returncode not in VERDICTS.get(str(words[0]), (0,)):
                 raise SystemExit(f"{title}: exit {said.returncode}: {said.stderr.strip()}")
-            done = {"seconds": time.monotonic() - begun, "result": json.loads(said.stdout or "{}")}
+            done = {
+                "seconds": time.monotonic() - begun,
+                "result": json.loads(said.stdout or "{}"),
+            }
             kept.write_text(json.dumps(done))
         self.found[title] = _flat(done["result"])
         self.note(title, done["seconds"], _said(self.found[title]))
@@ -164,11 +174,11 @@ class Length:
     images: int = 100
     queries: int = 2000
     thefts: Sequence[str] = tuple(THEFTS)
-    removals: Sequence[tuple[object, ...]] = (
-        ("--prune", 0.5),
-        ("--finetune", 20, "--learning-rate", 0.01),
-        ("--median", 3),
-        ("--denoise", 16),
+    removals: Sequence[str] = (
+        "--prune 0.5",
+        "--finetune 20 --learning-rate 0.01",
+        "--median 3",
+        "--denoise 16",
     )
 
 
@@ -194,87 +204,45 @@ def own_weights(work: Path, size: int, epochs: int) -> None:
 
 def begin(story: Story) -> None:
     """Look at the images, and train a stranger's model on them."""
-    story.tell("data check", "data", "check", "photos", *story.data)
-    stranger = ["--scheme", "none", "--objective", "standard", "--seed", 1, "--out", "stranger"]
-    story.tell(
-        "stranger: protect", "protect", "--data", "photos", *story.data, *stranger, out="stranger"
-    )
+    story.tell("data check", "data check photos", *story.data)
+    plain = "--scheme none --objective standard --seed 1"
+    line = f"protect --data photos {plain} --out stranger"
+    story.tell("stranger: protect", line, *story.data)
 
 
 def tell(story: Story, mine: str, authority: Authority, length: Length, *options: object) -> None:
     """One story: protect, measure, steal, remove, guard, serve, trace, claim, judge."""
     stamped = ["--tsa", authority.url, "--roots", authority.root]
-    key = f"{mine}/key"
-    story.tell(
-        f"{mine}: protect",
-        "protect",
-        "--data",
-        "photos",
-        *story.data,
-        "--out",
-        mine,
-        *options,
-        *stamped,
-        out=mine,
-    )
-    story.tell(
-        f"{mine}: evaluate --strict", "evaluate", mine, "--strict", "--images", length.images
-    )
-    story.tell(f"{mine}: verify", "verify", mine, "--key", key)
-    story.tell(f"{mine}: verify stranger", "verify", "stranger", "--key", key)
+
+    def run(title: str, line: str, *more: object) -> None:
+        story.tell(f"{mine}: {title}", line, *more)
+
+    def verify(name: str, suspect: str) -> None:
+        run(f"verify {name}".strip(), f"verify {suspect} --key {mine}/key")
+
+    line = f"protect --data photos --out {mine}"
+    run("protect", line, *story.data, *options, *stamped)
+    run("evaluate --strict", f"evaluate {mine} --strict --images {length.images}")
+    verify("", mine)
+    verify("stranger", "stranger")
+    fewer = f"--queries {length.queries} --epochs {length.epochs}"
     for setting in length.thefts:
-        copy, fewer = f"{mine}-{setting}", []
-        if THEFTS[setting].options:
-            fewer = ["--queries", length.queries, "--epochs", length.epochs]
-        story.tell(
-            f"{mine}: steal {setting}",
-            "steal",
-            mine,
-            "--setting",
-            setting,
-            "--out",
-            copy,
-            *fewer,
-            out=copy,
-        )
-        story.tell(f"{mine}: verify {setting}", "verify", copy, "--key", key)
+        line = f"steal {mine} --setting {setting} --out {mine}-{setting}"
+        run(f"steal {setting}", f"{line} {fewer if THEFTS[setting].options else ''}")
+        verify(setting, f"{mine}-{setting}")
     for way in length.removals:
-        name = str(way[0]).removeprefix("--")
-        copy = f"{mine}-{name}"
-        story.tell(
-            f"{mine}: remove {' '.join(map(str, way))}",
-            "remove",
-            mine,
-            *way,
-            "--out",
-            copy,
-            out=copy,
-        )
-        story.tell(f"{mine}: verify {name}", "verify", copy, "--key", key)
-    story.tell(f"{mine}: guard", "guard", mine, "--cost", 0.5, "--tsa", authority.url)
-    exported = f"{mine}.onnx"
-    story.tell(
-        f"{mine}: export", "export", mine, "--format", "onnx", "--out", exported, out=exported
-    )
-    story.tell(f"{mine}: verify onnx", "verify", exported, "--key", key)
+        name = way.split()[0].removeprefix("--")
+        run(f"remove {way}", f"remove {mine} {way} --out {mine}-{name}")
+        verify(name, f"{mine}-{name}")
+    run("guard", f"guard {mine} --cost 0.5 --tsa {authority.url}")
+    run("export", f"export {mine} --format onnx --out {mine}.onnx")
+    verify("onnx", f"{mine}.onnx")
     thief = served(story, mine)
-    story.tell(f"{mine}: trace", "trace", thief, "--key", key, "--log", f"{mine}.db")
-    stolen = f"{mine}-white"
-    claim, owners = f"{mine}-claim", ["--owner-network", NETWORK]
-    story.tell(
-        f"{mine}: claim",
-        "claim",
-        stolen,
-        "--key",
-        key,
-        "--out",
-        claim,
-        *owners,
-        *stamped,
-        out=claim,
-    )
-    judged = ["--roots", authority.root, *owners, "--out", f"{mine}-judgement"]
-    story.tell(f"{mine}: adjudicate", "adjudicate", claim, "--suspect", stolen, *judged)
+    run("trace", f"trace {thief} --key {mine}/key --log {mine}.db")
+    stolen, owners = f"{mine}-white", f"--owner-network {NETWORK}"
+    run("claim", f"claim {stolen} --key {mine}/key --out {mine}-claim {owners}", *stamped)
+    line = f"adjudicate {mine}-claim --suspect {stolen} {owners} --out {mine}-judgement"
+    run("adjudicate", line, "--roots", authority.root)
 
 
 def served(story: Story, mine: str) -> str:

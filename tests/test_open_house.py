@@ -19,7 +19,7 @@ SHORT = open_house.Length(
     images=4,
     queries=300,
     thefts=("white", "black", "distil"),
-    removals=(("--prune", 0.1), ("--median", 3)),
+    removals=("--prune 0.1", "--median 3"),
 )
 
 

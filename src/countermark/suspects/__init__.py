@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from countermark.data import pixels
+from countermark.data import joined, pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
@@ -171,9 +171,8 @@ def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
     device = device_of(network)
     count = batch_size(device, x.shape[1:], _CHUNK)
     with torch.no_grad():
-        logits = torch.cat(
-            [network(pixels(part.to(device))).cpu() for part in torch.split(x, count)]
-        )
+        parts = (network(pixels(part.to(device))).cpu() for part in torch.split(x, count))
+        logits = joined(parts, len(x))
     if not bool(torch.isfinite(logits).all()):
         raise CountermarkError(
             f"{path} answers with logits that are not finite numbers; such a model cannot be asked"
