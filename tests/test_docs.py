@@ -4,12 +4,14 @@ import importlib.util
 import re
 from dataclasses import fields
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 import countermark
 from countermark.cli import VERBS
 from countermark.options import option
+from test_imports import SOURCE, imports, rooms
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -52,6 +54,22 @@ def test_the_api_page_has_every_public_name():
 def test_every_page_stands_in_the_navigation():
     listed = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
     assert sorted(listed) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_the_picture_of_the_architecture_has_every_room_and_imports_go_down():
+    svg = ElementTree.parse(DOCS / "site" / "architecture.svg").getroot()
+    heights = {
+        f"countermark.{name}": float(box.attrib["y"])
+        for box in svg.iter(f"{{{svg.tag[1:].partition('}')[0]}}}text")
+        if box.get("class", "").startswith("room")
+        for name in " ".join(box.itertext()).split()
+    }
+    graph = rooms(imports(SOURCE))
+    assert sorted(heights) == sorted(graph.keys() - {"countermark", "countermark.__main__"})
+    lowest = max(heights.values())
+    for room, y in heights.items():
+        for other in graph[room] - {"countermark"}:
+            assert y < heights[other] or y == heights[other] == lowest, f"{room} imports {other}"
 
 
 def test_the_glossary_is_short():
