@@ -6,7 +6,9 @@ from typing import Any
 
 from countermark.data import Examples
 from countermark.threat import Attack, Threat
-from countermark.training import Hardware, Traits
+from countermark.training import Hardware, Traits, kind_of
+
+_LOOKED_AT = 1000  # images that tell the kind of all of them
 
 
 def _forget(_name: str, _value: Any) -> None:
@@ -60,6 +62,10 @@ class Means:
     def training_attack(self) -> Attack:
         """What a thief who trains adversarially trains against."""
         return self.attack or self.threat.attack
+
+    def shown_traits(self) -> Traits:
+        """What a thief's recipe goes by: the known traits, or what the pool shows."""
+        return self.traits or Traits(kind_of(self.pool.x[:_LOOKED_AT]), len(self.pool))
 
     def given(
         self, defaults: Mapping[str, Any], chosen: Mapping[str, Any] | None = None

@@ -21,7 +21,7 @@ from countermark.networks import Description
 from countermark.networks.cleaners import CLEANERS, Amount
 from countermark.thieves.cleaners import clean
 from countermark.thieves.means import Means
-from countermark.training import TrainConfig, Traits, kind_of, marking, recipe, train
+from countermark.training import TrainConfig, marking, recipe, train
 from countermark.training.recipes import Recipe
 from countermark.watermarks import craft_adversarial, full_strength
 
@@ -259,7 +259,7 @@ def objective_of(description: Description) -> str:
 
 def _marking(means: Means) -> TrainConfig:
     """The recipe by which an owner of such images puts a mark in."""
-    given = means.traits or Traits(kind_of(means.pool.x[:_LOOKED_AT]), len(means.pool))
+    given = means.shown_traits()
     source = recipe(given, means.objective, means.threat, seed=means.seed, hardware=means.hardware)
     return marking(source, given, means.objective)
 
@@ -282,7 +282,6 @@ def _cleaning(name: str) -> Removal:
     )
 
 
-_LOOKED_AT = 1000  # images that tell the kind of all of them
 _RATE = {"learning_rate": 0.005}
 _RECIPE_EPOCHS = 5  # of marking, roughly
 

@@ -27,7 +27,7 @@ from countermark.places import Network
 from countermark.terminal import bar
 from countermark.thieves.means import Means
 from countermark.threat import Threat
-from countermark.training import TrainConfig, train
+from countermark.training import TrainConfig, recipe, train
 
 Shape = tuple[int, int, int]
 Answers = Callable[[torch.Tensor], torch.Tensor]
@@ -207,8 +207,7 @@ def learn_answers(answers: Answers, copied: nn.Module, means: Means) -> int:
     Raises:
         CountermarkError: the thief has no images.
     """
-    natural = _some(means.pool, means.queries)
-    told = [answers(natural.x[few]) for few in _parts(natural.x, device_of(copied))]
+    told = _told(answers, copied, means)
     config = TrainConfig(
         objective="standard",
         attack=None,
@@ -218,8 +217,33 @@ def learn_answers(answers: Answers, copied: nn.Module, means: Means) -> int:
         seed=means.seed,
         hardware=means.hardware,
     )
-    train(copied, Examples(natural.x, torch.cat(told)), config, title=means.title)
-    return len(natural)
+    train(copied, told, config, title=means.title)
+    return len(told)
+
+
+def learn_answers_robustly(answers: Answers, copied: nn.Module, means: Means) -> int:
+    """Do the same as `learn_answers` by the recipe `fast`, so that the copy resists attacks.
+
+    Training on perturbed images smooths the answers, and a coin in one answer is easily lost.
+    """
+    told = _told(answers, copied, means)
+    config = recipe(
+        means.shown_traits(),
+        "fast",
+        means.threat,
+        seed=means.seed,
+        hardware=means.hardware,
+        epochs=means.epochs,
+    )
+    train(copied, told, config, title=means.title)
+    return len(told)
+
+
+def _told(answers: Answers, copied: nn.Module, means: Means) -> Examples:
+    """The images that a thief asks about, with the victim's answers instead of their labels."""
+    natural = _some(means.pool, means.queries)
+    told = [answers(natural.x[few]) for few in _parts(natural.x, device_of(copied))]
+    return Examples(natural.x, torch.cat(told))
 
 
 def _parts(x: torch.Tensor | Rows, device: torch.device) -> Iterator[slice]:
@@ -339,6 +363,15 @@ THEFTS: Mapping[str, Theft] = {
         _another,
         learn_answers,
         _NATURAL,
+    ),
+    "robust": Theft(
+        "robust",
+        "the same, trained adversarially by the recipe fast",
+        labels,
+        _another,
+        learn_answers_robustly,
+        {"queries": 51_200, "epochs": 25},
+        lambda queries, pool, _steps: 3 * min(queries, pool),
     ),
     "distil": Theft(
         "distilled",

@@ -11,7 +11,7 @@ from countermark.files import new_folder
 from countermark.networks import declared_pools, load_model, open_declared
 from countermark.options import DeviceOptions, ModelOptions, NewPath, ReadPath, verb
 from countermark.thieves import THEFTS, Means, stolen
-from countermark.training import Hardware, resolve_hardware
+from countermark.training import Hardware, resolve_hardware, traits
 from countermark.verbs.copies import Copy, show, write_copy
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class StealConfig(ModelOptions, DeviceOptions):
     queries: int | None = None
     """Most answers that the thief asks for; default the paper's 51,200."""
     epochs: int | None = None
-    """Passes over the data, in each round of Algorithm 2; default 10, or 20 for a single round."""
+    """Passes over the data, in each round of Algorithm 2; default 10, for robust 25, for other
+    thefts of a single round 20."""
     seed: int = 0
     """Seed of the copy's weights and of its training."""
 
@@ -69,6 +70,7 @@ def steal(config: StealConfig) -> Copy:
         means = Means(
             pool=pools.thief,
             threat=description.threat,
+            traits=traits(data, pools.thief),
             seed=config.seed,
             hardware=hardware,
             title="stealing",
