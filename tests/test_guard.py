@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ from countermark.guard import (
     images_of,
     read_guard,
     read_guard_record,
+    share_told,
     trace_accounts,
     write_guard,
 )
@@ -565,6 +567,24 @@ def test_what_made_up_queries_cost_is_taken_off_the_near_ties(
     assert without.cost <= 1.9 * spent
     with pytest.raises(CountermarkError, match="at least two"):
         calibrated(1.0, seen[:1])
+
+
+def test_ranges_that_tell_no_made_up_query_are_not_kept(
+    owner_network: nn.Module, digits: Pools
+) -> None:
+    """In photographs every pixel takes all values; noise stands for them here."""
+    noise = torch.randint(
+        0, 256, (2000, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
+    wide, narrow = (honest_ranges(images, 0.1) for images in (noise, 100 + noise // 64))
+    assert (share_told(wide, digits.validation.x, 0.1), share_told(narrow, noise, 0.1)) == (0, 1)
+    options: dict[str, Any] = {"secret": SECRET, "model_sha256": MODEL, "cost": 1.0, "epsilon": 0.1}
+    found, near = (
+        calibrate_model(owner_network, digits.validation, training=training, **options)
+        for training in (Examples(noise, torch.zeros(2000, dtype=torch.int64)), None)
+    )
+    assert (found.settings, found.foreign_cost) == (near.settings, 0.0)
+    assert len(canonical_json(guard_record(found, "cd" * 32))) < 2000
 
 
 def walk(

@@ -2,7 +2,7 @@
 
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent_scores
-from countermark.guard.foreign import HonestRanges, foreign_share, honest_ranges
+from countermark.guard.foreign import HonestRanges, foreign_share, honest_ranges, share_told
 from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
 from countermark.guard.model import (
     Answers,
@@ -53,6 +53,7 @@ __all__ = [
     "read_guard",
     "read_guard_record",
     "read_head",
+    "share_told",
     "trace_accounts",
     "weights_sha256",
     "write_guard",

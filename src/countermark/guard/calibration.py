@@ -37,8 +37,9 @@ class Calibration:
         tied: share of natural queries that meet a coin, in percent.
         sharpness: fitted steepness of the model's own reliability, per unit of margin.
         foreign_cost: the part of the cost that is due to coins for made-up queries. If they cost
-            too much for the guard to use them, what they would have cost. `None` if they were not
-            asked for.
+            too much for the guard to use them, what they would have cost; 0 without such coins
+            where the training images' ranges would tell next to no made-up query. `None` if they
+            were not asked for.
     """
 
     settings: GuardSettings

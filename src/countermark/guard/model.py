@@ -17,13 +17,15 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, projections
-from countermark.guard.foreign import foreign_share, honest_ranges, outlines
+from countermark.guard.foreign import foreign_share, honest_ranges, outlines, share_told
 
 _CHUNK = 250  # images at a time on a CPU
 _FOREIGN_BITS = 14
 # The largest share of the stated cost that coins for made-up queries may take. There are no such
 # coins for data whose images differ so much that it does not suffice.
 _FOREIGN_SHARE = 0.5
+# The least share of images moved by two budgets that ranges must tell, or they serve for nothing.
+_LEAST_TOLD = 0.01
 # Forty times the change that the shape of a batch was seen to cause in float32 on a CPU.
 _TOLERANCE = 1e-5
 _ROUGH = 1e-2  # on other devices, where convolutions may have half the digits
@@ -173,14 +175,18 @@ def calibrate_model(
     With `training` images, queries that are foreign to them at the budget `epsilon`, for pixel
     values in [0, 1], meet fair coins. The few honest queries among those lose half of their
     answers; this is subtracted from what the near ties may cost. If it would be more than half of
-    the stated cost, the guard does without those coins.
+    the stated cost, the guard does without those coins. It also does where the ranges of the
+    training images tell next to no made-up query, as those of photographs.
 
     Raises:
         CountermarkError: as for `calibrate` and `foreign_share`.
     """
     # The share of honest queries that meet a fair coin, which spoils half of their answers.
-    share = 0.0 if training is None else foreign_share(training.x, epsilon)
-    affordable = training is not None and 50 * share <= _FOREIGN_SHARE * cost
+    share, ranges = 0.0, None
+    if training is not None:
+        share, ranges = foreign_share(training.x, epsilon), honest_ranges(training.x, epsilon)
+    tell = ranges is not None and share_told(ranges, validation.x, epsilon) >= _LEAST_TOLD
+    affordable = tell and 50 * share <= _FOREIGN_SHARE * cost
     taken = 50 * share if affordable else 0.0
     split = FeatureReader(network.eval())
     count = split.count(validation.x)
@@ -198,15 +204,13 @@ def calibrate_model(
     if training is None:
         return found
     if not affordable:
-        return replace(found, foreign_cost=50 * share)
+        return replace(found, foreign_cost=50 * share if tell else 0.0)
     rows = range(0, len(validation), _CHUNK)
     parts = (outlines(validation.x[i : i + _CHUNK]) for i in rows)
     seen = joined(parts, len(validation)).double()
     signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
     offsets = tuple((seen @ signs).mean(0).tolist())
-    settings = replace(
-        found.settings, familiar=honest_ranges(training.x, epsilon), outlines=offsets
-    )
+    settings = replace(found.settings, familiar=ranges, outlines=offsets)
     # A fair coin is one bit.
     met = {"entropy": found.entropy + share, "tied": found.tied + 100 * share}
     return replace(found, settings=settings, cost=found.cost + taken, foreign_cost=taken, **met)

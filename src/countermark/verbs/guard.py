@@ -177,6 +177,11 @@ def show(result: Calibrated) -> None:
             f"{result.foreign_cost:.3f} of the cost: honest queries that look made up, "
             "and meet a fair coin like those that are"
         )
+    elif result.foreign_cost == 0:
+        print_lines(
+            "no coins for made-up queries: honest images, as photographs, take all values in "
+            "every pixel, so queries that a thief makes up do not stand out"
+        )
     elif result.foreign_cost is not None:
         print_lines(
             "no coins for made-up queries: the images differ so much that honest queries would "
