@@ -295,10 +295,11 @@ def test_an_interrupted_run_does_not_draw_its_coins_again(
     authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second token would be a second draw: the resumed run reads the first one."""
+    from countermark import training
     from countermark.verbs import protect as room
 
     options = {"out": tmp_path / "mine", "epochs": 2, "tsa": authority.url}
-    true_train = room.train
+    true_train = training.train
     calls: list[int] = []
 
     def stops(*arguments: object, **options: object) -> object:
@@ -307,14 +308,14 @@ def test_an_interrupted_run_does_not_draw_its_coins_again(
             raise KeyboardInterrupt
         return true_train(*arguments, **options)  # type: ignore[arg-type]
 
-    mark_shortly(monkeypatch, room, 2)
+    mark_shortly(monkeypatch, training, 2)
     take_any_mark(monkeypatch)
     monkeypatch.setattr(room, "_make_key", lambda *a: _small_key(a))
-    monkeypatch.setattr(room, "train", stops)
+    monkeypatch.setattr(training, "train", stops)
     with pytest.raises(KeyboardInterrupt):
         protect("digits", **options)  # type: ignore[arg-type]
     first = read_json(tmp_path / "mine.partial" / "key" / "key.json")["key"]["t1"]
-    monkeypatch.setattr(room, "train", true_train)
+    monkeypatch.setattr(training, "train", true_train)
     served = authority.served
     protect("digits", **options)  # type: ignore[arg-type]
     assert read_json(tmp_path / "mine" / "key" / "key.json")["key"]["t1"] == first

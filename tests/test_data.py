@@ -179,7 +179,7 @@ def test_sources_are_tried_in_order_and_a_bad_one_is_passed_over(
             Path(output).write_bytes(gzip.compress(tiny[name]))
 
     change(monkeypatch, "tiny", mirrors=("https://mirror.test/",))
-    monkeypatch.setattr(sources.pooch, "HTTPDownloader", Mirror)
+    monkeypatch.setattr("pooch.HTTPDownloader", Mirror)
     folder = fetch("tiny", cache=tmp_path / "cache")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == tiny
     assert asked == [f"https://mirror.test/{name}.gz" for name in tiny]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import countermark.data.source as source_module
+from countermark import marking, training
 from countermark.cli import main
 from countermark.data import Examples, known_images, open_data
 from countermark.errors import CountermarkError
@@ -191,9 +192,9 @@ def test_the_marking_goes_on_until_the_mark_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One epoch a round is too little for a few rounds; no round follows the one that suffices."""
-    mark_shortly(monkeypatch, room, 6)
+    mark_shortly(monkeypatch, training, 6)
     seen: list[Standing] = []
-    true_standing = room.standing
+    true_standing = marking.standing
 
     def watching(network: nn.Module, key: Key) -> Standing:
         found = true_standing(network, key)
@@ -202,7 +203,7 @@ def test_the_marking_goes_on_until_the_mark_holds(
         seen.append(found)
         return found
 
-    monkeypatch.setattr(room, "standing", watching)
+    monkeypatch.setattr(marking, "standing", watching)
     made = protect("digits", out=tmp_path / "mine", epochs=6)
     assert [found.taken for found in seen] == [False] * (len(seen) - 1) + [True]
     assert len(seen) >= 3
@@ -254,7 +255,7 @@ def test_given_weights_are_marked_and_no_more(owner: Path, tmp_path: Path) -> No
 def test_given_weights_are_made_robust_where_an_objective_says_so(
     stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mark_shortly(monkeypatch, room, 1)
+    mark_shortly(monkeypatch, training, 1)
     take_any_mark(monkeypatch)
     out = tmp_path / "mine"
     protect(
@@ -283,9 +284,9 @@ def test_bases_are_taken_from_what_given_weights_did_not_know(
             replace(data, train=seen, test=seen[:10]) if place == "then" else data
         ),
     )
-    mark_shortly(monkeypatch, room, 1)
+    mark_shortly(monkeypatch, training, 1)
     monkeypatch.setattr(
-        room, "gentle", lambda config, *_more, **_options: replace(config, epochs=1)
+        training, "gentle", lambda config, *_more, **_options: replace(config, epochs=1)
     )
     take_any_mark(monkeypatch)
     made = protect(
@@ -316,7 +317,7 @@ def test_other_weights_do_not_go_on_with_trials_of_the_first(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(room, "train", stops)
+        patched.setattr(training, "train", stops)
         with pytest.raises(KeyboardInterrupt):
             protect("digits", **options)
     committed = files(tmp_path / "mine.partial" / "key")
@@ -343,7 +344,7 @@ def test_work_goes_on_with_the_same_images_and_weights_wherever_they_lie(
     def arrays(count: int) -> tuple[torch.Tensor, torch.Tensor]:
         return data.train.x[:count], data.train.y[:count]
 
-    monkeypatch.setattr(room, "train", stops)
+    monkeypatch.setattr(training, "train", stops)
     monkeypatch.chdir(tmp_path)
     options: dict[str, Any] = {"out": "mine", "network": "small", "cache": "cache"}
     for name in ("one", "two"):
@@ -385,7 +386,7 @@ def test_a_key_for_other_pools_is_not_gone_on_with(
     def stops(*_arguments: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room, "train", stops)
+    monkeypatch.setattr(training, "train", stops)
     write_tensors(
         tmp_path / "given.safetensors", build("small", (1, 8, 8), 10, seed=0).state_dict()
     )
@@ -454,7 +455,7 @@ def test_arrays_and_a_network_of_ones_own_are_protected_from_python(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Colour images, batch norm, a normaliser in front: what no table of ours knows."""
-    mark_shortly(monkeypatch, room, 1)
+    mark_shortly(monkeypatch, training, 1)
     take_any_mark(monkeypatch)
     examples = shapes(900)
     own = network()
@@ -487,7 +488,7 @@ def test_a_module_that_was_trained_says_so_by_its_state_dict(
 
     Without them it counts as new and is trained.
     """
-    mark_shortly(monkeypatch, room, 1)
+    mark_shortly(monkeypatch, training, 1)
     take_any_mark(monkeypatch)
     examples, own, out = shapes(900), network(), tmp_path / "mine"
     before = {name: value.clone() for name, value in own.state_dict().items()}

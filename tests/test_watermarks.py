@@ -7,7 +7,6 @@ import random
 import stat
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -15,17 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chances import RISK, most
+from countermark import training
 from countermark.data import Examples, Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.evidence import sign_flip_test
 from countermark.files import canonical_json, read_json
 from countermark.networks import load_model
-from countermark.verbs import protect as protecting
 from countermark.verbs.protect import protect
 from countermark.watermarks import (
     SCHEMES,
-    SchemeName,
     WatermarkSet,
     coin_set,
     craft_adversarial,
@@ -263,10 +261,6 @@ def test_a_scheme_is_one_entry_of_the_table(
     assert read.outcomes(read.others) == [-1] * 12
 
 
-def test_the_names_of_the_schemes_are_those_of_the_table() -> None:
-    assert get_args(SchemeName) == tuple(SCHEMES)
-
-
 def test_commitment_binds_key_and_model(owner: Path) -> None:
     record = read_json(owner / "commitment.json")
     key = load_key(owner / "key")
@@ -308,7 +302,7 @@ def test_the_trials_cannot_be_made_again_without_the_secret(
 
     The seed and the public options are the same.
     """
-    mark_shortly(monkeypatch, protecting, 2)
+    mark_shortly(monkeypatch, training, 2)
     take_any_mark(monkeypatch)
     protect("digits", out=tmp_path / "again", epochs=8)
     first, second = load_key(owner / "key"), load_key(tmp_path / "again" / "key")

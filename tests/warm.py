@@ -180,20 +180,17 @@ def _import_everything() -> None:
     import importlib
     import pkgutil
 
+    import countermark
+
     names = [
-        "countermark.cli",
-        "countermark.terminal",
         "tyro",
         "sklearn.datasets",
         "sqlalchemy.dialects.sqlite",
         "uvicorn",
         "rich.table",
+        *(module.name for module in pkgutil.walk_packages(countermark.__path__, "countermark.")),
     ]
-    for package in ("countermark.verbs", "countermark.service"):
-        names += [
-            f"{package}.{module.name}"
-            for module in pkgutil.iter_modules(importlib.import_module(package).__path__)
-        ]
+    names = [name for name in names if "integrations" not in name]  # no verb needs them
     for name in names:
         with contextlib.suppress(
             ImportError

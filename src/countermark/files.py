@@ -14,16 +14,14 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as serialise_tensors
+from typing import TYPE_CHECKING, Any
 
 from countermark.errors import CountermarkError
 from countermark.places import check_free
 from countermark.text import brief
+
+if TYPE_CHECKING:
+    import torch
 
 
 class FolderBusyError(CountermarkError):
@@ -34,17 +32,17 @@ JSON_LIMIT = 1 << 20
 """Largest JSON file that is read or written where nobody says otherwise, in bytes."""
 
 _HEADER_LIMIT = 1 << 24  # bytes of a safetensors header
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+_DTYPES = {  # of safetensors, and what torch calls them
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
 }
 _CONTENTS = {
     "data_sha256": "images",
@@ -208,13 +206,15 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: "Mapping[str, torch.Tensor]",
     meta: Mapping[str, Any] | None = None,
     mode: int | None = None,
 ) -> str:
     """Write named tensors as safetensors, whole or not at all, and return the file's SHA-256."""
+    from safetensors.torch import save
+
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = serialise_tensors(contiguous, {_METADATA_KEY: json.dumps(meta or {}, sort_keys=True)})
+    data = save(contiguous, {_METADATA_KEY: json.dumps(meta or {}, sort_keys=True)})
     write_bytes(path, data, mode)
     return sha256(data)
 
@@ -222,8 +222,8 @@ def write_tensors(
 def read_tensors(
     path: Path,
     limit: int,
-    check: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
+    check: "Callable[[Mapping[str, torch.Tensor]], None] | None" = None,
+) -> "tuple[dict[str, torch.Tensor], dict[str, Any], str]":
     """Read a safetensors file of at most `limit` bytes.
 
     Args:
@@ -242,12 +242,15 @@ def read_tensors(
         CountermarkError: the file is missing, too large, refused by `check`, or not safetensors (a
             pickle, a truncated file). Nothing is ever unpickled.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         announced = _announced(path, limit)
         if check is not None:
             check(announced)
         data = read_bytes(path, limit)
-        tensors = parse_tensors(data)
+        tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         meta = json.loads(header.get("__metadata__", {}).get(_METADATA_KEY, "{}"))
     except (
@@ -268,15 +271,19 @@ def read_tensors(
     return tensors, meta if isinstance(meta, dict) else {}, sha256(data)
 
 
-def _announced(path: Path, limit: int) -> dict[str, torch.Tensor]:
+def _announced(path: Path, limit: int) -> "dict[str, torch.Tensor]":
     """The tensors of a safetensors file on the device `meta`, out of its header."""
+    import torch
+
     length = int.from_bytes(read_bytes(path, limit, 8), "little")
     if length > _HEADER_LIMIT:
         raise ValueError(f"its header would have {length} bytes")
     header = json.loads(read_bytes(path, limit, 8 + length)[8:])
     header.pop("__metadata__", None)
     announced = {
-        name: torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]], device="meta")
+        name: torch.empty(
+            entry["shape"], dtype=getattr(torch, _DTYPES[entry["dtype"]]), device="meta"
+        )
         for name, entry in header.items()
     }
     size = sum(tensor.numel() * tensor.element_size() for tensor in announced.values())

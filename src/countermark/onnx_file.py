@@ -14,19 +14,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from countermark.attacks import ask, finite
-from countermark.data import pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
-from countermark.evaluation import evaluating
 from countermark.files import sha256, write_bytes
 from countermark.text import brief
 from countermark.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 Shape = tuple[int, int, int]
 
@@ -67,12 +65,12 @@ class Exported:
 
 
 def export_model(
-    network: nn.Module,
+    network: "nn.Module",
     shape: Shape,
     path: str | Path,
     *,
     class_names: Sequence[str] = (),
-    images: torch.Tensor | None = None,
+    images: "torch.Tensor | None" = None,
 ) -> Exported:
     """Write a network as one ONNX file with a free number of images.
 
@@ -93,6 +91,8 @@ def export_model(
         >>> export_model(network, (3, 32, 32), "mine.onnx", images=test.x)  # doctest: +SKIP
         Exported(path='mine.onnx', sha256='...', bytes=1257394, opset=17, images=1000, ...)
     """
+    import torch
+
     path = Path(path)
     if missing := [
         each for each in ("onnx", "onnxruntime") if importlib.util.find_spec(each) is None
@@ -131,7 +131,7 @@ def export_model(
     )
 
 
-def _traced(network: nn.Module, shape: Shape) -> Any:
+def _traced(network: "nn.Module", shape: Shape) -> Any:
     """Make the ONNX model with torch's older exporter, or else with the newer one.
 
     The older one is quick, the newer one supports more networks.
@@ -140,6 +140,7 @@ def _traced(network: nn.Module, shape: Shape) -> Any:
         CountermarkError: neither can write the network.
     """
     import onnx
+    import torch
 
     reasons = []
     for exporter in (_by_tracing, _by_export):
@@ -157,8 +158,9 @@ def _traced(network: nn.Module, shape: Shape) -> Any:
     )
 
 
-def _by_tracing(network: nn.Module, x: torch.Tensor) -> Any:
+def _by_tracing(network: "nn.Module", x: "torch.Tensor") -> Any:
     import onnx
+    import torch
 
     written = io.BytesIO()
     free = {INPUT: {0: "n"}, OUTPUT: {0: "n"}}
@@ -177,7 +179,9 @@ def _by_tracing(network: nn.Module, x: torch.Tensor) -> Any:
     return onnx.load_model_from_string(written.getvalue())
 
 
-def _by_export(network: nn.Module, x: torch.Tensor) -> Any:
+def _by_export(network: "nn.Module", x: "torch.Tensor") -> Any:
+    import torch
+
     if importlib.util.find_spec("onnxscript") is None:
         raise CountermarkError(
             "torch's newer exporter needs onnxscript; pip install 'countermark[onnx]'"
@@ -198,6 +202,8 @@ def _by_export(network: nn.Module, x: torch.Tensor) -> Any:
 
 
 def _quietly(work: Callable[[], Any]) -> Any:
+    import torch
+
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # what a trace takes for constant is compared below
         return work()
@@ -241,13 +247,18 @@ def _graphs(model: Any) -> list[Any]:
     return found
 
 
-def _compared(network: nn.Module, data: bytes, images: torch.Tensor) -> tuple[int, float]:
+def _compared(network: "nn.Module", data: bytes, images: "torch.Tensor") -> tuple[int, float]:
     """How many labels differ between network and file, and the largest difference of a logit.
 
     Raises:
         CountermarkError: more than rounding accounts for.
     """
     import onnxruntime
+    import torch
+
+    from countermark.attacks import ask, finite
+    from countermark.data import pixels
+    from countermark.evaluation import evaluating
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

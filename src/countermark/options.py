@@ -26,8 +26,7 @@ from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
-from typing_extensions import Doc
-
+from countermark.choices import Precision
 from countermark.device import check_device
 from countermark.errors import CountermarkError, choose
 from countermark.places import (
@@ -95,7 +94,7 @@ def _written(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class VerbConfig:
-    """What every verb has.
+    """Options of every verb.
 
     A field that is not keyword-only, `field(kw_only=False)`, is the verb's main place: the first
     argument in Python, and on the command line a word that needs no option's name.
@@ -106,7 +105,7 @@ class VerbConfig:
 
     def __post_init__(self) -> None:
         """Hold every option to its type; `str` becomes `Path` where a path is meant."""
-        for name, hint in _hints(type(self)).items():
+        for name, hint in hints_of(type(self)).items():
             object.__setattr__(self, name, _held(name, hint, getattr(self, name)))
 
     def record(self) -> dict[str, Any]:
@@ -122,9 +121,9 @@ class VerbConfig:
             CountermarkError: what is to be read does not exist, or what is to be made is there.
         """
         changed: dict[str, Any] = {}
-        for name, hint in _hints(type(self)).items():
+        for name, hint in hints_of(type(self)).items():
             value = getattr(self, name)
-            for place in _places(hint):
+            for place in places_in(hint):
                 if isinstance(value, tuple) and place is not Place.NAMED:
                     changed[name] = tuple(_placed(path, place, option(name)) for path in value)
                 elif isinstance(value, str | Path):
@@ -166,7 +165,7 @@ class VerbConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(VerbConfig):
-    """What every verb has that reads a data set."""
+    """Options of verbs that read a data set."""
 
     cache: WrittenPath | None = None
     """Folder of the data files; default $COUNTERMARK_CACHE or the system's cache."""
@@ -174,7 +173,7 @@ class DataOptions(VerbConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(DataOptions):
-    """What every verb has that reads a model folder and its data."""
+    """Options of verbs that read a model folder and its data."""
 
     data: AnyData | None = None
     """The data's place, where it is not where the folder says."""
@@ -183,12 +182,9 @@ class ModelOptions(DataOptions):
     also a function or a module."""
 
 
-Precision = Literal["auto", "32-true", "bf16-mixed"]
-
-
 @dataclass(frozen=True, kw_only=True)
 class OneDeviceOptions(VerbConfig):
-    """What every verb has that runs a model."""
+    """Options of verbs that run a model."""
 
     device: str = "auto"
     """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:N or mps."""
@@ -207,7 +203,7 @@ class OneDeviceOptions(VerbConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(OneDeviceOptions):
-    """What every verb has that trains a model."""
+    """Options of verbs that train a model."""
 
     devices: int = 1
     """Processes to train on, one a device."""
@@ -231,7 +227,7 @@ class DeviceOptions(OneDeviceOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class StampOptions(VerbConfig):
-    """What every verb has that asks a timestamp authority."""
+    """Options of verbs that ask a timestamp authority."""
 
     tsa: str | None = None
     """Address of a timestamp authority (RFC 3161), whose token shows later what there was when."""
@@ -248,7 +244,7 @@ class StampOptions(VerbConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SuspectOptions(OneDeviceOptions):
-    """What every verb has that asks a suspect."""
+    """Options of verbs that ask a suspect."""
 
     suspect: Annotated[SuspectPlace, Place.READ] = field(kw_only=False)
     """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
@@ -297,6 +293,11 @@ def option(name: str) -> str:
 def required(field: "Field[Any]") -> bool:
     """Whether an option has no default."""
     return field.default is MISSING and field.default_factory is MISSING
+
+
+def owner_of(config: type, name: str) -> type:
+    """The class that declares an option: the verb's own configuration, or a shared one."""
+    return next(each for each in config.__mro__ if name in vars(each).get("__annotations__", ()))
 
 
 def verb(
@@ -370,38 +371,35 @@ def _put_own_first(config: type) -> None:
     """Order the fields as help lists them.
 
     First comes the main place, then what must be given, the verb's own options and the shared
-    ones. A dataclass puts inherited fields first. All fields but the main place are keyword-only,
-    so nothing else depends on their order.
+    ones, those of every verb last. A dataclass puts inherited fields first. All fields but the main
+    place are keyword-only, so nothing else depends on their order.
     """
-    own = vars(config)["__annotations__"]
     known: dict[str, Field[Any]] = vars(config)["__dataclass_fields__"]
-    ordered = sorted(
-        known.values(),
-        key=lambda each: (each.kw_only is not False, not required(each), each.name not in own),
-    )
+
+    def place(each: "Field[Any]") -> tuple[bool, bool, int]:
+        owner = config.__mro__.index(owner_of(config, each.name))
+        return each.kw_only is not False, not required(each), owner
+
+    ordered = sorted(known.values(), key=place)
     known.update({each.name: known.pop(each.name) for each in ordered})
 
 
 def _documentation(summary: str, config: type) -> str:
     """A docstring with the options in Google's style."""
     lines = [inspect.cleandoc(summary), "", "Args:"]
-    words = _words(config)
+    words = words_of(config)
     for each in fields(config):
         said = f"{each.name}: {words.get(each.name, '')}"
         lines += textwrap.wrap(said, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
     return "\n".join(lines)
 
 
-def _words(config: type) -> dict[str, str]:
+def words_of(config: type) -> dict[str, str]:
     """What is written below each field of a configuration, and of those that it is made from."""
     found: dict[str, str] = {}
     for owner in reversed(config.__mro__):
         if owner is not object:
             found |= _module_words(owner.__module__).get(owner.__name__, {})
-    for name, hint in _hints(config).items():  # those of options that come out of a table
-        for mark in getattr(hint, "__metadata__", ()):
-            if isinstance(mark, Doc):
-                found[name] = mark.documentation
     return found
 
 
@@ -427,16 +425,17 @@ def _module_words(module: str) -> dict[str, dict[str, str]]:
     }
 
 
-def _hints(config: type["VerbConfig"]) -> dict[str, Any]:
+def hints_of(config: type["VerbConfig"]) -> dict[str, Any]:
+    """The types of options, with their places."""
     return typing.get_type_hints(config, include_extras=True)
 
 
-def _places(hint: Any) -> Iterator[Place]:
+def places_in(hint: Any) -> Iterator[Place]:
     """The places anywhere in a type."""
     yield from (mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Place))
     for part in typing.get_args(hint):
         if not isinstance(part, Place):
-            yield from _places(part)
+            yield from places_in(part)
 
 
 def _held(name: str, hint: Any, value: Any) -> Any:
@@ -496,12 +495,12 @@ def _kind(hint: Any) -> str:
 
 def takes_several(config: type[VerbConfig], name: str) -> bool:
     """Whether an option takes several values."""
-    return "tuple" in str(_hints(config)[name])
+    return "tuple" in str(hints_of(config)[name])
 
 
 def wrong(config: type[VerbConfig], name: str, words: Sequence[str]) -> str:
     """Why words cannot be an option's value."""
-    hint = _hints(config)[name]
+    hint = hints_of(config)[name]
     try:
         if words:
             _held(name, hint, tuple(words) if takes_several(config, name) else " ".join(words))

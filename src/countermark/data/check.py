@@ -6,14 +6,12 @@ The findings are the good, converted and damaged images, the doubles, and the po
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from countermark.data.pools import POOLS
-from countermark.data.reading import Found, count_doubles
-from countermark.data.source import Options, read_data
 from countermark.errors import CountermarkError
+
+if TYPE_CHECKING:
+    from countermark.data.reading import Found
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Findings:
         problem: why it cannot be used, or not for a mark; none where it can.
     """
 
-    found: Found
+    found: "Found"
     size: int | None
     shape: tuple[int, int, int] | None = None
     digest: str | None = None
@@ -57,6 +55,12 @@ def check_data(
     Raises:
         CountermarkError: there is no data at the place, or its layout cannot be read.
     """
+    import torch
+
+    from countermark.data.pools import POOLS
+    from countermark.data.reading import count_doubles
+    from countermark.data.source import Options, read_data
+
     found, data = read_data(
         place, Options(size, skip_damaged, None if cache is None else Path(cache))
     )

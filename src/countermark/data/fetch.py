@@ -7,6 +7,7 @@ beside it and renames that.
 """
 
 import gzip
+import hashlib
 import lzma
 import os
 import subprocess
@@ -18,8 +19,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pooch
 
 from countermark.data.cache import FullError, cache_folder, cannot_keep, copy_stream
 from countermark.data.packages import Package
@@ -51,7 +50,9 @@ class Source:
 
 def fetch_files(row: Known, source: Path | None = None, cache: Path | None = None) -> Path:
     """Make sure that the files of a data set are in the cache; see `known.fetch`."""
-    from countermark.terminal import bar  # with rich, which no help needs
+    import pooch  # which no help needs, as little as the bar
+
+    from countermark.terminal import bar
 
     folder = (cache or cache_folder()) / row.name
     try:
@@ -78,12 +79,17 @@ def fetch_files(row: Known, source: Path | None = None, cache: Path | None = Non
 
 
 def _cached(path: Path, digest: str) -> bool:
-    return path.is_file() and pooch.file_hash(str(path)) == digest
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
 
 
 def _fetch_file(
     folder: Path, file: str, digest: str, sources: list[Source], progress: "Bar | None"
 ) -> None:
+    import pooch
+
     failures = []
     for source in sources:
         if progress is not None:
@@ -178,6 +184,8 @@ def _from_folder(folder: Path, row: Known) -> Callable[[str, Path, "Bar | None"]
 
 def _from_mirror(mirror: str, row: Known) -> Callable[[str, Path, "Bar | None"], None]:
     def copy(file: str, output: Path, progress: "Bar | None") -> None:
+        import pooch
+
         with tempfile.TemporaryDirectory() as temporary:
             sent = Path(temporary) / "sent"
             # An `auth` of its own, or an entry in a .netrc would send a password to the mirror.

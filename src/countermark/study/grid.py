@@ -7,8 +7,9 @@ and sentence is made from that list.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from countermark.choices import Protocol, Size
 from countermark.data import Known, known
 from countermark.errors import choose
 from countermark.study.graph import Unit
@@ -45,7 +46,7 @@ class Profile:
         network: the owner's network.
         objective: objective of robust training.
         seeds: number of owners.
-        strangers: number of independent models of each kind.
+        strangers: number of models of each kind that never see the mark.
         queries: number of queries of Algorithm 2.
         thief_objective: objective of the grey-box thief and of adversarial fine-tuning; `fast` is
             one step.
@@ -131,10 +132,6 @@ _QUICK = replace(
     epochs={"mnist": 5, "fashion_mnist": 5},
     amounts={"finetune": 5, "adversarial": 5},
 )
-Size = Literal["quick", "standard", "paper"]
-"""The profiles by name."""
-Protocol = Literal["clean", "as-published"]
-"""Disjoint pools, or the published runs' habits."""
 PROFILES: Mapping[Size, Profile] = {"quick": _QUICK, "standard": _STANDARD, "paper": _PAPER}
 
 

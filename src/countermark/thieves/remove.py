@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from countermark.choices import Recipe
 from countermark.data import Examples
 from countermark.errors import CountermarkError
 from countermark.evaluation import agreement, predict
@@ -22,7 +23,6 @@ from countermark.networks.cleaners import CLEANERS, Amount
 from countermark.thieves.cleaners import clean
 from countermark.thieves.means import Means
 from countermark.training import TrainConfig, marking, recipe, train
-from countermark.training.recipes import Recipe
 from countermark.watermarks import craft_adversarial, full_strength
 
 

@@ -1,15 +1,13 @@
 """How a network is trained: one frozen configuration, and the recipes by name that fill it in."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import get_args
 
+from countermark.choices import Embedding, Precision
 from countermark.device import check_device
 from countermark.errors import CountermarkError, choose
 from countermark.threat import Attack
 
-Embedding = Literal["interleaved", "epoch"]
-"""How watermarks get in: some join every batch, or in a pass after each epoch (Algorithm 1)."""
-PRECISIONS = ("auto", "32-true", "bf16-mixed")
 OBJECTIVES = ("fast", "pgd", "standard")
 
 
@@ -96,7 +94,7 @@ class TrainConfig:
         choose("objective", self.objective, OBJECTIVES)
         choose("embedding", self.embedding, get_args(Embedding))
         check_device(self.hardware.accelerator)
-        choose("precision", self.hardware.precision, PRECISIONS)
+        choose("precision", self.hardware.precision, get_args(Precision))
         choose("schedule", self.schedule, ("constant", "triangular"))
         if (self.objective == "standard") != (self.attack is None):
             raise CountermarkError(

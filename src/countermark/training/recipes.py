@@ -15,19 +15,17 @@ not help.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import nn
 
+from countermark.choices import Recipe
 from countermark.data import Dataset, Examples, known, pixels
 from countermark.data.pools import sizes
 from countermark.errors import choose
 from countermark.threat import Attack, Threat
 from countermark.training.config import Hardware, TrainConfig
-
-Recipe = Literal["fast", "strong", "pgd", "standard"]
-"""The recipes by name."""
 
 KINDS = ("ink", "grey", "colour")
 """Kinds of image: nearly black and nearly white pixels, as MNIST's; grey; colour."""

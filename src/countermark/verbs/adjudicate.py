@@ -3,32 +3,21 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from countermark.claims import (
-    Check,
-    Claim,
-    Finding,
-    Judgement,
-    Rival,
-    judge_claim,
-    page,
-    read_claim,
-    sentence,
-    suspect_identity,
-)
 from countermark.errors import CountermarkError
-from countermark.evaluation import predict
 from countermark.evidence import Verdict
 from countermark.files import read_bytes, write_bytes, write_json
 from countermark.options import ReadPath, SuspectOptions, WrittenPath, verb
 from countermark.places import Network
 from countermark.terminal import print_lines
-from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
 from countermark.verbs.asking import Answers, ask, asked_how, doubts
 from countermark.version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from countermark.claims import Check, Claim, Judgement, Rival
 
 JUDGEMENT_FORMAT = "countermark judgement 2"
 _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
@@ -94,7 +83,7 @@ class Adjudication:
     verdict: str
     sentence: str
     public_key: str
-    checks: tuple[Check, ...]
+    checks: "tuple[Check, ...]"
     test: Verdict
     batches: int
     answers: Answers
@@ -113,6 +102,10 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     Raises:
         CountermarkError: the claim, the roots or the suspect cannot be read.
     """
+    from countermark.claims import Finding, judge_claim, read_claim, suspect_identity
+    from countermark.evaluation import predict
+    from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
+
     claim, roots = read_claim(Path(config.claim)), load_roots(Path(config.roots))
     outputs = [_output(Path(config.out), suffix) for suffix in (".html", ".json")]
     network, digest = claim.network(config.owner_network)
@@ -155,8 +148,11 @@ def _output(out: Path, suffix: str) -> Path:
     return path
 
 
-def _rival(claim: Claim, network: nn.Module, config: AdjudicateConfig) -> Rival | None:
+def _rival(claim: "Claim", network: "nn.Module", config: AdjudicateConfig) -> "Rival | None":
     """Ask each mark of the other's model, where there is a rival claim."""
+    from countermark.claims import Rival, read_claim
+    from countermark.evaluation import predict
+
     if config.rival is None:
         return None
     rival = read_claim(Path(config.rival))
@@ -169,8 +165,10 @@ def _rival(claim: Claim, network: nn.Module, config: AdjudicateConfig) -> Rival 
 
 
 def _result(
-    config: AdjudicateConfig, claim: Claim, judgement: Judgement, answers: Answers
+    config: AdjudicateConfig, claim: "Claim", judgement: "Judgement", answers: Answers
 ) -> Adjudication:
+    from countermark.claims import sentence
+
     return Adjudication(
         claim=str(config.claim),
         suspect=str(config.suspect),
@@ -186,8 +184,10 @@ def _result(
 
 
 def _write(
-    outputs: Sequence[Path], result: Adjudication, judgement: Judgement, asked: Mapping[str, Any]
+    outputs: Sequence[Path], result: Adjudication, judgement: "Judgement", asked: Mapping[str, Any]
 ) -> None:
+    from countermark.claims import page
+
     about = {
         "Claimant's key": result.public_key,
         "Claim": result.claim,

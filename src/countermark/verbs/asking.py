@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from countermark.data import KNOWN, Examples, is_cached, load_examples
+from countermark.data import KNOWN, is_cached
 from countermark.device import resolve_device
 from countermark.errors import CountermarkError
-from countermark.evaluation import agreement
 from countermark.options import SuspectOptions
-from countermark.suspects import NO_ANSWER, Asker, Asking, Suspect, open_suspect
+
+if TYPE_CHECKING:
+    import torch
+
+    from countermark.data import Examples
+    from countermark.suspects import Suspect
 
 _CLEAN = 100
 _DOUBTFUL = 50.0  # percent of clean examples right; below, the suspect is asked in the wrong way
@@ -48,8 +50,8 @@ class Answers:
 
 
 def ask(
-    config: SuspectOptions, x: torch.Tensor, data: str, clean: Examples | None = None
-) -> tuple[torch.Tensor, Answers]:
+    config: SuspectOptions, x: "torch.Tensor", data: str, clean: "Examples | None" = None
+) -> "tuple[torch.Tensor, Answers]":
     """Ask the suspect of a configuration for the labels of images `(n, c, h, w)`.
 
     Up to a hundred clean examples go along: they only show whether the suspect is asked in the
@@ -68,6 +70,9 @@ def ask(
     Raises:
         CountermarkError: the suspect cannot be opened or asked.
     """
+    from countermark.evaluation import agreement
+    from countermark.suspects import NO_ANSWER, Asker, Asking, open_suspect
+
     headers = (header.partition(":") for header in config.headers)
     asking = Asking(
         pixels=config.pixels,
@@ -102,12 +107,14 @@ def ask(
     return labels, Answers(unanswered, changed, trouble, accuracy, doubt, unchecked)
 
 
-def _catalogued(shape: tuple[int, ...], data: str) -> Examples:
+def _catalogued(shape: tuple[int, ...], data: str) -> "Examples":
     """Clean examples of a data set of ours.
 
     Raises:
         CountermarkError: why there are none.
     """
+    from countermark.data import load_examples
+
     if data not in KNOWN or KNOWN[data].shape != shape:
         raise CountermarkError("no clean examples are at hand, and the data set is none of ours")
     if not is_cached(data):
@@ -118,12 +125,14 @@ def _catalogued(shape: tuple[int, ...], data: str) -> Examples:
     return load_examples(data)[0][:_CLEAN]  # may want scikit-learn, or find a damaged file
 
 
-def _answers(suspect: Suspect, examples: Examples) -> tuple[torch.Tensor, torch.Tensor]:
+def _answers(suspect: "Suspect", examples: "Examples") -> "tuple[torch.Tensor, torch.Tensor]":
     """What the suspect answered to clean examples, and what is right.
 
     Raises:
         CountermarkError: why they cannot be asked.
     """
+    from countermark.suspects import NO_ANSWER
+
     given = suspect(examples.x)
     answered = given != NO_ANSWER
     if not bool(answered.any()):
@@ -131,7 +140,7 @@ def _answers(suspect: Suspect, examples: Examples) -> tuple[torch.Tensor, torch.
     return given[answered], examples.y[answered]
 
 
-def foreign_share(given: torch.Tensor, y: torch.Tensor) -> str:
+def foreign_share(given: "torch.Tensor", y: "torch.Tensor") -> str:
     """What answers to clean examples say about the way in which a suspect is asked.
 
     An exchange of classes is looked for by leaving one out: each answer is read as the class that
@@ -145,6 +154,10 @@ def foreign_share(given: torch.Tensor, y: torch.Tensor) -> str:
     Returns:
         A sentence for a person; empty if nothing is strange.
     """
+    import torch
+
+    from countermark.evaluation import agreement
+
     accuracy, count = agreement(given, y), len(y)
     answers = torch.tensor(sorted({*given.tolist()}))
     row = torch.searchsorted(answers, given)

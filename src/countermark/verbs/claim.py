@@ -3,12 +3,8 @@
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from countermark.claims import Claim, commitment_faults, open_batch, suspect_identity, write_claim
-from countermark.claims.record import ANSWERS_FORMAT
 from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import (
@@ -23,10 +19,14 @@ from countermark.files import (
 from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
 from countermark.places import Network
 from countermark.terminal import p_value, print_lines, print_table
-from countermark.timestamps import decode_token, load_roots, timestamping
 from countermark.verbs.asking import Answers, ask, asked_how, doubts
 from countermark.version import __version__
-from countermark.watermarks import Key, load_key, load_secret, sign
+
+if TYPE_CHECKING:
+    import torch
+
+    from countermark.claims import Claim
+    from countermark.watermarks import Key
 
 SPENT_FORMAT = "countermark spent 1"
 
@@ -97,6 +97,11 @@ def claim(config: ClaimConfig) -> Claimed:
         CountermarkError: the key, the model or the suspect cannot be read; the key has no batch
             left; the answers prove nothing; or the timestamp authority does not answer.
     """
+    from countermark.claims import Claim, open_batch, suspect_identity, write_claim
+    from countermark.claims.record import ANSWERS_FORMAT
+    from countermark.timestamps import decode_token, timestamping
+    from countermark.watermarks import load_key, load_secret, sign
+
     folder, out = Path(config.key), Path(config.out)
     key, secret = load_key(folder), load_secret(folder)
     if not key.rules.coins:
@@ -178,7 +183,7 @@ def claim(config: ClaimConfig) -> Claimed:
     )
 
 
-def _commitment(path: Path, key: Key) -> dict[str, Any]:
+def _commitment(path: Path, key: "Key") -> dict[str, Any]:
     record = read_json(path)
     if record.get("c1") != key.c1 or not isinstance(record.get("c2"), dict):
         raise CountermarkError(
@@ -203,7 +208,7 @@ def _spent(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _choose(config: ClaimConfig, key: Key, spent: list[int]) -> int:
+def _choose(config: ClaimConfig, key: "Key", spent: list[int]) -> int:
     batches = int(key.c1["batches"])
     out = Path(config.out)
     unfinished = out.with_name(out.name + ".partial") / "config.json"
@@ -224,12 +229,15 @@ def _choose(config: ClaimConfig, key: Key, spent: list[int]) -> int:
     )
 
 
-def _check_worth(config: ClaimConfig, made: Claim) -> None:
+def _check_worth(config: ClaimConfig, made: "Claim") -> None:
     """Refuse to open a batch for a claim that no answers of the suspect could make a judge uphold.
 
     Raises:
         CountermarkError: it is such a claim, and `anyway` is not set.
     """
+    from countermark.claims import commitment_faults
+    from countermark.timestamps import load_roots
+
     _, digest = made.network(config.owner_network)
     roots = None if config.roots is None else load_roots(Path(config.roots))
     faults = commitment_faults(made, digest, roots)
@@ -242,7 +250,9 @@ def _check_worth(config: ClaimConfig, made: Claim) -> None:
         )
 
 
-def _outcomes(key: Key, batch: int, labels: torch.Tensor) -> list[int]:
+def _outcomes(key: "Key", batch: int, labels: "torch.Tensor") -> list[int]:
+    import torch
+
     chosen = key.watermarks.batch == batch
     whole = torch.full_like(key.labels, -1)
     whole[chosen] = labels

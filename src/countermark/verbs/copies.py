@@ -3,16 +3,18 @@
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from countermark.data import Examples
 from countermark.device import describe
-from countermark.evaluation import accuracy, adversarial_accuracy, device_of
 from countermark.files import write_json
-from countermark.networks import Description, save_model
 from countermark.terminal import percent, print_lines, print_table
 from countermark.threat import shown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from countermark.data import Examples
+    from countermark.networks import Description
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class Copy:
 def write_copy(
     work: Path,
     out: Path,
-    network: nn.Module,
-    description: Description,
-    test: Examples,
+    network: "nn.Module",
+    description: "Description",
+    test: "Examples",
     begun: float,
 ) -> Copy:
     """Write the copy into the folder under construction `work` and measure it.
@@ -54,6 +56,9 @@ def write_copy(
         test: the test pool.
         begun: `time.monotonic()` when the work began.
     """
+    from countermark.evaluation import accuracy, adversarial_accuracy, device_of
+    from countermark.networks import save_model
+
     save_model(work, network, description)
     result = Copy(
         folder=str(out),

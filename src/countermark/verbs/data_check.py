@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 
 from countermark.data.check import Findings, check_data
-from countermark.data.reading import count_of, some
 from countermark.options import AnyData, DataOptions, verb
 from countermark.terminal import print_lines, print_table
 from countermark.text import brief
@@ -42,6 +41,8 @@ def data_check(config: DataCheckConfig) -> Findings:
 
 def show(findings: Findings) -> None:
     """Print the classes as a table, and the rest in a few lines."""
+    from countermark.data.reading import count_of, some
+
     found, parts = findings.found, list(findings.found.counts)
     rows = [
         [name, *(f"{found.counts[part][label]:,}" for part in parts)]
@@ -86,4 +87,6 @@ def show(findings: Findings) -> None:
 
 
 def _damaged(damaged: tuple[tuple[str, str], ...]) -> str:
+    from countermark.data.reading import some
+
     return f": {some([f'{brief(name)} {reason}' for name, reason in damaged])}" if damaged else ""

@@ -5,29 +5,19 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from countermark.attacks.strict import ENSEMBLE
 from countermark.data import cache_folder
 from countermark.device import describe, resolve_device
 from countermark.errors import CountermarkError
-from countermark.evaluation import (
-    LARGEST_HONEST_GAP,
-    StrictAccuracy,
-    accuracy,
-    adversarial_accuracy,
-    agreement,
-    predict,
-    strict_accuracy,
-)
 from countermark.files import canonical_json, read_json, sha256
-from countermark.networks import load_model, open_declared
 from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, verb
 from countermark.terminal import percent, print_lines, print_table
 from countermark.threat import shown
 from countermark.version import __version__
-from countermark.watermarks import load_key
+
+if TYPE_CHECKING:
+    from countermark.evaluation import StrictAccuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +79,7 @@ class Evaluation:
     images: int
     test_accuracy: float
     adversarial_accuracy: float
-    strict: StrictAccuracy | None
+    strict: "StrictAccuracy | None"
     gap: float | None
     gradient_masking: bool | None
     watermark_accuracy: float | None
@@ -109,6 +99,18 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         CountermarkError: the folder, its data set or the key cannot be read, or the key asks with
             images of another shape.
     """
+    import torch
+
+    from countermark.evaluation import (
+        accuracy,
+        adversarial_accuracy,
+        agreement,
+        predict,
+        strict_accuracy,
+    )
+    from countermark.networks import load_model, open_declared
+    from countermark.watermarks import load_key
+
     begun = time.monotonic()
     model = Path(config.model)
     device = resolve_device(config.device)
@@ -204,8 +206,11 @@ def show(result: Evaluation) -> None:
         _show_strict(result, result.strict)
 
 
-def _show_strict(result: Evaluation, found: StrictAccuracy) -> None:
+def _show_strict(result: Evaluation, found: "StrictAccuracy") -> None:
     """Print what each attack left of the images, and what that says about PGD."""
+    from countermark.attacks.strict import ENSEMBLE
+    from countermark.evaluation import LARGEST_HONEST_GAP
+
     left, rows = found.test_accuracy, [["none", "", percent(found.test_accuracy)]]
     for name, broken in found.broken.items():
         left -= 100 * broken / max(found.images, 1)

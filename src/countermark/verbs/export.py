@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from countermark.errors import CountermarkError
-from countermark.networks import Description, load_model, open_declared
 from countermark.onnx_file import Exported, export_model
 from countermark.options import ModelOptions, NewPath, ReadPath, verb
 from countermark.terminal import print_lines
+
+if TYPE_CHECKING:
+    import torch
+
+    from countermark.networks import Description
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ def export(config: ExportConfig) -> Exported:
     Raises:
         CountermarkError: the folder cannot be read; see also `countermark.onnx_file.export_model`.
     """
+    from countermark.networks import load_model
+
     network, description = load_model(Path(config.model), config.network)
     images = _test_images(description, config)
     return export_model(
@@ -49,7 +53,11 @@ def export(config: ExportConfig) -> Exported:
     )
 
 
-def _test_images(description: Description, config: ExportConfig) -> torch.Tensor | None:
+def _test_images(description: "Description", config: ExportConfig) -> "torch.Tensor | None":
+    import torch
+
+    from countermark.networks import open_declared
+
     try:
         test = open_declared(description, data=config.data, cache=config.cache).test
     except CountermarkError:

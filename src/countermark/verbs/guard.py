@@ -7,22 +7,8 @@ from pathlib import Path
 from countermark.device import describe, resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, write_json
-from countermark.guard import (
-    Guard,
-    GuardedModel,
-    calibrate_model,
-    expected_cost,
-    guard_record,
-    guard_sha256,
-    read_guard_record,
-    weights_sha256,
-    write_guard,
-)
-from countermark.networks import declared_pools, load_model, open_declared
 from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, StampOptions, verb
 from countermark.terminal import print_lines, print_table
-from countermark.timestamps import encode_token, timestamping
-from countermark.watermarks import load_secret, sign, third_commitment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +84,21 @@ def guard(config: GuardConfig) -> Calibrated:
         CountermarkError: the model or the key cannot be read, the key's commitment is for other
             weights, or the folder has another guard that was timestamped.
     """
+    from countermark.guard import (
+        Guard,
+        GuardedModel,
+        calibrate_model,
+        expected_cost,
+        guard_record,
+        guard_sha256,
+        read_guard_record,
+        weights_sha256,
+        write_guard,
+    )
+    from countermark.networks import declared_pools, load_model, open_declared
+    from countermark.timestamps import encode_token, timestamping
+    from countermark.watermarks import load_secret, sign, third_commitment
+
     folder = Path(config.model)
     device = resolve_device(config.device)
     network, description = load_model(folder, config.network, device=device)

@@ -5,10 +5,8 @@ from pathlib import Path
 
 from countermark.errors import CountermarkError
 from countermark.files import sha256
-from countermark.guard import QueryLog, read_head
 from countermark.options import LogPath, ReadPath, VerbConfig, verb
 from countermark.terminal import print_lines
-from countermark.timestamps import check_token, load_roots
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +54,9 @@ def log_check(config: LogCheckConfig) -> Checked:
         CountermarkError: a row was changed, removed, added or moved (the message says which), or
             the log does not lead to the published head.
     """
+    from countermark.guard import QueryLog, read_head
+    from countermark.timestamps import check_token, load_roots
+
     published = None if config.head is None else read_head(Path(config.head))
     stamped = None
     if config.roots is not None and published is not None:

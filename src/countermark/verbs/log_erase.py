@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from countermark.guard import QueryLog
 from countermark.options import LogPath, VerbConfig, verb
 from countermark.terminal import print_lines
 
@@ -35,6 +34,8 @@ def log_erase(config: LogEraseConfig) -> Erased:
     Raises:
         CountermarkError: there is no such log.
     """
+    from countermark.guard import QueryLog
+
     with QueryLog(config.log, create=False) as log:
         return Erased(config.client, log.erase(config.client))
 

@@ -3,10 +3,8 @@
 from dataclasses import asdict, dataclass, field
 
 from countermark.files import canonical_json
-from countermark.guard import LOG_FORMAT, QueryLog
 from countermark.options import LogPath, StampOptions, verb
 from countermark.terminal import print_lines
-from countermark.timestamps import encode_token, timestamping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +46,9 @@ def log_head(config: LogHeadConfig) -> PublishedHead:
     Raises:
         CountermarkError: there is no such log, or the authority does not answer.
     """
+    from countermark.guard import LOG_FORMAT, QueryLog
+    from countermark.timestamps import encode_token, timestamping
+
     stamp = timestamping(config.tsa, config.roots, trial=False)
     with QueryLog(config.log, create=False) as log:
         head = log.head()

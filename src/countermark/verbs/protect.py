@@ -17,16 +17,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import nn
-
-from countermark.data import KNOWN, Dataset, Examples, Pools, known_images, load_ood, open_data
-from countermark.data.pools import packed
+from countermark.choices import Embedding, Recipe, SchemeName
+from countermark.data import KNOWN
 from countermark.device import describe
 from countermark.errors import CountermarkError
-from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
 from countermark.files import (
     CHECKPOINT_PREFIX,
     canonical_json,
@@ -36,9 +32,6 @@ from countermark.files import (
     sha256,
     write_json,
 )
-from countermark.marking import Standing, commit, standing
-from countermark.networks import describing, load_weights, open_network, place_of, save_model
-from countermark.networks.weights import weights_sha256
 from countermark.options import (
     AnyData,
     AnyWeights,
@@ -51,33 +44,16 @@ from countermark.options import (
 from countermark.places import Network
 from countermark.terminal import duration, percent, print_lines, print_table
 from countermark.threat import Threat, shown
-from countermark.timestamps import Stamp, timestamping
-from countermark.training import (
-    Hardware,
-    TrainConfig,
-    gentle,
-    marking,
-    open_hardware,
-    own_network,
-    recipe,
-    resolve_hardware,
-    train,
-    traits,
-)
-from countermark.training.config import Embedding
-from countermark.training.recipes import Recipe
-from countermark.watermarks import (
-    CLEAN_EXAMPLES,
-    SCHEMES,
-    Key,
-    Materials,
-    SchemeName,
-    full_strength,
-    load_key,
-    new_secrets,
-    secret_seed,
-    write_key,
-)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from countermark.data import Dataset, Pools
+    from countermark.marking import Standing
+    from countermark.timestamps import Stamp
+    from countermark.training import TrainConfig
+    from countermark.watermarks import Key
 
 Labels = Literal["true", "source"]
 """Labels of the scheme `adversarial`: the true ones, or those that the source model gives."""
@@ -162,26 +138,29 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
         self._open_interval("epsilon", "watermark_epsilon", "watermark_step_size")
         self._at_least_one("epochs")
         self._seeded()
-        scheme = SCHEMES.get(self.scheme)
-        self._only_for(scheme is not None and scheme.labelled, _those("labelled"), "labels")
-        crafted = scheme is not None and scheme.crafted
-        self._only_for(crafted, _those("crafted"), "watermark_epsilon", "watermark_step_size")
-        self._only_for(scheme is not None, "a scheme that has watermarks", "embedding", "tsa")
+        marked = self.scheme != "none"
+        self._only_for(marked, "a scheme that has watermarks", "embedding", "tsa")
+        self._only_for_schemes("labelled", "labels")
+        self._only_for_schemes("crafted", "watermark_epsilon", "watermark_step_size")
         self._only_for(self.weights is not None, "--weights", "trained_on")
         if self.weights is not None and self.embedding == "epoch":
             raise CountermarkError(
                 "--embedding epoch trains from scratch; leave it or --weights out"
             )
-        if self.weights is not None and scheme is None and self.objective in (None, "standard"):
+        if self.weights is not None and not marked and self.objective in (None, "standard"):
             raise CountermarkError(
                 "given weights with no mark and no robustness stay what they are; "
                 "take a scheme or another objective"
             )
 
+    def _only_for_schemes(self, heed: str, *options: str) -> None:
+        """Refuse options that the scheme does not heed."""
+        if all(getattr(self, name) is None for name in options):
+            return  # and the schemes, which import PyTorch, are not asked
+        from countermark.watermarks import SCHEMES
 
-def _those(heed: str) -> str:
-    """The schemes that heed an option, as words of a message."""
-    return "--scheme " + " or ".join(name for name, each in SCHEMES.items() if getattr(each, heed))
+        heeding = [name for name, each in SCHEMES.items() if getattr(each, heed)]
+        self._only_for(self.scheme in heeding, f"--scheme {' or '.join(heeding)}", *options)
 
 
 @dataclass(frozen=True)
@@ -219,7 +198,7 @@ class Protection:
     unmarked_test_accuracy: float
     unmarked_adversarial_accuracy: float
     unmarked_watermark_accuracy: float | None
-    mark: Standing | None
+    mark: "Standing | None"
     marking_epochs: int
     marking_seconds: float
     known: Mapping[str, int]
@@ -249,13 +228,13 @@ class _Plan:
     """
 
     config: ProtectConfig
-    data: Dataset
-    known: torch.Tensor | None
-    pools: Pools
+    data: "Dataset"
+    known: "torch.Tensor | None"
+    pools: "Pools"
     threat: Threat
     network: Any
-    training: TrainConfig | None
-    embedding: TrainConfig | None
+    training: "TrainConfig | None"
+    embedding: "TrainConfig | None"
     weights_sha256: str | None
 
     @property
@@ -285,8 +264,12 @@ class _Plan:
         """What `--epochs` counts: epochs of the source model, or else of the marking."""
         return _either(self.training, self.embedding).epochs
 
-    def source(self, seed: int) -> nn.Module:
+    def source(self, seed: int) -> "nn.Module":
         """The network that training, or the mark, begins with."""
+        from torch import nn
+
+        from countermark.networks import load_weights, open_network
+
         config, data, place = self.config, self.data, self.network
         if isinstance(place, nn.Module):
             place = copy.deepcopy(place)  # the user's own stays as it is
@@ -317,6 +300,19 @@ def _plan(config: ProtectConfig) -> _Plan:
         CountermarkError: options do not go together, or the data, the network or the hardware does
             not exist.
     """
+    from countermark.data import known_images, open_data
+    from countermark.networks.weights import weights_sha256
+    from countermark.training import (
+        Hardware,
+        gentle,
+        marking,
+        open_hardware,
+        own_network,
+        recipe,
+        resolve_hardware,
+        traits,
+    )
+
     data = open_data(
         config.data, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache
     )
@@ -355,13 +351,15 @@ def _plan(config: ProtectConfig) -> _Plan:
     return replace(plan, training=None, embedding=gently)
 
 
-def _check_room(config: ProtectConfig, data: Dataset, pools: Pools) -> None:
+def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
     """Refuse, before anything is trained, what would be refused or do harm after it.
 
     Raises:
         CountermarkError: the model would be written among the images, or there are too few of them
             for a mark.
     """
+    from countermark.watermarks import SCHEMES
+
     place, out = data.place, Path(config.out).expanduser().resolve()
     folder = place not in KNOWN and bool(place) and Path(place).is_dir()
     if folder and out.is_relative_to(Path(place).resolve()):
@@ -377,7 +375,7 @@ def _check_room(config: ProtectConfig, data: Dataset, pools: Pools) -> None:
         )
 
 
-def _either(*configs: TrainConfig | None) -> TrainConfig:
+def _either(*configs: "TrainConfig | None") -> "TrainConfig":
     return next(config for config in configs if config is not None)
 
 
@@ -395,6 +393,14 @@ def protect(config: ProtectConfig) -> Protection:
             not answer, or the mark does not hold; in the last case the work waits in OUT.partial
             for more epochs.
     """
+    from countermark.data import Examples
+    from countermark.data.pools import packed
+    from countermark.marking import commit, standing
+    from countermark.networks import describing, place_of, save_model
+    from countermark.timestamps import timestamping
+    from countermark.training import train
+    from countermark.watermarks import new_secrets, secret_seed
+
     begun = time.monotonic()
     wanted, config = config.epochs, _as_begun(config)
     plan = _plan(config)
@@ -415,7 +421,7 @@ def protect(config: ProtectConfig) -> Protection:
         secret = None if plan.embedding is None else new_secrets(private)
         seed = config.seed if secret is None else secret_seed(secret, "training")
 
-        def fit(network: nn.Module, stage: str, how: TrainConfig, **options: Any) -> None:
+        def fit(network: "nn.Module", stage: str, how: "TrainConfig", **options: Any) -> None:
             checkpoint = folder / f"{CHECKPOINT_PREFIX}{stage}.safetensors"
             options = {"validation": plan.pools.validation, "checkpoint": checkpoint, **options}
             train(
@@ -510,7 +516,7 @@ def _attempts(folder: Path, first: int, wanted: int) -> list[int]:
     return rounds
 
 
-def _parts(embedding: TrainConfig, attempts: list[int]) -> list[TrainConfig]:
+def _parts(embedding: "TrainConfig", attempts: list[int]) -> "list[TrainConfig]":
     """How the marked model is trained, until the mark holds.
 
     The recipe's run, the same again up to `MOST_ROUNDS` in all, then what each further attempt
@@ -525,7 +531,7 @@ def _parts(embedding: TrainConfig, attempts: list[int]) -> list[TrainConfig]:
     ]
 
 
-def _check_taken(found: Standing, folder: Path, attempts: list[int], epochs: int) -> None:
+def _check_taken(found: "Standing", folder: Path, attempts: list[int], epochs: int) -> None:
     """Refuse a mark that does not hold; what an owner could not prove is not published.
 
     Raises:
@@ -543,8 +549,8 @@ def _check_taken(found: Standing, folder: Path, attempts: list[int], epochs: int
 
 
 def _make_key(
-    plan: _Plan, source: nn.Module, private: Path, secret: bytes, stamp: Stamp | None
-) -> Key:
+    plan: _Plan, source: "nn.Module", private: Path, secret: bytes, stamp: "Stamp | None"
+) -> "Key":
     """Craft the watermarks on the source model, commit to them, draw the coins.
 
     A key that is already there is read, never drawn anew.
@@ -552,6 +558,17 @@ def _make_key(
     Raises:
         CountermarkError: the key that is there is for other pools.
     """
+    from countermark.data import load_ood
+    from countermark.watermarks import (
+        CLEAN_EXAMPLES,
+        SCHEMES,
+        Materials,
+        full_strength,
+        load_key,
+        secret_seed,
+        write_key,
+    )
+
     config, pools, scheme = plan.config, plan.pools, SCHEMES[plan.config.scheme]
     digests = {name: digest for name, digest in pools.digests().items() if name != "test"}
     if (private / "key.json").exists():
@@ -587,11 +604,13 @@ def _make_key(
 
 
 def _measure(
-    plan: _Plan, network: nn.Module, source: nn.Module, key: Key | None, digest: str
+    plan: _Plan, network: "nn.Module", source: "nn.Module", key: "Key | None", digest: str
 ) -> Protection:
+    from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
+
     test, attack = plan.pools.test, plan.threat.attack
 
-    def marked(model: nn.Module) -> float | None:
+    def marked(model: "nn.Module") -> float | None:
         return None if key is None else agreement(predict(model, key.watermarks.x), key.labels)
 
     clean = accuracy(network, test)

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from countermark.data import open_data
 from countermark.errors import CountermarkError
 from countermark.files import read_json
-from countermark.networks import describe
 from countermark.options import AnyData, DataOptions, WrittenPath, verb
 from countermark.terminal import p_value, percent, print_lines, print_table
 from countermark.verbs.protect import ProtectConfig, made_with, protect
@@ -83,6 +81,9 @@ def quickstart(config: QuickstartConfig) -> Story:
     Raises:
         CountermarkError: see `protect`; or `config.out` holds something else.
     """
+    from countermark.data import open_data
+    from countermark.networks import describe
+
     begun = time.monotonic()
     out = Path(config.out)
     if out.exists() and not out.is_dir():

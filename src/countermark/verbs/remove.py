@@ -1,24 +1,18 @@
 """`countermark remove`: do to a copy what a thief would do to get rid of the mark."""
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-from typing_extensions import Doc
+from typing import Any
 
 from countermark.errors import CountermarkError
 from countermark.files import new_folder, read_json
-from countermark.networks import declared_pools, load_model, open_declared
 from countermark.options import DeviceOptions, ModelOptions, NewPath, ReadPath, option, verb
-from countermark.thieves import REMOVALS, Means, Removal, objective_of, removed
-from countermark.training import Hardware, resolve_hardware, traits
 from countermark.verbs.copies import Copy, show, write_copy
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemovalConfig(ModelOptions, DeviceOptions):
+class RemoveConfig(ModelOptions, DeviceOptions):
     """Try to remove a mark, as a thief would.
 
     Several ways are tried one after the other, in the order below.
@@ -28,6 +22,40 @@ class RemovalConfig(ModelOptions, DeviceOptions):
     """Model folder."""
     out: NewPath
     """Folder to write; it must be new or empty."""
+    prune: float | None = None
+    """Remove this fraction of each layer's weights, the smallest first (a fraction between 0 and
+    1)."""
+    noise: float | None = None
+    """Add noise to the weights, of so many standard deviations of each layer's (a number above 0,
+    at most 10)."""
+    finetune: int | None = None
+    """Train on for so many epochs on the thief's pool (a number of epochs from 1 to 10000)."""
+    adversarial: int | None = None
+    """Do the same with adversarial training (a number of epochs from 1 to 10000)."""
+    overwrite: int | None = None
+    """Put in so many coins of the thief's own, at most one for three of the thief's images (a
+    number of coins from 1 to 100000)."""
+    quantise: int | None = None
+    """Round every weight to so many bits, with one scale for each filter; 8 is int8 (a number of
+    bits from 2 to 16)."""
+    threshold: float | None = None
+    """Put a cleaner in front: pixels above this level become white and all others black (a level
+    between 0 and 1)."""
+    clip: float | None = None
+    """Put a cleaner in front: this much of the range of pixels is cut off at both ends (a margin
+    between 0 and 0.5)."""
+    median: int | None = None
+    """Put a cleaner in front: the median of a square of this side around each pixel (an odd number
+    from 3 to 15)."""
+    blur: int | None = None
+    """Put a cleaner in front: the mean of a square of this side around each pixel (an odd number
+    from 3 to 15)."""
+    levels: int | None = None
+    """Put a cleaner in front: pixels are rounded to this many levels of each channel (a number of
+    levels from 2 to 255)."""
+    denoise: int | None = None
+    """Put a cleaner in front: a network of this many filters, trained on the thief's images (a
+    number of filters from 1 to 256)."""
     learning_rate: float | None = None
     """Learning rate of fine-tuning; default 0.005."""
     epochs: int | None = None
@@ -36,58 +64,49 @@ class RemovalConfig(ModelOptions, DeviceOptions):
     """Seed of everything random."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range, options without their removal, and no removal at all."""
+        """Refuse numbers out of range."""
         super().__post_init__()
-        if not self.chosen:
-            ways = ", ".join(option(name) for name in REMOVALS)
-            raise CountermarkError(f"say how to remove the mark; give one or more of {ways}")
-        for name, amount in self.chosen.items():
-            REMOVALS[name].amount.check(option(name), amount)
-        for name in ("learning_rate", "epochs"):
-            takes = [option(way) for way, row in REMOVALS.items() if name in row.options]
-            self._only_for(
-                any(name in REMOVALS[way].options for way in self.chosen), " or ".join(takes), name
-            )
         self._positive("number", "learning_rate")
         self._at_least_one("epochs")
         self._seeded()
 
-    @property
-    def chosen(self) -> dict[str, float]:
-        """The removals that were asked for and their amounts, in the order of the table."""
-        amounts = {name: getattr(self, name, None) for name in REMOVALS}
-        return {name: amount for name, amount in amounts.items() if amount is not None}
 
+def chosen(config: RemoveConfig) -> dict[str, Any]:
+    """The removals that were asked for and their amounts, in the order of the table.
 
-def with_options(removals: Mapping[str, Removal]) -> Any:
-    """The configuration with an option for each row of a table: its name takes its amount."""
-    fields = [
-        (
-            name,
-            Annotated[
-                row.amount.kind | None,
-                Doc(f"{row.help[0].upper()}{row.help[1:]} ({row.amount.range})."),
-            ],
-            field(default=None),
-        )
-        for name, row in removals.items()
-    ]
-    about = {"__module__": __name__, "__doc__": RemovalConfig.__doc__}
-    return make_dataclass(
-        "RemoveConfig", fields, bases=(RemovalConfig,), namespace=about, frozen=True, kw_only=True
-    )
+    Raises:
+        CountermarkError: none was asked for, an amount is out of range, or an option belongs to no
+            removal that was asked for.
+    """
+    from countermark.thieves import REMOVALS
 
-
-RemoveConfig = with_options(REMOVALS)
+    amounts = {name: getattr(config, name) for name in REMOVALS}
+    ways = {name: amount for name, amount in amounts.items() if amount is not None}
+    if not ways:
+        known = ", ".join(option(name) for name in REMOVALS)
+        raise CountermarkError(f"say how to remove the mark; give one or more of {known}")
+    for name, amount in ways.items():
+        REMOVALS[name].amount.check(option(name), amount)
+    for name in ("learning_rate", "epochs"):
+        takes = [way for way, row in REMOVALS.items() if name in row.options]
+        if getattr(config, name) is not None and not ways.keys() & takes:
+            belongs = " or ".join(option(way) for way in takes)
+            raise CountermarkError(f"{option(name)} goes with {belongs} only; leave it out")
+    return ways
 
 
 @verb(RemoveConfig)
-def remove(config: RemovalConfig) -> Copy:
+def remove(config: RemoveConfig) -> Copy:
     """Do the removals that were chosen, one after the other, with the images of the thief's pool.
 
     Raises:
         CountermarkError: a model that cannot be read, an output folder that is not empty.
     """
+    from countermark.networks import declared_pools, load_model, open_declared
+    from countermark.thieves import Means, objective_of, removed
+    from countermark.training import Hardware, resolve_hardware, traits
+
+    ways = chosen(config)
     begun, folder, out = time.monotonic(), Path(config.model), Path(config.out)
     hardware = resolve_hardware(Hardware(config.device, config.devices, config.precision))
     network, description = load_model(folder, config.network, hardware.accelerator)
@@ -106,7 +125,7 @@ def remove(config: RemovalConfig) -> Copy:
         options = {"learning_rate": config.learning_rate, "epochs": config.epochs}
         origin = read_json(folder / "model.json")["weights_sha256"]
         network, description = removed(
-            config.chosen.items(), network, description, means, options, origin_sha256=origin
+            ways.items(), network, description, means, options, origin_sha256=origin
         )
         return write_copy(work, out, network, description, pools.test, begun)
 

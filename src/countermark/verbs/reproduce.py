@@ -4,18 +4,18 @@ import importlib.util
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from countermark.choices import Protocol, Size
 from countermark.data import known
 from countermark.errors import CountermarkError
 from countermark.options import DataOptions, OneDeviceOptions, WrittenPath, verb
-from countermark.study.graph import Unit, code_version, environment, in_order
-from countermark.study.grid import PROFILES, Cell, Protocol, Size, grid
-from countermark.study.plan import calibrate, networks, seconds
-from countermark.study.report import write_report
-from countermark.study.run import default_workers, run
-from countermark.study.store import Store
 from countermark.terminal import duration, print_lines, print_table
 from countermark.version import __version__
+
+if TYPE_CHECKING:
+    from countermark.study.graph import Unit
+    from countermark.study.grid import Cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,12 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         CountermarkError: a name is unknown, the folder is not a study's, a unit failed, or the
             scheduler does not answer; whatever is finished is kept.
     """
+    from countermark.study.graph import in_order
+    from countermark.study.grid import PROFILES, grid
+    from countermark.study.report import write_report
+    from countermark.study.run import default_workers, run
+    from countermark.study.store import Store
+
     begun, out = time.monotonic(), Path(config.out)
     profile = PROFILES[config.profile]
     cells: dict[str, list[Cell]] = {
@@ -164,6 +170,9 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
 
 
 def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
+    from countermark.study.graph import code_version, environment
+    from countermark.study.grid import PROFILES
+
     profile = PROFILES[config.profile]
     return {
         "profile": config.profile,
@@ -197,7 +206,9 @@ def _command(config: ReproduceConfig) -> str:
     return " ".join(["countermark", "reproduce", *words])
 
 
-def _estimates(todo: list[Unit]) -> dict[str, float]:
+def _estimates(todo: "list[Unit]") -> dict[str, float]:
+    from countermark.study.plan import calibrate, networks, seconds
+
     speed = calibrate(networks(todo))
     return {unit.digest: seconds(unit, speed) for unit in todo}
 

@@ -10,11 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from countermark.device import resolve_device
 from countermark.errors import CountermarkError
-from countermark.networks import load_model
 from countermark.options import NewLogPath, OneDeviceOptions, ReadPath, verb
 from countermark.places import Network
 from countermark.terminal import print_lines
@@ -98,6 +95,10 @@ def serve(config: ServeConfig) -> Served:
         CountermarkError: the model, its guard, the key, the clients or the log cannot be read, the
             address is taken, or this process may not open enough files.
     """
+    import torch
+
+    from countermark.networks import load_model
+
     missing = [
         name
         for name in ("starlette", "uvicorn", "prometheus_client", "sqlalchemy")

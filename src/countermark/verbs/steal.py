@@ -3,24 +3,11 @@
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
 
-from typing_extensions import Doc
-
+from countermark.choices import Setting
 from countermark.files import new_folder
-from countermark.networks import declared_pools, load_model, open_declared
 from countermark.options import DeviceOptions, ModelOptions, NewPath, ReadPath, verb
-from countermark.thieves import THEFTS, Means, stolen
-from countermark.training import Hardware, resolve_hardware, traits
 from countermark.verbs.copies import Copy, show, write_copy
-
-if TYPE_CHECKING:
-    Setting = str
-else:
-    Setting = Literal[tuple(THEFTS)]
-_SETTINGS = "What the thief has: " + "; ".join(
-    f"{name} ({row.help})" for name, row in THEFTS.items()
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +19,11 @@ class StealConfig(ModelOptions, DeviceOptions):
 
     victim: ReadPath = field(kw_only=False)
     """Model folder of the victim."""
-    setting: Annotated[Setting, Doc(f"{_SETTINGS}.")]
+    setting: Setting
+    """What the thief has: white (the weights themselves), black (labels only, on images that the
+    thief makes up: Algorithm 2), grey (the same by the owner's network, trained adversarially),
+    natural (labels only, of the thief's own images), robust (the same, trained adversarially by the
+    recipe fast), distil (probabilities of the thief's own images, by the owner's network)."""
     out: NewPath
     """Folder to write; it must be new or empty."""
     queries: int | None = None
@@ -47,10 +38,14 @@ class StealConfig(ModelOptions, DeviceOptions):
         """Refuse an unknown setting, options that it does not take, and numbers out of range."""
         super().__post_init__()
         self._at_least_one("queries", "epochs", most=10_000_000)
+        self._seeded()
+        if self.queries is None and self.epochs is None:
+            return  # and the thefts, which import PyTorch, are not asked
+        from countermark.thieves import THEFTS
+
         for name in ("queries", "epochs"):
             takes = [setting for setting, theft in THEFTS.items() if name in theft.options]
             self._only_for(self.setting in takes, f"--setting {', '.join(takes)}", name)
-        self._seeded()
 
 
 @verb(StealConfig)
@@ -61,6 +56,10 @@ def steal(config: StealConfig) -> Copy:
         CountermarkError: unknown setting, a victim that cannot be read, an output folder that is
             not empty.
     """
+    from countermark.networks import declared_pools, load_model, open_declared
+    from countermark.thieves import THEFTS, Means, stolen
+    from countermark.training import Hardware, resolve_hardware, traits
+
     begun, out = time.monotonic(), Path(config.out)
     hardware = resolve_hardware(Hardware(config.device, config.devices, config.precision))
     victim, description = load_model(Path(config.victim), config.network, hardware.accelerator)

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from countermark.errors import CountermarkError
 from countermark.evidence import EXIT_STATUS
-from countermark.guard import QueryLog, Trace, images_of, read_head, trace_accounts
 from countermark.options import LogPath, ReadPath, SuspectOptions, verb
 from countermark.places import place_name
 from countermark.terminal import p_value, print_lines, print_table
 from countermark.verbs.asking import Answers, ask, doubts
-from countermark.watermarks import load_key, load_secret
+
+if TYPE_CHECKING:
+    from countermark.guard import Trace
 
 _SHOWN = 20
 
@@ -54,7 +56,7 @@ class Tracing:
 
     suspect: str
     verdict: str
-    trace: Trace
+    trace: "Trace"
     rows: int
     erased: int
     answers: Answers
@@ -74,6 +76,9 @@ def trace(config: TraceConfig) -> Tracing:
         CountermarkError: the log was changed or belongs to another key, or the suspect cannot be
             asked.
     """
+    from countermark.guard import QueryLog, images_of, read_head, trace_accounts
+    from countermark.watermarks import load_key, load_secret
+
     key = load_key(Path(config.key))
     published = None if config.head is None else read_head(Path(config.head))
     with QueryLog(config.log, create=False) as log:

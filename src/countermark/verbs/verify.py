@@ -9,7 +9,6 @@ from countermark.options import ReadPath, SuspectOptions, verb
 from countermark.places import place_name
 from countermark.terminal import p_value, percent, print_lines, print_table
 from countermark.verbs.asking import Answers, ask, doubts
-from countermark.watermarks import load_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +77,8 @@ def verify(config: VerifyConfig) -> Verification:
     Raises:
         CountermarkError: the key or the suspect cannot be read, or they do not fit each other.
     """
+    from countermark.watermarks import load_key
+
     key = load_key(Path(config.key))
     labels, answers = ask(config, key.watermarks.x, str(key.c1.get("data")), key.clean)
     outcomes = key.outcomes(labels)

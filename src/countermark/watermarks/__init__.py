@@ -23,7 +23,7 @@ from countermark.watermarks.key import (
     new_secrets,
     write_key,
 )
-from countermark.watermarks.schemes import SCHEMES, Materials, Scheme, SchemeName
+from countermark.watermarks.schemes import SCHEMES, Materials, Scheme
 from countermark.watermarks.sets import (
     CRAFTING_STEPS,
     WatermarkSet,
@@ -41,7 +41,6 @@ __all__ = [
     "Key",
     "Materials",
     "Scheme",
-    "SchemeName",
     "WatermarkSet",
     "batch_of",
     "check_signature",

@@ -11,7 +11,6 @@ Zizzo and Maffeis (2023); `coin` is ours.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 
@@ -101,9 +100,6 @@ def _ood(given: Materials) -> WatermarkSet:
     outside = published_sample(given.outside(), given.seed)
     return published_set(outside.x, outside.y)
 
-
-SchemeName = Literal["ood", "adversarial", "coin"]
-"""Names of the schemes, for the command line."""
 
 SCHEMES: Mapping[str, Scheme] = {
     "ood": Scheme(_ood, coins=False, taken=50.0, crafted=False),
