@@ -15,7 +15,6 @@ import stat
 import subprocess
 import sys
 import tomllib
-import typing
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -26,21 +25,20 @@ import pytest
 import torch
 
 import countermark
-from countermark import cli, html, options, terminal
+from countermark import choices, cli, html, options, terminal, training
 from countermark.attacks.strict import STAGES
-from countermark.data import KNOWN
+from countermark.data import KNOWN, open_data
 from countermark.networks import load, load_model, save_model
 from countermark.networks.named import NETWORKS
-from countermark.study.grid import PROFILES, Size
+from countermark.study.grid import PROFILES
 from countermark.text import visible
 from countermark.thieves import REMOVALS, THEFTS
-from countermark.training import loop
-from countermark.training.config import PRECISIONS
+from countermark.threat import GREY
+from countermark.training import loop, recipe, traits
 from countermark.verbs import plan
-from countermark.verbs import protect as protecting
 from countermark.verbs.protect import ProtectConfig
+from countermark.watermarks import SCHEMES, load_key
 from countermark.watermarks import key as key_module
-from countermark.watermarks import load_key
 from shorter import mark_shortly, take_any_mark
 from warm import COLD, warm
 
@@ -102,7 +100,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     There is no option for its number of epochs.
     """
 
-    return lambda epochs: mark_shortly(monkeypatch, protecting, epochs)
+    return lambda epochs: mark_shortly(monkeypatch, training, epochs)
 
 
 def test_strong_takes_its_own_network_and_keeps_the_mark(
@@ -908,7 +906,7 @@ def config_of(verb: str) -> Any:
 
 @pytest.mark.parametrize("verb", cli.VERBS)
 def test_every_option_has_a_word_of_help(verb: str) -> None:
-    words = options._words(config_of(verb))
+    words = options.words_of(config_of(verb))
     assert [field.name for field in fields(config_of(verb)) if not words.get(field.name)] == []
 
 
@@ -1039,14 +1037,34 @@ def test_nothing_to_do_lists_every_verb_in_one_line() -> None:
     assert all(name in err for name in ("log head", "log check", "log erase"))
 
 
-def test_help_of_a_verb_names_its_options() -> None:
+def test_help_of_a_verb_is_calm_and_imports_no_torch() -> None:
+    """It has every option once and fits 80 columns; what was never given is no default."""
+    columns = {**ENVIRONMENT, "COLUMNS": "80"}
+    lines = [f"{verb} --help" for verb in VERBS]
     for verb, (status, out, err) in zip(
-        VERBS, alone(*(f"{verb} --help" for verb in VERBS)), strict=True
+        VERBS, alone(*lines, torch=False, env=columns), strict=True
     ):
-        assert (status, err) == (0, "")
-        assert f"usage: countermark {verb}" in out
-        for field in fields(config_of(verb)):
-            assert options.option(field.name) in out
+        assert (status, err) == (0, ""), verb
+        assert out.startswith(f"usage: countermark {verb} ")
+        assert max(map(len, out.splitlines())) <= 80
+        assert "None" not in out
+        listed = re.findall(r"^  (--[a-z-]+)", out, re.MULTILINE)
+        assert listed == [options.option(field.name) for field in fields(config_of(verb))]
+        assert listed[-1] == "--json"
+
+
+def test_the_help_on_verify_has_its_own_options_before_the_shared_ones(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = run(capsys, "verify", "--help")[1]
+    assert out.startswith("usage: countermark verify SUSPECT --key PATH [OPTIONS]\n")
+    heads = re.findall(r"^(\S.*):$", out, re.MULTILINE)
+    asks, runs = "Options of verbs that ask a suspect", "Options of verbs that run a model"
+    assert heads == ["Options", asks, runs, "Options of every verb"]
+    assert "--alpha NUMBER        Level of a match; a judge's is 1e-9. [1e-06]" in out
+    assert "--pixels float|uint8" in out
+    assert "--mean NUMBER ..." in out
 
 
 MISTAKES = {
@@ -1081,7 +1099,7 @@ MISTAKES = {
 def test_mistakes_in_options_are_one_short_line(tmp_path: Path) -> None:
     places = {"new": tmp_path / "new", "full": tmp_path}
     for line, (status, out, err) in zip(
-        MISTAKES, alone(*(line.format(**places) for line in MISTAKES)), strict=True
+        MISTAKES, alone(*(line.format(**places) for line in MISTAKES), torch=False), strict=True
     ):
         assert (status, out, err.count("\n")) == (2, "", 1), line
         assert MISTAKES[line] in err
@@ -1149,35 +1167,26 @@ def test_options_are_checked_before_the_work_begins(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_row_of_a_table_is_a_choice_and_a_line_of_help() -> None:
-    """Rows that are there before the verbs are imported need no word anywhere else."""
-    script = """
-import sys
-from dataclasses import replace
-from countermark.thieves import REMOVALS, THEFTS
-THEFTS["borrow"] = replace(THEFTS["white"], help="the weights, for a while")
-REMOVALS["halve"] = replace(REMOVALS["prune"], help="halve so many weights")
-from countermark.cli import main
-main([sys.argv[1], "--help"])
-"""
-    for verb, words in (
-        ("steal", ("borrow", "for a while")),
-        ("remove", ("--halve", "Halve so many")),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", script, verb],
-            capture_output=True,
-            text=True,
-            env={**ENVIRONMENT, "COLUMNS": "200"},
-        )
-        assert all(word in done.stdout for word in words), done
-
-
 def test_the_choices_of_options_are_the_tables() -> None:
-    assert get_args(typing.get_type_hints(config_of("steal"))["setting"]) == tuple(THEFTS)
-    assert set(REMOVALS) <= {field.name for field in fields(config_of("remove"))}
-    assert set(get_args(Size)) == set(PROFILES)
-    assert get_args(options.Precision) == PRECISIONS
+    assert get_args(choices.Setting) == tuple(THEFTS)
+    assert get_args(choices.SchemeName) == tuple(SCHEMES)
+    assert set(get_args(choices.Size)) == set(PROFILES)
+    given = traits(open_data("digits"), open_data("digits").train)
+    for objective in get_args(choices.Recipe):
+        assert recipe(given, objective, GREY).epochs > 0
+
+
+def test_the_options_of_a_theft_and_of_removals_are_the_tables() -> None:
+    """Each row is an option with the words of the row, in the order of the table."""
+    said = options.words_of(config_of("steal"))["setting"]
+    for name, theft in THEFTS.items():
+        assert f"{name} ({theft.help})" in said
+    own = options.words_of(config_of("remove"))
+    assert [name for name in own if name in REMOVALS] == list(REMOVALS)
+    for name, removal in REMOVALS.items():
+        help_of_row = f"{removal.help[0].upper()}{removal.help[1:]} ({removal.amount.range})."
+        assert own[name] == help_of_row
+        assert options.hints_of(config_of("remove"))[name] == removal.amount.kind | None
 
 
 def test_functions_refuse_what_the_command_line_refuses(tmp_path: Path) -> None:
@@ -1285,9 +1294,9 @@ def test_a_home_folder_is_expanded_in_every_path(
 def test_every_path_of_a_verb_has_its_place() -> None:
     """Or it would be neither expanded nor looked for."""
     for verb in VERBS:
-        for name, hint in options._hints(config_of(verb)).items():
+        for name, hint in options.hints_of(config_of(verb)).items():
             if "Path" in str(hint) or name == "log":
-                assert list(options._places(hint)), (verb, name)
+                assert list(options.places_in(hint)), (verb, name)
 
 
 def test_help_says_what_the_code_takes() -> None:

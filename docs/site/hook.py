@@ -9,13 +9,12 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 import countermark
-from countermark import options
+from countermark import manual, options
 from countermark.cli import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +22,6 @@ _SECTION = re.compile(r"^\[[^]]*\]\(\.\./README\.md#([a-z0-9-]+)\)$", re.MULTILI
 _VERBS = "<!-- verbs -->"
 _FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 _INNER = re.compile(r"^  (?=- )", re.MULTILINE)  # a list in a list, by two spaces as on GitHub
-_METAVARS = {bool: "", int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -51,16 +49,14 @@ def verbs() -> Iterator[str]:
     for name in VERBS:
         module, public = _function(name)
         config = getattr(module, public).config
-        main = next((each for each in fields(config) if not each.kw_only), None)
-        words = options._words(config)
         yield f"## {name}\n\n{inspect.cleandoc(config.__doc__ or '')}\n"
-        place = "" if main is None else f" {main.name.upper()}"
-        place = f" [{place.strip()}]" if main is not None and not options.required(main) else place
-        needed = [each for each in fields(config) if options.required(each) and each is not main]
-        given = "".join(f" {_call(config, each)}" for each in needed)
-        yield f"```\ncountermark {name}{place}{given} [OPTIONS]\n```\n"
+        yield f"```\n{manual.usage(name, config)}\n```\n"
+        words = options.words_of(config)
         for each in fields(config):
-            yield f"`{_call(config, each)}`{_default(each)}\n:   {words[each.name]}\n"
+            default = manual.default_of(each)
+            known = f", default `{default}`" if default else ""
+            known = ", required" if options.required(each) else known
+            yield f"`{manual.call(config, each)}`{known}\n:   {words[each.name]}\n"
         yield f"In Python: [`countermark.{public}`][countermark.{public}].\n"
 
 
@@ -71,32 +67,3 @@ def _function(name: str) -> tuple[Any, str]:
         public for public, there in countermark._PUBLIC.items() if there.rpartition(".")[0] == file
     )
     return importlib.import_module(f"countermark.{file}"), public
-
-
-def _call(config: type, each: "Field[Any]") -> str:
-    return f"{options.option(each.name)} {_metavar(options._hints(config)[each.name])}".strip()
-
-
-def _metavar(hint: Any) -> str:
-    """What an option takes, as the help on the command line writes it."""
-    parts = [part for part in get_args(hint) if part is not NoneType and part is not ...]
-    if get_origin(hint) is Annotated:
-        return _metavar(parts[0])
-    if get_origin(hint) is Literal:
-        return "|".join(parts)
-    if get_origin(hint) is tuple:
-        return f"{_metavar(parts[0])} ..."
-    if len(parts) == 1:
-        return _metavar(parts[0])
-    return _METAVARS.get(hint, "PATH")
-
-
-def _default(each: "Field[Any]") -> str:
-    """What follows an option's name: that it must be given, or its default where it has one."""
-    if options.required(each):
-        return ", required"
-    value = each.default_factory() if each.default_factory is not MISSING else each.default
-    if value is None or value is False or value == ():
-        return ""
-    several = value if isinstance(value, tuple) else (value,)
-    return f", default `{' '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in several)}`"

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
+from countermark import manual
 from countermark.errors import CountermarkError, nearest
 from countermark.memory import check_room, keep_freed_memory
 from countermark.options import VerbConfig, option, required, takes_several, wrong
@@ -119,13 +120,11 @@ def _run(arguments: list[str]) -> int:
     name, rest = _named(arguments)
     check_room()
     keep_freed_memory()
-    module = importlib.import_module(f"countermark.verbs.{_file(name)}")
-    verb = getattr(module, _file(name))
-    try:
-        config = _parse(name, verb.config, rest)
-    except SystemExit:  # the help was shown; every other end of the parsing is an error of ours
+    module, verb = _imported(name)
+    if any(argument in _HELP for argument in rest):
+        print(manual.page(name, verb.config), flush=True)
         return 0
-    result = verb(**vars(config))
+    result = verb(**vars(config := _parse(name, verb.config, rest)))
     try:
         if config.json:
             from countermark.terminal import print_json
@@ -175,6 +174,12 @@ def _file(name: str) -> str:
     return name.replace(" ", "_")
 
 
+def _imported(name: str) -> tuple[Any, Any]:
+    """The module of a verb, and its function."""
+    module = importlib.import_module(f"countermark.verbs.{_file(name)}")
+    return module, getattr(module, _file(name))
+
+
 def _summary(name: str) -> str:
     """The first line of a verb's help.
 
@@ -207,8 +212,8 @@ def _overview(prefix: str = "") -> str:
             _summary(name), width, initial_indent=first.ljust(column), subsequent_indent=rest
         )
     more = f"countermark {prefix or 'VERB '}{'ACTION ' if prefix else ''}--help shows the options"
-    more += "." if prefix else ", countermark --version the release."
-    return "\n".join([*lines, "", *textwrap.wrap(more, width)])
+    more += "" if prefix else ", --version the release"
+    return "\n".join([*lines, "", *textwrap.wrap(f"{more}.", width)])
 
 
 def _named(arguments: list[str]) -> tuple[str, list[str]]:
@@ -247,9 +252,8 @@ def _parse(name: str, kind: type[VerbConfig], arguments: list[str]) -> VerbConfi
     main = next((each for each, field in known.items() if not field.kw_only), None)
     if main is not None and arguments and not arguments[0].startswith("-"):
         arguments = [main, *arguments]
-    asked = any(argument in _HELP for argument in arguments)
     given = [_option(argument) for argument in arguments if argument.startswith("--")]
-    unknown = next((each for each in given if each not in (*known, "--help")), None)
+    unknown = next((each for each in given if each not in known), None)
     twice = next((each for each in given if given.count(each) > 1), None)
     needed = [each for each, field in known.items() if required(field)]
     missing = [each for each in needed if each not in given]
@@ -261,7 +265,7 @@ def _parse(name: str, kind: type[VerbConfig], arguments: list[str]) -> VerbConfi
     if twice is not None:
         how = "with all its values behind it" if takes_several(kind, known[twice].name) else "once"
         raise CountermarkError(f"{twice} is given twice; give it {how}")
-    if missing and not asked:
+    if missing:
         are = "is" if len(missing) == 1 else "are"
         raise CountermarkError(f"{', '.join(missing)} {are} missing; {see}")
     said = io.StringIO()
@@ -274,9 +278,7 @@ def _parse(name: str, kind: type[VerbConfig], arguments: list[str]) -> VerbConfi
                 return_unknown_args=True,
                 config=(FlagCreatePairsOff,),
             )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
+    except SystemExit:
         wrong = _wrong_value(kind, known, arguments, said.getvalue())
         raise CountermarkError(f"{wrong}; {see}") from None
     if rest:
