@@ -1067,6 +1067,71 @@ def test_the_help_on_verify_has_its_own_options_before_the_shared_ones(
     assert "--mean NUMBER ..." in out
 
 
+COMPLETED = {
+    "": [*dict.fromkeys(verb.split()[0] for verb in VERBS), "--help", "--version", "--completion"],
+    "pro": ["protect"],
+    "data ": ["fetch", "check"],
+    "log c": ["check"],
+    "log check --": ["--log", "--head", "--roots", "--json"],
+    "verify --pix": ["--pixels"],
+    "verify copy --pixels ": ["float", "uint8"],
+    "protect digits --mirror T": ["True"],
+    "protect digits --scheme c": ["coin"],
+    "reproduce --protocol as": ["as-published"],
+    "verify ": [],  # nothing of ours: the shell completes paths
+    "verify copy --key my": [],
+    "bundle sign mi": [],
+    "--completion ": ["bash", "zsh"],
+}
+
+
+def test_bash_completes_verbs_options_and_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    script = run(capsys, "--completion", "bash")[1]
+    for line in COMPLETED:
+        words = shlex.join(["countermark", *line.split(" ")])
+        script += f"COMP_WORDS=({words}); COMP_CWORD={line.count(' ') + 1}\n"
+        script += '_countermark; echo "${COMPREPLY[*]}"\n'
+    script += "complete -p countermark\n"
+    done = subprocess.run(["bash", "-u"], input=script, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    *found, how = done.stdout.splitlines()
+    assert dict(zip(COMPLETED, map(str.split, found), strict=True)) == COMPLETED
+    assert how == "complete -o bashdefault -o default -F _countermark countermark"
+
+
+ZSH = """
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell 'PS1=; source ./completion; print ready $((1 + 1))'
+zpty -r shell out '*ready 2*'
+zpty -w -n shell $'countermark verify x --pix\\t'
+zpty -r shell out '*pixels*'
+zpty -w -n shell $'ui\\t'
+zpty -r shell out '*uint8*'
+print -r -- $out
+"""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_zsh_completes_at_the_tab_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "completion").write_text(run(capsys, "--completion", "zsh")[1])
+    done = subprocess.run(
+        ["zsh", "-f", "-c", ZSH],
+        cwd=tmp_path,
+        env={**ENVIRONMENT, "ZDOTDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert "uint8" in done.stdout, done
+
+
+def test_the_completion_of_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["--completion"], ["--completion", "tcsh"], ["--completion", "bash", "zsh"]):
+        assert "choose one of bash, zsh" in fails(capsys, *words)
+
+
 MISTAKES = {
     "verfy --suspect x": "did you mean verify?",
     "fetch mnist": "did you mean data fetch?",

@@ -26,8 +26,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
-from countermark import manual
-from countermark.errors import CountermarkError, nearest
+from countermark import completion, manual
+from countermark.errors import CountermarkError, choose, nearest
 from countermark.memory import check_room, keep_freed_memory
 from countermark.options import VerbConfig, option, required, takes_several, wrong
 from countermark.text import brief, complain, visible
@@ -113,6 +113,11 @@ def _run(arguments: list[str]) -> int:
         return 0
     if arguments[:1] and arguments[0] in _HELP:
         print(_overview(), flush=True)
+        return 0
+    if arguments[:1] == ["--completion"]:
+        choose("shell", " ".join(arguments[1:]), completion.SHELLS)
+        verbs = {name: _imported(name)[1].config for name in VERBS}
+        print(completion.script(arguments[1], verbs), flush=True)
         return 0
     if arguments[1:] and arguments[0] in _groups() and arguments[1] in _HELP:
         print(_overview(f"{arguments[0]} "), flush=True)
@@ -212,7 +217,7 @@ def _overview(prefix: str = "") -> str:
             _summary(name), width, initial_indent=first.ljust(column), subsequent_indent=rest
         )
     more = f"countermark {prefix or 'VERB '}{'ACTION ' if prefix else ''}--help shows the options"
-    more += "" if prefix else ", --version the release"
+    more += "" if prefix else ", --version the release, --completion bash|zsh a completion"
     return "\n".join([*lines, "", *textwrap.wrap(f"{more}.", width)])
 
 
