@@ -3,8 +3,9 @@
     python .ci/words.py
 
 It complains about prose lines beyond 100 columns in Markdown (a row of a table cannot be wrapped),
-decimals without a leading zero, and the pronouns of one sex for people. Tables of results that a
-command writes are not prose.
+decimals without a leading zero, the pronouns of one sex for people, and the words that the glossary
+has in its column "not", but for those in italics. Tables of results that a command writes are not
+prose.
 """
 
 import io
@@ -20,6 +21,7 @@ WRITTEN_BY_COMMANDS = ("docs/results.md", "docs/performance.md")
 DECIMAL = re.compile(r"(?<![\w.)\]])\.\d")
 PRONOUN = re.compile(r"\b(?:he|his|him|himself)\b", re.IGNORECASE)
 A_NAME = re.compile(r"\bHe et al\.")  # "Deep residual learning"
+GLOSSARY = "docs/glossary.md"
 CODE = re.compile(r"`[^`]*`|\]\([^)]*\)|https?://\S+")
 
 
@@ -45,6 +47,17 @@ def prose_of_python(text: str) -> Iterator[tuple[int, str]]:
             before = token.type
 
 
+def unused_words(glossary: str) -> dict[str, str]:
+    """Each word that is not used for a thing, without those in italics, and the word that is."""
+    rows = (line.strip("|").split("|") for line in glossary.splitlines() if line.startswith("| "))
+    found = ((word.strip(), row[0].strip()) for row in rows for word in row[2].split(","))
+    return {word: meant for word, meant in found if word and word != "not" and word[0] not in "*-"}
+
+
+UNUSED = unused_words((ROOT / GLOSSARY).read_text())
+UNUSED_WORD = re.compile(rf"\b({'|'.join(map(re.escape, UNUSED))})(?:e?s)?\b", re.IGNORECASE)
+
+
 def faults(path: str) -> Iterator[str]:
     """What is wrong with a file, one line each."""
     text = (ROOT / path).read_text()
@@ -60,6 +73,8 @@ def faults(path: str) -> Iterator[str]:
             yield f"{path}:{number}: a decimal without its zero: {line.strip()[:60]}"
         if PRONOUN.search(bare):
             yield f"{path}:{number}: say they: {line.strip()[:60]}"
+        for word in UNUSED_WORD.findall(bare) if path != GLOSSARY else ():
+            yield f"{path}:{number}: say {UNUSED[word.lower()]}, not {word} ({GLOSSARY})"
 
 
 def main() -> int:

@@ -199,10 +199,10 @@ def test_transferable_examples_do_not_convict(
 def test_grinding_before_the_token_wins_nothing(
     authority: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The accuser has tried secrets until all coins that they can compute suit an innocent model.
+    """The accuser has tried secrets until all coins that they can compute suit a stranger.
 
     The authority's signature then draws the coins anew. The test works the other way round: it
-    makes an innocent model whose answers suit the computed coins. No amount of computation could
+    makes a stranger whose answers suit the computed coins. No amount of computation could
     tell the two apart.
     """
     trials, secret = some_trials(seed=3), secrets.token_bytes(32)
@@ -234,7 +234,7 @@ def test_equal_leaf_secrets_do_not_make_one_coin_of_all(
 
     Nobody can see how leaf secrets were made. An accuser could use one secret for all leaves and
     order the answers of each trial by a habit of the suspect. If a single coin then decided the
-    whole batch, half of all innocent models would be convicted.
+    whole batch, half of all strangers would be convicted.
     """
     monkeypatch.setattr(commitment, "leaf_secret", lambda secret, _index: secret)
     for room in (commitment, record, claiming):
@@ -466,7 +466,7 @@ def test_another_model_however_old_acquits_nobody(
 ) -> None:
     """The thief keeps the stolen model and hands the judge an innocent one.
 
-    The innocent model has an honest timestamp of any age, or none.
+    The stranger has an honest timestamp of any age, or none.
     """
     owner, token = ages[age]
     claim = owner.claim(owner.labels, suspect=accused)
@@ -881,7 +881,7 @@ def transferable(
     """Craft targeted examples on several surrogates and keep those they are all surest of.
 
     Returns:
-        The examples as trials, and for each innocent model the fraction of them to which it gives
+        The examples as trials, and for each stranger the fraction of them to which it gives
         the target label.
     """
     x, y = pixels(digits.training.x), digits.training.y
@@ -922,8 +922,8 @@ def test_false_claims_are_upheld_at_most_at_the_level(
 ) -> None:
     """Repeat every attack that a claimant can repeat, each time with a fresh key and fresh tokens.
 
-    Innocent models answer alike, so the claims of one key stand or fall together. The test
-    therefore counts what is independent: the keys, for each innocent model.
+    Strangers answer alike, so the claims of one key stand or fall together. The test
+    therefore counts what is independent: the keys, for each stranger.
     """
     trials, _ = transferable(surrogates, innocents, digits)
     answered = [*(predict(innocent, trials.x) for innocent in innocents), trials.answers[:, 1]]

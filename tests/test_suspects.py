@@ -1,4 +1,4 @@
-"""Suspects at arm's length: our bundles, ONNX files, and hostile ones."""
+"""Suspects at arm's length: our model folders, ONNX files, and hostile ones."""
 
 import importlib.util
 import io

@@ -73,7 +73,7 @@ class Trace:
             some of them.
         together_log10_p_value: decimal logarithm of the anytime p-value of `together`, corrected:
             multiplied by two.
-        alpha: probability that an independent model gets anybody named, or counts as a copy at all.
+        alpha: probability that a stranger gets anybody named, or counts as a copy at all.
     """
 
     accounts: tuple[Traced, ...]
@@ -93,7 +93,7 @@ def trace_accounts(
         answers: int64 `(n,)`, the suspect's answers to the rows' images; anything that is not one
             of a row's two classes counts as neither.
         secret: the owner's secret, from which every coin is drawn again.
-        alpha: probability that an independent model gets anybody named, or counts as a copy at all.
+        alpha: probability that a stranger gets anybody named, or counts as a copy at all.
         erased: accounts that were erased from the log, at most (`QueryLog.erased`). They may have
             been erased because of what they said, so each keeps its place in the order, and counts
             in all accounts together as one whose bets were all lost.
