@@ -7,7 +7,7 @@
 # make install      only .venv, with the command .venv/bin/countermark
 # make study        the paper's study beside its numbers, on real MNIST and Fashion-MNIST (profile quick)
 # make bench        beside torchattacks, foolbox, ART and pyautoattack: docs/performance.md, benchmarks/results.json
-# make release      build the wheel and the source archive in dist/, check them, name the tag
+# make release      build the wheel and the source archive in dist/, check them, make the tag
 # make first-light  the figures of docs/first-light.md: three seeds of both data sets
 
 PYTHON ?= python3
@@ -115,15 +115,23 @@ first-light: $(VENV)/.installed
 
 # A stale build/ would bring deleted files into the wheel. Nothing is pushed or uploaded.
 release: VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/countermark/version.py)
+release: TAG = v$(VERSION)
 release: $(VENV)/.dev
 	@test -z "$$(git status --porcelain)" \
 		|| { echo "commit or remove what git status shows first" >&2; exit 2; }
-	@grep -q "^## $(VERSION)" CHANGELOG.md \
-		|| { echo "CHANGELOG.md has no section $(VERSION)" >&2; exit 2; }
+	@grep -q "^## $(VERSION) – 20" CHANGELOG.md \
+		|| { echo "CHANGELOG.md has no section $(VERSION) with a date" >&2; exit 2; }
+	@grep -qx "version: $(VERSION)" CITATION.cff \
+		|| { echo "CITATION.cff is of another version than $(VERSION)" >&2; exit 2; }
+	@! git rev-parse --quiet --verify refs/tags/$(TAG) >/dev/null \
+		|| test "$$(git rev-parse $(TAG)^{commit})" = "$$(git rev-parse HEAD)" \
+		|| { echo "$(TAG) is the tag of another commit; raise the version" >&2; exit 2; }
 	rm -rf build dist
 	$(BIN)/python -m build --no-isolation >/dev/null
 	$(BIN)/python -m twine check --strict dist/*
-	@echo "now tag it: git tag --annotate v$(VERSION) --message 'Countermark $(VERSION)'"
+	@git rev-parse --quiet --verify refs/tags/$(TAG) >/dev/null \
+		|| git tag --annotate $(TAG) --message "Countermark $(VERSION)"
+	@echo "dist/ holds $(TAG); git push origin $(TAG) publishes the tag"
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(TRITON) $(BENCH) build dist *.egg-info src/*.egg-info

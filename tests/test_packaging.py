@@ -7,6 +7,7 @@ environment of its own.
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*command: object, cwd: Path) -> str:
+def run(*command: object, cwd: Path, status: int = 0) -> str:
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
@@ -47,7 +48,7 @@ def run(*command: object, cwd: Path) -> str:
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
@@ -103,9 +104,13 @@ def test_the_source_archive_has_what_the_wheel_is_built_from(archive: Path) -> N
     assert not any(name.startswith(("tests/", "docs/", "benchmarks/")) for name in names)
 
 
-def test_an_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
-    """The libraries are those of the environment that runs the tests; the package is the wheel."""
-    home = tmp_path / "environment"
+@pytest.fixture(scope="module")
+def home(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment of its own, with the wheel.
+
+    The libraries are those of the environment that runs the tests.
+    """
+    home = tmp_path_factory.mktemp("home") / "environment"
     venv.create(home, symlinks=True, with_pip=False)
     python = home / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", wheel, cwd=home)
@@ -114,7 +119,10 @@ def test_an_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     (site / "libraries.pth").write_text("\n".join(libraries) + "\n")
     where = run(python, "-c", "import countermark; print(countermark.__file__)", cwd=home)
     assert Path(where.strip()) == site / "countermark" / "__init__.py"
+    return home
 
+
+def test_an_installed_wheel_runs(home: Path) -> None:
     command = home / "bin" / "countermark"
     version = run(command, "--version", cwd=home)
     assert version == f"countermark {countermark.__version__}\n"
@@ -125,6 +133,28 @@ def test_an_installed_wheel_runs(wheel: Path, tmp_path: Path) -> None:
     assert f"{planned.trials} trials" in shown
     help_of_all = run(command, "--help", cwd=home)
     assert all(cli._summary(verb) in help_of_all for verb in cli.VERBS)
+
+
+def test_an_installed_wheel_trains_a_model_and_judges_it(home: Path, tmp_path: Path) -> None:
+    """The first steps of the README, without the mark: that takes longer and needs no other file.
+
+    The key is that of an example, so the model is a stranger: no evidence, which is status 1.
+    """
+    command, golden = home / "bin" / "countermark", ROOT / "tests" / "golden" / "0.1.0" / "mine"
+    short = ("--scheme", "none", "--objective", "standard", "--epochs", 5)
+    run(command, "protect", "digits", *short, "--out", "stranger", cwd=tmp_path)
+    verify = ("verify", "stranger", "--key", golden / "key", "--json")
+    found = json.loads(run(command, *verify, cwd=tmp_path, status=1))
+    assert (found["test"]["verdict"], found["test"]["trials"]) == ("no evidence", 160)
+    assert found["answers"]["clean_accuracy"] > 50
+
+
+def test_the_citation_and_the_changelog_are_of_this_version() -> None:
+    version = countermark.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    [newest, *_] = re.findall(r"^## (?!Unreleased)(\S+)", changelog, re.MULTILINE)
+    assert newest == version
 
 
 def test_the_versions_that_make_installs_are_within_the_ranges() -> None:
