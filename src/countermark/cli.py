@@ -249,9 +249,6 @@ def _named(arguments: list[str]) -> tuple[str, list[str]]:
 
 def _parse(name: str, kind: type[VerbConfig], arguments: list[str]) -> VerbConfig:
     """Parse the options of a verb; whatever is wrong with them becomes one line."""
-    import tyro
-    from tyro.conf import FlagCreatePairsOff
-
     see = f"see countermark {name} --help"
     known = {option(field.name): field for field in fields(kind)}
     main = next((each for each, field in known.items() if not field.kw_only), None)
@@ -273,6 +270,9 @@ def _parse(name: str, kind: type[VerbConfig], arguments: list[str]) -> VerbConfi
     if missing:
         are = "is" if len(missing) == 1 else "are"
         raise CountermarkError(f"{', '.join(missing)} {are} missing; {see}")
+    import tyro
+    from tyro.conf import FlagCreatePairsOff
+
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _types():
