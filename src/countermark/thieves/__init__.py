@@ -1,9 +1,10 @@
 """What thieves do: steal a model, and try to get rid of the mark in the copy.
 
 `THEFTS` and `REMOVALS` are tables of frozen records with functions. The verbs `steal` and `remove`,
-their help, the study and the tests read the tables, so that one row is all that a new theft or
-removal takes. An input cleaner is a removal too; its row is in `countermark.networks.cleaners`,
-because a folder that has one in front must be loaded without a thief.
+the study and the tests read the tables. A new theft or removal takes one row, and the words of the
+row among the options of its verb, whose help must not import PyTorch; a test compares the two. An
+input cleaner is a removal too; its row is in `countermark.networks.cleaners`, because a folder that
+has one in front must be loaded without a thief.
 """
 
 from countermark.thieves.means import Means
