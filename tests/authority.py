@@ -125,3 +125,11 @@ def stamped(authority: Authority, message: bytes) -> bytes:
         .build()
     )
     return authority.reply(request.as_bytes())
+
+
+if __name__ == "__main__":  # python tests/authority.py FOLDER
+    import sys
+
+    running = Authority(Path(sys.argv[1]))
+    print(f"--tsa {running.url} --roots {running.root}", flush=True)
+    threading.Event().wait()
