@@ -4,6 +4,7 @@
 # make slow         the tests that need much room: a real Triton
 # make lint         format, lint, docstrings, types, words
 # make docs         the documentation site: site/index.html
+# make examples     run the notebooks of examples/ anew and write their outputs
 # make install      only .venv, with the command .venv/bin/countermark
 # make study        the paper's study beside its numbers, on real MNIST and Fashion-MNIST (profile quick)
 # make bench        beside torchattacks, foolbox, ART and pyautoattack: docs/performance.md, benchmarks/results.json
@@ -25,7 +26,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH_VERSION ?= $(TORCH)$(if $(filter Linux,$(shell uname -s)),+cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 
-.PHONY: quickstart study install test test-avx2 slow lint format bench first-light docs release clean
+.PHONY: quickstart study install test test-avx2 slow lint format bench first-light docs examples release clean
 
 quickstart: install
 	$(BIN)/countermark data fetch mnist
@@ -90,6 +91,9 @@ $(VENV)/.docs: $(VENV)/.installed
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open site/index.html"
+
+examples: $(VENV)/.dev
+	$(BIN)/python .ci/notebooks.py
 
 study: $(VENV)/.installed
 	$(BIN)/countermark data fetch mnist

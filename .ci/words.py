@@ -2,6 +2,7 @@
 
     python .ci/words.py
 
+It reads Markdown, Python and notebooks.
 It complains about prose lines beyond 100 columns in Markdown (a row of a table cannot be wrapped),
 decimals without a leading zero, the pronouns of one sex for people, and the words that the glossary
 has in its column "not", but for those in italics. Tables of results that a command writes are not
@@ -9,6 +10,7 @@ prose.
 """
 
 import io
+import json
 import re
 import sys
 import tokenize
@@ -16,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+FOLDERS = ("src", "tests", "benchmarks", "examples", "docs", ".ci")
+KINDS = (".md", ".py", ".ipynb")
 WIDTH = 100
 WRITTEN_BY_COMMANDS = ("docs/results.md", "docs/performance.md")
 DECIMAL = re.compile(r"(?<![\w.)\]])\.\d")
@@ -58,32 +62,41 @@ UNUSED = unused_words((ROOT / GLOSSARY).read_text())
 UNUSED_WORD = re.compile(rf"\b({'|'.join(map(re.escape, UNUSED))})(?:e?s)?\b", re.IGNORECASE)
 
 
-def faults(path: str) -> Iterator[str]:
-    """What is wrong with a file, one line each."""
+def parts(path: str) -> Iterator[tuple[str, str, bool]]:
+    """The texts of a file, with where each is and whether it is Markdown; cells of a notebook."""
     text = (ROOT / path).read_text()
-    if path.endswith(".md"):
+    if not path.endswith(".ipynb"):
+        yield path, text, path.endswith(".md")
+        return
+    for number, cell in enumerate(json.loads(text)["cells"], 1):
+        yield f"{path}:cell {number}", "".join(cell["source"]), cell["cell_type"] == "markdown"
+
+
+def faults(where: str, text: str, markdown: bool) -> Iterator[str]:
+    """What is wrong with a text, one line each."""
+    if markdown:
         lines = [(number, line, table) for number, line, table in prose_of_markdown(text)]
     else:
         lines = [(number, line, True) for number, line in prose_of_python(text)]
     for number, line, table in lines:
         bare = A_NAME.sub("", CODE.sub("", line))
         if not table and len(CODE.sub("x", line)) > WIDTH:
-            yield f"{path}:{number}: {len(line)} columns; break the line after a clause"
+            yield f"{where}:{number}: {len(line)} columns; break the line after a clause"
         if DECIMAL.search(bare):
-            yield f"{path}:{number}: a decimal without its zero: {line.strip()[:60]}"
+            yield f"{where}:{number}: a decimal without its zero: {line.strip()[:60]}"
         if PRONOUN.search(bare):
-            yield f"{path}:{number}: say they: {line.strip()[:60]}"
-        for word in UNUSED_WORD.findall(bare) if path != GLOSSARY else ():
-            yield f"{path}:{number}: say {UNUSED[word.lower()]}, not {word} ({GLOSSARY})"
+            yield f"{where}:{number}: say they: {line.strip()[:60]}"
+        for word in UNUSED_WORD.findall(bare) if where != GLOSSARY else ():
+            yield f"{where}:{number}: say {UNUSED[word.lower()]}, not {word} ({GLOSSARY})"
 
 
 def main() -> int:
     """Print the faults and return the exit status."""
-    folders = (ROOT / name for name in ("src", "tests", "benchmarks", "docs", ".ci"))
+    folders = (ROOT / name for name in FOLDERS)
     files = [*ROOT.glob("*.md"), *(file for each in folders for file in each.rglob("*.*"))]
-    paths = sorted(str(file.relative_to(ROOT)) for file in files if file.suffix in (".md", ".py"))
+    paths = sorted(str(file.relative_to(ROOT)) for file in files if file.suffix in KINDS)
     paths = [path for path in paths if path not in WRITTEN_BY_COMMANDS]
-    found = [fault for path in paths for fault in faults(path)]
+    found = [fault for path in paths for part in parts(path) for fault in faults(*part)]
     print("\n".join(found) or f"the words of {len(paths)} files are in order")
     return int(bool(found))
 

@@ -121,7 +121,6 @@ def test_serve_with_a_guard(models: Path) -> None:
     text = notebook("serve_with_a_guard.ipynb", models)
     assert re.findall(r"answers given to: (.*?)\.", text) == ["bob"]
     assert text.count("Nobody's account can be named.") == 1
-    assert "suspect: no evidence" in text  # the mark in the weights is not in their model
     assert (models / "queries.db").exists()
 
 

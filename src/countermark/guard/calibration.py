@@ -38,7 +38,7 @@ class Calibration:
         sharpness: fitted steepness of the model's own reliability, per unit of margin.
         foreign_cost: the part of the cost that is due to coins for made-up queries. If they cost
             too much for the guard to use them, what they would have cost; 0 without such coins
-            where the training images' ranges would tell next to no made-up query. `None` if they
+            where the training images' ranges would tell next to no foreign query. `None` if they
             were not asked for.
     """
 

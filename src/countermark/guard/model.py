@@ -176,7 +176,7 @@ def calibrate_model(
     values in [0, 1], meet fair coins. The few honest queries among those lose half of their
     answers; this is subtracted from what the near ties may cost. If it would be more than half of
     the stated cost, the guard does without those coins. It also does where the ranges of the
-    training images tell next to no made-up query, as those of photographs.
+    training images tell next to no foreign query, as those of photographs.
 
     Raises:
         CountermarkError: as for `calibrate` and `foreign_share`.

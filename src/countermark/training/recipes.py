@@ -123,7 +123,7 @@ def kind_of(images: torch.Tensor) -> str:
 
 
 def own_network(given: Traits, objective: str) -> str:
-    """The network of ours that a recipe was made for.
+    """The built-in network that a recipe was made for.
 
     Raises:
         CountermarkError: unknown objective.
