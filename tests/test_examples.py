@@ -6,6 +6,7 @@ written, each "no evidence" fails with probability 1e-6, and each match has a p-
 less where 1e-6 would do.
 """
 
+import html
 import random
 import re
 import runpy
@@ -27,7 +28,7 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 CLEAR, LEVEL = -12.0, -6.0  # decimal logarithms of p-values
 MACHINE = re.compile(r"(?<![\w./:*])(?:/\w[\w.-]*){2,}|\b[A-Z]:\\")
 """An absolute path."""
-SEEDED = "import random, secrets; secrets.token_bytes = random.Random('examples').randbytes"
+SEEDED = "import random, secrets; secrets.token_bytes = random.Random('example').randbytes"
 
 executed = runpy.run_path(str(ROOT / ".ci" / "notebooks.py"))["executed"]
 
@@ -43,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for kind in ("CONFIG", "DATA", "RUNTIME"):
         monkeypatch.setenv(f"JUPYTER_{kind}_DIR", str(tmp_path / "jupyter"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(secrets, "token_bytes", random.Random("examples").randbytes)
+    monkeypatch.setattr(secrets, "token_bytes", random.Random("example").randbytes)
     monkeypatch.chdir(empty)
     return empty
 
@@ -62,7 +63,7 @@ def seen(notebook: nbformat.NotebookNode) -> str:
     for output in (each for cell in notebook.cells for each in cell.get("outputs", ())):
         data = output.get("data", {"text/plain": output.get("text", "")})
         words = re.sub(r"<[^>]+>", " ", data.get("text/html", data.get("text/plain", "")))
-        parts.append(re.sub(r"\s+", " ", words))
+        parts.append(re.sub(r"\s+", " ", html.unescape(words)))
     return "\n".join(parts)
 
 
