@@ -121,7 +121,7 @@ def _said(found: dict[str, Any]) -> str:
     wanted = {
         "images": "images",
         "damaged": "damaged",
-        "doubles": "doubles",
+        "duplicates": "duplicates",
         "test_accuracy": "test",
         "adversarial_accuracy": "adversarial",
         "strict_accuracy": "strict",

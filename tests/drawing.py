@@ -35,13 +35,13 @@ class Dirt:
         damaged: files that no reader can decode.
         converted: grey, palette and transparent images among the colour ones.
         resized: images of another size than the others.
-        doubles: images that are equal to another one.
+        duplicates: images that are equal to another one.
     """
 
     damaged: tuple[str, ...] = ()
     converted: tuple[str, ...] = ()
     resized: tuple[str, ...] = ()
-    doubles: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,11 @@ def draw_folder(
     if not dirty:
         return Drawn(folder, count)
     dirt = _soil(folder, next(iter(parts)), generator, size)
-    return Drawn(folder, count + len(dirt.doubles), dirt)
+    return Drawn(folder, count + len(dirt.duplicates), dirt)
 
 
 def _soil(folder: Path, part: str, generator: numpy.random.Generator, size: int) -> Dirt:
-    """Add damaged files and doubles, and bring some images into other modes and sizes."""
+    """Add damaged files and duplicates, and bring some images into other modes and sizes."""
     place = folder / part
 
     def picture(path: str) -> Image.Image:
@@ -149,5 +149,5 @@ def _soil(folder: Path, part: str, generator: numpy.random.Generator, size: int)
         damaged=named("disc/truncated.png", "ring/notes.png"),
         converted=named("cross/00001.png", "disc/00002.png", "square/00001.png"),
         resized=named("stripes/00003.png", "triangle/00003.png"),
-        doubles=named("disc/double.png", "ring/double.png"),
+        duplicates=named("disc/double.png", "ring/double.png"),
     )

@@ -34,7 +34,7 @@ from noise import class_folders, drawn, save
 
 
 def soiled(place: Path) -> Path:
-    """A folder with a damaged file, a grey and a transparent one, doubles and other files."""
+    """A folder with a damaged file, a grey and a transparent one, duplicates and other files."""
     class_folders(place, 3, 120)
     save(place / "class0" / "grey.png", drawn(1, channels=1))
     save(place / "class1" / "clear.png", drawn(2, channels=4))
@@ -53,7 +53,7 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
     assert [sum(each) for each in zip(*found.counts.values(), strict=True)] == [122, 121, 121]
     assert found.converted == {"alpha": 1, "grey": 1}
     assert found.damaged == (("class2/bad\nname.png", "is not a PNG, JPEG, WebP or BMP image"),)
-    assert (found.doubles, found.disputed, found.ignored, found.cut, found.colour) == (
+    assert (found.duplicates, found.disputed, found.ignored, found.cut, found.colour) == (
         2,
         1,
         1,
@@ -92,9 +92,9 @@ def test_shapes_are_listed_where_a_size_is_missing(tmp_path: Path) -> None:
     save(place / "class0" / "tall.png", drawn(1, 20, 10))
     findings = check_data(place, cache=tmp_path / "cache")
     assert findings.found.shapes == {"8x8": 12, "20x10": 1}
-    assert findings.found.doubles is None
+    assert findings.found.duplicates is None
     assert "--size" in str(findings.problem)
-    assert check_data(place, size=8, cache=tmp_path / "cache").found.doubles == 0
+    assert check_data(place, size=8, cache=tmp_path / "cache").found.duplicates == 0
 
 
 def test_a_known_data_set_and_an_open_one_can_be_checked() -> None:
@@ -121,15 +121,15 @@ def test_the_verb_shows_a_table_and_gives_json(
     assert status == 1
     for line in (
         "class0",
-        "converted: 1 alpha, 1 grey",
+        "converted:  1 alpha, 1 grey",
         r"'class2/bad\nname.png' is not",
-        "doubles:   2, 1 of them under another label",
+        "duplicates: 2, 1 of them under another label",
     ):
         assert line in out
     assert all(line.isprintable() for line in out.splitlines())
     status, out, _ = check(capsys, place, *cache, "--skip-damaged", "--json")
     told = json.loads(out)
-    assert (told["found"]["doubles"], told["digest"]) == (
+    assert (told["found"]["duplicates"], told["digest"]) == (
         2,
         open_data(place, skip_damaged=True, cache=tmp_path / "cache").digest,
     )
@@ -138,7 +138,7 @@ def test_the_verb_shows_a_table_and_gives_json(
     for wrong in (tmp_path / "gone", tmp_path / "cache", ""):
         status, out, err = check(capsys, wrong, *cache)
         assert (status, out, err.count("\n")) == (2, "", 1)
-    assert countermark.data_check(place, cache=tmp_path / "cache").found.doubles == 2
+    assert countermark.data_check(place, cache=tmp_path / "cache").found.duplicates == 2
     arrays = np.stack([drawn(i) for i in range(24)]), np.arange(24) % 2
     assert countermark.data_check(arrays, cache=tmp_path / "cache").found.images == 24
 
@@ -431,8 +431,8 @@ def test_what_there_is_none_of_is_not_printed(
     )
     said = capsys.readouterr().out
     assert "has no images that can be read" in said
-    assert "images:    " not in said
+    assert "\nimages:" not in said
     place = class_folders(tmp_path / "photos", 2, 6)
     (place / "class0" / "notes.txt").write_text("text")
     cli.main(["data", "check", str(place), "--cache", str(tmp_path / "cache")])
-    assert "ignored:   1 other file\n" in capsys.readouterr().out
+    assert "ignored:    1 other file\n" in capsys.readouterr().out

@@ -87,7 +87,7 @@ def test_a_sixth_of_each_class_is_cut_by_content(tmp_path: Path, cache: Path) ->
         data.test.y.bincount().tolist() == [3, 3] or len(data.test) > 6
     )  # more only where the double is among them
     assert len(data.train) + len(data.test) == 41
-    assert data.doubles == 5
+    assert data.duplicates == 5
     assert found(place, cache).cut
     assert not set(data.train.contents().tolist()) & set(data.test.contents().tolist())
     other = tmp_path / "renamed"
@@ -262,7 +262,7 @@ def test_links_out_of_the_folder_are_refused_and_others_followed(
     link.symlink_to(place / "class1" / "0000.png")
     (tmp_path / "alias").symlink_to(place)  # the place itself may be a link
     data = opened(tmp_path / "alias", cache)
-    assert (len(data.train) + len(data.test), data.doubles) == (13, 1)
+    assert (len(data.train) + len(data.test), data.duplicates) == (13, 1)
     assert found(place, cache).disputed == 1
     link.unlink()
     (place / "class2").symlink_to(place)
@@ -291,7 +291,7 @@ def test_equal_images_are_counted_and_so_are_those_of_another_class(
     save(place / "class0" / "same.bmp", drawn(0))  # another file of the same pixels
     save(place / "class1" / "other.png", drawn(0))
     seen = found(place, cache)
-    assert (seen.doubles, seen.disputed) == (2, 1)
+    assert (seen.duplicates, seen.disputed) == (2, 1)
 
 
 # The cache.
@@ -307,10 +307,10 @@ def test_an_unchanged_folder_is_not_read_again(
         again = opened(place, cache)
         assert torch.equal(again.train.x, first.train.x)
         assert again.digest == first.digest
-        assert (again.converted, again.parts, again.doubles) == (
+        assert (again.converted, again.parts, again.duplicates) == (
             first.converted,
             first.parts,
-            first.doubles,
+            first.duplicates,
         )
         monkeypatch.chdir(tmp_path)
         assert opened(Path("photos"), cache).digest == first.digest

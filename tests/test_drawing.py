@@ -36,7 +36,7 @@ def test_a_seed_draws_the_same_bytes(tmp_path: Path) -> None:
 def test_the_dirt_is_what_the_drawer_says(test: int, tmp_path: Path) -> None:
     drawn = draw_folder(tmp_path / "photos", 8, size=16, dirty=True, test=test)
     found = files(drawn.folder)
-    damaged, odd, sizes, doubles = [], [], [], []
+    damaged, odd, sizes, duplicates = [], [], [], []
     for path, data in sorted(found.items()):
         try:
             image = Image.open(drawn.folder / path)
@@ -46,16 +46,16 @@ def test_the_dirt_is_what_the_drawer_says(test: int, tmp_path: Path) -> None:
             continue
         odd += [path] if image.mode != "RGB" else []
         sizes += [path] if image.size != (16, 16) else []
-        doubles += [path] if list(found.values()).count(data) > 1 else []
+        duplicates += [path] if list(found.values()).count(data) > 1 else []
     assert tuple(damaged) == drawn.dirt.damaged
     assert tuple(odd) == drawn.dirt.converted
     assert tuple(sizes) == drawn.dirt.resized
-    assert set(drawn.dirt.doubles) < set(doubles)
-    assert len(doubles) == 2 * len(drawn.dirt.doubles)
+    assert set(drawn.dirt.duplicates) < set(duplicates)
+    assert len(duplicates) == 2 * len(drawn.dirt.duplicates)
     assert (
         len(found) - len(damaged)
         == drawn.images
-        == (8 + test) * len(SHAPES) + len(drawn.dirt.doubles)
+        == (8 + test) * len(SHAPES) + len(drawn.dirt.duplicates)
     )
 
 

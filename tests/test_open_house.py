@@ -39,7 +39,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> open_house.Story:
 def test_the_check_names_what_is_wrong_with_the_images(told: open_house.Story) -> None:
     """Two files are damaged, two are there twice."""
     found = told.found["data check"]
-    assert (len(found["damaged"]), found["doubles"]) == (2, 2)
+    assert (len(found["damaged"]), found["duplicates"]) == (2, 2)
 
 
 @pytest.mark.parametrize("mine", ["scratch", "weights"])

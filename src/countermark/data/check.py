@@ -1,6 +1,6 @@
 """What a place holds, before anything is trained on it.
 
-The findings are the good, converted and damaged images, the doubles, and the pools.
+The findings are the good, converted and damaged images, the duplicates, and the pools.
 """
 
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ def check_data(
     import torch
 
     from countermark.data.pools import POOLS
-    from countermark.data.reading import count_doubles
+    from countermark.data.reading import count_duplicates
     from countermark.data.source import Options, read_data
 
     found, data = read_data(
@@ -66,13 +66,13 @@ def check_data(
     )
     if data is None:
         return Findings(found, size, problem=found.complaint(size=size, skip_damaged=skip_damaged))
-    if found.doubles is None:
+    if found.duplicates is None:
         labels, numbers = (
             torch.cat(both).numpy()
             for both in ((data.train.y, data.test.y), (data.train.contents(), data.test.contents()))
         )
-        doubles, disputed = count_doubles(labels, numbers)
-        found = replace(found, doubles=doubles, disputed=disputed)
+        duplicates, disputed = count_duplicates(labels, numbers)
+        found = replace(found, duplicates=duplicates, disputed=disputed)
     findings = Findings(found, size, data.shape, data.digest)
     try:
         cut = data.pools(0)

@@ -30,7 +30,7 @@ class Dataset:
         skip_damaged: whether files that could not be read were left out.
         converted: how many images were converted, by what they were.
         damaged: the files that were left out.
-        doubles: images that are equal to an earlier one.
+        duplicates: images that are equal to an earlier one.
         parts: how many examples came as which part; those of a validation part are the last of
             `train`. Empty where only `train` and `test` are known.
         test_cut: whether the test part was cut out of what came as one, because there was none.
@@ -53,7 +53,7 @@ class Dataset:
     skip_damaged: bool = False
     converted: Mapping[str, int] = field(default_factory=dict)
     damaged: tuple[str, ...] = ()
-    doubles: int = 0
+    duplicates: int = 0
     parts: Mapping[str, int] = field(default_factory=dict)
     test_cut: bool = False
     pool_sizes: Mapping[str, int] | None = None

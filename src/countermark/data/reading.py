@@ -96,8 +96,8 @@ class Found:
         converted: how many images were converted, by what they were.
         damaged: name and reason of each image that could not be read.
         ignored: files that are no images and were passed over.
-        doubles: images that are equal to an earlier one; none where images of several shapes were
-            not compared.
+        duplicates: images that are equal to an earlier one; none where images have several shapes,
+            so that they were not compared.
         disputed: those of them that carry another label than the first of their kind.
         cut: whether the test part was cut out of the training part, because there was none.
     """
@@ -110,7 +110,7 @@ class Found:
     converted: Mapping[str, int] = field(default_factory=dict)
     damaged: tuple[tuple[str, str], ...] = ()
     ignored: int = 0
-    doubles: int | None = None
+    duplicates: int | None = None
     disputed: int | None = None
     cut: bool = False
 
@@ -334,7 +334,7 @@ class Tally:
         )
 
 
-def count_doubles(labels: Array, numbers: Array) -> tuple[int, int]:
+def count_duplicates(labels: Array, numbers: Array) -> tuple[int, int]:
     """Count the images that are equal to an earlier one.
 
     Args:

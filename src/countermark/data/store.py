@@ -27,7 +27,7 @@ from countermark.data.cache import cache_folder, cannot_keep
 from countermark.data.dataset import Dataset
 from countermark.data.examples import Examples, Rows
 from countermark.data.images import Array, Decoded
-from countermark.data.reading import PARTS, Found, Listing, Tally, count_doubles, decoded
+from countermark.data.reading import PARTS, Found, Listing, Tally, count_duplicates, decoded
 from countermark.errors import CountermarkError
 from countermark.files import (
     FolderBusyError,
@@ -134,7 +134,7 @@ def _told(data: Dataset, place: str, found: Found, size: int | None, skip_damage
         skip_damaged=skip_damaged,
         converted=found.converted,
         damaged=tuple(name for name, _ in found.damaged),
-        doubles=found.doubles or 0,
+        duplicates=found.duplicates or 0,
         test_cut=found.cut,
     )
 
@@ -186,8 +186,8 @@ def _read(
         images = Examples(rows, torch.from_numpy(labels))
         numbers = images.contents()
         parts, cut = _with_test(parts, labels, numbers.numpy())
-        doubles, disputed = count_doubles(labels, numbers.numpy())
-        found = tally.found(parts, labels, cut=cut, doubles=doubles, disputed=disputed)
+        duplicates, disputed = count_duplicates(labels, numbers.numpy())
+        found = tally.found(parts, labels, cut=cut, duplicates=duplicates, disputed=disputed)
         if found.complaint(size=size, skip_damaged=skip_damaged) is not None:
             return found, None
         return found, _keep(folder, sets, found, images, numbers, parts)

@@ -56,33 +56,33 @@ def show(findings: Findings) -> None:
     kind = "colour" if found.colour else "grey"
     if found.shapes:
         print_lines(
-            f"images:    {kind}, "
+            f"images:     {kind}, "
             f"{some([f'{shape} ({number:,})' for shape, number in found.shapes.items()])}"
             + ("" if findings.size is None else f", brought to {findings.size}x{findings.size}")
         )
     if found.converted:
         print_lines(
-            "converted: "
+            "converted:  "
             f"{', '.join(f'{number:,} {what}' for what, number in found.converted.items())}"
         )
     left_out = ", left out" if found.damaged and findings.digest is not None else ""
-    print_lines(f"damaged:   {len(found.damaged):,}{left_out}{_damaged(found.damaged)}")
-    if found.doubles is not None:
+    print_lines(f"damaged:    {len(found.damaged):,}{left_out}{_damaged(found.damaged)}")
+    if found.duplicates is not None:
         print_lines(
-            f"doubles:   {found.doubles:,}"
+            f"duplicates: {found.duplicates:,}"
             + (f", {found.disputed:,} of them under another label" if found.disputed else "")
         )
     if found.ignored:
-        print_lines(f"ignored:   {count_of(found.ignored, 'other file')}")
+        print_lines(f"ignored:    {count_of(found.ignored, 'other file')}")
     if found.cut:
-        print_lines("test part: there is none, so every sixth image was cut out as one")
+        print_lines("test part:  there is none, so every sixth image was cut out as one")
     if findings.pools is not None:
         print_lines(
-            "pools:     "
+            "pools:      "
             f"{', '.join(f'{number:,} {pool}' for pool, number in findings.pools.items())}"
         )
     if findings.digest is not None:
-        print_lines(f"digest:    {findings.digest}")
+        print_lines(f"digest:     {findings.digest}")
     print_lines(findings.problem or "It can be used.")
 
 
