@@ -34,7 +34,7 @@ from countermark.files import sha256
 from countermark.networks import load
 from countermark.places import place_name
 from countermark.session import Session
-from countermark.suspects import Asking, Endpoint, open_suspect, prepare
+from countermark.suspects import Asking, Endpoint, as_taken, open_suspect
 from countermark.verbs.verify import VerifyConfig
 from countermark.watermarks import load_key
 
@@ -481,9 +481,9 @@ def test_mlflow_invocations(peer: Peer) -> None:
 
 def test_declared_differences(peer: Peer) -> None:
     x = images(3)
-    assert prepare(x, Asking(pixels="uint8")).dtype == torch.uint8
-    assert prepare(x.expand(3, 3, 8, 8), Asking(layout="nhwc")).shape == (3, 8, 8, 3)
-    normalised = prepare(x, Asking(mean=(0.5,), std=(0.25,)))
+    assert as_taken(x, Asking(pixels="uint8")).dtype == torch.uint8
+    assert as_taken(x.expand(3, 3, 8, 8), Asking(layout="nhwc")).shape == (3, 8, 8, 3)
+    normalised = as_taken(x, Asking(mean=(0.5,), std=(0.25,)))
     assert torch.allclose(normalised, (x - 0.5) / 0.25)
     for wrong in (
         Asking(pixels="bf16"),
@@ -493,7 +493,7 @@ def test_declared_differences(peer: Peer) -> None:
         Asking(pixels="uint8", mean=(0.5,)),
     ):
         with pytest.raises(CountermarkError):
-            prepare(x, wrong)
+            as_taken(x, wrong)
     peer.respond = brightness
     Endpoint(peer.url, Asking(pixels="uint8", layout="nhwc"))(x)
     assert (peer.requests[0]["inputs"][0]["datatype"], peer.requests[0]["inputs"][0]["shape"]) == (

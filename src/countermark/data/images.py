@@ -103,7 +103,7 @@ def decode(file: Path | bytes, size: int | None = None) -> Decoded:
         with Image.open(
             file if isinstance(file, Path) else io.BytesIO(file), formats=_FORMATS
         ) as image:
-            return prepare(image, size)
+            return to_pixels(image, size)
     except (CountermarkError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
@@ -119,7 +119,7 @@ def decode(file: Path | bytes, size: int | None = None) -> Decoded:
         raise DamagedError(reason or type(error).__name__) from error
 
 
-def prepare(image: Image.Image, size: int | None = None) -> Decoded:
+def to_pixels(image: Image.Image, size: int | None = None) -> Decoded:
     """Turn an opened image of Pillow into pixels; see `decode`.
 
     Raises:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from countermark.data.arrays import CLASS_NAMES, list_arrays
 from countermark.data.folder import SPLITS
-from countermark.data.images import DamagedError, Decoded, from_array, prepare
+from countermark.data.images import DamagedError, Decoded, from_array, to_pixels
 from countermark.data.reading import PARTS, Item, Listing
 from countermark.errors import CountermarkError
 from countermark.text import brief, sentence
@@ -169,7 +169,7 @@ def _decode(image: Any, size: int | None) -> Decoded:
     if not isinstance(image, Image.Image):
         return from_array(image, size)
     try:
-        return prepare(image, size)
+        return to_pixels(image, size)
     except (CountermarkError, MemoryError):
         raise
     except Exception as error:  # a damaged file, opened by others

@@ -246,7 +246,7 @@ _ADVICE = {
 }
 
 
-def prepare(connection: sa.Connection) -> None:
+def create_tables(connection: sa.Connection) -> None:
     """Create the tables that are missing."""
     _METADATA.create_all(connection)
 

@@ -129,7 +129,7 @@ class QueryLog:
             ) from error
         self._sql, self._database = database, database.Database(url, wait)
         self.shown = self._database.shown
-        self._prepared = False
+        self._created = False
         if create:
             self._database.create()
         found = self._database.reading(database.read_format)
@@ -280,13 +280,13 @@ class QueryLog:
     def _using(self) -> Iterator["sa.Connection"]:
         """Open a transaction that writes; the first one creates what is missing."""
         with self._database.writing() as connection:
-            if not self._prepared:
+            if not self._created:
                 found = self._sql.read_format(connection)
-                self._sql.prepare(connection)
+                self._sql.create_tables(connection)
                 if found is None:
                     self._sql.write_format(connection, LOG_FORMAT)
             yield connection
-        self._prepared = True
+        self._created = True
 
     def _check_format(self, found: Sequence[Any] | None) -> None:
         if not found:

@@ -25,7 +25,7 @@ from countermark.suspects.asker import (
     Asking,
     FailureError,
     RefusalError,
-    prepare,
+    as_taken,
 )
 from countermark.suspects.confined import ask_onnx, ask_pt2, onnx_data
 from countermark.suspects.remote import Endpoint
@@ -89,7 +89,7 @@ def open_suspect(
                 f"the key asks with {tuple(shape)}; it is for other data"
             )
         if (
-            prepare(torch.zeros(1, *shape), asking).dtype != torch.float32
+            as_taken(torch.zeros(1, *shape), asking).dtype != torch.float32
             or asking.layout != "nchw"
             or asking.mean
             or asking.std
@@ -113,7 +113,7 @@ def open_suspect(
             f"{path} is neither a model folder nor an .onnx or .pt2 file; export the model to ONNX"
         )
     ask = ask_onnx if suffix == ".onnx" else ask_pt2
-    return lambda x: ask(path, prepare(x, asking))
+    return lambda x: ask(path, as_taken(x, asking))
 
 
 def _check_heeded(asking: Asking, kind: str) -> None:
@@ -186,9 +186,9 @@ __all__ = [
     "Asking",
     "Endpoint",
     "Suspect",
+    "as_taken",
     "ask_onnx",
     "ask_pt2",
     "onnx_data",
     "open_suspect",
-    "prepare",
 ]

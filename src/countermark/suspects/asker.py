@@ -103,7 +103,7 @@ class FailureError(CountermarkError):
         self.there, self.nobody, self.busy = there, nobody, busy
 
 
-def prepare(x: torch.Tensor, asking: Asking) -> torch.Tensor:
+def as_taken(x: torch.Tensor, asking: Asking) -> torch.Tensor:
     """Images `(n, c, h, w)` as the suspect wants them.
 
     Raises:
@@ -175,7 +175,7 @@ class Asker:
             CountermarkError: nothing was ever answered, or nobody can be connected to any more;
                 what was answered is in the replay log.
         """
-        images = prepare(x, self._asking)
+        images = as_taken(x, self._asking)
         names = [_digest(image) for image in images]
         todo = [i for i, name in enumerate(names) if name not in self._known]
         todo = list({names[i]: i for i in reversed(todo)}.values())[::-1]  # each image once

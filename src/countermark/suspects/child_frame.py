@@ -33,11 +33,11 @@ class OtherBatchError(RefusedError):
     """The model does not answer a batch of this size; it may answer one of another size."""
 
 
-def serve(prepare: Callable[[], None], ask: Callable[[bytes, np.ndarray], bytes]) -> int:
+def serve(confine: Callable[[], None], ask: Callable[[bytes, np.ndarray], bytes]) -> int:
     """Answer one request.
 
     Args:
-        prepare: confines the process; called after the file and the images were read and the
+        confine: confines the process; called after the file and the images were read and the
             limits set, and before anything looks into the file.
         ask: gives the answer for the bytes of the file and images `(n, ...)`; see `in_batches` for
             labels.
@@ -59,7 +59,7 @@ def serve(prepare: Callable[[], None], ask: Callable[[bytes, np.ndarray], bytes]
             )
         data = path.read_bytes()
         limit()
-        prepare()
+        confine()
         answer = ask(data, x)
     except RefusedError as refusal:
         return _refuse(str(refusal))

@@ -43,7 +43,7 @@ def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
         path: the file: one input of the layout of `x`, floats for floats and integers for integers;
             its first output that is numbers is logits `(n, classes)` or integer labels `(n,)` or
             `(n, 1)`, or a list of scores by integer label, as scikit-learn's have it.
-        x: images as the model takes them, float32 or uint8 (see `prepare`).
+        x: images as the model takes them, float32 or uint8 (see `as_taken`).
 
     Returns:
         int64 labels `(n,)`.
@@ -88,7 +88,7 @@ def ask_pt2(path: Path, x: torch.Tensor) -> torch.Tensor:
     Args:
         path: the file: one input of the layout of `x`, floats for floats and integers for integers;
             its first output is logits or labels.
-        x: images as the model takes them, float32 or uint8 (see `prepare`).
+        x: images as the model takes them, float32 or uint8 (see `as_taken`).
 
     Returns:
         int64 labels `(n,)`.
