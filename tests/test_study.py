@@ -26,15 +26,15 @@ from countermark.files import read_json
 from countermark.networks import build, load
 from countermark.networks.cleaners import CLEANERS
 from countermark.study import graph, work
-from countermark.study.claims import claims
 from countermark.study.graph import Unit, in_order
 from countermark.study.grid import DEFENCES, FINETUNED, PROFILES, PRUNED, Cell, grid
-from countermark.study.plan import seconds
 from countermark.study.report import write_report
 from countermark.study.results import auc, estimate, measurements, rate_interval, where
 from countermark.study.run import do, run
+from countermark.study.statements import statements
 from countermark.study.store import Store
 from countermark.study.tables import paper_value, tables
+from countermark.study.timing import seconds
 from countermark.thieves import REMOVALS, THEFTS, Removal
 from countermark.training import known_traits, recipe, train
 from shorter import mark_shortly
@@ -616,7 +616,7 @@ def test_a_claim_is_judged_by_its_numbers(study: tuple[Path, dict[str, list[Cell
         for stranger in strangers:
             stranger["watermark"] = 10.0
         strangers[-1]["watermark"] = highest
-        judged = {claim.text: claim for claim in claims({"clean": rows})}
+        judged = {each.text: each for each in statements({"clean": rows})}
         (control,) = [
             claim for text, claim in judged.items() if "from strangers (black-box)" in text
         ]

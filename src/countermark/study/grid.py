@@ -61,7 +61,7 @@ class Profile:
         test_removals: test images for the test accuracy after the paper's removals; None for all of
             them.
         budget_examples: test images of Table 5 and of the plane.
-        sweep: watermark budgets besides the default one, by data set, for the claim
+        sweep: watermark budgets besides the default one, by data set, for the statement
             beta > epsilon + alpha.
         epochs: epochs of training, by data set; those of the recipe where there is no entry.
         amounts: amounts of the removals beyond the paper, by name of the removal; the removal's own

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from countermark.study.claims import Claim
+from countermark.study.statements import Statement
 from countermark.study.tables import Table, shown
 
 
 def markdown(
     verdicts: Sequence[str],
-    claims: Sequence[Claim],
+    statements: Sequence[Statement],
     tables: Mapping[str, Sequence[Table]],
     about: Mapping[str, Any],
     command: str,
@@ -18,7 +18,7 @@ def markdown(
 
     Args:
         verdicts: what was found, the most important sentence first.
-        claims: claims and what each protocol says of them.
+        statements: the statements and what each protocol says of them.
         tables: by protocol.
         about: environment, options and seeds.
         command: the command that made it.
@@ -31,12 +31,19 @@ def markdown(
     ]
     lines += [f"- {name}: {value}" for name, value in about.items()] + [""]
     lines += ["## What holds", ""] + [f"- **{verdict}**" for verdict in verdicts] + [""]
-    for claim in claims:
-        lines += [f"### {claim.text}", "", f"{claim.verdict[0].upper()}{claim.verdict[1:]}.", ""]
-        lines += [f"- {protocol}: {finding.told}" for protocol, finding in claim.findings.items()]
+    for statement in statements:
+        lines += [
+            f"### {statement.text}",
+            "",
+            f"{statement.verdict[0].upper()}{statement.verdict[1:]}.",
+            "",
+        ]
+        lines += [
+            f"- {protocol}: {finding.told}" for protocol, finding in statement.findings.items()
+        ]
         lines += (
-            ["", claim.remark, ""]
-            if claim.remark and not claim.holds and claim.verdict != "not measured"
+            ["", statement.remark, ""]
+            if statement.remark and not statement.holds and statement.verdict != "not measured"
             else [""]
         )
     for protocol, made in tables.items():

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from countermark.html import document, escape
-from countermark.study.claims import Claim
+from countermark.study.statements import Statement
 from countermark.study.tables import Table, shown
 
 _STYLE = """
@@ -52,7 +52,7 @@ _CAPTIONS = {
 
 def page(
     verdicts: Sequence[str],
-    claims: Sequence[Claim],
+    statements: Sequence[Statement],
     tables: Mapping[str, Sequence[Table]],
     figures: Mapping[str, Mapping[str, str]],
     about: Mapping[str, Any],
@@ -61,7 +61,7 @@ def page(
 
     Args:
         verdicts: what was found, the most important sentence first.
-        claims: claims and what each protocol says of them.
+        statements: the statements and what each protocol says of them.
         tables: by protocol.
         figures: SVG texts by protocol and name.
         about: environment, options and seeds, as they shall be shown.
@@ -74,7 +74,7 @@ def page(
         ),
         *(f"<p><strong>{escape(verdict)}</strong></p>" for verdict in verdicts),
         "<h2>What holds</h2><ul>",
-        *(_claim(claim) for claim in claims),
+        *(_statement(statement) for statement in statements),
         "</ul>",
     ]
     for protocol, drawn in figures.items():
@@ -91,19 +91,19 @@ def page(
     return document("Countermark: the study", _STYLE, parts)
 
 
-def _claim(claim: Claim) -> str:
-    kind = "good" if claim.holds else "bad" if claim.verdict != "not measured" else "soft"
+def _statement(statement: Statement) -> str:
+    kind = "good" if statement.holds else "bad" if statement.verdict != "not measured" else "soft"
     remark = (
-        f"<br><span class='soft'>{escape(claim.remark)}</span>"
-        if claim.remark and kind == "bad"
+        f"<br><span class='soft'>{escape(statement.remark)}</span>"
+        if statement.remark and kind == "bad"
         else ""
     )
     told = "<br>".join(
         f"<span class='soft'>{escape(protocol)}: {escape(f.told)}</span>"
-        for protocol, f in claim.findings.items()
+        for protocol, f in statement.findings.items()
     )
     return (
-        f"<li>{escape(claim.text)} <span class='{kind}'>{escape(claim.verdict)}.</span>"
+        f"<li>{escape(statement.text)} <span class='{kind}'>{escape(statement.verdict)}.</span>"
         f"<br>{told}{remark}</li>"
     )
 

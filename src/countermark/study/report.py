@@ -11,12 +11,12 @@ from typing import Any
 
 from countermark.data import known
 from countermark.files import canonical_json, write_bytes
-from countermark.study.claims import Claim, claims
 from countermark.study.figures import figures
 from countermark.study.grid import Cell
 from countermark.study.markdown import markdown
 from countermark.study.page import page
 from countermark.study.results import FIELDS, Row, measurements, write_csv
+from countermark.study.statements import Statement, statements
 from countermark.study.store import Store
 from countermark.study.tables import Table, hyperparameters, tables
 from countermark.training import known_traits, recipe
@@ -40,7 +40,7 @@ def write_report(
     measured: dict[str, list[Row]] = {
         protocol: measurements(part, store, protocol) for protocol, part in cells.items()
     }
-    judged = claims(measured)
+    judged = statements(measured)
     made: dict[str, list[Table]] = {protocol: tables(rows) for protocol, rows in measured.items()}
     for protocol, part in cells.items():
         made[protocol].append(hyperparameters(_settings(part)))
@@ -69,7 +69,8 @@ def write_report(
         "format": RESULTS_FORMAT,
         "about": dict(about),
         "claims": [
-            {"claim": claim.text, "verdict": claim.verdict, **_findings(claim)} for claim in judged
+            {"claim": statement.text, "verdict": statement.verdict, **_findings(statement)}
+            for statement in judged
         ],
         "measurements": measured,
         "tables": {protocol: [asdict(table) for table in part] for protocol, part in made.items()},
@@ -81,25 +82,29 @@ def write_report(
     return found
 
 
-def verdicts(judged: Sequence[Claim]) -> tuple[str, ...]:
+def verdicts(judged: Sequence[Statement]) -> tuple[str, ...]:
     """Make the sentences with which the report begins.
 
-    They say how many claims hold, and give the verdicts on the leading ones with their numbers.
+    They say how many statements hold, and give the verdicts on the leading ones with their numbers.
     """
-    known = [claim for claim in judged if claim.verdict != "not measured"]
-    lines = [f"{sum(claim.holds for claim in known)} of {len(known)} claims hold."]
-    for claim in known:
-        if claim.leading:
+    known = [statement for statement in judged if statement.verdict != "not measured"]
+    lines = [f"{sum(statement.holds for statement in known)} of {len(known)} statements hold."]
+    for statement in known:
+        if statement.leading:
             told = "; ".join(
                 f"protocol {protocol}: {finding.told}"
-                for protocol, finding in claim.findings.items()
+                for protocol, finding in statement.findings.items()
             )
-            lines.append(f"{'Holds' if claim.holds else 'Does not hold'}: {claim.text} ({told})")
+            lines.append(
+                f"{'Holds' if statement.holds else 'Does not hold'}: {statement.text} ({told})"
+            )
     return tuple(lines)
 
 
-def _findings(claim: Claim) -> dict[str, Any]:
-    return {"findings": {protocol: asdict(finding) for protocol, finding in claim.findings.items()}}
+def _findings(statement: Statement) -> dict[str, Any]:
+    return {
+        "findings": {protocol: asdict(finding) for protocol, finding in statement.findings.items()}
+    }
 
 
 def _figures(rows: Sequence[Row], cells: Sequence[Cell], store: Store) -> dict[str, str]:

@@ -207,9 +207,9 @@ def _command(config: ReproduceConfig) -> str:
 
 
 def _estimates(todo: "list[Unit]") -> dict[str, float]:
-    from countermark.study.plan import calibrate, networks, seconds
+    from countermark.study.timing import measure_speed, networks, seconds
 
-    speed = calibrate(networks(todo))
+    speed = measure_speed(networks(todo))
     return {unit.digest: seconds(unit, speed) for unit in todo}
 
 

@@ -1,4 +1,4 @@
-"""The claims of the paper and ours, judged by the measurements of each protocol."""
+"""The statements of the paper and ours, judged by the measurements of each protocol."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,14 @@ from countermark.study.grid import TRAINED_ON
 from countermark.study.results import Row, auc, estimate, where
 from countermark.study.tables import RULE, TITLES, paper_value, swept
 
-_STEP = 0.01  # alpha of the paper's claim beta > epsilon + alpha: the step of its training attack
+_STEP = (
+    0.01  # alpha of the paper's statement beta > epsilon + alpha: the step of its training attack
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one protocol's numbers say about one claim.
+    """What one protocol's numbers say about one statement.
 
     Attributes:
         holds: whether it holds on every data set; none if it was not measured.
@@ -25,11 +27,11 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim of the paper or of ours, and what each protocol says of it.
+class Statement:
+    """A statement of the paper or of ours, and what each protocol says of it.
 
     Attributes:
-        text: the claim.
+        text: the statement.
         findings: by protocol.
         leading: whether the report begins with it.
         remark: what we know of why it falls, where it does.
@@ -72,16 +74,16 @@ class Claim:
 Judge = Callable[[Sequence[Row], str], tuple[bool, str] | None]
 
 
-def claims(measured: Mapping[str, Sequence[Row]]) -> list[Claim]:
-    """Every claim, judged by the measurements of each protocol."""
+def statements(measured: Mapping[str, Sequence[Row]]) -> list[Statement]:
+    """Every statement, judged by the measurements of each protocol."""
     return [
-        Claim(
+        Statement(
             text,
             {protocol: _over_data(judge, rows) for protocol, rows in measured.items()},
             text in _LEADING,
             next((remark for start, remark in _REMARKS.items() if text.startswith(start)), ""),
         )
-        for text, judge in _CLAIMS
+        for text, judge in _STATEMENTS
     ]
 
 
@@ -195,7 +197,7 @@ def _pruned(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
 
 
 def _budget(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-    """Judge the claim beta > epsilon + alpha.
+    """Judge the statement beta > epsilon + alpha.
 
     It says that watermarks with budgets up to epsilon + alpha conflict with adversarial training,
     and that those with larger budgets do not.
@@ -255,7 +257,7 @@ def _coins_unstolen(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
 
 _CONTROL = "Adversarial watermarks tell a copy made through the API from strangers"
 _CONVICTED = "Ours: coins convict every white-box copy with p <= 1e-9"
-_CLAIMS: tuple[tuple[str, Judge], ...] = (
+_STATEMENTS: tuple[tuple[str, Judge], ...] = (
     ("Adversarial training reaches the paper's adversarial accuracy.", _robust),
     (
         "Adversarial watermarks cost less adversarial accuracy than OOD watermarks.",
@@ -341,4 +343,4 @@ _REMARKS = {
         "survives a theft by answers."
     ),
 }
-"""What we know of why a claim falls, by the beginning of its text."""
+"""What we know of why a statement falls, by the beginning of its text."""

@@ -41,7 +41,9 @@ def seconds(unit: Unit, speed: Mapping[str, float]) -> float:
     return _OVERHEAD + _passes(unit) * speed[_network(unit)]
 
 
-def calibrate(networks: set[str], shape: tuple[int, int, int] = (1, 28, 28)) -> dict[str, float]:
+def measure_speed(
+    networks: set[str], shape: tuple[int, int, int] = (1, 28, 28)
+) -> dict[str, float]:
     """Measure the seconds of one pass of an image, forwards and backwards, on one thread.
 
     Args:
