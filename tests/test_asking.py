@@ -12,7 +12,7 @@ import torch
 
 from countermark.cli import main
 from countermark.data import Examples, Pools, pixels
-from countermark.verbs.asking import foreign_share
+from countermark.verbs.asking import clean_doubt
 from countermark.verbs.verify import Verification, show, verify
 from countermark.watermarks import WatermarkSet, load_key, new_secrets, write_key
 
@@ -117,16 +117,16 @@ def test_a_match_stays_one_whatever_the_clean_examples_say(key: Path) -> None:
 def test_strangeness_in_closed_form() -> None:
     y = torch.arange(100) % 10
     half = torch.where(torch.arange(100) < 40, y, (y * 7 + torch.arange(100) // 10) % 10)
-    assert foreign_share(y, y) == ""
-    assert "permuted" in foreign_share(torch.where(y < 2, 1 - y, y), y)  # two classes exchanged
-    assert "permuted" not in foreign_share(half, y)
-    assert "permuted" in foreign_share(9 - y, y)
-    assert "it answers 0 where 9 is right" in foreign_share(9 - y, y)
+    assert clean_doubt(y, y) == ""
+    assert "permuted" in clean_doubt(torch.where(y < 2, 1 - y, y), y)  # two classes exchanged
+    assert "permuted" not in clean_doubt(half, y)
+    assert "permuted" in clean_doubt(9 - y, y)
+    assert "it answers 0 where 9 is right" in clean_doubt(9 - y, y)
     # As many classes as examples: each answer has one true class, which explains nothing.
     many = torch.arange(100)
-    assert "input looks wrong" in foreign_share(many.roll(1), many)
-    assert "the answer 7 to 100 %" in foreign_share(torch.full((100,), 7), y)
-    assert foreign_share(torch.full((5,), 7), torch.full((5,), 7)) == ""
+    assert "input looks wrong" in clean_doubt(many.roll(1), many)
+    assert "the answer 7 to 100 %" in clean_doubt(torch.full((100,), 7), y)
+    assert clean_doubt(torch.full((5,), 7), torch.full((5,), 7)) == ""
 
 
 def test_protect_keeps_clean_examples_of_the_validation_pool(owner: Path, digits: Pools) -> None:

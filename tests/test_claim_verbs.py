@@ -326,7 +326,7 @@ def _small_key(arguments: tuple) -> object:
     """The true function with trials that need no good source model."""
     from countermark.watermarks import WatermarkSet, load_key, write_key
 
-    _plan, _source, private, _secret, stamp = arguments
+    _setup, _source, private, _secret, stamp = arguments
     if (private / "key.json").exists():
         return load_key(private)
     x = torch.randint(

@@ -97,7 +97,7 @@ def ask(
     try:
         examples = clean or _catalogued(tuple(x.shape[1:]), data)
         given, y = _answers(suspect, examples)
-        accuracy, doubt = agreement(given, y), foreign_share(given, y)
+        accuracy, doubt = agreement(given, y), clean_doubt(given, y)
     except CountermarkError as error:
         unchecked = (
             "It was not checked on clean examples whether the suspect is asked in the right way: "
@@ -140,7 +140,7 @@ def _answers(suspect: "Suspect", examples: "Examples") -> "tuple[torch.Tensor, t
     return given[answered], examples.y[answered]
 
 
-def foreign_share(given: "torch.Tensor", y: "torch.Tensor") -> str:
+def clean_doubt(given: "torch.Tensor", y: "torch.Tensor") -> str:
     """What answers to clean examples say about the way in which a suspect is asked.
 
     An exchange of classes is looked for by leaving one out: each answer is read as the class that

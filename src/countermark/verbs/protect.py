@@ -210,7 +210,7 @@ class Protection:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Setup:
     """What is decided before the work begins.
 
     It has the public seed where the work later takes a secret one.
@@ -293,7 +293,7 @@ class _Plan:
         return events
 
 
-def _plan(config: ProtectConfig) -> _Plan:
+def _set_up(config: ProtectConfig) -> _Setup:
     """Decide everything once.
 
     Raises:
@@ -332,7 +332,7 @@ def _plan(config: ProtectConfig) -> _Plan:
     if config.embedding == "epoch":
         embedding = replace(_either(training), embedding="epoch")
     open_hardware(hardware)  # before a secret is drawn for work that cannot begin
-    plan = _Plan(
+    setup = _Setup(
         config=config,
         data=data,
         known=known,
@@ -344,11 +344,11 @@ def _plan(config: ProtectConfig) -> _Plan:
         weights_sha256=None if config.weights is None else weights_sha256(config.weights),
     )
     # Likewise: it refuses a network that cannot be built, and weights that do not fit.
-    network = plan.source(config.seed)
+    network = setup.source(config.seed)
     if config.weights is None or objective != "standard":
-        return plan
+        return setup
     gently = gentle(_either(training), given, network, epochs=config.epochs)
-    return replace(plan, training=None, embedding=gently)
+    return replace(setup, training=None, embedding=gently)
 
 
 def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
@@ -381,7 +381,7 @@ def _either(*configs: "TrainConfig | None") -> "TrainConfig":
 
 def made_with(config: ProtectConfig) -> dict[str, Any]:
     """What `config.json` of a folder holds that these options made."""
-    return _plan(config).run
+    return _set_up(config).run
 
 
 @verb(ProtectConfig)
@@ -403,52 +403,52 @@ def protect(config: ProtectConfig) -> Protection:
 
     begun = time.monotonic()
     wanted, config = config.epochs, _as_begun(config)
-    plan = _plan(config)
+    setup = _set_up(config)
     stamp = timestamping(config.tsa, config.roots)
     description = describing(
-        plan.data,
-        place_of(plan.network),
-        threat=plan.threat,
+        setup.data,
+        place_of(setup.network),
+        threat=setup.threat,
         seed=config.seed,
         mean=config.mean,
         std=config.std,
-        known=None if plan.known is None else packed(plan.known),
+        known=None if setup.known is None else packed(setup.known),
     )
-    with new_folder(Path(config.out), plan.run) as folder:
+    with new_folder(Path(config.out), setup.run) as folder:
         private = folder / "key"
         # The trials come out of the source model: a marked model's is trained from a seed that only
         # the owner knows.
-        secret = None if plan.embedding is None else new_secrets(private)
+        secret = None if setup.embedding is None else new_secrets(private)
         seed = config.seed if secret is None else secret_seed(secret, "training")
 
         def fit(network: "nn.Module", stage: str, how: "TrainConfig", **options: Any) -> None:
             checkpoint = folder / f"{CHECKPOINT_PREFIX}{stage}.safetensors"
-            options = {"validation": plan.pools.validation, "checkpoint": checkpoint, **options}
+            options = {"validation": setup.pools.validation, "checkpoint": checkpoint, **options}
             train(
                 network,
-                plan.pools.training,
+                setup.pools.training,
                 replace(how, seed=seed),
                 title=f"{stage} model",
                 **options,
             )
 
-        source, events = plan.source(seed), plan.history()
-        if plan.training is not None:
-            fit(source, "source", plan.training)
+        source, events = setup.source(seed), setup.history()
+        if setup.training is not None:
+            fit(source, "source", setup.training)
         before = replace(description, history=tuple(events))
-        if secret is None or plan.embedding is None:
+        if secret is None or setup.embedding is None:
             digest = save_model(folder, source, before)
-            result = _measure(plan, source, source, None, digest)
+            result = _measure(setup, source, source, None, digest)
         else:
             make_private_folder(private / "source")
             save_model(private / "source", source, before, mode=0o600)
-            key = _make_key(plan, source, private, secret, stamp)
-            afresh = plan.embedding.embedding == "epoch"
-            network = plan.source(seed) if afresh else copy.deepcopy(source)
+            key = _make_key(setup, source, private, secret, stamp)
+            afresh = setup.embedding.embedding == "epoch"
+            network = setup.source(seed) if afresh else copy.deepcopy(source)
             marked = Examples(key.watermarks.x, key.labels)
-            attempts = _attempts(folder, plan.epochs, wanted or plan.epochs)
+            attempts = _attempts(folder, setup.epochs, wanted or setup.epochs)
             started, found, epochs = time.monotonic(), None, 0
-            for number, part in enumerate(_parts(plan.embedding, attempts), 1):
+            for number, part in enumerate(_parts(setup.embedding, attempts), 1):
                 stage = "marked" if number == 1 else f"marked-{number}"
                 fit(network, stage, part, watermarks=marked)
                 found, epochs = standing(network, key), epochs + part.epochs
@@ -460,7 +460,7 @@ def protect(config: ProtectConfig) -> Protection:
             _check_taken(found, folder, attempts, epochs)
             digest = save_model(folder, network, replace(description, history=tuple(events)))
             commit(folder, private, key, digest, stamp)
-            result = _measure(plan, network, source, key, digest)
+            result = _measure(setup, network, source, key, digest)
             result = replace(result, mark=found, marking_epochs=epochs, marking_seconds=spent)
         result = replace(result, seconds=time.monotonic() - begun)
         write_json(folder / "metrics.json", asdict(result))
@@ -549,7 +549,7 @@ def _check_taken(found: "Standing", folder: Path, attempts: list[int], epochs: i
 
 
 def _make_key(
-    plan: _Plan, source: "nn.Module", private: Path, secret: bytes, stamp: "Stamp | None"
+    setup: _Setup, source: "nn.Module", private: Path, secret: bytes, stamp: "Stamp | None"
 ) -> "Key":
     """Craft the watermarks on the source model, commit to them, draw the coins.
 
@@ -569,7 +569,7 @@ def _make_key(
         write_key,
     )
 
-    config, pools, scheme = plan.config, plan.pools, SCHEMES[plan.config.scheme]
+    config, pools, scheme = setup.config, setup.pools, SCHEMES[setup.config.scheme]
     digests = {name: digest for name, digest in pools.digests().items() if name != "test"}
     if (private / "key.json").exists():
         key = load_key(private)
@@ -579,24 +579,24 @@ def _make_key(
                 f"or delete {private.parent}"
             )
         return key
-    attack = full_strength(plan.threat.watermark_epsilon)
+    attack = full_strength(setup.threat.watermark_epsilon)
     if config.watermark_step_size is not None:
         attack = replace(attack, step_size=config.watermark_step_size)
     given = Materials(
         source=source,
         bases=pools.bases,
-        outside=lambda: load_ood(plan.data, pools, config.seed, config.cache),
+        outside=lambda: load_ood(setup.data, pools, config.seed, config.cache),
         attack=attack,
-        batches=plan.data.batches,
-        batch_size=plan.data.batch_size,
+        batches=setup.data.batches,
+        batch_size=setup.data.batch_size,
         seed=secret_seed(secret, "crafting"),
         true_labels=config.labels != "source",
     )
     provenance = {
-        "data": plan.data.place,
+        "data": setup.data.place,
         "pools": digests,
         "crafting": asdict(attack) if scheme.crafted else None,
-        "config_sha256": sha256(canonical_json(plan.run)),
+        "config_sha256": sha256(canonical_json(setup.run)),
     }
     # Held out, used for no trial, and like what a suspect is shown anyway.
     clean = pools.validation[:CLEAN_EXAMPLES].read()
@@ -604,11 +604,11 @@ def _make_key(
 
 
 def _measure(
-    plan: _Plan, network: "nn.Module", source: "nn.Module", key: "Key | None", digest: str
+    setup: _Setup, network: "nn.Module", source: "nn.Module", key: "Key | None", digest: str
 ) -> Protection:
     from countermark.evaluation import accuracy, adversarial_accuracy, agreement, predict
 
-    test, attack = plan.pools.test, plan.threat.attack
+    test, attack = setup.pools.test, setup.threat.attack
 
     def marked(model: "nn.Module") -> float | None:
         return None if key is None else agreement(predict(model, key.watermarks.x), key.labels)
@@ -622,8 +622,8 @@ def _measure(
             source, test, attack, title="attacking the unmarked control"
         )
     return Protection(
-        folder=str(plan.config.out),
-        scheme=plan.config.scheme,
+        folder=str(setup.config.out),
+        scheme=setup.config.scheme,
         test_accuracy=clean,
         adversarial_accuracy=robust,
         watermark_accuracy=marked(network),
@@ -633,11 +633,11 @@ def _measure(
         mark=None,
         marking_epochs=0,
         marking_seconds=0.0,
-        known=dict(plan.pools.known),
+        known=dict(setup.pools.known),
         trials=0 if key is None else len(key.watermarks),
-        epsilon=plan.threat.epsilon,
+        epsilon=setup.threat.epsilon,
         weights_sha256=digest,
-        device=describe(plan.config.device, plan.config.precision),
+        device=describe(setup.config.device, setup.config.precision),
         seconds=0.0,
     )
 
