@@ -8,9 +8,7 @@ from countermark.study.grid import TRAINED_ON
 from countermark.study.results import Row, auc, estimate, where
 from countermark.study.tables import RULE, TITLES, paper_value, swept
 
-_STEP = (
-    0.01  # alpha of the paper's statement beta > epsilon + alpha: the step of its training attack
-)
+_STEP = 0.01  # alpha in the paper's beta > epsilon + alpha: the step of its training attack
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def _budgets(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                     (
                         (
                             TITLES[data],
-                            f"budget {epsilon:g}, {steps} steps of .01",
+                            f"budget {epsilon:g}, {steps} steps of 0.01",
                             *_compared(paper, ours),
                         ),
                         ours.units,
