@@ -21,7 +21,7 @@ CLASSES = 10
 
 
 def clean_examples(count: int = 100) -> Examples:
-    """Images of a data set that is none of ours: class c has its brightest pixel at c."""
+    """Images of a data set that is not known by name: class c has its brightest pixel at c."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randint(0, 100, (count, 1, 6, 6), dtype=torch.uint8, generator=generator)
     y = torch.arange(count) % CLASSES

@@ -265,7 +265,7 @@ def test_three_models_of_a_judgement_may_have_three_networks(
         str(RELEASE / "roots.pem"),
     ]
     assert main([*words, "--out", str(tmp_path / "j"), "--owner-network", "shop:make"]) == 2
-    assert "one of ours; leave --owner-network out" in " ".join(capsys.readouterr().err.split())
+    assert "a built-in one; leave --owner-network out" in " ".join(capsys.readouterr().err.split())
 
 
 def test_an_owner_and_a_suspect_may_have_two_networks(tmp_path: Path) -> None:

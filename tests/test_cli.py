@@ -588,7 +588,7 @@ def test_interruption_is_clean_and_resumes_to_the_same_result(
     short(8)
     monkeypatch.setattr(key_module.secrets, "token_bytes", lambda count: b"k" * count)
     monkeypatch.setattr(
-        loop, "_guarded", lambda *_networks: 50.0
+        loop, "_measured", lambda *_networks: 50.0
     )  # no epoch is redone, and the count is exact
     take_any_mark(monkeypatch)  # nor does it matter how much of the mark so few epochs leave
     arguments = ["protect", "--data", "digits", "--epochs", 3, "--json"]

@@ -596,7 +596,7 @@ def test_a_check_on_clean_examples_that_is_not_made_is_said(
     monkeypatch.setattr("countermark.verbs.asking.is_cached", lambda _data: False)
     assert "not in the cache; countermark data fetch digits" in asked()
     monkeypatch.setattr("countermark.verbs.asking.KNOWN", {})
-    assert "none of ours" in asked()
+    assert "not one that is known by name" in asked()
 
 
 def test_a_suspect_that_is_gone_before_the_clean_examples_is_judged(

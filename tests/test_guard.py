@@ -524,7 +524,7 @@ def far_sighted(owner_network: nn.Module, digits: Pools) -> GuardedModel:
     return GuardedModel(owner_network, Guard(found.settings, SECRET))
 
 
-def test_what_made_up_queries_cost_is_taken_off_the_near_ties(
+def test_what_foreign_queries_cost_is_taken_off_the_near_ties(
     owner_network: nn.Module, digits: Pools
 ) -> None:
     """One training image alone has a bright corner.
@@ -646,7 +646,7 @@ def test_strangers_agree_with_the_coins_of_a_thiefs_walk_as_often_as_they_should
     """A stranger's wealth does not grow on the coins of a thief's walk.
 
     The client chooses each next query by the answers to the last, again and again, and gets coins
-    for made-up queries.
+    for foreign queries.
     """
     runs = TRACES // 20 if TRACES > 1000 else 30
     stranger = build("small", (1, 8, 8), 10, seed=9)

@@ -33,7 +33,7 @@ def data() -> Dataset:
 
 @pytest.fixture
 def mine(data: Dataset, tmp_path: Path) -> Path:
-    """A model folder whose network is not one of ours."""
+    """A model folder whose network is not a built-in one."""
     torch.manual_seed(0)
     folder = tmp_path / "mine"
     folder.mkdir()

@@ -30,12 +30,12 @@ from countermark.training import (
     Hardware,
     TrainConfig,
     Traits,
+    built_in_network,
     gentle,
     kind_of,
     known_traits,
     loop,
     marking,
-    own_network,
     recipe,
     resolve_hardware,
     train,
@@ -123,7 +123,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def write(*measured: float) -> None:
         monkeypatch.setattr(
             loop,
-            "_guarded",
+            "_measured",
             lambda run, *_networks: measured[min(len(run.records), len(measured) - 1)],
         )
 
@@ -455,7 +455,7 @@ from countermark.data import known, load_ood, load_pools, open_data
 from countermark.training import Hardware, known_traits, loop, recipe, train
 pools = load_pools("digits", 0)
 marks = load_ood(open_data("digits"), open_data("digits").pools(0), 0)[:40]
-loop._guarded = lambda *_networks: 50.0
+loop._measured = lambda *_networks: 50.0
 DIGITS, THREAT = known_traits("digits"), known("digits").threat
 config = recipe(DIGITS, "strong", THREAT, epochs=1, \
 hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))
@@ -728,7 +728,7 @@ def test_recipes_by_kind_of_image_are_those_of_the_data_sets_before(
     marked = marking(config, given, objective)
     attack = config.attack
     found = (
-        own_network(given, objective),
+        built_in_network(given, objective),
         config.epochs,
         config.batch_size,
         config.flip,
@@ -800,7 +800,7 @@ def test_colour_images_are_moved_and_mirrored_only_if_somebody_says_so() -> None
     fast = recipe(Traits("colour", 37_500), "fast", COLOUR)
     assert fast.attack == Attack(8 / 255, 2, 4 / 255)
     assert (fast.epochs, fast.learning_rate) == (15, 0.1)
-    assert own_network(Traits("colour", 10), "fast") == "narrow"
+    assert built_in_network(Traits("colour", 10), "fast") == "narrow"
 
 
 @settings(deadline=None)

@@ -9,8 +9,8 @@ has an exact p-value.
     model = cm.load("mine")  # an nn.Module: pixels of [0, 1] to logits
     cm.verify("theirs", key="mine/key").verdict
 
-Every verb of the command line is a function of the same options as keywords. Everything here is
-imported when it is first used, so importing the package is quick.
+Every verb of the command line is also a function, whose keywords are the options. Everything here
+is imported when it is first used, so importing the package is quick.
 """
 
 import importlib
@@ -57,7 +57,7 @@ _PUBLIC = {
     "adjudicate": "verbs.adjudicate.adjudicate",
     "bundle_check": "verbs.bundle_check.bundle_check",
     "bundle_sign": "verbs.bundle_sign.bundle_sign",
-    "calibrate": "verbs.guard.calibrate",  # `countermark.guard` is the room
+    "calibrate": "verbs.guard.calibrate",  # `countermark.guard` is a package
     "claim": "verbs.claim.claim",
     "client_add": "verbs.client_add.client_add",
     "data_check": "verbs.data_check.data_check",
@@ -80,7 +80,7 @@ _PUBLIC = {
     "trace": "verbs.trace.trace",
     "verify": "verbs.verify.verify",
 }
-"""What is public, and where it is: the functions of the verbs, and what they take and give."""
+"""Every public name, and where it is defined."""
 
 __all__ = list(_PUBLIC)  # type checkers read the imports above, which a test holds equal to it
 

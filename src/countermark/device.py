@@ -1,6 +1,6 @@
 """Where computing happens: devices by name, and what a batch is on each of them.
 
-A device is named on the command line or in a configuration, and settled once, before anything is
+A device is named on the command line or in a configuration, and resolved once, before anything is
 hashed or saved. From there on it is where the model is: whoever runs a model moves images to it
 batch by batch, and brings back labels.
 

@@ -28,7 +28,7 @@ def choose(what: str, name: object, names: Iterable[object]) -> None:
 
 
 def nearest(word: str, meant: Mapping[str, str]) -> str:
-    """The words that ask whether something similar was meant; empty where nothing is similar.
+    """Ask whether something similar was meant, as in " (did you mean mnist?)"; empty if nothing is.
 
     Args:
         word: as it was written.

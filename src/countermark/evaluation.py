@@ -38,8 +38,8 @@ class StrictAccuracy:
     """Accuracy in percent on one set of images: under no attack, under PGD and under all attacks.
 
     Attributes:
-        images: their number.
-        test_accuracy: as they are.
+        images: number of images.
+        test_accuracy: accuracy under no attack.
         adversarial_accuracy: what PGD leaves.
         strict_accuracy: what all attacks leave.
         broken: number of examples that each attack broke first, by the attack's name, in the order
@@ -180,7 +180,7 @@ def _lost(
     worst = pgd(quick, x, y, **options)
     with torch.no_grad():
         lost: torch.Tensor = answers(ask(model, worst)) != y
-        # Examples that the rounding of the copy took for lost, so that the attack stopped.
+        # Only the copy misclassifies these, by its rounding, so the attack stopped too early.
         unsure = ~lost & (answers(ask(quick, worst)) != y)
     if bool(unsure.any()):
         again = pgd(model, x[unsure], y[unsure], **options)
@@ -248,7 +248,7 @@ def strict_accuracy(
             )
             kept += found.broken_by.tolist()
             if checkpoint is not None:
-                # A full disk costs the way back, not the work.
+                # If the disk is full, the run goes on; it only cannot be resumed.
                 with contextlib.suppress(CountermarkError):
                     write_json(checkpoint, {"format": _STRICT_FORMAT, "broken_by": kept})
     broken = {name: kept.count(number) for number, name in enumerate(STAGES)}

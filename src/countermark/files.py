@@ -146,7 +146,7 @@ def read_bytes(path: Path, limit: int, first: int | None = None) -> bytes:
     if max(size, len(data)) > limit:
         raise CountermarkError(
             f"{path} is larger than {limit} bytes, the most that such a file can need; "
-            "it is not one of ours"
+            "it is not a file of Countermark"
         )
     return data
 
@@ -183,11 +183,13 @@ def parse_json(data: bytes, origin: str) -> dict[str, Any]:
         canonical = canonical_json(value)
     except (ValueError, RecursionError) as error:
         raise CountermarkError(
-            f"{origin} is not valid JSON; it is damaged or not one of ours, "
+            f"{origin} is not valid JSON; it is damaged or not a file of Countermark, "
             "restore it from a backup"
         ) from error
     if not isinstance(value, dict):
-        raise CountermarkError(f"{origin} does not hold a JSON object; it is not one of ours")
+        raise CountermarkError(
+            f"{origin} does not hold a JSON object; it is not a file of Countermark"
+        )
     if canonical != data:
         raise CountermarkError(
             f"{origin} was changed after it was written; restore it from a backup"

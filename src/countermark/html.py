@@ -41,7 +41,7 @@ def document(title: str, style: str, parts: list[str]) -> str:
 
     Args:
         title: of the window.
-        style: CSS beyond that of every page of ours.
+        style: CSS of this page, besides that of all pages.
         parts: HTML of the body.
     """
     head = [

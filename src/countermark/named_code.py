@@ -76,9 +76,8 @@ def imported(place: str) -> Any:
 def called(function: Any, place: str, known: Mapping[str, Any], *positional: Any) -> Any:
     """Call somebody's function with what it asks for.
 
-    What it asks for is told by its signature: parameters whose names are in `known` are given by
-    keyword; one that can be called without anything is called so; else it is called with
-    `positional`.
+    Its signature says what it asks for. Parameters whose names are in `known` are given by keyword.
+    A function that needs no arguments gets none, and any other one gets `positional`.
 
     Args:
         function: a function or a class.

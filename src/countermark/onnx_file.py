@@ -34,7 +34,7 @@ _OPSET = 17  # onnxruntime reads it since 1.12; the newer exporter writes 18 at 
 _OPSET_NEW = 18
 _LARGEST = (1 << 31) - (1 << 20)  # bytes that one file of protocol buffers may have
 _BATCH = 64
-_NOISE = 256  # made-up images, where there are no others
+_NOISE = 256  # images of noise, where there are no others
 _ROUNDING = 1e-3  # of the largest logit: what two ways of computing the same may differ by
 
 
@@ -84,8 +84,8 @@ def export_model(
 
     Raises:
         CountermarkError: onnx or onnxruntime is missing, the file is there already, the network has
-            operators that ONNX has not or is too large for one file, or the file's answers are not
-            the network's: nothing is left then.
+            operators that ONNX does not have or is too large for one file, or the file's answers
+            are not the network's. Nothing is left behind then.
 
     Example:
         >>> export_model(network, (3, 32, 32), "mine.onnx", images=test.x)  # doctest: +SKIP

@@ -58,7 +58,7 @@ _Result = TypeVar("_Result")
 
 
 class Place(Enum):
-    """What an option's path is to the verb; an option without one is no path."""
+    """What a verb does with the path of an option; other options are not paths."""
 
     READ = "it must exist"
     NEW = "it must be new or an empty folder"
@@ -85,7 +85,7 @@ KINDS: Mapping[type, str] = {
 
 
 def _written(value: Any) -> Any:
-    """An option as JSON can hold it; a thing in Python by its name."""
+    """An option as JSON can hold it; an object of Python is represented by its name."""
     several = isinstance(value, tuple) and all(isinstance(each, (*_PLAIN, Path)) for each in value)
     if several:
         return [_written(each) for each in value]
@@ -178,8 +178,8 @@ class ModelOptions(DataOptions):
     data: AnyData | None = None
     """The data's place, where it is not where the folder says."""
     network: Network | None = None
-    """module:function that builds the network, where the folder's is not one of ours; in Python
-    also a function or a module."""
+    """module:function that builds the network, unless it is a built-in one; in Python also a
+    function or a module."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,7 +190,7 @@ class OneDeviceOptions(VerbConfig):
     """Where to compute: auto (a GPU where there is one), cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
-        """Refuse a device by a name that there is not."""
+        """Refuse an unknown name of a device."""
         super().__post_init__()
         check_device(self.device)
 
@@ -230,7 +230,8 @@ class StampOptions(VerbConfig):
     """Options of verbs that ask a timestamp authority."""
 
     tsa: str | None = None
-    """Address of a timestamp authority (RFC 3161), whose token shows later what there was when."""
+    """Address of a timestamp authority (RFC 3161), whose token proves later what existed at a
+    time."""
     roots: ReadPath | None = None
     """PEM file of the authority's root certificates, to check its tokens at once."""
 
@@ -250,8 +251,8 @@ class SuspectOptions(OneDeviceOptions):
     """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
     .../invocations (MLflow); in Python also a function from images to labels."""
     network: Network | None = None
-    """module:function that builds the suspect's network, where it is a model folder and not one of
-    ours."""
+    """module:function that builds the network of a suspect that is a model folder, unless it is a
+    built-in one."""
     pixels: Pixels = "float"
     """What the suspect takes: float (pixels of [0, 1]) or uint8."""
     layout: Layout = "nchw"

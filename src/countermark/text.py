@@ -16,15 +16,15 @@ def visible(text: object) -> str:
     r"""Write text on one line, with every character that is not printable as its escape.
 
     File names, answers of servers, names in certificates and fields of files are written by others.
-    Their control characters could clear or colour a terminal, line ends could forge a line of ours,
-    and bidirectional marks could reorder one. They are shown as `\x1b`, `\n` or `\u202e` instead.
-    Doing it twice changes nothing.
+    Their control characters could clear or colour a terminal, line ends could forge a line of
+    output, and bidirectional marks could reorder one. They are shown as `\x1b`, `\n` or `\u202e`
+    instead. Doing it twice changes nothing.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def brief(value: object) -> str:
-    """Shorten a foreign value for a message: one line, no control characters, never long.
+    """Shorten a value from outside for a message: one line, no control characters, never long.
 
     Example:
         >>> brief("paper"), len(brief("a" * 900_000)), len(brief(["a" * 900] * 900))
@@ -34,7 +34,7 @@ def brief(value: object) -> str:
 
 
 def sentence(text: str) -> str:
-    r"""Somebody's sentence, fit to stand in a message of ours: one line, printable, not long.
+    r"""Make a sentence from outside fit for a message: one line, printable, not long.
 
     Example:
         >>> sentence("no\n  such model")

@@ -292,7 +292,8 @@ def decode_token(text: object, origin: str) -> bytes | None:
             raise ValueError("another spelling")
     except ValueError as error:
         raise CountermarkError(
-            f"{origin} is not a timestamp in base64; the file is damaged or not one of ours"
+            f"{origin} is not a timestamp in base64; "
+            "the file is damaged or not one of Countermark's"
         ) from error
     return response
 

@@ -3,8 +3,8 @@
 This is algorithm 1 of Croce and Hein (2020, "Reliable evaluation"). The step size halves where it
 has stopped paying off, and the search then continues from the best point so far. With cross-entropy
 it is APGD-CE; with the targeted difference-of-logits ratio, one target after another, it is APGD-T.
-One thing is ours: a run towards a target is abandoned when the progress that it still needs is too
-large a multiple of the progress that it has made so far.
+One thing is not in the paper: a run towards a target is abandoned when the progress that it still
+needs is too large a multiple of the progress that it has made so far.
 """
 
 import torch

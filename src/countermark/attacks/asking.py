@@ -19,7 +19,7 @@ def ask(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     The pixels are rounded to the precision that the model's parameters have, so that a model in
     half precision is asked about what it would see of an image in any case.
     """
-    if not isinstance(model, Prepared):  # which takes any precision
+    if not isinstance(model, Prepared):  # a prepared copy takes any precision
         x = x.to(dtype_of(model, x.dtype))
     logits: torch.Tensor = model(x)
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()

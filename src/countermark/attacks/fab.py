@@ -3,8 +3,8 @@
 The attack (Croce and Hein, 2020, "Minimally distorted adversarial examples") looks for the closest
 adversarial example rather than for the worst point in a ball, so it follows boundaries that a loss
 does not show. This is its targeted form under L-inf: each step linearises the boundary to one other
-class only. One thing is ours: a run is abandoned when its nearest adversarial point is still far
-beyond the budget.
+class only. One thing is not in the paper: a run is abandoned when its nearest adversarial point is
+still far beyond the budget.
 """
 
 import torch
@@ -22,7 +22,7 @@ _LOOKED_AT = 20  # linearisations between two checks for runs that are too far a
 # of such runs came back (docs/log.md).
 _FAR = 10
 _ROUNDS = 3  # of the final search between the original and the best point
-_MOST_PIECES = 40  # of the function that a projection follows; a handful is usual
+_MOST_PIECES = 40  # linear pieces that a projection follows; five are usual
 
 
 def fab_targeted(

@@ -21,13 +21,25 @@ Window = tuple[int, int, int, int]  # top, bottom, left, right; the ends are out
 
 @dataclass(frozen=True)
 class _Stage:
-    """A layer that looks at a square around each place, and the pointwise layers behind it."""
+    """A convolution or a max-pooling, and the pointwise layers behind it.
+
+    Attributes:
+        kernel: side of the square of inputs that one result depends on.
+        stride: step from one such square to the next.
+        padding: places that are added at each border.
+        value: what stands in these places.
+        filters: weights of the convolution; `None` for a max-pooling. A max-pooling with a kernel
+            of 1 changes nothing: it carries pointwise layers that have no such layer before them.
+        bias: of the convolution, if it has one.
+        shifted: the layer that the convolution belongs to, if that adds constants to its result.
+        pointwise: layers that treat each place by itself.
+    """
 
     kernel: int
     stride: int
     padding: int
-    value: float  # that it pads with
-    filters: torch.Tensor | None  # none for a max-pooling, that of a single place included
+    value: float
+    filters: torch.Tensor | None
     bias: torch.Tensor | None
     shifted: ShiftedConv2d | None
     pointwise: list[nn.Module]
@@ -44,16 +56,16 @@ class Local:
     def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
         """Compute everything in full once.
 
-        Only a model from `prepare` that computes in float32, on images in float32, is known from
-        inside.
+        This looks into the layers of a model from `prepare` if the model and the images are in
+        float32. Any other model is one layer, which is always computed in full.
         """
         known = (
             isinstance(model, Prepared) and model.dtype is x.dtype is torch.float32 and x.dim() == 4
         )
         layers = list(model.layers) if isinstance(model, Prepared) and known else [model]
         self._stages, rest = _stages(layers)
-        # The input of each stage, and the result of the last. In channels-last layout a window is a
-        # few long rows.
+        # The input of each stage, and the result of the last one. With channels last, a window is
+        # a few long rows in memory.
         self._states = [x.clone(memory_format=torch.channels_last) if x.dim() == 4 else x.clone()]
         for stage in self._stages:
             self._states.append(
@@ -103,7 +115,7 @@ class Local:
         changes = [(window, patch)]
         for stage, state in zip(self._stages, self._states, strict=False):
             window, patch = _reached(stage, state, window, patch)
-            if patch.numel() == 0:  # a stride went past the window
+            if patch.numel() == 0:  # the window lies between two strides, so nothing sees it
                 self._tried = (changes, self._dense, self.logits)
                 return self.logits
             changes.append((window, patch))
@@ -195,7 +207,7 @@ def _inside(state: torch.Tensor, window: Window) -> torch.Tensor:
 
 
 def _result(stage: _Stage, state: torch.Tensor) -> torch.Tensor:
-    """A stage in full."""
+    """Compute a stage in full."""
     result = _convolved(stage, functional.pad(state, (stage.padding,) * 4, value=stage.value))
     if stage.shifted is not None:
         result = result + stage.shifted.constants(state)
@@ -213,7 +225,7 @@ def _convolved(stage: _Stage, x: torch.Tensor) -> torch.Tensor:
 def _reached(
     stage: _Stage, state: torch.Tensor, window: Window, patch: torch.Tensor
 ) -> tuple[Window, torch.Tensor]:
-    """Where a changed window of a stage's input shows in its result, and the result there."""
+    """Which window of a stage's result changes with a window of its input, and the result there."""
     top, bottom, left, right = window
     first_row, last_row, above, below = _span(stage, state.shape[2], top, bottom)
     first_column, last_column, before, behind = _span(stage, state.shape[3], left, right)

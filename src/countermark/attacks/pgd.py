@@ -19,7 +19,7 @@ from countermark.errors import CountermarkError
 from countermark.fast import Prepared
 
 _CACHED = 64  # images whose activations stay in a CPU's cache
-_KNOWN = ("torch", "countermark")  # packages whose layers ask the device nothing
+_KNOWN = ("torch", "countermark")  # packages whose layers read no value from the device
 
 
 def pgd(
@@ -283,9 +283,10 @@ class Recording:
 
 
 def capturable(model: nn.Module) -> bool:
-    """Whether a model's pass asks the device nothing on its way, which no CUDA graph could hold.
+    """Whether a pass of a model can be recorded as a CUDA graph.
 
-    PyTorch's layers and ours do not; a layer of somebody else's may.
+    A layer that reads a value from the device cannot be recorded. PyTorch's layers and those of
+    Countermark read none; the layers of other packages may.
     """
     return all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.modules())
 

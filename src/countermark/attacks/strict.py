@@ -3,8 +3,8 @@
 They are the attacks of AutoAttack (Croce and Hein, 2020) with its settings: APGD-CE, APGD-T, Square
 and FAB-T run one after another, each only on the examples that have withstood all attacks before
 it. The first two ascend losses, FAB-T follows boundaries, and Square needs no gradients at all. Two
-things are ours: runs of APGD-T and FAB-T that have no prospect of success are abandoned, and FAB-T
-follows only boundaries that APGD-T came near.
+things are not in the paper: runs of APGD-T and FAB-T that have no prospect of success are
+abandoned, and FAB-T follows only boundaries that APGD-T came near.
 """
 
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class Case:
         lacks: what APGD-T lacked towards each of them (see `apgd_targeted`), filled in as it runs.
         epsilon: L-inf budget, in pixels.
         steps: of each run of APGD and FAB.
-        queries: of Square, an example.
+        queries: most queries of Square for an example.
     """
 
     model: nn.Module
@@ -59,9 +59,11 @@ class StrictAttack:
 
     Attributes:
         name: as results show it.
-        cost: of one run, about, in forwards and backwards of an example; for the progress bar.
-        search: from the case, the numbers of the examples that still stand `(m,)` and the rank of
-            the target to points of the ball `(m, c, h, w)`.
+        cost: roughly how many forward and backward passes a run takes for an example; for the
+            progress bar.
+        search: the attack itself. It takes the case, the numbers `(m,)` of the examples that no
+            attack has broken yet, and the rank of the target; it returns points of the ball `(m, c,
+            h, w)`.
         targeted: whether it is run once for each target, or once with rank 0.
         uses_gradients: whether it asks for gradients. One that does not shows whether the model
             only hides them.
@@ -108,7 +110,7 @@ ENSEMBLE: tuple[StrictAttack, ...] = (
     StrictAttack("Square", 800, _square, uses_gradients=False),
     StrictAttack("FAB-T", 20, _fab_t, targeted=True),
 )
-"""The attacks, in the order in which they run; a row more is an attack more."""
+"""The attacks, in the order in which they run. To add an attack, add a row."""
 
 CLEAN, OPENING = "clean", "PGD"
 STAGES = (CLEAN, OPENING, *(attack.name for attack in ENSEMBLE))
@@ -154,7 +156,7 @@ def strict(
         y: true labels `(n,)`.
         epsilon: L-inf budget, in pixels; 0 leaves only what is misclassified anyway.
         steps: of each run of APGD and FAB.
-        queries: of Square, per example.
+        queries: most queries of Square for an example.
         opening: an attack of the same budget that goes first, under the name "PGD"; it maps model,
             images and labels to points in the ball.
         after: called now and then with the share of the work that is done and the number of

@@ -47,10 +47,10 @@ class Rival:
     """A claim of somebody else on the same suspect.
 
     Attributes:
-        claim: it.
-        model_sha256: digest of the weights that it shows.
-        its_mark_in_ours: labels of our model on its trials `(n,)`.
-        our_mark_in_its: labels of its model on our trials `(n,)`.
+        claim: the rival claim.
+        model_sha256: digest of the weights that the rival claim shows.
+        its_mark_in_ours: labels that the claimant's model gives the rival's trials, `(n,)`.
+        our_mark_in_its: labels that the rival's model gives the claimant's trials, `(n,)`.
     """
 
     claim: Claim
@@ -95,7 +95,7 @@ class Judgement:
         verdict: `upheld`, `dismissed` or `undecidable`.
         checks: every check that was made.
         test: the exact test on the judge's own answers.
-        batches: what p was multiplied by: the batches that the claimant could have chosen from.
+        batches: number of batches that the claimant could have chosen from; p was multiplied by it.
     """
 
     verdict: str
@@ -109,7 +109,7 @@ def judge_claim(claim: Claim, finding: Finding) -> Judgement:
     test = _test(claim, finding.labels, finding.alpha)
     asked = list(_suspect(claim, finding))
     checks = [
-        *standing(claim, finding.roots, finding.model_sha256),
+        *formal_checks(claim, finding.roots, finding.model_sha256),
         _owners_model(claim, finding),
         *asked,
     ]
@@ -122,7 +122,9 @@ def judge_claim(claim: Claim, finding: Finding) -> Judgement:
     return Judgement(verdict, tuple(checks), test, int(claim.c1["batches"]))
 
 
-def standing(claim: Claim, roots: Sequence[x509.Certificate], model_sha256: str) -> list[Check]:
+def formal_checks(
+    claim: Claim, roots: Sequence[x509.Certificate], model_sha256: str
+) -> list[Check]:
     """Check what can be checked of a claim without asking a model.
 
     That is its signatures, commitments, times, opened batch, and the digest of its model.
@@ -279,7 +281,7 @@ def _time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> datetim
 
 
 def _known_time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> datetime | None:
-    """The same, or nothing where it cannot be trusted."""
+    """When a part of the claim was stamped, or nothing if its token cannot be trusted."""
     try:
         return _time(claim, name, roots)
     except TokenError:
@@ -361,7 +363,7 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
     file would choose the verdict.
     """
     name, age = "The suspect", "Age of the suspect"
-    named, made = claim.answers["suspect"], None  # made: by then at the latest
+    named, made = claim.answers["suspect"], None  # made: when it existed at the latest
     if finding.suspect_token is not None:
         try:
             made = check_token(
@@ -553,7 +555,7 @@ def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
         return
     faults = [
         check
-        for check in standing(rival.claim, finding.roots, rival.model_sha256)
+        for check in formal_checks(rival.claim, finding.roots, rival.model_sha256)
         if check.result != HOLDS
     ]
     if faults:

@@ -136,7 +136,7 @@ class Claim:
         answers: what the suspect answered, how it was asked, and which batch this is.
         answers_signature: hexadecimal.
         answers_token: the response over `answers`.
-        found: what the owner says that it proves; a courtesy, nothing is judged by it.
+        found: the owner's own figures, for the reader's convenience; a judge does not use them.
         opened: the batch.
         model: folder of the owner's model.
     """
@@ -160,7 +160,7 @@ class Claim:
         """The owner's model and the SHA-256 of its weights.
 
         Args:
-            network: what builds its network, where it is not one of ours.
+            network: what builds its network, unless it is a built-in one.
             option: what messages call that.
 
         Raises:
@@ -179,7 +179,7 @@ class Claim:
                 f"{held}, whose code is imported only if you name it: {option} MODULE:FUNCTION"
             )
         if network is not None and description.network in NETWORKS:
-            raise CountermarkError(f"{held}, which is one of ours; leave {option} out")
+            raise CountermarkError(f"{held}, which is a built-in one; leave {option} out")
         built, _ = load_model(self.model, network)
         return built, suspect_identity(self.model)["sha256"]
 
@@ -267,12 +267,13 @@ def read_claim(folder: Path) -> Claim:
         )
     if record.keys() != {"format", *_OBJECTS, *_SIGNATURES, *_TOKENS}:
         raise CountermarkError(
-            f"{path} has other fields than a claim; it is damaged or not one of ours"
+            f"{path} has other fields than a claim; it is damaged or not a file of Countermark"
         )
     kinds = {**dict.fromkeys(_OBJECTS, dict), **dict.fromkeys(_SIGNATURES, str)}
     if not all(isinstance(record[name], kind) for name, kind in kinds.items()):
         raise CountermarkError(
-            f"{path} has fields of other kinds than a claim; it is damaged or not one of ours"
+            f"{path} has fields of other kinds than a claim; "
+            "it is damaged or not a file of Countermark"
         )
     _check_commitments(record["c1"], record["c2"], record["answers"], path)
     tokens: dict[str, Any] = {
@@ -319,7 +320,7 @@ def _check_commitments(
     if not fits:
         raise CountermarkError(
             f"{path} lacks what a claim says, or says it in another form; "
-            "it is damaged or not one of ours"
+            "it is damaged or not a file of Countermark"
         )
 
 
@@ -350,7 +351,7 @@ def _read_opened(path: Path, shape: list[int]) -> Opened:
         if not fits:
             raise CountermarkError(
                 f"{path} does not hold the opened trials of a claim; "
-                "it is damaged or not one of ours"
+                "it is damaged or not a file of Countermark"
             )
         if list(tensors["x"].shape[1:]) != shape:
             raise CountermarkError(

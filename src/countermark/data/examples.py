@@ -16,7 +16,7 @@ import torch
 
 from countermark.errors import CountermarkError
 
-_ROUNDING = 1e-6  # of pixels, by arithmetic before they came here
+_ROUNDING = 1e-6  # how far rounding may have taken pixels outside [0, 1]
 _CHUNK = 1 << 24  # bytes of images that are hashed at a time
 _CONTENT_BYTES = 8
 
@@ -218,7 +218,7 @@ def joined(parts: Iterable[torch.Tensor], count: int) -> torch.Tensor:
             whole = torch.empty((count, *part.shape[1:]), dtype=part.dtype)
         whole[filled : filled + len(part)] = part
         filled += len(part)
-        del part  # or it would lie in the way of what the next part takes
+        del part  # its memory is free before the next part is made
     return whole
 
 

@@ -120,7 +120,7 @@ def _fetch_file(
             CountermarkError,
         ) as error:
             failures.append(f"{source.title}: {_reason(error)}")
-        except ValueError:  # pooch's word for a wrong hash
+        except ValueError:  # pooch raises it for a wrong hash
             failures.append(
                 f"{source.title}: the SHA-256 is not the published one (damaged or altered file)"
             )
@@ -188,7 +188,7 @@ def _from_mirror(mirror: str, row: Known) -> Callable[[str, Path, "Bar | None"],
 
         with tempfile.TemporaryDirectory() as temporary:
             sent = Path(temporary) / "sent"
-            # An `auth` of its own, or an entry in a .netrc would send a password to the mirror.
+            # This `auth` adds nothing. Without it, an entry in .netrc would send a password.
             told = _Told(file, mirror, row.largest, progress)
             download = pooch.HTTPDownloader(
                 timeout=_CONNECT_TIMEOUT, auth=lambda request: request, progressbar=told
@@ -201,7 +201,7 @@ def _from_mirror(mirror: str, row: Known) -> Callable[[str, Path, "Bar | None"],
 
 
 class _Told:
-    """What pooch tells while it downloads, on our bar; an answer without an end ends here."""
+    """Shows a download of pooch's on the progress bar, and ends one that would never end."""
 
     def __init__(self, file: str, mirror: str, largest: int, progress: "Bar | None") -> None:
         self._what, self._largest, self._progress = f"{file} from {mirror}", largest, progress
@@ -210,7 +210,7 @@ class _Told:
 
     def update(self, by: int) -> None:
         self._done += by
-        if self._done > 2 * self._largest:  # pooch tells the whole once more at the end
+        if self._done > 2 * self._largest:  # at the end, pooch reports the whole size once more
             raise CountermarkError(f"sends more than {self._largest} bytes")
         if self._progress is not None:
             self._progress.text(

@@ -39,7 +39,7 @@ def parse_idx(data: bytes, dimensions: int, origin: str) -> np.ndarray:
         )
     try:
         return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
-    except ValueError as error:  # nothing in it, but sides beyond all memory
+    except ValueError as error:  # an empty array whose sides are too large to address
         raise CountermarkError(
             f"{origin} promises {'x'.join(map(str, shape))} values; it is damaged"
         ) from error

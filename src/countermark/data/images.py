@@ -56,7 +56,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _EXCHANGES = {_TURNS[orientation] for orientation in (5, 6, 7, 8)}  # of height and width
-_ROUNDING = 1e-6  # of floating-point pixels, by arithmetic before they came here
+_ROUNDING = 1e-6  # how far rounding may have taken pixels outside [0, 1]
 
 
 class DamagedError(CountermarkError):

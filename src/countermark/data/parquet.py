@@ -1,8 +1,8 @@
 """Images in Parquet files, in the layout of the Hugging Face Hub.
 
 One column holds the images, as `{bytes, path}` or as bytes, another one their labels. Names of
-classes come from the schema where it has them. What lies at a `path` is never opened, because a
-file says so. pyarrow reads the files, a few rows at a time.
+classes come from the schema where it has them. A `path` is never opened: only the user decides
+which files are read. pyarrow reads the files, a few rows at a time.
 """
 
 import contextlib

@@ -77,11 +77,11 @@ def cut(
         seed: seed of the permutation.
         known: bool `(n,)`, which of the training and then the test examples given weights were
             trained on; the pools that are held out are taken from the others first.
-        wanted: examples of the pools that are held out; default `sizes`.
-        by_content: equal images never fall into two pools.
+        wanted: number of examples in each pool that is held out; by default `sizes` decides.
+        by_content: keep equal images in one pool.
 
     Raises:
-        CountermarkError: there is too little of it.
+        CountermarkError: there are too few examples.
     """
     wanted = wanted or sizes(len(train))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -123,15 +123,15 @@ def cut(
 
 
 def packed(known: torch.Tensor) -> str:
-    """A mask, bool `(n,)`, as text that a model folder keeps; see `unpacked`."""
+    """Write a mask, bool `(n,)`, as text for a model folder; `unpacked` reads it."""
     return base64.b64encode(zlib.compress(np.packbits(known.numpy()).tobytes())).decode()
 
 
 def unpacked(text: str, count: int) -> torch.Tensor:
-    """The mask of `count` examples that `packed` made a text of.
+    """Read the mask of `count` examples from a text of `packed`.
 
     Raises:
-        CountermarkError: it is no such text, or is of another number of examples.
+        CountermarkError: it is not such a text, or a mask of another number of examples.
 
     Example:
         >>> unpacked(packed(torch.tensor([True, False, True])), 3)
@@ -162,7 +162,7 @@ def _contents(every: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _first_of_each(numbers: torch.Tensor) -> torch.Tensor:
-    """Where each number stands for the first time, in order."""
+    """The position at which each number occurs first, in order."""
     _, inverse = torch.unique(numbers, return_inverse=True)
     first = torch.full((int(inverse.max()) + 1 if len(inverse) else 0,), len(numbers))
     first.scatter_reduce_(0, inverse, torch.arange(len(numbers)), "amin")

@@ -34,8 +34,8 @@ FEWEST = 2
 
 _WORKERS = 8
 _TOGETHER = 8  # images that a thread decodes at a time
-_AHEAD = 2  # times that many are decoded ahead of the one that is wanted, for each thread
-_HELD = 1 << 27  # bytes of decoded images from which on only those that are wanted next are decoded
+_AHEAD = 2  # groups of that size that each thread decodes ahead of the wanted image
+_HELD = 1 << 27  # bytes of decoded images; beyond, only the next group is decoded
 # Nanoseconds; two changes within one tick of a file system's clock look like one.
 _TICK = 50_000_000
 _NAMED = 5  # damaged files and the like that a message names
@@ -305,7 +305,7 @@ class Tally:
 
     @property
     def shapes(self) -> int:
-        """Different heights and widths so far."""
+        """Number of different image shapes so far."""
         return len(self._shapes)
 
     def found(self, parts: Array, labels: Array, **more: Any) -> Found:
@@ -350,7 +350,7 @@ def count_duplicates(labels: Array, numbers: Array) -> tuple[int, int]:
 
 
 def file_state(paths: Sequence[Path]) -> str:
-    """A text about files that is the same only where none of them has changed.
+    """A text that stays the same only if none of some files has changed.
 
     Raises:
         CountermarkError: one cannot be looked at.
@@ -370,7 +370,7 @@ def file_state(paths: Sequence[Path]) -> str:
 
 
 def stamp(path: Path, status: os.stat_result) -> bytes:
-    """What is another after any change to a file: its path, size, times and number."""
+    """What differs after any change to a file: its path, size, times and number."""
     return repr(
         (os.fsencode(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     ).encode()

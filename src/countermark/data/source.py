@@ -1,7 +1,7 @@
-"""Opening data: one door for every place that images come from.
+"""Open data, wherever its images come from.
 
-`READERS` has a row for each kind of place. Behind the door nothing asks any more where images came
-from: they are uint8 `(n, c, h, w)` with whole labels, in one order, under one digest.
+`READERS` has a row for each kind of place. The result is the same for all of them: uint8 images
+`(n, c, h, w)` with whole-number labels, in a fixed order, under one digest.
 """
 
 import os
@@ -193,8 +193,8 @@ def load_pools(name: str, seed: int, cache: str | Path | None = None) -> Pools:
 def load_ood(data: Dataset, pools: Pools, seed: int, cache: str | Path | None = None) -> Examples:
     """Return the examples that are out of distribution for a data set, with their own labels.
 
-    They are the watermark bases of another data set where one is known, or the own bases turned by
-    90 degrees.
+    They are the watermark bases of another data set if `data.ood` names one, else its own bases
+    turned by 90 degrees.
 
     Args:
         data: the data set.
@@ -251,7 +251,7 @@ def _opened(data: Dataset, options: Options) -> tuple[Found, Dataset | None]:
 
 
 def _told(data: Dataset) -> Found:
-    """What there is to say of a data set that is there already."""
+    """Describe a data set that is open already."""
     (_, height, width), parts = data.shape, {"train": data.train, "test": data.test}
     return Found(
         place=data.place or "the data",

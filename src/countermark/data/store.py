@@ -1,4 +1,4 @@
-"""Read images kept in the cache: read once, found again for ever.
+"""Keep images in the cache, so that a place is read only once.
 
 A set of images is a folder `sets/DIGEST` of the cache: `images`, the uint8 pixels of all images one
 after the other; `examples.safetensors`, their labels; and `record.json`. It is made beside its

@@ -43,7 +43,7 @@ class EProcess:
                 the coin is known.
 
         Raises:
-            CountermarkError: an outcome, a chance or a confidence that does not exist.
+            CountermarkError: the outcome is not +1, -1 or 0, or a probability is out of range.
         """
         if outcome not in (-1, 0, 1):
             raise CountermarkError(
@@ -65,7 +65,7 @@ class EProcess:
 
     @property
     def gamblers(self) -> tuple[float, ...]:
-        """Natural logarithm of each gambler's wealth now, the least believing first."""
+        """Natural logarithm of each gambler's present wealth, in the order of `_STAKES`."""
         return tuple(self._logs)
 
     @property

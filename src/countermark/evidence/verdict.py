@@ -22,13 +22,13 @@ class Verdict:
     Attributes:
         verdict: `match` (p <= alpha), `no evidence`, or `inconclusive` (too few usable trials to
             ever reach alpha).
-        p_value: exact, multiplied by the number of batches that the claim could have chosen from;
-            0.0 below the smallest float; `None` where there is no exact test (`untested`).
-        log10_p_value: its decimal logarithm, at any size.
+        p_value: exact, multiplied by the number of batches that a claim could have opened; 0.0
+            below the smallest float; `None` if there is no exact test (`untested`).
+        log10_p_value: its decimal logarithm, however small it is.
         agreements: trials answered as the key says.
         disagreements: trials given the answer that the coin did not choose.
-        neither: trials answered with neither.
-        trials: trials asked.
+        neither: trials with a third answer, or with none.
+        trials: number of trials.
         log10_smallest_p_value: decimal logarithm of the smallest p-value that these trials could
             ever reach, if all were answered as the coins chose.
         alpha: the level.
@@ -61,17 +61,21 @@ def judge(
     alpha: float = ALPHA,
     batches: int = 1,
 ) -> Verdict:
-    """Judge the outcomes of trials.
+    """Test whether a suspect depends on the coins of some trials, and give the verdict.
 
     Args:
-        cells: the cell of each trial.
-        outcomes: +1, -1 or 0 for each trial.
-        weights: integer weight of each cell, fixed before the coins; 1 by default.
-        alpha: level of a match.
-        batches: number of batches out of which this claim could have opened one; multiplies p.
+        cells: the cell of each trial; trials of one cell share a coin.
+        outcomes: for each trial +1 if the suspect gave the answer that the coin chose, -1 if it
+            gave the other answer, 0 if it gave neither.
+        weights: a positive integer for each cell, fixed before the coins were drawn; by default
+            all are 1.
+        alpha: largest p-value that counts as a match.
+        batches: number of batches of the key, if the claimant chose one of them to open. The
+            p-value is multiplied by it (Bonferroni).
 
     Raises:
-        CountermarkError: outcomes, weights or a level that do not exist.
+        CountermarkError: an outcome is not +1, -1 or 0, a cell has no positive integer weight, or
+            `alpha` or `batches` is out of range.
     """
     if not 0 < alpha < 1:
         raise CountermarkError(f"alpha is a probability in (0, 1), not {alpha}")

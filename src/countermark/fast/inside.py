@@ -71,11 +71,11 @@ class Quickened(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the module makes of `x`, images or features of any shape."""
         if self.exact is not None and len(x):
-            self._settle(self.exact, x[:_COMPARED].detach())
+            self._choose(self.exact, x[:_COMPARED].detach())
         return self._ask(x)
 
     @torch.no_grad()
-    def _settle(self, exact: nn.Module, x: torch.Tensor) -> None:
+    def _choose(self, exact: nn.Module, x: torch.Tensor) -> None:
         """Choose the fastest layer and layout that compute what `exact` does.
 
         Code that views memory may need channels first.

@@ -176,7 +176,7 @@ class PooledConv2d(nn.Module):
         super().__init__()
         self.relu = relu
         scale, shift = (1.0, 0.0) if affine is None else (float(affine.scale), float(affine.shift))
-        self.value = -shift / scale  # what `affine` takes to the zero that the layer pads with
+        self.value = -shift / scale  # `affine` maps it to 0, with which the layer pads
         self.kernel, self.padding = layer.kernel_size[0], int(layer.padding[0])
         self.filters = nn.Parameter(layer.weight * scale)
         self.bias = nn.Parameter(

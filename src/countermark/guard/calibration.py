@@ -31,12 +31,12 @@ class Calibration:
     Attributes:
         settings: settings of the guard.
         cost: expected loss of accuracy, in percentage points, from near ties and from honest
-            queries that are taken for made-up ones.
+            queries that are foreign.
         entropy: bits of coin entropy in an average natural query; a perfect copy made from n
             queries can reach p = 2^(-n x entropy).
         tied: share of natural queries that meet a coin, in percent.
         sharpness: fitted steepness of the model's own reliability, per unit of margin.
-        foreign_cost: the part of the cost that is due to coins for made-up queries. If they cost
+        foreign_cost: the part of the cost that is due to coins for foreign queries. If they cost
             too much for the guard to use them, what they would have cost; 0 without such coins
             where the training images' ranges would tell next to no foreign query. `None` if they
             were not asked for.

@@ -210,8 +210,8 @@ class Guard:
                 if far and images is not None
                 else pair + codes[place]
             )
-            settled = bool(sure[place]) and low[place] == high[place]
-            found.append(Question(row, cell, head, tail, middle[place], settled))
+            certain = bool(sure[place]) and low[place] == high[place]
+            found.append(Question(row, cell, head, tail, middle[place], certain))
         return found
 
     def flip(self, question: Question, client: str) -> AnswerTrial:

@@ -81,7 +81,7 @@ def honest_ranges(training: torch.Tensor, epsilon: float) -> HonestRanges:
     values = math.prod(training.shape[1:])
     if values > MOST_VALUES:
         raise CountermarkError(
-            f"images of {values} values are too large for coins on made-up queries, {MOST_VALUES} "
+            f"images of {values} values are too large for coins on foreign queries, {MOST_VALUES} "
             "are the most; guard near ties alone (--natural-only)"
         )
     margin = _margin(epsilon)

@@ -21,7 +21,7 @@ from countermark.guard.foreign import foreign_share, honest_ranges, outlines, sh
 
 _CHUNK = 250  # images at a time on a CPU
 _FOREIGN_BITS = 14
-# The largest share of the stated cost that coins for made-up queries may take. There are no such
+# The largest share of the stated cost that coins for foreign queries may take. There are no such
 # coins for data whose images differ so much that it does not suffice.
 _FOREIGN_SHARE = 0.5
 # The least share of images moved by two budgets that ranges must tell, or they serve for nothing.
@@ -188,9 +188,9 @@ def calibrate_model(
     tell = ranges is not None and share_told(ranges, validation.x, epsilon) >= _LEAST_TOLD
     affordable = tell and 50 * share <= _FOREIGN_SHARE * cost
     taken = 50 * share if affordable else 0.0
-    split = FeatureReader(network.eval())
-    count = split.count(validation.x)
-    told = [split(validation.x[i : i + count]) for i in range(0, len(validation), count)]
+    read = FeatureReader(network.eval())
+    count = read.count(validation.x)
+    told = [read(validation.x[i : i + count]) for i in range(0, len(validation), count)]
     logits, features = (torch.cat(columns) for columns in zip(*told, strict=True))
     found = calibrate(
         logits,
@@ -233,12 +233,12 @@ class ExpectedCost:
 
 def expected_cost(model: GuardedModel, examples: Examples) -> ExpectedCost:
     """Compute the cost of a guard on examples, images `(n, c, h, w)`, uint8 or pixels."""
-    split, lost = FeatureReader(model.network), []
-    count = split.count(examples.x)
+    read, lost = FeatureReader(model.network), []
+    count = read.count(examples.x)
     for start in range(0, len(examples), count):
         part = slice(start, start + count)
         images, y = as_uint8(examples.x[part]).cpu(), examples.y[part].tolist()
-        logits, features = split(images)
+        logits, features = read(images)
         first = logits.argmax(1).tolist()
         for question in model.guard.questions(logits, features, images):
             truth, tail = y[question.row], question.chance / WHOLE

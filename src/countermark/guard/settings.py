@@ -72,7 +72,8 @@ def read_guard(folder: Path) -> GuardSettings:
         settings = {"familiar": None, "outlines": [], "steps": WHOLE, **settings}
     if not isinstance(settings, dict) or not _fits(settings):
         raise CountermarkError(
-            f"{path} lacks usable settings; it is damaged or not one of ours, calibrate again"
+            f"{path} lacks usable settings; it is damaged or not a file of Countermark, "
+            "calibrate again"
         )
     usual = settings["familiar"]
     lists = {name: tuple(settings[name]) for name in ("offsets", "outlines")}
@@ -138,7 +139,7 @@ def load_guarded(
     Args:
         folder: a model folder with a `guard.json`.
         key: the owner's key folder, for its secret.
-        network: what builds the network, if it is not one of this package.
+        network: what builds the network, unless it is a built-in one.
         device: the device that the network computes on.
 
     Raises:

@@ -228,8 +228,8 @@ class DatabaseFile:
             index = kind == "index" and statement is None and table in self._statements
             if not index and (kind != "table" or self._statements.get(name) != _words(statement)):
                 raise CountermarkError(
-                    f"{self.path} is no query log of ours: the {kind} {str(name)[:80]!r} does not "
-                    "belong in one"
+                    f"{self.path} is not a query log of Countermark: "
+                    f"the {kind} {str(name)[:80]!r} does not belong in one"
                 )
             tables |= {name} if kind == "table" else set()
         missing = self._statements.keys() - tables - set(self._optional)

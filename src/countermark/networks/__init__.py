@@ -1,4 +1,4 @@
-"""Networks: ours by name, others by what builds them, weights from files, and model folders."""
+"""Networks, built-in ones and others; weights from files; and model folders."""
 
 from countermark.networks.folder import (
     MODEL_FORMAT,

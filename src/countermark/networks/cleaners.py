@@ -29,7 +29,7 @@ class Amount:
 
     Attributes:
         kind: `int` or `float`.
-        default: what is taken where nothing is said.
+        default: the number if none is given.
         range: the numbers that make sense, in words.
         fits: whether a number is one of them.
     """
@@ -186,7 +186,7 @@ CLEANERS: Mapping[str, Cleaner] = {
         {"epochs": 2},
     ),
 }
-"""The cleaners by name; one row is all that a new one takes."""
+"""The cleaners by name. To add a cleaner, add a row."""
 
 
 def behind(cleaners: Sequence[tuple[str, float]], network: nn.Module, shape: Shape) -> nn.Module:

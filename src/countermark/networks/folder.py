@@ -3,8 +3,8 @@
 The folder holds `model.safetensors` with the weights and `model.json` with everything that was
 declared about the model: how the network is built, which data it is for, and what it must
 withstand, so that no later verb has to be told. Loading builds the network and fills in numbers: a
-folder from a stranger can be wrong, but it cannot run code. A network that is not one of ours is
-built only by code that the user names.
+folder from a stranger can be wrong, but it cannot run code. A network that is not built in is built
+only by code that the user names.
 """
 
 import copy
@@ -60,8 +60,8 @@ class Description:
     """What `model.json` says.
 
     Attributes:
-        network: how the network is built: a name of ours, `timm:NAME` or `module:function`; empty
-            for a network that was given in Python.
+        network: how the network is built: the name of a built-in one, `timm:NAME` or
+            `module:function`; empty for a network that was given in Python.
         shape: one image, `(channels, height, width)`.
         class_names: names of the classes, in the order of the logits.
         data: the data it was trained for.
@@ -105,7 +105,7 @@ class Description:
         """Build the network anew, with weights of its own.
 
         Args:
-            network: what builds it, where it is not one of ours.
+            network: what builds it, unless it is a built-in one.
             seed: seed of the weights.
 
         Raises:
@@ -242,7 +242,7 @@ def describe(folder: Path) -> Description:
     """Read what a model folder says of itself, `model.json`, and none of its weights.
 
     Raises:
-        CountermarkError: the file is missing, foreign or damaged.
+        CountermarkError: the file is missing, damaged or not Countermark's.
     """
     return _described(folder)[0]
 
@@ -257,23 +257,24 @@ def load_model(
 
     Args:
         folder: the folder.
-        network: what builds the network, where it is not one of ours; nothing is imported because
-            a folder says so.
+        network: what builds the network, unless it is a built-in one; nothing is imported because a
+            folder says so.
         device: where the network goes.
 
     Returns:
         The network in evaluation mode and its description.
 
     Raises:
-        CountermarkError: a file is missing, foreign, changed or truncated, the weights do not fit
-            the network or are not finite, or the network is built by code that was not named.
+        CountermarkError: a file is missing, not Countermark's, changed or truncated, the weights do
+            not fit the network or are not finite, or the network is built by code that was not
+            named.
     """
     description, weights_sha256 = _described(folder)
     if isinstance(network, nn.Module):
         network = copy.deepcopy(network)  # two folders may be read by one of them
     place = _nameable(description, str(folder), network)
-    network, ours = place, isinstance(place, str) and place in NETWORKS
-    if ours:
+    network, built_in = place, isinstance(place, str) and place in NETWORKS
+    if built_in:
         with torch.device("meta"):  # no memory yet: the sizes come from a file that may be hostile
             network = build(str(place), description.shape, description.classes)
     built = open_network(
@@ -313,7 +314,7 @@ def load_model(
             f"{path} holds weights that are not finite (NaN or infinity); "
             "such a model cannot be asked, restore it"
         )
-    built.load_state_dict(tensors, assign=ours)
+    built.load_state_dict(tensors, assign=built_in)
     return built.to(device).eval(), description
 
 
@@ -360,7 +361,7 @@ def _misfit(
 
 
 def _nameable(description: Description, what: str, network: Network | None) -> Network:
-    """What builds a network: what the user named, or one of ours that the folder names.
+    """What builds a network: what the user named, or the built-in network that the folder names.
 
     Raises:
         CountermarkError: it takes code that the user has not named.
@@ -511,10 +512,13 @@ def _described(folder: Path) -> tuple[Description, Any]:
     except (KeyError, ValueError, TypeError) as error:
         field_name = error.args[0] if error.args else ""
         raise CountermarkError(
-            f"{path} lacks a usable field {field_name!r}; it is damaged or not one of ours"
+            f"{path} lacks a usable field {field_name!r}; "
+            "it is damaged or not a file of Countermark"
         ) from error
     except CountermarkError as error:
-        raise CountermarkError(f"{path}: {error}; it is damaged or not one of ours") from error
+        raise CountermarkError(
+            f"{path}: {error}; it is damaged or not a file of Countermark"
+        ) from error
 
 
 def _description(record: Mapping[str, Any]) -> Description:
@@ -649,7 +653,7 @@ def load(
 
     Args:
         folder: the folder.
-        network: what builds the network, where it is not one of ours.
+        network: what builds the network, unless it is a built-in one.
         device: where the network goes.
 
     Returns:

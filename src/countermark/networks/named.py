@@ -16,7 +16,7 @@ from torch.nn import functional
 from countermark.errors import CountermarkError, choose
 from countermark.text import brief
 
-_LARGEST_IMAGE = 1 << 20  # values in one image; what a file may ask of us
+_LARGEST_IMAGE = 1 << 20  # values in one image; a file may not declare more
 _LARGEST_CLASSES = 10_000
 _SMALLEST_SIDE = 4  # pixels
 
@@ -44,7 +44,7 @@ class Normalise(nn.Module):
 
 
 def _by_channel(number: float | tuple[float, ...], x: torch.Tensor) -> float | torch.Tensor:
-    """One number as it is, several in the shape that meets images `x`.
+    """One number as it is; several as a tensor that broadcasts over images `x`.
 
     They are filled in where `x` is: a copy from the host's memory fits into no CUDA graph.
     """
@@ -279,7 +279,7 @@ def build(
         seed: seed of the initial weights; without one they come from torch's generator.
 
     Raises:
-        CountermarkError: unknown name, or a shape that no image classifier of ours has.
+        CountermarkError: unknown name, or a shape that no built-in network takes.
     """
     choose("network", name, NETWORKS)
     fits = (

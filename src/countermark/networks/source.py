@@ -39,30 +39,31 @@ def open_network(
     seed: int | None = None,
     checked: bool = True,
 ) -> nn.Module:
-    """Open a network, whatever place it comes from, and try it on made-up images.
+    """Open a network, whatever place it comes from, and try it on random images.
 
     Args:
-        place: a name of ours (see `NETWORKS`); `timm:NAME`, a network of timm without weights and
-            with its own normalisation in front; `module:function`, the user's own; or in Python a
-            module, which is used as it is, or a function or class that makes one. A function is
-            called with `shape` and `classes`, by keyword where its parameters are called so (or
-            `num_classes`, `in_channels`...), or with nothing where it asks for nothing.
+        place: the name of a built-in network (see `NETWORKS`); `timm:NAME`, a network of timm
+            without weights and with its own normalisation in front; `module:function`, the user's
+            own; or in Python a module, which is used as it is, or a function or class that makes
+            one. A function is called with `shape` and `classes`, by keyword where its parameters
+            are called so (or `num_classes`, `in_channels`...), or with nothing where it asks for
+            nothing.
         shape: one image, `(channels, height, width)`.
         classes: number of classes.
         mean: what a normaliser in front of it takes off, in pixels of [0, 1]: one number, or one a
             channel.
         std: what it divides by then, likewise. Both or neither are given.
         seed: seed of the initial weights; without one they come from torch's generator.
-        checked: try it on made-up images. What was tried when a model folder was made need not be
+        checked: try it on random images. What was tried when a model folder was made need not be
             tried again.
 
     Returns:
         The network from pixels of [0, 1] `(n, c, h, w)` to logits `(n, classes)`.
 
     Raises:
-        CountermarkError: a shape, number of classes or seed that is none, there is no such network,
-            its code cannot be imported or raises, or it is no classifier of such images that
-            Countermark can train and ask (see `check_network`).
+        CountermarkError: the shape, the number of classes or the seed is not valid, there is no
+            such network, its code cannot be imported or raises, or it is no classifier of such
+            images that Countermark can train and ask (see `check_network`).
 
     Example:
         >>> open_network("narrow", (3, 32, 32), 10)(torch.rand(2, 3, 32, 32)).shape
@@ -126,7 +127,7 @@ def inner(network: nn.Module) -> nn.Module:
 
 
 def check_network(network: nn.Module, shape: Shape, classes: int, name: str) -> None:
-    """Try a network on made-up images.
+    """Try a network on random images.
 
     Its layers are left in the modes that they were in, and its statistics as they were.
 
@@ -137,10 +138,10 @@ def check_network(network: nn.Module, shape: Shape, classes: int, name: str) -> 
         name: how it is called in messages.
 
     Raises:
-        CountermarkError: it raises an error; its weights are none, frozen or not float32; its
-            output is not `(n, classes)`, or not finite, or probabilities instead of logits, or does
-            not follow from the image; it answers otherwise each time, or about other images in the
-            same batch.
+        CountermarkError: it raises an error; it has no weights, or they are frozen or not float32;
+            its output is not `(n, classes)`, or not finite, or probabilities instead of logits, or
+            does not follow from the image; it answers otherwise each time, or about other images in
+            the same batch.
     """
     generator = torch.Generator().manual_seed(0)
     device = next((each.device for each in network.parameters()), torch.device("cpu"))

@@ -39,7 +39,7 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
 _LISTED = 5  # names in a message
 # What torch's error about a pickle says where it holds objects.
 _OBJECTS = ("Unsupported global", "Unsupported class", "unrecognized function")
-_COUNTER = "num_batches_tracked"  # of batch norm, which old files lack and nothing of ours reads
+_COUNTER = "num_batches_tracked"  # of batch norm, which old files lack and nothing here reads
 _HOW = "save its numbers alone: torch.save(network.state_dict(), 'own.pt')"
 
 
@@ -100,7 +100,8 @@ def weights_sha256(weights: Weights) -> str:
     values.
 
     Raises:
-        CountermarkError: the file cannot be read, or they are neither.
+        CountermarkError: the file cannot be read, or the weights are neither a file nor a state
+            dict.
     """
     if isinstance(weights, str | Path):
         return file_sha256(Path(weights))

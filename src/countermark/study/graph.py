@@ -132,7 +132,7 @@ def code_files(package: Path = _PACKAGE) -> list[str]:
 
 
 def _file_of(module: str, package: Path) -> str | None:
-    """The file of a module of ours below `package`.
+    """The file of a module of Countermark below `package`.
 
     There is none for other modules, for names within a module, and for the package itself.
     """

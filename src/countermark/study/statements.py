@@ -26,13 +26,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Statement:
-    """A statement of the paper or of ours, and what each protocol says of it.
+    """A statement of the paper's or our own, and what each protocol says of it.
 
     Attributes:
         text: the statement.
         findings: by protocol.
         leading: whether the report begins with it.
-        remark: what we know of why it falls, where it does.
+        remark: why it does not hold, as far as we know, if it does not.
     """
 
     text: str
@@ -341,4 +341,4 @@ _REMARKS = {
         "survives a theft by answers."
     ),
 }
-"""What we know of why a statement falls, by the beginning of its text."""
+"""Why a statement does not hold, as far as we know, by the beginning of its text."""

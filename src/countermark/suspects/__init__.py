@@ -1,7 +1,7 @@
 """Suspects, which answer with labels only, whatever the model is and whoever made it.
 
-A suspect is a model folder of ours (weights for a network that we build), an ONNX or .pt2 file (run
-in a child process under limits), an HTTP endpoint, or any function of your own from images to
+A suspect is a model folder (weights for a network that Countermark builds), an ONNX or .pt2 file
+(run in a child process under limits), an HTTP endpoint, or any function of your own from images to
 labels.
 """
 
@@ -39,7 +39,7 @@ _NOT_HEEDED: Mapping[str, tuple[str, ...]] = {
 """Options of `Asking` that a kind of suspect has no use for."""
 
 _BUGS = (TypeError, NameError, AttributeError, ImportError, NotImplementedError, AssertionError)
-"""What a function raises that will not pass by itself."""
+"""Exceptions of a function that show a bug, so that a retry cannot help."""
 
 Suspect = Callable[[torch.Tensor], torch.Tensor]
 """From images `(n, c, h, w)`, uint8 or pixels of [0, 1], to int64 labels `(n,)`, -1 for no answer.
@@ -67,7 +67,7 @@ def open_suspect(
         asking: how the suspect wants its images, and how an endpoint or a function is asked.
         device: where a model folder computes. A file runs in a child process on the CPU, and the
             others compute where they are.
-        network: what builds the network of a model folder, where it is not one of ours.
+        network: what builds the network of a model folder, unless it is a built-in one.
 
     Raises:
         CountermarkError: the place is none of these, the model takes images of another shape, or
@@ -132,7 +132,7 @@ def _answers_of(function: Suspect) -> Callable[[torch.Tensor], list[int]]:
 
     def answer(images: torch.Tensor) -> list[int]:
         try:
-            labels = function(images.clone())  # what it does to them must not reach a repeat
+            labels = function(images.clone())  # it may change them; a repeat sees the same
         except CountermarkError:
             raise
         except _BUGS as error:

@@ -3,9 +3,9 @@
 Only labels are used, whatever is returned.
 What was answered is written to a replay log at once, so that a claim that was cut off goes on where
 it was and asks nothing twice.
-A suspect that never answered anything is an error, said with its last words.
-From its first answer on, a refusal, a failure after all retries or an answer that changes is no
-answer (-1): it weakens the evidence and stops nothing.
+It is an error if a suspect never answers anything; the message quotes its last reply. From its
+first answer on, a refusal, a failure after all retries or an answer that changes is no answer (-1):
+it weakens the evidence and stops nothing.
 """
 
 import json
@@ -104,11 +104,11 @@ class FailureError(CountermarkError):
 
 
 def as_taken(x: torch.Tensor, asking: Asking) -> torch.Tensor:
-    """Images `(n, c, h, w)` as the suspect wants them.
+    """Convert images `(n, c, h, w)` to what the suspect takes.
 
     Raises:
-        CountermarkError: an unknown kind of pixels or layout, or as many means or deviations as
-            there are no channels.
+        CountermarkError: an unknown kind of pixels or layout, or a number of means or deviations
+            that is not that of the channels.
     """
     choose("pixels", asking.pixels, get_args(Pixels))
     choose("layout", asking.layout, get_args(Layout))
@@ -161,11 +161,12 @@ class Asker:
         self.trouble = self._advice = ""
         self._last = -math.inf
         self._known = read_replay(asking.replay, name, asking.repeats)
-        self._answered = bool(self._known)  # ever; from then on a refusal stops nothing
-        self._reached = self._answered  # it was there once: from now on silence is a refusal
-        self._silent = self._gone = 0  # requests in a row with nothing; that found nobody to ask
-        self._wasted = 0  # requests in all that brought nothing, for all their retries
-        self._barren = 0  # requests for images that brought nothing
+        self._answered = bool(self._known)  # once it has answered, refusals do not end the asking
+        self._reached = self._answered  # once it was reached, silence counts as a refusal
+        self._silent = 0  # requests in a row without an answer
+        self._gone = 0  # requests in a row without a connection
+        self._wasted = 0  # requests without an answer after all their retries, in all
+        self._barren = 0  # requests for images that were not answered
         self._closed = 0  # refusals in a row that are not about the images
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -306,9 +307,9 @@ class Asker:
 
 
 def _digest(image: torch.Tensor) -> str:
-    """What stands for a question in the replay log: the image as it is sent.
+    """The digest by which the replay log knows a question: that of the image as it is sent.
 
-    One that is prepared otherwise is another question.
+    The same image in another form, such as uint8 instead of float, is another question.
     """
     data = image.contiguous().numpy().tobytes()
     return sha256(f"{image.dtype} {list(image.shape)} ".encode() + data)

@@ -26,7 +26,7 @@ _THREADS = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
-}  # a process of many cannot leave its namespaces
+}  # a process of several threads cannot enter namespaces of its own
 _ENVIRONMENT = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 _REASON = 500  # characters
 _FAILED = 2  # the child's exit status when it says why on standard error

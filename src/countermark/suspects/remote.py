@@ -1,7 +1,8 @@
 """A model behind HTTP: the Open Inference Protocol v2 and MLflow's `/invocations`.
 
 `Asker` does the asking; here is what one request and one answer look like.
-An answer that is none says why: the status, what the server wrote, or what its labels lack.
+If an answer cannot be used, the error says why: the status, what the server wrote, or what is wrong
+with the labels.
 """
 
 import json

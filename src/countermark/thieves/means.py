@@ -26,13 +26,13 @@ class Means:
         attack: what a thief who trains adversarially trains against; the threat's PGD where there
             is none.
         objective: name of the recipe by which a thief puts in a mark of their own.
-        traits: what that recipe goes by; no more than the pool shows where there are none.
+        traits: what that recipe depends on; by default what the pool shows.
         seeds: natural images that Algorithm 2 starts with (the paper: 200).
         queries: labels or probabilities that the thief may ask for.
         epochs: passes over the data, in each round where there are several.
         batch_size: of the training.
         learning_rate: of the training.
-        clamp: keep made-up queries within [0, 1]; the published code did not.
+        clamp: keep synthetic queries within [0, 1]; the published code did not.
         seed: seed of everything random.
         hardware: devices and precision of the training.
         title: names the progress bar; none is shown without it.

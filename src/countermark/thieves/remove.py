@@ -241,7 +241,7 @@ def removed(
 def objective_of(description: Description) -> str:
     """The objective by which a model was last trained or marked.
 
-    A history holds what `TrainConfig` calls it, so `strong` is told as `fast`.
+    A history holds what `TrainConfig` calls it, so `strong` is reported as `fast`.
 
     Args:
         description: of the model, or of a copy of it; it may come from anybody.

@@ -276,7 +276,7 @@ def stolen(
         victim: the model, pixels `(n, c, h, w)` of [0, 1] to logits.
         description: of the victim.
         means: what the thief has, with the options of the theft (see `Means.given`).
-        network: what builds the victim's network, where it is not one of ours.
+        network: what builds the victim's network, unless it is a built-in one.
 
     Returns:
         The copy and its description, in whose history the theft stands.
@@ -302,7 +302,7 @@ def untrained(
     Args:
         name: of the theft, from `THEFTS`.
         description: of the victim.
-        network: what builds the victim's network, where it is not one of ours.
+        network: what builds the victim's network, unless it is a built-in one.
         seed: seed of the weights.
 
     Returns:

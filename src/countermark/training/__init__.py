@@ -4,11 +4,11 @@ from countermark.training.config import Hardware, TrainConfig
 from countermark.training.loop import Epoch, open_hardware, resolve_hardware, train
 from countermark.training.recipes import (
     Traits,
+    built_in_network,
     gentle,
     kind_of,
     known_traits,
     marking,
-    own_network,
     recipe,
     traits,
 )
@@ -18,12 +18,12 @@ __all__ = [
     "Hardware",
     "TrainConfig",
     "Traits",
+    "built_in_network",
     "gentle",
     "kind_of",
     "known_traits",
     "marking",
     "open_hardware",
-    "own_network",
     "recipe",
     "resolve_hardware",
     "train",

@@ -33,8 +33,8 @@ class TrainConfig:
 
     Attributes:
         objective: `standard`, `pgd` (every example of every batch is replaced by PGD) or `fast`
-            (the same in few steps, guarded against catastrophic overfitting by a multi-step check
-            after each epoch).
+            (the same in few steps; a multi-step attack after each epoch detects catastrophic
+            overfitting).
         attack: the attack that crafts the batches; `None` for `standard`.
         carry: start each example's attack at the perturbation that it had in the pass before (Zheng
             et al., 2020, "ATTA"): one step then does the work of several. Where the perturbations

@@ -43,14 +43,14 @@ _SMALL_ROOM = 4 << 30  # bytes assumed to be free on a device that does not repo
 _MOVED = 1000  # examples at a time that are moved to a device
 _RESIDENT = 0.5  # of a GPU's free memory that the examples may take
 _COLOURS = 3  # channels of an image in colour
-_CHECKED = 500  # validation examples of the guard's multi-step check
+_CHECKED = 500  # validation examples of the check for catastrophic overfitting
 _CHECK_STEPS = 10
 _UNITS = 127  # of a carried perturbation in one budget
 _COLLAPSE = 20.0  # points of adversarial accuracy lost in one epoch: catastrophic overfitting
 # Below this share of what the run started with, an epoch has collapsed, whatever later epochs may
 # win back.
 _START_SHARE = 0.25
-_MOST_STEPS = 16  # from this many attack steps on, a fall is not for want of steps
+_MOST_STEPS = 16  # with so many attack steps, a fall has another cause than too few steps
 
 State = dict[str, torch.Tensor]
 
@@ -113,7 +113,8 @@ def train(
         network: pixels `(n, c, h, w)` of [0, 1] to logits, in float32; tied weights stay tied.
         examples: training images, uint8 or pixels of [0, 1], and labels.
         config: objective, schedule, embedding, seed, devices.
-        validation: held-out examples for the guard and the progress line; never the test pool.
+        validation: held-out examples for the check for catastrophic overfitting and for the
+            progress line; never the test pool.
         watermarks: watermark images and their labels, embedded as `config.embedding` says.
         checkpoint: file to save to and to resume from; a run that it shows as finished is not run
             again.
@@ -310,7 +311,7 @@ class _Run:
         self.step = 0
         self.loss = 0.0  # summed over the epoch so far
         self.attack = config.attack
-        self.best = 0.0  # highest adversarial accuracy that the guard has seen after an epoch
+        self.best = 0.0  # highest adversarial accuracy after an epoch so far
         self.initial = 0.0  # that of the weights the run started with
         self.records: list[dict[str, Any]] = []
         self.carried = (
@@ -542,7 +543,7 @@ def _run(
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint)
     elif config.objective == "fast" and validation is not None:
-        run.initial = _guarded(run, run.network, validation)
+        run.initial = _measured(run, run.network, validation)
     near = _near(examples, fabric.device)
     marks = watermarks.to(fabric.device) if watermarks is not None else None
     shown = (
@@ -725,9 +726,9 @@ def _end_epoch(
             clean = agreement(predict(run.result, validation.x), validation.y)
             if config.attack is not None:
                 # The network is watched: an average would show a collapse epochs later.
-                watched = _guarded(run, run.network, validation)
+                watched = _measured(run, run.network, validation)
                 adversarial = (
-                    watched if run.averaged is None else _guarded(run, run.averaged, validation)
+                    watched if run.averaged is None else _measured(run, run.averaged, validation)
                 )
         if marks is not None:
             marked = agreement(predict(run.result, marks.x), marks.y.cpu())
@@ -754,7 +755,7 @@ def _end_epoch(
     return record
 
 
-def _guarded(run: _Run, network: nn.Module, validation: Examples) -> float:
+def _measured(run: _Run, network: nn.Module, validation: Examples) -> float:
     """Adversarial accuracy on a few validation examples, in enough steps to detect a collapse."""
     assert run.config.attack is not None
     check = with_steps(run.config.attack, _CHECK_STEPS)

@@ -39,7 +39,7 @@ _FEW = 5000  # training images below which batches are smaller
 
 @dataclass(frozen=True)
 class Traits:
-    """What a recipe goes by.
+    """What a recipe depends on.
 
     Attributes:
         kind: kind of the images, one of `KINDS`.
@@ -80,7 +80,7 @@ class Traits:
 def traits(
     data: Dataset, training: Examples, *, mirror: bool | None = None, shift: int | None = None
 ) -> Traits:
-    """Measure what a recipe goes by.
+    """Measure what a recipe depends on.
 
     Whether left and right mean something is no question of pixels (a traffic sign that points left
     looks like a photograph), so images are mirrored only where the data set says that it means
@@ -122,8 +122,8 @@ def kind_of(images: torch.Tensor) -> str:
     return "ink" if float(((x > low) & (x < high)).float().mean()) < _INK else "grey"
 
 
-def own_network(given: Traits, objective: str) -> str:
-    """The built-in network that a recipe was made for.
+def built_in_network(given: Traits, objective: str) -> str:
+    """The name of the built-in network that a recipe was made for.
 
     Raises:
         CountermarkError: unknown objective.

@@ -10,21 +10,23 @@ import torch
 
 
 def seed_of(*source: int | str) -> int:
-    """A seed of 63 bits for what is named by `source`; each name has its own."""
+    """A seed of 63 bits that is derived from `source`: numbers and words that name its purpose."""
     return int.from_bytes(hashlib.sha256(repr(source).encode()).digest()[:8], "big") >> 1
 
 
 def shuffled(count: int, *source: int | str) -> torch.Tensor:
-    """The numbers below `count` in an order of their own for `source`, int64 `(count,)`."""
+    """The numbers below `count` in an order that `source` determines, int64 `(count,)`."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(*source)))
 
 
 def in_turn(first: int, size: int, count: int, seed: int) -> torch.Tensor:
-    """The watermarks at the places `first` to `first + size` of the endless row of rounds.
+    """The watermarks whose turn it is next.
+
+    A round is all watermarks in an order of its own, and one round follows another without end.
 
     Args:
-        first: watermarks that had their turn before.
-        size: how many are wanted, more than `count` if need be.
+        first: how many watermarks had their turn before, over all rounds.
+        size: how many are wanted; it may be more than one round.
         count: watermarks in a round.
         seed: seed of the orders.
 

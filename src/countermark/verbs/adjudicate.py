@@ -40,7 +40,7 @@ class AdjudicateConfig(SuspectOptions):
     out: WrittenPath = "judgement"
     """Where the judgement goes: OUT.html and OUT.json."""
     owner_network: Network | None = None
-    """module:function that builds the network of the claim's model, where it is not one of ours; in
+    """module:function that builds the network of the claim's model, unless it is a built-in one; in
     Python also a function or a module."""
     rival: ReadPath | None = None
     """Claim of somebody else on the same suspect: each mark is asked of the other's model."""

@@ -108,7 +108,7 @@ def ask(
 
 
 def _catalogued(shape: tuple[int, ...], data: str) -> "Examples":
-    """Clean examples of a data set of ours.
+    """Clean examples of a data set that is known by name.
 
     Raises:
         CountermarkError: why there are none.
@@ -116,7 +116,9 @@ def _catalogued(shape: tuple[int, ...], data: str) -> "Examples":
     from countermark.data import load_examples
 
     if data not in KNOWN or KNOWN[data].shape != shape:
-        raise CountermarkError("no clean examples are at hand, and the data set is none of ours")
+        raise CountermarkError(
+            "no clean examples are at hand, and the data set is not one that is known by name"
+        )
     if not is_cached(data):
         raise CountermarkError(
             f"the files of {data} are not in the cache; countermark data fetch {data} puts them "

@@ -49,7 +49,7 @@ class ClaimConfig(SuspectOptions, StampOptions):
     """Folder of the marked model with its commitment.json; default the folder that holds the
     key."""
     owner_network: Network | None = None
-    """module:function that builds the marked model's network, where it is not one of ours; in
+    """module:function that builds the marked model's network, unless it is a built-in one; in
     Python also a function or a module."""
     batch: int | None = None
     """Batch to open; default the first that nobody has seen."""
@@ -132,7 +132,7 @@ def claim(config: ClaimConfig) -> Claimed:
         _check_worth(config, made)
         suspect = suspect_identity(config.suspect)
         stamp = timestamping(config.tsa, config.roots)
-        # No paths or headers of ours in its configuration: a judge reads it.
+        # Its configuration has no paths and headers of the owner's: a judge reads it.
         with new_folder(out, {"suspect": suspect, "batch": batch}) as work:
             labels, answers = ask(config, made.opened.x, str(key.c1.get("data")), key.clean)
             test = judge(

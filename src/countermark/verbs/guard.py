@@ -27,8 +27,8 @@ class GuardConfig(ModelOptions, OneDeviceOptions, StampOptions):
     bits: int = 16
     """Keyed projections that cut the cells; up to 2^bits cells for each pair of classes."""
     natural_only: bool = False
-    """Coins for near ties only, none for made-up queries that are unlike all training images by
-    more than the model's budget."""
+    """Coins for near ties only, none for foreign queries, which are outside the range of the
+    training images by more than the model's budget."""
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
@@ -46,9 +46,9 @@ class Calibrated:
         folder: the model folder, into which guard.json was written.
         cost: expected loss of accuracy on the validation pool, in points, by which the guard was
             chosen.
-        made_up: whether made-up queries meet coins.
-        foreign_cost: the part of the cost that coins for made-up queries have, or would have if it
-            were not too much; none where nobody asked for them.
+        foreign: whether foreign queries meet coins.
+        foreign_cost: the part of the cost that is due to coins for foreign queries, or what they
+            would have cost if that was too much; none if nobody asked for them.
         test_cost: expected loss on the test pool, in points; it had no part in the choice.
         test_error: standard error of that loss.
         tied: share of natural queries that meet a coin, in percent.
@@ -63,7 +63,7 @@ class Calibrated:
 
     folder: str
     cost: float
-    made_up: bool
+    foreign: bool
     foreign_cost: float | None
     test_cost: float
     test_error: float
@@ -151,11 +151,11 @@ def guard(config: GuardConfig) -> Calibrated:
         write_json(commitment, committed)
     measured = expected_cost(GuardedModel(network, Guard(found.settings, secret)), pools.test)
     needed = round(20 / found.entropy) if found.entropy else 0
-    made_up = found.settings.familiar is not None
+    foreign = found.settings.familiar is not None
     return Calibrated(
         folder=str(folder),
         cost=found.cost,
-        made_up=made_up,
+        foreign=foreign,
         foreign_cost=found.foreign_cost,
         test_cost=measured.points,
         test_error=measured.standard_error,
@@ -173,10 +173,10 @@ def show(result: Calibrated) -> None:
     test = f"{result.test_cost:.3f} +- {result.test_error:.3f}"
     row = ["guard", f"{result.cost:.3f}", test, f"{result.tied:.2f} %", f"{result.entropy:.4f}"]
     print_table(result.folder, columns, [row])
-    if result.made_up:
+    if result.foreign:
         print_lines(
-            f"{result.foreign_cost:.3f} of the cost: honest queries that look made up, "
-            "and meet a fair coin like those that are"
+            f"{result.foreign_cost:.3f} of the cost: honest queries that are foreign, "
+            "and meet a fair coin like all foreign ones"
         )
     elif result.foreign_cost == 0:
         print_lines(
@@ -185,7 +185,7 @@ def show(result: Calibrated) -> None:
         )
     elif result.foreign_cost is not None:
         print_lines(
-            "no coins for made-up queries: the images differ so much that honest queries would "
+            "no coins for foreign queries: the images differ so much that honest queries would "
             f"lose {result.foreign_cost:.3f} points by them; a higher --cost buys them"
         )
     seen = [

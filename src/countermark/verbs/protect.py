@@ -82,7 +82,7 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     """Training budget (L-inf) in pixels of [0, 1], as 0.03 or 8/255; default that of the data set
     (mnist 0.25, fashion_mnist 0.15, digits 0.1), 8/255 for colour images, 0.15 for grey ones."""
     network: Network | None = None
-    """Network: a name of ours (small, wide, clipped, paper, surrogate, resnet, narrow), timm:NAME
+    """Network: a built-in one (small, wide, clipped, paper, surrogate, resnet, narrow), timm:NAME
     or MODULE:FUNCTION; in Python also a module or a function that makes one. A module counts as
     new, whatever it has learned: give weights as well where it was trained. Default by kind of
     image: small, or wide and clipped for strong; narrow in colour."""
@@ -304,10 +304,10 @@ def _set_up(config: ProtectConfig) -> _Setup:
     from countermark.networks.weights import weights_sha256
     from countermark.training import (
         Hardware,
+        built_in_network,
         gentle,
         marking,
         open_hardware,
-        own_network,
         recipe,
         resolve_hardware,
         traits,
@@ -338,7 +338,7 @@ def _set_up(config: ProtectConfig) -> _Setup:
         known=known,
         pools=pools,
         threat=threat,
-        network=config.network or own_network(given, objective),
+        network=config.network or built_in_network(given, objective),
         training=training,
         embedding=None if config.scheme == "none" else embedding,
         weights_sha256=None if config.weights is None else weights_sha256(config.weights),

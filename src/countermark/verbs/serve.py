@@ -38,7 +38,7 @@ class ServeConfig(OneDeviceOptions):
     """File of the clients who may ask, as countermark client add makes it; default
     MODEL/clients.json."""
     network: Network | None = None
-    """module:function that builds the network, where the folder's is not one of ours."""
+    """module:function that builds the network, unless it is a built-in one."""
     key: ReadPath | None = None
     """Key folder, for its secret; default MODEL/key."""
     name: str = "model"

@@ -161,7 +161,7 @@ def load_key(folder: Path) -> Key:
     """Read a key and check all of it.
 
     Raises:
-        CountermarkError: a file is missing, foreign, or has a changed byte.
+        CountermarkError: a file is missing, not Countermark's, or has a changed byte.
     """
     if not folder.is_dir():
         raise CountermarkError(f"{folder} is not a key folder; name the folder that holds key.json")
@@ -173,7 +173,7 @@ def load_key(folder: Path) -> Key:
             "use the release that wrote it"
         )
     c1 = signed.get("c1")
-    known = list(SCHEMES)  # a list: what a foreign file has there may not be hashable
+    known = list(SCHEMES)  # a list: what a damaged file has there may not be hashable
     if not isinstance(c1, dict) or c1.get("format") != C1_FORMAT or c1.get("scheme") not in known:
         raise CountermarkError(
             f"{folder / 'key.json'} holds no commitment of the format {C1_FORMAT!r}; "
