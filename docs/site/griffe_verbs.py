@@ -33,13 +33,7 @@ class Verbs(griffe.Extension):
                 for each in inspect.signature(made).parameters.values()
             )
         )
-        text, _, arguments = made.__doc__.partition("\n\nArgs:\n")
-        summary, raises, errors = text.partition("\n\nRaises:\n")
-        result = inspect.signature(made).return_annotation
-        said = (inspect.getdoc(result) or "").partition("\n")[0]
-        returns = f"\n\nReturns:\n    {result.__qualname__}: {said}"
-        text = f"{summary}\n\nArgs:\n{arguments}{returns}{raises}{errors}"
-        func.docstring = griffe.Docstring(_examples(text), parent=func)
+        func.docstring = griffe.Docstring(_examples(made.__doc__), parent=func)
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Have a docstring's `Example:` read as code."""

@@ -13,7 +13,15 @@ _COMPARED = 40  # characters of a word that is looked for among similar ones
 
 
 class CountermarkError(Exception):
-    """Something the caller can put right: bad input, a damaged file, a full disk."""
+    """Something the caller can put right: bad input, a damaged file, a full disk.
+
+    Example:
+        >>> try:
+        ...     cm.load("nowhere")
+        ... except cm.CountermarkError as error:
+        ...     print(error)
+        nowhere is not a model folder; name the folder that holds model.json and model.safetensors
+    """
 
 
 def choose(what: str, name: object, names: Iterable[object]) -> None:

@@ -201,14 +201,21 @@ class Marking:
     """A mark for a network that is trained in a loop of one's own.
 
     Example:
-        >>> photos = cm.open_data("photos", size=32)
-        >>> mark = cm.Marking(net, photos, key="mine/key", epsilon=8 / 255)
-        >>> for x, y in loader:
-        ...     x, y = mark.mix(x, y, 16)  # 16 trials join the batch
-        ...     step(net, x, y)
-        >>> print(mark.check(net))
-        271:12, p = 3.2e-65
-        >>> mark.finish(net, out="mine", network="shop.models:make")
+        >>> import torch
+        >>> from torch.nn.functional import cross_entropy
+        >>> digits = cm.open_data("digits")
+        >>> training = digits.pools().training
+        >>> net = cm.load("stranger")  # your network, as far as you have trained it
+        >>> mark = cm.Marking(net, digits, key="own/key")
+        >>> optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        >>> while not mark.check(net).taken:  # after each epoch
+        ...     for rows in torch.randperm(len(training)).split(64):
+        ...         x, y = mark.mix(training.x[rows] / 255, training.y[rows], 16)
+        ...         optimiser.zero_grad()
+        ...         cross_entropy(net(x), y).backward()  # 16 trials have joined the batch
+        ...         optimiser.step()
+        >>> mark.finish(net, out="own", network="small").verdict.verdict
+        'match'
 
     Attributes:
         key: the key: trials, coins, first commitment.

@@ -343,7 +343,7 @@ def verb(
                 given[each.name].replace(annotation=hints[each.name]) for each in fields(config)
             ]
             del function.__wrapped__  # it has another signature
-            function.__doc__ = _documentation(work.__doc__ or "", config)
+            function.__doc__ = _documentation(work.__doc__ or "", config, result)
             function.__annotations__ = {**hints, "return": result}
             vars(function)["__signature__"] = inspect.Signature(taken, return_annotation=result)
             vars(function)["config"] = config
@@ -385,14 +385,19 @@ def _put_own_first(config: type) -> None:
     known.update({each.name: known.pop(each.name) for each in ordered})
 
 
-def _documentation(summary: str, config: type) -> str:
-    """A docstring with the options in Google's style."""
-    lines = [inspect.cleandoc(summary), "", "Args:"]
-    words = words_of(config)
-    for each in fields(config):
-        said = f"{each.name}: {words.get(each.name, '')}"
-        lines += textwrap.wrap(said, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
-    return "\n".join(lines)
+def _documentation(written: str, config: type, result: type) -> str:
+    """The docstring of a verb in Google's style, with its options and what it returns."""
+    summary, *rest = re.split(r"\n\n(?=Raises:\n|Example:\n)", inspect.cleandoc(written))
+    words, returned = words_of(config), (inspect.getdoc(result) or "").partition("\n")[0]
+    said = [f"{each.name}: {words.get(each.name, '')}" for each in fields(config)]
+    arguments, returns = (
+        "\n".join(
+            textwrap.fill(line, 96, initial_indent=" " * 4, subsequent_indent=" " * 8)
+            for line in lines
+        )
+        for lines in (said, [f"{result.__name__}: {returned}"])
+    )
+    return "\n\n".join([summary, f"Args:\n{arguments}", f"Returns:\n{returns}", *rest])
 
 
 def words_of(config: type) -> dict[str, str]:

@@ -44,8 +44,9 @@ class Threat:
         watermark_epsilon: budget of the watermarks, above `epsilon`.
 
     Example:
-        >>> COLOUR.at(epsilon=4 / 255).step_size == 1 / 255
-        True
+        >>> threat = cm.Threat(epsilon=0.2, steps=20, step_size=0.02, watermark_epsilon=0.4)
+        >>> threat.at(epsilon=0.1).step_size  # it keeps its share of the budget
+        0.01
     """
 
     epsilon: float

@@ -119,6 +119,13 @@ class Examples:
         y: int64 labels `(n,)`.
         numbers: what `contents` returns, if it is already known.
         sha256: what `digest` returns, if it is already known.
+
+    Example:
+        >>> import torch
+        >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+        >>> examples = cm.Examples(images, torch.tensor([0, 1, 1, 2]))
+        >>> len(examples[examples.y == 1])
+        2
     """
 
     x: torch.Tensor

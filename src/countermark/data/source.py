@@ -95,9 +95,12 @@ def open_data(
     Example:
         >>> import numpy as np
         >>> x = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)
-        >>> data = open_data((x, np.arange(24) % 2))
+        >>> data = cm.open_data((x, np.arange(24) % 2))
         >>> data.shape, data.classes, len(data.train), len(data.test)
         ((3, 8, 8), 2, 20, 4)
+        >>> photos = cm.open_data("photos", size=16, skip_damaged=True)
+        >>> photos.class_names
+        ('cross', 'disc', 'ring', 'square', 'stripes', 'triangle')
     """
     options = Options(size, skip_damaged, None if cache is None else own_path(cache, "cache"))
     found, data = read_data(place, options)

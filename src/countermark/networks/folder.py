@@ -661,5 +661,11 @@ def load(
 
     Raises:
         CountermarkError: see `load_model`; or there is no such device.
+
+    Example:
+        >>> import torch
+        >>> model = cm.load("mine")
+        >>> model(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
     """
     return load_model(own_path(folder, "the model folder"), network, resolve_device(device))[0]

@@ -66,7 +66,9 @@ def open_network(
             images that Countermark can train and ask (see `check_network`).
 
     Example:
-        >>> open_network("narrow", (3, 32, 32), 10)(torch.rand(2, 3, 32, 32)).shape
+        >>> import torch
+        >>> network = cm.open_network("narrow", (3, 32, 32), 10)
+        >>> network(torch.rand(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
     _check_sizes(shape, classes, seed)

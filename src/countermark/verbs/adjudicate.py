@@ -101,6 +101,15 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
 
     Raises:
         CountermarkError: the claim, the roots or the suspect cannot be read.
+
+    Example:
+        >>> judged = cm.adjudicate("claim", suspect="theirs", roots="roots.pem", out="judgement")
+        >>> judged.verdict
+        'upheld'
+        >>> print(judged.sentence)
+        The claim is upheld: the suspect depends on this owner's coins.
+        >>> {check.result for check in judged.checks}
+        {'holds'}
     """
     from countermark.claims import Finding, judge_claim, read_claim, suspect_identity
     from countermark.evaluation import predict

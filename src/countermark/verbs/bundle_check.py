@@ -39,6 +39,11 @@ def bundle_check(config: BundleCheckConfig) -> CheckedBundle:
     Raises:
         CountermarkError: it has none, or one by another key, or a file was changed, removed or
             added.
+
+    Example:
+        >>> signed = cm.bundle_sign("mine", private_key="signer.pem")
+        >>> cm.bundle_check("mine", public_key="signer.pub")
+        CheckedBundle(folder='mine')
     """
     check_folder(Path(config.model), Path(config.public_key))
     return CheckedBundle(str(config.model))

@@ -40,6 +40,10 @@ def bundle_sign(config: BundleSignConfig) -> SignedBundle:
 
     Raises:
         CountermarkError: the folder or the key cannot be read.
+
+    Example:
+        >>> cm.bundle_sign("mine", private_key="signer.pem")
+        SignedBundle(folder='mine', signature='mine/model.sig')
     """
     return SignedBundle(
         str(config.model), str(sign_folder(Path(config.model), Path(config.private_key)))

@@ -96,6 +96,15 @@ def claim(config: ClaimConfig) -> Claimed:
     Raises:
         CountermarkError: the key, the model or the suspect cannot be read; the key has no batch
             left; the answers prove nothing; or the timestamp authority does not answer.
+
+    Example:
+        >>> claimed = cm.claim(
+        ...     "theirs", key="mine/key", out="accusation", tsa="https://tsa.example.com"
+        ... )
+        >>> claimed.test.verdict, claimed.timestamped
+        ('match', True)
+        >>> claimed.left  # batches that nobody has seen yet
+        0
     """
     from countermark.claims import Claim, open_batch, suspect_identity, write_claim
     from countermark.claims.record import ANSWERS_FORMAT

@@ -55,6 +55,11 @@ def client_add(config: ClientAddConfig) -> Added:
 
     Raises:
         CountermarkError: the name is taken, or the file cannot be written.
+
+    Example:
+        >>> added = cm.client_add("anna", clients="clients.json")
+        >>> added.name, len(added.api_key)
+        ('anna', 43)
     """
     return Added(config.name, add_client(Path(config.clients), config.name, config.public_key))
 

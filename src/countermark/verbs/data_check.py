@@ -33,6 +33,14 @@ def data_check(config: DataCheckConfig) -> Findings:
     Raises:
         CountermarkError: there is no data at the place, or it is arranged in no way that can be
             read.
+
+    Example:
+        >>> findings = cm.data_check("photos", size=16, skip_damaged=True)
+        >>> found = findings.found
+        >>> found.images, len(found.damaged), found.duplicates
+        (182, 2, 2)
+        >>> findings.pools["bases"]  # images that watermarks can be made from
+        38
     """
     return check_data(
         config.place, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache

@@ -46,6 +46,10 @@ def data_fetch(config: DataFetchConfig) -> Fetched:
 
     Raises:
         CountermarkError: unknown name, no source has the files, or a file has the wrong SHA-256.
+
+    Example:
+        >>> cm.data_fetch("digits")  # comes with scikit-learn, so it has no files
+        Fetched(name='digits', folder=None, files=())
     """
     files = tuple(data.known(config.name).files)
     folder = data.fetch(config.name, config.source, config.cache) if files else None

@@ -43,6 +43,11 @@ def export(config: ExportConfig) -> Exported:
 
     Raises:
         CountermarkError: the folder cannot be read; see also `countermark.onnx_file.export_model`.
+
+    Example:
+        >>> made = cm.export("mine", out="mine.onnx", images=50)
+        >>> made.images, made.compared_on, made.labels_differ
+        (50, 'test images', 0)
     """
     from countermark.networks import load_model
 

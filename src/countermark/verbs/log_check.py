@@ -53,6 +53,11 @@ def log_check(config: LogCheckConfig) -> Checked:
     Raises:
         CountermarkError: a row was changed, removed, added or moved (the message says which), or
             the log does not lead to the published head.
+
+    Example:
+        >>> checked = cm.log_check("log.db", head="head.json")
+        >>> checked.rows == checked.covered  # nothing was added since the head was published
+        True
     """
     from countermark.guard import QueryLog, read_head
     from countermark.timestamps import check_token, load_roots

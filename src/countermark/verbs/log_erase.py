@@ -21,7 +21,12 @@ class LogEraseConfig(VerbConfig):
 
 @dataclass(frozen=True)
 class Erased:
-    """How many trials of whom were erased."""
+    """What was erased from a log.
+
+    Attributes:
+        client: name of the account.
+        rows: number of its trials, of which only the digests are left.
+    """
 
     client: str
     rows: int
@@ -33,6 +38,11 @@ def log_erase(config: LogEraseConfig) -> Erased:
 
     Raises:
         CountermarkError: there is no such log.
+
+    Example:
+        >>> erased = cm.log_erase("log.db", client="anna")
+        >>> cm.log_check("log.db").erased == erased.rows
+        True
     """
     from countermark.guard import QueryLog
 

@@ -45,6 +45,11 @@ def log_head(config: LogHeadConfig) -> PublishedHead:
 
     Raises:
         CountermarkError: there is no such log, or the authority does not answer.
+
+    Example:
+        >>> head = cm.log_head("log.db")
+        >>> head.rows == cm.log_check("log.db").rows, len(head.hash)
+        (True, 64)
     """
     from countermark.guard import LOG_FORMAT, QueryLog
     from countermark.timestamps import encode_token, timestamping

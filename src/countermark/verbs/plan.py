@@ -38,7 +38,12 @@ class Plan:
 
 @verb(PlanConfig)
 def plan(config: PlanConfig) -> Plan:
-    """Say how many trials a wished p-value takes (see `evidence.trials_needed`)."""
+    """Say how many trials a wished p-value takes (see `evidence.trials_needed`).
+
+    Example:
+        >>> cm.plan(p=1e-9, agreement=0.75)
+        Plan(trials=201, p=1e-09, agreement=0.75, power=0.9)
+    """
     return Plan(
         trials_needed(config.p, config.agreement, config.power),
         config.p,

@@ -392,6 +392,11 @@ def protect(config: ProtectConfig) -> Protection:
         CountermarkError: the output folder is not empty or cannot be written, the authority does
             not answer, or the mark does not hold; in the last case the work waits in OUT.partial
             for more epochs.
+
+    Example:
+        >>> made = cm.protect("digits", out="mine")
+        >>> made.trials, made.mark.verdict.verdict
+        (160, 'match')
     """
     from countermark.data import Examples
     from countermark.data.pools import packed

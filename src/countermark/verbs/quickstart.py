@@ -80,6 +80,18 @@ def quickstart(config: QuickstartConfig) -> Story:
 
     Raises:
         CountermarkError: see `protect`; or `config.out` holds something else.
+
+    Example:
+        >>> story = cm.quickstart(data="digits")
+        [1/6] train a robust model, draw coins, train them in
+        ...
+        [6/6] train a stranger: as robust, never marked
+        ...
+        >>> first, *_, last = story.suspects
+        >>> first.title, first.verification.verdict
+        ('the marked model', 'match')
+        >>> last.title, last.verification.verdict
+        ('a stranger', 'no evidence')
     """
     from countermark.data import open_data
     from countermark.networks import describe

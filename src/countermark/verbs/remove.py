@@ -101,6 +101,13 @@ def remove(config: RemoveConfig) -> Copy:
 
     Raises:
         CountermarkError: a model that cannot be read, an output folder that is not empty.
+
+    Example:
+        >>> copy = cm.remove("mine", prune=0.5, out="pruned")
+        >>> copy.test_accuracy  # in percent
+        9...
+        >>> cm.verify("pruned", key="mine/key").verdict
+        'match'
     """
     from countermark.networks import declared_pools, load_model, open_declared
     from countermark.thieves import Means, objective_of, removed

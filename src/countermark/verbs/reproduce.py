@@ -111,6 +111,11 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     Raises:
         CountermarkError: a name is unknown, the folder is not a study's, a unit failed, or the
             scheduler does not answer; whatever is finished is kept.
+
+    Example:
+        >>> study = cm.reproduce(data=("digits",), plan=True)
+        >>> study.units, study.finished
+        (136, 0)
     """
     from countermark.study.graph import in_order
     from countermark.study.grid import PROFILES, grid

@@ -94,6 +94,11 @@ def serve(config: ServeConfig) -> Served:
     Raises:
         CountermarkError: the model, its guard, the key, the clients or the log cannot be read, the
             address is taken, or this process may not open enough files.
+
+    Example:
+        >>> added = cm.client_add("anna", clients="clients.json")
+        >>> cm.serve("mine", log="log.db", clients="clients.json", port=8080)  # until Ctrl-C
+        Served(log='sqlite:///log.db', trials=0)
     """
     import torch
 

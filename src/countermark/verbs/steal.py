@@ -55,6 +55,11 @@ def steal(config: StealConfig) -> Copy:
     Raises:
         CountermarkError: unknown setting, a victim that cannot be read, an output folder that is
             not empty.
+
+    Example:
+        >>> copy = cm.steal("mine", setting="white", out="stolen")  # takes the weights themselves
+        >>> cm.verify("stolen", key="mine/key").verdict
+        'match'
     """
     from countermark.networks import declared_pools, load_model, open_declared
     from countermark.thieves import THEFTS, Means, stolen

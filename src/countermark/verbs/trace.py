@@ -75,6 +75,11 @@ def trace(config: TraceConfig) -> Tracing:
     Raises:
         CountermarkError: the log was changed or belongs to another key, or the suspect cannot be
             asked.
+
+    Example:
+        >>> found = cm.trace("copy", key="mine/key", log="log.db")
+        >>> found.verdict, found.trace.named
+        ('match', ('anna',))
     """
     from countermark.guard import QueryLog, images_of, read_head, trace_accounts
     from countermark.watermarks import load_key, load_secret

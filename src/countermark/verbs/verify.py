@@ -76,6 +76,17 @@ def verify(config: VerifyConfig) -> Verification:
 
     Raises:
         CountermarkError: the key or the suspect cannot be read, or they do not fit each other.
+
+    Example:
+        >>> found = cm.verify("theirs", key="mine/key")
+        >>> found.verdict, found.test.agreements, found.test.trials
+        ('match', 160, 160)
+
+        A function can stand for a suspect:
+
+        >>> model = cm.load("stranger")
+        >>> cm.verify(lambda images: model(images).argmax(1), key="mine/key").verdict
+        'no evidence'
     """
     from countermark.watermarks import load_key
 
