@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from countermark import evaluate, protect, remove, steal
+from countermark.choices import Setting
 from countermark.device import describe, resolve_device
 from countermark.evaluation import accuracy, predict
 from countermark.files import read_json, write_json
@@ -43,7 +44,7 @@ from countermark.watermarks import load_secret
 from first_light import ALPHAS, asked, once, random_keys
 from guard_power import Account, judged
 
-REMOVALS: Mapping[str, dict[str, float]] = {
+REMOVALS: Mapping[str, dict[str, Any]] = {
     "30 % pruned": {"prune": 0.3},
     "50 % pruned": {"prune": 0.5},
     "70 % pruned": {"prune": 0.7},
@@ -62,13 +63,13 @@ REMOVALS: Mapping[str, dict[str, float]] = {
         "learning_rate": 0.01,
     },
 }
-THEFT: Mapping[str, dict[str, Any]] = {
+THEFT: Mapping[Setting, dict[str, Any]] = {
     "natural": {"queries": 10_000},
     "robust": {"queries": 10_000},
     "distil": {"queries": 10_000},
     "black": {"queries": 12_800},
 }
-QUERIES = {"natural": 5_000, "robust": 8_500}
+QUERIES: Mapping[Setting, int] = {"natural": 5_000, "robust": 8_500}
 COST = 0.2  # points that the guard may cost
 PARTS = ("owner", "controls", "strangers", "removals", "thefts", "guard")
 
