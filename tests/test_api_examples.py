@@ -125,9 +125,9 @@ def failures(test: doctest.DocTest) -> str:
 
 def train_shortly(patch: pytest.MonkeyPatch) -> None:
     """Train few epochs; the marking still goes on until the mark holds."""
-    verb = import_module("countermark.verbs.protect")
+    training = import_module("countermark.training")
     for name, epochs in (("recipe", 3), ("marking", 18)):
-        patch.setattr(verb, name, shorter(getattr(verb, name), epochs))
+        patch.setattr(training, name, shorter(getattr(training, name), epochs))
 
 
 def shorter(made: Callable[..., TrainConfig], epochs: int) -> Callable[..., TrainConfig]:

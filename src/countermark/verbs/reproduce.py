@@ -115,7 +115,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     Example:
         >>> study = cm.reproduce(data=("digits",), plan=True)
         >>> study.units, study.finished
-        (136, 0)
+        (139, 0)
     """
     from countermark.study.graph import in_order
     from countermark.study.grid import PROFILES, grid
