@@ -1,11 +1,18 @@
-"""Shorter markings for tests to which it does not matter how much of a mark so few epochs leave."""
+"""Shorter markings for tests to which it does not matter how much of a mark so few epochs leave.
 
+And training in another process, watched by its checkpoint.
+"""
+
+import subprocess
+import time
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from countermark.files import read_tensors
 from countermark.marking import Standing
 from countermark.training import TrainConfig
 
@@ -24,3 +31,16 @@ def mark_shortly(patch: pytest.MonkeyPatch, room: ModuleType, epochs: int) -> No
 def take_any_mark(patch: pytest.MonkeyPatch) -> None:
     """Let every mark hold."""
     patch.setattr(Standing, "taken", True)
+
+
+def wait_for_epoch(epoch: int, folder: Path, process: "subprocess.Popen[Any]") -> None:
+    """Wait until the source model that a process trains has come so far, or the process is done."""
+    checkpoint = folder / "checkpoint-source.safetensors"
+    for _ in range(6000):
+        if checkpoint.exists() and len(read_tensors(checkpoint, 1 << 30)[1]["records"]) >= epoch:
+            return
+        if process.poll() is not None:
+            assert process.returncode == 0
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"epoch {epoch} did not come within a minute")

@@ -29,6 +29,7 @@ from countermark.files import (
 from countermark.networks import load_model, save_model
 from countermark.networks.named import build
 from countermark.training import known_traits, recipe, train
+from shorter import wait_for_epoch
 from warm import COLD, warm
 
 
@@ -179,10 +180,8 @@ def test_termination_is_orderly_and_takes_the_child_along(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert process.stderr is not None
-    for line in process.stderr:
-        if "epoch 2/" in line:
-            process.send_signal(number)
-            break
+    wait_for_epoch(2, tmp_path / "d.partial", process)
+    process.send_signal(number)
     rest = process.stderr.read()
     assert process.wait(60) == status
     assert said in rest

@@ -160,7 +160,7 @@ def adversarial_accuracy(
             survivors += int((~_lost(model, quick, pixels(x), y, attack, restarts)).sum())
             if progress is not None:
                 progress.advance(len(y))
-                progress.text(f"{100 * survivors / (i + len(y)):.2f} % survive")
+                progress.text(f"{100 * survivors / (i + len(y)):.1f} % survive")
     return 100 * survivors / max(len(examples), 1)
 
 
@@ -230,7 +230,7 @@ def strict_accuracy(
             if progress is not None:
                 progress.advance(reached - told)
                 progress.text(
-                    f"{100 * (kept.count(-1) + standing) / (len(kept) + len(y)):.2f} % survive"
+                    f"{100 * (kept.count(-1) + standing) / (len(kept) + len(y)):.1f} % survive"
                 )
             told = reached
 

@@ -316,7 +316,7 @@ class Watch:
             lines.append(
                 f"  {status['title']}  {status.get('what', '')} {share} {status.get('text', '')}"
             )
-        self.live.update(Text("\n".join(lines)))
+        self.live.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"))
 
     @contextlib.contextmanager
     def polling(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from countermark.device import seeded
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating
 from countermark.networks.cleaners import CLEANERS
-from countermark.terminal import bar
+from countermark.terminal import bar, duration
 from countermark.thieves.means import Means
 
 _STEPS = 2  # of the attack that a cleaner learns from: each reaches three quarters of its budget
@@ -86,6 +86,9 @@ def teach(front: nn.Module, network: nn.Module, means: Means) -> None:
                     optimiser.step()
                 if progress is not None:
                     progress.advance()
+            if progress is not None:
+                took = duration(progress.seconds)
+                progress.note(f"{means.title}: trained for {means.epochs} epochs in {took}")
         finally:
             for parameter, before in zip(network.parameters(), wanted, strict=True):
                 parameter.requires_grad_(before)

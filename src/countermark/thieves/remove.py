@@ -226,7 +226,7 @@ def removed(
     for name, amount in chosen:
         removal, event = REMOVALS[name], dict[str, Any](event="removed", how=name, amount=amount)
         used = means.given(removal.options, options)
-        title = removal.title if means.title is not None else None
+        title = f"copy ({removal.title})" if means.title is not None else None
         network = removal.run(network, amount, replace(used, note=event.__setitem__, title=title))
         event |= {option: getattr(used, option) for option in removal.options} | about
         cleaners = [(name, amount)] if name in CLEANERS else []

@@ -24,7 +24,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating, predict
 from countermark.networks import Description
 from countermark.places import Network
-from countermark.terminal import bar
+from countermark.terminal import bar, duration
 from countermark.thieves.means import Means
 from countermark.threat import Threat
 from countermark.training import TrainConfig, recipe, train
@@ -136,11 +136,18 @@ def _augmented(answers: Answers, copied: nn.Module, means: Means, *, adversarial
     y = answers(x)
     step = augmentation_step((x.shape[1], x.shape[2], x.shape[3]), means.threat)
     rounds = max(1, 1 + (max(means.queries // len(x), 1) - 1).bit_length())
+    sizes = [min(len(x) << number, means.queries) for number in range(rounds)]
     with (
-        bar(means.title, rounds)
+        bar(means.title, means.epochs * sum(sizes))
         if means.title is not None
         else contextlib.nullcontext() as progress
     ):
+
+        def count(_epoch: int, _network: nn.Module) -> None:
+            if progress is not None:
+                progress.advance(len(x))
+                progress.text(f"{len(x):,} answers")
+
         for number in range(rounds):
             config = TrainConfig(
                 objective="pgd" if adversarial else "standard",
@@ -153,10 +160,9 @@ def _augmented(answers: Answers, copied: nn.Module, means: Means, *, adversarial
                 seed=means.seed * 1000 + number,
                 hardware=means.hardware,
             )
-            train(copied, Examples(x, y), config, bounded=means.clamp)
-            if progress is not None:
-                progress.advance()
-                progress.text(f"{len(x)} queries")
+            # Another process could not count here.
+            after = count if means.hardware.devices == 1 else None
+            train(copied, Examples(x, y), config, bounded=means.clamp, after_epoch=after)
             room = means.queries - len(x)
             if room <= 0:
                 break
@@ -165,6 +171,9 @@ def _augmented(answers: Answers, copied: nn.Module, means: Means, *, adversarial
             ]
             queries = augment(copied, x[order], y[order], step, clamp=means.clamp)
             x, y = torch.cat((x, queries)), torch.cat((y, answers(queries)))
+        if progress is not None:
+            took = duration(progress.seconds)
+            progress.note(f"{means.title}: trained on {len(x):,} answers in {took}")
     return len(x)
 
 

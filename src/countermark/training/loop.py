@@ -30,7 +30,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import adversarial_accuracy, agreement, device_of, evaluating, predict
 from countermark.fast import prepare, quick_to_train, worth_preparing
 from countermark.files import canonical_json, read_tensors, sha256, write_tensors
-from countermark.terminal import bar
+from countermark.terminal import bar, duration
 from countermark.threat import Attack
 from countermark.training.config import Hardware, TrainConfig
 from countermark.training.turns import in_turn, seed_of, shuffled
@@ -78,21 +78,14 @@ class Epoch:
     attack_steps: int
     redone: bool = False
 
-    def line(self, epochs: int) -> str:
-        """One line for the log."""
-        parts = [f"epoch {self.epoch}/{epochs}", f"loss {self.loss:.3f}"]
+    def standing(self) -> str:
+        """What was measured, for a line on standard error."""
         named = (
-            ("accuracy", self.accuracy),
-            ("adversarial", self.adversarial_accuracy),
-            ("watermark", self.watermark_accuracy),
+            ("of the validation images", self.accuracy),
+            ("under attack", self.adversarial_accuracy),
+            ("of the watermarks", self.watermark_accuracy),
         )
-        parts += [f"{name} {value:.2f}" for name, value in named if value is not None]
-        if self.redone:
-            parts.append(
-                "collapsed (catastrophic overfitting); again with "
-                f"{2 * self.attack_steps} attack steps"
-            )
-        return "  ".join(parts)
+        return ", ".join(f"{value:.1f} % {what}" for what, value in named if value is not None)
 
 
 def train(
@@ -551,7 +544,7 @@ def _run(
         if title is not None and fabric.global_rank == 0
         else contextlib.nullcontext(None)
     )
-    saved = time.monotonic()
+    saved, begun = time.monotonic(), run.step // per_epoch
     with shown as progress:
         while run.step < total:
             epoch, position = divmod(run.step, per_epoch)
@@ -566,7 +559,8 @@ def _run(
                 if progress is not None:
                     progress.advance()
                     if run.step % 20 == 0:
-                        progress.text(f"loss {run.loss / (number + 1):.3f}")
+                        loss = run.loss / (number + 1)
+                        progress.text(f"epoch {epoch + 1} of {config.epochs}, loss {loss:.3f}")
                 due = time.monotonic() - saved > _CHECKPOINT_SECONDS and number + 1 < per_epoch
                 if checkpoint is not None and due and fabric.world_size == 1:
                     run.save(checkpoint)
@@ -575,20 +569,31 @@ def _run(
                 _embedding_pass(run, marks, epoch, (run.step - 0.5) / total)
             run.share_carried()
             record = _end_epoch(run, epoch, per_epoch, validation, marks)
-            if progress is not None:
-                progress.note(f"  {title}: {record.line(config.epochs)}")
-                if record.redone:
-                    progress.advance(-per_epoch)
+            if progress is not None and record.redone:
+                progress.note(
+                    f"{title}: epoch {record.epoch} collapsed (catastrophic overfitting) "
+                    f"and is run again with {2 * record.attack_steps} attack steps"
+                )
+                progress.advance(-per_epoch)
             if after_epoch is not None and fabric.global_rank == 0 and not record.redone:
                 after_epoch(record.epoch, run.result)
             run.save(checkpoint)
             saved = time.monotonic()
+            if progress is not None and run.step == total:
+                progress.note(_trained(title, record, config.epochs - begun, progress.seconds))
     if fabric.global_rank == 0:
         # A file holds no tied weights: each name has a copy. Loading them in place keeps the ties.
         state = {
             name: value.detach().cpu().clone() for name, value in run.result.state_dict().items()
         }
         write_tensors(result, state, {"records": run.records}, mode=0o600)
+
+
+def _trained(title: str | None, last: Epoch, epochs: int, seconds: float) -> str:
+    """What stays on the screen of a training: how long it took, and what came of it."""
+    counted = f"{epochs} epoch{'' if epochs == 1 else 's'}"
+    line = f"{title}: trained for {counted} in {duration(seconds)}"
+    return f"{line}; {last.standing()}" if last.standing() else line
 
 
 def _records(network: nn.Module, device: torch.device) -> bool:

@@ -127,7 +127,7 @@ def remove(config: RemoveConfig) -> Copy:
             traits=traits(data, pools.thief),
             seed=config.seed,
             hardware=hardware,
-            title="removing",
+            title="copy",
         )
         options = {"learning_rate": config.learning_rate, "epochs": config.epochs}
         origin = read_json(folder / "model.json")["weights_sha256"]

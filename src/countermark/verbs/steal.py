@@ -77,7 +77,7 @@ def steal(config: StealConfig) -> Copy:
             traits=traits(data, pools.thief),
             seed=config.seed,
             hardware=hardware,
-            title="stealing",
+            title="stolen copy",
         )
         chosen = {"queries": config.queries, "epochs": config.epochs}
         means = means.given(THEFTS[config.setting].options, chosen)
