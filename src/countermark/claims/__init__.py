@@ -5,7 +5,9 @@ from countermark.claims.judgement import (
     Finding,
     Judgement,
     Rival,
+    Trial,
     commitment_faults,
+    first_trials,
     judge_claim,
 )
 from countermark.claims.page import page, sentence
@@ -25,7 +27,9 @@ __all__ = [
     "Judgement",
     "Opened",
     "Rival",
+    "Trial",
     "commitment_faults",
+    "first_trials",
     "judge_claim",
     "open_batch",
     "page",

@@ -104,6 +104,46 @@ class Judgement:
     batches: int
 
 
+@dataclass(frozen=True)
+class Trial:
+    """An opened trial that leads to the commitment, as the judge saw it.
+
+    Attributes:
+        image: uint8 `(c, h, w)`.
+        heads: the answer that heads chooses, a label.
+        tails: the answer that tails chooses.
+        coin: 0 for heads, 1 for tails.
+        given: the suspect's label; -1 where it gave none.
+    """
+
+    image: torch.Tensor
+    heads: int
+    tails: int
+    coin: int
+    given: int
+
+
+def first_trials(claim: Claim, labels: torch.Tensor, count: int) -> list[Trial]:
+    """The first valid trials of an opened batch, in the order of their leaves.
+
+    Args:
+        claim: the claim that opens them.
+        labels: the suspect's labels of the opened trials `(n,)`.
+        count: the most trials.
+
+    Returns:
+        The trials; none where the coins cannot be computed.
+    """
+    bound, coins = _bound(claim), _coins(claim)
+    if coins is None:
+        return []
+    found = []
+    for _, row in sorted(bound.items())[:count]:
+        heads, tails = claim.opened.answers[row].tolist()
+        found.append(Trial(claim.opened.x[row], heads, tails, coins[row], int(labels[row])))
+    return found
+
+
 def judge_claim(claim: Claim, finding: Finding) -> Judgement:
     """Judge a claim."""
     test = _test(claim, finding.labels, finding.alpha)

@@ -9,8 +9,9 @@ from countermark.errors import CountermarkError
 from countermark.evidence import Verdict
 from countermark.files import read_bytes, write_bytes, write_json
 from countermark.options import ReadPath, SuspectOptions, WrittenPath, verb
+from countermark.pictures import agreements
 from countermark.places import Network
-from countermark.terminal import print_lines
+from countermark.terminal import print_figure, print_lines
 from countermark.verbs.asking import Answers, ask, asked_how, doubts
 from countermark.version import __version__
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from countermark.claims import Check, Claim, Judgement, Rival
 
 JUDGEMENT_FORMAT = "countermark judgement 2"
+PICTURES = 10
+"""Trials of the claim that the page shows as pictures."""
 _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
 
 
@@ -111,8 +114,16 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
         >>> {check.result for check in judged.checks}
         {'holds'}
     """
-    from countermark.claims import Finding, judge_claim, read_claim, suspect_identity
+    from countermark.claims import (
+        Finding,
+        first_trials,
+        judge_claim,
+        page,
+        read_claim,
+        suspect_identity,
+    )
     from countermark.evaluation import predict
+    from countermark.networks import describe
     from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
 
     claim, roots = read_claim(Path(config.claim)), load_roots(Path(config.roots))
@@ -137,7 +148,9 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
         "asked": dict(asked_how(config)),
         "roots": [root_name(root) for root in roots],
     }
-    _write(outputs, result, judgement, asked)
+    names = describe(claim.model).class_names
+    trials = first_trials(claim, given, PICTURES)
+    _write(outputs, result, asked, page(judgement, _about(result, asked), trials, names))
     return result
 
 
@@ -192,22 +205,22 @@ def _result(
     )
 
 
-def _write(
-    outputs: Sequence[Path], result: Adjudication, judgement: "Judgement", asked: Mapping[str, Any]
-) -> None:
-    from countermark.claims import page
-
-    about = {
+def _about(result: Adjudication, asked: Mapping[str, Any]) -> dict[str, str]:
+    identity = ", ".join(f"{name} {value}" for name, value in asked["suspect"].items())
+    return {
         "Claimant's key": result.public_key,
         "Claim": result.claim,
         "Suspect": result.suspect,
-        "Suspect's identity": ", ".join(
-            f"{name} {value}" for name, value in asked["suspect"].items()
-        ),
+        "Suspect's identity": identity,
         "Trusted roots": "; ".join(asked["roots"]),
         "Judged by": f"Countermark {__version__}",
     }
-    write_bytes(outputs[0], page(judgement, about).encode())
+
+
+def _write(
+    outputs: Sequence[Path], result: Adjudication, asked: Mapping[str, Any], made: str
+) -> None:
+    write_bytes(outputs[0], made.encode())
     write_json(
         outputs[1], {"format": JUDGEMENT_FORMAT, "version": __version__, **asdict(result), **asked}
     )
@@ -215,7 +228,10 @@ def _write(
 
 def show(result: Adjudication) -> None:
     """Print every check and the verdict."""
-    print_lines(*(f"{check.result:<12} {check.name}: {check.found}" for check in result.checks), "")
+    checks = (f"{check.result:<12} {check.name}: {check.found}" for check in result.checks)
+    print_lines(*checks, hanging=13)
+    print_figure(agreements(result.test))
+    print_lines("")
     print_lines(result.sentence, *result.doubts)
 
 

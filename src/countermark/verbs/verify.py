@@ -6,8 +6,16 @@ from pathlib import Path
 from countermark.device import describe
 from countermark.evidence import EXIT_STATUS, Verdict, judge, untested
 from countermark.options import ReadPath, SuspectOptions, verb
+from countermark.pictures import agreements
 from countermark.places import place_name
-from countermark.terminal import p_value, percent, print_lines, print_table
+from countermark.terminal import (
+    p_value,
+    percent,
+    print_figure,
+    print_lines,
+    print_table,
+    unbroken,
+)
 from countermark.verbs.asking import Answers, ask, doubts
 
 
@@ -115,7 +123,7 @@ def show(result: Verification) -> None:
     """Print the verdict and what it rests on."""
     test = result.test
     print_table(
-        f"{result.suspect}: {result.verdict}",
+        f"{unbroken(result.suspect)}: {result.verdict}",
         ("agree", "other answer", "neither", "trials", "p-value", "smallest possible"),
         [
             [
@@ -128,6 +136,7 @@ def show(result: Verification) -> None:
             ]
         ],
     )
+    print_figure(agreements(test))
     print_lines(explain(result), *result.doubts)
 
 
