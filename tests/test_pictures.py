@@ -20,7 +20,6 @@ from countermark.terminal import as_html
 from countermark.verbs.asking import Answers
 from countermark.verbs.verify import Verification
 
-SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<script>alert(1)</script>' onload='x\x1b[2J\n"
 
 
@@ -37,10 +36,10 @@ def test_the_band_is_that_of_the_exact_binomial() -> None:
 def parts(test: Any) -> tuple[ElementTree.Element, dict[str, float]]:
     """A figure's SVG, and where its marks stand on an axis from 0 to 1."""
     figure = ElementTree.fromstring(agreements(test).replace("&nbsp;", " "))
-    (svg,) = figure.iter(f"{SVG}svg")
-    axis, _ = svg.iter(f"{SVG}line")
+    (svg,) = figure.iter("svg")
+    axis, _ = svg.iter("line")
     left, right = (float(axis.attrib[name]) for name in ("x1", "x2"))
-    (circle,), (band,) = svg.iter(f"{SVG}circle"), svg.iter(f"{SVG}rect")
+    (circle,), (band,) = svg.iter("circle"), svg.iter("rect")
     start = float(band.attrib["x"])
     marks = {
         "suspect": float(circle.attrib["cx"]),

@@ -1,21 +1,59 @@
-"""Results and progress in a notebook: the words of a terminal, and one output for a call."""
+"""Results and progress: 80 columns on a terminal, few lines in a log, one output in a notebook."""
 
 import importlib
 import inspect
+import io
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import unescape
 from types import ModuleType
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from countermark import cli
+from countermark import cli, terminal
+from countermark.claims import Check
+from countermark.data.check import Findings
+from countermark.data.reading import Found
+from countermark.evaluation import StrictAccuracy
+from countermark.evidence import judge, untested
+from countermark.guard.tracing import Trace, Traced
+from countermark.marking import Standing
 from countermark.options import VerbConfig, verb
-from countermark.terminal import as_html, bar, live, note, print_lines, print_table
+from countermark.terminal import (
+    as_html,
+    bar,
+    live,
+    note,
+    print_lines,
+    print_table,
+    unbroken,
+)
+from countermark.verbs.adjudicate import Adjudication
+from countermark.verbs.asking import Answers
+from countermark.verbs.bundle_check import CheckedBundle
+from countermark.verbs.bundle_sign import SignedBundle
+from countermark.verbs.claim import Claimed
+from countermark.verbs.client_add import Added
+from countermark.verbs.copies import Copy
+from countermark.verbs.data_fetch import Fetched
+from countermark.verbs.evaluate import Evaluation
+from countermark.verbs.export import Exported
+from countermark.verbs.guard import Calibrated
+from countermark.verbs.log_check import Checked
+from countermark.verbs.log_erase import Erased
+from countermark.verbs.log_head import PublishedHead
 from countermark.verbs.plan import plan
 from countermark.verbs.plan import show as show_plan
+from countermark.verbs.protect import Protection
+from countermark.verbs.quickstart import Story, Suspicion
+from countermark.verbs.reproduce import Planned, Reproduction
+from countermark.verbs.serve import Served
+from countermark.verbs.trace import Tracing
+from countermark.verbs.verify import Verification
 
 HOSTILE = "<script>alert(1)</script>\x1b[2J\n\u202e& [red]"
 
@@ -157,3 +195,229 @@ def test_every_result_shows_itself(name: str) -> None:
     result = inspect.signature(getattr(module, cli._file(name))).return_annotation
     assert callable(result._repr_html_)
     assert callable(module.show)
+
+
+# Width.
+
+TEST = judge(list(range(800)), [1] * 629 + [-1] * 143 + [0] * 28)
+ANSWERS = Answers(28, 3, "the server said 503 Service Unavailable", 96.5, "", "")
+DOUBTS = ("28 trials got no answer (3 of them answers that changed); they count as neither.",)
+VERIFIED = Verification(
+    "https://api.example.com/v2/models/cats", "coin", TEST, 78.6, None, ANSWERS, DOUBTS, None
+)
+PUBLISHED = Verification("copy", "ood", untested([1] * 98 + [0] * 2), 98.0, "copy", ANSWERS, (), "")
+COPY = Copy("copies/pruned", 96.84, 85.92, 0.25, "cpu (AMD EPYC), bf16", 312.4)
+STRICT = StrictAccuracy(
+    1000, 98.1, 89.0, 71.2, {"PGD": 91, "APGD-CE": 60, "APGD-T": 60, "Square": 50, "FAB-T": 8}
+)
+MARK = Standing(800, 100.0, 95.0, TEST, TEST, 0.5)
+PROTECTION = Protection(
+    "mine",
+    "coin",
+    99.02,
+    95.49,
+    100.0,
+    98.84,
+    95.63,
+    53.5,
+    MARK,
+    12,
+    83.0,
+    {"training": 900, "validation": 5, "test": 7},
+    800,
+    0.25,
+    "ab" * 32,
+    "cpu",
+    312.0,
+)
+FINDINGS = Findings(
+    Found(
+        "photos of cats",
+        ("a cat", "a dog"),
+        {"train": (12_345, 67_890), "test": (1_234, 5_678)},
+        {"640x480": 50_000, "1024x768": 30_000, "1920x1080": 7_000, "32x32": 147},
+        True,
+        {"alpha": 1, "grey": 12, "palette": 345},
+        (("a cat/broken picture number one.png", "is cut off after 1024 of 4096 bytes"),),
+        3,
+        12,
+        3,
+        True,
+    ),
+    32,
+    (3, 32, 32),
+    "ab" * 32,
+    {"training": 50_000, "validation": 500, "bases": 9_000, "thief": 9_000, "test": 6_912},
+)
+TRACED = [
+    Traced(name, "no evidence", -0.1, -0.5, 120, 118, 3, 118.4, -0.1)
+    for name in ("anna", "a-longer-name")
+]
+
+
+def story() -> Story:
+    titles = ("the marked model", "before the mark", "pruned copy", "pruned, fine-tuned")
+    return Story("quickstart", tuple(Suspicion(t, 99.0, 95.5, VERIFIED) for t in titles), 301.0)
+
+
+def study(**changes: Any) -> Reproduction:
+    work = tuple(Planned(f"mnist {n}: ADVTR", "fine-tuning", "ab" * 32, False, 1.0) for n in (0, 1))
+    given = {"report": None, "work": work, "verdicts": (), **changes}
+    return Reproduction("study", 272, 0, 4200.0, seconds=9.0, **given)
+
+
+RESULTS: Mapping[str, list[Any]] = {
+    "data fetch": [
+        Fetched("mnist", "/home/anna/.cache/countermark/mnist", ("a", "b")),
+        Fetched("digits", None, ()),
+    ],
+    "data check": [FINDINGS],
+    "protect": [PROTECTION],
+    "export": [
+        Exported("mine.onnx", "ab" * 32, 123_456, 17, 256, "images of the test pool", 0, 1e-6)
+    ],
+    "bundle sign": [SignedBundle("mine", "mine.sig.json")],
+    "bundle check": [CheckedBundle("mine")],
+    "evaluate": [
+        Evaluation(
+            "mine", 1000, 98.1, 89.0, STRICT, 17.8, True, 100.0, 0.25, 25, 0.01, 3, "cpu", 93.0
+        )
+    ],
+    "verify": [VERIFIED, PUBLISHED],
+    "plan": [plan(p=1e-9, agreement=0.75)],
+    "guard": [
+        Calibrated("mine", 0.1, True, 0.021, 0.103, 0.011, 4.31, 0.0123, 1626, {"test": 7}, "cpu")
+    ],
+    "client add": [Added("anna", "a" * 43)],
+    "serve": [Served("/var/lib/countermark/log.db", 1234)],
+    "trace": [
+        Tracing(
+            "their.onnx",
+            "no evidence",
+            Trace(tuple(TRACED), (), "no evidence", -0.2, 1e-6),
+            482,
+            2,
+            ANSWERS,
+            DOUBTS,
+        )
+    ],
+    "log head": [PublishedHead("countermark log 1", 12, "ab" * 32, None)],
+    "log check": [Checked(1234, 12, 3, 1200, "2026-11-26T12:00:00+00:00")],
+    "log erase": [Erased("anna", 12)],
+    "claim": [Claimed("claim", 0, 7, TEST, False, ANSWERS, DOUBTS)],
+    "adjudicate": [
+        Adjudication(
+            "claim",
+            "their.onnx",
+            "upheld",
+            "The claim is upheld: the suspect depends on this owner's coins.",
+            "ab" * 32,
+            (
+                Check("Order of times", "cannot tell", " <= ".join(3 * ["2026-11-26 12:00"]), ""),
+                Check("The test", "holds", "629 as the coins fell, 143 the other way, " * 2, ""),
+            ),
+            TEST,
+            8,
+            ANSWERS,
+            DOUBTS,
+        )
+    ],
+    "quickstart": [story()],
+    "steal": [COPY],
+    "remove": [COPY],
+    "reproduce": [
+        study(),
+        study(report="study/report.html", verdicts=("Holds: " + 20 * "a claim ",)),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", cli.VERBS)
+def test_every_result_fits_80_columns(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    show = importlib.import_module(f"countermark.verbs.{cli._file(name)}").show
+    for result in RESULTS[name]:
+        show(result)
+        lines = capsys.readouterr().out.splitlines()
+        # The digests of files and heads are single words.
+        assert [line for line in lines if len(line) > 80 and "ab" * 32 not in line] == []
+        assert not any(terminal._UNBROKEN in line for line in lines)
+
+
+def test_a_sentence_is_wrapped_and_a_path_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    path = "/home/anna/all my models/the one with coins"
+    print_lines(f"wrote {unbroken(path)}: it is secret", hanging=2)
+    assert capsys.readouterr().out == f"wrote\n  {path}:\n  it is secret\n"
+    print_table(f"{unbroken(path)}: match", ("agree",), [["1"]])
+    assert capsys.readouterr().out.startswith(f"{path}:\nmatch\n")
+    assert as_html(lambda: print_lines(unbroken(path))) == f"<div>{path}</div>"
+
+
+# Progress.
+
+
+def ticking(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let every look at the clock take so long."""
+    now = [0.0]
+
+    def clock() -> float:
+        now[0] += seconds
+        return now[0]
+
+    monkeypatch.setattr(terminal.time, "monotonic", clock)
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.001, 0), (10.0, 9)])
+def test_a_log_has_few_lines_with_the_time_left(
+    seconds: float,
+    lines: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ticking(monkeypatch, seconds)
+    with bar("training", 1000) as running:
+        running.text("epoch 3 of 7")
+        for _ in range(1000):
+            running.advance()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == lines
+    if lines:
+        assert re.fullmatch(
+            r"training: 10 % after \d+ min, about .+ left \(epoch 3 of 7\)", said[0]
+        )
+
+
+def test_a_bar_leaves_one_line_even_when_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(
+        terminal, "Console", lambda **_: Console(file=screen, force_terminal=True, width=80)
+    )
+    with bar("training", 10) as running:
+        running.advance(10)
+        running.note("trained for 7 epochs in 34 s")
+    with pytest.raises(KeyboardInterrupt), bar("attacking", 10):
+        raise KeyboardInterrupt
+    assert left_on(screen.getvalue()) == ["trained for 7 epochs in 34 s"]
+
+
+def left_on(output: str) -> list[str]:
+    """The lines that are left on a screen, with what rich sends to it."""
+    lines, row = [""], 0
+    for part in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\r|\n|[^\x1b\r\n]+", output):
+        if part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part == "\x1b[1A":
+            row -= 1
+        elif part == "\x1b[2K":
+            lines[row] = ""
+        elif part[0] not in "\r\x1b":
+            lines[row] += part
+    return [line for line in lines if line.strip()]

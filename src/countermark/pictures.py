@@ -79,7 +79,7 @@ def agreements(test: Verdict, batches: int = 1) -> str:
     )
     title = escape(f"{said} agree; {STRANGERS:.1%} of strangers: {low} to {high}")
     svg = (
-        "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 420 150' role='img' "
+        "<svg viewBox='0 0 420 150' role='img' "
         "style='width:100%;max-width:36rem;height:auto' fill='currentColor' "
         f"font-family='system-ui,sans-serif' font-size='12'><title>{title}</title>"
         f"<rect x='{left:.1f}' y='{_TOP:g}' width='{right - left:.1f}' "

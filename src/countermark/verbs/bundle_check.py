@@ -5,7 +5,7 @@ from pathlib import Path
 
 from countermark.options import ReadPath, VerbConfig, verb
 from countermark.signing import check_folder
-from countermark.terminal import print_lines
+from countermark.terminal import print_lines, unbroken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,4 +51,6 @@ def bundle_check(config: BundleCheckConfig) -> CheckedBundle:
 
 def show(result: CheckedBundle) -> None:
     """Print that all is well."""
-    print_lines(f"the signature of {result.folder} holds: no file was changed, removed or added")
+    print_lines(
+        f"the signature of {unbroken(result.folder)} holds: no file was changed, removed or added"
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from countermark.options import ReadPath, VerbConfig, verb
 from countermark.signing import sign_folder
-from countermark.terminal import print_lines
+from countermark.terminal import print_lines, unbroken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,6 @@ def bundle_sign(config: BundleSignConfig) -> SignedBundle:
 def show(result: SignedBundle) -> None:
     """Print what was written."""
     print_lines(
-        f"wrote {result.signature}; it covers every file of {result.folder} but key/, "
-        "clients.json and those of git"
+        f"wrote {unbroken(result.signature)}; it covers every file of "
+        f"{unbroken(result.folder)} but key/, clients.json and those of git"
     )

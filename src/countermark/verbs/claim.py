@@ -18,7 +18,7 @@ from countermark.files import (
 )
 from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
 from countermark.places import Network
-from countermark.terminal import p_value, print_lines, print_table
+from countermark.terminal import p_value, print_lines, print_table, unbroken
 from countermark.verbs.asking import Answers, ask, asked_how, doubts
 from countermark.version import __version__
 
@@ -281,24 +281,17 @@ def _found(test: Verdict, batches: int) -> dict[str, Any]:
 
 def show(result: Claimed) -> None:
     """Print what the claim says."""
-    columns = (
-        "",
-        "batch",
-        "agree",
-        "other answer",
-        "neither",
-        "p-value, times the batches",
-        "batches left",
-    )
+    columns = ("batch", "agree", "other answer", "neither", "p-value", "batches left")
     numbers = (result.batch, result.test.agreements, result.test.disagreements, result.test.neither)
     print_table(
-        result.folder,
+        unbroken(result.folder),
         columns,
-        [["claim", *map(str, numbers), p_value(result.test.log10_p_value), str(result.left)]],
+        [[*map(str, numbers), p_value(result.test.log10_p_value), str(result.left)]],
     )
     print_lines(
-        f"wrote {result.folder}: claim.json, trials.safetensors, model/. Give it to the judge; "
-        "whoever sees it can unlearn this batch."
+        "The p-value includes that any batch could have been opened.",
+        f"wrote {unbroken(result.folder)}: claim.json, trials.safetensors, model/. "
+        "Give it to the judge; whoever sees it can unlearn this batch.",
     )
     if not result.timestamped:
         print_lines(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from countermark.device import describe
 from countermark.files import write_json
-from countermark.terminal import percent, print_lines, print_table
+from countermark.terminal import duration, percent, print_lines, print_table, unbroken
 from countermark.threat import shown
 
 if TYPE_CHECKING:
@@ -76,10 +76,9 @@ def write_copy(
 
 def show(result: Copy) -> None:
     """Print the accuracies of a copy."""
-    columns = ("", "test accuracy", f"adversarial accuracy at {shown(result.epsilon)}")
     print_table(
-        f"{result.folder} ({result.seconds:.0f} s)",
-        columns,
+        f"{unbroken(result.folder)} ({duration(result.seconds)})",
+        ("", "test", f"adversarial at {shown(result.epsilon)}"),
         [["copy", percent(result.test_accuracy), percent(result.adversarial_accuracy)]],
     )
-    print_lines(f"wrote {result.folder}: model.safetensors, model.json, metrics.json")
+    print_lines(f"wrote {unbroken(result.folder)}: model.safetensors, model.json, metrics.json")

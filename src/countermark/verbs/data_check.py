@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 from countermark.data.check import Findings, check_data
 from countermark.options import AnyData, DataOptions, verb
-from countermark.terminal import print_lines, print_table
+from countermark.terminal import print_lines, print_table, unbroken
 from countermark.text import brief
 
 _CLASSES = 40  # that are shown; --json has all
+_INDENT = 12  # columns of the words in front of what was found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,22 +60,28 @@ def show(findings: Findings) -> None:
     if len(found.class_names) > _CLASSES:
         rows.append([f"and {len(found.class_names) - _CLASSES} more classes", *("" for _ in parts)])
     rows.append(["all", *(f"{sum(found.counts[part]):,}" for part in parts)])
-    print_lines(f"{found.place}: {found.images:,} images of {len(found.class_names)} classes")
+    print_lines(
+        f"{unbroken(found.place)}: {found.images:,} images of {len(found.class_names)} classes"
+    )
     print_table("", ("class", *parts), rows)
     kind = "colour" if found.colour else "grey"
     if found.shapes:
         print_lines(
             f"images:     {kind}, "
             f"{some([f'{shape} ({number:,})' for shape, number in found.shapes.items()])}"
-            + ("" if findings.size is None else f", brought to {findings.size}x{findings.size}")
+            + ("" if findings.size is None else f", brought to {findings.size}x{findings.size}"),
+            hanging=_INDENT,
         )
     if found.converted:
         print_lines(
             "converted:  "
-            f"{', '.join(f'{number:,} {what}' for what, number in found.converted.items())}"
+            f"{', '.join(f'{number:,} {what}' for what, number in found.converted.items())}",
+            hanging=_INDENT,
         )
     left_out = ", left out" if found.damaged and findings.digest is not None else ""
-    print_lines(f"damaged:    {len(found.damaged):,}{left_out}{_damaged(found.damaged)}")
+    print_lines(
+        f"damaged:    {len(found.damaged):,}{left_out}{_damaged(found.damaged)}", hanging=_INDENT
+    )
     if found.duplicates is not None:
         print_lines(
             f"duplicates: {found.duplicates:,}"
@@ -87,7 +94,8 @@ def show(findings: Findings) -> None:
     if findings.pools is not None:
         print_lines(
             "pools:      "
-            f"{', '.join(f'{number:,} {pool}' for pool, number in findings.pools.items())}"
+            f"{', '.join(f'{number:,} {pool}' for pool, number in findings.pools.items())}",
+            hanging=_INDENT,
         )
     if findings.digest is not None:
         print_lines(f"digest:     {findings.digest}")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from countermark import data
 from countermark.options import ReadPath, VerbConfig, WrittenPath, verb
-from countermark.terminal import print_lines
+from countermark.terminal import print_lines, unbroken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,6 @@ def show(result: Fetched) -> None:
         print_lines(f"{result.name} comes with scikit-learn; there is nothing to fetch")
     else:
         print_lines(
-            f"{result.name}: {len(result.files)} files in {result.folder}, "
+            f"{result.name}: {len(result.files)} files in {unbroken(result.folder)}, "
             "all with the published SHA-256"
         )

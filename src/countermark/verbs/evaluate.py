@@ -12,7 +12,7 @@ from countermark.device import describe, resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_json, sha256
 from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, verb
-from countermark.terminal import percent, print_lines, print_table
+from countermark.terminal import duration, percent, print_lines, print_table, unbroken
 from countermark.threat import shown
 from countermark.version import __version__
 
@@ -197,16 +197,14 @@ def show(result: Evaluation) -> None:
     attack = f"PGD {result.steps} x {shown(result.step_size)} at {shown(result.epsilon)}" + (
         f", {result.restarts} runs" if result.restarts > 1 else ""
     )
+    took = f"{duration(result.seconds)} on {result.device}"
     print_table(
-        f"{result.model} ({result.seconds:.0f} s on {result.device})",
-        ("", "test accuracy", f"adversarial accuracy ({attack})", "watermark accuracy"),
+        f"{unbroken(result.model)}: {result.images:,} test images ({took})",
+        ("", "accuracy"),
         [
-            [
-                "model",
-                percent(result.test_accuracy),
-                percent(result.adversarial_accuracy),
-                percent(result.watermark_accuracy),
-            ]
+            ["test", percent(result.test_accuracy)],
+            [f"adversarial ({attack})", percent(result.adversarial_accuracy)],
+            ["watermarks", percent(result.watermark_accuracy)],
         ],
     )
     if result.strict is not None:
@@ -222,10 +220,10 @@ def _show_strict(result: Evaluation, found: "StrictAccuracy") -> None:
     for name, broken in found.broken.items():
         left -= 100 * broken / max(found.images, 1)
         rows.append([name, str(broken), percent(abs(left))])
-    print_table("strict", ("attack", "broken", "left"), rows)
+    print_table("strict attacks, one after the other", ("attack", "broken", "accuracy left"), rows)
     print_lines(
         f"strict accuracy {found.strict_accuracy:.2f} % of {found.images} images: "
-        f"quote this figure. PGD overstates it by {found.gap:.2f}."
+        f"quote this figure. PGD overstates it by {found.gap:.2f} points."
     )
     if found.masked:
         blind = [attack.name for attack in ENSEMBLE if not attack.uses_gradients]

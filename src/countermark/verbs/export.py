@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from countermark.errors import CountermarkError
 from countermark.onnx_file import Exported, export_model
 from countermark.options import ModelOptions, NewPath, ReadPath, verb
-from countermark.terminal import print_lines
+from countermark.terminal import print_lines, unbroken
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def _test_images(description: "Description", config: ExportConfig) -> "torch.Ten
 def show(result: Exported) -> None:
     """Print what was written and how it compares."""
     print_lines(
-        f"wrote {result.path}: {result.bytes / 1e6:.2f} MB, ONNX opset "
+        f"wrote {unbroken(result.path)}: {result.bytes / 1e6:.2f} MB, ONNX opset "
         f"{result.opset}, any number of images, pixels of [0, 1] in, logits out",
         f"compared with the model on {result.images} {result.compared_on}: {result.labels_differ} "
         f"labels differ, logits by at most {result.largest_difference:.2g}",

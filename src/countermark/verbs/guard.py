@@ -8,7 +8,7 @@ from countermark.device import describe, resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, write_json
 from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, StampOptions, verb
-from countermark.terminal import print_lines, print_table
+from countermark.terminal import print_lines, print_table, unbroken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ def show(result: Calibrated) -> None:
     columns = ("", "cost, points", "the same on test", "queries with a coin", "bits a query")
     test = f"{result.test_cost:.3f} +- {result.test_error:.3f}"
     row = ["guard", f"{result.cost:.3f}", test, f"{result.tied:.2f} %", f"{result.entropy:.4f}"]
-    print_table(result.folder, columns, [row])
+    print_table(unbroken(result.folder), columns, [row])
     if result.foreign:
         print_lines(
             f"{result.foreign_cost:.3f} of the cost: honest queries that are foreign, "
@@ -204,8 +204,8 @@ def show(result: Calibrated) -> None:
             "new images may cost more than is said here"
         )
     print_lines(
-        f"wrote {result.folder}/guard.json; a copy needs some {result.queries} natural queries or "
-        "more to be proven at 1e-6"
+        f"wrote {unbroken(result.folder)}/guard.json; a copy needs some {result.queries} "
+        "natural queries or more to be proven at 1e-6"
     )
 
 

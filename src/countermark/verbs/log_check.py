@@ -102,6 +102,6 @@ def show(result: Checked) -> None:
     )
     covered += "" if result.stamped is None else f", which was timestamped {result.stamped}"
     print_lines(
-        f"{result.rows} trials of {result.clients} clients ({result.erased} erased), "
+        f"{result.rows} trials of {result.clients} clients ({result.erased} erased); "
         f"the chain holds{covered}"
     )

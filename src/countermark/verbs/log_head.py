@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 
 from countermark.files import canonical_json
 from countermark.options import LogPath, StampOptions, verb
-from countermark.terminal import print_lines
+from countermark.terminal import print_lines, unbroken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,4 +63,4 @@ def log_head(config: LogHeadConfig) -> PublishedHead:
 
 def show(result: PublishedHead) -> None:
     """Print the head as the file that `log check --head` and `trace --head` read."""
-    print_lines(*canonical_json(asdict(result)).decode().splitlines())
+    print_lines(*map(unbroken, canonical_json(asdict(result)).decode().splitlines()))

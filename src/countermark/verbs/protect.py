@@ -14,7 +14,7 @@ nothing (condition 2).
 import copy
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -42,7 +42,7 @@ from countermark.options import (
     verb,
 )
 from countermark.places import Network
-from countermark.terminal import duration, percent, print_lines, print_table
+from countermark.terminal import duration, percent, print_lines, print_table, unbroken
 from countermark.threat import Threat, shown
 
 if TYPE_CHECKING:
@@ -649,33 +649,27 @@ def _measure(
 
 def show(result: Protection) -> None:
     """Print the accuracies beside those of the unmarked control."""
-    model: Callable[[float | None], str] = percent
-    rows = [
-        [
-            "model",
-            model(result.test_accuracy),
-            model(result.adversarial_accuracy),
-            model(result.watermark_accuracy),
-        ]
-    ]
-    if result.mark is not None:
-        rows.append(
-            [
-                "the same before the mark",
-                model(result.unmarked_test_accuracy),
-                model(result.unmarked_adversarial_accuracy),
-                model(result.unmarked_watermark_accuracy),
-            ]
+    rows = {
+        "model": (
+            result.test_accuracy,
+            result.adversarial_accuracy,
+            result.watermark_accuracy,
         )
-    columns = (
-        "",
-        "test accuracy",
-        f"adversarial accuracy at {shown(result.epsilon)}",
-        "watermark accuracy",
+    }
+    if result.mark is not None:
+        rows["before the mark"] = (
+            result.unmarked_test_accuracy,
+            result.unmarked_adversarial_accuracy,
+            result.unmarked_watermark_accuracy,
+        )
+    print_table(
+        f"{unbroken(result.folder)} ({duration(result.seconds)})",
+        ("", "test", f"adversarial at {shown(result.epsilon)}", "watermarks"),
+        [[name, *map(percent, values)] for name, values in rows.items()],
     )
-    print_table(f"{result.folder} ({result.seconds:.0f} s)", columns, rows)
+    folder = unbroken(result.folder)
     if result.mark is None:
-        print_lines(f"wrote {result.folder}: model.safetensors, model.json, metrics.json")
+        print_lines(f"wrote {folder}: model.safetensors, model.json, metrics.json")
         return
     took = f"{result.marking_epochs} epochs of marking ({duration(result.marking_seconds)})"
     left = result.mark.left()
@@ -683,7 +677,7 @@ def show(result: Protection) -> None:
     if result.known:
         print_lines(_known_line(result))
     print_lines(
-        f"wrote {result.folder}: model.safetensors, model.json, commitment.json, metrics.json, "
+        f"wrote {folder}: model.safetensors, model.json, commitment.json, metrics.json, "
         f"and key/ (secret: {result.trials} trials; keep a backup)"
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from countermark.errors import CountermarkError
 from countermark.files import read_json
 from countermark.options import AnyData, DataOptions, WrittenPath, verb
-from countermark.terminal import p_value, percent, print_lines, print_table
+from countermark.terminal import duration, p_value, percent, print_lines, print_table, unbroken
 from countermark.verbs.protect import ProtectConfig, made_with, protect
 from countermark.verbs.remove import RemoveConfig, remove
 from countermark.verbs.verify import Verification, verify
@@ -218,24 +218,30 @@ def show(result: Story) -> None:
         for suspect in result.suspects
     ]
     columns = ("suspect", "test", "adversarial", "coins", "p-value", "verdict")
-    print_table(f"Who remembers the coins? ({result.seconds:.0f} s)", columns, rows)
-    out = result.folder
+    print_table(f"Who remembers the coins? ({duration(result.seconds)})", columns, rows)
+    out = unbroken(result.folder)
     print_lines(
-        (
-            "coins: answers as the coins chose, against the other way; a stranger's are fair, "
-            "so its p-value is anywhere in (0, 1)"
-        ),
+        "coins: answers as the coins chose, against the other way; a stranger's are fair, "
+        "so its p-value is anywhere in (0, 1)",
         "",
         "wrote",
-        (
-            f"  {out}/model/        the model, its public commitment, its metrics; "
-            "load it with countermark.load"
-        ),
+    )
+    print_lines(
+        f"  {out}/model/        the model, its public commitment, its metrics; "
+        "load it with countermark.load",
         f"  {out}/model/key/    the secret key: keep a backup, show it to nobody",
         f"  {out}/pruned/, {out}/finetuned/, {out}/stranger/",
+        hanging=22 + len(out),
+    )
+    print_lines(
         "",
         "try next",
-        f"  countermark steal {out}/model --setting black --out {out}-stolen",
-        f"  countermark verify {out}-stolen --key {out}/model/key",
-        f"  countermark evaluate {out}/model --restarts 3",
+        *(
+            f"  {unbroken(command)}"
+            for command in (
+                f"countermark steal {out}/model --setting black --out {out}-stolen",
+                f"countermark verify {out}-stolen --key {out}/model/key",
+                f"countermark evaluate {out}/model --restarts 3",
+            )
+        ),
     )

@@ -10,7 +10,7 @@ from countermark.choices import Protocol, Size
 from countermark.data import known
 from countermark.errors import CountermarkError
 from countermark.options import DataOptions, OneDeviceOptions, WrittenPath, verb
-from countermark.terminal import duration, print_lines, print_table
+from countermark.terminal import duration, print_lines, print_table, unbroken
 from countermark.version import __version__
 
 if TYPE_CHECKING:
@@ -233,13 +233,6 @@ def _needs_extras() -> None:
 def show(result: Reproduction) -> None:
     """Print what was found, or what there is to do."""
     if result.report is None:
-        print_lines(
-            *(
-                f"{planned.unit[:12]}  {_state(planned):>8}  {planned.title}"
-                for planned in result.work
-            ),
-            "",
-        )
         kinds = sorted({planned.kind for planned in result.work})
         rows = []
         for kind in kinds:
@@ -254,27 +247,23 @@ def show(result: Reproduction) -> None:
                 ]
             )
         print_table(
-            f"{result.folder}: {result.units} units",
+            f"{unbroken(result.folder)}: {result.units} units",
             ("kind of unit", "units", "finished", "to go on one core"),
             rows,
         )
         print_lines(
             f"about {duration(result.seconds_estimated)} to go, by a short calibration on this "
-            "machine"
+            "machine; --json lists every unit"
         )
         return
     print_lines(
         *result.verdicts,
         "",
         (
-            f"wrote {result.report} (and results.json, tables/*.csv, figures/*.svg; "
+            f"wrote {unbroken(result.report)} (and results.json, tables/*.csv, figures/*.svg; "
             f"{duration(result.seconds)})"
         ),
     )
-
-
-def _state(planned: Planned) -> str:
-    return "finished" if planned.finished else duration(planned.seconds)
 
 
 __all__ = ["Planned", "Reproduction", "reproduce", "show"]

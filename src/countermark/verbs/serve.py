@@ -14,7 +14,7 @@ from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.options import NewLogPath, OneDeviceOptions, ReadPath, verb
 from countermark.places import Network
-from countermark.terminal import print_lines
+from countermark.terminal import print_lines, unbroken
 from countermark.text import brief
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def show(result: Served) -> None:
     print_lines(
         "stopped"
         if result.log is None
-        else f"stopped; {result.trials} trials were stored in {result.log}"
+        else f"stopped; {result.trials} trials were stored in {unbroken(result.log)}"
     )
 
 

@@ -8,7 +8,7 @@ from countermark.errors import CountermarkError
 from countermark.evidence import EXIT_STATUS
 from countermark.options import LogPath, ReadPath, SuspectOptions, verb
 from countermark.places import place_name
-from countermark.terminal import p_value, print_lines, print_table
+from countermark.terminal import p_value, print_lines, print_table, unbroken
 from countermark.verbs.asking import Answers, ask, doubts
 
 if TYPE_CHECKING:
@@ -122,18 +122,13 @@ def show(result: Tracing) -> None:
         ]
         for account in result.trace.accounts[:_SHOWN]
     ]
-    columns = (
-        "account",
-        "agree",
-        "a stranger would",
-        "other answer",
-        "neither",
-        "anytime p-value",
-        "verdict",
-    )
-    print_table(f"{result.suspect}: {result.verdict}", columns, rows)
+    columns = ("account", "agree", "by chance", "other", "neither", "p-value", "verdict")
+    print_table(f"{unbroken(result.suspect)}: {result.verdict}", columns, rows)
     if len(result.trace.accounts) > _SHOWN:
-        print_lines(f"and {len(result.trace.accounts) - _SHOWN} more accounts")
+        print_lines(
+            f"{len(result.trace.accounts) - _SHOWN} more accounts are not shown here; "
+            "--json has them."
+        )
     if result.trace.named:
         print_lines(
             f"The copy was made from the answers given to: {', '.join(result.trace.named)}."
