@@ -515,11 +515,15 @@ def test_bf16_takes_the_steps_of_float32_within_rounding(digits: Pools) -> None:
 
 
 def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(
-    digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    digits: Pools,
+    quick: TrainConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The multi-step check is made to fall once.
 
-    The epoch must be undone exactly and run again in two steps.
+    The epoch must be undone exactly and run again in two steps. That is one of the two lines which
+    stay of the training.
     """
     measured = iter([10.0, 50.0, 60.0, 10.0, 62.0, 64.0])
     monkeypatch.setattr(
@@ -536,7 +540,11 @@ def test_the_guard_undoes_a_collapsed_epoch_and_attacks_harder(
         return step(run, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop, "_step", watching)
-    records = train(small(), digits.training, quick, validation=digits.validation)
+    records = train(small(), digits.training, quick, validation=digits.validation, title="a model")
+    collapsed, trained = capsys.readouterr().err.splitlines()
+    assert "epoch 3 collapsed (catastrophic overfitting)" in collapsed
+    assert trained.startswith("a model: trained for 4 epochs in ")
+    assert trained.endswith(" of the validation images, 64.0 % under attack")
     assert [record.redone for record in records] == [False, False, True, False, False]
     assert attack_steps == [1, 1, 1, 2, 2]
     assert torch.equal(begun_at[2], begun_at[3])
