@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -190,7 +191,8 @@ def _import_everything() -> None:
         "rich.table",
         *(module.name for module in pkgutil.walk_packages(countermark.__path__, "countermark.")),
     ]
-    names = [name for name in names if "integrations" not in name]  # no verb needs them
+    # No verb needs the integrations, and `__main__` is what each process runs.
+    names = [name for name in names if not re.search(r"\.(integrations|__main__)", name)]
     for name in names:
         with contextlib.suppress(
             ImportError
