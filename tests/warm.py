@@ -21,6 +21,8 @@ import socket
 import sys
 from typing import Any
 
+UNPRUNED = "COUNTERMARK_TESTS_UNPRUNED"
+"""Set in the environment of commands whose marks need not survive in a pruned copy."""
 COLD = [sys.executable, "-m", "countermark"]
 _LENGTH = 8  # bytes of the number before a request
 
@@ -189,6 +191,7 @@ def _import_everything() -> None:
         "sqlalchemy.dialects.sqlite",
         "uvicorn",
         "rich.table",
+        "lightning_fabric",
         *(module.name for module in pkgutil.walk_packages(countermark.__path__, "countermark.")),
     ]
     # No verb needs the integrations, and `__main__` is what each process runs.
@@ -218,6 +221,10 @@ def _run(request: dict[str, Any]) -> None:
             stream.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
+    if os.environ.get(UNPRUNED):
+        from countermark.marking import Standing
+
+        Standing.taken = property(lambda standing: standing.agreement >= standing.needed)  # type: ignore[assignment]
     sys.path[0] = request["folder"]
     sys.argv = ["countermark", *request["arguments"]]
     runpy.run_module("countermark", run_name="__main__", alter_sys=True)
