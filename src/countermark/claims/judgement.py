@@ -18,6 +18,7 @@ from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, sha256
 from countermark.places import endpoint_address
+from countermark.terminal import p_value
 from countermark.text import brief, visible
 from countermark.timestamps import TokenError, UntrustedError, check_token, read_token
 from countermark.watermarks import SCHEMES, check_signature, draw_coins
@@ -387,7 +388,7 @@ def _model(claim: Claim, digest: str) -> Check:
 def _owners_model(claim: Claim, finding: Finding) -> Check:
     own = _test(claim, finding.model_labels, finding.alpha)
     carries = own.verdict == "match"
-    found = f"{own.agreements} of {own.trials} as the coins fell, p = 10^{own.log10_p_value:.1f}"
+    found = f"{own.agreements} of {own.trials} as the coins fell, p = {p_value(own.log10_p_value)}"
     meaning = (
         "The owner's model remembers the coins."
         if carries
@@ -546,7 +547,7 @@ def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) ->
         f"{test.neither} neither; "
     )
     found += (
-        f"p = 10^{test.log10_p_value:.1f}, {claim.c1['batches']} batches to choose from included"
+        f"p = {p_value(test.log10_p_value)}, {claim.c1['batches']} batches to choose from included"
     )
     if test.verdict == "match":
         return Check(
@@ -555,7 +556,7 @@ def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) ->
             found,
             (
                 "A model that does not depend on these coins gets there "
-                f"less than once in {1 / test.alpha:.0e} claims."
+                f"less than once in {1 / test.alpha:,.0f} claims."
             ),
         )
     if test.verdict == "inconclusive":
@@ -607,8 +608,8 @@ def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
     theirs = _test(rival.claim, rival.its_mark_in_ours, finding.alpha)
     ours = _test(claim, rival.our_mark_in_its, finding.alpha)
     found = (
-        f"its mark in this owner's model: p = 10^{theirs.log10_p_value:.1f}; "
-        f"this mark in its model: p = 10^{ours.log10_p_value:.1f}"
+        f"its mark in this owner's model: p = {p_value(theirs.log10_p_value)}; "
+        f"this mark in its model: p = {p_value(ours.log10_p_value)}"
     )
     outcome = {
         (False, True): (

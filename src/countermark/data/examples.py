@@ -136,6 +136,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.y)
 
+    def __repr__(self) -> str:
+        """Say how many images there are, and of which shape; a notebook shows no pixels."""
+        return f"Examples({len(self):,} images, {' x '.join(map(str, self.x.shape[1:]))})"
+
     def __getitem__(self, index: torch.Tensor | slice) -> "Examples":
         """Select the examples at `index`: a tensor of positions, a mask or a slice.
 

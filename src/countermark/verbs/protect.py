@@ -685,10 +685,11 @@ def show(result: Protection) -> None:
 def _known_line(result: Protection) -> str:
     """What the given weights had seen of what was to be held out."""
     held_out = {name: count for name, count in result.known.items() if name != "training"}
-    seen = ", ".join(f"{count} images for {name}" for name, count in held_out.items() if count)
+    seen = ", ".join(f"{count} of {name}" for name, count in held_out.items() if count)
     if not seen:
         return "the given weights had seen no image that was held out"
     return (
-        f"the given weights had been trained on {seen}: what is measured on those is "
-        "better than on new images; --trained-on says which images they were"
+        f"the given weights had been trained on images of pools that are held out ({seen}): "
+        "what is measured on those is better than on new images; "
+        "--trained-on says which images they were"
     )
