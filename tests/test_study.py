@@ -390,6 +390,7 @@ def test_the_grid_has_every_cell(profile: str) -> None:
         named = {
             "natural",
             "distilled",
+            "robust",
             "int8",
             "noise",
             "adversarially fine-tuned",
