@@ -15,6 +15,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+QUIET = "ignore:IProgress not found"
+"""What Python's warnings leave out in a kernel: tqdm misses a widget of its own."""
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -24,7 +26,6 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
     Raises:
         CellExecutionError: a cell raised an exception.
     """
-    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, about a widget of its own
     notebook = nbformat.read(path, as_version=4)
     place = {"metadata": {"path": str(folder)}}
     NotebookClient(
@@ -43,6 +44,7 @@ def _is_progress(output: nbformat.NotebookNode) -> bool:
 
 def main() -> None:
     """Run those that are named, or all."""
+    os.environ["PYTHONWARNINGS"] = QUIET
     for path in map(Path, sys.argv[1:] or sorted(EXAMPLES.glob("*.ipynb"))):
         begun = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:

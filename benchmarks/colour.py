@@ -24,7 +24,7 @@ from countermark import evaluate, protect, remove, steal
 from countermark.choices import Setting
 from countermark.device import describe, resolve_device
 from countermark.evaluation import accuracy, predict
-from countermark.files import read_json, write_json
+from countermark.files import CHECKPOINT_PREFIX, new_folder, read_json, write_json
 from countermark.guard import (
     CELL_BITS,
     Guard,
@@ -35,9 +35,11 @@ from countermark.guard import (
 )
 from countermark.memory import keep_freed_memory
 from countermark.networks import declared_pools, load_model, open_declared, save_model
+from countermark.networks import describe as describe_folder
 from countermark.terminal import p_value
 from countermark.thieves import THEFTS, Means
 from countermark.thieves.steal import untrained
+from countermark.threat import shown
 from countermark.training import Hardware, marking, recipe, resolve_hardware, train, traits
 from countermark.version import __version__
 from countermark.watermarks import load_secret
@@ -71,7 +73,6 @@ THEFT: Mapping[Setting, dict[str, Any]] = {
 }
 QUERIES: Mapping[Setting, int] = {"natural": 5_000, "robust": 8_500}
 COST = 0.2  # points that the guard may cost
-PARTS = ("owner", "controls", "strangers", "removals", "thefts", "guard")
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,16 @@ def controls(study: Study) -> None:
             epochs=study.epochs,
         )
         config = marking(made, given, study.objective)
-        train(network, pools.training, config, validation=pools.validation, title="trained on")
-        folder.mkdir()
-        save_model(folder, network, description)
+        with new_folder(folder, {"trained on": read_json(source / "model.json")}) as work:
+            train(
+                network,
+                pools.training,
+                config,
+                validation=pools.validation,
+                checkpoint=work / f"{CHECKPOINT_PREFIX}trained-on.safetensors",
+                title="trained on",
+            )
+            save_model(work, network, description)
     study.judged_strictly("trained on", folder)
     study.told("suspect source", lambda: asked(source, study.mine / "key"))
     study.told("suspect trained on", lambda: asked(folder, study.mine / "key"))
@@ -224,7 +232,8 @@ def thefts(study: Study) -> None:
 def guard(study: Study) -> None:
     """Thieves of a guarded service, each with an account of their own."""
     network, description = load_model(study.mine, device=resolve_device(study.device))
-    pools = declared_pools(description, open_declared(description, data=study.data))
+    data = open_declared(description, data=study.data)
+    pools = declared_pools(description, data)
     secret = load_secret(study.mine / "key")
     found = calibrate_model(
         network,
@@ -244,6 +253,7 @@ def guard(study: Study) -> None:
         means = Means(
             pool=pools.thief,
             threat=description.threat,
+            traits=traits(data, pools.thief, mirror=True),
             seed=study.seed + 900,
             hardware=resolve_hardware(Hardware(study.device)),
             title=setting,
@@ -284,14 +294,25 @@ def page(study: Study) -> str:
     def there(name: str) -> dict[str, Any] | None:
         return told.get(name.replace(" ", "-").replace("%", ""))
 
-    command = f"python benchmarks/colour.py cifar10.zip --objective {study.objective}"
+    threat = describe_folder(study.mine).threat
+    options = {
+        "objective": study.objective,
+        "network": study.network,
+        "images": study.images,
+        "seed": study.seed,
+        "epochs": study.epochs,
+    }
+    said = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
+    command = f"python benchmarks/colour.py {Path(study.data).name} {said}"
     lines = [
         "# Colour",
         "",
         "This page is about photographs: what the mark costs, what it survives, and what a guarded",
-        "service proves, on CIFAR-10.",
-        f"`{command}` made it with Countermark {__version__}, seed {study.seed},",
-        f"on {describe(study.device)}; the network is `{study.network}`, the budget 8/255.",
+        "service proves.",
+        "The robust thief of the guarded service mirrors images, as the owner does.",
+        f"Countermark {__version__} made it on {describe(study.device)}, at the budget",
+        f"{shown(threat.epsilon)}, by",
+        f"`{command}`.",
         "",
         "## The owner",
         "",
@@ -321,12 +342,12 @@ def page(study: Study) -> str:
         ]
         for title in titles:
             if row := there(f"suspect {title}"):
-                shown = [
+                accuracies = [
                     "" if row.get(name) is None else f"{row[name]:.2f} %"
                     for name in ("test_accuracy", "adversarial_accuracy")
                 ]
                 lines.append(
-                    f"| {title} | {shown[0]} | {shown[1]} "
+                    f"| {title} | {accuracies[0]} | {accuracies[1]} "
                     f"| {row['agreements']}:{row['disagreements']} | {row['neither']} "
                     f"| {p_value(row['log10_p_value'])} | {row['verdict']} |"
                 )
@@ -365,6 +386,9 @@ def page(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
+PARTS = (owner, controls, strangers, removals, thefts, guard)
+
+
 def main() -> None:
     """Make the parts that are wanted, and the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -377,7 +401,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="of source models")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="make these parts and no page")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[part.__name__ for part in PARTS],
+        help="make these parts and no page",
+    )
     parser.add_argument("--table", action="store_true", help="write the page from what is there")
     given = parser.parse_args()
     keep_freed_memory()
@@ -391,8 +420,7 @@ def main() -> None:
         given.device,
         given.epochs,
     )
-    work = (owner, controls, strangers, removals, thefts, guard)
-    for part in work if not given.table else ():
+    for part in PARTS if not given.table else ():
         if given.only is None or part.__name__ in given.only:
             part(study)
     if given.only is None or given.table:

@@ -39,7 +39,7 @@ def main() -> None:
     def row(name: str, suspect: str, accuracy: float) -> None:
         found = cm.verify(suspect, key=f"{given.model}/key")
         coins = f"{found.test.agreements}:{found.test.disagreements}"
-        p = f"10^{found.test.log10_p_value:.0f}"
+        p = f"{found.test.p_value:.1e}"
         print(f"{name:<24}{accuracy:6.1f} %{coins:>10}{p:>10}  {found.verdict}")
 
     with tempfile.TemporaryDirectory() as work:

@@ -62,7 +62,7 @@ def main() -> None:
             suspect, key=given.key, pixels="uint8", budget=budget, replay=given.replay
         )
         answered = found.test.trials - found.answers.unanswered
-        p = f"10^{found.test.log10_p_value:.0f}"
+        p = f"{found.test.p_value:.1e}"
         print(f"{product.requests} requests so far, {answered} of {found.test.trials} trials")
         print(f"  {found.test.agreements} agree, p = {p}: {found.verdict}")
         print(*found.doubts, sep="\n")

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable
+from math import log10
 from pathlib import Path
 
 import nbformat
@@ -30,7 +31,7 @@ MACHINE = re.compile(r"(?<![\w./:*])(?:/\w[\w.-]*){2,}|\b[A-Z]:\\")
 """An absolute path."""
 SEEDED = "import random, secrets; secrets.token_bytes = random.Random('example').randbytes"
 
-executed = runpy.run_path(str(ROOT / ".ci" / "notebooks.py"))["executed"]
+RUNNER = runpy.run_path(str(ROOT / ".ci" / "notebooks.py"))
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for kind in ("CONFIG", "DATA", "RUNTIME"):
         monkeypatch.setenv(f"JUPYTER_{kind}_DIR", str(tmp_path / "jupyter"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONWARNINGS", RUNNER["QUIET"])
     monkeypatch.setattr(secrets, "token_bytes", random.Random("example").randbytes)
     monkeypatch.chdir(empty)
     return empty
@@ -73,7 +75,7 @@ def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
 
 def notebook(name: str, folder: Path) -> str:
     """Run a notebook; its outputs are of the kinds that are committed."""
-    found = executed(EXAMPLES / name, folder)
+    found = RUNNER["executed"](EXAMPLES / name, folder)
     assert kinds(found) == kinds(nbformat.read(EXAMPLES / name, as_version=4)), "make examples"
     return seen(found)
 
@@ -137,7 +139,8 @@ def test_own_training_loop(folder: Path, script: Callable[..., str]) -> None:
 def test_compare_removals(models: Path, script: Callable[..., str]) -> None:
     """What costs a thief nothing removes nothing, and the stranger is told from the copies."""
     said = script("compare_removals.py", "mine", "stranger").splitlines()[1:]
-    found = {row[:24].strip(): (float(row.split("10^")[1].split()[0]), row) for row in said}
+    numbers = re.compile(r"\d\.\de[+-]\d+")
+    found = {row[:24].strip(): (log10(float(numbers.findall(row)[0])), row) for row in said}
     assert len(found) == 8
     for cheap in ("pruned, 50 %", "noise on the weights", "4-bit weights", "fine-tuned"):
         assert found[cheap][0] < CLEAR

@@ -1051,8 +1051,14 @@ def test_a_guard_of_large_images_can_be_read_back(tmp_path: Path) -> None:
     assert read_guard(tmp_path) == chosen
     assert chosen.familiar is not None
     assert not chosen.familiar.foreign(training).any()
+    black = Examples(torch.zeros(2, 3, 1200, 1200, dtype=torch.uint8), torch.tensor([0, 1]))
+    options: dict[str, Any] = {"secret": SECRET, "model_sha256": MODEL, "cost": 1.0}
     with pytest.raises(CountermarkError, match="natural-only"):
-        honest_ranges(torch.zeros(1, 3, 1200, 1200, dtype=torch.uint8), 0.1)
+        calibrate_model(nn.Linear(1, 2), black, training=black, epsilon=0.1, **options)
+    mixed = Examples(torch.stack([black.x[0], 255 - black.x[1]]), black.y)
+    pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))
+    with pytest.raises(CountermarkError, match="too few"):  # coins that cost too much ask no size
+        calibrate_model(pooling, mixed, training=mixed, epsilon=0.1, **options)
     record = read_guard_record(tmp_path)
     for side in ("lowest", "highest"):
         record["settings"]["familiar"][side] = "00" * ((1 << 22) + 1)

@@ -17,6 +17,7 @@ from countermark.claims import first_trials, judge_claim, page
 from countermark.evidence import judge, untested
 from countermark.pictures import agreements, png, strangers_band
 from countermark.terminal import as_html
+from countermark.verbs.adjudicate import Adjudication
 from countermark.verbs.asking import Answers
 from countermark.verbs.verify import Verification
 
@@ -156,8 +157,14 @@ def test_what_was_not_committed_is_not_shown() -> None:
 
 def test_a_notebook_shows_the_figure_and_no_trial() -> None:
     test, answers = judge(list(range(80)), [1] * 80), Answers(0, 0, "", None, "", "")
-    found: Any = Verification("copy", "coin", test, 100.0, None, answers, (), None)
+    found: Any = Verification("my copy", "coin", test, 100.0, None, answers, (), None)
     text = found._repr_html_()
     assert "<svg" in text
-    assert "<img" not in text
+    assert ">my copy: match<" in text
+    judgement: Any = Adjudication(
+        "claim", "copy", "upheld", "It is.", "ab" * 32, (), test, 2, answers, ()
+    )
+    page = judgement._repr_html_()
+    assert "with the choice of 2 batches included" in page
+    assert "<img" not in text + page
     assert as_html(lambda: None) == ""

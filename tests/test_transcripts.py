@@ -702,15 +702,12 @@ def _fault(code: str) -> str | None:
         words = words[1:]
     elif not _verb(f"countermark {code}") or not re.search(" --[a-z]", code):
         return None
-    if words[:1] == ["--version"] or (words[-1] == "--help" and len(words) < 3):
+    if words[:1] == ["--version"] or "--help" in words:
         return None
     try:
         name, rest = cli._named(words)
         if rest:
-            with contextlib.redirect_stdout(io.StringIO()):
-                cli._parse(name, _config(name), rest)
-    except SystemExit:  # the help was shown
-        return None
+            cli._parse(name, _config(name), rest)
     except CountermarkError as error:
         return None if re.search(r" (?:is|are) missing; ", str(error)) else str(error)
     return None

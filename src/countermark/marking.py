@@ -208,7 +208,9 @@ class Marking:
         >>> net = cm.load("stranger")  # your network, as far as you have trained it
         >>> mark = cm.Marking(net, digits, key="own/key")
         >>> optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-        >>> while not mark.check(net).taken:  # after each epoch
+        >>> for _ in range(100):  # epochs, until the mark holds
+        ...     if mark.check(net).taken:
+        ...         break
         ...     for rows in torch.randperm(len(training)).split(64):
         ...         x, y = mark.mix(training.x[rows] / 255, training.y[rows], 16)
         ...         optimiser.zero_grad()

@@ -77,7 +77,7 @@ def agreements(test: Verdict, batches: int = 1) -> str:
         f"{at:,g}</text>"
         for at, side in ((0, "start"), (decided / 2, "middle"), (decided, "end"))
     )
-    title = escape(f"{said} agree; {STRANGERS:.1%} of strangers: {low} to {high}")
+    title = escape(f"{said} agree; {100 * STRANGERS:.1f} % of strangers: {low} to {high}")
     svg = (
         "<svg viewBox='0 0 420 150' role='img' "
         "style='width:100%;max-width:36rem;height:auto' fill='currentColor' "

@@ -144,7 +144,8 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         return f"<tr>{''.join(parts)}</tr>"
 
     body = "".join(cells("td", row) for row in rows)
-    caption = f"<caption style='text-align:left;font-weight:bold'>{escape(title)}</caption>"
+    shown = _whole(title, escape)
+    caption = f"<caption style='text-align:left;font-weight:bold'>{shown}</caption>"
     return f"<table>{caption}<thead>{cells('th', columns)}</thead><tbody>{body}</tbody></table>"
 
 

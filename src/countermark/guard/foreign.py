@@ -74,16 +74,7 @@ def honest_ranges(training: torch.Tensor, epsilon: float) -> HonestRanges:
     Args:
         training: uint8 `(n, c, h, w)`, whose values set the ranges.
         epsilon: the budget by which the ranges are widened, for pixel values in [0, 1].
-
-    Raises:
-        CountermarkError: an image has more than `MOST_VALUES` values.
     """
-    values = math.prod(training.shape[1:])
-    if values > MOST_VALUES:
-        raise CountermarkError(
-            f"images of {values} values are too large for coins on foreign queries, {MOST_VALUES} "
-            "are the most; guard near ties alone (--natural-only)"
-        )
     margin = _margin(epsilon)
     lowest = torch.full(training.shape[1:], 255, dtype=torch.uint8)
     highest = torch.zeros(training.shape[1:], dtype=torch.uint8)
@@ -97,7 +88,7 @@ def honest_ranges(training: torch.Tensor, epsilon: float) -> HonestRanges:
 
 
 def share_told(ranges: HonestRanges, images: torch.Tensor, epsilon: float) -> float:
-    """Measure how well ranges tell made-up queries: the share of moved images that are foreign.
+    """Measure how well ranges tell what a thief makes up: the share of moved images outside.
 
     Each value of an image is moved by two budgets, up or down at random, which is about what a
     thief has moved it after five steps of Algorithm 2. On photographs every value of an image takes

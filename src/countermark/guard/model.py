@@ -17,7 +17,13 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
 from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, projections
-from countermark.guard.foreign import foreign_share, honest_ranges, outlines, share_told
+from countermark.guard.foreign import (
+    MOST_VALUES,
+    foreign_share,
+    honest_ranges,
+    outlines,
+    share_told,
+)
 
 _CHUNK = 250  # images at a time on a CPU
 _FOREIGN_BITS = 14
@@ -179,15 +185,22 @@ def calibrate_model(
     training images tell next to no foreign query, as those of photographs.
 
     Raises:
-        CountermarkError: as for `calibrate` and `foreign_share`.
+        CountermarkError: as for `calibrate` and `foreign_share`, or images with so many values
+            that ranges which would be of use cannot be stored.
     """
     # The share of honest queries that meet a fair coin, which spoils half of their answers.
-    share, ranges = 0.0, None
-    if training is not None:
-        share, ranges = foreign_share(training.x, epsilon), honest_ranges(training.x, epsilon)
-    tell = ranges is not None and share_told(ranges, validation.x, epsilon) >= _LEAST_TOLD
-    affordable = tell and 50 * share <= _FOREIGN_SHARE * cost
-    taken = 50 * share if affordable else 0.0
+    share = 0.0 if training is None else foreign_share(training.x, epsilon)
+    ranges, price = None, 50 * share
+    if training is not None and price <= _FOREIGN_SHARE * cost:
+        ranges = honest_ranges(training.x, epsilon)
+        if share_told(ranges, validation.x, epsilon) < _LEAST_TOLD:
+            ranges, price = None, 0.0
+        elif ranges.values > MOST_VALUES:
+            raise CountermarkError(
+                f"images of {ranges.values} values are too large for coins on foreign queries, "
+                f"{MOST_VALUES} are the most; guard near ties alone (--natural-only)"
+            )
+    taken = 0.0 if ranges is None else price
     read = FeatureReader(network.eval())
     count = read.count(validation.x)
     told = [read(validation.x[i : i + count]) for i in range(0, len(validation), count)]
@@ -203,8 +216,8 @@ def calibrate_model(
     )
     if training is None:
         return found
-    if not affordable:
-        return replace(found, foreign_cost=50 * share if tell else 0.0)
+    if ranges is None:
+        return replace(found, foreign_cost=price)
     rows = range(0, len(validation), _CHUNK)
     parts = (outlines(validation.x[i : i + _CHUNK]) for i in rows)
     seen = joined(parts, len(validation)).double()

@@ -62,7 +62,7 @@ def open_suspect(
         place: a model folder, an `.onnx` or `.pt2` file, the URL of an endpoint (see `Endpoint`),
             or a function of your own, which is given the images in batches as `asking` says. An
             exception that the function raises is a failure and is retried, unless it shows a bug
-            (see `_BUGS`). A replay log identifies the function by its module and qualified name.
+            (see `_BUGS`). A replay log knows the function by its module and qualified name.
         shape: the shape of each image that will be asked, `(channels, height, width)`.
         asking: how the suspect wants its images, and how an endpoint or a function is asked.
         device: where a model folder computes. A file runs in a child process on the CPU, and the

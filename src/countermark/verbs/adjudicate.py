@@ -41,7 +41,7 @@ class AdjudicateConfig(SuspectOptions):
     roots: ReadPath
     """PEM file with the root certificates of the timestamp authorities that you trust."""
     out: WrittenPath = "judgement"
-    """Where the judgement goes: OUT.html and OUT.json."""
+    """Where the judgement goes: OUT.html and OUT.json. The page shows ten of the opened trials."""
     owner_network: Network | None = None
     """module:function that builds the network of the claim's model, unless it is a built-in one; in
     Python also a function or a module."""
@@ -230,7 +230,7 @@ def show(result: Adjudication) -> None:
     """Print every check and the verdict."""
     checks = (f"{check.result:<12} {check.name}: {check.found}" for check in result.checks)
     print_lines(*checks, hanging=13)
-    print_figure(agreements(result.test))
+    print_figure(agreements(result.test, result.batches))
     print_lines("")
     print_lines(result.sentence, *result.doubts)
 

@@ -185,8 +185,8 @@ def show(result: Calibrated) -> None:
         )
     elif result.foreign_cost == 0:
         print_lines(
-            "no coins for made-up queries: honest images, as photographs, take all values in "
-            "every pixel, so queries that a thief makes up do not stand out"
+            "no coins for foreign queries: the ranges of the training images' pixels leave out "
+            "next to nothing, so queries that a thief makes up would not be foreign"
         )
     elif result.foreign_cost is not None:
         print_lines(
