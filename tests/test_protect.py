@@ -16,7 +16,7 @@ from torch import nn
 import countermark.data.source as source_module
 from countermark import marking, training
 from countermark.cli import main
-from countermark.data import Examples, known_images, open_data
+from countermark.data import Examples, Pools, known_images, open_data, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import agreement, predict
 from countermark.files import canonical_json, read_json, read_tensors, sha256, write_tensors
@@ -47,6 +47,29 @@ def hardly_trained(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_weights_that_want_normalised_images_are_refused_without_the_normalisation(
+    tmp_path: Path, digits: Pools
+) -> None:
+    """The nearest class mean of normalised images, as a linear network."""
+    x = (pixels(digits.training.x).flatten(1) - 0.5) / 0.25
+    means = torch.stack([x[digits.training.y == label].mean(0) for label in range(10)])
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        network[1].weight.copy_(means)
+        network[1].bias.copy_(-(means**2).sum(1) / 2)
+    given: dict[str, Any] = {
+        "network": network,
+        "weights": network.state_dict(),
+        "out": tmp_path / "mine",
+    }
+    with pytest.raises(
+        CountermarkError, match=r"right, and \d+ % with --mean 0\.\d+ --std 0\.\d+;"
+    ):
+        room._set_up(ProtectConfig(data="digits", **given))
+    room._set_up(ProtectConfig(data="digits", mean=(0.5,), std=(0.25,), **given))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
@@ -98,20 +121,20 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
     with monkeypatch.context() as patched:  # the further attempt can be interrupted like any run
         patched.setattr(loop, "_step", stops)
         with pytest.raises(KeyboardInterrupt):
-            protect("digits", out=out, epochs=23)
-    made = protect("digits", out=out, epochs=23)
+            protect("digits", out=out, epochs=43)
+    made = protect("digits", out=out, epochs=43)
     assert made.watermark_accuracy is not None
     assert made.watermark_accuracy >= 95
     assert made.mark is not None
     assert made.mark.taken
-    assert made.marking_epochs == 24
+    assert made.marking_epochs == 44
     assert made.trials == 160
     assert files(out / "key") == committed  # no coin was drawn again and no trial dropped
     assert not partial.exists()
     assert not list(out.glob("checkpoint-*"))
     events = read_json(out / "model.json")["history"]
     assert [event["event"] for event in events] == ["trained", *["marked"] * 5]
-    assert [event["config"]["epochs"] for event in events] == [3, 1, 1, 1, 1, 20]
+    assert [event["config"]["epochs"] for event in events] == [3, 1, 1, 1, 1, 40]
     key = load_key(out / "key")
     assert key.c1["config_sha256"] == sha256((out / "config.json").read_bytes())
     written = read_json(out / "config.json")

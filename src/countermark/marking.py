@@ -127,7 +127,8 @@ class Standing:
         """Say what the pruned copy still proves, for a person; empty if there is no copy."""
         if self.pruned is None or self.rate is None:
             return ""
-        return f"with {100 * self.rate:.0f} % of the weights pruned {told(self.pruned)}"
+        more = " (more would ruin a copy)" if self.rate < PLANNED_PRUNING[0] else ""
+        return f"with {100 * self.rate:.0f} % of the weights pruned{more} {told(self.pruned)}"
 
 
 def told(verdict: Verdict) -> str:

@@ -104,7 +104,7 @@ def open_suspect(
     if suffix in (".pt", ".pth", ".pkl", ".bin"):
         raise CountermarkError(
             f"{path} is refused: loading {suffix} files from others can run their code; "
-            "export the model to ONNX instead"
+            "export the model to ONNX instead (torch.onnx.export)"
         )
     if not path.exists():
         raise CountermarkError(f"{path} does not exist; name a model folder or an .onnx file")
