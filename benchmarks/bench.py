@@ -473,7 +473,7 @@ def write_page(record: dict[str, Any]) -> None:
         ),
         (
             "medians of the processor's time. "
-            "Where the time goes, and what was tried: [log.md](log.md)."
+            "Where the time goes, and what was tried: [the log](log.md)."
         ),
         "",
         "| | wanted | measured |",
