@@ -682,6 +682,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(digits: Pools) -> None:
         )
 
 
+def test_losses_that_are_read_together_are_the_same_and_stop_the_run_as_well(
+    digits: Pools, quick: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a GPU, where reading each loss at once would wait for each step."""
+    networks = small(), small()
+    at_once = train(networks[0], digits.training, quick)
+    monkeypatch.setattr(loop, "_unread", lambda _device: 7)
+    together = train(networks[1], digits.training, quick)
+    assert at_once == together
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(*(each.state_dict().values() for each in networks), strict=True)
+    )
+    diverging = replace(recipe(DIGITS, "standard", THREAT, epochs=3), learning_rate=1e6)
+    with pytest.raises(CountermarkError, match=r"loss is \S+ at step \d+"):
+        train(small(), digits.training, diverging, checkpoint=tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
 def test_devices_that_do_not_exist_are_an_error(digits: Pools, quick: TrainConfig) -> None:
     with pytest.raises(CountermarkError, match="cuda"):
         train(small(), digits.training, replace(quick, hardware=Hardware("cuda")))

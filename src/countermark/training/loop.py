@@ -43,6 +43,7 @@ _SMALL_ROOM = 4 << 30  # bytes assumed to be free on a device that does not repo
 _MOVED = 1000  # examples at a time that are moved to a device
 _RESIDENT = 0.5  # of a GPU's free memory that the examples may take
 _COLOURS = 3  # channels of an image in colour
+_TOLD = 20  # steps from one line of progress to the next
 _CHECKED = 500  # validation examples of the check for catastrophic overfitting
 _CHECK_STEPS = 10
 _UNITS = 127  # of a carried perturbation in one budget
@@ -303,6 +304,7 @@ class _Run:
         ]
         self.step = 0
         self.loss = 0.0  # summed over the epoch so far
+        self.unread: list[tuple[int, torch.Tensor]] = []  # losses by step, not in the sum yet
         self.attack = config.attack
         self.best = 0.0  # highest adversarial accuracy after an epoch so far
         self.initial = 0.0  # that of the weights the run started with
@@ -359,7 +361,33 @@ class _Run:
                 tensors[f"momentum.{name}"]
             )
 
+    def add(self, loss: torch.Tensor) -> None:
+        """Add the loss of a step to the epoch's.
+
+        Reading a number from a GPU waits for the GPU, so that is done for many steps at once.
+        """
+        self.unread.append((self.step, loss))
+        if len(self.unread) >= _unread(loss.device):
+            self.read()
+
+    def read(self) -> None:
+        """Read the losses that are waiting.
+
+        Raises:
+            CountermarkError: one of them is not finite.
+        """
+        if self.unread:
+            for step, value in zip(
+                [step for step, _ in self.unread],
+                torch.stack([loss for _, loss in self.unread]).tolist(),
+                strict=True,
+            ):
+                _check_loss(value, step)
+                self.loss += value
+            self.unread.clear()
+
     def save(self, path: Path | None) -> None:
+        self.read()
         if path is None or self.fabric.global_rank != 0:
             return
         state = {
@@ -554,11 +582,12 @@ def _run(
                     fabric.global_rank :: fabric.world_size
                 ]
                 batch = Examples(*near.batch(chosen, fabric.device))
-                run.loss += _step(run, batch, chosen, marks, (run.step + 0.5) / total)
+                run.add(_step(run, batch, chosen, marks, (run.step + 0.5) / total))
                 run.step += 1
                 if progress is not None:
                     progress.advance()
-                    if run.step % 20 == 0:
+                    if run.step % _TOLD == 0:
+                        run.read()
                         loss = run.loss / (number + 1)
                         progress.text(f"epoch {epoch + 1} of {config.epochs}, loss {loss:.3f}")
                 due = time.monotonic() - saved > _CHECKPOINT_SECONDS and number + 1 < per_epoch
@@ -651,7 +680,7 @@ def _apart(state: State) -> State:
 
 def _step(
     run: _Run, batch: Examples, chosen: torch.Tensor, marks: Examples | None, done: float
-) -> float:
+) -> torch.Tensor:
     """Take one optimiser step on a batch.
 
     Args:
@@ -662,7 +691,7 @@ def _step(
         done: share of the run that is complete.
 
     Returns:
-        The mean loss.
+        The mean loss, on the run's device.
     """
     config, fabric = run.config, run.fabric
     _set_seed(fabric.device, seed_of(config.seed, "step", run.step, fabric.global_rank))
@@ -680,7 +709,7 @@ def _step(
     return _descend(run, torch.cat(inputs), y, done)
 
 
-def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> float:
+def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> torch.Tensor:
     """One step down the loss of the inputs `x` and labels `y`; returns that loss."""
     for group in run.optimiser.param_groups:
         group["lr"] = _rate(run.config, done)
@@ -693,13 +722,21 @@ def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> float:
     run.stepper.step()
     run.stepper.zero_grad(set_to_none=True)
     run.average()
-    value = float(loss.detach())
-    if value != value or value == float("inf"):
+    return loss.detach()
+
+
+def _check_loss(value: float, step: int) -> None:
+    """Refuse to go on from a loss that is not finite."""
+    if not math.isfinite(value):
         raise CountermarkError(
-            f"the training loss is {value} at step {run.step}: the weights diverged, "
+            f"the training loss is {value} at step {step}: the weights diverged, "
             "or were not sound to begin with"
         )
-    return value
+
+
+def _unread(device: torch.device) -> int:
+    """Steps whose losses are read together."""
+    return 1 if device.type == "cpu" else _TOLD
 
 
 def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None:
@@ -713,7 +750,8 @@ def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None
         share = chosen[run.fabric.global_rank :: run.fabric.world_size]
         # Batch norm needs two examples, and DDP needs every process.
         if len(chosen) >= 2 * run.fabric.world_size:
-            _descend(run, pixels(marks.x[share], bounded=False), marks.y[share], done)
+            loss = _descend(run, pixels(marks.x[share], bounded=False), marks.y[share], done)
+            _check_loss(float(loss), run.step)
 
 
 def _end_epoch(
@@ -724,6 +762,7 @@ def _end_epoch(
     Under the fast objective, an epoch that collapsed is undone, and attacks take twice the steps
     from there on.
     """
+    run.read()
     config = run.config
     clean = adversarial = watched = marked = None
     if run.fabric.global_rank == 0:
