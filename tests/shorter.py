@@ -3,6 +3,7 @@
 And training in another process, watched by its checkpoint.
 """
 
+import contextlib
 import subprocess
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from countermark.errors import CountermarkError
 from countermark.files import read_tensors
 from countermark.marking import Standing
 from countermark.training import TrainConfig
@@ -37,8 +39,10 @@ def wait_for_epoch(epoch: int, folder: Path, process: "subprocess.Popen[Any]") -
     """Wait until the source model that a process trains has come so far, or the process is done."""
     checkpoint = folder / "checkpoint-source.safetensors"
     for _ in range(6000):
-        if checkpoint.exists() and len(read_tensors(checkpoint, 1 << 30)[1]["records"]) >= epoch:
-            return
+        # The file may not be there yet, or be replaced while it is read.
+        with contextlib.suppress(CountermarkError):
+            if len(read_tensors(checkpoint, 1 << 30)[1]["records"]) >= epoch:
+                return
         if process.poll() is not None:
             assert process.returncode == 0
             return

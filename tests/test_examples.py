@@ -119,8 +119,8 @@ def test_mark_your_own_model(folder: Path) -> None:
 def test_catch_a_copy(models: Path) -> None:
     """Three copies match, and the stranger does not."""
     text = notebook("catch_a_copy.ipynb", models)
-    line = r"(\S+) +\d+ of 160 agree, p = 10\^(\S+) +(match|no evidence)"
-    found = {name: (float(p), verdict) for name, p, verdict in re.findall(line, text)}
+    line = r"(\S+) +\d+ of 160 agree, p = (\S+) +(match|no evidence)"
+    found = {name: (log10(float(p)), verdict) for name, p, verdict in re.findall(line, text)}
     assert list(found) == ["pruned", "fine-tuned", "exported.onnx", "stranger"]
     p, verdict = found.pop("stranger")
     assert (p > LEVEL, verdict) == (True, "no evidence")
@@ -160,15 +160,15 @@ def test_compare_removals(models: Path, script: Callable[..., str]) -> None:
 def test_suspect_function(models: Path, script: Callable[..., str]) -> None:
     """A product with an API of its own is a match or not, and is sent no image twice."""
     cm.remove("mine", out="copy", prune=0.5)
-    line = r"(\d+) requests so far, (\d+) of (\d+) trials\n.*p = 10\^(\S+): (.*)"
+    line = r"(\d+) requests so far, (\d+) of (\d+) trials\n.*p = (\S+): (.*)"
     first, second = re.findall(line, script("suspect_function.py", "copy", "--key", "mine/key"))
     assert (first[0], first[4], second[4]) == ("60", "match", "match")
     clean = 100  # at most, to see whether it is asked in the right way
     assert int(second[0]) <= 60 + int(second[2]) - int(first[1]) + clean
-    assert float(second[3]) < CLEAR
+    assert log10(float(second[3])) < CLEAR
     other = script("suspect_function.py", "stranger", "--key", "mine/key", "--replay", "other")
     for *_, p, verdict in re.findall(line, other):
-        assert (float(p) > LEVEL, verdict) == (True, "no evidence")
+        assert (log10(float(p)) > LEVEL, verdict) == (True, "no evidence")
 
 
 def test_settle_a_dispute(folder: Path, tmp_path: Path, script: Callable[..., str]) -> None:
