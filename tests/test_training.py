@@ -601,12 +601,12 @@ def test_the_guard_sees_a_collapse_that_single_steps_do_not(
         assert accuracy(network, bright) == adversarial_accuracy(network, bright, single) == 100
         assert adversarial_accuracy(network, bright, loop.with_steps(single, 10)) == many
 
-    def step(run: loop._Run, *_arguments: object) -> float:
+    def step(run: loop._Run, *_arguments: object) -> torch.Tensor:
         assert run.attack is not None
         run.network.plant(
             Brightness.COLLAPSED if (run.step, run.attack.steps) == (1, 1) else Brightness.ROBUST
         )  # type: ignore[operator]
-        return 0.0
+        return torch.zeros(())
 
     monkeypatch.setattr(loop, "_step", step)
     monkeypatch.setattr(loop, "_CHECK_STEPS", check_steps)
