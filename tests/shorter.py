@@ -6,28 +6,31 @@ And training in another process, watched by its checkpoint.
 import contextlib
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from countermark import training
 from countermark.errors import CountermarkError
 from countermark.files import read_tensors
 from countermark.marking import Standing
 from countermark.training import TrainConfig
 
 
-def mark_shortly(patch: pytest.MonkeyPatch, room: ModuleType, epochs: int) -> None:
-    """Let `room` mark in so few epochs, in one round."""
-    true_marking = room.marking
+def shorten(patch: pytest.MonkeyPatch, name: str, epochs: int) -> None:
+    """Let `recipe` or `marking` of `countermark.training` take so few epochs."""
+    made: Callable[..., TrainConfig] = getattr(training, name)
+    patch.setattr(
+        training, name, lambda *given, **options: replace(made(*given, **options), epochs=epochs)
+    )
 
-    def short(*arguments: Any) -> TrainConfig:
-        made: TrainConfig = replace(true_marking(*arguments), epochs=epochs)
-        return made
 
-    patch.setattr(room, "marking", short)
+def mark_shortly(patch: pytest.MonkeyPatch, epochs: int) -> None:
+    """Let a mark take so few epochs, in one round."""
+    shorten(patch, "marking", epochs)
 
 
 def take_any_mark(patch: pytest.MonkeyPatch) -> None:

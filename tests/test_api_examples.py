@@ -13,9 +13,8 @@ import shutil
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from importlib import import_module
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +30,14 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 import countermark as cm
+from answered import first_rows
 from authority import Authority
 from countermark.evaluation import predict
 from countermark.files import canonical_json
-from countermark.guard import QueryLog, Row, load_guarded, weights_sha256
+from countermark.guard import QueryLog, load_guarded, weights_sha256
 from countermark.networks import load_model, save_model
-from countermark.training import TrainConfig
 from drawing import draw_folder
+from shorter import shorten
 
 RELEASE = Path(__file__).parent / "golden" / "0.1.0"
 FROM_NOTHING = ("protect", "quickstart")  # they make the model that the other examples have
@@ -80,20 +80,7 @@ def copied_through_the_service() -> None:
     """Write `log.db`, what anna asked the guarded model, and `copy`, which learned the answers."""
     guarded, digest = load_guarded(Path("mine"), Path("mine/key")), weights_sha256(Path("mine"))
     answered = guarded(cm.open_data("digits").train.x, "anna")
-    rows = {
-        t.cell: Row(
-            digest,
-            "anna",
-            t.cell,
-            answered.images[t.row].numpy().tobytes(),
-            t.heads,
-            t.tails,
-            t.chance,
-            t.answer,
-            20_000,
-        )
-        for t in reversed(answered.trials)
-    }
+    rows = first_rows(answered, digest, "anna")
     with QueryLog("log.db") as log:
         log.append(list(rows.values()))
     asked = [np.frombuffer(row.image, np.uint8).reshape(1, 8, 8) for row in rows.values()]
@@ -124,17 +111,6 @@ def failures(test: doctest.DocTest) -> str:
     return "".join(said)
 
 
-def train_shortly(patch: pytest.MonkeyPatch) -> None:
-    """Train few epochs; the marking still goes on until the mark holds."""
-    training = import_module("countermark.training")
-    for name, epochs in (("recipe", 3), ("marking", 18)):
-        patch.setattr(training, name, shorter(getattr(training, name), epochs))
-
-
-def shorter(made: Callable[..., TrainConfig], epochs: int) -> Callable[..., TrainConfig]:
-    return lambda *given, **options: replace(made(*given, **options), epochs=epochs)
-
-
 def end_when_it_serves(port: int, over: threading.Event) -> None:
     """Press Ctrl-C once the service at a port answers, unless the example is over before."""
     while not over.wait(0.05):
@@ -155,7 +131,8 @@ def test_every_public_name_has_an_example_that_runs(
     if name not in FROM_NOTHING:
         shutil.copytree(world, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    train_shortly(monkeypatch)
+    shorten(monkeypatch, "recipe", 3)
+    shorten(monkeypatch, "marking", 18)  # it goes on until the mark holds
     test = examples(name)
     assert test.examples
     with socket.socket() as free:

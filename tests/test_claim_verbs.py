@@ -308,7 +308,7 @@ def test_an_interrupted_run_does_not_draw_its_coins_again(
             raise KeyboardInterrupt
         return true_train(*arguments, **options)  # type: ignore[arg-type]
 
-    mark_shortly(monkeypatch, training, 2)
+    mark_shortly(monkeypatch, 2)
     take_any_mark(monkeypatch)
     monkeypatch.setattr(room, "_make_key", lambda *a: _small_key(a))
     monkeypatch.setattr(training, "train", stops)

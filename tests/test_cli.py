@@ -25,7 +25,7 @@ import pytest
 import torch
 
 import countermark
-from countermark import choices, cli, html, options, terminal, training
+from countermark import choices, cli, html, options, terminal
 from countermark.attacks.strict import STAGES
 from countermark.data import KNOWN, open_data
 from countermark.networks import load, load_model, save_model
@@ -100,7 +100,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     There is no option for its number of epochs.
     """
 
-    return lambda epochs: mark_shortly(monkeypatch, training, epochs)
+    return lambda epochs: mark_shortly(monkeypatch, epochs)
 
 
 def test_strong_takes_its_own_network_and_keeps_the_mark(

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from answered import first_rows
 from chances import most
 from countermark.attacks import pgd
 from countermark.data import Examples, Pools, as_uint8, known, pixels
@@ -665,12 +666,8 @@ def test_strangers_agree_with_the_coins_of_a_thiefs_walk_as_often_as_they_should
             x: torch.Tensor, client: str = client, rows: dict[bytes, Row] = rows
         ) -> torch.Tensor:
             answers = far_sighted(x, client)
-            for t in answers.trials:
-                image = answers.images[t.row].numpy().tobytes()
-                rows.setdefault(
-                    t.cell,
-                    Row(MODEL, client, t.cell, image, t.heads, t.tails, t.chance, t.answer, 20000),
-                )
+            for cell, row in first_rows(answers, MODEL, client).items():
+                rows.setdefault(cell, row)
             return answers.labels
 
         walk(victim, digits, 800, seed=run)
@@ -1002,25 +999,7 @@ def test_a_copy_made_through_the_guard_is_traced(guarded: GuardedModel, digits: 
     x = digits.training.x
     log: list[Row] = []
     for client in ("anna", "bob"):
-        answers = guarded(x, client)
-        seen: set[bytes] = set()
-        for trial in answers.trials:
-            if trial.cell not in seen:
-                seen.add(trial.cell)
-                image = answers.images[trial.row].numpy().tobytes()
-                log.append(
-                    Row(
-                        MODEL,
-                        client,
-                        trial.cell,
-                        image,
-                        trial.heads,
-                        trial.tails,
-                        trial.chance,
-                        trial.answer,
-                        20000,
-                    )
-                )
+        log += first_rows(guarded(x, client), MODEL, client).values()
     suspects = {}
     for name, labels in (
         ("copy", guarded(x, "bob").labels),

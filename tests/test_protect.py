@@ -215,7 +215,7 @@ def test_the_marking_goes_on_until_the_mark_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One epoch a round is too little for a few rounds; no round follows the one that suffices."""
-    mark_shortly(monkeypatch, training, 6)
+    mark_shortly(monkeypatch, 6)
     seen: list[Standing] = []
     true_standing = marking.standing
 
@@ -278,7 +278,7 @@ def test_given_weights_are_marked_and_no_more(owner: Path, tmp_path: Path) -> No
 def test_given_weights_are_made_robust_where_an_objective_says_so(
     stranger: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mark_shortly(monkeypatch, training, 1)
+    mark_shortly(monkeypatch, 1)
     take_any_mark(monkeypatch)
     out = tmp_path / "mine"
     protect(
@@ -307,7 +307,7 @@ def test_bases_are_taken_from_what_given_weights_did_not_know(
             replace(data, train=seen, test=seen[:10]) if place == "then" else data
         ),
     )
-    mark_shortly(monkeypatch, training, 1)
+    mark_shortly(monkeypatch, 1)
     monkeypatch.setattr(
         training, "gentle", lambda config, *_more, **_options: replace(config, epochs=1)
     )
@@ -478,7 +478,7 @@ def test_arrays_and_a_network_of_ones_own_are_protected_from_python(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Colour images, batch norm, a normaliser in front: what no table of ours knows."""
-    mark_shortly(monkeypatch, training, 1)
+    mark_shortly(monkeypatch, 1)
     take_any_mark(monkeypatch)
     examples = shapes(900)
     own = network()
@@ -511,7 +511,7 @@ def test_a_module_that_was_trained_says_so_by_its_state_dict(
 
     Without them it counts as new and is trained.
     """
-    mark_shortly(monkeypatch, training, 1)
+    mark_shortly(monkeypatch, 1)
     take_any_mark(monkeypatch)
     examples, own, out = shapes(900), network(), tmp_path / "mine"
     before = {name: value.clone() for name, value in own.state_dict().items()}

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chances import RISK, most
-from countermark import training
 from countermark.data import Examples, Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
@@ -302,7 +301,7 @@ def test_the_trials_cannot_be_made_again_without_the_secret(
 
     The seed and the public options are the same.
     """
-    mark_shortly(monkeypatch, training, 2)
+    mark_shortly(monkeypatch, 2)
     take_any_mark(monkeypatch)
     protect("digits", out=tmp_path / "again", epochs=8)
     first, second = load_key(owner / "key"), load_key(tmp_path / "again" / "key")

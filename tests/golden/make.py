@@ -15,10 +15,11 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 
+from answered import first_rows  # noqa: E402
 from authority import Authority  # noqa: E402
 from countermark import adjudicate, calibrate, claim, log_head, protect  # noqa: E402
 from countermark.data import load_pools  # noqa: E402
-from countermark.guard import QueryLog, Row, load_guarded, weights_sha256  # noqa: E402
+from countermark.guard import QueryLog, load_guarded, weights_sha256  # noqa: E402
 from countermark.networks import load_model, save_model  # noqa: E402
 from countermark.service.clients import add_client  # noqa: E402
 from countermark.thieves.remove import prune  # noqa: E402
@@ -38,21 +39,7 @@ def main(version: str) -> None:
     with QueryLog(str(out / "log.db")) as log:
         x = load_pools("digits", 0).thief.x
         answered = load_guarded(mine, mine / "key")(x, "anna")
-        digest = weights_sha256(mine)
-        rows = [
-            Row(
-                digest,
-                "anna",
-                t.cell,
-                answered.images[t.row].numpy().tobytes(),
-                t.heads,
-                t.tails,
-                t.chance,
-                t.answer,
-                20_000,
-            )
-            for t in answered.trials
-        ]
+        rows = list(first_rows(answered, weights_sha256(mine), "anna").values())
         print(sum(log.append(rows)), "rows in the log")
     network, description = load_model(mine)
     (out / "theirs").mkdir()

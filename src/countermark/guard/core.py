@@ -129,7 +129,7 @@ class Guard:
             logits: `(n, classes)`.
             features: `(n, features)`, from the layer that the cells are made from.
             client: name of the account that asks; each account has its own coins.
-            images: the queries, uint8 `(n, c, h, w)`; needed if the settings have `honest_ranges`.
+            images: the queries, uint8 `(n, c, h, w)`; needed if the settings have `familiar`.
 
         Returns:
             int64 answers `(n,)`, and the trials among them in order. Only a client's first trial in

@@ -216,7 +216,6 @@ def learn_answers(answers: Answers, copied: nn.Module, means: Means) -> int:
     Raises:
         CountermarkError: the thief has no images.
     """
-    told = _told(answers, copied, means)
     config = TrainConfig(
         objective="standard",
         attack=None,
@@ -226,8 +225,7 @@ def learn_answers(answers: Answers, copied: nn.Module, means: Means) -> int:
         seed=means.seed,
         hardware=means.hardware,
     )
-    train(copied, told, config, title=means.title)
-    return len(told)
+    return _learned(answers, copied, means, config)
 
 
 def learn_answers_robustly(answers: Answers, copied: nn.Module, means: Means) -> int:
@@ -235,7 +233,6 @@ def learn_answers_robustly(answers: Answers, copied: nn.Module, means: Means) ->
 
     Training on perturbed images smooths the answers, and a coin in one answer is easily lost.
     """
-    told = _told(answers, copied, means)
     config = recipe(
         means.shown_traits(),
         "fast",
@@ -244,15 +241,15 @@ def learn_answers_robustly(answers: Answers, copied: nn.Module, means: Means) ->
         hardware=means.hardware,
         epochs=means.epochs,
     )
-    train(copied, told, config, title=means.title)
-    return len(told)
+    return _learned(answers, copied, means, config)
 
 
-def _told(answers: Answers, copied: nn.Module, means: Means) -> Examples:
-    """The images that a thief asks about, with the victim's answers instead of their labels."""
+def _learned(answers: Answers, copied: nn.Module, means: Means, config: TrainConfig) -> int:
+    """Train a copy on the pool's images with the victim's answers; how many were asked for."""
     natural = _some(means.pool, means.queries)
     told = [answers(natural.x[few]) for few in _parts(natural.x, device_of(copied))]
-    return Examples(natural.x, torch.cat(told))
+    train(copied, Examples(natural.x, torch.cat(told)), config, title=means.title)
+    return len(natural)
 
 
 def _parts(x: torch.Tensor | Rows, device: torch.device) -> Iterator[slice]:

@@ -1,0 +1,16 @@
+"""Rows of a query log, out of what a guarded model answered."""
+
+from countermark.guard import Answers, Row
+
+DAY = 20_000
+"""The day on which every one of these was answered, since 1970."""
+
+
+def first_rows(answers: Answers, model_sha256: str, client: str) -> dict[bytes, Row]:
+    """The first trial of each cell, by its cell: what a service would keep of one client's call."""
+    rows: dict[bytes, Row] = {}
+    for trial in answers.trials:
+        image = answers.images[trial.row].contiguous().numpy().tobytes()
+        numbers = (trial.heads, trial.tails, trial.chance, trial.answer, DAY)
+        rows.setdefault(trial.cell, Row(model_sha256, client, trial.cell, image, *numbers))
+    return rows
