@@ -549,7 +549,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     units = in_order(cell.unit for cell in cells["clean"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("countermark.study.run._POLL", 0.1)
-        mark_shortly(patch, work, 2)
+        mark_shortly(patch, 2)
         running(
             [unit for unit in units if unit.kind == "model" and not unit.inputs], out, workers=2
         )
