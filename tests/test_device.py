@@ -8,7 +8,6 @@ import contextlib
 import copy
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import nn
 import elsewhere
 from countermark import device as devices
 from countermark import evaluation
-from countermark.attacks import Recording, capturable, pgd, strict
+from countermark.attacks import Recording, pgd, strict
 from countermark.data import Examples, pixels
 from countermark.data.examples import Rows
 from countermark.device import (
@@ -40,6 +39,7 @@ from countermark.evaluation import (
     predict,
     strict_accuracy,
 )
+from countermark.fast import Recorded, capturable, recording
 from countermark.guard import Guard, GuardedModel, calibrate_model, expected_cost
 from countermark.networks import save_model
 from countermark.networks.named import build
@@ -57,7 +57,6 @@ if elsewhere.APART not in os.environ:
         "test_device_apart.py runs these in a process of their own", allow_module_level=True
     )
 elsewhere.pretend_device()  # before any test goes backwards: autograd counts its devices once
-pgd_module = sys.modules["countermark.attacks.pgd"]  # the package has a function of that name
 ATTACK = Attack(0.1, 3, 0.05)
 PLAIN = TrainConfig(
     "standard", None, 2, batch_size=16, hardware=Hardware("cpu", precision="32-true")
@@ -423,7 +422,7 @@ def test_a_recorded_attack_finds_what_pgd_finds(
     Without a GPU nothing is recorded, so the step itself stands for its replay. The tensors that it
     works on stay the same while the batch size does.
     """
-    monkeypatch.setattr(pgd_module, "_captured", lambda step: step)
+    monkeypatch.setattr(recording, "captured", lambda step, device: step)
     network, shown = NETWORKS["paper"]().eval(), examples(32)
 
     def precision() -> contextlib.AbstractContextManager[Any]:
@@ -451,7 +450,7 @@ def test_a_recorded_attack_finds_what_pgd_finds(
                 with contextlib.nullcontext() if attack is recorded else precision():
                     found.append(attack(x, y, **options))  # type: ignore[operator]
             assert torch.equal(*found)
-            places.add((len(x), recorded._held[0].data_ptr()))
+            places.add((len(x), recorded._steps.held[0].data_ptr()))
         with torch.no_grad():
             for weight in network.parameters():
                 weight.mul_(1.1)
@@ -465,21 +464,27 @@ def test_only_layers_that_ask_nothing_are_recorded() -> None:
 
 def test_training_replays_its_attack_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     """The processor stands for a GPU."""
-    monkeypatch.setattr(pgd_module, "_captured", lambda step: step)
+    monkeypatch.setattr(recording, "captured", lambda step, device: step)
     made = []
 
-    def recording(*arguments: Any) -> Recording:
-        made.append(Recording(*arguments))
-        return made[-1]
+    def making(kind: Any) -> Any:
+        def make(*arguments: Any) -> Any:
+            made.append(kind(*arguments))
+            return made[-1]
+
+        return make
 
     for objective in ("pgd", "fast"):
-        config = replace(OBJECTIVES[objective], attack=replace(ATTACK, steps=2))
+        config = replace(
+            OBJECTIVES[objective], attack=replace(ATTACK, steps=2), average=0.9, push=0.01
+        )
         plain, recorded = NETWORKS["surrogate"](), NETWORKS["surrogate"]()
         monkeypatch.setattr(loop, "worth_preparing", lambda _network: False)
         records = train(plain, examples(), config, validation=examples(20, seed=5))
         with monkeypatch.context() as patch:
             patch.setattr(loop, "_records", lambda *_: True)
-            patch.setattr(loop, "Recording", recording)
+            patch.setattr(loop, "Recording", making(Recording))
+            patch.setattr(loop, "Recorded", making(Recorded))
             assert train(recorded, examples(), config, validation=examples(20, seed=5)) == records
         assert all(
             torch.equal(*pair)
@@ -487,7 +492,7 @@ def test_training_replays_its_attack_where_it_can(monkeypatch: pytest.MonkeyPatc
                 plain.state_dict().values(), recorded.state_dict().values(), strict=True
             )
         )
-    assert len(made) == 2
+    assert len(made) == 4
 
 
 def test_a_seeded_block_changes_no_setting_of_cudnn_but_one() -> None:

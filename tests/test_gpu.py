@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from countermark import evaluation
-from countermark.attacks import Recording, capturable, pgd, strict
+from countermark.attacks import Recording, pgd, strict
 from countermark.data import pixels
 from countermark.device import describe, resolve_device
 from countermark.evaluation import (
@@ -25,12 +25,12 @@ from countermark.evaluation import (
     predict,
     strict_accuracy,
 )
-from countermark.fast import prepare
+from countermark.fast import capturable, prepare, recording
 from countermark.guard import Guard, GuardedModel, calibrate_model
 from countermark.networks.named import Normalise, build
 from countermark.training import Hardware, TrainConfig, loop, train
 from countermark.watermarks import craft_adversarial
-from test_device import ATTACK, NETWORKS, OBJECTIVES, examples, pgd_module
+from test_device import ATTACK, NETWORKS, OBJECTIVES, examples
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 GPU = Hardware("cuda")
@@ -77,7 +77,7 @@ def test_a_replayed_step_is_the_step_itself(
     x, y = (part.cuda() for part in (pixels(examples(64).x), examples(64).y))
     found = []
     for known in (("torch", "countermark"), ()):
-        monkeypatch.setattr(pgd_module, "_KNOWN", known)
+        monkeypatch.setattr(recording, "_KNOWN", known)
         torch.manual_seed(0)
         found.append(pgd(quick, x, y, epsilon=0.1, steps=5, step_size=0.03, stop_when_lost=True))
         assert float((found[-1] - x).abs().max()) <= 0.1 + 1e-6

@@ -3,6 +3,7 @@
 The tests are of determinism, resuming, processes, precision and the guard.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -197,17 +198,17 @@ def test_the_average_is_that_of_the_closed_form(
     """
     script(50.0)
     decay, seen = 0.8, []
-    descend = loop._descend
+    descend = loop._Run.descend
 
-    def watching(run: loop._Run, *arguments: object) -> float:
-        value = descend(run, *arguments)  # type: ignore[arg-type]
+    def watching(run: loop._Run, *arguments: Any) -> torch.Tensor:
+        value = descend(run, *arguments)
         seen.append(weights(run.network).clone())
         return value
 
     plain, averaged = small(), small()
     begun = weights(averaged).clone()
     records = train(plain, digits.training, quick, validation=digits.validation)
-    monkeypatch.setattr(loop, "_descend", watching)
+    monkeypatch.setattr(loop._Run, "descend", watching)
     found = train(
         averaged, digits.training, replace(quick, average=decay), validation=digits.validation
     )
@@ -935,6 +936,34 @@ def test_tied_weights_are_trained_kept_and_stay_tied(
         assert trained[3].weight is trained[1].weight
         assert not torch.equal(trained[1].weight, before)
     assert torch.equal(weights(network), weights(resumed))
+
+
+def test_a_step_takes_its_gradient_at_weights_that_were_pushed_up_the_loss() -> None:
+    """One step of a network of two layers against the definition; a bias is not pushed."""
+    torch.manual_seed(0)
+    shown = Examples(torch.rand(8, 1, 2, 3), torch.arange(8) % 3)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    nn.init.zeros_(network[3].weight)  # nothing to push, and no gradient below it
+    config = TrainConfig(
+        "standard", None, 1, push=0.3, batch_size=8, momentum=0.0, weight_decay=0.0,
+        learning_rate=0.5, schedule="constant", hardware=Hardware("cpu", precision="32-true"),
+    )  # fmt: skip
+    pushed = copy.deepcopy(network)
+    for first in (True, False):
+        loss = functional.cross_entropy(pushed(shown.x), shown.y)
+        slopes = torch.autograd.grad(loss, list(pushed.parameters()))
+        if first:
+            with torch.no_grad():
+                for weight, slope in zip(pushed.parameters(), slopes, strict=True):
+                    if weight.dim() > 1 and slope.norm() > 0:
+                        weight += 0.3 * weight.norm() * slope / slope.norm()
+    expected = [
+        weight - 0.5 * slope for weight, slope in zip(network.parameters(), slopes, strict=True)
+    ]
+    (record,) = train(network, shown, config)
+    assert record.loss == pytest.approx(loss.item())
+    for weight, wanted in zip(network.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_the_average_of_tied_weights_moves_once_a_step(digits: Pools) -> None:

@@ -174,6 +174,11 @@ def batch_size(
     return max(_FEWEST, min(most_on_gpu, int(share * _ON_GPU) // values))
 
 
+def sent(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """The tensor on the device; the host does not wait for a GPU that is at work."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """Let cuDNN choose deterministic kernels in the block, and leave its other settings alone.

@@ -7,7 +7,7 @@ all of them query it through `ask` (asking.py).
 """
 
 from countermark.attacks.asking import answers, ask, finite
-from countermark.attacks.pgd import Recording, capturable, fgsm, pgd
+from countermark.attacks.pgd import Recording, fgsm, pgd
 from countermark.attacks.strict import strict
 from countermark.device import computes_bf16
 
@@ -15,7 +15,6 @@ __all__ = [
     "Recording",
     "answers",
     "ask",
-    "capturable",
     "computes_bf16",
     "fgsm",
     "finite",

@@ -16,10 +16,9 @@ from countermark.attacks.asking import NOT_FINITE, answers, ask
 from countermark.data import pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
-from countermark.fast import Prepared
+from countermark.fast import Prepared, Recorded, capturable, captured
 
 _CACHED = 64  # images whose activations stay in a CPU's cache
-_KNOWN = ("torch", "countermark")  # packages whose layers read no value from the device
 
 
 def pgd(
@@ -143,8 +142,9 @@ def _climb(
     if isinstance(model, Prepared):  # each image is on its own, and nobody else sees the passes
         if points.is_cuda and capturable(model):
             before = points.clone()
-            step = _captured(
-                lambda: step_(model, points, y, lower, upper, step_size, stop_when_lost)
+            step = captured(
+                lambda: step_(model, points, y, lower, upper, step_size, stop_when_lost),
+                points.device,
             )
             points.copy_(before)
             for _ in range(steps):
@@ -230,23 +230,21 @@ def step_(
 
 
 class Recording:
-    """PGD for training on a GPU: its step is recorded once and replayed for batches of one shape.
+    """PGD for training on a GPU, whose step is recorded (see `Recorded`).
 
-    In batches of a hundred images, the host would otherwise take several times as long to launch a
-    step as the device takes to compute it. The model's weights may change in place between two
-    calls.
+    The model's weights may change in place between two calls.
     """
 
     def __init__(
-        self, model: nn.Module, precision: Callable[[], contextlib.AbstractContextManager[Any]]
+        self, model: nn.Module, computing: Callable[[], contextlib.AbstractContextManager[Any]]
     ) -> None:
-        """Attack a model that stays in evaluation mode while it is attacked.
+        """Attack a model.
 
-        Each step runs within `precision()`, which must not cache any casts.
+        Each step runs within `computing()`, which sets the model's mode and the precision, and must
+        not cache any casts.
         """
-        self._model, self._precision = model, precision
-        self._held: list[torch.Tensor] = []  # points, labels, lowest and highest pixels, step size
-        self._replay: Callable[[], None] = lambda: None
+        self._model, self._computing = model, computing
+        self._steps = Recorded(self._step)
 
     def __call__(
         self,
@@ -259,54 +257,33 @@ class Recording:
         random_start: bool,
         start: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Find what `pgd` finds, in one run that neither stops early nor checks the pixel range."""
+        """Find what `pgd` finds, in one run that does not stop early and reads nothing back.
+
+        So the range of the pixels is not checked, and an example is NaN where the model's logits
+        were not finite.
+        """
         lower, upper = (x - epsilon).clamp_(0, 1), (x + epsilon).clamp_(0, 1)
         first = (
             _start(x, epsilon, lower, upper, random_start)
             if start is None
             else torch.clamp(start, lower, upper)
         )
-        given = [first, y, lower, upper, x.new_tensor(step_size)]
-        if [each.shape for each in given] != [each.shape for each in self._held]:
-            self._held = [each.clone() for each in given]
-            self._replay = _captured(self._step)
-        for held, each in zip(self._held, given, strict=True):
-            held.copy_(each)
+        length = torch.full((), step_size, dtype=x.dtype, device=x.device)
+        self._steps.load(first, y, lower, upper, length)
         for _ in range(steps):
-            self._replay()
-        return _sound(self._held[0].clone())
+            self._steps.replay()
+        return self._steps.held[0].clone()
 
-    def _step(self) -> None:
-        points, y, lower, upper, step_size = self._held
-        with self._precision():
+    def _step(
+        self,
+        points: torch.Tensor,
+        y: torch.Tensor,
+        lower: torch.Tensor,
+        upper: torch.Tensor,
+        step_size: torch.Tensor,
+    ) -> None:
+        with self._computing():
             step_(self._model, points, y, lower, upper, step_size, stop_when_lost=False)
-
-
-def capturable(model: nn.Module) -> bool:
-    """Whether a pass of a model can be recorded as a CUDA graph.
-
-    A layer that reads a value from the device cannot be recorded. PyTorch's layers and those of
-    Countermark read none; the layers of other packages may.
-    """
-    return all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.modules())
-
-
-def _captured(step: Callable[[], Any]) -> Callable[[], None]:
-    """Record a step on a GPU.
-
-    Each call of the result replays the step on the same tensors, without the host's share of the
-    work. Recording runs the step a few times; the caller must restore what it changed.
-    """
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries choose their kernels and allocate before the recording
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def _score(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,8 @@ class TrainConfig:
         average: decay of the moving average of the weights, 0 for none. Where there is an average,
             the run returns and measures it; batches are crafted and steps taken on the weights
             themselves.
+        push: perturb each layer's weights by this share of their norm, up the loss, before the
+            gradient of a step is taken (adversarial weight perturbation); 0 for none.
         epochs: passes over the examples.
         batch_size: examples in a step, over all devices.
         learning_rate: of SGD; the peak, where there is a schedule.
@@ -76,6 +78,7 @@ class TrainConfig:
     dropout: bool = True
     craft_in_training_mode: bool = False
     average: float = 0.0
+    push: float = 0.0
     batch_size: int = 128
     learning_rate: float = 0.1
     schedule: str = "triangular"
@@ -104,6 +107,10 @@ class TrainConfig:
         if not 0 <= self.average < 1:
             raise CountermarkError(
                 f"the decay of the average is a number from 0 to below 1, not {self.average}"
+            )
+        if not 0 <= self.push < 1:
+            raise CountermarkError(
+                f"weights are perturbed by a share of them from 0 to below 1, not {self.push}"
             )
         if self.shift < 0:
             raise CountermarkError(f"batches are moved by 0 pixels or more, not by {self.shift}")

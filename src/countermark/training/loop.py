@@ -13,7 +13,7 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,12 @@ from torch import nn
 from torch.multiprocessing.spawn import ProcessException
 from torch.nn import functional
 
-from countermark.attacks import Recording, capturable, pgd
+from countermark.attacks import Recording, pgd
 from countermark.data import Examples, pixels
-from countermark.device import resolve_device, resolve_precision, seeded
+from countermark.device import resolve_device, resolve_precision, seeded, sent
 from countermark.errors import CountermarkError
 from countermark.evaluation import adversarial_accuracy, agreement, device_of, evaluating, predict
-from countermark.fast import prepare, quick_to_train, worth_preparing
+from countermark.fast import Recorded, capturable, prepare, quick_to_train, worth_preparing
 from countermark.files import canonical_json, read_tensors, sha256, write_tensors
 from countermark.terminal import bar, duration
 from countermark.threat import Attack
@@ -37,6 +37,7 @@ from countermark.training.turns import in_turn, seed_of, shuffled
 from countermark.training.views import View, random_view
 
 _CHECKPOINT_SECONDS = 30.0
+_BETWEEN = 20  # times what a checkpoint takes lie between two of them
 _LARGEST = 1 << 34  # bytes of a checkpoint
 _MOST_CARRIED = 1 << 28  # bytes of carried perturbations, of which there are three copies at times
 _SMALL_ROOM = 4 << 30  # bytes assumed to be free on a device that does not report them
@@ -51,6 +52,7 @@ _COLLAPSE = 20.0  # points of adversarial accuracy lost in one epoch: catastroph
 # Below this share of what the run started with, an epoch has collapsed, whatever later epochs may
 # win back.
 _START_SHARE = 0.25
+_FLAT = 1e-12  # added to the norm of a gradient, which may be 0
 _MOST_STEPS = 16  # with so many attack steps, a fall has another cause than too few steps
 
 State = dict[str, torch.Tensor]
@@ -110,11 +112,11 @@ def train(
         validation: held-out examples for the check for catastrophic overfitting and for the
             progress line; never the test pool.
         watermarks: watermark images and their labels, embedded as `config.embedding` says.
-        checkpoint: file to save to and to resume from; a run that it shows as finished is not run
-            again.
+        checkpoint: file to save to and to resume from, after each epoch and twice a minute where
+            that takes little time; a run that it shows as finished is not run again.
         after_epoch: called in the first process with an epoch's number, from 1, and the network,
             before the epoch is in the checkpoint; after an interruption it may be called for the
-            same epoch once more.
+            same epochs once more.
         title: names the progress bar; without it nothing is shown.
         bounded: refuse training images outside [0, 1] (see `data.pixels`).
 
@@ -290,15 +292,16 @@ class _Run:
         # On a GPU folding would take longer than the steps that it saves.
         crafts = config.attack is not None and not config.craft_in_training_mode
         self.prepares = crafts and on_cpu and worth_preparing(network)
-        self.recording = (
-            Recording(network, self._uncached)
-            if crafts and _records(network, fabric.device)
-            else None
+        records = _records(network, fabric.device)
+        self.crafting = Recording(network, self._attacked) if crafts and records else None
+        self.descent = (
+            Recorded(self._descend, self._unchanged) if records and fabric.world_size == 1 else None
         )
         self.wrapped, self.stepper = fabric.setup(
             quick_to_train(network) if on_cpu and self.precise else network, self.optimiser
         )
         self.network = network
+        self.means, self.counts = _pairs(self.averaged, network)
         self.dropouts = [
             layer for layer in network.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d)
         ]
@@ -320,21 +323,111 @@ class _Run:
         """What the run returns and measures: the averaged network where there is one."""
         return self.network if self.averaged is None else self.averaged
 
-    def average(self) -> None:
-        """Move the average towards the weights.
+    def descend(self, x: torch.Tensor, y: torch.Tensor, rate: float) -> torch.Tensor:
+        """One step down the loss of the inputs `x` and labels `y`; returns that loss."""
+        self._set_modes()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        x = x.contiguous(memory_format=self.layout)
+        with self._pushed(x, y, self.fabric.autocast):
+            loss = functional.cross_entropy(self.wrapped(x), y)
+            self.fabric.backward(loss)
+        self.stepper.step()
+        self.stepper.zero_grad(set_to_none=True)
+        self.average(self.share)
+        return loss.detach()
+
+    def replay(self, x: torch.Tensor, y: torch.Tensor, rate: float) -> torch.Tensor:
+        """The same as `descend` for batches of one size, replayed on a GPU."""
+        assert self.descent is not None
+        rates = [x.new_full((), number) for number in (rate, self.share)]
+        self.descent.load(x.contiguous(memory_format=self.layout), y, *rates)
+        loss: torch.Tensor = self.descent.replay()
+        return loss.clone()
+
+    def _descend(
+        self, x: torch.Tensor, y: torch.Tensor, rate: torch.Tensor, share: torch.Tensor
+    ) -> torch.Tensor:
+        """What `replay` records."""
+        self._set_modes()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        with self._pushed(x, y, self._uncached):
+            with self._uncached():
+                logits = self.network(x)
+            loss = functional.cross_entropy(logits.float(), y)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.average(share)
+        return loss.detach()
+
+    @contextlib.contextmanager
+    def _pushed(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        computing: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> Iterator[None]:
+        """In the block, each layer's weights are moved up the loss, as far as `push` says.
+
+        Gradients at weights that are so perturbed lead to flatter minima, where robustness carries
+        over to new images (Wu, Xia and Wang, 2020, "AWP").
+        """
+        if not self.config.push:
+            yield
+            return
+        weights: list[torch.Tensor] = [
+            each for each in self.network.parameters() if each.requires_grad and each.dim() > 1
+        ]
+        with computing():
+            logits = self.network(x)
+        slopes = torch.autograd.grad(
+            functional.cross_entropy(logits.float(), y), weights, materialize_grads=True
+        )
+        with torch.no_grad():
+            lengths = torch._foreach_norm(weights)
+            torch._foreach_mul_(lengths, self.config.push)
+            steepness = torch._foreach_norm(slopes)
+            torch._foreach_add_(steepness, _FLAT)
+            moves = list(torch._foreach_mul(slopes, torch._foreach_div(lengths, steepness)))
+            torch._foreach_add_(weights, moves)
+        yield
+        with torch.no_grad():
+            torch._foreach_sub_(weights, moves)
+
+    def _set_modes(self) -> None:
+        """Let the network compute as it does in training."""
+        self.wrapped.train()
+        if not self.config.dropout:
+            for layer in self.dropouts:
+                layer.eval()
+
+    @property
+    def share(self) -> float:
+        """How far the average moves towards the weights in this step.
 
         Young averages move faster, or they would remember the first step for long.
         """
+        return 1 - min(self.config.average, (self.step + 1) / (self.step + 10))
+
+    def average(self, share: float | torch.Tensor) -> None:
+        """Move the average towards the weights."""
         if self.averaged is None:
             return
-        share = 1 - min(self.config.average, (self.step + 1) / (self.step + 10))
-        weights = self.network.state_dict()
-        for name, mean in _apart(self.averaged.state_dict()).items():
-            value = weights[name]
-            if mean.is_floating_point():
-                mean.lerp_(value, share)
-            else:
-                mean.copy_(value)  # batch norm's count of steps
+        means, values = self.means
+        moves = torch._foreach_sub(values, means)
+        torch._foreach_mul_(moves, share)
+        torch._foreach_add_(means, moves)
+        for count, value in zip(*self.counts, strict=True):
+            count.copy_(value)
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Undo at the end of the block what its steps did."""
+        before = self.tensors()
+        yield
+        self.restore(before)
 
     def tensors(self) -> State:
         """A copy of weights, buffers, their average and momentum."""
@@ -357,9 +450,10 @@ class _Run:
         for name, value in self.averaged.state_dict().items() if self.averaged is not None else ():
             value.copy_(tensors[f"averaged.{name}"])
         for name, parameter in self.network.named_parameters():
-            self.optimiser.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
-                tensors[f"momentum.{name}"]
-            )
+            state = self.optimiser.state[parameter]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.empty_like(parameter)
+            state["momentum_buffer"].copy_(tensors[f"momentum.{name}"])  # a recording uses it
 
     def add(self, loss: torch.Tensor) -> None:
         """Add the loss of a step to the epoch's.
@@ -471,10 +565,10 @@ class _Run:
         options["start"] = (
             None if self.carried is None else x + view.of(self.carried[chosen]).to(x.dtype) * unit
         )
-        self.wrapped.train(self.config.craft_in_training_mode)
-        if self.recording is not None and options["epsilon"] > 0:
-            crafted = self.recording(x, y, **options)
+        if self.crafting is not None and options["epsilon"] > 0:
+            crafted = self.crafting(x, y, **options)
         else:
+            self.wrapped.train(self.config.craft_in_training_mode)
             quick = (
                 prepare(self.network, torch.float32 if self.precise else torch.bfloat16)
                 if self.prepares
@@ -485,6 +579,12 @@ class _Run:
         if self.carried is not None:
             self.carried[chosen] = view.undo(((crafted - x) / unit).round_().to(torch.int8))
         return crafted
+
+    @contextlib.contextmanager
+    def _attacked(self) -> Iterator[None]:
+        """How the network computes while it is attacked."""
+        with evaluating(self.network), self._uncached():
+            yield
 
     def _uncached(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the training, without a cache of cast weights.
@@ -573,10 +673,11 @@ def _run(
         else contextlib.nullcontext(None)
     )
     saved, begun = time.monotonic(), run.step // per_epoch
+    cost = 0.0  # seconds that the last checkpoint took
     with shown as progress:
         while run.step < total:
             epoch, position = divmod(run.step, per_epoch)
-            order = shuffled(len(examples), config.seed, "epoch", epoch)
+            order = shuffled(len(examples), config.seed, "epoch", epoch).to(near.y.device)
             for number in range(position, per_epoch):
                 chosen = order[number * batch_size : (number + 1) * batch_size][
                     fabric.global_rank :: fabric.world_size
@@ -606,8 +707,11 @@ def _run(
                 progress.advance(-per_epoch)
             if after_epoch is not None and fabric.global_rank == 0 and not record.redone:
                 after_epoch(record.epoch, run.result)
-            run.save(checkpoint)
-            saved = time.monotonic()
+            ended = time.monotonic()
+            if run.step == total or ended - saved >= _BETWEEN * cost:
+                run.save(checkpoint)
+                saved = time.monotonic()
+                cost = saved - ended
             if progress is not None and run.step == total:
                 progress.note(_trained(title, record, config.epochs - begun, progress.seconds))
     if fabric.global_rank == 0:
@@ -625,8 +729,27 @@ def _trained(title: str | None, last: Epoch, epochs: int, seconds: float) -> str
     return f"{line}; {last.standing()}" if last.standing() else line
 
 
+_Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
+
+
+def _pairs(averaged: nn.Module | None, network: nn.Module) -> tuple[_Pairs, _Pairs]:
+    """What is averaged, and what is copied (batch norm counts steps), each with what it is of.
+
+    Tied weights are in it once.
+    """
+    weights = network.state_dict()
+    means: _Pairs = ([], [])
+    counts: _Pairs = ([], [])
+    for name, mean in _apart(averaged.state_dict()).items() if averaged is not None else ():
+        for pair, tensor in zip(
+            means if mean.is_floating_point() else counts, (mean, weights[name]), strict=True
+        ):
+            pair.append(tensor)
+    return means, counts
+
+
 def _records(network: nn.Module, device: torch.device) -> bool:
-    """Whether the attack of a training runs from a recording."""
+    """Whether the steps of a training run from recordings."""
     return device.type == "cuda" and capturable(network)
 
 
@@ -703,26 +826,11 @@ def _step(
     if marks is not None and config.embedding == "interleaved":
         most = config.watermark_batch
         turn = in_turn(run.step * most, most, len(marks), config.seed)
-        turn = turn[fabric.global_rank :: fabric.world_size]
+        turn = sent(turn[fabric.global_rank :: fabric.world_size], x.device)
         inputs.append(pixels(marks.x[turn], bounded=False))
         y = torch.cat((y, marks.y[turn]))
-    return _descend(run, torch.cat(inputs), y, done)
-
-
-def _descend(run: _Run, x: torch.Tensor, y: torch.Tensor, done: float) -> torch.Tensor:
-    """One step down the loss of the inputs `x` and labels `y`; returns that loss."""
-    for group in run.optimiser.param_groups:
-        group["lr"] = _rate(run.config, done)
-    run.wrapped.train()
-    if not run.config.dropout:
-        for layer in run.dropouts:
-            layer.eval()
-    loss = functional.cross_entropy(run.wrapped(x.contiguous(memory_format=run.layout)), y)
-    run.fabric.backward(loss)
-    run.stepper.step()
-    run.stepper.zero_grad(set_to_none=True)
-    run.average()
-    return loss.detach()
+    descend = run.descend if run.descent is None else run.replay
+    return descend(torch.cat(inputs), y, _rate(config, done))
 
 
 def _check_loss(value: float, step: int) -> None:
@@ -750,7 +858,8 @@ def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None
         share = chosen[run.fabric.global_rank :: run.fabric.world_size]
         # Batch norm needs two examples, and DDP needs every process.
         if len(chosen) >= 2 * run.fabric.world_size:
-            loss = _descend(run, pixels(marks.x[share], bounded=False), marks.y[share], done)
+            x = pixels(marks.x[share], bounded=False)
+            loss = run.descend(x, marks.y[share], _rate(run.config, done))
             _check_loss(float(loss), run.step)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from countermark.device import sent
+
 
 @dataclass(frozen=True)
 class View:
@@ -23,7 +25,9 @@ class View:
 
     def to(self, device: torch.device) -> "View":
         """The same view of images on a device."""
-        return self if self.mirrored is None else replace(self, mirrored=self.mirrored.to(device))
+        return (
+            self if self.mirrored is None else replace(self, mirrored=sent(self.mirrored, device))
+        )
 
     def of(self, images: torch.Tensor) -> torch.Tensor:
         """Show images, or their perturbations."""
