@@ -37,7 +37,8 @@ from countermark.training.turns import in_turn, seed_of, shuffled
 from countermark.training.views import View, random_view
 
 _CHECKPOINT_SECONDS = 30.0
-_BETWEEN = 20  # times what a checkpoint takes lie between two of them
+_QUICK = 0.1  # seconds; a checkpoint that takes less is written after every epoch
+_BETWEEN = 20  # times what a slower one takes lie between two of them
 _LARGEST = 1 << 34  # bytes of a checkpoint
 _MOST_CARRIED = 1 << 28  # bytes of carried perturbations, of which there are three copies at times
 _SMALL_ROOM = 4 << 30  # bytes assumed to be free on a device that does not report them
@@ -708,7 +709,7 @@ def _run(
             if after_epoch is not None and fabric.global_rank == 0 and not record.redone:
                 after_epoch(record.epoch, run.result)
             ended = time.monotonic()
-            if run.step == total or ended - saved >= _BETWEEN * cost:
+            if run.step == total or cost < _QUICK or ended - saved >= _BETWEEN * cost:
                 run.save(checkpoint)
                 saved = time.monotonic()
                 cost = saved - ended
