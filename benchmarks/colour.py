@@ -40,7 +40,7 @@ from countermark.terminal import p_value
 from countermark.thieves import THEFTS, Means
 from countermark.thieves.steal import untrained
 from countermark.threat import shown
-from countermark.training import Hardware, marking, recipe, resolve_hardware, train, traits
+from countermark.training import Hardware, fitted, marking, recipe, resolve_hardware, train, traits
 from countermark.version import __version__
 from countermark.watermarks import load_secret
 from first_light import ALPHAS, asked, once, random_keys
@@ -183,7 +183,7 @@ def controls(study: Study) -> None:
             hardware=hardware,
             epochs=study.epochs,
         )
-        config = marking(made, given, study.objective)
+        config = marking(fitted(made, given, network), given, study.objective)
         with new_folder(folder, {"trained on": read_json(source / "model.json")}) as work:
             train(
                 network,

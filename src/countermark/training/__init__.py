@@ -5,6 +5,7 @@ from countermark.training.loop import Epoch, open_hardware, resolve_hardware, tr
 from countermark.training.recipes import (
     Traits,
     built_in_network,
+    fitted,
     gentle,
     kind_of,
     known_traits,
@@ -19,6 +20,7 @@ __all__ = [
     "TrainConfig",
     "Traits",
     "built_in_network",
+    "fitted",
     "gentle",
     "kind_of",
     "known_traits",

@@ -314,6 +314,7 @@ def _set_up(config: ProtectConfig) -> _Setup:
     from countermark.training import (
         Hardware,
         built_in_network,
+        fitted,
         gentle,
         marking,
         open_hardware,
@@ -354,6 +355,11 @@ def _set_up(config: ProtectConfig) -> _Setup:
     )
     # Likewise: it refuses a network that cannot be built, and weights that do not fit.
     network = setup.source(config.seed)
+    setup = replace(
+        setup,
+        training=fitted(_either(training), given, network),
+        embedding=setup.embedding and fitted(setup.embedding, given, network),
+    )
     if config.weights is None:
         return setup
     _check_input(setup, network)
