@@ -491,6 +491,7 @@ torch.save({"change": after - before, "loss": records[0].loss}, sys.argv[2] + ".
         found.append(torch.load(tmp_path / f"{devices}.pt", weights_only=True))
     one, two = found
     assert float((one["change"] - two["change"]).norm()) < 0.02 * float(one["change"].norm())
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 def test_bf16_takes_the_steps_of_float32_within_rounding(digits: Pools) -> None:

@@ -10,6 +10,7 @@ PyTorch is imported when a device is looked for, so that a misspelt name is refu
 import contextlib
 import functools
 import math
+import os
 import platform
 import re
 from collections.abc import Iterator, Sequence
@@ -147,6 +148,11 @@ def _processor() -> str:
         if found:
             return found[1].strip()
     return platform.processor() or platform.machine()
+
+
+def torchrun_processes() -> int:
+    """How many processes torchrun started, this one among them; 0 where it started none."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
 
 def batch_size(

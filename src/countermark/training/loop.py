@@ -10,6 +10,7 @@ import copy
 import hashlib
 import logging
 import math
+import os
 import tempfile
 import time
 import warnings
@@ -25,7 +26,13 @@ from torch.nn import functional
 
 from countermark.attacks import Recording, pgd
 from countermark.data import Examples, pixels
-from countermark.device import resolve_device, resolve_precision, seeded, sent
+from countermark.device import (
+    resolve_device,
+    resolve_precision,
+    seeded,
+    sent,
+    torchrun_processes,
+)
 from countermark.errors import CountermarkError
 from countermark.evaluation import adversarial_accuracy, agreement, device_of, evaluating, predict
 from countermark.fast import Recorded, capturable, prepare, quick_to_train, worth_preparing
@@ -106,6 +113,10 @@ def train(
 ) -> list[Epoch]:
     """Train `network` in place; it stays on the device that it was trained on.
 
+    Several devices have a process each, which is started for the run. Where torchrun has started
+    as many already, each of them calls this function with the same arguments, takes its part in
+    the run, and gets the trained network.
+
     Args:
         network: pixels `(n, c, h, w)` of [0, 1] to logits, in float32; tied weights stay tied.
         examples: training images, uint8 or pixels of [0, 1], and labels.
@@ -114,7 +125,8 @@ def train(
             progress line; never the test pool.
         watermarks: watermark images and their labels, embedded as `config.embedding` says.
         checkpoint: file to save to and to resume from, after each epoch and twice a minute where
-            that takes little time; a run that it shows as finished is not run again.
+            that takes little time; a run that it shows as finished is not run again. All processes
+            have to see it.
         after_epoch: called in the first process with an epoch's number, from 1, and the network,
             before the epoch is in the checkpoint; after an interruption it may be called for the
             same epochs once more.
@@ -126,8 +138,9 @@ def train(
 
     Raises:
         CountermarkError: a checkpoint of another run, devices that do not exist, a network that is
-            not in float32, no examples or an empty watermark set, images outside [0, 1], or a loss
-            or logits that are no longer finite.
+            not in float32, no examples or an empty watermark set, images outside [0, 1], a loss
+            or logits that are no longer finite, or processes of torchrun that were given different
+            arguments.
     """
     _check(network, examples, validation, watermarks, bounded)
     hardware = resolve_hardware(config.hardware)
@@ -210,19 +223,26 @@ def open_hardware(hardware: Hardware) -> Any:
         CountermarkError: there is no such hardware.
     """
     from lightning_fabric import Fabric  # 3 s of import
+    from lightning_fabric.plugins.environments import LightningEnvironment
 
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     found = resolve_hardware(hardware)
     device = resolve_device(found.accelerator)
-    strategy = (
-        "auto" if found.devices == 1 else ("ddp_spawn" if device.type == "cuda" else "ddp_fork")
-    )
-    devices = [device.index] if device.index is not None and found.devices == 1 else found.devices
+    several, here = found.devices > 1, _processes_here(found.devices)
+    devices = [device.index] if device.index is not None and not several else here
     precision: Any = found.precision
+    joined = _joined(found.devices)
+    own = "ddp_spawn" if device.type == "cuda" else "ddp_fork"
     try:
         return Fabric(
-            accelerator=device.type, devices=devices, strategy=strategy, precision=precision
+            accelerator=device.type,
+            devices=devices,
+            num_nodes=found.devices // here,
+            strategy=("ddp" if joined else own) if several else "auto",
+            # SLURM would number processes that are started here by its own.
+            plugins=None if joined else LightningEnvironment(),
+            precision=precision,
         )
     except (RuntimeError, ValueError) as error:
         raise CountermarkError(
@@ -230,11 +250,22 @@ def open_hardware(hardware: Hardware) -> Any:
         ) from error
 
 
+def _joined(processes: int) -> bool:
+    """Whether a run on so many processes takes those of torchrun, and starts none."""
+    return processes > 1 and torchrun_processes() > 0
+
+
+def _processes_here(processes: int) -> int:
+    """How many of them are on this machine; those of torchrun may be on several."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if _joined(processes) else processes
+
+
 def resolve_hardware(hardware: Hardware) -> Hardware:
     """What `auto` means on this machine.
 
     Raises:
-        CountermarkError: there is no such device, or there are fewer of them.
+        CountermarkError: there is no such device, there are fewer of them, or torchrun started
+            another number of processes.
     """
     device = resolve_device(hardware.accelerator)
     if hardware.devices > 1 and ":" in hardware.accelerator:
@@ -242,11 +273,16 @@ def resolve_hardware(hardware: Hardware) -> Hardware:
             f"{hardware.accelerator} is one device; "
             f"leave its number out for {hardware.devices} of them"
         )
-    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, hardware.devices)
-    if hardware.devices > there:
+    started = torchrun_processes()
+    if hardware.devices > 1 and started not in (0, hardware.devices):
         raise CountermarkError(
-            f"there are no {hardware.devices} {device.type} devices here; take {there}"
+            f"torchrun started {started} process{'' if started == 1 else 'es'} for "
+            f"{hardware.devices} devices; make the numbers equal"
         )
+    wanted = _processes_here(hardware.devices)
+    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, wanted)
+    if wanted > there:
+        raise CountermarkError(f"there are no {wanted} {device.type} devices here; take {there}")
     named = str(device) if device.index else device.type  # the first one needs no number
     return Hardware(named, hardware.devices, resolve_precision(device, hardware.precision))
 
@@ -466,15 +502,17 @@ class _Run:
             self.read()
 
     def read(self) -> None:
-        """Read the losses that are waiting.
+        """Read the losses that are waiting; all processes do it after the same step.
 
         Raises:
             CountermarkError: one of them is not finite.
         """
         if self.unread:
+            # Their mean over the processes: a loss that is not finite stops all of them at once.
+            losses = self.fabric.all_reduce(torch.stack([loss for _, loss in self.unread]))
             for step, value in zip(
                 [step for step, _ in self.unread],
-                torch.stack([loss for _, loss in self.unread]).tolist(),
+                losses.tolist(),
                 strict=True,
             ):
                 _check_loss(value, step)
@@ -482,6 +520,7 @@ class _Run:
             self.unread.clear()
 
     def save(self, path: Path | None) -> None:
+        """Write the checkpoint, in the first process; all processes have shared what they have."""
         self.read()
         if path is None or self.fabric.global_rank != 0:
             return
@@ -599,18 +638,30 @@ class _Run:
     def share_carried(self) -> None:
         """Give every process the perturbations that the others found.
 
-        Each example was crafted by one process only.
+        In an epoch each example is crafted by one process only. The others still have its
+        perturbation of before the epoch, or that of this epoch if it was shared already.
         """
         if (
             self.carried is not None
             and self.carried_before is not None
             and self.fabric.world_size > 1
         ):
-            # Gloo adds no smaller integers.
-            changes = self.carried.to(torch.int32) - self.carried_before
-            self.carried = (
-                self.carried_before + self.fabric.all_reduce(changes, reduce_op="sum")
-            ).to(torch.int8)
+            high = self.fabric.all_reduce(self.carried.clone(), reduce_op="max")
+            low = self.fabric.all_reduce(self.carried.clone(), reduce_op="min")
+            self.carried = torch.where(high == self.carried_before, low, high)
+
+    def share_buffers(self, network: nn.Module) -> None:
+        """Give every process the buffers of the first one, such as batch norm's statistics.
+
+        DDP does so before the next step, but attacks and measurements come earlier.
+        """
+        buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+        if buffers and self.fabric.world_size > 1:
+            together = torch.cat([buffer.flatten() for buffer in buffers])
+            torch.distributed.broadcast(together, 0)
+            parts = torch.split(together, [buffer.numel() for buffer in buffers])
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.view_as(buffer))
 
 
 def _first_perturbations(examples: Examples, config: TrainConfig) -> torch.Tensor:
@@ -647,7 +698,8 @@ def _run(
     title: str | None,
     result: Path,
 ) -> None:
-    if fabric.world_size > 1 and fabric.device.type == "cpu":
+    joined = _joined(fabric.world_size)
+    if fabric.world_size > 1 and fabric.device.type == "cpu" and not joined:
         # A forked process that finds OpenMP's threads gone would wait for them for ever.
         torch.set_num_threads(1)
     if fabric.world_size > 1:
@@ -655,14 +707,11 @@ def _run(
     batch_size = min(config.batch_size, len(examples))
     per_epoch = len(examples) // batch_size
     total = config.epochs * per_epoch
-    run = _Run(
-        fabric,
-        network,
-        examples,
-        config,
-        _fingerprint(network, examples, config, validation, watermarks),
-    )
-    if checkpoint is not None and checkpoint.exists():
+    fingerprint = _fingerprint(network, examples, config, validation, watermarks)
+    if joined:
+        _check_same(fabric, fingerprint)
+    run = _Run(fabric, network, examples, config, fingerprint)
+    if checkpoint is not None and fabric.broadcast(checkpoint.exists()):
         run.load(checkpoint)
     elif config.objective == "fast" and validation is not None:
         run.initial = _measured(run, run.network, validation)
@@ -685,15 +734,17 @@ def _run(
                 ]
                 batch = Examples(*near.batch(chosen, fabric.device))
                 run.add(_step(run, batch, chosen, marks, (run.step + 0.5) / total))
+                run.share_buffers(run.network)
                 run.step += 1
+                if title is not None and run.step % _TOLD == 0:
+                    run.read()
                 if progress is not None:
                     progress.advance()
                     if run.step % _TOLD == 0:
-                        run.read()
                         loss = run.loss / (number + 1)
                         progress.text(f"epoch {epoch + 1} of {config.epochs}, loss {loss:.3f}")
-                due = time.monotonic() - saved > _CHECKPOINT_SECONDS and number + 1 < per_epoch
-                if checkpoint is not None and due and fabric.world_size == 1:
+                if checkpoint is not None and number + 1 < per_epoch and _due(run, saved):
+                    run.share_carried()
                     run.save(checkpoint)
                     saved = time.monotonic()
             if marks is not None and config.embedding == "epoch":
@@ -715,12 +766,34 @@ def _run(
                 cost = saved - ended
             if progress is not None and run.step == total:
                 progress.note(_trained(title, record, config.epochs - begun, progress.seconds))
-    if fabric.global_rank == 0:
+    if fabric.global_rank == 0 or joined:
         # A file holds no tied weights: each name has a copy. Loading them in place keeps the ties.
         state = {
             name: value.detach().cpu().clone() for name, value in run.result.state_dict().items()
         }
         write_tensors(result, state, {"records": run.records}, mode=0o600)
+
+
+def _check_same(fabric: Any, fingerprint: str) -> None:
+    """Refuse to begin where the processes of torchrun were given different runs."""
+    number = torch.tensor(int(fingerprint[:15], 16), device=fabric.device)
+    if len(fabric.all_gather(number).unique()) > 1:
+        raise CountermarkError(
+            "the processes of torchrun have different weights, images or settings; call "
+            "torch.manual_seed before the network is made, and give each process all images"
+        )
+
+
+def _due(run: _Run, saved: float) -> bool:
+    """Whether it is time for a checkpoint.
+
+    The clocks of several processes differ, so the first one decides for all of them. It is asked
+    only now and then, since the others wait for its answer.
+    """
+    due = time.monotonic() - saved > _CHECKPOINT_SECONDS
+    if run.fabric.world_size == 1:
+        return due
+    return run.step % _TOLD == 0 and bool(run.fabric.broadcast(due))
 
 
 def _trained(title: str | None, last: Epoch, epochs: int, seconds: float) -> str:
@@ -861,7 +934,7 @@ def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None
         if len(chosen) >= 2 * run.fabric.world_size:
             x = pixels(marks.x[share], bounded=False)
             loss = run.descend(x, marks.y[share], _rate(run.config, done))
-            _check_loss(float(loss), run.step)
+            _check_loss(float(run.fabric.all_reduce(loss)), run.step)
 
 
 def _end_epoch(
@@ -875,20 +948,22 @@ def _end_epoch(
     run.read()
     config = run.config
     clean = adversarial = watched = marked = None
-    if run.fabric.global_rank == 0:
-        if validation is not None:
-            clean = agreement(predict(run.result, validation.x), validation.y)
-            if config.attack is not None:
-                # The network is watched: an average would show a collapse epochs later.
-                watched = _measured(run, run.network, validation)
-                adversarial = (
-                    watched if run.averaged is None else _measured(run, run.averaged, validation)
-                )
-        if marks is not None:
-            marked = agreement(predict(run.result, marks.x), marks.y.cpu())
-    clean, adversarial, watched, marked = run.fabric.broadcast(
-        (clean, adversarial, watched, marked)
-    )
+    run.share_buffers(run.network)
+    run.share_buffers(run.result)
+
+    def correct(part: Examples) -> float:
+        return agreement(predict(run.result, part.x), part.y.cpu())
+
+    if validation is not None:
+        clean = _over_all(run.fabric, correct, validation)
+        if config.attack is not None:
+            # The network is watched: an average would show a collapse epochs later.
+            watched = _measured(run, run.network, validation)
+            adversarial = (
+                watched if run.averaged is None else _measured(run, run.averaged, validation)
+            )
+    if marks is not None:
+        marked = _over_all(run.fabric, correct, marks)
     attack_steps = run.attack.steps if run.attack else 0
     fallen = watched is not None and watched < max(run.best - _COLLAPSE, run.initial * _START_SHARE)
     collapsed = config.objective == "fast" and fallen and attack_steps < _MOST_STEPS
@@ -913,7 +988,20 @@ def _measured(run: _Run, network: nn.Module, validation: Examples) -> float:
     """Adversarial accuracy on a few validation examples, in enough steps to detect a collapse."""
     assert run.config.attack is not None
     check = with_steps(run.config.attack, _CHECK_STEPS)
-    return adversarial_accuracy(network, validation[:_CHECKED], check, seed=run.config.seed)
+
+    def left(part: Examples) -> float:
+        return adversarial_accuracy(network, part, check, seed=run.config.seed)
+
+    return _over_all(run.fabric, left, validation[:_CHECKED])
+
+
+def _over_all(fabric: Any, share: Callable[[Examples], float], examples: Examples) -> float:
+    """A share of the examples, in percent, of which each process measures its part."""
+    if fabric.world_size == 1:
+        return share(examples)
+    part = examples[fabric.global_rank :: fabric.world_size]
+    count = torch.tensor(round(share(part) * len(part) / 100), device=fabric.device)
+    return 100 * int(fabric.all_reduce(count, reduce_op="sum")) / max(len(examples), 1)
 
 
 def _rate(config: TrainConfig, done: float) -> float:
