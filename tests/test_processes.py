@@ -12,7 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from countermark import cli
 from countermark.data import Examples, Rows
+from countermark.device import torchrun_processes
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy
 from countermark.threat import Attack
@@ -129,6 +131,31 @@ def test_the_processes_of_torchrun_train_together(tmp_path: Path) -> None:
         assert found["records"] == records
         assert torch.equal(found["weights"], weights(model))
         assert "different weights, images or settings" in found["refused"]
+
+
+def test_one_process_of_torchrun_does_the_work_of_a_verb(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The others end at once, and it forgets torchrun, to start processes of its own."""
+    protect = ["protect", "digits", "--out", str(tmp_path / "out")]
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(protect) == 0
+    assert not any(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(protect) == 2
+    assert "started 2 processes, and --devices is 1; give --devices 2" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert cli.main(protect) == 2
+    assert "on several machines" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert torchrun_processes() == 2
+    assert cli.main([*protect[:2], "--out", str(Path(__file__)), "--devices", "2"]) == 2
+    assert "torchrun" not in capsys.readouterr().err
+    assert torchrun_processes() == 0
+    assert not set(TORCHRUN) & set(os.environ)
 
 
 def test_devices_are_as_many_as_torchrun_started_processes(monkeypatch: pytest.MonkeyPatch) -> None:

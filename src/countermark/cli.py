@@ -27,6 +27,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from countermark import completion, manual
+from countermark.device import torchrun_processes
 from countermark.errors import CountermarkError, choose, nearest
 from countermark.memory import check_room, keep_freed_memory
 from countermark.options import VerbConfig, option, required, takes_several, wrong
@@ -57,6 +58,7 @@ stolen copy."""
 _HELP = ("--help", "-h")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _NO_MEMORY = "not enough memory; close other programs or take a smaller network"
+_TORCHRUN = ("TORCHELASTIC_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_")
 _NARROWEST = 20  # columns; below, help and tables would be wrapped letter by letter
 
 
@@ -108,6 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if torchrun_processes() and os.environ["RANK"] != "0":
+        return 0  # the first process does the work and starts those of its trainings itself
     if arguments[:1] == ["--version"]:
         print(f"countermark {__version__}", flush=True)
         return 0
@@ -129,7 +133,10 @@ def _run(arguments: list[str]) -> int:
     if any(argument in _HELP for argument in rest):
         print(manual.page(name, verb.config), flush=True)
         return 0
-    result = verb(**vars(config := _parse(name, verb.config, rest)))
+    config = _parse(name, verb.config, rest)
+    if torchrun_processes():
+        _stand_for_all(getattr(config, "devices", None))
+    result = verb(**vars(config))
     try:
         if config.json:
             from countermark.terminal import print_json
@@ -158,6 +165,28 @@ def _prepare() -> None:
         os.environ["COLUMNS"] = str(_NARROWEST)
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, _terminate)
+
+
+def _stand_for_all(devices: int | None) -> None:
+    """Do alone what torchrun started several processes for; a verb starts as many for a training.
+
+    Raises:
+        CountermarkError: they are on several machines, or the verb would start another number.
+    """
+    started = torchrun_processes()
+    if started != int(os.environ.get("LOCAL_WORLD_SIZE", started)):
+        raise CountermarkError(
+            "torchrun started processes on several machines, and a verb uses the devices of one; "
+            "call countermark.training.train on several"
+        )
+    if devices not in (None, started):
+        raise CountermarkError(
+            f"torchrun started {started} process{'' if started == 1 else 'es'}, and --devices is "
+            f"{devices}; give --devices {started}, or leave torchrun out: --devices N starts the "
+            "processes itself"
+        )
+    for name in [name for name in os.environ if name.startswith(_TORCHRUN)]:
+        del os.environ[name]
 
 
 def _terminate(_number: int, _frame: object) -> None:
