@@ -22,7 +22,7 @@ from countermark.evaluation import agreement, predict
 from countermark.files import canonical_json, read_json, read_tensors, sha256, write_tensors
 from countermark.marking import Standing
 from countermark.networks import declared_pools, describe, load_model
-from countermark.networks.named import build
+from countermark.networks.named import Normalise, build
 from countermark.networks.weights import weights_sha256
 from countermark.training import TrainConfig, loop
 from countermark.verbs import protect as room
@@ -70,6 +70,22 @@ def test_weights_that_want_normalised_images_are_refused_without_the_normalisati
         room._set_up(ProtectConfig(data="digits", **given))
     room._set_up(ProtectConfig(data="digits", mean=(0.5,), std=(0.25,), **given))
     assert not list(tmp_path.iterdir())
+
+
+def test_one_answer_to_uneven_classes_tells_nothing_of_the_normalisation(tmp_path: Path) -> None:
+    """A network that knows nothing answers dark images with 0 and others with 1."""
+    generator = np.random.default_rng(0)
+    x = generator.integers(40, 90, (500, 8, 8, 3), dtype=np.uint8)
+    data = open_data((x, (np.arange(500) % 10 == 0).astype(np.int64)))  # 90 % and 10 %
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    with torch.no_grad():
+        network[1].weight[0], network[1].weight[1] = -1, 1
+        network[1].bias[0], network[1].bias[1] = 19.2, -19.2  # dark: a mean below 0.1
+    given: dict[str, Any] = {"network": network, "weights": network.state_dict()}
+    setup = room._set_up(ProtectConfig(data=data, out=tmp_path / "mine", **given))
+    known = setup.pools.training
+    assert 5 < agreement(predict(network, known.x), known.y) < 15
+    assert agreement(predict(nn.Sequential(Normalise(0.5, 0.5), network), known.x), known.y) > 85
 
 
 def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(

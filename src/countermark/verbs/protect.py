@@ -373,10 +373,12 @@ def _check_input(setup: _Setup, network: "nn.Module") -> None:
     """Try given weights on training images, which they should know, and on normalised ones.
 
     A network that gets pixels where it wants normalised images learns the mark all the same, and
-    then serves nobody.
+    then serves nobody. A network that knows nothing is left alone: on uneven classes it may get
+    many images right by one answer to all of them, and another normalisation changes which.
 
     Raises:
-        CountermarkError: the weights are far better on images that are normalised otherwise.
+        CountermarkError: on images that are normalised otherwise, the weights are far better than
+            they are now, and than one answer to all images.
     """
     import torch
 
@@ -399,7 +401,8 @@ def _check_input(setup: _Setup, network: "nn.Module") -> None:
     others = {*_NORMALISED, own} - {(config.mean, config.std)}
     fitting = [each for each in others if len(each[0]) in (0, 1, x.shape[1])]
     better, (mean, std) = max((share(*each), each) for each in fitting)
-    if better > right + _FAR_BETTER:
+    largest = 100 * int(known.y.bincount().max()) / len(known)
+    if better > max(right, largest) + _FAR_BETTER:
         numbers = (" ".join(f"{number:g}" for number in each) for each in (mean, std))
         given = "--mean {} --std {}".format(*numbers) if mean else "no --mean and --std"
         raise CountermarkError(
