@@ -27,6 +27,7 @@ import requests
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+import countermark.service.engine as engine_module
 from countermark.cli import main
 from countermark.data import Pools
 from countermark.errors import CountermarkError
@@ -1331,6 +1332,32 @@ def test_a_log_that_hangs_does_not_hold_the_end(start: Start, digits: Pools) -> 
     assert service.process.returncode == 0
     assert "stopped; 0 trials" in out
     assert errors.splitlines() == ["countermark: the query log does not answer"]
+
+
+def test_cells_that_are_remembered_do_not_fill_the_memory(
+    guarded_folder: Path, digits: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is forgotten is in the log, which stores no cell of a client twice."""
+    model, log = load_guarded(guarded_folder, guarded_folder / "key"), Broken()
+    log.full = False
+    found = model(digits.thief.x, "anna").trials
+    tied = digits.thief.x[[trial.row for trial in found]]
+    cells = {trial.cell for trial in found}
+    monkeypatch.setattr(engine_module, "_MOST_CELLS", 3)
+    assert len(cells) > 3
+
+    async def ask() -> None:
+        engine = Engine(model, log, max_batch=64, max_waiting=8)  # type: ignore[arg-type]
+        await engine.start()
+        for image in [*tied, *tied]:
+            for client in ("anna", "bob"):
+                await engine.answer(image[None], client)
+                assert sum(map(len, engine._seen.values())) <= 3
+        await engine.stop()
+        assert engine.trials == len(log.rows) == len({row.place for row in log.rows})
+        assert {row.cell for row in log.rows if row.client == "anna"} == cells
+
+    asyncio.run(ask())
 
 
 def test_standard_error_says_when_the_log_goes_and_when_it_is_back(

@@ -30,6 +30,9 @@ from countermark.text import complain
 
 _DAY = 86_400
 _REMEMBERED = 1000  # clients whose cells are kept in memory
+# Of these cells, at most, over all clients: some hundred bytes each. A model of a thousand classes
+# has so many cells that hardly any is met twice.
+_MOST_CELLS = 1 << 18
 _AGAIN = 1.0  # seconds until a log that could not be written is tried again
 _HANGS = 2.0  # seconds after which a write counts as hanging
 _SILENT = "the query log does not answer"
@@ -263,9 +266,12 @@ class Engine:
                     self._settle(query, query.flaw)
                     continue
                 self._seen.setdefault(query.client, set()).update(row.cell for row in query.rows)
-                if len(self._seen) > _REMEMBERED:
+                while len(self._seen) > _REMEMBERED or self._remembered() > _MOST_CELLS:
                     self._seen.popitem(last=False)
                 self._settle(query)
+
+    def _remembered(self) -> int:
+        return sum(map(len, self._seen.values()))
 
     def _log_fails(self, reason: str) -> None:
         """Refuse trials until a write succeeds, and report why.
