@@ -68,10 +68,11 @@ JUDGES: dict[str, Judge] = {
 }
 
 
-def compare(folder: Path, images: int, names: list[str]) -> dict[str, Any]:
+def compare(folder: Path, images: int, names: list[str], data: str | None = None) -> dict[str, Any]:
+    """Run the judges `names` on a model folder, whose data may be at another place by now."""
     model = stock(load(folder)).eval()
     description = describe(folder)
-    test = open_declared(description).test
+    test = open_declared(description, data=data).test
     test = test[torch.arange(images) * len(test) // images]
     seconds = dict.fromkeys(names, 0.0)
     standing: dict[str, list[torch.Tensor]] = {name: [] for name in names}
