@@ -7,13 +7,16 @@ import random
 import stat
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import countermark.watermarks.sets as sets_module
 from chances import RISK, most
+from countermark.attacks import pgd
 from countermark.data import Examples, Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
@@ -78,6 +81,29 @@ def test_too_few_bases_are_an_error(owner: Path, digits: Pools) -> None:
     source, _ = load_model(owner / "key" / "source")
     with pytest.raises(CountermarkError, match="bases became watermarks"):
         coin_set(source, digits.bases, full_strength(0.001), 4, 40, seed=0)
+
+
+def test_no_more_bases_are_crafted_than_the_key_needs(
+    owner: Path, digits: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Crafting 40 steps on large images takes hours; the trials are the same without the rest."""
+    source, _ = load_model(owner / "key" / "source")
+    crafted = 0
+
+    def counted(model: torch.nn.Module, x: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+        nonlocal crafted
+        crafted += len(x)
+        return pgd(model, x, *rest, **more)
+
+    monkeypatch.setattr(sets_module, "pgd", counted)
+    monkeypatch.setattr(sets_module, "_CRAFTED", 10)
+    few = coin_set(source, digits.bases, full_strength(0.25), 2, 40, seed=0)
+    assert len(few) == 80 <= crafted <= 120 < len(digits.bases)
+    crafted = 0
+    many = coin_set(source, digits.bases, full_strength(0.25), 2, 200, seed=0)
+    assert crafted == len(digits.bases)
+    assert torch.equal(few.x, many.x[:80])
+    assert torch.equal(few.answers, many.answers[:80])
 
 
 def test_leaves_follow_the_specification() -> None:

@@ -59,7 +59,7 @@ def full_strength(epsilon: float, steps: int = CRAFTING_STEPS) -> Attack:
 
 
 def craft_adversarial(
-    source: nn.Module, bases: Examples, attack: Attack, seed: int
+    source: nn.Module, bases: Examples, attack: Attack, seed: int, enough: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Craft watermarks from clean bases on the source model.
 
@@ -69,24 +69,30 @@ def craft_adversarial(
         bases: clean images and true labels `(n,)`.
         attack: budget above the training budget.
         seed: seed of the random starts.
+        enough: how many that the source misclassifies are enough; the bases behind these are left
+            out. With none, every base is crafted.
 
     Returns:
         uint8 images `(n, c, h, w)` and the source's labels of the rounded images `(n,)`, both on
-        the CPU. The same seed gives the same images and labels on the same kind of device.
+        the CPU, of the first n bases. The same seed gives the same images and labels on the same
+        kind of device.
 
     Raises:
         CountermarkError: bases outside [0, 1], or logits that are not finite.
     """
     device = device_of(source)
     count = batch_size(device, bases.x.shape[1:], _CRAFTED)
-    parts = []
+    parts, labels, found = [], [], 0
     with evaluating(source), seeded(device, seed):
         for i in range(0, max(len(bases), 1), count):
             x, y = (part[i : i + count].to(device) for part in (bases.x, bases.y))
             crafted = pgd(source, pixels(x), y, **asdict(attack))
             parts.append(crafted.mul(255).round().to(torch.uint8).cpu())
-    images = torch.cat(parts)
-    return images, predict(source, images)
+            labels.append(predict(source, parts[-1]))
+            found += int((labels[-1] != y.cpu()).sum())
+            if enough is not None and found >= enough:
+                break
+    return torch.cat(parts), torch.cat(labels)
 
 
 def coin_set(
@@ -106,8 +112,8 @@ def coin_set(
             f"a key has one batch of one trial or more, not {batches} of {batch_size}"
         )
     bases = bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))]
-    images, predicted = craft_adversarial(source, bases, attack, seed)
-    usable = torch.nonzero(predicted != bases.y).flatten()
+    images, predicted = craft_adversarial(source, bases, attack, seed, batches * batch_size)
+    usable = torch.nonzero(predicted != bases.y[: len(predicted)]).flatten()
     batch_size = min(batch_size, len(usable) // batches)
     if batch_size < SMALLEST_BATCH:
         raise CountermarkError(
