@@ -856,3 +856,28 @@ def test_several_processes_make_one_key(source: nn.Module, tmp_path: Path) -> No
 def _same_randomness() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         yield
+
+
+@pytest.mark.parametrize(
+    ("right", "left", "usable"), [(90, 81, True), (90, 79, False), (8, 3, False), (8, 5, True)]
+)
+def test_a_copy_with_a_fraction_of_a_weak_network_s_accuracy_is_ruined(
+    right: int, left: int, usable: bool
+) -> None:
+    """Ten points are more than a network of many classes may have."""
+
+    class First(nn.Module):
+        """Right on so many of a hundred images, which hold their numbers."""
+
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.count = count
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            known = (255 * x).round().flatten(1)[:, 0] < self.count
+            return torch.stack((known.float(), 0.5 * torch.ones_like(known)), 1)
+
+    shown = Examples(
+        torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1), torch.zeros(100).long()
+    )
+    assert room._usable(First(left), First(right), shown) is usable
