@@ -280,7 +280,7 @@ def gentle(
         epochs: instead of the recipe's own.
     """
     marked = marking(config, given, "standard")
-    epochs = epochs or given.epochs(1500, 4, 40)
+    epochs = epochs or given.epochs(1500, 1, 40)
     if given.few:
         return replace(marked, epochs=epochs, learning_rate=0.02, watermark_batch=32, average=0.0)
     steady = any(isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) for layer in network.modules())
