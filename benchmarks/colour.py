@@ -200,7 +200,7 @@ def controls(study: Study) -> None:
 
 
 def strangers(study: Study) -> None:
-    """Models that never saw the coins, in the recipes' own epochs, and the level over fresh keys."""
+    """Models that never saw the coins, in their recipes' own epochs; the level over fresh keys."""
     made: dict[str, dict[str, Any]] = {
         "robust stranger": {"seed": study.seed + 100, "epochs": None},
         "standard stranger": {"seed": study.seed + 200, "objective": "standard", "epochs": None},
