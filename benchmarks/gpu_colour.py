@@ -2,6 +2,7 @@
 
     benchmarks/gpu.sh KIT cuda colour speed                steps a second, beside plain PyTorch
     benchmarks/gpu.sh KIT cuda colour protect --epochs 60  protect, evaluate --strict, prune, verify
+    benchmarks/gpu.sh KIT cuda colour search --epochs 20   recipes beside each other, on validation
 
 Speeds are those of the product's own training loop, on made-up images; the second of two epochs
 counts. A pass is one forward and one backward pass of one image; an attack step is one pass.
@@ -24,17 +25,26 @@ from torch.nn import functional
 
 from countermark import evaluate, protect, remove, verify
 from countermark.choices import Recipe
-from countermark.data import Examples
+from countermark.data import Examples, open_data
 from countermark.device import describe, resolve_device
+from countermark.evaluation import accuracy, adversarial_accuracy, strict_accuracy
 from countermark.fast import captured
 from countermark.networks import build
 from countermark.threat import COLOUR, Attack
-from countermark.training import Hardware, TrainConfig, recipe, train
-from countermark.training.recipes import Traits, fitted
+from countermark.training import Hardware, TrainConfig, fitted, recipe, train, traits
+from countermark.training.recipes import Traits
+from gpu import photographs
 
 BATCH = 128
 SMALL = bool(os.environ.get("SMALL"))
 NETWORK = "narrow" if SMALL else "resnet"
+RECIPES: dict[str, Callable[[TrainConfig], TrainConfig]] = {
+    "strong": lambda config: config,
+    "no push": lambda config: replace(config, push=0.0),
+    "push 0.01": lambda config: replace(config, push=0.01),
+    "budget 1.0": lambda config: replace(config, attack=Attack(8 / 255, 3, 4 / 255)),
+    "warm-up 0.15": lambda config: replace(config, warmup=0.15),
+}
 STEPS = 4 if SMALL else 200  # of an epoch
 
 
@@ -133,6 +143,34 @@ def note(found: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def search(place: Path, epochs: int, device: torch.device) -> dict[str, Any]:
+    """Train the unmarked network by each of `RECIPES`; everything is measured on validation images.
+
+    PGD is on all of them, and the strict accuracy on every fourth.
+    """
+    data = open_data(place)
+    pools = data.pools(0)
+    given = traits(data, pools.training, mirror=True)
+    found: dict[str, Any] = {}
+    for name, change in RECIPES.items():
+        network = build(NETWORK, data.shape, data.classes)
+        made = recipe(given, "strong", data.threat, hardware=Hardware(str(device)), epochs=epochs)
+        config = change(fitted(made, given, network))
+        begun = time.perf_counter()
+        train(network, pools.training, config, title=name)
+        found[f"{name}, seconds"] = time.perf_counter() - begun
+        note(found)
+        found[f"{name}, validation"] = accuracy(network, pools.validation)
+        note(found)
+        attack = replace(data.threat.attack, steps=20, step_size=data.threat.epsilon / 4)
+        found[f"{name}, PGD-20"] = adversarial_accuracy(network, pools.validation, attack)
+        note(found)
+        few = pools.validation[torch.arange(0, len(pools.validation), 4)]
+        found[f"{name}, strict"] = strict_accuracy(network, few, attack).strict_accuracy
+        note(found)
+    return found
+
+
 def story(place: Path, work: Path, epochs: int, objective: Recipe, device: str) -> dict[str, Any]:
     """Protect the network, and measure it and two copies."""
     model = work / f"resnet-{objective}-{epochs}"
@@ -189,7 +227,7 @@ def main() -> None:
     parser.add_argument("device")
     parser.add_argument("work", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("part", choices=("speed", "protect"))
+    parser.add_argument("part", choices=("speed", "protect", "search"))
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--objective", choices=get_args(Recipe), default="strong")
     given = parser.parse_args()
@@ -197,9 +235,9 @@ def main() -> None:
     device = resolve_device(given.device)
     if given.part == "speed":
         found = speed(device, given.out)
+    elif given.part == "search":
+        found = search(photographs(given.kit, given.work, 20 if SMALL else 1), given.epochs, device)
     else:
-        from gpu import photographs
-
         place = photographs(given.kit, given.work, 20 if SMALL else 1)
         found = story(place, given.work, given.epochs, given.objective, given.device)
     told = {"device": describe(device, "auto"), "torch": torch.__version__, **found}
