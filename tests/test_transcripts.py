@@ -80,6 +80,7 @@ SHORTER: Mapping[str, str] = {
 NOT_RUN: Mapping[str, str] = {
     "git clone COUNTERMARK && cd countermark": "the address is the reader's",
     "source .venv/bin/activate": "the environment is the test's own",
+    "torchrun": "tests/test_processes.py starts it, on less than a folder of photographs",
     "python benchmarks/service_load.py": "a load of minutes, for a machine that does nothing else",
 }
 """Commands that cannot run here, by their beginning, and why."""
