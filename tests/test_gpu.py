@@ -30,7 +30,7 @@ from countermark.guard import Guard, GuardedModel, calibrate_model
 from countermark.networks.named import Normalise, build
 from countermark.training import Hardware, TrainConfig, loop, train
 from countermark.watermarks import craft_adversarial
-from test_device import ATTACK, NETWORKS, OBJECTIVES, examples
+from on_devices import ATTACK, NETWORKS, OBJECTIVES, examples
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 GPU = Hardware("cuda")
