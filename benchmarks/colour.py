@@ -183,7 +183,8 @@ def controls(study: Study) -> None:
             hardware=hardware,
             epochs=study.epochs,
         )
-        config = marking(fitted(made, given, network), given, study.objective)
+        made = fitted(made, given, study.objective, network)
+        config = marking(made, given, study.objective)
         with new_folder(folder, {"trained on": read_json(source / "model.json")}) as work:
             train(
                 network,

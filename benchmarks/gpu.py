@@ -153,7 +153,7 @@ def summary(found: dict[str, Any]) -> str:
 def unpack(kit: Path, work: Path) -> None:
     """Put MNIST into the cache."""
     cache = work / "cache" / "mnist"
-    cache.mkdir(parents=True)
+    cache.mkdir(parents=True, exist_ok=True)
     for path in (kit / "mnist").iterdir():
         (cache / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
 
@@ -165,18 +165,20 @@ def photographs(kit: Path, work: Path, every: int = 1, most: int | None = None) 
         kit: folder that `gpu_kit.py` made.
         work: folder to put it in.
         every: take one image of so many.
-        most: training images of a class at most; of test images an eighth of that.
+        most: training images of a class at most; of test images two fifteenths of that.
     """
-    folder = work / "cifar10"
+    folder = work / f"cifar10-{every}-{most or 'all'}"
     if not folder.exists():
+        partial = folder.with_suffix(".partial")
         with tarfile.open(kit / "cifar10.tar.xz") as archive:
             for number, member in enumerate(archive):
                 split, _, image = member.name.split("/")[-3:]
                 kept = most is None or int(Path(image).stem) < (
-                    most if split == "train" else most // 8
+                    most if split == "train" else 2 * most // 15
                 )
                 if kept and number % every == 0:
-                    archive.extract(member, work, filter="data")
+                    archive.extract(member, partial, filter="data")
+        (partial / "cifar10").rename(folder)
     return folder
 
 

@@ -111,7 +111,8 @@ def speed(device: torch.device, out: Path) -> dict[str, Any]:
     note(found)
     for objective in ("fast", "strong"):
         given, network = Traits("colour", 37_500, True, 4), build(NETWORK, (3, 32, 32), 10)
-        config = fitted(recipe(given, objective, COLOUR, hardware=on), given, network)
+        config = recipe(given, objective, COLOUR, hardware=on)
+        config = fitted(config, given, objective, network)
         assert config.attack is not None
         seconds = an_epoch(network, made_up((3, 32, 32)), config)
         each = config.attack.steps + 1 + bool(config.push)
@@ -155,7 +156,7 @@ def search(place: Path, epochs: int, device: torch.device) -> dict[str, Any]:
     for name, change in RECIPES.items():
         network = build(NETWORK, data.shape, data.classes)
         made = recipe(given, "strong", data.threat, hardware=Hardware(str(device)), epochs=epochs)
-        config = change(fitted(made, given, network))
+        config = change(fitted(made, given, "strong", network))
         begun = time.perf_counter()
         train(network, pools.training, config, title=name)
         found[f"{name}, seconds"] = time.perf_counter() - begun

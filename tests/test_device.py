@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 import elsewhere
 from countermark import device as devices
@@ -386,6 +386,18 @@ def test_a_recorded_attack_finds_what_pgd_finds(
 def test_only_layers_that_ask_nothing_are_recorded() -> None:
     assert all(capturable(network()) for name, network in NETWORKS.items() if name != "branched")
     assert not capturable(Branched())
+    layer = nn.Conv2d(1, 1, 3)
+    assert capturable(layer)
+    assert not capturable(nn.BatchNorm2d(1, momentum=None))  # divides by a count of the device
+    assert capturable(fx.symbolic_trace(nn.Sequential(layer)))
+
+    class Reading(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * x.max().item()
+
+    assert not capturable(fx.symbolic_trace(Reading()))
+    layer.register_forward_hook(lambda *_: None)
+    assert not capturable(layer)
 
 
 def test_training_replays_its_attack_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:

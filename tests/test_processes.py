@@ -27,6 +27,7 @@ CONFIG = TrainConfig(
     Attack(0.1, 1, 0.125),
     carry=True,
     average=0.9,
+    push=0.05,
     epochs=2,
     batch_size=16,
     hardware=Hardware("cpu", 2, "32-true"),
@@ -138,7 +139,7 @@ def test_one_process_of_torchrun_does_the_work_of_a_verb(
 ) -> None:
     """The others end at once, and it forgets torchrun, to start processes of its own."""
     protect = ["protect", "digits", "--out", str(tmp_path / "out")]
-    for name, value in TORCHRUN.items():
+    for name, value in (TORCHRUN | {"ROLE_ARN": "mine", "LOCAL_CACHE": "mine"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "1")
     assert cli.main(protect) == 0
@@ -156,6 +157,7 @@ def test_one_process_of_torchrun_does_the_work_of_a_verb(
     assert "torchrun" not in capsys.readouterr().err
     assert torchrun_processes() == 0
     assert not set(TORCHRUN) & set(os.environ)
+    assert os.environ["ROLE_ARN"] == os.environ["LOCAL_CACHE"] == "mine"
 
 
 def test_devices_are_as_many_as_torchrun_started_processes(monkeypatch: pytest.MonkeyPatch) -> None:

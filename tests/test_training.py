@@ -32,6 +32,7 @@ from countermark.training import (
     TrainConfig,
     Traits,
     built_in_network,
+    fitted,
     gentle,
     kind_of,
     known_traits,
@@ -973,6 +974,68 @@ def test_a_step_takes_its_gradient_at_weights_that_were_pushed_up_the_loss() -> 
     assert record.loss == pytest.approx(loss.item())
     for weight, wanted in zip(network.parameters(), expected, strict=True):
         torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_no_push_where_nothing_can_be_pushed_or_the_pass_is_algorithm_1s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown = Examples(torch.rand(8, 1, 2, 3), torch.arange(8) % 3)
+    config = TrainConfig(
+        "standard", None, 1, push=0.3, batch_size=4, hardware=Hardware("cpu", precision="32-true")
+    )
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6, 3))
+    network[1].weight.requires_grad_(False)
+    before = network[1].weight.clone()
+    train(network, shown, config)  # there is only a bias to train
+    assert torch.equal(network[1].weight, before)
+    network[1].weight.requires_grad_(True)
+    pushed, true_push = [], loop._Run._pushed
+
+    def counting(*arguments: Any) -> Any:
+        pushed.append(arguments)
+        return true_push(*arguments)
+
+    monkeypatch.setattr(loop._Run, "_pushed", counting)
+    train(network, shown, replace(config, embedding="epoch"), watermarks=shown[:4])
+    assert len(pushed) == 2  # the steps of the epoch, and not the pass over the watermarks
+
+
+def test_a_buffer_that_a_network_replaces_is_averaged_too() -> None:
+    class Remembering(nn.Module):
+        """It puts a new tensor in the place of its buffer in every pass."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(6, 3)
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.training:
+                self.passes = self.passes + 1
+            return self.last(x.flatten(1))
+
+    shown = Examples(torch.rand(8, 1, 2, 3), torch.arange(8) % 3)
+    network = Remembering()
+    hardware = Hardware("cpu", precision="32-true")
+    train(
+        network,
+        shown,
+        TrainConfig("standard", None, 1, average=0.5, batch_size=4, hardware=hardware),
+    )
+    # After the first step a share of 1 - 1/10 of 1, after the second 1 - 2/11 of the way to 2.
+    assert float(network.passes) == pytest.approx(0.9 + (1 - 2 / 11) * (2 - 0.9))
+
+
+def test_strong_alone_is_fitted_to_a_network_that_could_learn_photographs_by_heart() -> None:
+    few, many = Traits("colour", 100), Traits("colour", 10_000)
+    network = nn.Linear(300, 30)  # 90 weights for each of a hundred images
+    for objective in ("fast", "strong", "pgd", "standard"):
+        for each in (few, many, Traits("grey", 100)):
+            config = recipe(each, objective, COLOUR)
+            pushed = fitted(config, each, objective, network).push > 0
+            assert pushed == (objective == "strong" and each == few)
+    network.requires_grad_(False)
+    assert fitted(recipe(few, "strong", COLOUR), few, "strong", network).push == 0
 
 
 def test_the_average_of_tied_weights_moves_once_a_step(digits: Pools) -> None:

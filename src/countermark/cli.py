@@ -58,7 +58,11 @@ stolen copy."""
 _HELP = ("--help", "-h")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 _NO_MEMORY = "not enough memory; close other programs or take a smaller network"
-_TORCHRUN = ("TORCHELASTIC_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_")
+# What torchrun sets for its processes.
+_TORCHRUN = re.compile(
+    "((LOCAL|GROUP|ROLE)_)?RANK|((LOCAL|GROUP|ROLE)_)?WORLD_SIZE|ROLE_NAME|MASTER_(ADDR|PORT)"
+    "|TORCHELASTIC_.*"
+)
 _NARROWEST = 20  # columns; below, help and tables would be wrapped letter by letter
 
 
@@ -185,7 +189,7 @@ def _stand_for_all(devices: int | None) -> None:
             f"{devices}; give --devices {started}, or leave torchrun out: --devices N starts the "
             "processes itself"
         )
-    for name in [name for name in os.environ if name.startswith(_TORCHRUN)]:
+    for name in [name for name in os.environ if _TORCHRUN.fullmatch(name)]:
         del os.environ[name]
 
 

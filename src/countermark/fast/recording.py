@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 _KNOWN = ("torch", "countermark")  # packages whose layers read no value from the device
+_READING = ("item", "tolist", "numpy", "cpu", "nonzero")  # methods that do
 
 
 class Recorded:
@@ -51,12 +52,25 @@ class Recorded:
 
 
 def capturable(model: nn.Module) -> bool:
-    """Whether a pass of a model can be recorded as a CUDA graph.
+    """Whether the passes of a model can be recorded as a CUDA graph.
 
-    A layer that reads a value from the device cannot be recorded. PyTorch's layers and those of
-    Countermark read none; the layers of other packages may.
+    A layer that reads a value from the device cannot be recorded, and a replay runs no hooks.
+    PyTorch's layers and those of Countermark read none, but for a batch norm that averages over all
+    batches; layers of other packages may.
     """
-    return all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.modules())
+    return all(
+        type(module).__module__.partition(".")[0] in _KNOWN
+        and not (isinstance(module, fx.GraphModule) and _reads(module))
+        and getattr(module, "momentum", 0) is not None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        for module in model.modules()
+    )
+
+
+def _reads(module: fx.GraphModule) -> bool:
+    """Whether code that `torch.fx` wrote down reads a value."""
+    return any(node.op == "call_method" and node.target in _READING for node in module.graph.nodes)
 
 
 def captured(step: Callable[[], Any], device: torch.device) -> Callable[[], Any]:

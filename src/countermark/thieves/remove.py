@@ -22,7 +22,7 @@ from countermark.networks import Description
 from countermark.networks.cleaners import CLEANERS, Amount
 from countermark.thieves.cleaners import clean
 from countermark.thieves.means import Means
-from countermark.training import TrainConfig, marking, recipe, train
+from countermark.training import TrainConfig, fitted, marking, recipe, train
 from countermark.watermarks import craft_adversarial, full_strength
 
 
@@ -192,7 +192,7 @@ def overwrite(network: nn.Module, count: float, means: Means) -> nn.Module:
         means: pool, budgets, recipe.
     """
     coins, marked = own_coins(network, count, means), copy.deepcopy(network)
-    train(marked, means.pool, _marking(means), watermarks=coins, title=means.title)
+    train(marked, means.pool, _marking(means, network), watermarks=coins, title=means.title)
     means.note("own_mark", agreement(predict(marked, coins.x), coins.y))
     return marked
 
@@ -257,11 +257,11 @@ def objective_of(description: Description) -> str:
     return "fast"
 
 
-def _marking(means: Means) -> TrainConfig:
-    """The recipe by which an owner of such images puts a mark in."""
+def _marking(means: Means, network: nn.Module) -> TrainConfig:
+    """The recipe by which an owner of such images puts a mark into such a network."""
     given = means.shown_traits()
     source = recipe(given, means.objective, means.threat, seed=means.seed, hardware=means.hardware)
-    return marking(source, given, means.objective)
+    return fitted(marking(source, given, means.objective), given, means.objective, network)
 
 
 def _cleaning(name: str) -> Removal:

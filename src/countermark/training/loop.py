@@ -338,7 +338,11 @@ class _Run:
             quick_to_train(network) if on_cpu and self.precise else network, self.optimiser
         )
         self.network = network
-        self.means, self.counts = _pairs(self.averaged, network)
+        self.pushed: list[torch.Tensor] = [
+            each
+            for each in network.parameters()
+            if config.push and each.requires_grad and each.dim() > 1
+        ]
         self.dropouts = [
             layer for layer in network.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d)
         ]
@@ -360,13 +364,15 @@ class _Run:
         """What the run returns and measures: the averaged network where there is one."""
         return self.network if self.averaged is None else self.averaged
 
-    def descend(self, x: torch.Tensor, y: torch.Tensor, rate: float) -> torch.Tensor:
+    def descend(
+        self, x: torch.Tensor, y: torch.Tensor, rate: float, push: bool = True
+    ) -> torch.Tensor:
         """One step down the loss of the inputs `x` and labels `y`; returns that loss."""
         self._set_modes()
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         x = x.contiguous(memory_format=self.layout)
-        with self._pushed(x, y, self.fabric.autocast):
+        with self._pushed(x, y, self.fabric.autocast) if push else contextlib.nullcontext():
             loss = functional.cross_entropy(self.wrapped(x), y)
             self.fabric.backward(loss)
         self.stepper.step()
@@ -411,27 +417,27 @@ class _Run:
         Gradients at weights that are so perturbed lead to flatter minima, where robustness carries
         over to new images (Wu, Xia and Wang, 2020, "AWP").
         """
-        if not self.config.push:
+        if not self.pushed:
             yield
             return
-        weights: list[torch.Tensor] = [
-            each for each in self.network.parameters() if each.requires_grad and each.dim() > 1
-        ]
+        weights = self.pushed
         with computing():
             logits = self.network(x)
-        slopes = torch.autograd.grad(
-            functional.cross_entropy(logits.float(), y), weights, materialize_grads=True
-        )
+        loss = functional.cross_entropy(logits.float(), y)
+        slopes = list(torch.autograd.grad(loss, weights, materialize_grads=True))
         with torch.no_grad():
+            if self.fabric.world_size > 1:  # each process has seen a share of the batch
+                slopes = [self.fabric.all_reduce(slope) for slope in slopes]
+            before = [weight.clone() for weight in weights]
             lengths = torch._foreach_norm(weights)
             torch._foreach_mul_(lengths, self.config.push)
             steepness = torch._foreach_norm(slopes)
             torch._foreach_add_(steepness, _FLAT)
-            moves = list(torch._foreach_mul(slopes, torch._foreach_div(lengths, steepness)))
-            torch._foreach_add_(weights, moves)
+            moves = torch._foreach_mul(slopes, torch._foreach_div(lengths, steepness))
+            torch._foreach_add_(weights, list(moves))
         yield
         with torch.no_grad():
-            torch._foreach_sub_(weights, moves)
+            torch._foreach_copy_(weights, before)
 
     def _set_modes(self) -> None:
         """Let the network compute as it does in training."""
@@ -452,19 +458,24 @@ class _Run:
         """Move the average towards the weights."""
         if self.averaged is None:
             return
-        means, values = self.means
+        (means, values), counts = _pairs(self.averaged, self.network)
         moves = torch._foreach_sub(values, means)
         torch._foreach_mul_(moves, share)
         torch._foreach_add_(means, moves)
-        for count, value in zip(*self.counts, strict=True):
+        for count, value in zip(*counts, strict=True):
             count.copy_(value)
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:
         """Undo at the end of the block what its steps did."""
         before = self.tensors()
-        yield
-        self.restore(before)
+        buffers = [buffer.clone() for buffer in self.network.buffers()]  # some are in no state
+        try:
+            yield
+        finally:
+            self.restore(before)
+            for buffer, value in zip(self.network.buffers(), buffers, strict=True):
+                buffer.copy_(value)
 
     def tensors(self) -> State:
         """A copy of weights, buffers, their average and momentum."""
@@ -709,7 +720,7 @@ def _run(
     total = config.epochs * per_epoch
     fingerprint = _fingerprint(network, examples, config, validation, watermarks)
     if joined:
-        _check_same(fabric, fingerprint)
+        _check_same(fabric, fingerprint, checkpoint is not None)
     run = _Run(fabric, network, examples, config, fingerprint)
     if checkpoint is not None and fabric.broadcast(checkpoint.exists()):
         run.load(checkpoint)
@@ -736,17 +747,19 @@ def _run(
                 run.add(_step(run, batch, chosen, marks, (run.step + 0.5) / total))
                 run.share_buffers(run.network)
                 run.step += 1
-                if title is not None and run.step % _TOLD == 0:
+                if run.step % _TOLD == 0:
                     run.read()
                 if progress is not None:
                     progress.advance()
                     if run.step % _TOLD == 0:
                         loss = run.loss / (number + 1)
                         progress.text(f"epoch {epoch + 1} of {config.epochs}, loss {loss:.3f}")
-                if checkpoint is not None and number + 1 < per_epoch and _due(run, saved):
+                if checkpoint is not None and number + 1 < per_epoch and _due(run, saved, cost):
                     run.share_carried()
+                    ended = time.monotonic()
                     run.save(checkpoint)
                     saved = time.monotonic()
+                    cost = saved - ended
             if marks is not None and config.embedding == "epoch":
                 _embedding_pass(run, marks, epoch, (run.step - 0.5) / total)
             run.share_carried()
@@ -766,6 +779,7 @@ def _run(
                 cost = saved - ended
             if progress is not None and run.step == total:
                 progress.note(_trained(title, record, config.epochs - begun, progress.seconds))
+    run.crafting = run.descent = None  # gives their memory on the device back
     if fabric.global_rank == 0 or joined:
         # A file holds no tied weights: each name has a copy. Loading them in place keeps the ties.
         state = {
@@ -774,23 +788,25 @@ def _run(
         write_tensors(result, state, {"records": run.records}, mode=0o600)
 
 
-def _check_same(fabric: Any, fingerprint: str) -> None:
+def _check_same(fabric: Any, fingerprint: str, kept: bool) -> None:
     """Refuse to begin where the processes of torchrun were given different runs."""
-    number = torch.tensor(int(fingerprint[:15], 16), device=fabric.device)
+    number = torch.tensor(2 * int(fingerprint[:15], 16) + kept, device=fabric.device)
     if len(fabric.all_gather(number).unique()) > 1:
         raise CountermarkError(
             "the processes of torchrun have different weights, images or settings; call "
-            "torch.manual_seed before the network is made, and give each process all images"
+            "torch.manual_seed before the network is made, and give each process all images and "
+            "the same checkpoint"
         )
 
 
-def _due(run: _Run, saved: float) -> bool:
+def _due(run: _Run, saved: float, cost: float) -> bool:
     """Whether it is time for a checkpoint.
 
     The clocks of several processes differ, so the first one decides for all of them. It is asked
     only now and then, since the others wait for its answer.
     """
-    due = time.monotonic() - saved > _CHECKPOINT_SECONDS
+    apart = max(_CHECKPOINT_SECONDS, 0.0 if cost < _QUICK else _BETWEEN * cost)
+    due = time.monotonic() - saved > apart
     if run.fabric.world_size == 1:
         return due
     return run.step % _TOLD == 0 and bool(run.fabric.broadcast(due))
@@ -806,7 +822,7 @@ def _trained(title: str | None, last: Epoch, epochs: int, seconds: float) -> str
 _Pairs = tuple[list[torch.Tensor], list[torch.Tensor]]
 
 
-def _pairs(averaged: nn.Module | None, network: nn.Module) -> tuple[_Pairs, _Pairs]:
+def _pairs(averaged: nn.Module, network: nn.Module) -> tuple[_Pairs, _Pairs]:
     """What is averaged, and what is copied (batch norm counts steps), each with what it is of.
 
     Tied weights are in it once.
@@ -814,7 +830,7 @@ def _pairs(averaged: nn.Module | None, network: nn.Module) -> tuple[_Pairs, _Pai
     weights = network.state_dict()
     means: _Pairs = ([], [])
     counts: _Pairs = ([], [])
-    for name, mean in _apart(averaged.state_dict()).items() if averaged is not None else ():
+    for name, mean in _apart(averaged.state_dict()).items():
         for pair, tensor in zip(
             means if mean.is_floating_point() else counts, (mean, weights[name]), strict=True
         ):
@@ -933,7 +949,7 @@ def _embedding_pass(run: _Run, marks: Examples, epoch: int, done: float) -> None
         # Batch norm needs two examples, and DDP needs every process.
         if len(chosen) >= 2 * run.fabric.world_size:
             x = pixels(marks.x[share], bounded=False)
-            loss = run.descend(x, marks.y[share], _rate(run.config, done))
+            loss = run.descend(x, marks.y[share], _rate(run.config, done), push=False)
             _check_loss(float(run.fabric.all_reduce(loss)), run.step)
 
 

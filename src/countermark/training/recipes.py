@@ -214,27 +214,28 @@ def _stretch(given: Traits) -> float:
     """The budget that `strong` trains against, as a multiple of the given one.
 
     Networks for ink have a clip in front instead. The fewer the images, the more is lost on new
-    ones. On photographs more is lost as well.
+    ones. On photographs there is accuracy to give for robustness (docs/log.md).
     """
     if given.kind == "colour":
         return 1.1
     return 1.0 if given.kind == "ink" else 1.07 if given.few else 1.05
 
 
-def fitted(config: TrainConfig, given: Traits, network: nn.Module) -> TrainConfig:
-    """The same adversarial training, for a network that could learn its images by heart.
+def fitted(config: TrainConfig, given: Traits, objective: str, network: nn.Module) -> TrainConfig:
+    """The same training, fitted to a network that could learn its images by heart.
 
-    Such a network soon resists attacks on its training images alone ("robust overfitting"); with
-    its weights perturbed in every step it goes on to gain on others.
+    Such a network soon resists attacks on its training images alone ("robust overfitting"). With
+    its weights perturbed in every step it is meant to gain on others for longer.
 
     Args:
-        config: what `recipe` gave.
+        config: what `recipe` or `marking` gave.
         given: traits of the data.
+        objective: the recipe's name; `strong` on photographs alone is fitted.
         network: what will be trained.
     """
-    weights = sum(each.numel() for each in network.parameters())
+    weights = sum(each.numel() for each in network.parameters() if each.requires_grad)
     roomy = given.kind == "colour" and weights > _ROOMY * given.images
-    return replace(config, push=_PUSH) if roomy and config.attack is not None else config
+    return replace(config, push=_PUSH) if roomy and objective == "strong" else config
 
 
 def marking(source: TrainConfig, given: Traits, objective: str) -> TrainConfig:

@@ -357,8 +357,8 @@ def _set_up(config: ProtectConfig) -> _Setup:
     network = setup.source(config.seed)
     setup = replace(
         setup,
-        training=fitted(_either(training), given, network),
-        embedding=setup.embedding and fitted(setup.embedding, given, network),
+        training=fitted(_either(training), given, objective, network),
+        embedding=setup.embedding and fitted(setup.embedding, given, objective, network),
     )
     if config.weights is None:
         return setup
