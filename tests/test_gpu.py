@@ -153,7 +153,9 @@ def test_training_is_the_same_with_its_attack_replayed_or_not(
         monkeypatch.setattr(loop, "_records", lambda *_, records=records: records)
         networks.append(NETWORKS["surrogate"]())
         train(
-            networks[-1], examples(256), replace(OBJECTIVES[objective], epochs=2, hardware=PRECISE)
+            networks[-1],
+            examples(256),
+            replace(OBJECTIVES[objective], epochs=2, push=0.01, hardware=PRECISE),
         )
     for one, other in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
         assert torch.allclose(one, other, atol=1e-3)

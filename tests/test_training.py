@@ -461,7 +461,7 @@ loop._measured = lambda *_networks: 50.0
 DIGITS, THREAT = known_traits("digits"), known("digits").threat
 config = recipe(DIGITS, "strong", THREAT, epochs=1, \
 hardware=Hardware("cpu", int(sys.argv[1]), "32-true"))
-config = replace(config, grow_budget=False, schedule="constant", batch_size=96)
+config = replace(config, grow_budget=False, schedule="constant", batch_size=96, push=0.1)
 torch.manual_seed(0)
 model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()

@@ -99,9 +99,9 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked
     model)."""
     objective: Recipe | None = None
-    """Training objective: fast (few steps, checked for overfitting; the default), strong (the same
-    on a wider network, in tens of minutes), pgd (the paper's), standard (no adversary; the default
-    with --weights, which are then only marked)."""
+    """Training objective: fast (few steps, checked for overfitting; the default), strong (for
+    longer, in grey on a wider network: tens of minutes, in colour more), pgd (the paper's),
+    standard (no adversary; the default with --weights, which are then only marked)."""
     weights: AnyWeights | None = None
     """Trained weights to begin with: .safetensors, or a .pt of your own; in Python also a state
     dict."""
