@@ -7,8 +7,8 @@ Two measurements, and `--only` takes one of them:
 time      processor time to a PGD-20 accuracy on 500 validation images, from the same initial
           weights of the network `narrow` and on the same training images: our recipe `fast`; a
           loop with the 7-step PGD of torchattacks; and the single-step recipe of Wong, Rice and
-          Kolter (2020, "Fast is better than free", section 5). The measuring after each epoch
-          does not count.
+          Kolter (2020, "Fast is better than free", section 5). The PGD-20 after each epoch does
+          not count; what our training itself looks at, does.
 strict    our strict evaluation beside pyautoattack's on the images of `--model`, a model folder
           (`benchmarks/strict.py`)
 

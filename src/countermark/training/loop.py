@@ -347,6 +347,8 @@ class _Run:
             layer for layer in network.modules() if isinstance(layer, nn.Dropout | nn.Dropout2d)
         ]
         self.step = 0
+        self.saved = time.monotonic()  # when the last checkpoint was written
+        self.cost = 0.0  # seconds that it took
         self.loss = 0.0  # summed over the epoch so far
         self.unread: list[tuple[int, torch.Tensor]] = []  # losses by step, not in the sum yet
         self.attack = config.attack
@@ -503,17 +505,8 @@ class _Run:
                 state["momentum_buffer"] = torch.empty_like(parameter)
             state["momentum_buffer"].copy_(tensors[f"momentum.{name}"])  # a recording uses it
 
-    def add(self, loss: torch.Tensor) -> None:
-        """Add the loss of a step to the epoch's.
-
-        Reading a number from a GPU waits for the GPU, so that is done for many steps at once.
-        """
-        self.unread.append((self.step, loss))
-        if len(self.unread) >= _unread(loss.device):
-            self.read()
-
     def read(self) -> None:
-        """Read the losses that are waiting; all processes do it after the same step.
+        """Add the losses that are waiting to the epoch's; all processes do it after the same step.
 
         Raises:
             CountermarkError: one of them is not finite.
@@ -521,17 +514,20 @@ class _Run:
         if self.unread:
             # Their mean over the processes: a loss that is not finite stops all of them at once.
             losses = self.fabric.all_reduce(torch.stack([loss for _, loss in self.unread]))
-            for step, value in zip(
-                [step for step, _ in self.unread],
-                losses.tolist(),
-                strict=True,
-            ):
+            for (step, _), value in zip(self.unread, losses.tolist(), strict=True):
                 _check_loss(value, step)
                 self.loss += value
             self.unread.clear()
 
+    @property
+    def worth_saving(self) -> bool:
+        """Whether a checkpoint takes little of the time since the last one."""
+        apart = time.monotonic() - self.saved
+        return self.cost < _QUICK or apart >= _BETWEEN * self.cost
+
     def save(self, path: Path | None) -> None:
         """Write the checkpoint, in the first process; all processes have shared what they have."""
+        begun = time.monotonic()
         self.read()
         if path is None or self.fabric.global_rank != 0:
             return
@@ -551,6 +547,8 @@ class _Run:
         }
         run["attack_steps"] = attack_steps
         write_tensors(path, state, {**run, "records": self.records}, mode=0o600)
+        self.saved = time.monotonic()
+        self.cost = self.saved - begun
 
     def load(self, path: Path) -> None:
         try:
@@ -666,8 +664,10 @@ class _Run:
 
         DDP does so before the next step, but attacks and measurements come earlier.
         """
+        if self.fabric.world_size == 1:
+            return
         buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
-        if buffers and self.fabric.world_size > 1:
+        if buffers:
             together = torch.cat([buffer.flatten() for buffer in buffers])
             torch.distributed.broadcast(together, 0)
             parts = torch.split(together, [buffer.numel() for buffer in buffers])
@@ -733,8 +733,7 @@ def _run(
         if title is not None and fabric.global_rank == 0
         else contextlib.nullcontext(None)
     )
-    saved, begun = time.monotonic(), run.step // per_epoch
-    cost = 0.0  # seconds that the last checkpoint took
+    begun = run.step // per_epoch
     with shown as progress:
         while run.step < total:
             epoch, position = divmod(run.step, per_epoch)
@@ -744,22 +743,20 @@ def _run(
                     fabric.global_rank :: fabric.world_size
                 ]
                 batch = Examples(*near.batch(chosen, fabric.device))
-                run.add(_step(run, batch, chosen, marks, (run.step + 0.5) / total))
+                loss = _step(run, batch, chosen, marks, (run.step + 0.5) / total)
+                run.unread.append((run.step, loss))
                 run.share_buffers(run.network)
                 run.step += 1
-                if run.step % _TOLD == 0:
+                if run.step % _unread(fabric.device) == 0:
                     run.read()
                 if progress is not None:
                     progress.advance()
                     if run.step % _TOLD == 0:
-                        loss = run.loss / (number + 1)
-                        progress.text(f"epoch {epoch + 1} of {config.epochs}, loss {loss:.3f}")
-                if checkpoint is not None and number + 1 < per_epoch and _due(run, saved, cost):
+                        mean = run.loss / (number + 1)
+                        progress.text(f"epoch {epoch + 1} of {config.epochs}, loss {mean:.3f}")
+                if checkpoint is not None and number + 1 < per_epoch and _due(run):
                     run.share_carried()
-                    ended = time.monotonic()
                     run.save(checkpoint)
-                    saved = time.monotonic()
-                    cost = saved - ended
             if marks is not None and config.embedding == "epoch":
                 _embedding_pass(run, marks, epoch, (run.step - 0.5) / total)
             run.share_carried()
@@ -772,11 +769,8 @@ def _run(
                 progress.advance(-per_epoch)
             if after_epoch is not None and fabric.global_rank == 0 and not record.redone:
                 after_epoch(record.epoch, run.result)
-            ended = time.monotonic()
-            if run.step == total or cost < _QUICK or ended - saved >= _BETWEEN * cost:
+            if run.step == total or run.worth_saving:
                 run.save(checkpoint)
-                saved = time.monotonic()
-                cost = saved - ended
             if progress is not None and run.step == total:
                 progress.note(_trained(title, record, config.epochs - begun, progress.seconds))
     run.crafting = run.descent = None  # gives their memory on the device back
@@ -799,14 +793,13 @@ def _check_same(fabric: Any, fingerprint: str, kept: bool) -> None:
         )
 
 
-def _due(run: _Run, saved: float, cost: float) -> bool:
+def _due(run: _Run) -> bool:
     """Whether it is time for a checkpoint.
 
     The clocks of several processes differ, so the first one decides for all of them. It is asked
     only now and then, since the others wait for its answer.
     """
-    apart = max(_CHECKPOINT_SECONDS, 0.0 if cost < _QUICK else _BETWEEN * cost)
-    due = time.monotonic() - saved > apart
+    due = time.monotonic() - run.saved > _CHECKPOINT_SECONDS and run.worth_saving
     if run.fabric.world_size == 1:
         return due
     return run.step % _TOLD == 0 and bool(run.fabric.broadcast(due))
@@ -933,7 +926,7 @@ def _check_loss(value: float, step: int) -> None:
 
 
 def _unread(device: torch.device) -> int:
-    """Steps whose losses are read together."""
+    """Steps whose losses are read together: reading a number from a GPU waits for the GPU."""
     return 1 if device.type == "cpu" else _TOLD
 
 
