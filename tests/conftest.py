@@ -1,6 +1,7 @@
 """Fixtures; the digits models are made once per run and shared by all test processes."""
 
 import fcntl
+import math
 import random
 import secrets
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from countermark.data import Pools, load_pools
 from countermark.memory import keep_freed_memory
+from countermark.training import loop
 from countermark.verbs.protect import protect
 
 
@@ -17,6 +19,12 @@ from countermark.verbs.protect import protect
 def _one_thread() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _every_checkpoint() -> None:
+    """Let no disk that is slow for a moment decide where an interrupted run goes on."""
+    loop._QUICK = math.inf
 
 
 def _made_once(factory: pytest.TempPathFactory, name: str, **options: object) -> Path:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,6 +189,19 @@ def test_interrupted_training_resumes_to_the_very_same_weights(
     assert interruptions == 6  # 4 epochs of 5 steps, 3 a turn
     assert torch.equal(weights(resumed), weights(undisturbed))
     assert records == expected
+
+
+@pytest.mark.parametrize(
+    ("cost", "apart", "worth"),
+    [(0.09, 0.0, True), (0.11, 2.1, False), (0.11, 2.3, True), (30.0, 599.0, False)],
+)
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(
+    cost: float, apart: float, worth: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_QUICK", 0.1)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: 1000.0 + apart)
+    run = SimpleNamespace(cost=cost, saved=1000.0)
+    assert loop._Run.worth_saving.fget(run) is worth  # type: ignore[attr-defined]
 
 
 def test_the_average_is_that_of_the_closed_form(
@@ -452,6 +466,7 @@ def test_two_processes_take_the_steps_of_one(
 import sys, torch
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from torch import nn
 from countermark.data import known, load_ood, load_pools, open_data
 from countermark.training import Hardware, known_traits, loop, recipe, train
