@@ -213,8 +213,11 @@ def test_a_thief_without_an_image_or_a_query_is_refused(means: Means) -> None:
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.93])
-def test_pruning_zeroes_the_smallest_weights_of_each_layer(rate: float) -> None:
-    network = residual()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pruning_zeroes_the_smallest_weights_of_each_layer(
+    rate: float, layout: torch.memory_format
+) -> None:
+    network = residual().to(memory_format=layout)
     pruned = dict(prune(network, rate).named_modules())
     layers = [
         (name, layer)
