@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ from countermark.evaluation import predict
 from countermark.files import read_json, write_json
 from countermark.guard import GuardedModel, QueryLog, Row, RowError, guard_sha256, load_guarded
 from countermark.guard.requests import is_signed, sign_request
-from countermark.networks import load
+from countermark.networks import build, describe, load, save_model
 from countermark.service.clients import CLIENTS_FORMAT, Clients, add_client
 from countermark.service.engine import BusyError, Engine
 from countermark.service.server import listen
@@ -100,12 +100,13 @@ def start(guarded_folder: Path, tmp_path: Path) -> Iterator[Start]:
         limit: str = "",
         command: list[str] | None = None,
         wait: bool = True,
+        folder: Path = guarded_folder,
     ) -> Running:
         command = [
             *(command or (COLD if limit else warm())),
             "serve",
             "--model",
-            str(guarded_folder),
+            str(folder),
         ]
         command += ["--log", str(log), "--port", "0", "--clients", str(clients), *options]
         if limit:
@@ -120,7 +121,7 @@ def start(guarded_folder: Path, tmp_path: Path) -> Iterator[Start]:
             lines.append(process.stderr.readline())
             assert lines[-1], lines
             found = re.search(r"listening on (http://\S+)", lines[-1])
-        service = Running(process, found[1], guarded_folder, log, keys)
+        service = Running(process, found[1], folder, log, keys)
         running.append(service)
         for _ in range(200 if wait else 0):
             try:
@@ -1423,6 +1424,20 @@ def test_a_stop_right_at_the_start_is_an_orderly_one(start: Start) -> None:
     """The line that says where it listens comes when a signal ends the service in order."""
     service = start(wait=False)
     assert ended(service) == ""
+
+
+def test_one_image_of_the_models_size_is_no_body_too_large(
+    start: Start, guarded_folder: Path, tmp_path: Path
+) -> None:
+    """A photograph of 300x300 in full precision is 5 MB of JSON."""
+    shape, folder = (3, 300, 300), tmp_path / "large"
+    folder.mkdir()
+    about = replace(describe(guarded_folder), network="narrow", shape=shape)
+    save_model(folder, build("narrow", shape, 10, seed=0), about)
+    service = start("--unguarded", folder=folder)
+    x = torch.rand(2, *shape, dtype=torch.float64)
+    assert service.infer(x[:1], datatype="FP64").json()["outputs"][0]["shape"] == [1]
+    assert service.infer(x, datatype="FP64").status_code == 413
 
 
 def test_too_few_files_are_told(start: Start) -> None:

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import importlib.util
+import math
 import os
 import sys
 import threading
@@ -20,6 +21,8 @@ from countermark.text import brief
 if TYPE_CHECKING:
     from countermark.guard import QueryLog
 
+_BODY = 4 << 20  # bytes
+_NUMBER = 32  # bytes of JSON that hold any pixel value with what stands around it
 _LOCKED = 5.0  # seconds that a trial waits for another program that writes the log
 
 
@@ -51,8 +54,9 @@ class ServeConfig(OneDeviceOptions):
     """Serve the model as it is: no coins, no log."""
     max_batch: int = 64
     """Most images of one request, and of one pass of the model."""
-    max_body: int = 4 << 20
-    """Most bytes of a request's body."""
+    max_body: int | None = None
+    """Most bytes of a request's body; default 4 MiB, or what one image takes as JSON where that is
+    more."""
     max_waiting: int = 256
     """Most requests that may wait; more are refused with 503."""
     timeout: float = 10.0
@@ -102,7 +106,7 @@ def serve(config: ServeConfig) -> Served:
     """
     import torch
 
-    from countermark.networks import load_model
+    from countermark.networks import describe, load_model
 
     missing = [
         name
@@ -121,18 +125,19 @@ def serve(config: ServeConfig) -> Served:
 
     folder = Path(config.model)
     device = resolve_device(config.device)
-    network, description = load_model(folder, config.network, device=device)
+    shape = describe(folder).shape
     clients = Clients(Path(config.clients) if config.clients else folder / "clients.json")
     torch.set_num_threads(
         max(1, torch.get_num_threads() - 1)
     )  # one core is for the requests themselves
     model = (
-        network
+        load_model(folder, config.network, device)[0]
         if config.unguarded
         else load_guarded(
             folder, Path(config.key) if config.key else folder / "key", config.network, device
         )
     )
+    body = config.max_body or max(_BODY, _NUMBER * math.prod(shape))
     most = connections_that_fit(4 * config.max_waiting)
     listening = listen(
         config.host, config.port
@@ -148,9 +153,9 @@ def serve(config: ServeConfig) -> Served:
             engine,
             clients,
             name=config.name,
-            shape=description.shape,
+            shape=shape,
             model_sha256=weights_sha256(folder),
-            limits=Limits(config.max_batch, config.max_body, config.timeout),
+            limits=Limits(config.max_batch, body, config.timeout),
         )
         print(
             f"the model is called {config.name}: its address ends in /v2/models/{config.name}",
