@@ -65,10 +65,10 @@ def prune(network: nn.Module, rate: float, _means: Means | None = None) -> nn.Mo
     """
     if not 0 < rate < 1:
         raise CountermarkError(f"the pruning rate is the fraction removed, in (0, 1), not {rate}")
-    # PyTorch prunes no weights that lie channels last.
-    pruned = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    pruned = copy.deepcopy(network)
     for layer in pruned.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.weight.data = layer.weight.contiguous()  # PyTorch prunes none channels last
             torch_prune.l1_unstructured(layer, "weight", rate)  # type: ignore[no-untyped-call]
             torch_prune.remove(layer, "weight")  # type: ignore[no-untyped-call]
     return pruned
