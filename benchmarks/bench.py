@@ -19,6 +19,7 @@ the named parts again.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -467,14 +468,9 @@ def write_page(record: dict[str, Any]) -> None:
         "",
         "Written by `make bench` out of benchmarks/results.json.",
         f"{machine['processor']}, {machine['cores']} cores, torch {machine['torch']}.",
-        (
-            "Ratios are of one run: the same network in PyTorch's own layers, "
-            "the same images and steps, one thread, the contenders in turn,"
-        ),
-        (
-            "medians of the processor's time. "
-            "Where the time goes, and what was tried: [the log](log.md)."
-        ),
+        "Ratios are of one run: the same network in PyTorch's own layers, the same images and",
+        "steps, one thread, the contenders in turn, medians of the processor's time.",
+        "[The log](log.md) says where the time goes, and what was tried.",
         "",
         "| | wanted | measured |",
         "|---|---|---|",
@@ -512,42 +508,38 @@ def write_page(record: dict[str, Any]) -> None:
 
 
 def _pgd_lines(parts: dict[str, Any]) -> list[str]:
-    lines = []
-    for network, found in parts.get("pgd", {}).items():
-        lines += ["", f"## PGD, network `{network}`", ""]
-        lines += [
-            (
-                f"{found['images']} images, {found['steps']} steps, "
-                f"{found['threads']} thread(s), {found['data']}."
-            ),
-            "",
-        ]
-        lines += [
-            "| | images x steps a second | times torchattacks | accuracy left |",
-            "|---|---|---|---|",
-        ]
-        rates = found["image_steps_per_second"]
-        lines += [
-            (
-                f"| {name} | {rate:,.0f} | {rate / rates['torchattacks']:.2f} "
-                f"| {found['accuracy_left'][name]:.1f} |"
-            )
-            for name, rate in rates.items()
-        ]
+    networks = parts.get("pgd", {})
+    settings = dict.fromkeys(
+        f"{found['images']} images of {found['data']}, {found['steps']} steps, "
+        f"{found['threads']} thread(s)."
+        for found in networks.values()
+    )
+    notes = [
+        *settings,
+        "Images x steps a second, and in brackets times as fast as torchattacks.",
+    ]
     if "gemm" in parts:
         ceiling = parts["gemm"]
-        lines += [
-            "",
-            (
-                f"The fastest matrix product here: {ceiling['float32']:,.0f} GFLOP/s in float32, "
-                f"{ceiling['bfloat16']:,.0f} in bfloat16"
-            ),
-        ]
-        lines += [
+        notes.append(
+            f"The fastest matrix product here: {ceiling['float32']:,.0f} GFLOP/s in float32, "
+            f"{ceiling['bfloat16']:,.0f} in bfloat16 "
             f"({'with' if ceiling['bf16_in_hardware'] else 'without'} bf16 in hardware), "
             f"{ceiling['threads']} thread(s)."
-        ]
-    return lines
+        )
+    contenders = dict.fromkeys(name for found in networks.values() for name in found["seconds"])
+    rows = [
+        [name, *(cell for found in networks.values() for cell in _contender(found, name))]
+        for name in contenders
+    ]
+    columns = " | ".join(f"network `{network}` | accuracy left" for network in networks)
+    return _section("PGD", [*notes, ""], f"| {columns}", rows)
+
+
+def _contender(found: dict[str, Any], name: str) -> tuple[str, str]:
+    """Return the rate of a contender on a network, and the accuracy that it leaves."""
+    rates = found["image_steps_per_second"]
+    times = rates[name] / rates["torchattacks"]
+    return f"{rates[name]:,.0f} ({times:.2f})", f"{found['accuracy_left'][name]:.1f}"
 
 
 def _section(title: str, notes: list[str], columns: str, rows: list[list[str]]) -> list[str]:
@@ -601,68 +593,77 @@ def _strict_lines(parts: dict[str, Any]) -> list[str]:
 
 
 def _strong_lines(parts: dict[str, Any]) -> list[str]:
+    protected = protected_runs(parts)
+    pairs = [
+        (before, after)
+        for (objective, data, epsilon, model), marked in protected.items()
+        if model == "marked"
+        for before, after in zip(
+            protected[objective, data, epsilon, "unmarked"], marked, strict=True
+        )
+    ]
+    measures = {
+        "test_accuracy": ".2f",
+        "pgd_accuracy": ".2f",
+        "pgd_accuracy_of_part": ".1f",
+        "strict_accuracy_of_part": ".1f",
+    }
     rows = [
         [
-            objective,
-            f"{data}, {epsilon:g}",
-            model,
-            run["network"],
-            str(run["seed"]),
-            f"{run['test_accuracy']:.2f}",
-            f"{run['pgd_accuracy']:.2f}",
-            f"{run['pgd_accuracy_of_part']:.1f}",
-            f"{run['strict_accuracy_of_part']:.1f}",
-            str(run["images"]),
-            run["coins"] if model == "marked" else "",
-            run["precision"],
-            f"""{
-                "resumed"
-                if run["seconds_to_protect"] is None
-                else format(run["seconds_to_protect"], ",.0f")
-            }, {run["threads"]}""",
+            f"{run['objective']}, {run['data']} {run['epsilon']:g}, {run['network']}",
+            f"{run['seed']}, {run['precision']}",
+            *(f"{before[name]:{form}}, {run[name]:{form}}" for name, form in measures.items()),
+            run["coins"],
+            "resumed"
+            if run["seconds_to_protect"] is None
+            else format(run["seconds_to_protect"], ",.0f"),
         ]
-        for (objective, data, epsilon, model), runs in protected_runs(parts).items()
-        for run in runs
+        for before, run in pairs
     ]
+    images = " or ".join(sorted({str(run["images"]) for _, run in pairs}))
+    threads = " or ".join(sorted({str(run["threads"]) for _, run in pairs}))
     notes = [
-        (
-            "Strict accuracy is on test images taken evenly from the pool, "
-            "the others on all of it; seconds are of the wall clock, beside"
-        ),
-        "up to three other programs. `benchmarks/strong.py`.",
+        "Made by `benchmarks/strong.py`.",
+        "Of two figures the first is of the unmarked model, the second of the marked one.",
+        "Test accuracy and PGD are of all test images; "
+        f"a part is {images} of them, taken evenly from the pool.",
+        f"Seconds are of the wall clock on {threads} thread(s), beside up to three other programs.",
         "",
     ]
     columns = (
-        "recipe | data, budget | model | network | seed | test | PGD | PGD, part | strict, part "
-        "| images | coins | precision"
+        "recipe, data and budget, network | seed, precision | test | PGD | PGD, part "
+        "| strict, part | coins | seconds"
     )
-    return _section("Protected models, strict", notes, columns + " | seconds, threads", rows)
+    return _section("Protected models, strict", notes, columns, rows)
 
 
 def _scaling_lines(parts: dict[str, Any]) -> list[str]:
-    rows: list[list[str]] = []
-    before: dict[str, Any] = {}
+    series: dict[str, list[dict[str, Any]]] = {}
     for one in parts.get("scaling", []):
-        same = before.get("what") == one["what"]
-        growth = f"n^{math.log10(one['seconds'] / before['seconds']):.2f}" if same else ""
-        rows.append(
-            [one["what"], f"{one['size']:,}", f"{one['seconds']:.3g}", growth, f"{one['MiB']:.0f}"]
-        )
-        before = one
+        series.setdefault(one["what"], []).append(one)
+    rows = [
+        [
+            what,
+            "; ".join(f"{one['size']:,}" for one in found),
+            "; ".join(f"{one['seconds']:.3g}" for one in found),
+            "; ".join(
+                f"n^{math.log10(after['seconds'] / before['seconds']):.2f}"
+                for before, after in itertools.pairwise(found)
+            ),
+        ]
+        for what, found in series.items()
+    ]
+    most = max((one["MiB"] for one in parts.get("scaling", [])), default=0)
     notes = [
         "![time over the size of the input](scaling.svg)",
         "",
-        (
-            "One thread; seconds, their growth since the row above, and memory above that of the "
-            "program. The exact test on cells of one trial"
-        ),
-        (
-            "adds whole numbers of n binary digits, which is why it grows faster than n; "
-            "10,000 cells take it hundredths of a second."
-        ),
+        "One thread; seconds, and their growth from each size to the next.",
+        f"No row took more than {most:.0f} MiB of memory above that of the program.",
+        "The exact test on cells of one trial adds whole numbers of n binary digits,",
+        "which is why it grows faster than n; 10,000 cells take it hundredths of a second.",
         "",
     ]
-    return _section("How it grows", notes, "what | size | seconds | growth | MiB", rows)
+    return _section("How it grows", notes, "what | sizes | seconds | growth", rows)
 
 
 def about() -> dict[str, Any]:
