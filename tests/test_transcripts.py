@@ -52,7 +52,7 @@ from warm import UNPRUNED, warm
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = ("console", "sh", "python", "pycon", "json", "text")
+LANGUAGES = ("console", "sh", "python", "json", "text")
 """Labels of blocks: commands with their output, commands alone, Python, Python with its output,
 JSON, and what is no code (formulas)."""
 PROGRAMS = ("countermark", "curl", "kill", "make", "python", "seq")
@@ -260,7 +260,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                 _step(net, x[rows], y[rows])
         weights = {f"module.{name}": value for name, value in net.state_dict().items()}
         torch.save(weights, folder / "own.pt")
-        torch.save(net, folder / "whole.pt")
     authority = Authority(base / "authority")
     shutil.copy(authority.root, folder / "roots.pem")
     programs.mkdir()
@@ -388,20 +387,6 @@ class Session:
         shown = "\n".join(re.findall(r"^ *print\(.*\)  # (.+)$", source, flags=re.MULTILINE))
         lost = _missing(shown, said.getvalue(), False)
         assert lost is None, f"the page says\n{lost}\nand Python prints\n{said.getvalue()}"
-
-    def dialogue(self, source: str) -> None:
-        """Execute what stands behind `>>>`, and compare what comes of it, errors included."""
-        for typed, shown in re.findall(
-            r"^>>> (.*(?:\n\.\.\. .*)*)\n((?:(?!>>> ).*\n)*)", source, re.M
-        ):
-            lines = _shortened(typed.replace("\n... ", "\n"))
-            self._give(lines, ast.parse(lines))
-            with contextlib.redirect_stdout(io.StringIO()) as said:
-                try:
-                    exec(compile(lines, "the page", "single"), self.names)
-                except CountermarkError as error:
-                    print(f"{type(error).__module__}.{type(error).__name__}: {error}")
-            assert said.getvalue() == shown, f"{typed} says\n{said.getvalue()}"
 
     def _run(self, line: str) -> tuple[int, str]:
         """Have the shell run a line; what it says comes with the exit status."""
@@ -654,8 +639,6 @@ def _run(session: Session, block: Block) -> None:
                 session.command(command, shown)
         case "python":
             session.python(block.text)
-        case "pycon":
-            session.dialogue(block.text)
         case "json":
             json.loads(block.text)
         case "text":
@@ -672,7 +655,7 @@ def test_nothing_is_made_shorter_or_left_out_that_no_page_has() -> None:
         if block.language in ("console", "sh")
         for command, _ in _commands(block)
     ]
-    statements = [block.text for block in blocks if block.language in ("python", "pycon")]
+    statements = [block.text for block in blocks if block.language == "python"]
     for beginning in NOT_RUN:
         assert any(command.startswith(beginning) for command in commands), beginning
     used = set()
