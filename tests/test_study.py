@@ -5,6 +5,7 @@ Units survive anything, engines agree, numbers match hand-made ones, and the pag
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -28,12 +30,13 @@ from countermark.networks.cleaners import CLEANERS
 from countermark.study import graph, work
 from countermark.study.graph import Unit, in_order
 from countermark.study.grid import DEFENCES, FINETUNED, PROFILES, PRUNED, Cell, grid
+from countermark.study.markdown import markdown
 from countermark.study.report import write_report
 from countermark.study.results import auc, estimate, measurements, rate_interval, where
 from countermark.study.run import do, run
-from countermark.study.statements import statements
+from countermark.study.statements import Finding, Statement, statements
 from countermark.study.store import Store
-from countermark.study.tables import paper_value, tables
+from countermark.study.tables import Table, paper_value, tables
 from countermark.study.timing import seconds
 from countermark.thieves import REMOVALS, THEFTS, Removal
 from countermark.training import known_traits, recipe, train
@@ -625,6 +628,79 @@ def test_a_claim_is_judged_by_its_numbers(study: tuple[Path, dict[str, list[Cell
         assert control.verdict.startswith("holds" if holds else "does not hold")
 
 
+def test_the_markdown_shows_pictures_and_leads_to_the_numbers(
+    study: tuple[Path, dict[str, list[Cell]], Store],
+) -> None:
+    out, _, _ = study
+    text = (out / "results.md").read_text()
+    links = set(re.findall(r"\]\(([^)]+)\)", text))
+    assert {link for link in links if link.endswith(".svg")} == {
+        f"figures/{name}-clean.svg" for name in ("pruned", "fine-tuned", "p_values")
+    }
+    assert {f"tables/{path.name}" for path in (out / "tables").glob("*.csv")} - links == {
+        "tables/measurements.csv"
+    }
+    assert all((out / link).is_file() for link in links)
+
+
+def test_a_table_has_both_protocols_side_by_side() -> None:
+    """A column that says the same under both is written once, and an empty one is left out."""
+
+    def page(columns: tuple[str, ...], **rows: tuple[tuple[object, ...], ...]) -> list[str]:
+        made = {
+            protocol.replace("_", "-"): [
+                Table("t", "T", "", ("data", *columns), 1, part, ((),) * len(part))
+            ]
+            for protocol, part in rows.items()
+        }
+        told = {"clean": Finding(True, "1"), "as-published": Finding(False, "2")}
+        text = markdown("All hold.", [Statement("It holds.", told, True)], made, {}, "make it")
+        assert "| **It holds.** | holds. 1 | **does not hold**. 2 |" in text
+        return [line for line in text.split("### T")[1].splitlines() if line.startswith("|")]
+
+    assert page(
+        ("paper", "ours", "± (95 %)", "seeds"),
+        clean=(("a", 1.0, 2.0, None, 1), ("b", None, 3.0, None, 1)),
+        as_published=(("a", 1.0, 4.0, None, 1),),
+    ) == [
+        "| data | paper | clean | as-published |",
+        "|---|---|---|---|",
+        "| a | 1.00 | 2.00 | 4.00 |",
+        "| b |  | 3.00 |  |",
+    ]
+    assert page(
+        ("test", "coins", "p"),
+        clean=(("a", 1.0, "5:0", -1.0), ("a", 2.0, "6:0", -2.0), ("b", 3.0, None, -3.0)),
+        as_published=(("a", 1.5, "5:1", -1.0), ("a", 2.0, "6:1", -2.0)),
+    ) == [
+        "| data | test | coins | p |",
+        "|---|---|---|---|",
+        "| a | 1.00<br>1.50 | 5:0<br>5:1 | -1.00 |",
+        "| a | 2.00<br>2.00 | 6:0<br>6:1 | -2.00 |",
+        "| b | 3.00<br>- |  | -3.00 |",
+    ]
+
+
+def test_figures_can_be_read_in_light_and_dark(
+    study: tuple[Path, dict[str, list[Cell]], Store],
+) -> None:
+    """Text has at least 11 pixels in a generic font, and a dark page inverts all but images."""
+    pictures = sorted((study[0] / "figures").glob("*.svg"))
+    assert len(pictures) == 7
+    for path in pictures:
+        svg = path.read_text()
+        root = ElementTree.fromstring(svg)
+        per_point = 96 / 72  # the width is in points, and the view box has one unit a point
+        assert root.attrib["viewBox"].split()[2] + "pt" == root.attrib["width"]
+        texts = list(root.iter("{http://www.w3.org/2000/svg}text"))
+        assert texts, path
+        for text in texts:
+            style = text.attrib["style"]
+            assert "font-family: sans-serif" in style, path
+            assert per_point * float(re.findall(r"font-size: ([\d.]+)px", style)[0]) >= 11, path
+        assert ("prefers-color-scheme: dark" in svg) != path.name.startswith("figure6")
+
+
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
@@ -660,7 +736,7 @@ def test_the_page_stands_alone(
     ]
     assert messages == []
     assert overflow <= 0
-    assert figures == 8
+    assert figures == 7
 
 
 # --- the verb -------------------------------------------------------------------------------------

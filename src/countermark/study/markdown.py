@@ -1,14 +1,24 @@
-"""The study as Markdown: what docs/results.md is made of."""
+"""The study as Markdown: what docs/results.md is made of.
 
+What this page leaves out is in the CSV files beside it: the numbers of a picture, the units of work
+that a number came from, and the columns of `_ASIDE`.
+"""
+
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from countermark.study.statements import Statement
-from countermark.study.tables import Table, shown
+from countermark.study.figures import CAPTIONS
+from countermark.study.statements import Finding, Statement
+from countermark.study.tables import Table, by_name, shown
+
+_ASIDE = ("seeds", "difference")
+_PICTURES = {"pruned": ("pruned",), "fine-tuned": ("fine-tuned", "p_values")}
+"""The figures that are shown in place of a table."""
 
 
 def markdown(
-    verdicts: Sequence[str],
+    verdict: str,
     statements: Sequence[Statement],
     tables: Mapping[str, Sequence[Table]],
     about: Mapping[str, Any],
@@ -17,49 +27,115 @@ def markdown(
     """Write the study for a reader of the repository.
 
     Args:
-        verdicts: what was found, the most important sentence first.
+        verdict: how many statements hold.
         statements: the statements and what each protocol says of them.
         tables: by protocol.
         about: environment, options and seeds.
         command: the command that made it.
     """
-    lines = [
-        "# Results",
+    several = len(tables) > 1
+    lines = ["# Results", "", f"Made by `{command}`.", "", "## What holds", ""]
+    lines += [
+        verdict,
+        *(["A statement counts if it holds under one of the protocols."] if several else []),
         "",
-        f"Made by `{command}`. Every number is measured on test images, which chose nothing.",
+        *_statements(statements),
         "",
+        "## Tables and figures",
+        "",
+        "All numbers are measured on test images, which chose nothing.",
     ]
-    lines += [f"- {name}: {value}" for name, value in about.items()] + [""]
-    lines += ["## What holds", ""] + [f"- **{verdict}**" for verdict in verdicts] + [""]
-    for statement in statements:
-        lines += [
-            f"### {statement.text}",
-            "",
-            f"{statement.verdict[0].upper()}{statement.verdict[1:]}.",
-            "",
-        ]
-        lines += [
-            f"- {protocol}: {finding.told}" for protocol, finding in statement.findings.items()
-        ]
-        lines += (
-            ["", statement.remark, ""]
-            if statement.remark and not statement.holds and statement.verdict != "not measured"
-            else [""]
-        )
-    for protocol, made in tables.items():
-        for table in made:
-            lines += [f"## {table.title} ({protocol})", "", table.note, "", *_table(table), ""]
-    return "\n".join(lines).rstrip() + "\n"
+    if several:
+        order = ", then ".join(tables)
+        lines += [f"Two values in a cell are those of {order}; a single one is that of both."]
+    for parts in by_name(tables):
+        first = next(iter(parts.values()))
+        lines += ["", f"### {first.title}", ""]
+        if first.name in _PICTURES:
+            lines += _pictures(_PICTURES[first.name], tuple(parts))
+        else:
+            lines += [first.note, ""] if first.note else []
+            lines += [*_beside(parts), ""]
+        lines += [f"[Numbers and units of work](tables/{first.name}.csv)"]
+    lines += ["", "## How it was made", ""]
+    lines += [f"- {name}: {value}" for name, value in about.items()]
+    return "\n".join(lines) + "\n"
 
 
-def _table(table: Table) -> list[str]:
-    columns = [*table.columns, "unit"]
-    rows = [
-        [shown(value) for value in row] + [units[0][:8] if units else ""]
-        for row, units in zip(table.rows, table.units, strict=True)
-    ]
+def _statements(statements: Sequence[Statement]) -> list[str]:
+    """A table of the statements, and below it why some do not hold."""
+    open_ones = [each for each in statements if each.verdict != "not measured" and not each.holds]
+    remarks = list(dict.fromkeys(each.remark for each in open_ones if each.remark))
+    rows = []
+    for each in statements:
+        text = f"**{each.text}**" if each.leading else each.text
+        if each in open_ones and each.remark:
+            text += f" ({remarks.index(each.remark) + 1})"
+        rows.append([text, *map(_told, each.findings.values())])
+    columns = ["statement", *(statements[0].findings if statements else ())]
+    notes = [f"{number}. {remark}" for number, remark in enumerate(remarks, 1)]
+    return [*_lines(columns, rows), *([""] if notes else []), *notes]
+
+
+def _told(finding: Finding) -> str:
+    if finding.holds is None:
+        return finding.told
+    return f"{'holds' if finding.holds else '**does not hold**'}. {finding.told}"
+
+
+def _pictures(names: Sequence[str], protocols: Sequence[str]) -> list[str]:
+    lines = []
+    for name in names:
+        lines += [CAPTIONS[name], ""]
+        for protocol in protocols:
+            alt = f"{CAPTIONS[name].partition('.')[0]}, protocol {protocol}"
+            lines += [f"Protocol {protocol}:", "", f"![{alt}](figures/{name}-{protocol}.svg)", ""]
+    return lines
+
+
+def _beside(parts: Mapping[str, Table]) -> list[str]:
+    """One table of all protocols.
+
+    A column that says the same under each is written once, and an empty one is left out. If one
+    other column is left, each protocol has its own; if there are more, a cell has a line for each.
+    """
+    first = next(iter(parts.values()))
+    rows: dict[tuple[Any, ...], dict[str, tuple[Any, ...]]] = {}
+    for protocol, table in parts.items():
+        seen: Counter[tuple[Any, ...]] = Counter()
+        for row in table.rows:
+            key = row[: table.keys]
+            seen[key] += 1  # a row a seed
+            rows.setdefault((*key, seen[key]), {})[protocol] = row[table.keys :]
+    once: dict[str, list[str]] = {}
+    each: dict[str, list[list[str]]] = {}
+    for i, title in enumerate(first.columns[first.keys :]):
+        told = [{p: shown(values[i]) for p, values in found.items()} for found in rows.values()]
+        if title in _ASIDE or not any(any(found.values()) for found in told):
+            continue
+        if all(len(set(found.values())) == 1 for found in told):
+            once[title] = [next(iter(found.values())) for found in told]
+        else:
+            each[title] = [[found.get(protocol, "") for protocol in parts] for found in told]
+    if len(each) == 1:
+        (apart,) = each.values()
+        columns = {**once, **dict(zip(parts, map(list, zip(*apart, strict=True)), strict=True))}
+    else:
+        joined = {title: [_joined(cell) for cell in cells] for title, cells in each.items()}
+        titles = [title for title in first.columns if title in once or title in joined]
+        columns = {title: {**once, **joined}[title] for title in titles}
+    keys = [[shown(value) for value in key[:-1]] for key in rows]
+    body = [[*key, *cells] for key, *cells in zip(keys, *columns.values(), strict=True)]
+    return _lines([*first.columns[: first.keys], *columns], body)
+
+
+def _joined(values: Sequence[str]) -> str:
+    return "<br>".join(value or "-" for value in values) if any(values) else ""
+
+
+def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [
-        "| " + " | ".join(columns) + " |",
+        f"| {' | '.join(columns)} |",
         "|" + "---|" * len(columns),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        *(f"| {' | '.join(row)} |" for row in rows),
     ]

@@ -5,14 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from countermark.html import document, escape
+from countermark.study.figures import CAPTIONS
 from countermark.study.statements import Statement
 from countermark.study.tables import Table, shown
 
 _STYLE = """
-@media (prefers-color-scheme: dark) {
-  figure img { filter: invert(1) hue-rotate(180deg); }
-  figure.plain img { filter: none; background: #fff; }
-}
 body { max-width: 68rem; } h2 { margin-top: 2.5rem; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
 table { font-size: .85rem; font-variant-numeric: tabular-nums; }
@@ -22,32 +19,6 @@ td.word, th.word { text-align: left; } \
 td.unit { font-family: ui-monospace, monospace; color: var(--soft); font-size: .75rem; }
 li { margin: .5rem 0; } li .good, li .bad { font-weight: 600; }
 """
-
-_CAPTIONS = {
-    "figure2": (
-        "Figure 2. Black-box copies: watermark accuracy after pruning and fine-tuning. The dashed "
-        "line is the paper's 50 % rule."
-    ),
-    "figure3": "Figure 3. Grey-box copies, the same.",
-    "figure4": "Figure 4. White-box copies, the same.",
-    "strangers": (
-        "Every thief and every stranger asked for the same watermarks: a threshold is evidence "
-        "where no grey dot lies above it."
-    ),
-    "p_values": (
-        "Exact p-values of the coins in white-box copies; the dashed line is a judge's 1e-9, the "
-        "grey band holds all strangers."
-    ),
-    "sweep": "Adversarial watermarks crafted at other budgets.",
-    "figure1_5": (
-        "Figures 1 and 5. Training images, their adversarial examples and watermarks, in the plane "
-        "of the images' two first principal components (the paper does not say how it projects)."
-    ),
-    "figure6": (
-        "Figure 6. A training image, its adversarial example and its watermarks, with the "
-        "adversarially trained model's answers."
-    ),
-}
 
 
 def page(
@@ -110,20 +81,12 @@ def _statement(statement: Statement) -> str:
 
 def _figure(name: str, svg: str) -> str:
     caption = next(
-        (
-            text
-            for start, text in _CAPTIONS.items()
-            if name == start or name.startswith(f"{start}_")
-        ),
+        (text for start, text in CAPTIONS.items() if name == start or name.startswith(f"{start}_")),
         name,
     )
-    plain = " class='plain'" if name.startswith("figure6") else ""
     encoded = base64.b64encode(svg.encode()).decode()
     image = f"<img alt='{escape(caption)}' src='data:image/svg+xml;base64,{encoded}'>"
-    return (
-        f"<figure id='{escape(name)}'{plain}>{image}"
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    return f"<figure id='{escape(name)}'>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _table(table: Table, protocol: str) -> str:

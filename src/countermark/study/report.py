@@ -18,7 +18,7 @@ from countermark.study.page import page
 from countermark.study.results import FIELDS, Row, measurements, write_csv
 from countermark.study.statements import Statement, statements
 from countermark.study.store import Store
-from countermark.study.tables import Table, hyperparameters, tables
+from countermark.study.tables import Table, by_name, hyperparameters, tables
 from countermark.training import known_traits, recipe
 from countermark.watermarks import CRAFTING_STEPS
 
@@ -49,20 +49,22 @@ def write_report(
     }
     for folder in (out / "tables", out / "figures"):
         folder.mkdir(exist_ok=True)
-    for protocol, rows in measured.items():
-        write_csv(
-            out / "tables" / f"measurements-{protocol}.csv",
-            FIELDS,
-            ([row[field] for field in FIELDS] for row in rows),
+    write_csv(
+        out / "tables" / "measurements.csv",
+        FIELDS,
+        ([row[field] for field in FIELDS] for rows in measured.values() for row in rows),
+    )
+    for parts in by_name(made):
+        first = next(iter(parts.values()))
+        lines = (
+            (protocol, *row, " ".join(units))
+            for protocol, table in parts.items()
+            for row, units in zip(table.rows, table.units, strict=True)
         )
-        for table in made[protocol]:
-            lines = (
-                (*row, " ".join(units)) for row, units in zip(table.rows, table.units, strict=True)
-            )
-            write_csv(
-                out / "tables" / f"{table.name}-{protocol}.csv", (*table.columns, "units"), lines
-            )
-        for name, svg in drawn[protocol].items():
+        columns = ("protocol", *first.columns, "units")
+        write_csv(out / "tables" / f"{first.name}.csv", columns, lines)
+    for protocol, pictures in drawn.items():
+        for name, svg in pictures.items():
             write_bytes(out / "figures" / f"{name}-{protocol}.svg", svg.encode())
     found = verdicts(judged)
     results = {
@@ -77,7 +79,7 @@ def write_report(
     }
     # It may have any size: nothing here reads it back.
     write_bytes(out / "results.json", canonical_json(results))
-    write_bytes(out / "results.md", markdown(found, judged, made, about, command).encode())
+    write_bytes(out / "results.md", markdown(found[0], judged, made, about, command).encode())
     write_bytes(out / "report.html", page(found, judged, made, drawn, about).encode())
     return found
 

@@ -34,6 +34,7 @@ class Table:
         title: what a reader sees above it.
         note: what a reader must know to read it.
         columns: their headings.
+        keys: how many of the first columns say what a row is about.
         rows: a row is a value for each column; numbers are in the unit that the heading says.
         units: for each row the units that its numbers came from.
     """
@@ -42,6 +43,7 @@ class Table:
     title: str
     note: str
     columns: tuple[str, ...]
+    keys: int
     rows: tuple[tuple[Any, ...], ...]
     units: tuple[tuple[str, ...], ...]
 
@@ -113,6 +115,15 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     return [table for table in made if table.rows]
 
 
+def by_name(made: Mapping[str, Sequence[Table]]) -> list[dict[str, Table]]:
+    """Each table as the protocols have it: tables by protocol, for every name."""
+    named: dict[str, dict[str, Table]] = {}
+    for protocol, part in made.items():
+        for table in part:
+            named.setdefault(table.name, {})[protocol] = table
+    return list(named.values())
+
+
 def shown(value: Any) -> str:
     """A table's value as a reader sees it: two decimals, nothing where there is none."""
     if value is None:
@@ -136,13 +147,15 @@ def _compared(paper: float | None, ours: Estimate) -> tuple[Any, ...]:
 
 
 _COMPARED = ("paper", "ours", "± (95 %)", "seeds", "difference")
+_MARKED = ("test", "adversarial", "watermark", "coins", "log10 p")
 
 
 def _table(
     name: str,
     title: str,
     note: str,
-    columns: tuple[str, ...],
+    keys: tuple[str, ...],
+    values: tuple[str, ...],
     lines: Iterable[tuple[tuple[Any, ...], Iterable[str]]],
 ) -> Table:
     kept = list(lines)
@@ -150,7 +163,8 @@ def _table(
         name,
         title,
         note,
-        columns,
+        (*keys, *values),
+        len(keys),
         tuple(row for row, _ in kept),
         tuple(tuple(dict.fromkeys(units)) for _, units in kept),
     )
@@ -182,7 +196,8 @@ def _side_by_side(
         number.lower().replace(" ", ""),
         f"{number}. {title}",
         note,
-        ("data", "defence", "measure", *_COMPARED),
+        ("data", "defence", "measure"),
+        _COMPARED,
         lines,
     )
 
@@ -212,23 +227,15 @@ def _budgets(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                     )
                 )
     title = "Table 5. Adversarially trained model under other budgets"
-    return _table(
-        "table5", title, "Adversarial accuracy in percent.", ("data", "attack", *_COMPARED), lines
-    )
+    note = "Adversarial accuracy in percent."
+    return _table("table5", title, note, ("data", "attack"), _COMPARED, lines)
 
 
 def _marks(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
-    """Our scheme beside the published ones, in the models themselves."""
+    """Our scheme and the unmarked models, which the paper's tables do not have."""
     lines = []
     for data in data_sets:
-        for defence in (
-            "ADVTR",
-            TRAINED_ON,
-            "ADVTR+ood",
-            "ADVTR+adversarial",
-            "ADVTR+coin",
-            "WM coin",
-        ):
+        for defence in ("ADVTR", TRAINED_ON, "ADVTR+coin", "WM coin"):
             for setting in SETTINGS:
                 found = where(
                     rows,
@@ -258,22 +265,14 @@ def _marks(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                         values["test"].units,
                     )
                 )
-    columns = (
-        "data",
-        "defence",
-        "stolen by",
-        "test",
-        "adversarial",
-        "watermark",
-        "coins",
-        "log10 p",
-    )
+    keys = ("data", "defence", "stolen by")
     note = (
         "Percent; coins are answers as the coins chose against the other way, seed by seed; p is "
         "exact, the largest over seeds. Under the protocol clean marks are trained in from the "
         "unmarked model ADVTR; 'trained on' has the same further epochs without a mark."
     )
-    return _table("marks", "The coins beside the published schemes", note, columns, lines)
+    title = "The coins beside the published schemes"
+    return _table("marks", title, note, keys, _MARKED, lines)
 
 
 def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Table:
@@ -305,7 +304,7 @@ def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Tab
                 units = [
                     unit for value in means.values() if value is not None for unit in value.units
                 ]
-                what = f"{amount:.0%}" if removal == "pruned" else f"{amount} epochs"
+                what = round(100 * amount) if removal == "pruned" else amount
                 lines.append(
                     (
                         (
@@ -319,10 +318,15 @@ def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Tab
                         units,
                     )
                 )
-    columns = ("data", "stolen by", removal, *SCHEMES, "coin: log10 p", "coin: test accuracy")
-    figure = "Figures 2 to 4 (a)" if removal == "pruned" else "Figures 2 to 4 (b)"
-    note = "Watermark accuracy in percent of the ADVTR models; the largest p over seeds."
-    return _table(removal, f"{figure}. Stolen models, {removal}", note, columns, lines)
+    part, amount = ("a", "pruned, %") if removal == "pruned" else ("b", "epochs")
+    return _table(
+        removal,
+        f"Figures 2 to 4 ({part}). Stolen models, {removal}",
+        "Watermark accuracy in percent of the ADVTR models; the largest p over seeds.",
+        ("data", "stolen by", amount),
+        (*SCHEMES, "coin: log10 p", "coin: test accuracy"),
+        lines,
+    )
 
 
 def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
@@ -346,23 +350,14 @@ def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                     [row["unit"] for row in found],
                 )
             )
-    columns = (
-        "data",
-        "scheme",
-        "lowest",
-        "median",
-        "highest",
-        "accused by the 50 % rule",
-        "smallest log10 p",
-    )
+    values = ("lowest", "median", "highest", "accused by the 50 % rule", "smallest log10 p")
     note = (
         "Watermark accuracy, in percent, of models that never saw the mark: standard, robust, of "
         "another architecture, thefts of unmarked models, and the owner's own unmarked models. An "
         "exact p-value needs no bank; strangers' p-values are anywhere in (0, 1)."
     )
-    return _table(
-        "strangers", "The control: strangers asked for the same watermarks", note, columns, lines
-    )
+    title = "The control: strangers asked for the same watermarks"
+    return _table("strangers", title, note, ("data", "scheme"), values, lines)
 
 
 def _separation(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
@@ -388,12 +383,13 @@ def _separation(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                 lines.append(
                     ((TITLES[data], scheme, setting, _rounded(lowest), _rounded(area), told), units)
                 )
-    columns = ("data", "scheme", "stolen by", "lowest thief", "ROC AUC", "convicted at 1e-6")
+    keys = ("data", "scheme", "stolen by")
+    values = ("lowest thief", "ROC AUC", "convicted at 1e-6")
     note = (
         "How well watermark accuracy tells thieves from strangers: 1 always, 0.5 not at all. Both "
         "defences of a scheme are counted."
     )
-    return _table("separation", "Thieves against strangers", note, columns, lines)
+    return _table("separation", "Thieves against strangers", note, keys, values, lines)
 
 
 def _beyond(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
@@ -409,21 +405,12 @@ def _beyond(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                     [row["unit"]],
                 )
             )
-    columns = (
-        "data",
-        "defence",
-        "theft or removal",
-        "test",
-        "adversarial",
-        "watermark",
-        "coins",
-        "log10 p",
-    )
+    keys = ("data", "defence", "theft or removal")
     note = (
         "Thefts and removals that the paper does not try, on the adversarially trained models; "
         "percent, one row a seed."
     )
-    return _table("beyond", "Beyond the paper", note, columns, lines)
+    return _table("beyond", "Beyond the paper", note, keys, _MARKED, lines)
 
 
 def swept(rows: Sequence[Row], data: str) -> list[tuple[float, list[Row], list[Row]]]:
@@ -472,20 +459,14 @@ def _sweep(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
             lines.append(
                 ((TITLES[data], budget, *numbers), [row["unit"] for row in (*marked, *strangers)])
             )
-    columns = (
-        "data",
-        "watermark budget",
-        "test",
-        "adversarial",
-        "watermark",
-        "strangers' watermark",
-    )
+    keys = ("data", "watermark budget")
+    values = ("test", "adversarial", "watermark", "strangers' watermark")
     note = (
         "ADVTR+adversarial with watermarks crafted at several budgets, in percent. In the profile "
         "quick the adversarial accuracy at other budgets than the default is that on 1,000 test "
         "images, give or take two points."
     )
-    return _table("sweep", "The watermark budget", note, columns, lines)
+    return _table("sweep", "The watermark budget", note, keys, values, lines)
 
 
 def hyperparameters(settings: Mapping[str, Any]) -> Table:
@@ -503,4 +484,4 @@ def hyperparameters(settings: Mapping[str, Any]) -> Table:
         (("all", name, str(training[name]), str(first[name])), ())
         for name in ("epochs", "learning_rate", "weight_decay", "optimizer")
     ]
-    return _table("table6", "Table 6. Settings", "", ("data", "setting", "paper", "ours"), lines)
+    return _table("table6", "Table 6. Settings", "", ("data", "setting"), ("paper", "ours"), lines)
