@@ -12,7 +12,7 @@ ALPHA = 1e-6
 EXIT_STATUS = {"match": 0, "no evidence": 1, "inconclusive": 3}
 """What a verb that ends in a verdict exits with."""
 JUDGE_ALPHA = 1e-9
-"""Level of a judge, who cannot see how often coins were drawn anew (docs/how-it-works.md)."""
+"""Level of a judge, who cannot see how often coins were drawn anew (docs/security.md)."""
 
 
 @dataclass(frozen=True)
