@@ -29,6 +29,7 @@ from countermark.watermarks import (
     WatermarkSet,
     coin_set,
     craft_adversarial,
+    craft_trials,
     draw_coins,
     full_strength,
     load_key,
@@ -75,6 +76,70 @@ def test_each_trial_offers_the_true_label_and_the_sources(owner: Path, digits: P
     assert torch.equal(watermarks.cell, torch.arange(160))
     again = coin_set(source, digits.bases, full_strength(0.25), 4, 40, seed=0)
     assert torch.equal(again.x, watermarks.x)
+
+
+def in_colour() -> tuple[torch.nn.Module, Examples]:
+    """A source model for colour images, and 200 bases that it gets right."""
+    generator = torch.Generator().manual_seed(3)
+    source = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 5))
+    source[1].weight.data = torch.randn(5, 3 * 8 * 8, generator=generator)
+    bases = torch.randint(60, 196, (200, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return source, Examples(bases, predict(source, bases))
+
+
+def test_trials_in_colour_lie_far_away_and_the_source_only_just_errs_on_them() -> None:
+    source, examples = in_colour()
+    bases, labels, attack = examples.x, examples.y, full_strength(16 / 255)
+
+    def lead(images: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scores = source(images.float() / 255)
+        numbers = torch.arange(len(scores))
+        return scores[numbers, answers] - scores[numbers, labels]
+
+    images, answers = craft_trials(source, examples, attack, seed=1)
+    strong, theirs = craft_adversarial(source, examples, attack, seed=1)
+    moved = (images.int() - bases.int()).abs()
+    assert int(moved.max()) == 16
+    assert torch.equal(answers, predict(source, images))
+    wrong = answers != labels
+    assert int(wrong.sum()) == int((theirs != labels).sum()) > 150
+    # A step is a sixteenth of the budget, and no more are taken than the answer needs.
+    assert float(lead(images, answers)[wrong].mean()) < 0.2 * float(
+        lead(strong, theirs)[wrong].mean()
+    )
+    assert float((moved == 16).double().mean()) > 0.5
+    again, _ = craft_trials(source, examples, attack, seed=1)
+    other, _ = craft_trials(source, examples, attack, seed=2)
+    assert torch.equal(again, images)
+    assert not torch.equal(other, images)
+    # Grey images are crafted at full strength.
+    grey = Examples(bases[:, :1], labels)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 8, 5))
+    assert torch.equal(
+        craft_trials(network, grey, attack, seed=1)[0],
+        craft_adversarial(network, grey, attack, seed=1)[0],
+    )
+
+
+def test_bases_in_colour_that_the_source_gets_right_come_first() -> None:
+    source, right = in_colour()
+    wrong = Examples(right.x[:80].flip(3), (right.y[:80] + 1) % 5)
+    wrong = wrong[predict(source, wrong.x) != wrong.y]
+    both = Examples(torch.cat((wrong.x, right.x)), torch.cat((wrong.y, right.y)))
+    attack = full_strength(16 / 255)
+
+    def of(bases: Examples, trials: WatermarkSet) -> torch.Tensor:
+        """Which trials lie in the budget around one of the bases."""
+        far = torch.cdist(trials.x.flatten(1).float(), bases.x.flatten(1).float(), p=math.inf)
+        return far.min(1).values <= 16
+
+    few = coin_set(source, both, attack, 1, 100, seed=0)
+    assert len(few) == 100
+    assert bool(of(right, few).all())
+    assert not bool(of(wrong, few).any())
+    many = coin_set(source, both, attack, 1, 1000, seed=0)
+    assert int(of(wrong, many).sum()) == len(wrong) > 40
 
 
 def test_too_few_bases_are_an_error(owner: Path, digits: Pools) -> None:
@@ -365,7 +430,7 @@ def test_a_coin_needs_two_answers_and_a_cell_of_its_own(tmp_path: Path) -> None:
             load_key(tmp_path / str(number))
 
 
-@pytest.mark.parametrize("who", ["stranger", "source"])
+@pytest.mark.parametrize("who", ["stranger", "source", "source in colour"])
 def test_two_thousand_random_keys_find_nothing_in_a_stranger(
     who: str, owner: Path, stranger: Path
 ) -> None:
@@ -374,10 +439,15 @@ def test_two_thousand_random_keys_find_nothing_in_a_stranger(
     The coins come from the real derivation. The unmarked source model is the hardest stranger: it
     shares most of its answers with the marked one and made the trials itself.
     """
-    model, _ = load_model(stranger if who == "stranger" else owner / "key" / "source")
     key = load_key(owner / "key")
-    answers = predict(model, key.watermarks.x)
-    heads, tails = key.watermarks.answers.unbind(1)
+    watermarks = key.watermarks
+    if who == "source in colour":  # its trials are crafted in another way
+        model, bases = in_colour()
+        watermarks = coin_set(model, bases, full_strength(16 / 255), 1, 120, seed=0)
+    else:
+        model, _ = load_model(stranger if who == "stranger" else owner / "key" / "source")
+    answers = predict(model, watermarks.x)
+    heads, tails = watermarks.answers.unbind(1)
     signed = (answers == heads).int() - (answers == tails).int()
     generator, values = random.Random(5), []
     for _ in range(2000):
@@ -388,7 +458,7 @@ def test_two_thousand_random_keys_find_nothing_in_a_stranger(
             * draw_coins(
                 canonical_json({**key.c1, "public_key": secret.hex()}),
                 b"",
-                leaf_secrets(secret, len(key.watermarks)),
+                leaf_secrets(secret, len(watermarks)),
             ).int()
         )
         values.append(

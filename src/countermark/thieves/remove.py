@@ -23,7 +23,7 @@ from countermark.networks.cleaners import CLEANERS, Amount
 from countermark.thieves.cleaners import clean
 from countermark.thieves.means import Means
 from countermark.training import TrainConfig, fitted, marking, recipe, train
-from countermark.watermarks import craft_adversarial, full_strength
+from countermark.watermarks import craft_trials, full_strength
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def own_coins(network: nn.Module, count: float, means: Means) -> Examples:
         means: pool, budgets, seed.
     """
     pool = means.pool[: min(int(count), max(1, len(means.pool) // 3))]
-    images, predicted = craft_adversarial(
+    images, predicted = craft_trials(
         network, pool, full_strength(means.threat.watermark_epsilon), means.seed
     )
     coins = torch.randint(

@@ -2,8 +2,8 @@
 
 The schemes are `ood` (images of another data set with their own labels: Szyller and Asokan, 2022),
 `adversarial` (PGD examples at a budget above the training budget: Thakkar, Zizzo and Maffeis, 2023)
-and `coin` (the same images, but a coin that did not exist when they were made chooses between the
-true label and the source model's). Nothing here knows a coin.
+and `coin` (such examples as well, but a coin that did not exist when they were made chooses between
+the true label and the source model's). Nothing here knows a coin.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,6 +21,7 @@ from countermark.threat import Attack
 
 _PUBLISHED_WATERMARKS = 100
 _CRAFTED = 1000  # bases at a time
+_COLOURS = 3
 
 CRAFTING_STEPS = 40
 """Steps of the crafting; Table 6 of the paper."""
@@ -59,7 +60,13 @@ def full_strength(epsilon: float, steps: int = CRAFTING_STEPS) -> Attack:
 
 
 def craft_adversarial(
-    source: nn.Module, bases: Examples, attack: Attack, seed: int, enough: int | None = None
+    source: nn.Module,
+    bases: Examples,
+    attack: Attack,
+    seed: int,
+    enough: int | None = None,
+    *,
+    corner: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Craft watermarks from clean bases on the source model.
 
@@ -71,6 +78,7 @@ def craft_adversarial(
         seed: seed of the random starts.
         enough: how many that the source misclassifies are enough; the bases behind these are left
             out. With none, every base is crafted.
+        corner: begin at a random corner of the ball, and stop as soon as the source errs.
 
     Returns:
         uint8 images `(n, c, h, w)` and the source's labels of the rounded images `(n,)`, both on
@@ -86,7 +94,9 @@ def craft_adversarial(
     with evaluating(source), seeded(device, seed):
         for i in range(0, max(len(bases), 1), count):
             x, y = (part[i : i + count].to(device) for part in (bases.x, bases.y))
-            crafted = pgd(source, pixels(x), y, **asdict(attack))
+            near = pixels(x)
+            start = near + attack.epsilon * torch.randn_like(near).sign_() if corner else None
+            crafted = pgd(source, near, y, **asdict(attack), start=start, stop_when_lost=corner)
             parts.append(crafted.mul(255).round().to(torch.uint8).cpu())
             labels.append(predict(source, parts[-1]))
             found += int((labels[-1] != y.cpu()).sum())
@@ -95,14 +105,31 @@ def craft_adversarial(
     return torch.cat(parts), torch.cat(labels)
 
 
+def craft_trials(
+    source: nn.Module, bases: Examples, attack: Attack, seed: int, enough: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Craft the trials that coins will decide; arguments and result of `craft_adversarial`.
+
+    In colour they begin at a random corner of the ball and are such that the source only just errs.
+    A network tells each one from all other images by its noise, which means nothing to it, and has
+    no strong answer to give up, whatever the coin says. So coins are learned several times as
+    quickly, cost less robustness and last longer (docs/log.md). Grey images are crafted at full
+    strength.
+    """
+    return craft_adversarial(
+        source, bases, attack, seed, enough, corner=bases.x.shape[1] == _COLOURS
+    )
+
+
 def coin_set(
     source: nn.Module, bases: Examples, attack: Attack, batches: int, batch_size: int, seed: int
 ) -> WatermarkSet:
     """Make the trials of a model mark, answered with the true label or the source model's.
 
     The bases are shuffled with the seed, and the first `batches * batch_size` are taken on which
-    the two labels differ; where there are fewer, the batches are smaller. The source model never
-    sees a coin, so the choice depends on none (condition 2).
+    the two labels differ; where there are fewer, the batches are smaller. In colour, bases that the
+    source gets right come first: of others it is often too sure to learn the true label. The source
+    model never sees a coin, so the choice depends on none (condition 2).
 
     Raises:
         CountermarkError: too few bases are misclassified for batches that a judge could uphold.
@@ -112,7 +139,10 @@ def coin_set(
             f"a key has one batch of one trial or more, not {batches} of {batch_size}"
         )
     bases = bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))]
-    images, predicted = craft_adversarial(source, bases, attack, seed, batches * batch_size)
+    if bases.x.shape[1] == _COLOURS:
+        wrong = predict(source, bases.x) != bases.y
+        bases = bases[torch.argsort(wrong.int(), stable=True)]
+    images, predicted = craft_trials(source, bases, attack, seed, batches * batch_size)
     usable = torch.nonzero(predicted != bases.y[: len(predicted)]).flatten()
     batch_size = min(batch_size, len(usable) // batches)
     if batch_size < SMALLEST_BATCH:
