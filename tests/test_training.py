@@ -466,7 +466,6 @@ def test_two_processes_take_the_steps_of_one(
 import sys, torch
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from torch import nn
 from countermark.data import known, load_ood, load_pools, open_data
 from countermark.training import Hardware, known_traits, loop, recipe, train

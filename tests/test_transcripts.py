@@ -53,8 +53,8 @@ from warm import UNPRUNED, warm
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = ("console", "sh", "python", "json", "text")
-"""Labels of blocks: commands with their output, commands alone, Python, Python with its output,
-JSON, and what is no code (formulas)."""
+"""Labels of blocks: commands with their output, commands alone, Python, JSON, and what is no code
+(formulas)."""
 PROGRAMS = ("countermark", "curl", "kill", "make", "python", "seq")
 """What a command may begin with; the names of variables that it sets may stand before it."""
 

@@ -94,9 +94,9 @@ def craft_adversarial(
     with evaluating(source), seeded(device, seed):
         for i in range(0, max(len(bases), 1), count):
             x, y = (part[i : i + count].to(device) for part in (bases.x, bases.y))
-            near = pixels(x)
-            start = near + attack.epsilon * torch.randn_like(near).sign_() if corner else None
-            crafted = pgd(source, near, y, **asdict(attack), start=start, stop_when_lost=corner)
+            clean = pixels(x)
+            start = clean + attack.epsilon * torch.randn_like(clean).sign_() if corner else None
+            crafted = pgd(source, clean, y, **asdict(attack), start=start, stop_when_lost=corner)
             parts.append(crafted.mul(255).round().to(torch.uint8).cpu())
             labels.append(predict(source, parts[-1]))
             found += int((labels[-1] != y.cpu()).sum())
