@@ -520,12 +520,12 @@ def _pgd_lines(parts: dict[str, Any]) -> list[str]:
     ]
     if "gemm" in parts:
         ceiling = parts["gemm"]
-        notes.append(
+        notes += [
             f"The fastest matrix product here: {ceiling['float32']:,.0f} GFLOP/s in float32, "
-            f"{ceiling['bfloat16']:,.0f} in bfloat16 "
+            f"{ceiling['bfloat16']:,.0f} in bfloat16",
             f"({'with' if ceiling['bf16_in_hardware'] else 'without'} bf16 in hardware), "
-            f"{ceiling['threads']} thread(s)."
-        )
+            f"{ceiling['threads']} thread(s).",
+        ]
     contenders = dict.fromkeys(name for found in networks.values() for name in found["seconds"])
     rows = [
         [name, *(cell for found in networks.values() for cell in _contender(found, name))]
