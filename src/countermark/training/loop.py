@@ -903,7 +903,7 @@ def _step(
     config, fabric = run.config, run.fabric
     _set_seed(fabric.device, seed_of(config.seed, "step", run.step, fabric.global_rank))
     x, y = pixels(batch.x, bounded=False), batch.y  # `train` has looked at their range
-    grown = min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
+    grown = _grown(config, done)
     view = random_view(len(x), config.flip, config.shift).to(x.device)
     x = view.of(x)
     inputs = [run.perturb(chosen, x, y, grown, view)]
@@ -975,7 +975,12 @@ def _end_epoch(
     if marks is not None:
         marked = _over_all(run.fabric, correct, marks)
     attack_steps = run.attack.steps if run.attack else 0
-    fallen = watched is not None and watched < max(run.best - _COLLAPSE, run.initial * _START_SHARE)
+    fallen = watched is not None and watched < run.best - _COLLAPSE
+    least = run.initial * _START_SHARE
+    if validation is not None and watched is not None and watched < least and not fallen:
+        # While the budget grows, the network need not resist all of it.
+        grown = _grown(config, (run.step - 0.5) / (config.epochs * per_epoch))
+        fallen = (watched if grown == 1 else _measured(run, run.network, validation, grown)) < least
     collapsed = config.objective == "fast" and fallen and attack_steps < _MOST_STEPS
     record = Epoch(
         epoch + 1, run.loss / per_epoch, clean, adversarial, marked, attack_steps, collapsed
@@ -994,10 +999,14 @@ def _end_epoch(
     return record
 
 
-def _measured(run: _Run, network: nn.Module, validation: Examples) -> float:
-    """Adversarial accuracy on a few validation examples, in enough steps to detect a collapse."""
+def _measured(run: _Run, network: nn.Module, validation: Examples, share: float = 1.0) -> float:
+    """Adversarial accuracy on a few validation examples, in enough steps to detect a collapse.
+
+    It is that under a share of the budget.
+    """
     assert run.config.attack is not None
     check = with_steps(run.config.attack, _CHECK_STEPS)
+    check = replace(check, epsilon=share * check.epsilon, step_size=share * check.step_size)
 
     def left(part: Examples) -> float:
         return adversarial_accuracy(network, part, check, seed=run.config.seed)
@@ -1012,6 +1021,11 @@ def _over_all(fabric: Any, share: Callable[[Examples], float], examples: Example
     part = examples[fabric.global_rank :: fabric.world_size]
     count = torch.tensor(round(share(part) * len(part) / 100), device=fabric.device)
     return 100 * int(fabric.all_reduce(count, reduce_op="sum")) / max(len(examples), 1)
+
+
+def _grown(config: TrainConfig, done: float) -> float:
+    """The share of the budget that the attack has at a share of the run."""
+    return min(1.0, done / config.warmup) if config.grow_budget and config.warmup > 0 else 1.0
 
 
 def _rate(config: TrainConfig, done: float) -> float:
