@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from countermark.data import images
-from countermark.data.images import DamagedError, decode, from_array
+from countermark.data.images import DamagedError, decode, fitted, from_array
+from countermark.errors import CountermarkError
 from noise import drawn
 
 pytestmark = [  # Pillow's own about odd files; `decoded` silences them
@@ -286,3 +287,32 @@ def test_arrays_of_either_order_give_the_same_pixels() -> None:
 def test_arrays_that_are_no_images_are_refused(array: np.ndarray, word: str) -> None:
     with pytest.raises(DamagedError, match=word):
         images.from_array(array)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 8, 8), (3, 5, 7), (1, 5, 7)])
+def test_a_file_is_fitted_to_the_shape_of_a_model(shape: tuple[int, int, int]) -> None:
+    """As the folder was read; grey and colour are turned into each other."""
+    grey, colours = Image.fromarray(drawn(1, 5, 7, 1)), Image.fromarray(drawn(2, 5, 7, 3))
+    side = shape[1] if shape[1] == shape[2] else None
+    for image in (grey, colours):
+        data = packed(image)
+        found = fitted(data, shape)
+        assert found.shape == shape
+        as_read = decode(data, side).pixels
+        if len(as_read) == shape[0]:
+            assert np.array_equal(found, as_read)
+        elif shape[0] == 3:
+            assert all(np.array_equal(channel, as_read[0]) for channel in found)
+        else:
+            weights = np.array([0.299, 0.587, 0.114]).reshape(3, 1, 1)
+            assert np.abs(found[0] - (weights * as_read).sum(0)).max() <= 1
+
+
+def test_a_file_that_fits_no_model_is_refused() -> None:
+    data = packed(Image.fromarray(drawn(1, 5, 7, 1)))
+    with pytest.raises(DamagedError, match=r"has 5 x 7 pixels .* takes 7 x 5"):
+        fitted(data, (1, 7, 5))
+    with pytest.raises(CountermarkError, match="the model takes 4; send arrays"):
+        fitted(data, (4, 8, 8))
+    with pytest.raises(DamagedError, match="not a PNG"):
+        fitted(b"GIF89a", (1, 8, 8))

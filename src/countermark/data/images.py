@@ -119,6 +119,49 @@ def decode(file: Path | bytes, size: int | None = None) -> Decoded:
         raise DamagedError(reason or type(error).__name__) from error
 
 
+def fitted(file: Path | bytes, shape: tuple[int, int, int]) -> Array:
+    """Read an image file as a model takes it: of one shape, as its training images were read.
+
+    Where the shape is square the image is brought to it, as `decode` does. A grey image gets equal
+    channels for a model of colours, and colours become grey for a model of grey images.
+
+    Args:
+        file: its path, or its content.
+        shape: `(channels, height, width)`, of one channel or three.
+
+    Returns:
+        uint8 `(channels, height, width)`.
+
+    Raises:
+        DamagedError: the file cannot be read, or the shape is not square and the image has another.
+        CountermarkError: the shape has another number of channels.
+
+    Example:
+        >>> import io
+        >>> from PIL import Image
+        >>> stream = io.BytesIO()
+        >>> Image.new("L", (6, 4), 255).save(stream, "PNG")
+        >>> found = fitted(stream.getvalue(), (3, 2, 2))
+        >>> found.shape, int(found.min())
+        ((3, 2, 2), 255)
+    """
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise CountermarkError(
+            f"image files have 1 or 3 channels, and the model takes {channels}; send arrays"
+        )
+    found = decode(file, height if height == width else None)
+    if found.pixels.shape[1:] != (height, width):
+        raise DamagedError(
+            f"has {found.shape[0]} x {found.shape[1]} pixels (height x width), and the model takes "
+            f"{height} x {width}"
+        )
+    pixels = found.pixels
+    if len(pixels) == 3 and channels == 1:
+        pixels = np.asarray(Image.fromarray(pixels.transpose(1, 2, 0)).convert("L"))[None]
+    return np.ascontiguousarray(np.broadcast_to(pixels, shape))
+
+
 def to_pixels(image: Image.Image, size: int | None = None) -> Decoded:
     """Turn an opened image of Pillow into pixels; see `decode`.
 
