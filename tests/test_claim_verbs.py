@@ -22,7 +22,7 @@ from torch import nn
 from authority import Authority, stamped
 from countermark.cli import main
 from countermark.errors import CountermarkError
-from countermark.files import locked, read_json, sha256, write_json
+from countermark.files import locked, read_json, sha256, write_json, write_tensors
 from countermark.guard import QueryLog, Row
 from countermark.networks import load_model, save_model
 from countermark.networks.named import build
@@ -34,6 +34,7 @@ from countermark.verbs.claim import claim
 from countermark.verbs.log_check import log_check
 from countermark.verbs.log_head import log_head
 from countermark.verbs.protect import protect
+from countermark.watermarks import load_key
 from described import described
 from shorter import mark_shortly, take_any_mark
 
@@ -560,3 +561,40 @@ def test_a_timestamp_of_the_suspect_is_looked_at(
     assert (
         adjudicate(suspect_token=token, **options).verdict == "upheld"
     )  # stamped after T2: it frees nobody
+
+
+def test_a_copy_with_its_classes_in_another_order_is_judged_by_matching(
+    marked: Path, pruned: Path, authority: Authority, tmp_path: Path
+) -> None:
+    """The claim carries the key's clean examples, which were fixed before the coins."""
+    shutil.copytree(marked, tmp_path / "mine")
+    network, description = load_model(pruned)
+    last = [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
+    with torch.no_grad():
+        for values in (last.weight, last.bias):
+            values.copy_(values.roll(3, 0))
+    (tmp_path / "theirs").mkdir()
+    save_model(tmp_path / "theirs", network, description)
+    common: dict[str, Any] = {"key": tmp_path / "mine" / "key", "suspect": tmp_path / "theirs"}
+    common |= {"tsa": authority.url, "roots": authority.root, "batch": 1}
+    with pytest.raises(CountermarkError, match="would not convince a judge"):
+        claim(**common, out=tmp_path / "plain")
+    found = claim(**common, out=tmp_path / "claim", match=True)
+    matched = found.answers.matched
+    assert matched is not None
+    assert (matched.ways, matched.classes) == (2, tuple((i, (i - 3) % 10) for i in range(10)))
+
+    def judged(**options: Any) -> str:
+        asked: dict[str, Any] = {"suspect": tmp_path / "theirs", "roots": authority.root}
+        return adjudicate(tmp_path / "claim", out=tmp_path / "j", **asked, **options).verdict
+
+    assert judged() != "upheld"
+    assert judged(match=True) == "upheld"
+    # Other clean examples could have been chosen to fit the coins.
+    clean = load_key(tmp_path / "mine" / "key").clean
+    assert clean is not None
+    write_tensors(tmp_path / "claim" / "clean.safetensors", {"x": clean.x, "y": 9 - clean.y})
+    with pytest.raises(CountermarkError, match=r"clean\.safetensors was changed"):
+        judged(match=True)
+    (tmp_path / "claim" / "clean.safetensors").unlink()
+    assert judged(match=True) == "upheld"  # by the catalogue's examples of a data set that is known

@@ -1368,7 +1368,7 @@ def test_help_says_what_the_code_takes() -> None:
     for text in (verify, judged):
         assert all(
             word in " ".join(text.split())
-            for word in (".onnx", ".pt2", "http(s)://", "/invocations", "function")
+            for word in (".onnx", ".pt2", "http(s)://", "--api", "function")
         )
 
 

@@ -348,7 +348,7 @@ def test_a_function_of_your_own_is_asked(owner: Path, digits: Pools) -> None:
     "answer",
     [
         lambda x: x,
-        lambda x: [1] * len(x),
+        lambda x: {"label": [1] * len(x)},
         lambda x: np.full(len(x), 2**64 - 1, np.uint64),
         lambda x: np.ones(len(x)),
         lambda x: torch.zeros(len(x)),

@@ -21,7 +21,7 @@ from countermark.data import Examples, Pools
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.evidence import sign_flip_test
-from countermark.files import canonical_json, read_json
+from countermark.files import canonical_json, read_json, sha256
 from countermark.networks import load_model
 from countermark.verbs.protect import protect
 from countermark.watermarks import (
@@ -287,17 +287,21 @@ def some_clean(count: int = 7) -> Examples:
     return Examples(x, torch.arange(count))
 
 
-def test_clean_examples_are_kept_with_a_key_and_change_no_commitment(tmp_path: Path) -> None:
+def test_clean_examples_and_class_names_are_fixed_before_the_coins(tmp_path: Path) -> None:
+    """A judge who finds out by them how a suspect is asked must know that they came first."""
     new_secrets(tmp_path / "key")
     without = write_key(tmp_path / "key", "coin", some_set(), {"data": "digits"})
     assert load_key(tmp_path / "key").clean is None
-    made = write_key(tmp_path / "key", "coin", some_set(), {"data": "digits"}, clean=some_clean())
+    more: dict[str, Any] = {"clean": some_clean(), "names": ["dog", "cat"]}
+    made = write_key(tmp_path / "key", "coin", some_set(), {"data": "digits"}, **more)
     read = load_key(tmp_path / "key")
     assert made.clean is not None
     assert read.clean is not None
     assert read.clean.digest == made.clean.digest == some_clean().digest
-    assert (read.c1, read.signature) == (without.c1, without.signature)
-    assert torch.equal(read.labels, without.labels)
+    assert read.names == made.names == ("dog", "cat")
+    digest = sha256((tmp_path / "key" / "clean.safetensors").read_bytes())
+    assert read.c1 == {**without.c1, "clean_sha256": digest, "class_names": ["dog", "cat"]}
+    assert torch.equal(read.labels, made.labels)
     assert stat.S_IMODE((tmp_path / "key" / "clean.safetensors").stat().st_mode) == 0o600
 
 

@@ -473,7 +473,8 @@ class Marking:
             "pools": {"bases": bases.digest},
             "crafting": asdict(attack),
         }
-        return write_key(self._keys, "coin", trials, provenance, self._stamp, clean)
+        names = () if self.data is None else self.data.class_names
+        return write_key(self._keys, "coin", trials, provenance, self._stamp, clean, names)
 
     def _check_key(self, bases: Examples) -> None:
         """Refuse to continue with a key that does not belong to this loop.

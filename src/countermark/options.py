@@ -29,7 +29,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 from countermark.choices import Precision
 from countermark.device import check_device
 from countermark.errors import CountermarkError, choose
+from countermark.named_code import is_code
 from countermark.places import (
+    ApiName,
+    Channels,
+    ImageForm,
     Layout,
     Network,
     Pixels,
@@ -64,6 +68,7 @@ class Place(Enum):
     NEW = "it must be new or an empty folder"
     WRITTEN = "it may be either"
     NAMED = "it may be a name as well, or a thing in Python"
+    ASKED = "it must exist, or be module:function"
 
 
 ReadPath = Annotated[str | Path, Place.READ]
@@ -247,16 +252,41 @@ class StampOptions(VerbConfig):
 class SuspectOptions(OneDeviceOptions):
     """Options of verbs that ask a suspect."""
 
-    suspect: Annotated[SuspectPlace, Place.READ] = field(kw_only=False)
-    """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
-    .../invocations (MLflow); in Python also a function from images to labels."""
+    suspect: Annotated[SuspectPlace, Place.ASKED] = field(kw_only=False)
+    """Model folder, .onnx or .pt2 file, http(s)://HOST/... of a service (see --api), or
+    module:function from images to labels; in Python also the function itself."""
     network: Network | None = None
     """module:function that builds the network of a suspect that is a model folder, unless it is a
     built-in one."""
+    api: ApiName | None = None
+    """What an address speaks: oip (Open Inference Protocol), mlflow, torchserve, tfserving, vertex,
+    sagemaker, hf (Hugging Face), gradio, or json: your own words; default what the address looks
+    like."""
+    send: tuple[str, ...] = ()
+    """What --api json sends: 'NAME=@png' (a form), '@png' (a bare body), or JSON with
+    "$base64_png", "$array" or "$arrays" (all images of a request) in it. Secrets go into headers:
+    this is saved."""
+    read: str = ""
+    """Where the answers are, as a JMESPath expression such as predictions[0].label; default the
+    whole answer."""
+    form: ImageForm = "png"
+    """How image files are sent: png or jpeg."""
+    quality: int = 95
+    """Quality of a JPEG that is sent."""
+    classes: ReadPath | None = None
+    """File with the class names in the order of the key's labels, one a line, for answers by name;
+    default those of the key."""
+    match: bool = False
+    """Find out from clean examples how the suspect wants to be asked and which of its classes is
+    which. The p-value is multiplied by the number of ways."""
     pixels: Pixels = "float"
     """What the suspect takes: float (pixels of [0, 1]) or uint8."""
-    layout: Layout = "nchw"
-    """How it takes them: nchw or nhwc."""
+    layout: Layout | None = None
+    """How it takes them: nchw or nhwc; default nchw, but nhwc for --api tfserving."""
+    channels: Channels = "rgb"
+    """In which order: rgb or bgr."""
+    size: int | None = None
+    """Side of the square that images are scaled to before they are sent."""
     mean: tuple[float, ...] = ()
     """Subtracted from float pixels first, one number or one a channel."""
     std: tuple[float, ...] = ()
@@ -275,11 +305,15 @@ class SuspectOptions(OneDeviceOptions):
     """File that keeps the answers; the same command goes on from it and asks nothing twice."""
     headers: tuple[str, ...] = ()
     """HTTP headers for an endpoint, each as 'Name: value'."""
+    bearer: str | None = None
+    """Environment variable that holds a token, which is sent as 'Authorization: Bearer ...'."""
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range and headers that are none."""
         super().__post_init__()
         self._at_least_one("budget", "repeats")
+        self._at_least_one("size", most=1 << 13)
+        self._whole("quality", 1, 100)
         self._whole("retries", 0, 100)
         self._positive("number", "rate", "timeout")
         if not all(_HEADER.fullmatch(header.strip()) for header in self.headers):
@@ -456,7 +490,8 @@ def _held(name: str, hint: Any, value: Any) -> Any:
         path = (
             isinstance(made, str) and Path in typing.get_args(parts[0]) and Place.NAMED not in parts
         )
-        return Path(made) if path and not is_address(made) else made
+        code = Place.ASKED in parts and isinstance(made, str) and is_code(made)
+        return Path(made) if path and not code and not is_address(made) else made
     if origin is Literal:
         choose(name.replace("_", " "), value, parts)
         return value
@@ -521,7 +556,8 @@ _NUMBERS: Mapping[Any, Any] = {int: Integral, float: Real}
 
 def _placed(value: str | Path, place: Place, name: str) -> str | Path:
     """One path, `~` expanded and held to what its place says; an address as it is."""
-    if is_address(value) or (place is Place.NAMED and not str(value).startswith("~")):
+    named = place is Place.NAMED and not str(value).startswith("~")
+    if named or is_address(value) or (place is Place.ASKED and is_code(str(value))):
         return value
     try:
         path = Path(value).expanduser()
@@ -531,7 +567,7 @@ def _placed(value: str | Path, place: Place, name: str) -> str | Path:
     try:
         if "\0" in str(path):
             raise ValueError("it has a zero byte in it")
-        if place is Place.READ and not path.exists():
+        if place in (Place.READ, Place.ASKED) and not path.exists():
             raise CountermarkError(f"{path} does not exist; check {name}")
         if place is Place.NEW:
             check_free(path)

@@ -31,6 +31,14 @@ Pixels = Literal["float", "uint8"]
 """What a suspect takes: pixels of [0, 1], or bytes."""
 Layout = Literal["nchw", "nhwc"]
 """How it takes them."""
+Channels = Literal["rgb", "bgr"]
+"""In which order it takes three channels."""
+ImageForm = Literal["png", "jpeg"]
+"""How image files are sent to it."""
+ApiName = Literal[
+    "oip", "mlflow", "torchserve", "tfserving", "vertex", "sagemaker", "hf", "gradio", "json"
+]
+"""Kinds of API that an endpoint may have; `json` is one that the user describes."""
 
 
 class EndpointAddress(NamedTuple):
@@ -40,13 +48,11 @@ class EndpointAddress(NamedTuple):
         name: the model's address, without a query string, which may hold a secret.
         metadata: where its metadata are asked for.
         infer: where it is asked.
-        mlflow: whether that is MLflow's protocol, else the Open Inference Protocol.
     """
 
     name: str
     metadata: str
     infer: str
-    mlflow: bool
 
 
 _MODEL = re.compile(r"(.*/v2/models/[^/].*?)(/infer)?")
@@ -61,26 +67,20 @@ def endpoint_address(url: str) -> EndpointAddress:
     """Read the address of an endpoint.
 
     Args:
-        url: `http(s)://HOST/v2/models/NAME[/versions/V][/infer]` or `.../invocations`, with or
-            without a query string.
+        url: `http(s)://HOST[:PORT]/...`, with or without a query string. A model of the Open
+            Inference Protocol is `.../v2/models/NAME[/versions/V][/infer]` and has one name,
+            however its address ends.
 
     Raises:
-        CountermarkError: it is neither, or holds a password.
+        CountermarkError: it cannot be asked, or holds a password.
     """
     parts = urlsplit(check_address(url, "an endpoint"))._replace(fragment="")
     path = parts.path.rstrip("/")
-    mlflow = path.endswith("/invocations")
-    found = None if mlflow else _MODEL.fullmatch(path)
-    if not mlflow and found is None:
-        raise CountermarkError(
-            f"{sentence(urlunsplit(parts._replace(query='')))} is neither .../v2/models/NAME "
-            "(Open Inference Protocol) nor .../invocations (MLflow); give one of these"
-        )
-    model = path if found is None else found[1]
-    asked = path if found is None else f"{model}/infer"
+    found = _MODEL.fullmatch(path)
+    model, asked = (path, path) if found is None else (found[1], f"{found[1]}/infer")
     name = urlunsplit(parts._replace(path=model, query=""))
     metadata, infer = (urlunsplit(parts._replace(path=each)) for each in (model, asked))
-    return EndpointAddress(name, metadata, infer, mlflow)
+    return EndpointAddress(name, metadata, infer)
 
 
 def place_name(place: object) -> str:

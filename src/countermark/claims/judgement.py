@@ -75,6 +75,7 @@ class Finding:
         suspect_token: an authority's response over the suspect's file, if the accused has one.
         shown: claims of the same key that were shown before.
         rival: a claim of somebody else.
+        ways: the ways of asking out of which the judge's was chosen; p is multiplied by it.
     """
 
     labels: torch.Tensor
@@ -86,6 +87,7 @@ class Finding:
     suspect_token: bytes | None = None
     shown: Sequence[Claim] = field(default=())
     rival: Rival | None = None
+    ways: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def first_trials(claim: Claim, labels: torch.Tensor, count: int) -> list[Trial]:
 
 def judge_claim(claim: Claim, finding: Finding) -> Judgement:
     """Judge a claim."""
-    test = _test(claim, finding.labels, finding.alpha)
+    test = _test(claim, finding.labels, finding.alpha, finding.ways)
     asked = list(_suspect(claim, finding))
     checks = [
         *formal_checks(claim, finding.roots, finding.model_sha256),
@@ -641,7 +643,7 @@ def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
     yield Check(name, outcome[0], found, outcome[1])
 
 
-def _test(claim: Claim, labels: torch.Tensor, alpha: float) -> Verdict:
+def _test(claim: Claim, labels: torch.Tensor, alpha: float, ways: int = 1) -> Verdict:
     """The exact test: a trial that is missing, or not bound to the commitment, disagrees."""
     bound, coins = _bound(claim), _coins(claim)
     cells, outcomes = [], []
@@ -655,7 +657,7 @@ def _test(claim: Claim, labels: torch.Tensor, alpha: float) -> Verdict:
         outcomes.append(
             0 if label not in answers else 1 if answers.index(label) == coins[row] else -1
         )
-    return judge(cells, outcomes, alpha=alpha, batches=int(claim.c1["batches"]))
+    return judge(cells, outcomes, alpha=alpha, batches=int(claim.c1["batches"]), ways=ways)
 
 
 def _bound(claim: Claim) -> dict[int, int]:

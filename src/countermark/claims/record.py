@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from countermark.data import Examples
 from countermark.errors import CountermarkError
 from countermark.files import (
     canonical_json,
@@ -30,12 +31,14 @@ from countermark.suspects import onnx_data
 from countermark.text import brief
 from countermark.timestamps import decode_token, encode_token
 from countermark.watermarks import (
+    CLEAN,
     WatermarkSet,
     leaf_hash,
     leaf_secrets,
     leaves,
     merkle_paths,
     path_length,
+    read_clean,
     root_of_path,
 )
 
@@ -139,6 +142,7 @@ class Claim:
         found: the owner's own figures, for the reader's convenience; a judge does not use them.
         opened: the batch.
         model: folder of the owner's model.
+        clean: the key's clean examples, which C1 names, where the suspect was asked with `--match`.
     """
 
     c1: Mapping[str, Any]
@@ -153,6 +157,12 @@ class Claim:
     found: Mapping[str, Any]
     opened: Opened
     model: Path
+    clean: Examples | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names that were fixed before the coins, in the order of the labels."""
+        return tuple(self.c1.get("class_names", ()))
 
     def network(
         self, network: Network | None = None, option: str = "--owner-network"
@@ -245,6 +255,8 @@ def write_claim(folder: Path, claim: Claim) -> None:
     write_tensors(
         folder / "trials.safetensors", {name: getattr(claim.opened, name) for name in _TENSORS}
     )
+    if claim.clean is not None:
+        write_tensors(folder / CLEAN, {"x": claim.clean.x, "y": claim.clean.y})
     record: dict[str, Any] = {name: dict(getattr(claim, name)) for name in _OBJECTS}
     record |= {name: getattr(claim, name) for name in _SIGNATURES}
     record |= {name: encode_token(getattr(claim, name)) for name in _TOKENS}
@@ -279,9 +291,17 @@ def read_claim(folder: Path) -> Claim:
     tokens: dict[str, Any] = {
         name: decode_token(record[name], f"{path}: {name}") for name in _TOKENS
     }
-    opened = _read_opened(folder / "trials.safetensors", record["c1"]["shape"])
+    c1 = record["c1"]
+    opened = _read_opened(folder / "trials.safetensors", c1["shape"])
+    clean = None
+    if (folder / CLEAN).exists():
+        clean = read_clean(folder / CLEAN, str(c1.get("clean_sha256")), tuple(c1["shape"]))
     return Claim(
-        **{name: record[name] for name in kinds}, **tokens, opened=opened, model=folder / "model"
+        **{name: record[name] for name in kinds},
+        **tokens,
+        opened=opened,
+        model=folder / "model",
+        clean=clean,
     )
 
 
@@ -309,6 +329,8 @@ def _check_commitments(
         and isinstance(shape, list)
         and len(shape) == 3
         and all(type(side) is int and side > 0 for side in shape)
+        and isinstance(c1.get("class_names", []), list)
+        and all(isinstance(name, str) for name in c1.get("class_names", []))
         and _is_hex(c2.get("c1_sha256"))
         and _is_hex(c2.get("model_sha256"))
         and _is_hex(answers.get("c2_sha256"))

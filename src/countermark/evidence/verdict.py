@@ -60,6 +60,7 @@ def judge(
     weights: Mapping[int, int] | None = None,
     alpha: float = ALPHA,
     batches: int = 1,
+    ways: int = 1,
 ) -> Verdict:
     """Test whether a suspect depends on the coins of some trials, and give the verdict.
 
@@ -72,6 +73,8 @@ def judge(
         alpha: largest p-value that counts as a match.
         batches: number of batches of the key, if the claimant chose one of them to open. The
             p-value is multiplied by it (Bonferroni).
+        ways: number of ways in which the suspect could have been asked, if one was chosen. The
+            p-value is multiplied by it as well.
 
     Raises:
         CountermarkError: an outcome is not +1, -1 or 0, a cell has no positive integer weight, or
@@ -79,8 +82,11 @@ def judge(
     """
     if not 0 < alpha < 1:
         raise CountermarkError(f"alpha is a probability in (0, 1), not {alpha}")
-    if batches < 1:
-        raise CountermarkError(f"a key has at least one batch, not {batches}")
+    if batches < 1 or ways < 1:
+        raise CountermarkError(
+            f"a key has one batch or more and is asked in one way or more, not {batches} and {ways}"
+        )
+    choices = batches * ways
     differences = cell_differences(cells, outcomes)
     if weights is not None and not differences.keys() <= weights.keys():
         raise CountermarkError(
@@ -88,9 +94,9 @@ def judge(
         )
     factors = [1 if weights is None else weights[cell] for cell in differences]
     test = sign_flip_test(differences.values(), factors)
-    p = min(Fraction(1), batches * test.p)
-    usable = min(Fraction(1), Fraction(batches, 1 << test.cells))
-    smallest = min(Fraction(1), Fraction(batches, 1 << len(differences)))
+    p = min(Fraction(1), choices * test.p)
+    usable = min(Fraction(1), Fraction(choices, 1 << test.cells))
+    smallest = min(Fraction(1), Fraction(choices, 1 << len(differences)))
     verdict = decide(p, usable, alpha)
     return Verdict(
         verdict=verdict,

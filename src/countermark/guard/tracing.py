@@ -84,7 +84,12 @@ class Trace:
 
 
 def trace_accounts(
-    rows: Sequence[Row], answers: torch.Tensor, secret: bytes, alpha: float = ALPHA, erased: int = 0
+    rows: Sequence[Row],
+    answers: torch.Tensor,
+    secret: bytes,
+    alpha: float = ALPHA,
+    erased: int = 0,
+    ways: int = 1,
 ) -> Trace:
     """Find the accounts whose coins a suspect remembers.
 
@@ -97,6 +102,7 @@ def trace_accounts(
         erased: accounts that were erased from the log, at most (`QueryLog.erased`). They may have
             been erased because of what they said, so each keeps its place in the order, and counts
             in all accounts together as one whose bets were all lost.
+        ways: the ways in which the suspect could have been asked; p-values are multiplied by it.
 
     Raises:
         CountermarkError: a row's answer is not what this key's coin chose, or answers and rows
@@ -125,12 +131,13 @@ def trace_accounts(
         pool.update(row.client, book.process)
         best.update(row.client, book.best)
     found = [
-        book.traced(client, _spent(erased + number), alpha)
+        book.traced(client, _spent(erased + number) + math.log10(ways), alpha)
         for number, (client, book) in enumerate(books.items(), 1)
     ]
     accounts = sorted(found, key=lambda account: account.log10_p_value)
-    together = min(0.0, pool.log10_p_value + _spent(0))
-    verdict = decide(together, best.log10_p_value + _spent(0), math.log10(alpha))
+    factor = _spent(0) + math.log10(ways)
+    together = min(0.0, pool.log10_p_value + factor)
+    verdict = decide(together, best.log10_p_value + factor, math.log10(alpha))
     named = tuple(account.client for account in accounts if account.verdict == "match")
     return Trace(tuple(accounts), named, verdict, together, alpha)
 

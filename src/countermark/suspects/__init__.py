@@ -1,8 +1,8 @@
 """Suspects, which answer with labels only, whatever the model is and whoever made it.
 
 A suspect is a model folder (weights for a network that Countermark builds), an ONNX or .pt2 file
-(run in a child process under limits), an HTTP endpoint, or any function of your own from images to
-labels.
+(run in a child process under limits), an HTTP endpoint of any API, or a function of your own from
+images to labels.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +16,11 @@ from countermark.data import joined, pixels
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
+from countermark.named_code import imported, is_code
 from countermark.networks import NETWORKS, describe, load_model
 from countermark.places import Network, is_address, place_name
+from countermark.suspects.answers import Names, labels_of
+from countermark.suspects.apis import APIS
 from countermark.suspects.asker import (
     MOST_LABELS,
     NO_ANSWER,
@@ -28,13 +31,15 @@ from countermark.suspects.asker import (
     as_taken,
 )
 from countermark.suspects.confined import ask_onnx, ask_pt2, onnx_data
+from countermark.suspects.matching import Matched, match, translation
 from countermark.suspects.remote import Endpoint
 from countermark.text import brief, sentence
 
 _CHUNK = 250
+_REMOTE = ("headers", "api", "send", "read", "form", "quality")
 _NOT_HEEDED: Mapping[str, tuple[str, ...]] = {
-    "a file": ("budget", "rate", "retries", "timeout", "repeats", "replay", "headers"),
-    "a function": ("timeout", "headers"),
+    "a file": ("budget", "rate", "retries", "timeout", "repeats", "replay", *_REMOTE),
+    "a function": ("timeout", *_REMOTE),
 }
 """Options of `Asking` that a kind of suspect has no use for."""
 
@@ -60,8 +65,9 @@ def open_suspect(
 
     Args:
         place: a model folder, an `.onnx` or `.pt2` file, the URL of an endpoint (see `Endpoint`),
-            or a function of your own, which is given the images in batches as `asking` says. An
-            exception that the function raises is a failure and is retried, unless it shows a bug
+            or a function of your own, perhaps as `module:function`, which is given the images in
+            batches as `asking` says. It answers with labels, or with a list of what `labels_of`
+            reads. An exception that it raises is a failure and is retried, unless it shows a bug
             (see `_BUGS`). A replay log knows the function by its module and qualified name.
         shape: the shape of each image that will be asked, `(channels, height, width)`.
         asking: how the suspect wants its images, and how an endpoint or a function is asked.
@@ -74,23 +80,30 @@ def open_suspect(
             `asking` sets an option that such a suspect has no use for.
     """
     asking = asking or Asking()
+    if isinstance(place, str) and is_code(place):
+        place = imported(place)
+        if not callable(place):
+            raise CountermarkError(f"{place_name(place)} is no function; name one")
     if callable(place):
         _check_heeded(asking, "a function")
-        return Asker(place_name(place), _answers_of(place), asking)
+        names = Names(asking.names, foreign=asking.foreign)
+        return Asker(place_name(place), _answers_of(place, names), asking)
     if is_address(place):
         return Endpoint(str(place), asking)
     _check_heeded(asking, "a file")
     path = Path(place)
-    if path.is_dir():
+    if is_folder(path):
         description = describe(path)
         if description.shape != tuple(shape):
             raise CountermarkError(
                 f"{path} takes images of shape {brief(description.shape)}, "
                 f"the key asks with {tuple(shape)}; it is for other data"
             )
+        taken = as_taken(torch.zeros(1, *shape), asking)
         if (
-            as_taken(torch.zeros(1, *shape), asking).dtype != torch.float32
-            or asking.layout != "nchw"
+            (taken.dtype, tuple(taken.shape[1:])) != (torch.float32, tuple(shape))
+            or asking.layout not in (None, "nchw")
+            or asking.channels != "rgb"
             or asking.mean
             or asking.std
         ):
@@ -116,6 +129,11 @@ def open_suspect(
     return lambda x: ask(path, as_taken(x, asking))
 
 
+def is_folder(place: str | Path | Suspect) -> bool:
+    """Whether a place is a model folder, which says itself how it wants its images."""
+    return isinstance(place, str | Path) and Path(place).is_dir()
+
+
 def _check_heeded(asking: Asking, kind: str) -> None:
     """Refuse options that would be ignored."""
     plain_asking = Asking()
@@ -127,7 +145,7 @@ def _check_heeded(asking: Asking, kind: str) -> None:
             )
 
 
-def _answers_of(function: Suspect) -> Callable[[torch.Tensor], list[int]]:
+def _answers_of(function: Suspect, names: Names) -> Callable[[torch.Tensor], list[int]]:
     """A function of the user's as an `Asker` wants it."""
 
     def answer(images: torch.Tensor) -> list[int]:
@@ -140,12 +158,14 @@ def _answers_of(function: Suspect) -> Callable[[torch.Tensor], list[int]]:
             raise RefusalError(words, "mend the function", final=True) from error
         except Exception as error:
             raise FailureError(sentence(f"{type(error).__name__}: {error}")) from error
-        return _checked(labels, len(images))
+        return _checked(labels, len(images), names)
 
     return answer
 
 
-def _checked(labels: object, count: int) -> list[int]:
+def _checked(labels: object, count: int, names: Names) -> list[int]:
+    if isinstance(labels, list):
+        return labels_of(labels, count, names)
     if (
         isinstance(labels, np.ndarray)
         and labels.dtype.kind in "iu"
@@ -181,14 +201,19 @@ def _labels(network: nn.Module, x: torch.Tensor, path: Path) -> torch.Tensor:
 
 
 __all__ = [
+    "APIS",
     "NO_ANSWER",
     "Asker",
     "Asking",
     "Endpoint",
+    "Matched",
     "Suspect",
     "as_taken",
     "ask_onnx",
     "ask_pt2",
+    "is_folder",
+    "match",
     "onnx_data",
     "open_suspect",
+    "translation",
 ]

@@ -21,7 +21,7 @@ import torch
 from countermark.data import as_uint8, pixels
 from countermark.errors import CountermarkError, choose
 from countermark.files import sha256
-from countermark.places import Layout, Pixels
+from countermark.places import Channels, Layout, Pixels
 
 NO_ANSWER = -1
 MOST_LABELS = 1 << 31
@@ -29,6 +29,7 @@ MOST_LABELS = 1 << 31
 _REPLAY_LIMIT = 1 << 28
 _FIRST_WAIT = 0.5  # seconds before the first retry; then twice as long each time
 _LONGEST_WAIT = 30.0
+_LONGEST_HEEDED = 300.0  # seconds that a suspect may ask to be left alone
 _PATIENCE = 5  # requests in a row that bring nothing
 _WASTED = 30  # and in all
 
@@ -40,10 +41,19 @@ class Asking:
     """How a suspect wants to be asked, and how much.
 
     Attributes:
+        size: side of the square that images are scaled to; none leaves them as they are.
+        channels: `rgb` or `bgr`, the order of three channels.
         pixels: `float` (of [0, 1]) or `uint8` (whole numbers from 0 to 255).
-        layout: `nchw` or `nhwc`.
+        layout: `nchw` or `nhwc`; none is what the API is used to, else `nchw`.
         mean: subtracted from pixels of [0, 1], one number or one a channel.
         std: what they are then divided by.
+        names: names of the classes, in the order of the labels.
+        foreign: other class names get numbers beyond all labels, so that a match can be found.
+        api: name of the API of an endpoint; none has its address tell it.
+        send: what is sent to an API of the user's own; see `countermark.suspects.apis`.
+        read: JMESPath expression of where its answers are.
+        form: of image files that are sent: `png` or `jpeg`.
+        quality: of a JPEG.
         batch_size: images in a request.
         budget: most images that may be sent, counted every time (in a batch, again alone, in a
             retry); the rest stay without an answer.
@@ -56,10 +66,19 @@ class Asking:
         headers: HTTP headers, such as an Authorization.
     """
 
+    size: int | None = None
+    channels: str = "rgb"
     pixels: str = "float"
-    layout: str = "nchw"
+    layout: str | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
+    foreign: bool = False
+    api: str | None = None
+    send: tuple[str, ...] = ()
+    read: str = ""
+    form: str = "png"
+    quality: int = 95
     batch_size: int = 32
     budget: int | None = None
     rate: float | None = None
@@ -89,7 +108,12 @@ class FailureError(CountermarkError):
     """The suspect gave no answer this time and may give one the next time."""
 
     def __init__(
-        self, words: str, there: bool = True, nobody: bool = False, busy: bool = False
+        self,
+        words: str,
+        there: bool = True,
+        nobody: bool = False,
+        busy: bool = False,
+        wait: float = 0.0,
     ) -> None:
         """Keep what happened.
 
@@ -98,9 +122,10 @@ class FailureError(CountermarkError):
             there: somebody answered.
             nobody: no connection was made, so the suspect cannot have seen what was asked.
             busy: it asks for patience, so it is alive.
+            wait: seconds after which it wants to be asked again.
         """
         super().__init__(words)
-        self.there, self.nobody, self.busy = there, nobody, busy
+        self.there, self.nobody, self.busy, self.wait = there, nobody, busy, wait
 
 
 def as_taken(x: torch.Tensor, asking: Asking) -> torch.Tensor:
@@ -111,7 +136,14 @@ def as_taken(x: torch.Tensor, asking: Asking) -> torch.Tensor:
             that is not that of the channels.
     """
     choose("pixels", asking.pixels, get_args(Pixels))
-    choose("layout", asking.layout, get_args(Layout))
+    choose("layout", asking.layout or "nchw", get_args(Layout))
+    choose("channels", asking.channels, get_args(Channels))
+    if asking.size is not None and tuple(x.shape[2:]) != (asking.size, asking.size):
+        x = _scaled(x, asking.size)
+    if asking.channels == "bgr":
+        if x.shape[1] != 3:
+            raise CountermarkError(f"images of {x.shape[1]} channels have no order bgr")
+        x = x.flip(1)
     if asking.pixels == "uint8":
         if asking.mean or asking.std:
             raise CountermarkError(
@@ -131,6 +163,14 @@ def as_taken(x: torch.Tensor, asking: Asking) -> torch.Tensor:
     return images.permute(0, 2, 3, 1).contiguous() if asking.layout == "nhwc" else images
 
 
+def _scaled(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Images `(n, c, h, w)` scaled to a square with antialiasing; uint8 ones stay so."""
+    scaled = torch.nn.functional.interpolate(
+        pixels(x), (size, size), mode="bilinear", antialias=True
+    ).clamp_(0, 1)
+    return as_uint8(scaled) if x.dtype == torch.uint8 else scaled
+
+
 class Asker:
     """Asks a suspect: from images `(n, c, h, w)` to int64 labels `(n,)`, -1 for no answer.
 
@@ -140,6 +180,8 @@ class Asker:
         refused: images of the last call that got no answer.
         changed: images whose answers differed between repeats.
         trouble: why the last request that brought nothing did so; empty if all of them did.
+        form: what changes images on their way and is part of the question, such as a JPEG's
+            quality.
     """
 
     def __init__(
@@ -157,6 +199,7 @@ class Asker:
             CountermarkError: the replay log cannot be read.
         """
         self.name, self._answer, self._asking = name, answer, asking
+        self.form = ""
         self.asked = self.refused = self.changed = 0
         self.trouble = self._advice = ""
         self._last = -math.inf
@@ -177,7 +220,7 @@ class Asker:
                 what was answered is in the replay log.
         """
         images = as_taken(x, self._asking)
-        names = [_digest(image) for image in images]
+        names = [_digest(image, self.form) for image in images]
         todo = [i for i, name in enumerate(names) if name not in self._known]
         todo = list({names[i]: i for i in reversed(todo)}.values())[::-1]  # each image once
         for start in range(0, len(todo), self._asking.batch_size):
@@ -234,7 +277,7 @@ class Asker:
         for attempt in range(self._asking.retries + 1):
             if self._asking.budget is not None and images > self._asking.budget - self.asked:
                 break
-            self._wait(attempt)
+            self._wait(attempt, 0.0 if failure is None else failure.wait)
             self.asked += images
             try:
                 found = send()
@@ -263,9 +306,10 @@ class Asker:
                 raise self._stopped(gone=True) from failure
         return None
 
-    def _wait(self, attempt: int) -> None:
+    def _wait(self, attempt: int, wanted: float) -> None:
         if attempt:
-            time.sleep(min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT))
+            wait = min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT)
+            time.sleep(max(wait, min(wanted, _LONGEST_HEEDED)))
         if self._asking.rate is not None:
             time.sleep(max(0.0, self._last + 1 / self._asking.rate - time.monotonic()))
             self._last = time.monotonic()
@@ -306,13 +350,13 @@ class Asker:
                 ) from error
 
 
-def _digest(image: torch.Tensor) -> str:
+def _digest(image: torch.Tensor, form: str) -> str:
     """The digest by which the replay log knows a question: that of the image as it is sent.
 
     The same image in another form, such as uint8 instead of float, is another question.
     """
     data = image.contiguous().numpy().tobytes()
-    return sha256(f"{image.dtype} {list(image.shape)} ".encode() + data)
+    return sha256(f"{form}{image.dtype} {list(image.shape)} ".encode() + data)
 
 
 def read_replay(path: Path | None, name: str, repeats: int = 1) -> dict[str, int]:

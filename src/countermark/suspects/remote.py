@@ -1,36 +1,34 @@
-"""A model behind HTTP: the Open Inference Protocol v2 and MLflow's `/invocations`.
+"""A model behind HTTP, whatever its API.
 
-`Asker` does the asking; here is what one request and one answer look like.
-If an answer cannot be used, the error says why: the status, what the server wrote, or what is wrong
-with the labels.
+`Asker` does the asking, and `apis` knows what is sent to each API; here is one request and one
+answer. If an answer cannot be used, the error says why: the status, what the server wrote, or what
+is wrong with the labels.
 """
 
 import json
 import re
+import time
+from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import requests
 import torch
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
+from countermark.errors import CountermarkError
 from countermark.places import endpoint_address
 from countermark.session import Session
-from countermark.suspects.asker import (
-    MOST_LABELS,
-    NO_ANSWER,
-    Asker,
-    Asking,
-    FailureError,
-    RefusalError,
-)
+from countermark.suspects.answers import Names, labels_of
+from countermark.suspects.apis import found_api
+from countermark.suspects.asker import Asker, Asking, FailureError, RefusalError
 from countermark.text import sentence
 
 _RESPONSE_LIMIT = 1 << 24
 _WORDS_LIMIT = 1 << 12
-_LONGEST_NUMBER = 32  # characters of a number that is written as a string
 _MARKUP = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 _CREDENTIALS = "give it what it wants with --headers, such as 'Authorization: Bearer ...'"
-_ADDRESS = "check the address: .../v2/models/NAME or .../invocations"
+_ADDRESS = "check the address and --api"
 _FINAL = {
     401: _CREDENTIALS,
     403: _CREDENTIALS,
@@ -40,74 +38,84 @@ _FINAL = {
     410: _ADDRESS,
 }
 """Statuses that are about the address or the client and not about the images: what to do."""
+_TEXTS = ("text/plain", "text/event-stream")
 
 
 class Endpoint(Asker):
-    """A suspect behind a URL; see `Asker` for how it is called and what it keeps."""
+    """A suspect behind a URL; see `Asker` for how it is called and what it keeps.
+
+    Attributes:
+        address: where it is.
+        asking: how it is asked.
+        api: the name of its API.
+        files: whether it takes image files, and no arrays.
+    """
 
     def __init__(self, url: str, asking: Asking | None = None) -> None:
-        """Take an address of the Open Inference Protocol or of MLflow.
+        """Take an address.
 
         Args:
-            url: `http(s)://HOST/v2/models/NAME[/versions/V][/infer]` or `.../invocations`, with
-                or without a query string.
-            asking: how, and how much.
+            url: `http(s)://HOST/...`, with or without a query string.
+            asking: how, and how much; it names the API, unless the address tells it.
 
         Raises:
-            CountermarkError: the URL is neither or holds a password, or the replay log cannot be
-                read.
+            CountermarkError: the URL cannot be asked or holds a password, its API is not known or
+                takes no such images, or the replay log cannot be read.
         """
         asking = asking or Asking()
-        self._address = endpoint_address(url)
-        super().__init__(self._address.name, self._infer, asking)
-        self._timeout = asking.timeout
+        self.address = endpoint_address(url)
+        self._row, self.api, self._guessed = found_api(self.address, asking)
+        self.files = self._row.files
+        if self.files:
+            _check_files(asking, self.api)
+            asking = replace(asking, pixels="uint8")
+        asking = replace(
+            asking,
+            layout=asking.layout or self._row.layout,
+            batch_size=asking.batch_size if self._row.many else 1,
+        )
+        self.asking, self._names = asking, Names(asking.names, foreign=asking.foreign)
+        super().__init__(self.address.name, self._infer, asking)
+        lossy = any("jpeg" in word for word in (asking.form, *asking.send))
+        self.form = f"jpeg {asking.quality} " if lossy else ""
         self._session = Session()
-        self._session.headers.update(dict(asking.headers))
-        self._input: str | None = None
+        self._headers = dict(asking.headers)
+        self._metadata: Any = None
 
     def _infer(self, images: torch.Tensor) -> list[int]:
-        if self._address.mlflow:
-            body: dict[str, Any] = {"inputs": images.tolist()}
-        else:
-            tensor = {
-                "name": self._input_name(),
-                "shape": list(images.shape),
-                "datatype": "UINT8" if images.dtype == torch.uint8 else "FP32",
-                "data": images.flatten().tolist(),
-            }
-            body = {"inputs": [tensor]}
-        return _labels(
-            self._exchange("POST", self._address.infer, body), len(images), self._address.mlflow
-        )
+        try:
+            return labels_of(self._row.ask(self, images), len(images), self._names)
+        except RefusalError as refusal:
+            if self._guessed and not self._answered:
+                guess = f"its address looks like that of the API {self.api}; --api names another"
+                refusal.advice = f"{refusal.advice}; {guess}" if refusal.advice else guess
+            raise
 
-    def _input_name(self) -> str:
-        """The name of the model's input, from its metadata; `input` where there are none."""
-        if self._input is None:
-            found = self._attempt(lambda: self._exchange("GET", self._address.metadata)) or {}
-            inputs = found.get("inputs")
-            first = inputs[0] if isinstance(inputs, list) and inputs else {}
-            self._input = str(first.get("name", "input") if isinstance(first, dict) else "input")
-        return self._input
+    def metadata(self) -> Any:
+        """What the endpoint says about the model, asked once; nothing if it says nothing."""
+        if self._metadata is None:
+            found = self._attempt(lambda: self.exchange("GET", self.address.metadata))
+            self._metadata = found or {}
+        return self._metadata
 
-    def _exchange(
-        self, method: str, address: str, body: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """One request and its answer, a JSON object.
+    def exchange(self, method: str, address: str, **sent: Any) -> Any:
+        """One request and its answer: a JSON value, or a text where the server says that it is one.
 
         Raises:
             RefusalError: it was refused, or the answer is something else.
             FailureError: there was none, or the server asks to come again.
         """
+        sent["headers"] = {**sent.get("headers", {}), **self._headers}
         try:
             with self._session.request(
                 method,
                 address,
-                json=body,
-                timeout=self._timeout,
+                timeout=self.asking.timeout,
                 stream=True,
                 allow_redirects=False,
+                **sent,
             ) as response:
-                return _object(response)
+                return _value(response)
         except (requests.RequestException, UnicodeError) as error:
             if isinstance(error, ValueError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
                 # An address or a header that cannot be sent, or a certificate that does not hold.
@@ -118,6 +126,23 @@ class Endpoint(Asker):
             raise FailureError(type(error).__name__, there=False, nobody=nobody) from error
 
 
+def _check_files(asking: Asking, api: str) -> None:
+    """Refuse what can be said of arrays only.
+
+    Raises:
+        CountermarkError: something of that kind is said.
+    """
+    given = [
+        name
+        for name, usual in (("layout", None), ("mean", ()), ("std", ()))
+        if getattr(asking, name) != usual
+    ]
+    if given:
+        raise CountermarkError(
+            f"the API {api} takes image files, for which --{given[0]} has no meaning; leave it out"
+        )
+
+
 def _is_nobody(error: requests.RequestException) -> bool:
     """Whether no connection was made, so that the suspect cannot have seen what was asked."""
     cause = error.args[0] if error.args else None
@@ -126,8 +151,8 @@ def _is_nobody(error: requests.RequestException) -> bool:
     return nobody or isinstance(error, kinds)
 
 
-def _object(response: requests.Response) -> dict[str, Any]:
-    """The JSON object of a response."""
+def _value(response: requests.Response) -> Any:
+    """The JSON value of a response, or the text of one that says it is text."""
     status = response.status_code
     said = sentence(f"{status} {response.reason or ''}")
     if 300 <= status < 400:  # its body is not even looked at
@@ -138,19 +163,30 @@ def _object(response: requests.Response) -> dict[str, Any]:
         words = _words(_body(response, _WORDS_LIMIT))
         said += f" ({words})" if words else ""
         if status == 429 or status >= 500:
-            raise FailureError(said, busy=status == 429)
+            raise FailureError(said, busy=status == 429, wait=_wanted_wait(response))
         raise RefusalError(said, _FINAL.get(status, ""), final=status in _FINAL)
     data = _body(response, _RESPONSE_LIMIT + 1)
     if len(data) > _RESPONSE_LIMIT:
         raise RefusalError(f"{said} with an answer of more than {_RESPONSE_LIMIT} bytes")
     try:
-        value = json.loads(data)
+        return json.loads(data)
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        words = f"{said} with something else than a JSON object ({_words(data)})"
-        raise RefusalError(words, _ADDRESS, final=True)
-    return value
+        media = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if media in _TEXTS and data.lstrip()[:1] != b"<":
+            return data.decode(errors="replace").strip()
+        words = f"{said} with something else than JSON ({_words(data)})"
+        raise RefusalError(words, _ADDRESS, final=True) from None
+
+
+def _wanted_wait(response: requests.Response) -> float:
+    """The seconds after which a server wants to be asked again; 0 where it does not say."""
+    said = response.headers.get("Retry-After", "").strip()
+    if said.isascii() and said.isdigit():
+        return float(said[:9])
+    try:
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
 
 
 def _body(response: requests.Response, limit: int) -> bytes:
@@ -166,83 +202,6 @@ def _words(data: bytes) -> str:
     """The first words of a body, without the markup of a page."""
     text = data[:_WORDS_LIMIT].decode(errors="replace")
     return sentence(_MARKUP.sub(" ", text) if text.lstrip()[:1] == "<" else text)
-
-
-def _labels(found: dict[str, Any], count: int, mlflow: bool) -> list[int]:
-    """Labels out of a response: integers for each image, or one row of scores.
-
-    Sides of 1 after the first do not matter, and a number may be written as a string.
-
-    Raises:
-        RefusalError: the response holds something else.
-    """
-    try:
-        if mlflow:
-            values = _numbers(found["predictions"])
-        else:
-            output = found["outputs"][0]
-            values = _numbers(output["data"]).reshape([int(side) for side in output["shape"]])
-    except (
-        KeyError,
-        IndexError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        OverflowError,
-        RecursionError,
-    ):
-        raise RefusalError(f"200 with neither labels nor scores ({_shown(found)})") from None
-    shape = [side for i, side in enumerate(values.shape) if i == 0 or side != 1]
-    if not values.numel() or not shape or len(values) != count or len(shape) > 2:
-        raise RefusalError(
-            f"200 with answers of the shape {tuple(values.shape)} to {count} images, where labels "
-            f"({count},) or scores ({count}, classes) are expected"
-        )
-    values = values.reshape(shape)
-    if values.dim() == 2:
-        scored = torch.isfinite(values).all(1)
-        values = torch.where(scored, values.argmax(1), NO_ANSWER)
-    whole = torch.isfinite(values) & (values == values.round())
-    whole &= (values >= 0) & (values < MOST_LABELS)
-    if not bool(whole.any()):
-        raise RefusalError(f"200 with no label in it ({_shown(found)})")
-    return torch.where(whole, values, NO_ANSWER).long().tolist()
-
-
-def _numbers(data: Any) -> torch.Tensor:
-    """A list of numbers as a float64 tensor.
-
-    Raises:
-        RefusalError: class names.
-        ValueError: and other errors of a list that is no array of numbers.
-    """
-    try:
-        return torch.tensor(data, dtype=torch.float64)
-    except (TypeError, ValueError):
-        return torch.tensor(_without_strings(data), dtype=torch.float64)
-
-
-def _without_strings(data: Any) -> Any:
-    if isinstance(data, list):
-        return [_without_strings(part) for part in data]
-    if not isinstance(data, str):
-        return data
-    try:
-        return float(data if len(data) <= _LONGEST_NUMBER else "")
-    except ValueError:
-        raise RefusalError(
-            f"200 with a class name, {sentence(data)!r}, for a label",
-            "serve it with class numbers or scores; which name is which class is not known here",
-            final=True,
-        ) from None
-
-
-def _shown(found: dict[str, Any]) -> str:
-    """The beginning of an answer."""
-    try:
-        return sentence(json.dumps(found)[:_WORDS_LIMIT])
-    except RecursionError:
-        return "nested too deeply to be shown"
 
 
 __all__ = ["Endpoint"]

@@ -34,8 +34,7 @@ class AdjudicateConfig(SuspectOptions):
     """
 
     suspect: ReadPath
-    """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
-    .../invocations (MLflow)."""
+    """Model folder, .onnx or .pt2 file, or http(s)://HOST/... of a service (see --api)."""
     claim: ReadPath = field(kw_only=False)
     """The claim's folder."""
     roots: ReadPath
@@ -138,9 +137,20 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     rival = _rival(claim, network, config)
     suspect = suspect_identity(config.suspect)
     # Only now, after everything else could be read.
-    given, answers = ask(config, claim.opened.x, str(claim.c1.get("data")))
-    labels = predict(network, claim.opened.x)
-    finding = Finding(given, suspect, digest, labels, roots, config.alpha, token, shown, rival)
+    data = str(claim.c1.get("data"))
+    given, answers = ask(config, claim.opened.x, data, claim.clean, claim.names)
+    finding = Finding(
+        labels=given,
+        suspect=suspect,
+        model_sha256=digest,
+        model_labels=predict(network, claim.opened.x),
+        roots=roots,
+        alpha=config.alpha,
+        suspect_token=token,
+        shown=shown,
+        rival=rival,
+        ways=answers.ways,
+    )
     judgement = judge_claim(claim, finding)
     result = _result(config, claim, judgement, answers)
     asked = {

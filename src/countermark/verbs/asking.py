@@ -1,21 +1,28 @@
 """What the verbs that ask a suspect share: how it is asked, and the doubts about its answers."""
 
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from countermark.data import KNOWN, is_cached
 from countermark.device import resolve_device
 from countermark.errors import CountermarkError
-from countermark.options import SuspectOptions
+from countermark.files import read_bytes
+from countermark.options import SuspectOptions, option
+from countermark.text import brief
 
 if TYPE_CHECKING:
     import torch
 
     from countermark.data import Examples
-    from countermark.suspects import Suspect
+    from countermark.suspects import Asking, Matched, Suspect
 
 _CLEAN = 100
+_NAMES_LIMIT = 1 << 20  # bytes of a file of class names
 _DOUBTFUL = 50.0  # percent of clean examples right; below, the suspect is asked in the wrong way
 _TRANSLATED = 70.0  # percent right after an exchange of classes that explains the answers
 _GAIN = 10.0  # points that the exchange has to bring
@@ -39,6 +46,7 @@ class Answers:
         clean_accuracy: accuracy on clean examples, in percent; none if they could not be asked.
         clean_doubt: what is strange about its answers to them; empty if nothing is.
         unchecked: why they could not be asked; empty if they were.
+        matched: how the suspect is asked, as `--match` found out; none without it.
     """
 
     unanswered: int
@@ -47,10 +55,20 @@ class Answers:
     clean_accuracy: float | None
     clean_doubt: str
     unchecked: str
+    matched: "Matched | None" = None
+
+    @property
+    def ways(self) -> int:
+        """The ways out of which one was chosen; a p-value is multiplied by it."""
+        return 1 if self.matched is None else self.matched.ways
 
 
 def ask(
-    config: SuspectOptions, x: "torch.Tensor", data: str, clean: "Examples | None" = None
+    config: SuspectOptions,
+    x: "torch.Tensor",
+    data: str,
+    clean: "Examples | None" = None,
+    names: Sequence[str] = (),
 ) -> "tuple[torch.Tensor, Answers]":
     """Ask the suspect of a configuration for the labels of images `(n, c, h, w)`.
 
@@ -63,6 +81,7 @@ def ask(
         x: the images.
         data: the data set of the key.
         clean: clean examples that the key keeps; without them the data set's files are looked for.
+        names: the class names of the key, for answers by name.
 
     Returns:
         The labels, int64 `(n,)` and -1 where there is no answer, and how they came.
@@ -71,40 +90,102 @@ def ask(
         CountermarkError: the suspect cannot be opened or asked.
     """
     from countermark.evaluation import agreement
-    from countermark.suspects import NO_ANSWER, Asker, Asking, open_suspect
+    from countermark.suspects import NO_ANSWER, Asker
 
-    headers = (header.partition(":") for header in config.headers)
-    asking = Asking(
-        pixels=config.pixels,
-        layout=config.layout,
-        mean=config.mean,
-        std=config.std,
-        budget=config.budget,
-        rate=config.rate,
-        retries=config.retries,
-        timeout=config.timeout,
-        repeats=config.repeats,
-        replay=Path(config.replay) if config.replay else None,
-        headers=tuple((name.strip(), value.strip()) for name, _, value in headers),
-    )
-    suspect = open_suspect(
-        config.suspect, tuple(x.shape[1:]), asking, resolve_device(config.device), config.network
-    )
+    shape = tuple(x.shape[1:])
+    asking = _asking(config, names)
+    opened = partial(_opened, config, shape)
+    matched = None
+    if config.match:
+        asking, matched = _matched(config, opened, asking, clean or _catalogued(shape, data))
+    suspect = opened(asking)
     labels = suspect(x)
     asker = suspect if isinstance(suspect, Asker) else None
     changed, trouble = (0, "") if asker is None else (asker.changed, asker.trouble)
     accuracy, doubt, unchecked = None, "", ""
     try:
-        examples = clean or _catalogued(tuple(x.shape[1:]), data)
+        examples = clean or _catalogued(shape, data)
         given, y = _answers(suspect, examples)
+        given = given if matched is None else matched.meant(given)
         accuracy, doubt = agreement(given, y), clean_doubt(given, y)
     except CountermarkError as error:
         unchecked = (
             "It was not checked on clean examples whether the suspect is asked in the right way: "
             f"{error}."
         )
+    labels = labels if matched is None else matched.meant(labels)
     unanswered = int((labels == NO_ANSWER).sum())
-    return labels, Answers(unanswered, changed, trouble, accuracy, doubt, unchecked)
+    return labels, Answers(unanswered, changed, trouble, accuracy, doubt, unchecked, matched)
+
+
+def _asking(config: SuspectOptions, names: Sequence[str]) -> "Asking":
+    """How the options say that a suspect is asked.
+
+    Raises:
+        CountermarkError: there is no such environment variable, or the file of class names holds
+            none.
+    """
+    from countermark.suspects import Asking
+
+    headers = [header.partition(":") for header in config.headers]
+    given = [(name.strip(), value.strip()) for name, _, value in headers]
+    if config.bearer is not None:
+        token = os.environ.get(config.bearer, "").strip()
+        if not token:
+            raise CountermarkError(
+                f"the environment has no variable {brief(config.bearer)}; --bearer is the name of "
+                "the one that holds the token"
+            )
+        given.append(("Authorization", f"Bearer {token}"))
+    if config.classes is not None:
+        text = read_bytes(Path(config.classes), _NAMES_LIMIT).decode(errors="replace")
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        if not names:
+            raise CountermarkError(f"{config.classes} holds no class names; write one a line")
+    return Asking(
+        size=config.size,
+        channels=config.channels,
+        pixels=config.pixels,
+        layout=config.layout,
+        mean=config.mean,
+        std=config.std,
+        names=tuple(names),
+        foreign=config.match,
+        api=config.api,
+        send=config.send,
+        read=config.read,
+        form=config.form,
+        quality=config.quality,
+        budget=config.budget,
+        rate=config.rate,
+        retries=config.retries,
+        timeout=config.timeout,
+        repeats=config.repeats,
+        replay=Path(config.replay) if config.replay else None,
+        headers=tuple(given),
+    )
+
+
+def _opened(config: SuspectOptions, shape: tuple[int, ...], asking: "Asking") -> "Suspect":
+    from countermark.suspects import open_suspect
+
+    return open_suspect(
+        config.suspect, shape, asking, resolve_device(config.device), config.network
+    )
+
+
+def _matched(
+    config: SuspectOptions,
+    opened: "Callable[[Asking], Suspect]",
+    asking: "Asking",
+    clean: "Examples",
+) -> "tuple[Asking, Matched]":
+    """How a suspect wants to be asked, and the budget that is left for asking it."""
+    from countermark.suspects import is_folder, match
+
+    found, spent = match(opened, asking, clean, arrays=not is_folder(config.suspect))
+    left = None if asking.budget is None else max(asking.budget - spent, 0)
+    return replace(asking, **found.chosen, budget=left), found
 
 
 def _catalogued(shape: tuple[int, ...], data: str) -> "Examples":
@@ -156,27 +237,20 @@ def clean_doubt(given: "torch.Tensor", y: "torch.Tensor") -> str:
     Returns:
         A sentence for a person; empty if nothing is strange.
     """
-    import torch
-
     from countermark.evaluation import agreement
+    from countermark.suspects import translation
 
     accuracy, count = agreement(given, y), len(y)
-    answers = torch.tensor(sorted({*given.tolist()}))
-    row = torch.searchsorted(answers, given)
-    table = torch.zeros(len(answers), int(y.max()) + 1, dtype=torch.int64)
-    table.index_put_((row, y), torch.ones_like(y), accumulate=True)
-    others = table[row]
-    others[torch.arange(count), y] -= 1
-    most, read = others.max(1)
-    translated = 100 * float(((most > 0) & (read == y)).double().mean())
+    translated, meant = translation(given, y)
     if translated >= max(_TRANSLATED, accuracy + _GAIN):
-        meant = table.argmax(1)
-        moved = torch.where(answers == meant, 0, table.max(1).values).argmax()
+        pairs = Counter(zip(given.tolist(), y.tolist(), strict=True))
+        moved = {each: pairs[each] for each in meant.items() if each[0] != each[1]}
+        answer, right = max(moved, key=lambda each: moved[each])
         return (
             f"The answers look permuted: the suspect gets {accuracy:.0f} % of clean "
             f"examples right, and {translated:.0f} % after an exchange of classes (it "
-            f"answers {int(answers[moved])} where {int(meant[moved])} is right). Put "
-            "its classes into the order of the key's."
+            f"answers {answer} where {right} is right). Put "
+            "its classes into the order of the key's, or let --match do it."
         )
     if accuracy >= _DOUBTFUL:
         return ""
@@ -191,16 +265,38 @@ def clean_doubt(given: "torch.Tensor", y: "torch.Tensor") -> str:
     return f"{said}. Check how it is asked: {_DECLARE}."
 
 
+def _told(matched: "Matched") -> str:
+    """What `--match` found, in a sentence or two."""
+    changed = [f"{option(name)} {_word(value)}" for name, value in matched.chosen.items()]
+    if matched.classes is not None:
+        moved = sum(answer != label for answer, label in matched.classes)
+        changed.append(f"{moved} of {len(matched.classes)} classes read as others")
+    before = matched.accuracy_before
+    return (
+        f"Asked with {', '.join(changed) or 'nothing changed'}, the suspect gets "
+        f"{matched.accuracy:.0f} % of clean examples right "
+        f"({'no answer' if before is None else f'{before:.0f} %'} as declared). This is one of "
+        f"{matched.ways} ways, and p is multiplied by that number."
+    )
+
+
+def _word(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def asked_how(config: SuspectOptions) -> dict[str, Any]:
     """How a suspect was asked, JSON-ready: what a claim and a judgement say of it."""
-    names = ("pixels", "layout", "mean", "std", "budget", "rate", "repeats", "retries", "timeout")
+    names = (
+        *("api", "send", "read", "form", "quality", "match", "size", "channels"),
+        *("pixels", "layout", "mean", "std", "budget", "rate", "repeats", "retries", "timeout"),
+    )
     record = config.record()
     return {name: record[name] for name in names}
 
 
 def doubts(answers: Answers, verdict: str) -> tuple[str, ...]:
     """What a person should know before believing the verdict."""
-    said = []
+    said = [] if answers.matched is None else [_told(answers.matched)]
     if answers.unanswered:
         line = (
             f"{answers.unanswered} trials got no answer ({answers.changed} of them answers that "

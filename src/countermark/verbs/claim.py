@@ -39,8 +39,7 @@ class ClaimConfig(SuspectOptions, StampOptions):
     """
 
     suspect: ReadPath = field(kw_only=False)
-    """Model folder, .onnx or .pt2 file, http(s)://HOST/v2/models/NAME (Open Inference Protocol) or
-    .../invocations (MLflow)."""
+    """Model folder, .onnx or .pt2 file, or http(s)://HOST/... of a service (see --api)."""
     key: ReadPath
     """Key folder; it remembers which batches were shown."""
     out: NewPath
@@ -137,18 +136,22 @@ def claim(config: ClaimConfig) -> Claimed:
             found={},
             opened=open_batch(key.watermarks, secret, batch),
             model=model,
+            # Those of an older key are not in C1: a judge could not know that they came first.
+            clean=key.clean if config.match and "clean_sha256" in key.c1 else None,
         )
         _check_worth(config, made)
         suspect = suspect_identity(config.suspect)
         stamp = timestamping(config.tsa, config.roots)
         # Its configuration has no paths and headers of the owner's: a judge reads it.
         with new_folder(out, {"suspect": suspect, "batch": batch}) as work:
-            labels, answers = ask(config, made.opened.x, str(key.c1.get("data")), key.clean)
+            data = str(key.c1.get("data"))
+            labels, answers = ask(config, made.opened.x, data, key.clean, key.names)
             test = judge(
                 made.opened.cell.tolist(),
                 _outcomes(key, batch, labels),
                 alpha=JUDGE_ALPHA,
                 batches=batches,
+                ways=answers.ways,
             )
             if test.verdict != "match" and not config.anyway:
                 raise CountermarkError(

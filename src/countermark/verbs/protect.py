@@ -665,7 +665,8 @@ def _make_key(
     }
     # Held out, used for no trial, and like what a suspect is shown anyway.
     clean = pools.validation[:CLEAN_EXAMPLES].read()
-    return write_key(private, config.scheme, scheme.make(given), provenance, stamp, clean)
+    names = setup.data.class_names
+    return write_key(private, config.scheme, scheme.make(given), provenance, stamp, clean, names)
 
 
 def _measure(

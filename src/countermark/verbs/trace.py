@@ -94,8 +94,9 @@ def trace(config: TraceConfig) -> Tracing:
             f"the log {config.log} holds no trials; nobody has asked near a coin yet"
         )
     images = images_of(kept, tuple(key.watermarks.x.shape[1:]))
-    labels, answers = ask(config, images, str(key.c1.get("data")), key.clean)
-    found = trace_accounts(kept, labels, load_secret(Path(config.key)), config.alpha, erased)
+    labels, answers = ask(config, images, str(key.c1.get("data")), key.clean, key.names)
+    secret = load_secret(Path(config.key))
+    found = trace_accounts(kept, labels, secret, config.alpha, erased, answers.ways)
     verdict = "match" if found.named else found.together
     return Tracing(
         suspect=place_name(config.suspect),

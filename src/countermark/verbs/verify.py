@@ -99,12 +99,16 @@ def verify(config: VerifyConfig) -> Verification:
     from countermark.watermarks import load_key
 
     key = load_key(Path(config.key))
-    labels, answers = ask(config, key.watermarks.x, str(key.c1.get("data")), key.clean)
+    labels, answers = ask(config, key.watermarks.x, str(key.c1.get("data")), key.clean, key.names)
     outcomes = key.outcomes(labels)
     share = 100 * outcomes.count(1) / len(outcomes)
     exact = key.rules.coins
     cells = key.watermarks.cell.tolist()
-    test = judge(cells, outcomes, alpha=config.alpha) if exact else untested(outcomes, config.alpha)
+    test = (
+        judge(cells, outcomes, alpha=config.alpha, ways=answers.ways)
+        if exact
+        else untested(outcomes, config.alpha)
+    )
     return Verification(
         suspect=place_name(config.suspect),
         scheme=key.scheme,

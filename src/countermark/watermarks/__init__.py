@@ -16,11 +16,13 @@ from countermark.watermarks.commitment import (
     third_commitment,
 )
 from countermark.watermarks.key import (
+    CLEAN,
     CLEAN_EXAMPLES,
     Key,
     load_key,
     load_secret,
     new_secrets,
+    read_clean,
     write_key,
 )
 from countermark.watermarks.schemes import SCHEMES, Materials, Scheme
@@ -36,6 +38,7 @@ from countermark.watermarks.sets import (
 )
 
 __all__ = [
+    "CLEAN",
     "CLEAN_EXAMPLES",
     "CRAFTING_STEPS",
     "SCHEMES",
@@ -60,6 +63,7 @@ __all__ = [
     "path_length",
     "published_sample",
     "published_set",
+    "read_clean",
     "root_of_path",
     "second_commitment",
     "secret_seed",

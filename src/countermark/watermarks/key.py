@@ -6,7 +6,7 @@ altered byte is refused and never judges anybody.
 """
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ KEY_FORMAT = "countermark key 1"
 CLEAN_EXAMPLES = 100
 """Most clean examples that `protect` keeps with a key."""
 _MOST_CLASSES = 1 << 16
-_CLEAN = "clean.safetensors"
+CLEAN = "clean.safetensors"
+"""File of the clean examples, in a key and in a claim."""
 _PRIVATE = 0o600
 _TRIALS_LIMIT = 1 << 30
 
@@ -65,8 +66,9 @@ class Key:
         c1: the first commitment.
         signature: the signature of `c1`, hexadecimal.
         t1: the timestamp over C1 that the coins were drawn from; None for a private mark.
-        clean: clean examples, which show whether a suspect is asked in the right way; None in keys
-            that were made without them, and where the file was lost. Nothing is judged by them.
+        clean: clean examples, which show in what way a suspect wants to be asked; None in keys that
+            were made without them, and where the file was lost. Nothing is judged by them. C1 has
+            their digest, so they are fixed before the coins.
     """
 
     watermarks: WatermarkSet
@@ -81,6 +83,15 @@ class Key:
     def scheme(self) -> str:
         """Name of the watermark scheme."""
         return str(self.c1["scheme"])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names in the order of the labels; none in keys of release 0.2.0 and before.
+
+        C1 has them, so a suspect that answers by name cannot be read in an order that fits the
+        coins.
+        """
+        return tuple(self.c1.get("class_names", ()))
 
     @property
     def rules(self) -> Scheme:
@@ -122,6 +133,7 @@ def write_key(
     provenance: Mapping[str, Any],
     stamp: Callable[[bytes], bytes] | None = None,
     clean: Examples | None = None,
+    names: Sequence[str] = (),
 ) -> Key:
     """Commit to a watermark set under the secrets in `folder`, draw the coins and write the key.
 
@@ -132,12 +144,20 @@ def write_key(
         provenance: what else C1 fixes (data set, configuration and pool digests), JSON-ready.
         stamp: has a message timestamped and returns the token; without it the mark is private.
         clean: clean examples that a suspect may see, of no pool that the trials come from.
+        names: class names in the order of the labels.
     """
     choose("scheme", scheme, SCHEMES)
     secret, signing_key = _read_secret(folder / "secret"), _read_secret(folder / "signing-key")
     tensors = {name: getattr(watermarks, name) for name in ("x", "answers", "batch", "cell")}
     digest = write_tensors(folder / "trials.safetensors", tensors, mode=_PRIVATE)
-    c1 = first_commitment(watermarks, secret, public_key(signing_key), scheme, dict(provenance))
+    fixed = dict(provenance)
+    if clean is not None:
+        clean = clean.read()
+        shown = {"x": clean.x, "y": clean.y}
+        fixed["clean_sha256"] = write_tensors(folder / CLEAN, shown, mode=_PRIVATE)
+    if names:
+        fixed["class_names"] = list(names)
+    c1 = first_commitment(watermarks, secret, public_key(signing_key), scheme, fixed)
     signature = sign(signing_key, c1)
     t1 = None if stamp is None else stamp(canonical_json(c1))
     signed = {
@@ -147,10 +167,6 @@ def write_key(
         "trials_sha256": digest,
         "format": KEY_FORMAT,
     }
-    if clean is not None:
-        clean = clean.read()
-        shown = {"x": clean.x, "y": clean.y}
-        signed["clean_sha256"] = write_tensors(folder / _CLEAN, shown, mode=_PRIVATE)
     write_json(
         folder / "key.json", {"key": signed, "signature": sign(signing_key, signed)}, _PRIVATE
     )
@@ -204,26 +220,40 @@ def load_key(folder: Path) -> Key:
         raise CountermarkError(
             f"{folder / 'secret'} does not belong to the committed trials; restore it from a backup"
         )
-    clean = _read_clean(folder / _CLEAN, signed, watermarks)
+    names = c1.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CountermarkError(f"{folder / 'key.json'}: its class names are none")
+    # Release 0.2.0 had the digest beside C1.
+    named = c1.get("clean_sha256", signed.get("clean_sha256"))
+    clean = None
+    if named is not None and (folder / CLEAN).exists():
+        clean = read_clean(folder / CLEAN, str(named), tuple(watermarks.x.shape[1:]))
     t1 = decode_token(signed.get("t1"), f"{folder / 'key.json'}: t1")
     return replace(_key(watermarks, c1, str(signed["c1_signature"]), t1, secret), clean=clean)
 
 
-def _read_clean(path: Path, signed: Mapping[str, Any], watermarks: WatermarkSet) -> Examples | None:
-    """The key's clean examples, if it was made with some and still has them."""
-    if "clean_sha256" not in signed or not path.exists():
-        return None
+def read_clean(path: Path, digest: str, shape: tuple[int, ...]) -> Examples:
+    """Read the clean examples of a key, or of a claim.
+
+    Args:
+        path: their file.
+        digest: SHA-256 of the file, hexadecimal.
+        shape: of one image.
+
+    Raises:
+        CountermarkError: the file holds something else, or was changed.
+    """
     none = CountermarkError(f"{path} does not hold clean examples (images, labels); delete it")
 
     def check(found: Mapping[str, torch.Tensor]) -> None:
         x, y = found.get("x"), found.get("y")
         if x is None or y is None or (x.dtype, y.dtype, y.dim()) != (torch.uint8, torch.int64, 1):
             raise none
-        if not 1 <= len(y) <= CLEAN_EXAMPLES or x.shape != (len(y), *watermarks.x.shape[1:]):
+        if not 1 <= len(y) <= CLEAN_EXAMPLES or x.shape != (len(y), *shape):
             raise none
 
-    tensors, _, digest = read_tensors(path, _TRIALS_LIMIT, check)
-    if digest != signed["clean_sha256"]:
+    tensors, _, read = read_tensors(path, _TRIALS_LIMIT, check)
+    if read != digest:
         raise CountermarkError(
             f"{path} was changed after the key was made; restore it from a backup or delete it"
         )

@@ -1,0 +1,519 @@
+"""Suspects behind every kind of API, each imitated on loopback from its public description."""
+
+import base64
+import email
+import email.policy
+import io
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from countermark.cli import main
+from countermark.data import Pools, pixels
+from countermark.errors import CountermarkError
+from countermark.evaluation import predict
+from countermark.networks import load
+from countermark.suspects import APIS, Asking, Endpoint, open_suspect
+from countermark.suspects.answers import Names, labels_of
+from countermark.suspects.asker import RefusalError
+
+SHAPE = (1, 8, 8)
+CLASSES = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
+Answer = tuple[int, str, bytes]
+
+
+def told(value: Any, status: int = 200) -> Answer:
+    return status, "application/json", json.dumps(value).encode()
+
+
+class Server:
+    """An HTTP server with a model behind it; `answer` says what comes to a request."""
+
+    def __init__(self, folder: Path) -> None:
+        self.network = load(folder)
+        self.answer: Callable[[str, str, Any, bytes], Answer] = lambda *_request: told({}, 404)
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        self.events: dict[str, Any] = {}
+        self.extra: dict[str, str] = {}  # headers of the next answers
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.do_POST()
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                server.requests.append((self.path, dict(self.headers), body))
+                status, media, data = server.answer(self.command, self.path, self.headers, body)
+                self.send_response(status)
+                self.send_header("Content-Type", media)
+                self.send_header("Content-Length", str(len(data)))
+                for name, value in server.extra.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_arguments: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.root = f"http://127.0.0.1:{self.server.server_port}"
+
+    def scores(self, images: Any) -> list[list[float]]:
+        """Probabilities for images `(n, 1, 8, 8)` of [0, 1]."""
+        with torch.no_grad():
+            x = torch.as_tensor(np.asarray(images, dtype=np.float32))
+            return self.network(x).softmax(1).tolist()
+
+    def of_file(self, data: bytes) -> list[float]:
+        with Image.open(io.BytesIO(data)) as image:
+            return self.scores(np.asarray(image.convert("L"))[None, None] / 255)[0]
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def serve(request: pytest.FixtureRequest) -> Iterator[Callable[[Path], Server]]:
+    running: list[Server] = []
+
+    def start(folder: Path) -> Server:
+        running.append(Server(folder))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+def parts(headers: Any, body: bytes) -> dict[str, bytes]:
+    """The fields of a form."""
+    text = f"Content-Type: {headers['content-type']}\r\n\r\n".encode() + body
+    message = email.message_from_bytes(text, policy=email.policy.HTTP)
+    return {
+        str(part.get_param("name", header="content-disposition")): part.get_payload(decode=True)
+        for part in message.iter_parts()  # type: ignore[attr-defined]
+    }
+
+
+def ranked(scores: list[float], names: list[str]) -> list[tuple[str, float]]:
+    return sorted(zip(names, scores, strict=True), key=lambda each: -each[1])[:5]
+
+
+# --- the servers, as their makers describe them ---------------------------------------------------
+
+NUMBERS = [str(number) for number in range(10)]
+
+
+def torchserve(server: Server, _method: str, path: str, _headers: Any, body: bytes) -> Answer:
+    assert path == "/predictions/digits"
+    return told(dict(ranked(server.of_file(body), NUMBERS)))
+
+
+def tfserving(server: Server, _method: str, path: str, _headers: Any, body: bytes) -> Answer:
+    assert path == "/v1/models/digits:predict"
+    x = np.array(json.loads(body)["instances"])
+    assert x.shape[1:] == (8, 8, 1)
+    return told({"predictions": server.scores(x.transpose(0, 3, 1, 2))})
+
+
+def vertex(server: Server, _method: str, path: str, _headers: Any, body: bytes) -> Answer:
+    assert path == "/v1/projects/p/locations/l/endpoints/7:predict"
+    [instance] = json.loads(body)["instances"]
+    best = ranked(server.of_file(base64.b64decode(instance["content"], validate=True)), NUMBERS)
+    row = {
+        "ids": [str(900 + i) for i in range(len(best))],
+        "displayNames": [name for name, _ in best],
+        "confidences": [score for _, score in best],
+    }
+    return told({"predictions": [row], "deployedModelId": "3", "modelVersionId": "1"})
+
+
+def sagemaker(server: Server, _method: str, path: str, headers: Any, body: bytes) -> Answer:
+    assert (path, headers["content-type"]) == (
+        "/endpoints/digits/invocations",
+        "application/x-image",
+    )
+    return told(server.of_file(body))
+
+
+def hugging_face(server: Server, _method: str, _path: str, headers: Any, body: bytes) -> Answer:
+    if headers["authorization"] != "Bearer hf_token":
+        return told({"error": "Invalid credentials in Authorization header"}, 401)
+    best = ranked(server.of_file(body), NUMBERS)
+    return told([{"label": name, "score": score} for name, score in best])
+
+
+def gradio(server: Server, method: str, path: str, headers: Any, body: bytes) -> Answer:
+    if path == "/gradio_api/upload":
+        place = f"/files/{len(server.events)}"
+        server.events[place] = parts(headers, body)["files"]
+        return told([place])
+    if method == "POST" and path == "/gradio_api/call/predict":
+        [file] = json.loads(body)["data"]
+        assert file["meta"] == {"_type": "gradio.FileData"}
+        name = f"event{len(server.events)}"
+        server.events[name] = server.of_file(server.events[file["path"]])
+        return told({"event_id": name})
+    best = ranked(server.events[path.rpartition("/")[2]], NUMBERS)
+    data = {
+        "label": best[0][0],
+        "confidences": [{"label": name, "confidence": score} for name, score in best],
+    }
+    text = f"event: heartbeat\ndata: null\n\nevent: complete\ndata: {json.dumps([data])}\n\n"
+    return 200, "text/event-stream; charset=utf-8", text.encode()
+
+
+def mlflow(server: Server, _method: str, path: str, _headers: Any, body: bytes) -> Answer:
+    assert path == "/invocations"
+    return told({"predictions": server.scores(json.loads(body)["inputs"])})
+
+
+def oip(server: Server, method: str, path: str, _headers: Any, body: bytes) -> Answer:
+    if method == "GET":
+        return told({"inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, 1, 8, 8]}]})
+    assert path == "/v2/models/digits/infer"
+    [tensor] = json.loads(body)["inputs"]
+    scores = server.scores(np.array(tensor["data"]).reshape(tensor["shape"]))
+    data = [value for row in scores for value in row]
+    output = {"name": "probs", "datatype": "FP32", "shape": [len(scores), 10], "data": data}
+    return told({"outputs": [output]})
+
+
+def form(server: Server, _method: str, path: str, headers: Any, body: bytes) -> Answer:
+    """A small FastAPI service: a file in a form goes in, a class name comes out."""
+    assert path == "/classify?version=3"
+    fields = parts(headers, body)
+    assert fields["mode"] == b"fast"
+    return told({"label": ranked(server.of_file(fields["file"]), CLASSES)[0][0].upper()})
+
+
+def nested(server: Server, _method: str, _path: str, _headers: Any, body: bytes) -> Answer:
+    """A service whose JSON is deeper: an image as a data address, and arrays of objects back."""
+    start, _, data = json.loads(body)["input"]["image"].partition(",")
+    assert start == "data:image/png;base64"
+    best = ranked(server.of_file(base64.b64decode(data)), CLASSES)
+    return told({"result": {"top": [{"class": name, "prob": score} for name, score in best]}})
+
+
+def batches(server: Server, _method: str, _path: str, _headers: Any, body: bytes) -> Answer:
+    """A service that takes arrays of several images and answers with an object for each."""
+    scores = server.scores(json.loads(body)["x"])
+    return told({"y": [{"category": int(np.argmax(row)), "score": max(row)} for row in scores]})
+
+
+def text(server: Server, _method: str, _path: str, _headers: Any, body: bytes) -> Answer:
+    """A service that takes a bare file and answers with a word."""
+    return 200, "text/plain; charset=utf-8", ranked(server.of_file(body), CLASSES)[0][0].encode()
+
+
+SERVED: dict[str, tuple[Callable[..., Answer], str, list[str]]] = {
+    "torchserve": (torchserve, "/predictions/digits", []),
+    "tfserving": (tfserving, "/v1/models/digits:predict", []),
+    "vertex": (vertex, "/v1/projects/p/locations/l/endpoints/7:predict", []),
+    "sagemaker": (sagemaker, "/endpoints/digits/invocations", []),
+    "hf": (hugging_face, "/models/me/digits", ["--api", "hf", "--bearer", "HF_TOKEN"]),
+    "gradio": (gradio, "", ["--api", "gradio"]),
+    "mlflow": (mlflow, "/invocations", []),
+    "oip": (oip, "/v2/models/digits", []),
+    "form": (
+        form,
+        "/classify?version=3",
+        ["--api", "json", "--send", "file=@png", "mode=fast", "--read", "label"],
+    ),
+    "nested": (
+        nested,
+        "/",
+        [
+            *("--api", "json", "--read", "result.top"),
+            *("--send", '{"input": {"image": "data:image/png;base64,$base64_png"}}'),
+        ],
+    ),
+    "batches": (batches, "/", ["--api", "json", "--send", '{"x": "$arrays"}', "--read", "y"]),
+    "text": (text, "/", ["--api", "json", "--send", "@png"]),
+}
+NAMED = ("form", "nested", "text")  # answer with class names that the key does not have
+
+
+@pytest.fixture
+def names(tmp_path: Path) -> Path:
+    """The class names of those services, in the order of the labels."""
+    path = tmp_path / "classes.txt"
+    path.write_text("\n".join(name.lower() for name in CLASSES))
+    return path
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_a_copy_behind_any_api_is_a_full_match_by_one_command(
+    kind: str,
+    owner: Path,
+    serve: Callable[[Path], Server],
+    names: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    answer, path, options = SERVED[kind]
+    server = serve(owner)
+    server.answer = lambda *request: answer(server, *request)
+    classes = ["--classes", str(names)] if kind in NAMED else []
+    words = ["verify", server.root + path, "--key", str(owner / "key"), *options, *classes]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    trials = found["test"]["trials"]
+    assert (found["test"]["agreements"], found["answers"]["unanswered"]) == (trials, 0)
+    assert found["answers"]["clean_accuracy"] > 80
+    assert "version=3" not in found["suspect"]
+
+
+@pytest.mark.parametrize("kind", ["torchserve", "vertex", "gradio", "batches"])
+def test_a_stranger_behind_an_api_is_no_evidence(
+    kind: str, owner: Path, stranger: Path, serve: Callable[[Path], Server]
+) -> None:
+    answer, path, options = SERVED[kind]
+    server = serve(stranger)
+    server.answer = lambda *request: answer(server, *request)
+    assert main(["verify", server.root + path, "--key", str(owner / "key"), *options]) == 1
+
+
+def test_a_function_is_named_on_the_command_line(
+    owner: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It may answer by name, and is imported only because it was named."""
+    source = f"""
+        import countermark as cm
+
+        model = cm.load({str(owner)!r})
+
+        def ask(images):
+            labels = model(images).argmax(1).tolist()
+            return [{{"label": str(label), "score": 0.9}} for label in labels]
+    """
+    (tmp_path / "theirs.py").write_text("\n".join(line[8:] for line in source.splitlines()))
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify", "theirs:ask", "--key", str(owner / "key"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["test"]["agreements"] == found["test"]["trials"]
+    assert main(["verify", "theirs:model", "--key", str(owner / "key"), "--api", "hf"]) == 2
+    assert "--api has no meaning for a function as suspect" in capsys.readouterr().err
+    assert main(["verify", "theirs:nobody", "--key", str(owner / "key")]) == 2
+    assert "there is no 'nobody' in the module 'theirs'" in capsys.readouterr().err
+
+
+def test_a_wrong_guess_at_an_api_is_said(
+    owner: Path, serve: Callable[[Path], Server], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The address looks like MLflow's, and a service of another kind is behind it."""
+    server = serve(owner)
+    server.answer = lambda *_request: told({"label": "3"})
+    assert main(["verify", f"{server.root}/invocations", "--key", str(owner / "key")]) == 2
+    said = capsys.readouterr().err
+    assert "200 with nothing at 'predictions'" in said
+    assert "its address looks like that of the API mlflow; --api names another" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "does not tell what API it has; name it with --api oip, vertex"),
+        (["--api", "soap"], "api"),
+        (["--api", "json"], "--api json needs --send"),
+        (["--send", "@png"], "give --api json"),
+        (["--api", "json", "--send", "hello"], "is no JSON; --send is"),
+        (["--api", "json", "--send", '{"image": "png"}'], "sends no image; --send is"),
+        (["--api", "json", "--send", "a=1", "b=2"], "sends no image"),
+        (["--api", "json", "--send", "@png", "--read", "a["], "is no JMESPath expression"),
+        (["--api", "hf", "--layout", "nhwc"], "takes image files, for which --layout has no"),
+        (["--api", "hf", "--mean", "0.5"], "takes image files, for which --mean has no"),
+        (["--api", "hf", "--bearer", "NO_SUCH_TOKEN"], "has no variable 'NO_SUCH_TOKEN'"),
+        (["--api", "hf", "--quality", "0"], "--quality"),
+    ],
+)
+def test_apis_that_are_asked_for_wrongly_are_refused_before_anything_is_sent(
+    owner: Path,
+    serve: Callable[[Path], Server],
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    words: str,
+) -> None:
+    server = serve(owner)
+    assert main(["verify", server.root, "--key", str(owner / "key"), *options]) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert server.requests == []
+
+
+def test_names_that_nobody_told_are_said_with_what_to_do(
+    owner: Path, serve: Callable[[Path], Server], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    server = serve(owner)
+    server.answer = lambda *request: text(server, *request)
+    asked = ["--api", "json", "--send", "@png"]
+    assert main(["verify", server.root, "--key", str(owner / "key"), *asked]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(
+        r"a class name that is not the key's, '\w+', .*--classes FILE, one a line", said
+    )
+    (tmp_path / "empty.txt").write_text("\n \n")
+    words = ["verify", server.root, "--key", str(owner / "key"), *asked]
+    assert main([*words, "--classes", str(tmp_path / "empty.txt")]) == 2
+    assert "holds no class names; write one a line" in capsys.readouterr().err
+
+
+def test_the_quality_of_a_jpeg_is_part_of_the_question(
+    owner: Path, digits: Pools, serve: Callable[[Path], Server], tmp_path: Path
+) -> None:
+    """What was answered at another quality is asked anew, and nothing is asked twice."""
+    server = serve(owner)
+    server.answer = lambda *request: torchserve(server, *request)
+    url, x = f"{server.root}/predictions/digits", digits.test.x[:5]
+    for quality, sent in ((50, 5), (50, 5), (95, 10)):
+        asking = Asking(form="jpeg", quality=quality, replay=tmp_path / "replay.jsonl")
+        Endpoint(url, asking)(x)
+        assert len(server.requests) == sent
+    assert all(body[:2] == b"\xff\xd8" for _, _, body in server.requests)
+    assert len(server.requests[0][2]) < len(server.requests[9][2])
+
+
+def test_a_file_is_the_image_and_one_request(
+    owner: Path, digits: Pools, serve: Callable[[Path], Server]
+) -> None:
+    server = serve(owner)
+    server.answer = lambda *request: sagemaker(server, *request)
+    x = digits.test.x[:7]
+    url = f"{server.root}/endpoints/digits/invocations"
+    assert torch.equal(open_suspect(url, SHAPE)(pixels(x)), predict(load(owner), x))
+    sent = [np.asarray(Image.open(io.BytesIO(body))) for _, _, body in server.requests]
+    assert np.array_equal(np.stack(sent), x[:, 0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("after", "least"), [("2", 2.0), ("Fri, 01 Jan 2100 00:00:00 GMT", 300.0), ("soon", 0.0)]
+)
+def test_a_busy_server_is_asked_again_when_it_says(
+    owner: Path,
+    digits: Pools,
+    serve: Callable[[Path], Server],
+    monkeypatch: pytest.MonkeyPatch,
+    after: str,
+    least: float,
+) -> None:
+    """429 with Retry-After is heeded, in seconds and as a date, for five minutes at most."""
+    waits: list[float] = []
+    monkeypatch.setattr("countermark.suspects.asker.time.sleep", waits.append)
+    server = serve(owner)
+    server.extra = {"Retry-After": after}
+
+    def answer(*request: Any) -> Answer:
+        return told({}, 429) if len(server.requests) == 1 else torchserve(server, *request)
+
+    server.answer = answer
+    labels = Endpoint(f"{server.root}/predictions/digits")(digits.test.x[:1])
+    assert labels.tolist() == predict(load(owner), digits.test.x[:1]).tolist()
+    assert max(waits) >= least
+    assert max(waits) <= 300.5
+
+
+def test_cookies_of_a_server_are_kept(
+    owner: Path, digits: Pools, serve: Callable[[Path], Server]
+) -> None:
+    """A gate that sets a cookie with its first refusal and wants it from then on."""
+    server = serve(owner)
+    server.extra = {"Set-Cookie": "seen=1; Path=/"}
+
+    def answer(method: str, path: str, headers: Any, body: bytes) -> Answer:
+        if "seen=1" not in headers.get("cookie", ""):
+            return told({}, 503)
+        return torchserve(server, method, path, headers, body)
+
+    server.answer = answer
+    labels = Endpoint(f"{server.root}/predictions/digits")(digits.test.x[:3])
+    assert labels.tolist() == predict(load(owner), digits.test.x[:3]).tolist()
+
+
+# --- reading labels -------------------------------------------------------------------------------
+
+FORMS: dict[str, tuple[Any, int]] = {
+    "a number": (2, 2),
+    "a whole float": (2.0, 2),
+    "a number in words": ("2", 2),
+    "a name": ("cat", 1),
+    "another case": ("Cat", 1),
+    "an underscore": ("polar_bear", 2),
+    "scores": ([0.1, 0.7, 0.2], 1),
+    "a tie": ([0.4, 0.4, 0.2], -1),
+    "no number": ([0.1, None, 0.2], -1),
+    "a row": ([[0.1, 0.7, 0.2]], 1),
+    "probabilities by name": ({"dog": 0.2, "polar bear": 0.8}, 2),
+    "a tie of names": ({"dog": 0.5, "cat": 0.5}, -1),
+    "objects": ([{"label": "dog", "score": 0.1}, {"label": "cat", "score": 0.9}], 1),
+    "one object": ({"class": "cat", "probability": 0.3}, 1),
+    "lists": ({"displayNames": ["cat", "dog"], "confidences": [0.2, 0.8]}, 0),
+    "a label beside scores": ({"label": "dog", "confidences": [{"label": "dog"}]}, 0),
+    "scores in an object": ({"scores": [0.1, 0.1, 0.8]}, 2),
+}
+
+
+@pytest.mark.parametrize(("answer", "label"), FORMS.values(), ids=FORMS.keys())
+def test_forms_of_an_answer(answer: Any, label: int) -> None:
+    names = Names(["dog", "cat", "polar bear"])
+    assert labels_of([answer, 1], 2, names) == [label, 1]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        True,
+        {},
+        [],
+        [[1, 2], [3, 4]],
+        {"a": "b"},
+        [{"label": "cat"}] * 2,
+        {"label": {}},
+        [[[]]],
+    ],
+)
+def test_what_is_no_answer_is_refused(answer: Any) -> None:
+    with pytest.raises(RefusalError, match=r"neither labels nor scores|shape"):
+        labels_of([answer, 1], 2, Names(["dog", "cat"]))
+
+
+def test_names_that_are_spelt_alike_are_told_apart_by_their_spelling() -> None:
+    names = Names(["Crane", "crane"])
+    assert [names.number(name) for name in ("Crane", "crane")] == [0, 1]
+    with pytest.raises(RefusalError, match="class name that is not the key's, 'CRANE'"):
+        labels_of(["CRANE"], 1, names)
+
+
+def test_foreign_names_have_numbers_of_their_own() -> None:
+    names = Names(["dog"], foreign=True)
+    found = labels_of(["Katze", "dog", "Hund", "Katze"], 4, names)
+    assert found[0] == found[3] > 1 << 29
+    assert len({*found}) == 3
+    assert found[1] == 0
+
+
+def test_every_api_of_the_table_is_served_in_a_test() -> None:
+    assert {*APIS} <= {*SERVED}
+
+
+def test_an_image_file_of_two_channels_is_refused(
+    owner: Path, serve: Callable[[Path], Server]
+) -> None:
+    server = serve(owner)
+    with pytest.raises(CountermarkError, match="1 or 3 channels, not 2; send arrays"):
+        Endpoint(f"{server.root}/predictions/m")(torch.zeros(1, 2, 8, 8))
