@@ -46,6 +46,7 @@ from countermark.verbs.guard import Calibrated
 from countermark.verbs.log_check import Checked
 from countermark.verbs.log_erase import Erased
 from countermark.verbs.log_head import PublishedHead
+from countermark.verbs.papers import Paper
 from countermark.verbs.plan import plan
 from countermark.verbs.plan import show as show_plan
 from countermark.verbs.protect import Protection
@@ -276,11 +277,14 @@ RESULTS: Mapping[str, list[Any]] = {
     "export": [
         Exported("mine.onnx", "ab" * 32, 123_456, 17, 256, "images of the test pool", 0, 1e-6)
     ],
+    "card": [Paper("mine/README.md", "ab" * 32, 2), Paper("mine/README.md", "ab" * 32, 0)],
+    "bom": [Paper("mine/bom.json", "ab" * 32, 3)],
     "bundle sign": [SignedBundle("mine", "mine.sig.json")],
     "bundle check": [CheckedBundle("mine")],
     "evaluate": [
         Evaluation(
-            "mine", 1000, 98.1, 89.0, STRICT, 17.8, True, 100.0, 0.25, 25, 0.01, 3, "cpu", 93.0
+            *("mine", "ab" * 32, 1000, 98.1, 89.0, STRICT, 17.8, True, 100.0, 0.25, 25, 0.01, 3),
+            *("cpu", 93.0),
         )
     ],
     "verify": [VERIFIED, PUBLISHED],

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from countermark.networks import open_network as open_network
     from countermark.threat import Threat as Threat
     from countermark.verbs.adjudicate import adjudicate as adjudicate
+    from countermark.verbs.bom import bom as bom
     from countermark.verbs.bundle_check import bundle_check as bundle_check
     from countermark.verbs.bundle_sign import bundle_sign as bundle_sign
+    from countermark.verbs.card import card as card
     from countermark.verbs.claim import claim as claim
     from countermark.verbs.client_add import client_add as client_add
     from countermark.verbs.data_check import data_check as data_check
@@ -55,9 +57,11 @@ _PUBLIC = {
     "Marking": "marking.Marking",
     "Threat": "threat.Threat",
     "adjudicate": "verbs.adjudicate.adjudicate",
+    "bom": "verbs.bom.bom",
     "bundle_check": "verbs.bundle_check.bundle_check",
     "bundle_sign": "verbs.bundle_sign.bundle_sign",
     "calibrate": "verbs.guard.calibrate",  # `countermark.guard` is a package
+    "card": "verbs.card.card",
     "claim": "verbs.claim.claim",
     "client_add": "verbs.client_add.client_add",
     "data_check": "verbs.data_check.data_check",

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
 
 TASKS = {
-    "make": ("data fetch", "data check", "protect", "export", "bundle sign", "bundle check"),
+    "make": (
+        *("data fetch", "data check", "protect", "export"),
+        *("card", "bom", "bundle sign", "bundle check"),
+    ),
     "check": ("evaluate", "verify", "plan"),
     "serve": ("guard", "client add", "serve", "trace", "log head", "log check", "log erase"),
     "dispute": ("claim", "adjudicate"),

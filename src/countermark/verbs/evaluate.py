@@ -58,6 +58,7 @@ class Evaluation:
 
     Attributes:
         model: the model folder.
+        weights_sha256: digest of its weights.
         images: number of test images.
         test_accuracy: accuracy on these.
         adversarial_accuracy: accuracy on these under the PGD below.
@@ -76,6 +77,7 @@ class Evaluation:
     """
 
     model: str
+    weights_sha256: str
     images: int
     test_accuracy: float
     adversarial_accuracy: float
@@ -163,6 +165,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         )
     return Evaluation(
         model=str(model),
+        weights_sha256=str(read_json(model / "model.json")["weights_sha256"]),
         images=len(test),
         test_accuracy=clean,
         adversarial_accuracy=adversarial,
