@@ -1,9 +1,9 @@
 """Write a network as one ONNX file that other programs run.
 
-The file takes pixels of [0, 1], any number of images at once, and gives logits. It is written only
-if its answers are those of the network: the two are compared on images first, in batches of
-several sizes, torch against onnxruntime. The file holds no paths and no code of the machine that
-it was made on.
+The file takes pixels of [0, 1], any number of images at once, and gives logits, and features for a
+guard if these are wanted. It is written only if its answers are those of the network: the two are
+compared on images first, in batches of several sizes, torch against onnxruntime. The file holds no
+paths and no code of the machine that it was made on.
 """
 
 import copy
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, int, int]
 
-INPUT, OUTPUT = "pixels", "logits"
+INPUT, OUTPUTS = "pixels", ("logits", "features")
 
 _OPSET = 17  # onnxruntime reads it since 1.12; the newer exporter writes 18 at least
 _OPSET_NEW = 18
@@ -71,6 +71,8 @@ def export_model(
     *,
     class_names: Sequence[str] = (),
     images: "torch.Tensor | None" = None,
+    weights_sha256: str | None = None,
+    features: bool = False,
 ) -> Exported:
     """Write a network as one ONNX file with a free number of images.
 
@@ -81,6 +83,8 @@ def export_model(
         class_names: names of the classes in the order of the logits, kept in the file's metadata.
         images: what the answers are compared on, `(n, c, h, w)`, uint8 or pixels of [0, 1]; noise
             where there are none.
+        weights_sha256: digest of the weights, kept in the file's metadata.
+        features: give what enters the linear layer that runs last as a second output.
 
     Raises:
         CountermarkError: onnx or onnxruntime is missing, the file is there already, the network has
@@ -92,6 +96,8 @@ def export_model(
         Exported(path='mine.onnx', sha256='...', bytes=1257394, opset=17, images=1000, ...)
     """
     import torch
+
+    from countermark.networks import WithFeatures
 
     path = Path(path)
     if missing := [
@@ -114,8 +120,10 @@ def export_model(
             "most; export a smaller one"
         )
     plain = copy.deepcopy(network).cpu().float().eval()
+    if features:
+        plain = WithFeatures(plain)
     model = _traced(plain, shape)
-    _state(model, shape, class_names)
+    _state(model, shape, class_names, weights_sha256)
     data: bytes = model.SerializeToString()
     asked, compared_on = (
         torch.rand(_NOISE, *shape, generator=torch.Generator().manual_seed(0)),
@@ -163,14 +171,14 @@ def _by_tracing(network: "nn.Module", x: "torch.Tensor") -> Any:
     import torch
 
     written = io.BytesIO()
-    free = {INPUT: {0: "n"}, OUTPUT: {0: "n"}}
+    free = {name: {0: "n"} for name in (INPUT, *_outputs(network))}
     _quietly(
         lambda: torch.onnx.export(
             network,
             (x,),
             written,  # type: ignore[arg-type]
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=_outputs(network),
             dynamic_axes=free,
             opset_version=_OPSET,
             dynamo=False,
@@ -191,7 +199,7 @@ def _by_export(network: "nn.Module", x: "torch.Tensor") -> Any:
             network,
             (x,),
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=_outputs(network),
             dynamic_shapes=({0: torch.export.Dim("n")},),
             opset_version=_OPSET_NEW,
             dynamo=True,
@@ -209,7 +217,15 @@ def _quietly(work: Callable[[], Any]) -> Any:
         return work()
 
 
-def _state(model: Any, shape: Shape, class_names: Sequence[str]) -> None:
+def _outputs(network: "nn.Module") -> list[str]:
+    from countermark.networks import WithFeatures
+
+    return list(OUTPUTS if isinstance(network, WithFeatures) else OUTPUTS[:1])
+
+
+def _state(
+    model: Any, shape: Shape, class_names: Sequence[str], weights_sha256: str | None
+) -> None:
     """Say in the file what it takes and gives, and remove all traces of where it was made.
 
     Exporters write paths and lines of code into the file.
@@ -228,6 +244,7 @@ def _state(model: Any, shape: Shape, class_names: Sequence[str]) -> None:
     }
     for name, value in {
         "made_by": f"countermark {__version__}",
+        **({} if weights_sha256 is None else {"weights_sha256": weights_sha256}),
         **{name: json.dumps(value) for name, value in said.items()},
     }.items():
         entry = model.metadata_props.add()
@@ -264,35 +281,40 @@ def _compared(network: "nn.Module", data: bytes, images: "torch.Tensor") -> tupl
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     batch = batch_size(torch.device("cpu"), images.shape[1:], _BATCH)
-    differ, largest, highest = 0, 0.0, 0.0
+    names = _outputs(network)
+    differ, largest, highest = 0, dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     with evaluating(network), torch.no_grad():
         start = 0
         while start < len(images):
             count = (1, 3, batch)[min(start, 2)] if start < 4 else batch  # one, some, many
             x = pixels(images[start : start + count])
-            wanted = finite(ask(network, x))
+            told = network(x) if len(names) > 1 else (ask(network, x),)
             try:
-                found = torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
+                given = session.run(names, {INPUT: x.numpy()})
             except Exception as error:
                 raise CountermarkError(
                     f"the exported file does not answer {len(x)} image(s): {brief(str(error))}; "
                     "nothing was written"
                 ) from error
-            if found.shape != wanted.shape:
-                raise CountermarkError(
-                    f"the exported file answers {len(x)} image(s) in the "
-                    f"shape {tuple(found.shape)}, the network in "
-                    f"{tuple(wanted.shape)}; nothing was written"
-                )
-            differ += int((found.argmax(1) != wanted.argmax(1)).sum())
-            gap = (found - wanted).abs()
-            largest = max(largest, float(gap.nan_to_num(nan=torch.inf).max()))
-            highest = max(highest, float(wanted.abs().max()))
+            for name, wanted, values in zip(names, map(finite, told), given, strict=True):
+                found = torch.from_numpy(values)
+                if found.shape != wanted.shape:
+                    raise CountermarkError(
+                        f"the exported file answers {len(x)} image(s) with {name} of the "
+                        f"shape {tuple(found.shape)}, the network of "
+                        f"{tuple(wanted.shape)}; nothing was written"
+                    )
+                if name == names[0]:
+                    differ += int((found.argmax(1) != wanted.argmax(1)).sum())
+                gap = (found - wanted).abs()
+                largest[name] = max(largest[name], float(gap.nan_to_num(nan=torch.inf).max()))
+                highest[name] = max(highest[name], float(wanted.abs().max()))
             start += count
-    if largest > _ROUNDING * highest + 1e-5:
-        raise CountermarkError(
-            f"the exported file is not the network: of {len(images)} images {differ} get "
-            f"other labels, and logits differ by up to {largest:.3g}; nothing was written "
-            "(does its code depend on numbers, or on how many images there are?)"
-        )
-    return differ, largest
+    for name in names:
+        if largest[name] > _ROUNDING * highest[name] + 1e-5:
+            raise CountermarkError(
+                f"the exported file is not the network: of {len(images)} images {differ} get other "
+                f"labels, and {name} differ by up to {largest[name]:.3g}; nothing was written "
+                "(does its code depend on numbers, or on how many images there are?)"
+            )
+    return differ, largest[names[0]]

@@ -22,7 +22,7 @@ from countermark.data import KNOWN
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, canonical_json, file_sha256, read_bytes, read_json, sha256
 from countermark.html import escape
-from countermark.networks import NETWORKS, Description, describe
+from countermark.networks import NETWORKS, Description, describe, weights_sha256
 from countermark.text import brief, visible
 from countermark.threat import Attack, shown
 from countermark.version import __version__
@@ -104,7 +104,7 @@ def read_facts(folder: Path, evaluation: Path | None = None) -> Facts:
     """
     description = describe(folder)
     digest = file_sha256(folder / "model.safetensors")
-    if digest != read_json(folder / "model.json").get("weights_sha256"):
+    if digest != weights_sha256(folder):
         raise CountermarkError(
             f"{folder / 'model.safetensors'} is not the file that model.json describes "
             "(SHA-256 differs); restore it from a backup"

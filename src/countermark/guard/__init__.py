@@ -17,11 +17,11 @@ from countermark.guard.settings import (
     load_guarded,
     read_guard,
     read_guard_record,
-    weights_sha256,
     write_guard,
 )
 from countermark.guard.sqlite import RowError
 from countermark.guard.tracing import Trace, Traced, images_of, trace_accounts
+from countermark.networks import weights_sha256
 
 __all__ = [
     "CELL_BITS",

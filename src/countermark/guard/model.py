@@ -24,6 +24,7 @@ from countermark.guard.foreign import (
     outlines,
     share_told,
 )
+from countermark.networks import OnnxNetwork, WithFeatures
 
 _CHUNK = 250  # images at a time on a CPU
 _FOREIGN_BITS = 14
@@ -124,18 +125,15 @@ class FeatureReader:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        """Find the linear layers.
+        """Find the linear layers, where the network does not give its features itself.
 
         Raises:
-            CountermarkError: there is none; the owner must name the features of such a network.
+            CountermarkError: see `countermark.networks.WithFeatures`.
         """
-        linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise CountermarkError(
-                "the network has no linear layer to take features from; use "
-                "countermark.guard.Guard with your own"
-            )
-        self._network, self._linear, self._lock = network, linear, threading.Lock()
+        self._network, self._lock = network, threading.Lock()
+        self._both = (
+            network.with_features if isinstance(network, OnnxNetwork) else WithFeatures(network)
+        )
 
     def count(self, images: torch.Tensor) -> int:
         """Return how many of some images `(n, c, h, w)` to run at once."""
@@ -146,23 +144,9 @@ class FeatureReader:
 
         The images are uint8 or pixel values in [0, 1].
         """
-        kept: list[torch.Tensor] = []
         with self._lock, torch.no_grad():
-            hooks = [
-                layer.register_forward_pre_hook(lambda _module, inputs: kept.append(inputs[0]))
-                for layer in self._linear
-            ]
-            try:
-                logits = self._network(pixels(x.to(device_of(self._network))))
-            finally:
-                for hook in hooks:
-                    hook.remove()
-        if not kept:
-            raise CountermarkError(
-                "no linear layer of the network ran; use countermark.guard.Guard with features of "
-                "your own"
-            )
-        return logits.cpu(), kept[-1].flatten(1).cpu()
+            logits, features = self._both(pixels(x.to(device_of(self._network))))
+        return logits.cpu(), features.cpu()
 
 
 def calibrate_model(

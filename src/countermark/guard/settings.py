@@ -14,7 +14,7 @@ from countermark.guard.calibration import Calibration
 from countermark.guard.core import WHOLE, Guard, GuardSettings
 from countermark.guard.foreign import MOST_VALUES, HonestRanges
 from countermark.guard.model import GuardedModel
-from countermark.networks import load_model
+from countermark.networks import load_answering, weights_sha256
 from countermark.places import Network
 from countermark.watermarks import load_secret
 
@@ -139,7 +139,8 @@ def load_guarded(
     Args:
         folder: a model folder with a `guard.json`.
         key: the owner's key folder, for its secret.
-        network: what builds the network, unless it is a built-in one.
+        network: what builds the network, unless it is a built-in one; or an ONNX file, as for
+            `load_answering`.
         device: the device that the network computes on.
 
     Raises:
@@ -159,7 +160,7 @@ def load_guarded(
             f"{folder / _NAME} is not the guard that {folder / 'commitment.json'} commits to; "
             "restore it, or calibrate again"
         )
-    built, description = load_model(folder, network, device)
+    built, description = load_answering(folder, network, device)
     if weights_sha256(folder) != settings.model_sha256:
         raise CountermarkError(
             f"{folder / _NAME} was calibrated for other weights; run countermark guard {folder} "
@@ -170,14 +171,6 @@ def load_guarded(
             f"{folder / _NAME} was calibrated for images of another shape; calibrate again"
         )
     return GuardedModel(built, Guard(settings, load_secret(key)))
-
-
-def weights_sha256(folder: Path) -> str:
-    """Read the digest of a model folder's weights from its description.
-
-    `load_model` checks that it is true.
-    """
-    return str(read_json(folder / "model.json").get("weights_sha256"))
 
 
 def guard_sha256(record: Mapping[str, Any]) -> str:

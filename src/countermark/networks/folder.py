@@ -247,6 +247,14 @@ def describe(folder: Path) -> Description:
     return _described(folder)[0]
 
 
+def weights_sha256(folder: Path) -> str:
+    """Read the digest of a model folder's weights from its description.
+
+    `load_model` checks that it is true.
+    """
+    return str(read_json(folder / "model.json").get("weights_sha256"))
+
+
 def load_model(
     folder: Path, network: Network | None = None, device: torch.device | str = "cpu"
 ) -> tuple[nn.Module, Description]:
@@ -269,7 +277,12 @@ def load_model(
             not fit the network or are not finite, or the network is built by code that was not
             named.
     """
-    description, weights_sha256 = _described(folder)
+    description, declared = _described(folder)
+    if isinstance(network, str) and network.lower().endswith(".onnx"):
+        raise CountermarkError(
+            f"{network} answers, and can be neither trained nor attacked; of the verbs that take "
+            "--network, guard and serve take an ONNX file"
+        )
     if isinstance(network, nn.Module):
         network = copy.deepcopy(network)  # two folders may be read by one of them
     place = _nameable(description, str(folder), network)
@@ -299,7 +312,7 @@ def load_model(
             )
 
     tensors, meta, digest = read_tensors(path, size + _HEADER_ALLOWANCE, check)
-    if digest != weights_sha256:
+    if digest != declared:
         raise CountermarkError(
             f"{path} is not the file that model.json describes (SHA-256 differs); "
             "restore it from a backup"

@@ -117,7 +117,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         predict,
         strict_accuracy,
     )
-    from countermark.networks import load_model, open_declared
+    from countermark.networks import load_model, open_declared, weights_sha256
     from countermark.watermarks import load_key
 
     begun = time.monotonic()
@@ -165,7 +165,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         )
     return Evaluation(
         model=str(model),
-        weights_sha256=str(read_json(model / "model.json")["weights_sha256"]),
+        weights_sha256=weights_sha256(model),
         images=len(test),
         test_accuracy=clean,
         adversarial_accuracy=adversarial,

@@ -25,6 +25,8 @@ class ExportConfig(ModelOptions):
     """File to write, such as mine.onnx."""
     format: Literal["onnx"] = "onnx"
     """Format: onnx, with a free number of images, pixels of [0, 1] in and logits out."""
+    features: bool = False
+    """Give features as a second output, which a guard needs (serve --network FILE.onnx)."""
     images: int = 1000
     """Test images on which the answers of the file are compared with the model's."""
 
@@ -49,12 +51,19 @@ def export(config: ExportConfig) -> Exported:
         >>> made.images, made.compared_on, made.labels_differ
         (50, 'test images', 0)
     """
-    from countermark.networks import load_model
+    from countermark.networks import load_model, weights_sha256
 
-    network, description = load_model(Path(config.model), config.network)
+    folder = Path(config.model)
+    network, description = load_model(folder, config.network)
     images = _test_images(description, config)
     return export_model(
-        network, description.shape, config.out, class_names=description.class_names, images=images
+        network,
+        description.shape,
+        config.out,
+        class_names=description.class_names,
+        images=images,
+        weights_sha256=weights_sha256(folder),
+        features=config.features,
     )
 
 

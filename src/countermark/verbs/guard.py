@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from countermark.device import describe, resolve_device
+from countermark.device import describe
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_bytes, read_json, write_json
 from countermark.options import ModelOptions, OneDeviceOptions, ReadPath, StampOptions, verb
@@ -89,6 +89,7 @@ def guard(config: GuardConfig) -> Calibrated:
         >>> 0 < made.cost <= 0.5  # points of accuracy
         True
     """
+    from countermark.evaluation import device_of
     from countermark.guard import (
         Guard,
         GuardedModel,
@@ -100,13 +101,12 @@ def guard(config: GuardConfig) -> Calibrated:
         weights_sha256,
         write_guard,
     )
-    from countermark.networks import declared_pools, load_model, open_declared
+    from countermark.networks import declared_pools, load_answering, open_declared
     from countermark.timestamps import encode_token, timestamping
     from countermark.watermarks import load_secret, sign, third_commitment
 
     folder = Path(config.model)
-    device = resolve_device(config.device)
-    network, description = load_model(folder, config.network, device=device)
+    network, description = load_answering(folder, config.network, config.device)
     data = open_declared(description, data=config.data, cache=config.cache)
     stamp = timestamping(config.tsa, config.roots)
     key = Path(config.key) if config.key else folder / "key"
@@ -168,7 +168,7 @@ def guard(config: GuardConfig) -> Calibrated:
         entropy=found.entropy,
         queries=needed,
         known=dict(pools.known),
-        device=describe(device),
+        device=describe(device_of(network)),
     )
 
 

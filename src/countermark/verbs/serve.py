@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.options import NewLogPath, OneDeviceOptions, ReadPath, verb
 from countermark.places import Network
@@ -41,7 +40,8 @@ class ServeConfig(OneDeviceOptions):
     """File of the clients who may ask, as countermark client add makes it; default
     MODEL/clients.json."""
     network: Network | None = None
-    """module:function that builds the network, unless it is a built-in one."""
+    """module:function that builds the network, unless it is a built-in one; or the ONNX file that
+    countermark export --features wrote, which onnxruntime then runs."""
     key: ReadPath | None = None
     """Key folder, for its secret; default MODEL/key."""
     name: str = "model"
@@ -106,7 +106,7 @@ def serve(config: ServeConfig) -> Served:
     """
     import torch
 
-    from countermark.networks import describe, load_model
+    from countermark.networks import describe, load_answering
 
     missing = [
         name
@@ -124,17 +124,19 @@ def serve(config: ServeConfig) -> Served:
     from countermark.service.server import connections_that_fit, listen, run
 
     folder = Path(config.model)
-    device = resolve_device(config.device)
     shape = describe(folder).shape
     clients = Clients(Path(config.clients) if config.clients else folder / "clients.json")
     torch.set_num_threads(
         max(1, torch.get_num_threads() - 1)
     )  # one core is for the requests themselves
     model = (
-        load_model(folder, config.network, device)[0]
+        load_answering(folder, config.network, config.device)[0]
         if config.unguarded
         else load_guarded(
-            folder, Path(config.key) if config.key else folder / "key", config.network, device
+            folder,
+            Path(config.key) if config.key else folder / "key",
+            config.network,
+            config.device,
         )
     )
     body = config.max_body or max(_BODY, _NUMBER * math.prod(shape))
