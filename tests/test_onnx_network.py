@@ -228,6 +228,11 @@ def test_a_file_that_is_not_the_models_is_refused(
     network = build("small", (1, 8, 8), 10, seed=0)
     export_model(network, (1, 8, 8), tmp_path / "o.onnx", features=True, weights_sha256="ab" * 32)
     refused("was exported from other weights", str(tmp_path / "o.onnx"))
+    export_model(network, (1, 8, 8), tmp_path / "whose.onnx", features=True)
+    refused("does not give the features that a guard needs", str(tmp_path / "whose.onnx"))
+    network, digest = build("small", (1, 8, 9), 10, seed=0), read_guard(mine).model_sha256
+    export_model(network, (1, 8, 9), tmp_path / "wide.onnx", features=True, weights_sha256=digest)
+    refused("images of another shape", str(tmp_path / "wide.onnx"))
     refused("computes on the processor", file, device="cuda")
     assert (mine / "guard.json").read_bytes() == before
     with pytest.raises(cm.CountermarkError, match="can be neither trained nor attacked"):
