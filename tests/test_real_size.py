@@ -139,7 +139,6 @@ async def served(folder: Path, images: torch.Tensor, log: Path) -> tuple[list[Ro
     """What the log holds, and what anna got, after the service answered her once."""
     with QueryLog(str(log)) as kept:
         engine = Engine(load_guarded(folder, folder / "key", make), kept, 64, 8)
-        await engine.start()
         labels = await engine.answer(images, "anna")
-        await engine.stop()
+        engine.stop()
         return [row for row in kept.rows() if row is not None], torch.tensor(labels)

@@ -734,13 +734,12 @@ def test_a_row_that_cannot_be_stored_fails_its_own_query_alone(
 
     async def ask() -> None:
         engine = Engine(model, log, max_batch=64, max_waiting=8)  # type: ignore[arg-type]
-        await engine.start()
         for _ in range(2):
             asked = [engine.answer(tied_of[client], client) for client in ("anna", "bob", "anna")]
             found = await asyncio.gather(*asked, return_exceptions=True)
             assert [type(one) for one in found] == [RowError, list, RowError]
             assert engine.failed is None
-        await engine.stop()
+        engine.stop()
 
     asyncio.run(ask())
     assert [row.client for row in log.rows] == ["bob"]
@@ -754,7 +753,6 @@ def test_without_its_log_the_service_answers_nothing_that_a_coin_chose(
 
     async def ask() -> None:
         engine = Engine(model, log, max_batch=64, max_waiting=2)  # type: ignore[arg-type]
-        await engine.start()
         with pytest.raises(CountermarkError, match="no space"):
             await engine.answer(tied, "anna")
         assert engine.failed == "no space left"
@@ -774,7 +772,7 @@ def test_without_its_log_the_service_answers_nothing_that_a_coin_chose(
                 await asyncio.sleep(0.05)
         assert await engine.answer(tied, "anna") == model(tied, "anna").labels.tolist()
         assert len(log.rows) == engine.trials == 1
-        await engine.stop()
+        engine.stop()
 
     asyncio.run(ask())
     with pytest.raises(CountermarkError, match="needs a query log"):
@@ -812,7 +810,6 @@ def test_queries_that_nobody_waits_for_wait_no_more(
 
     async def ask() -> None:
         engine = Engine(model, log, max_batch=64, max_waiting=2)  # type: ignore[arg-type]
-        await engine.start()
         for client in ("anna", "bob", "carol"):
             asked = asyncio.create_task(engine.answer(tied_of[client], client))
             while not (log.asked.is_set() if client == "anna" else engine._writing._queries):
@@ -823,7 +820,7 @@ def test_queries_that_nobody_waits_for_wait_no_more(
             assert engine.waiting == 1  # anna's
         assert len(await engine.answer(untied, "anna")) == len(untied)
         log.let_go.set()
-        await engine.stop()
+        engine.stop()
         assert engine.waiting == 0
         assert {row.client for row in log.rows} == {"anna"}
 
@@ -848,36 +845,32 @@ def test_a_pass_has_no_more_images_than_it_may_and_none_that_nobody_waits_for(
     digits: Pools,
 ) -> None:
     network = Slow()
+    x = digits.training.x
 
     async def ask() -> None:
-        engine = Engine(network, None, max_batch=64, max_waiting=8)
-        await engine.start()
-        left = [asyncio.create_task(engine.answer(digits.training.x[:1], "anna")) for _ in range(8)]
+        engine = Engine(network, None, max_batch=64, max_waiting=9)
+        held = asyncio.create_task(engine.answer(x[:2], "anna"))
         while not network.sizes:
             await asyncio.sleep(0.01)
+        left = [asyncio.create_task(engine.answer(x[:1], "anna")) for _ in range(8)]
+        await asyncio.sleep(0)
         with pytest.raises(BusyError):
-            await engine.answer(digits.training.x[:1], "anna")
-        for task in left:
+            await engine.answer(x[:1], "anna")
+        for task in (held, *left):
             task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
-        assert network.sizes == [8] == [engine.waiting]  # these are in the network's hands
-        network.let_go.set()
-        while engine.waiting:
-            await asyncio.sleep(0.01)
-        network.let_go.clear()
+        await asyncio.gather(held, *left, return_exceptions=True)
+        assert network.sizes == [2]
+        assert engine.waiting == 1  # it is in the network's hands
         sizes = [1, 63, 63, 1, 32, 32, 64, 10]
-        asked = [
-            asyncio.create_task(engine.answer(digits.training.x[:size], "anna")) for size in sizes
-        ]
-        while len(network.sizes) < 2:
-            await asyncio.sleep(0.01)
+        asked = [asyncio.create_task(engine.answer(x[:size], "anna")) for size in sizes]
+        await asyncio.sleep(0)
         asked[-1].cancel()
         await asyncio.sleep(0)
-        assert engine.waiting == 7
+        assert engine.waiting == 8
         network.let_go.set()
         assert [len(labels) for labels in await asyncio.gather(*asked[:-1])] == sizes[:-1]
-        await engine.stop()
-        assert network.sizes[1:] == [64, 64, 64, 64]
+        engine.stop()
+        assert network.sizes == [2, 64, 64, 64, 64]
 
     asyncio.run(ask())
 
@@ -1349,12 +1342,11 @@ def test_cells_that_are_remembered_do_not_fill_the_memory(
 
     async def ask() -> None:
         engine = Engine(model, log, max_batch=64, max_waiting=8)  # type: ignore[arg-type]
-        await engine.start()
         for image in [*tied, *tied]:
             for client in ("anna", "bob"):
                 await engine.answer(image[None], client)
                 assert sum(map(len, engine._seen.values())) <= 3
-        await engine.stop()
+        engine.stop()
         assert engine.trials == len(log.rows) == len({row.place for row in log.rows})
         assert {row.cell for row in log.rows if row.client == "anna"} == cells
 
@@ -1370,7 +1362,6 @@ def test_standard_error_says_when_the_log_goes_and_when_it_is_back(
 
     async def ask() -> None:
         engine = Engine(model, log, max_batch=64, max_waiting=8)  # type: ignore[arg-type]
-        await engine.start()
         for client, image in tied.items():
             log.full = True
             for _ in range(3):
@@ -1381,7 +1372,7 @@ def test_standard_error_says_when_the_log_goes_and_when_it_is_back(
                 while engine.failed:
                     await asyncio.sleep(0.05)
             assert len(await engine.answer(image, client)) == 1
-        await engine.stop()
+        engine.stop()
         assert not engine.hangs
 
     asyncio.run(ask())
@@ -1498,11 +1489,10 @@ def test_passes_of_the_model_that_fail_are_told_once(
 ) -> None:
     async def ask() -> None:
         engine = Engine(torch.nn.Linear(3, 10), None, max_batch=64, max_waiting=8)
-        await engine.start()
         for _ in range(3):
             with pytest.raises(CountermarkError):
                 await engine.answer(digits.test.x[:1], "anna")
-        await engine.stop()
+        engine.stop()
 
     asyncio.run(ask())
     assert len(capsys.readouterr().err.splitlines()) == 1

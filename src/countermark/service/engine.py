@@ -5,19 +5,21 @@ answer leave. There are two threads, one after the other: one computes, one writ
 everything that is waiting, so under load one pass of the model and one commit of the log serve many
 requests. Only the writer needs the database: while it is unavailable, queries without a coin are
 answered and trials are refused at once; only the writer tries again.
+
+The threads belong to no event loop: queries may come from several loops, from threads without one,
+and from loops that begin when others have ended.
 """
 
 import asyncio
 import contextlib
-import queue
+import os
 import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import nn
@@ -36,12 +38,13 @@ _MOST_CELLS = 1 << 18
 _AGAIN = 1.0  # seconds until a log that could not be written is tried again
 _HANGS = 2.0  # seconds after which a write counts as hanging
 _SILENT = "the query log does not answer"
+_CLOSED = "the service has ended before the query was answered"
 _QUIET = 60.0  # seconds until failures of queries are reported again
 _END = 1.0  # seconds that the threads have to finish when nobody waits for them any more
 
 
 class BusyError(CountermarkError):
-    """Too many requests wait already."""
+    """Too many requests wait already, or the service has ended."""
 
 
 @dataclass(eq=False)
@@ -50,91 +53,74 @@ class _Query:
     client: str
     signature: bytes
     hashes: Sequence[bytes]
-    done: asyncio.Future[list[int]]
+    loop: asyncio.AbstractEventLoop | None
+    """The event loop in which somebody waits; `None` for a thread."""
+    done: asyncio.Future[list[int]] | Future[list[int]]
     labels: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    flaw: CountermarkError | None = None
-    """Why no log can store one of its rows."""
+    error: CountermarkError | None = None
+    """Why it is not answered."""
+    left: bool = False
+    """Whether nobody waits for it any more."""
 
 
 class _Queue:
     """Queries that wait for a thread and may leave before their turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: threading.RLock) -> None:
         self._queries: deque[_Query] = deque()
-        self._some = asyncio.Event()
+        self._some = threading.Condition(lock)
+        self._ended = False
 
-    def put(self, query: _Query) -> None:
-        self._queries.append(query)
-        self._some.set()
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def put(self, queries: Sequence[_Query]) -> None:
+        with self._some:
+            self._queries += queries
+            self._some.notify()
 
     def leave(self, query: _Query) -> bool:
         """Take a query out and tell whether it was here."""
-        if query not in self._queries:
-            return False
-        self._queries.remove(query)
-        return True
+        with self._some:
+            if query not in self._queries:
+                return False
+            self._queries.remove(query)
+            return True
 
     def take_all(self) -> list[_Query]:
         """Take everything that is waiting, without waiting for more."""
-        queries = list(self._queries)
-        self._queries.clear()
-        return queries
+        with self._some:
+            queries = list(self._queries)
+            self._queries.clear()
+            return queries
 
-    async def take(self, most: int) -> list[_Query]:
-        """Take everything that is waiting, up to `most` images, but at least one query."""
-        while not self._queries:
-            self._some.clear()
-            await self._some.wait()
-        queries = [self._queries.popleft()]
-        size = len(queries[0].images)
-        while self._queries and (size := size + len(self._queries[0].images)) <= most:
-            queries.append(self._queries.popleft())
-        return queries
+    def take(self, most: int, patience: float | None) -> list[_Query] | None:
+        """Take everything that is waiting, up to `most` images, but at least one query.
 
-
-class _Worker:
-    """A thread that runs one function after another.
-
-    The process can end without waiting for it.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._work: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def run(self, function: Callable[[], None]) -> asyncio.Future[None]:
-        done: Future[None] = Future()
-        self._work.put((done, function))
-        return asyncio.wrap_future(done)
-
-    def end(self) -> bool:
-        """End the thread and tell whether it has ended.
-
-        It has not if its function hangs.
+        Returns:
+            Nothing if none comes within `patience` seconds, and `None` after the end.
         """
-        self._work.put(None)
-        self._thread.join(0.1)
-        return not self._thread.is_alive()
+        with self._some:
+            self._some.wait_for(lambda: self._queries or self._ended, patience)
+            if not self._queries:
+                return None if self._ended else []
+            queries = [self._queries.popleft()]
+            size = len(queries[0].images)
+            while self._queries and (size := size + len(self._queries[0].images)) <= most:
+                queries.append(self._queries.popleft())
+            return queries
 
-    def _run(self) -> None:
-        for done, function in iter(self._work.get, None):
-            if done.set_running_or_notify_cancel():
-                try:
-                    done.set_result(function())
-                except BaseException as error:
-                    done.set_exception(error)
+    def end(self) -> None:
+        with self._some:
+            self._ended = True
+            self._some.notify_all()
 
 
 class Engine:
-    """Answers requests; start it in the event loop that serves them.
+    """Answers requests; its threads start with the first one.
 
     Attributes:
-        waiting: number of queries that wait for an answer, including those that a thread still
-            processes although nobody waits for them any more.
         trials: number of trials that were stored.
         failed: why the log takes no trials now; `None` if it takes them.
         hangs: whether a thread was left behind at the end because the database or the model did not
@@ -155,17 +141,34 @@ class Engine:
             )
         self._model, self._log = model, log
         self._max_batch, self._max_waiting = max_batch, max_waiting
-        self._computing, self._writing = _Queue(), _Queue()
+        self._lock = threading.RLock()  # for whatever more than one thread changes
+        self._computing, self._writing = _Queue(self._lock), _Queue(self._lock)
+        self._open: set[_Query] = set()
+        self._none_open = threading.Condition(self._lock)
         # Cells that the log has for certain; it may have more.
         self._seen: OrderedDict[str, set[bytes]] = OrderedDict()
         self._unwritten: list[Row] = []
-        self._workers: list[_Worker] = []
-        self._tasks: list[asyncio.Task[None]] = []
+        self._write_began: float | None = None
+        self._threads: list[threading.Thread] = []
+        self._process = 0  # whose threads they are
+        self._ended = False
         self._quiet_until = 0.0
-        self.waiting = 0
         self.trials = 0
         self.failed: str | None = None
         self.hangs = False
+
+    @property
+    def waiting(self) -> int:
+        """Number of queries that wait for an answer.
+
+        Those that a thread still processes although nobody waits for them any more are counted.
+        """
+        return len(self._open)
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that has the threads."""
+        return self._process not in (0, os.getpid())
 
     def ready(self) -> bool:
         """Tell whether trials can be stored, as far as is known without storing one."""
@@ -174,27 +177,27 @@ class Engine:
                 self._log.check()
         except CountermarkError:
             return False
-        return self.failed is None
+        return self.failed is None and not self._ended
 
-    async def start(self) -> None:
-        """Start to take queries."""
-        self._workers = [_Worker("compute"), _Worker("write")]
-        self._tasks = [asyncio.create_task(self._compute()), asyncio.create_task(self._write())]
+    def stop(self) -> None:
+        """Take no more queries, finish those that wait, then stop.
 
-    async def stop(self) -> None:
-        """Finish the waiting queries, then stop.
-
-        Whatever is not finished within a second is left behind.
+        Whatever is not finished within a second is refused and left behind.
         """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_END):
-                while self.waiting:
-                    await asyncio.sleep(0.01)
-        for task in self._tasks:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        self.hangs = bool([worker for worker in self._workers if not worker.end()])
+        if self.forked:
+            return
+        with self._lock:
+            self._ended = True
+            self._none_open.wait_for(lambda: not self._open, _END)
+            for query in self._open:
+                query.left = True
+            self._refuse(list(self._open), _CLOSED)
+        for waiting in (self._computing, self._writing):
+            waiting.take_all()
+            waiting.end()
+        for thread in self._threads:
+            thread.join(0.1)
+        self.hangs = any(thread.is_alive() for thread in self._threads)
 
     async def answer(
         self,
@@ -208,80 +211,137 @@ class Engine:
         They are returned once every new trial among the images is durable.
 
         Raises:
-            BusyError: too many requests are waiting.
+            BusyError: too many requests are waiting, or the engine was stopped.
             CountermarkError: the model or the log failed.
         """
-        if self.waiting >= self._max_waiting:
-            raise BusyError("the service is busy; try again later")
-        query = _Query(
-            images, client, signature, hashes, asyncio.get_running_loop().create_future()
-        )
-        self.waiting += 1
-        self._computing.put(query)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[list[int]] = loop.create_future()
+        query = self._put(_Query(images, client, signature, hashes, loop, done))
         try:
-            return await query.done
-        except asyncio.CancelledError:  # nobody waits for it any more
-            if self._computing.leave(query) or self._writing.leave(query):
-                self.waiting -= 1
+            return await done
+        except asyncio.CancelledError:
+            self._leave(query)
             raise
 
-    async def _compute(self) -> None:
+    def answer_now(self, images: torch.Tensor, client: str, timeout: float) -> list[int]:
+        """Do the same in a thread without an event loop.
+
+        Raises:
+            TimeoutError: there was no answer within `timeout` seconds.
+            BusyError: as for `answer`.
+            CountermarkError: as for `answer`.
+        """
+        done: Future[list[int]] = Future()
+        query = self._put(_Query(images, client, b"", (), None, done))
+        try:
+            return done.result(timeout)
+        except BaseException:
+            self._leave(query)
+            raise
+
+    def _put(self, query: _Query) -> _Query:
+        if self.forked:  # before the lock, which another thread may have held at the fork
+            raise CountermarkError(
+                "this process was forked from one that has answered queries already; make the "
+                "guard after the fork"
+            )
+        with self._lock:
+            if self._ended:
+                raise BusyError("the service has ended; start another one")
+            if len(self._open) >= self._max_waiting:
+                raise BusyError("the service is busy; try again later")
+            if not self._threads:
+                work = (self._compute, self._write) if self._log is not None else (self._compute,)
+                self._threads = [threading.Thread(target=each, daemon=True) for each in work]
+                self._process = os.getpid()
+                for thread in self._threads:
+                    thread.start()
+            self._open.add(query)
+            self._computing.put([query])
+        return query
+
+    def _leave(self, query: _Query) -> None:
+        """Remember that nobody waits for a query any more."""
+        with self._lock:
+            query.left = True
+            if self._computing.leave(query) or self._writing.leave(query):
+                self._settle([query])
+
+    def _compute(self) -> None:
         while True:
-            queries = await self._computing.take(self._max_batch)
+            queries = self._computing.take(self._max_batch, self._until_it_hangs())
+            if queries is None:
+                return
+            if self._until_it_hangs() == 0:
+                self._log_fails(_SILENT)
+            if not queries:
+                continue
             try:
-                await self._workers[0].run(partial(self._pass, queries))
+                self._pass(queries)
             except Exception as error:
                 self._tell(_reason(error))
                 self._refuse(queries, _reason(error))
                 continue
-            for query in queries:
-                if not query.rows or query.done.done():
-                    self._settle(query)
-                elif self.failed:
-                    self._refuse([query], self.failed)
-                else:
-                    self._writing.put(query)
+            with self._lock:
+                written = [query for query in queries if query.rows and not query.left]
+                if self.failed:
+                    self._refuse(written, self.failed)
+                elif written:
+                    self._write_began = self._write_began or time.monotonic()
+                    self._writing.put(written)
+            self._settle([query for query in queries if query not in written])
 
-    async def _write(self) -> None:
+    def _until_it_hangs(self) -> float | None:
+        """Return in how many seconds a write under way counts as hanging; `None` without one."""
+        with self._lock:
+            if self._write_began is None or self.failed:
+                return None
+            return max(0.0, self._write_began + _HANGS - time.monotonic())
+
+    def _write(self) -> None:
         while True:
-            queries: list[_Query] = []
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_AGAIN if self._unwritten else None):
-                    queries = await self._writing.take(sys.maxsize)
-            patience = asyncio.get_running_loop().call_later(_HANGS, self._log_fails, _SILENT)
+            queries = self._writing.take(sys.maxsize, _AGAIN if self._unwritten else None)
+            if queries is None:
+                return
             try:
-                await self._workers[1].run(partial(self._store, queries))
+                self._store(queries)
             except Exception as error:
-                self._log_fails(_reason(error))
+                self._write_ends(_reason(error))
                 self._refuse(queries, _reason(error))
                 continue
-            finally:
-                patience.cancel()
-            if self.failed:
-                complain("the query log takes trials again")
-            self.failed = None
+            self._write_ends(None)
             for query in queries:
-                if query.flaw is not None:
-                    self._tell(str(query.flaw))
-                    self._settle(query, query.flaw)
+                if query.error is not None:
+                    self._tell(str(query.error))
                     continue
                 self._seen.setdefault(query.client, set()).update(row.cell for row in query.rows)
                 while len(self._seen) > _REMEMBERED or self._remembered() > _MOST_CELLS:
                     self._seen.popitem(last=False)
-                self._settle(query)
+            self._settle(queries)
 
     def _remembered(self) -> int:
         return sum(map(len, self._seen.values()))
+
+    def _write_ends(self, reason: str | None) -> None:
+        """Note that the log failed for a reason, or that it takes trials."""
+        with self._lock:
+            self._write_began = time.monotonic() if self._writing else None
+            if reason is not None:
+                self._log_fails(reason)
+            elif self.failed:
+                complain("the query log takes trials again")
+                self.failed = None
 
     def _log_fails(self, reason: str) -> None:
         """Refuse trials until a write succeeds, and report why.
 
         The reason is reported once, and once more if the log was so far only known to be silent.
         """
-        if self.failed is None or (self.failed == _SILENT and reason != _SILENT):
-            complain(reason)
-            self.failed = reason
-        self._refuse(self._writing.take_all(), reason)
+        with self._lock:
+            if self.failed is None or (self.failed == _SILENT and reason != _SILENT):
+                complain(reason)
+                self.failed = reason
+            self._refuse(self._writing.take_all(), reason)
 
     def _tell(self, reason: str) -> None:
         """Report why a query failed; not every time, since clients can cause many failures."""
@@ -291,16 +351,24 @@ class Engine:
 
     def _refuse(self, queries: Sequence[_Query], reason: str) -> None:
         for query in queries:
-            self._settle(query, CountermarkError(reason))
+            query.error = CountermarkError(reason)
+        self._settle(queries)
 
-    def _settle(self, query: _Query, error: CountermarkError | None = None) -> None:
-        self.waiting -= 1
-        if query.done.done():  # nobody waits for it any more
-            return
-        if error is None:
-            query.done.set_result(query.labels)
-        else:
-            query.done.set_exception(error)
+    def _settle(self, queries: Sequence[_Query]) -> None:
+        """Tell those who wait what came of their queries; each event loop is woken once."""
+        asked: dict[asyncio.AbstractEventLoop | None, list[_Query]] = {}
+        with self._lock:
+            for query in queries:
+                if query in self._open:
+                    asked.setdefault(query.loop, []).append(query)
+            self._open.difference_update(queries)
+            self._none_open.notify_all()
+        for loop, those in asked.items():
+            if loop is None:
+                _give(those)
+                continue
+            with contextlib.suppress(RuntimeError):  # it was closed, so nobody waits there
+                loop.call_soon_threadsafe(_give, those)
 
     def _pass(self, queries: list[_Query]) -> None:
         images = torch.cat([query.images for query in queries])
@@ -343,8 +411,18 @@ class Engine:
             for query in queries if len(queries) > 1 else ():
                 self._store([query])
             if len(queries) == 1:
-                queries[0].flaw = error
+                queries[0].error = error
         self._unwritten = []
+
+
+def _give(queries: Sequence[_Query]) -> None:
+    for query in queries:
+        if query.done.done():  # nobody waits for it any more
+            continue
+        if query.error is None:
+            query.done.set_result(query.labels)
+        else:
+            query.done.set_exception(query.error)
 
 
 def _reason(error: Exception) -> str:

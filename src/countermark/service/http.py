@@ -6,11 +6,9 @@ log).
 """
 
 import asyncio
-import contextlib
 import itertools
 import json
 import math
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +62,7 @@ def application(
     """Build the ASGI application that serves one model.
 
     Args:
-        engine: answers the queries.
+        engine: answers the queries; whoever made it stops it.
         clients: who may ask.
         name: name of the model in the addresses.
         shape: shape of one image, `(channels, height, width)`.
@@ -173,12 +171,6 @@ def application(
             else "this address takes another method",
         )
 
-    @contextlib.asynccontextmanager
-    async def running(_app: Starlette) -> AsyncIterator[None]:
-        await engine.start()
-        yield
-        await engine.stop()
-
     model = "/v2/models/{model}"
     routes = [
         Route("/v2/health/live", live),
@@ -192,9 +184,7 @@ def application(
         *(Route(place, metadata) for place in (model, model + "/versions/{version}")),
         Route("/metrics", metrics),
     ]
-    served = Starlette(
-        routes=routes, lifespan=running, exception_handlers={404: missing, 405: missing}
-    )
+    served = Starlette(routes=routes, exception_handlers={404: missing, 405: missing})
     served.router.redirect_slashes = False  # a redirect goes wherever the Host header says
     return served
 

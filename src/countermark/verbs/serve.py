@@ -151,6 +151,7 @@ def serve(config: ServeConfig) -> Served:
             log = QueryLog(config.log, wait=min(_LOCKED, config.timeout / 2))
             ending.callback(_close, log)
         engine = Engine(model, log, config.max_batch, config.max_waiting)
+        ending.callback(engine.stop)
         app = application(
             engine,
             clients,
