@@ -113,6 +113,7 @@ def run(
     config = uvicorn.Config(
         application,
         http=Impatient,
+        loop="asyncio",  # also where somebody has installed uvloop, with which nothing was tested
         ws="none",
         lifespan="on",
         log_config=None,
