@@ -6,7 +6,6 @@ import random
 import shutil
 import sqlite3
 import stat
-import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -36,43 +35,6 @@ def row_of(cell: int, client: str = "anna", **changes: object) -> Row:
         "tails": 2,
     }
     return Row(**{**fields, "chance": 30000, "answer": 2, "day": 20000, **changes})  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[str]:
-    """The address of a PostgreSQL that the tests started."""
-    found = [path.parent for path in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))]
-    found += [Path(path).parent for path in [shutil.which("initdb")] if path]
-    if not found:
-        pytest.skip("PostgreSQL is not installed")
-    folder = Path(
-        tempfile.mkdtemp(prefix="postgres-")
-    )  # pytest closes its own folders to other users again and again
-    user: list[str] = []
-    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
-        user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        shutil.chown(folder, "postgres", "postgres")
-    data, run = folder / "data", {"check": True, "capture_output": True, "timeout": 120, "cwd": "/"}
-    subprocess.run(
-        [
-            *user,
-            str(found[0] / "initdb"),
-            "-D",
-            str(data),
-            "-U",
-            "owner",
-            "-A",
-            "trust",
-            "--no-sync",
-        ],
-        **run,
-    )  # type: ignore[call-overload]
-    options = f"-c listen_addresses='' -c unix_socket_directories={folder}"
-    control = [*user, str(found[0] / "pg_ctl"), "-D", str(data), "-w"]
-    subprocess.run([*control, "-l", str(folder / "server.log"), "-o", options, "start"], **run)  # type: ignore[call-overload]
-    yield f"postgresql://owner@/postgres?host={folder}"
-    subprocess.run([*control, "-m", "immediate", "stop"], **run)  # type: ignore[call-overload]
-    shutil.rmtree(folder)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
