@@ -21,10 +21,13 @@ from countermark.version import __version__ as __version__
 if TYPE_CHECKING:
     from countermark.data import Examples as Examples
     from countermark.data import open_data as open_data
+    from countermark.data.images import DamagedError as DamagedError
     from countermark.errors import CountermarkError as CountermarkError
     from countermark.marking import Marking as Marking
     from countermark.networks import load as load
     from countermark.networks import open_network as open_network
+    from countermark.service.engine import BusyError as BusyError
+    from countermark.service.guarded import Guarded as Guarded
     from countermark.threat import Threat as Threat
     from countermark.verbs.adjudicate import adjudicate as adjudicate
     from countermark.verbs.bom import bom as bom
@@ -52,8 +55,11 @@ if TYPE_CHECKING:
     from countermark.verbs.verify import verify as verify
 
 _PUBLIC = {
+    "BusyError": "service.engine.BusyError",
     "CountermarkError": "errors.CountermarkError",
+    "DamagedError": "data.images.DamagedError",
     "Examples": "data.Examples",
+    "Guarded": "service.guarded.Guarded",
     "Marking": "marking.Marking",
     "Threat": "threat.Threat",
     "adjudicate": "verbs.adjudicate.adjudicate",

@@ -60,7 +60,16 @@ _ROUNDING = 1e-6  # how far rounding may have taken pixels outside [0, 1]
 
 
 class DamagedError(CountermarkError):
-    """An image that cannot be read; the message is the reason alone, without the image's name."""
+    """An image that cannot be read; the message is the reason alone, without the image's name.
+
+    Example:
+        >>> with cm.Guarded("mine", log="log.db") as guard:
+        ...     try:
+        ...         guard.classify_now(b"no image", "anna")
+        ...     except cm.DamagedError as error:
+        ...         print(error)
+        the image is not a PNG, JPEG, WebP or BMP image
+    """
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -38,13 +38,23 @@ _MOST_CELLS = 1 << 18
 _AGAIN = 1.0  # seconds until a log that could not be written is tried again
 _HANGS = 2.0  # seconds after which a write counts as hanging
 _SILENT = "the query log does not answer"
-_CLOSED = "the service has ended before the query was answered"
+_CLOSED = "the service was closed before the query was answered"
 _QUIET = 60.0  # seconds until failures of queries are reported again
 _END = 1.0  # seconds that the threads have to finish when nobody waits for them any more
 
 
 class BusyError(CountermarkError):
-    """Too many requests wait already, or the service has ended."""
+    """Too many queries wait already, the answer took too long, or the service is closed.
+
+    Example:
+        >>> guard = cm.Guarded("mine", log="log.db")
+        >>> guard.close()
+        >>> try:
+        ...     guard.classify_now(b"an image", "anna")
+        ... except cm.BusyError as error:
+        ...     print(error)
+        the service is closed and answers no more
+    """
 
 
 @dataclass(eq=False)
@@ -144,6 +154,7 @@ class Engine:
         self._lock = threading.RLock()  # for whatever more than one thread changes
         self._computing, self._writing = _Queue(self._lock), _Queue(self._lock)
         self._open: set[_Query] = set()
+        self._reading = 0
         self._none_open = threading.Condition(self._lock)
         # Cells that the log has for certain; it may have more.
         self._seen: OrderedDict[str, set[bytes]] = OrderedDict()
@@ -161,9 +172,10 @@ class Engine:
     def waiting(self) -> int:
         """Number of queries that wait for an answer.
 
-        Those that a thread still processes although nobody waits for them any more are counted.
+        Those whose images are read are counted, and those that a thread still processes although
+        nobody waits for them any more.
         """
-        return len(self._open)
+        return len(self._open) + self._reading
 
     @property
     def forked(self) -> bool:
@@ -177,7 +189,7 @@ class Engine:
                 self._log.check()
         except CountermarkError:
             return False
-        return self.failed is None and not self._ended
+        return self.failed is None and not self._ended and not self.forked
 
     def stop(self) -> None:
         """Take no more queries, finish those that wait, then stop.
@@ -239,20 +251,45 @@ class Engine:
             self._leave(query)
             raise
 
-    def _put(self, query: _Query) -> _Query:
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count a query among those that wait while its images are read, before it is answered.
+
+        Raises:
+            BusyError: as for `answer`.
+        """
+        with self._admission():
+            self._reading += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reading -= 1
+
+    @contextlib.contextmanager
+    def _admission(self) -> Iterator[None]:
+        """Let a query in, or refuse it."""
         if self.forked:  # before the lock, which another thread may have held at the fork
-            raise CountermarkError(
-                "this process was forked from one that has answered queries already; make the "
-                "guard after the fork"
+            reason = (
+                "this process was forked from one that has answered queries; make the guard after "
+                "the fork"
             )
+            self._tell(reason)
+            raise CountermarkError(reason)
         with self._lock:
             if self._ended:
-                raise BusyError("the service has ended; start another one")
-            if len(self._open) >= self._max_waiting:
+                raise BusyError("the service is closed and answers no more")
+            if self.waiting >= self._max_waiting:
                 raise BusyError("the service is busy; try again later")
+            yield
+
+    def _put(self, query: _Query) -> _Query:
+        with self._admission():
             if not self._threads:
                 work = (self._compute, self._write) if self._log is not None else (self._compute,)
-                self._threads = [threading.Thread(target=each, daemon=True) for each in work]
+                self._threads = [
+                    threading.Thread(target=each, name=each.__name__, daemon=True) for each in work
+                ]
                 self._process = os.getpid()
                 for thread in self._threads:
                     thread.start()

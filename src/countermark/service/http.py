@@ -29,6 +29,8 @@ from countermark.version import __version__
 
 _KINDS = {"UINT8": 255, "FP32": 1, "FP64": 1}
 """Data types of a tensor, each with the value of a white pixel."""
+_BODY = 4 << 20  # bytes
+_NUMBER = 32  # bytes of JSON that hold any pixel value with what stands around it
 _SPARE = 1000  # commas and brackets of a body besides those of its data
 
 
@@ -39,6 +41,11 @@ class Limits:
     max_batch: int
     max_body: int
     timeout: float
+
+
+def body_limit(shape: tuple[int, int, int]) -> int:
+    """Return how many bytes a body may have: 4 MiB, or what one image takes as JSON."""
+    return max(_BODY, _NUMBER * math.prod(shape))
 
 
 class RefusedError(Exception):

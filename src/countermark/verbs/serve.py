@@ -3,13 +3,10 @@
 import atexit
 import contextlib
 import importlib.util
-import math
 import os
 import sys
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from countermark.errors import CountermarkError
 from countermark.options import NewLogPath, OneDeviceOptions, ReadPath, verb
@@ -17,11 +14,6 @@ from countermark.places import Network
 from countermark.terminal import print_lines, unbroken
 from countermark.text import brief
 
-if TYPE_CHECKING:
-    from countermark.guard import QueryLog
-
-_BODY = 4 << 20  # bytes
-_NUMBER = 32  # bytes of JSON that hold any pixel value with what stands around it
 _LOCKED = 5.0  # seconds that a trial waits for another program that writes the log
 
 
@@ -120,7 +112,8 @@ def serve(config: ServeConfig) -> Served:
     from countermark.guard import QueryLog, load_guarded, weights_sha256
     from countermark.service.clients import Clients
     from countermark.service.engine import Engine
-    from countermark.service.http import Limits, application
+    from countermark.service.guarded import close_log
+    from countermark.service.http import Limits, application, body_limit
     from countermark.service.server import connections_that_fit, listen, run
 
     folder = Path(config.model)
@@ -139,7 +132,7 @@ def serve(config: ServeConfig) -> Served:
             config.device,
         )
     )
-    body = config.max_body or max(_BODY, _NUMBER * math.prod(shape))
+    body = config.max_body or body_limit(shape)
     most = connections_that_fit(4 * config.max_waiting)
     listening = listen(
         config.host, config.port
@@ -149,7 +142,7 @@ def serve(config: ServeConfig) -> Served:
         log = None
         if not config.unguarded:
             log = QueryLog(config.log, wait=min(_LOCKED, config.timeout / 2))
-            ending.callback(_close, log)
+            ending.callback(close_log, log)
         engine = Engine(model, log, config.max_batch, config.max_waiting)
         ending.callback(engine.stop)
         app = application(
@@ -178,13 +171,6 @@ def show(result: Served) -> None:
         if result.log is None
         else f"stopped; {result.trials} trials were stored in {unbroken(result.log)}"
     )
-
-
-def _close(log: "QueryLog") -> None:
-    """Close a log; a database that does not answer does not hold the end of the service."""
-    closing = threading.Thread(target=log.close, daemon=True)
-    closing.start()
-    closing.join(1.0)
 
 
 def _leave() -> None:
