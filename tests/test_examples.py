@@ -6,22 +6,36 @@ written, each "no evidence" fails with probability 1e-6, and each match has a p-
 less where 1e-6 would do.
 """
 
+import contextlib
 import html
+import io
+import os
 import random
 import re
 import runpy
 import secrets
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from base64 import b64encode
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import log10
 from pathlib import Path
 
 import nbformat
 import pytest
+import requests
+import torch
+from PIL import Image
 
 import countermark as cm
 from authority import Authority
+from countermark.data import Pools
+from countermark.guard import QueryLog, load_guarded
+from test_endpoints import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -181,6 +195,80 @@ def test_settle_a_dispute(folder: Path, tmp_path: Path, script: Callable[..., st
     assert "copy: upheld" in judged
     assert "stranger: undecidable" in other  # the claim is about another file
     assert (folder / "dispute" / "judgement-copy.html").exists()
+
+
+def test_replicas(models: Path, digits: Pools, postgres: str) -> None:
+    """Two processes write one log in PostgreSQL.
+
+    Every trial is there, once, and whichever replica is asked, a client gets the same answers.
+    """
+    pytest.importorskip("litserve")
+    psycopg = pytest.importorskip("psycopg")
+    database = psycopg.connect(postgres, autocommit=True)
+    database.execute("DROP TABLE IF EXISTS trials, log_format, erased")
+    cm.calibrate("mine", cost=8.0)
+    x = digits.thief.x[:60]
+    model = load_guarded(Path("mine"), Path("mine/key"))
+    expected = {client: model(x, client) for client in ("anna", "bob")}
+    (port,) = free_ports(1)
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, str(EXAMPLES / "replicas.py"), "mine", "--log", postgres]
+
+    def ask(client: str, image: torch.Tensor) -> int:
+        file = io.BytesIO()
+        Image.fromarray(image[0].numpy()).save(file, "PNG")
+        asked = {"api_key": f"key-of-{client}", "image": b64encode(file.getvalue()).decode()}
+        answer = requests.post(f"{url}/predict", json=asked, timeout=30)
+        assert answer.ok, answer.text
+        return int(answer.json()["label"])
+
+    def writers() -> int:
+        """How many replicas have a connection to the database."""
+        found = database.execute(
+            "SELECT count(*) FROM pg_stat_activity "
+            "WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        )
+        return int(found.fetchone()[0])
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with Path("said").open("w") as said:
+        process = subprocess.Popen(
+            [*command, "--port", str(port)], stdout=said, stderr=said, env=environment
+        )
+    try:
+        for _ in range(600):
+            with contextlib.suppress(requests.ConnectionError):
+                if requests.get(f"{url}/health", timeout=5).ok:
+                    break
+            assert process.poll() is None, Path("said").read_text()
+            time.sleep(0.1)
+        for _ in range(100):  # until both have met trials
+            for client, answers in expected.items():
+                with ThreadPoolExecutor(8) as threads:
+                    labels = list(threads.map(ask, [client] * len(x), x))
+                assert labels == answers.labels.tolist()
+            if writers() == 2:
+                break
+        assert writers() == 2
+        for body, status in (
+            ({"api_key": "key-of-anna", "image": "eHg="}, 400),
+            ({"api_key": "key-of-anna", "image": "!"}, 400),
+            ({"api_key": "none", "image": ""}, 401),
+        ):
+            answer = requests.post(f"{url}/predict", json=body, timeout=30)
+            assert answer.status_code == status, answer.text
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
+    with QueryLog(postgres, create=False) as log:
+        kept = [(row.client, row.cell) for row in log.rows() if row is not None]
+    assert len(kept) == len(set(kept)) > 10
+    assert set(kept) == {
+        (client, trial.cell) for client, answers in expected.items() for trial in answers.trials
+    }
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
