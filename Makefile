@@ -1,7 +1,7 @@
 # make quickstart   train, mark and prove a model on real MNIST
 # make test         the test suite
 # make test-avx2    its numerical part once more, in the instructions of an older processor
-# make slow         the tests that need much room: a real Triton
+# make slow         the tests that need much room: a real Triton, an MLServer with PyTorch
 # make lint         format, lint, docstrings, types, words
 # make docs         the documentation site: site/index.html
 # make examples     run the notebooks of examples/ anew and write their outputs
@@ -16,6 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
 TRITON := .venv-triton
+MLSERVER := .venv-mlserver
 BENCH := .bench
 # Triton's Python backend is bound to the libpython of the system; another Python's standard library does not fit it.
 TRITON_PYTHON ?= $(firstword $(wildcard /usr/bin/python3) $(PYTHON))
@@ -67,7 +68,15 @@ NUMERICAL := training attacks domain folding strict guard protect thieves cleane
 test-avx2: $(VENV)/.dev
 	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal $(NUMERICAL:%=tests/test_%.py)
 
-slow: $(VENV)/.dev  # a real Triton, half a gigabyte of it
+# Unlike the peer it has PyTorch and Countermark beside it, for the runtime in integrations/mlserver.py.
+$(MLSERVER)/.installed:
+	$(PYTHON) -m venv $(MLSERVER)
+	@echo "installing MLServer with PyTorch"
+	@$(MLSERVER)/bin/python -m pip --disable-pip-version-check --quiet --quiet install --extra-index-url $(TORCH_INDEX) \
+		"mlserver==1.7.*" "torch==$(TORCH_VERSION)" --editable '.[serve]'
+	@touch $@
+
+slow: $(VENV)/.dev $(MLSERVER)/.installed  # a real Triton, half a gigabyte of it
 	test -x $(TRITON)/bin/python || $(TRITON_PYTHON) -m venv $(TRITON)
 	@$(TRITON)/bin/python -m pip --disable-pip-version-check --quiet --quiet install "nvidia-pytriton==0.7.*" "onnxruntime>=1.18"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
@@ -138,4 +147,4 @@ release: $(VENV)/.dev
 	@echo "dist/ holds $(TAG); git push origin $(TAG) publishes the tag"
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) $(BENCH) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(MLSERVER) $(BENCH) build dist *.egg-info src/*.egg-info

@@ -1,1 +1,1 @@
-"""Marks in the training loops of other libraries; each module needs the extra of its name."""
+"""Marks in the training loops of other libraries, and the guard in another server."""
