@@ -23,7 +23,7 @@ import countermark as cm
 ACCOUNTS = {"key-of-anna": "anna", "key-of-bob": "bob"}  # how your clients sign in is up to you
 
 
-class Replica(litserve.LitAPI):
+class Replica(litserve.LitAPI):  # type: ignore[misc]
     """One process: LitServe hands requests to it while others wait for the model or the log."""
 
     def __init__(self, model: str, log: str) -> None:

@@ -233,7 +233,12 @@ def test_replicas(models: Path, digits: Pools, postgres: str) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with Path("said").open("w") as said:
         process = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=said, stderr=said, env=environment
+            [*command, "--port", str(port)],
+            stdout=said,
+            stderr=said,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     try:
         for _ in range(600):
@@ -258,11 +263,12 @@ def test_replicas(models: Path, digits: Pools, postgres: str) -> None:
             answer = requests.post(f"{url}/predict", json=body, timeout=30)
             assert answer.status_code == status, answer.text
     finally:
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does, to all its processes
         try:
             process.wait(30)
         finally:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     with QueryLog(postgres, create=False) as log:
         kept = [(row.client, row.cell) for row in log.rows() if row is not None]
     assert len(kept) == len(set(kept)) > 10

@@ -201,7 +201,7 @@ def test_a_name_that_no_log_can_hold_is_refused_whatever_is_asked(
 def test_threads_and_event_loops_ask_at_once(
     guard: Guarded, model: GuardedModel, digits: Pools, log: str
 ) -> None:
-    x = digits.thief.x[:100]
+    x = digits.thief.x[:60]
     clients = [f"client {number}" for number in range(6)]
     expected = {client: model(x, client).labels.tolist() for client in clients}
 

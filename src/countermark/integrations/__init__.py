@@ -1,1 +1,1 @@
-"""Marks in the training loops of other libraries, and the guard in another server."""
+"""Marks in others' training loops, and the guard in another server."""

@@ -240,7 +240,7 @@ class Guarded:
             raise CountermarkError(
                 f"the name of a client is 1 to {_LONGEST} printable characters, not {brief(client)}"
             )
-        images = image if isinstance(image, list | tuple) else [image]
+        images: Sequence[Any] = image if isinstance(image, list | tuple) else [image]
         return (
             images[start : start + self._max_batch]
             for start in range(0, len(images), self._max_batch)
