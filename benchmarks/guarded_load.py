@@ -2,9 +2,10 @@
 
     python benchmarks/guarded_load.py mine --seconds 5 --rounds 5
 
-Sixteen clients ask in a closed loop in one event loop, each with PNG files of natural test images,
-and ask again as soon as they have an answer. Guarded and bare rounds alternate. Each guarded round
-has a new log, so that it meets first trials that must be made durable as well as known cells.
+Sixteen connections ask in a closed loop in one event loop, and ask again as soon as they have an
+answer. The queries are PNG files of natural test images, each of one of sixteen clients. Guarded
+and bare rounds alternate. Each guarded round has a new log, so that it meets first trials that must
+be made durable as well as known cells.
 """
 
 import argparse
@@ -44,11 +45,12 @@ async def closed_loop(guard: cm.Guarded, images: list[bytes], seconds: float) ->
     end = time.perf_counter() + seconds
 
     async def ask(number: int) -> None:
-        for place in itertools.count(997 * number, 7919):
+        for count in itertools.count(997 * number, 7919):
             begun = time.perf_counter()
             if begun >= end:
                 return
-            await guard.classify(images[place % len(images)], f"client {number}")
+            place = count % len(images)
+            await guard.classify(images[place], f"client {place % _CLIENTS}")
             times.append(time.perf_counter() - begun)
 
     await asyncio.gather(*map(ask, range(_CLIENTS)))
