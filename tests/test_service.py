@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -36,7 +37,13 @@ from countermark.files import read_json, write_json
 from countermark.guard import GuardedModel, QueryLog, Row, RowError, guard_sha256, load_guarded
 from countermark.guard.requests import is_signed, sign_request
 from countermark.networks import build, describe, load, save_model
-from countermark.service.clients import CLIENTS_FORMAT, Clients, add_client
+from countermark.service.clients import (
+    CLIENTS_FORMAT,
+    Clients,
+    add_client,
+    revoke_client,
+    rotate_client,
+)
 from countermark.service.engine import BusyError, Engine
 from countermark.service.server import listen
 from countermark.verbs.guard import guard
@@ -120,7 +127,7 @@ def start(guarded_folder: Path, tmp_path: Path) -> Iterator[Start]:
         while found is None:
             lines.append(process.stderr.readline())
             assert lines[-1], lines
-            found = re.search(r"listening on (http://\S+)", lines[-1])
+            found = re.search(r"listening on (http://[^\s\"]+)", lines[-1])
         service = Running(process, found[1], folder, log, keys)
         running.append(service)
         for _ in range(200 if wait else 0):
@@ -317,6 +324,10 @@ BAD = {
     "datatype": ({"datatype": "INT64"}, 400, "datatype is one of"),
     "shape": ({"shape": [1, 8, 8]}, 400, r"shape is \[n, 1, 8, 8\]"),
     "fractional shape": ({"shape": [1.0, 1, 8, 8]}, 400, "shape is"),
+    "three channels": ({"shape": [1, 3, 8, 8], "data": [0] * 192}, 400, r"shape is \[n, 1, 8, 8\]"),
+    "four channels": ({"shape": [1, 4, 8, 8], "data": [0] * 256}, 400, r"shape is \[n, 1, 8, 8\]"),
+    "no channel": ({"shape": [1, 0, 8, 8], "data": []}, 400, r"shape is \[n, 1, 8, 8\]"),
+    "channels last": ({"shape": [1, 8, 8, 1]}, 400, r"shape is \[n, 1, 8, 8\]"),
     "no images": ({"shape": [0, 1, 8, 8], "data": []}, 400, "1 to 64 images"),
     "too many images": ({"shape": [65, 1, 8, 8]}, 400, "1 to 64 images"),
     "too little data": ({"data": [0] * 63}, 400, "numbers"),
@@ -514,12 +525,16 @@ def drip(connections: list[socket.socket], seconds: float = 60) -> list[bytes]:
     return received
 
 
+STOPPING = "stopping: open requests are finished first\n"
+
+
 def ended(service: Running) -> str:
-    """Stop a service; what it said on standard error."""
+    """Stop a service; what it said on standard error besides that it stops."""
     service.process.send_signal(signal.SIGTERM)
     _, errors = service.process.communicate(timeout=20)
     assert service.process.returncode == 0
-    return errors
+    assert errors.count(STOPPING) == 1
+    return errors.replace(STOPPING, "")
 
 
 def test_a_kill_loses_no_answered_trial(start: Start, digits: Pools) -> None:
@@ -937,7 +952,7 @@ def test_clients_added_side_by_side_are_all_there(
     assert main(["client", "add", "anna", "--clients", str(path)]) == 0
     out, err = capsys.readouterr()
     assert Clients(path).find(out.strip())
-    assert "only after it is started again" in err
+    assert "knows anna within seconds" in err
     assert (
         main(["client", "add", "anna", "--clients", str(tmp_path / "none" / "clients.json")]) == 2
     )
@@ -1325,7 +1340,7 @@ def test_a_log_that_hangs_does_not_hold_the_end(start: Start, digits: Pools) -> 
         assert waits.result().status_code == 503
     assert service.process.returncode == 0
     assert "stopped; 0 trials" in out
-    assert errors.splitlines() == ["countermark: the query log does not answer"]
+    assert errors == f"countermark: the query log does not answer\n{STOPPING}"
 
 
 def test_cells_that_are_remembered_do_not_fill_the_memory(
@@ -1440,7 +1455,18 @@ def test_too_few_files_are_told(start: Start) -> None:
     "account",
     [
         {"key_sha256": "0" * 64},
-        {"key_sha256": None, "public_key": None},
+        {"key_sha256": 5, "public_key": None},
+        {"key_sha256": "0" * 64, "public_key": None, "old_key_sha256": "0" * 64},
+        {"key_sha256": None, "public_key": None, "old_key_sha256": "0" * 64, "old_until": 5},
+        {"key_sha256": "0" * 64, "public_key": None, "old_key_sha256": "0", "old_until": 5},
+        {"key_sha256": "0" * 64, "public_key": None, "old_key_sha256": "0" * 64, "old_until": 0.5},
+        {"key_sha256": "0" * 64, "public_key": None, "old_key_sha256": "0" * 64, "old_until": -1},
+        {
+            "key_sha256": "0" * 64,
+            "public_key": None,
+            "old_key_sha256": "0" * 64,
+            "old_until": 1 << 60,
+        },
         {"key_sha256": "0" * 63, "public_key": None},
         {"key_sha256": "0" * 64, "public_key": 5},
         {"key_sha256": "0" * 64, "public_key": "X" * 64},
@@ -1459,7 +1485,7 @@ def test_a_file_of_clients_that_is_full_stays_readable(tmp_path: Path) -> None:
     write_json(
         path, {"format": CLIENTS_FORMAT, "clients": {f"client {k}": account for k in range(5437)}}
     )
-    with pytest.raises(CountermarkError, match="no room for another client"):
+    with pytest.raises(CountermarkError, match="no room for more"):
         add_client(path, 50 * "\N{GRINNING FACE}", None)
     Clients(path)
 
@@ -1496,3 +1522,245 @@ def test_passes_of_the_model_that_fail_are_told_once(
 
     asyncio.run(ask())
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# What an operator does and sees.
+
+
+def until(service: Running, client: str, status: int, image: torch.Tensor) -> None:
+    """Ask until the service answers so, because it has seen a change of the file of clients."""
+    begun = time.monotonic()
+    while service.infer(image, client).status_code != status:
+        assert time.monotonic() - begun < 20
+        time.sleep(0.05)
+
+
+def test_a_running_service_follows_the_file_of_clients_and_loses_no_request(
+    start: Start, digits: Pools, tmp_path: Path
+) -> None:
+    """Keys come, change and go, and one file is damaged; whoever may ask is answered throughout."""
+    service, path, image = start(), tmp_path / "clients.json", digits.test.x[:1]
+    good, answers, over = path.read_bytes(), list[int](), threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            answers.append(service.infer(image, "anna").status_code)
+
+    body = json.dumps(
+        {"inputs": [{"name": "i", "shape": [1, 1, 8, 8], "datatype": "UINT8", "data": [0] * 64}]}
+    ).encode()
+    head = INFER + f"Authorization: Bearer {service.keys['bob']}\r\n".encode()
+    head += f"Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n".encode()
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with connected(service) as flying:
+        flying.sendall(head)
+        assert flying.recv(1000).startswith(b"HTTP/1.1 100")  # the service waits for the body
+        revoke_client(path, "bob")
+        service.keys["carol"] = add_client(path, "carol", None)
+        until(service, "carol", 200, image)
+        assert service.infer(image, "bob").status_code == 401
+        flying.sendall(body)
+        assert whole(flying, b"}").startswith(b"HTTP/1.1 200")
+    service.keys["carol, new"] = rotate_client(path, "carol", grace=1.0)
+    until(service, "carol, new", 200, image)
+    assert service.infer(image, "carol").status_code == 200
+    service.keys["carol, newer"] = rotate_client(path, "carol")
+    until(service, "carol", 401, image)
+    assert service.infer(image, "carol, newer").status_code == 200
+    assert service.infer(image, "carol, new").status_code == 401
+    path.write_bytes(good[:-9])
+    assert service.process.stderr is not None
+    while "not valid JSON" not in (line := service.process.stderr.readline()):
+        assert re.fullmatch(r".*clients\.json has changed; 2 accounts may ask now\n", line)
+    assert "the accounts stay as they were" in line
+    for client, status in (("anna", 200), ("carol, newer", 200), ("bob", 401)):
+        assert service.infer(image, client).status_code == status
+    path.unlink()
+    assert "does not exist" in service.process.stderr.readline()
+    path.write_bytes(good)
+    until(service, "bob", 200, image)
+    assert service.infer(image, "carol, newer").status_code == 401
+    over.set()
+    asking.join()
+    assert set(answers) == {200}
+    assert ended(service) == f"{path} has changed; 2 accounts may ask now\n"
+
+
+def test_a_request_is_one_line_for_the_operator_and_tells_no_trial(
+    start: Start, digits: Pools, tmp_path: Path
+) -> None:
+    key = add_client(tmp_path / "clients.json", "anna b status=500", None)
+    service = start("--access-log", "--log-format", "json")
+    service.keys |= {"odd": key, "stranger": "guess"}
+    tied, untied = tied_and_untied(service.folder, digits)
+    for image in (untied[:1], tied, tied, untied[:2]):
+        assert service.infer(image).status_code == 200
+    for client, status in (("anna", 400), ("odd", 400), ("stranger", 401)):
+        assert service.infer(untied[:3], client, datatype="INT64").status_code == status
+    requests.get(f"{service.url}/v2/none", timeout=5)
+    service.process.send_signal(signal.SIGTERM)
+    _, errors = service.process.communicate(timeout=20)
+    *lines, stop = map(json.loads, errors.splitlines())
+    assert {line["event"] for line in lines} == {"request"}
+    assert stop["event"] == "stop"
+    for line in (*lines, stop):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", line.pop("time"))
+    shown = [line.pop("message") for line in lines]
+    assert [round(10 * line["seconds"], 6) % 1 for line in lines] == [0.0] * 6
+    assert [shown[k].partition(" client=")[2] for k in (0, 5)] == ["anna", "anna b status=500"]
+    for line in lines:
+        del line["seconds"]
+    one, trial, again, two, bad, odd = lines
+    assert (
+        one
+        == trial
+        == again
+        == {"event": "request", "client": "anna"}
+        | {
+            "status": 200,
+            "images": 1,
+        }
+    )
+    assert (two["images"], bad["status"], odd["client"]) == (2, 400, "anna b status=500")
+
+
+def test_without_json_a_request_is_one_line_of_text(start: Start, digits: Pools) -> None:
+    service = start("--access-log", "--unguarded")
+    assert service.infer(digits.test.x[:2]).status_code == 200
+    pattern = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ status=200 images=2 seconds=\d+\.\d client=anna\n"
+    assert re.fullmatch(pattern, ended(service))
+
+
+class Moody(torch.nn.Module):
+    """A network that fails on everything, or on all that is not blank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails = ""
+        self.last = torch.nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fails == "always" or (self.fails == "on images" and x.any()):
+            raise RuntimeError(f"it fails {self.fails}")
+        return self.last(x.flatten(1))
+
+
+def test_a_model_that_fails_is_told_apart_from_queries_that_fail(
+    digits: Pools, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is tried again without queries: a proxy sends none to a service that is not ready."""
+    monkeypatch.setattr(engine_module, "_AGAIN", 0.05)
+    monkeypatch.setattr(engine_module, "_QUIET", 0.0)
+    network, image = Moody(), digits.test.x[:1]
+
+    async def ask() -> None:
+        engine = Engine(network, None, max_batch=64, max_waiting=8)
+        for fails, ready in (("on images", True), ("always", False)):
+            network.fails = fails
+            for _ in range(2):  # the second one comes after the trial with a blank image
+                with pytest.raises(CountermarkError, match=fails):
+                    await engine.answer(image, "anna")
+            assert (engine.ready(), engine.waiting) == (ready, 0)
+        network.fails = ""
+        async with asyncio.timeout(20):
+            while not engine.ready():
+                await asyncio.sleep(0.01)
+        assert len(await engine.answer(image, "anna")) == 1
+        engine.stop()
+
+    asyncio.run(ask())
+    said_ = capsys.readouterr().err
+    assert said_.count("the model answers again") == 1
+    assert said_.endswith("the model answers again\n")
+
+
+def test_a_model_that_hangs_is_not_ready(digits: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "_STUCK", 0.05)
+    network = Slow()
+
+    async def ask() -> None:
+        engine = Engine(network, None, max_batch=64, max_waiting=8)
+        asked = asyncio.create_task(engine.answer(digits.test.x[:1], "anna"))
+        async with asyncio.timeout(20):
+            while engine.ready():
+                await asyncio.sleep(0.01)
+        network.let_go.set()
+        assert len(await asked) == 1
+        assert engine.ready()
+        engine.stop()
+
+    asyncio.run(ask())
+
+
+FAILS = """
+import sys
+from countermark.cli import main
+from countermark.service.engine import Engine
+def fail(*arguments):
+    raise RuntimeError("a device is lost")
+Engine._pass = Engine._try = fail
+sys.exit(main())
+"""
+
+
+def test_readiness_tells_the_model_and_the_log_apart(start: Start, digits: Pools) -> None:
+    service = start(command=[sys.executable, "-c", FAILS])
+
+    def tells(model: bool, log: bool) -> None:
+        begun = time.monotonic()
+        expected = {"ready": model and log, "model": model, "log": log}
+        while True:
+            answer = requests.get(f"{service.url}/v2/health/ready", timeout=5)
+            assert answer.status_code == (200 if answer.json()["ready"] else 503)
+            if answer.json() == expected:
+                break
+            assert time.monotonic() - begun < 20
+            time.sleep(0.05)
+        assert requests.get(f"{service.url}/v2/health/live", timeout=5).ok
+
+    tells(model=True, log=True)
+    assert service.infer(digits.test.x[:1]).status_code == 500
+    tells(model=False, log=True)
+    service.log.rename(service.log.with_name("away"))
+    tells(model=False, log=False)
+    assert ended(service).count("a device is lost") == 1
+
+
+def test_a_clock_that_jumps_costs_no_trial_but_those_before_1970(
+    guarded_folder: Path,
+    digits: Pools,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The order of trials is that of their numbers; days may go backwards."""
+    model = load_guarded(guarded_folder, guarded_folder / "key")
+    _, untied = tied_and_untied(guarded_folder, digits)
+    first = {trial.cell: trial.row for trial in reversed(model(digits.thief.x, "anna").trials)}
+    images = [digits.thief.x[row][None] for row in first.values()]
+    days = [20_000, 19_000, 0, -1, -1, 1 << 31, 20_001]
+    assert len(images) > len(days)
+
+    async def ask(log: QueryLog) -> None:
+        engine = Engine(model, log, max_batch=64, max_waiting=8)
+        for day, image in zip(days, images, strict=False):
+            clock.time = lambda day=day: 86_400.0 * day + 5  # type: ignore[attr-defined]
+            if 0 <= day < 1 << 31:
+                assert len(await engine.answer(image, "anna")) == 1
+            else:
+                with pytest.raises(RowError, match="set the clock"):
+                    await engine.answer(image, "anna")
+            assert len(await engine.answer(untied, "anna")) == len(untied)
+            assert engine.ready()
+        for image in images[: len(days)]:  # a trial that was refused is stored when it comes again
+            assert len(await engine.answer(image, "anna")) == 1
+        engine.stop()
+
+    clock = SimpleNamespace(monotonic=time.monotonic)
+    monkeypatch.setattr(engine_module, "time", clock)
+    with QueryLog(str(tmp_path / "log.db")) as log:
+        asyncio.run(ask(log))
+        stored = [row.day for row in log.rows() if row is not None]  # which checks the chain
+    assert stored == [20_000, 19_000, 0, 20_001, 20_001, 20_001, 20_001]
+    assert capsys.readouterr().err.count("\n") == 1

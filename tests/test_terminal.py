@@ -38,6 +38,9 @@ from countermark.verbs.bundle_check import CheckedBundle
 from countermark.verbs.bundle_sign import SignedBundle
 from countermark.verbs.claim import Claimed
 from countermark.verbs.client_add import Added
+from countermark.verbs.client_list import ClientList, Listed
+from countermark.verbs.client_revoke import Revoked
+from countermark.verbs.client_rotate import Rotated
 from countermark.verbs.copies import Copy
 from countermark.verbs.data_fetch import Fetched
 from countermark.verbs.evaluate import Evaluation
@@ -293,6 +296,17 @@ RESULTS: Mapping[str, list[Any]] = {
         Calibrated("mine", 0.1, True, 0.021, 0.103, 0.011, 4.31, 0.0123, 1626, {"test": 7}, "cpu")
     ],
     "client add": [Added("anna", "a" * 43)],
+    "client rotate": [Rotated("anna", "a" * 43, 0.0), Rotated("anna", "a" * 43, 48.0)],
+    "client revoke": [Revoked("anna")],
+    "client list": [
+        ClientList(()),
+        ClientList(
+            (
+                Listed("anna", True, "active", "2026-11-27T12:00:00Z"),
+                Listed("bob", False, "revoked", None),
+            )
+        ),
+    ],
     "serve": [Served("/var/lib/countermark/log.db", 1234)],
     "trace": [
         Tracing(

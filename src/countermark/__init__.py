@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from countermark.verbs.card import card as card
     from countermark.verbs.claim import claim as claim
     from countermark.verbs.client_add import client_add as client_add
+    from countermark.verbs.client_list import client_list as client_list
+    from countermark.verbs.client_revoke import client_revoke as client_revoke
+    from countermark.verbs.client_rotate import client_rotate as client_rotate
     from countermark.verbs.data_check import data_check as data_check
     from countermark.verbs.data_fetch import data_fetch as data_fetch
     from countermark.verbs.evaluate import evaluate as evaluate
@@ -70,6 +73,9 @@ _PUBLIC = {
     "card": "verbs.card.card",
     "claim": "verbs.claim.claim",
     "client_add": "verbs.client_add.client_add",
+    "client_list": "verbs.client_list.client_list",
+    "client_revoke": "verbs.client_revoke.client_revoke",
+    "client_rotate": "verbs.client_rotate.client_rotate",
     "data_check": "verbs.data_check.data_check",
     "data_fetch": "verbs.data_fetch.data_fetch",
     "evaluate": "verbs.evaluate.evaluate",

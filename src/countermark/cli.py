@@ -45,7 +45,10 @@ TASKS = {
         *("card", "bom", "bundle sign", "bundle check"),
     ),
     "check": ("evaluate", "verify", "plan"),
-    "serve": ("guard", "client add", "serve", "trace", "log head", "log check", "log erase"),
+    "serve": (
+        *("guard", "client add", "client rotate", "client revoke", "client list", "serve"),
+        *("trace", "log head", "log check", "log erase"),
+    ),
     "dispute": ("claim", "adjudicate"),
     "study": ("quickstart", "steal", "remove", "reproduce"),
 }

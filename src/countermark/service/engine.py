@@ -17,9 +17,10 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -28,15 +29,16 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.guard import GuardedModel, QueryLog, Row, RowError
 from countermark.guard.requests import pack_request
-from countermark.text import complain
+from countermark.service.messages import tell
 
 _DAY = 86_400
 _REMEMBERED = 1000  # clients whose cells are kept in memory
 # Of these cells, at most, over all clients: some hundred bytes each. A model of a thousand classes
 # has so many cells that hardly any is met twice.
 _MOST_CELLS = 1 << 18
-_AGAIN = 1.0  # seconds until a log that could not be written is tried again
+_AGAIN = 1.0  # seconds until a log or a model that failed is tried again
 _HANGS = 2.0  # seconds after which a write counts as hanging
+_STUCK = 10.0  # seconds after which a pass of the model counts as hanging
 _SILENT = "the query log does not answer"
 _CLOSED = "the service was closed before the query was answered"
 _QUIET = 60.0  # seconds until failures of queries are reported again
@@ -165,7 +167,10 @@ class Engine:
         self._ended = False
         self._quiet_until = 0.0
         self.trials = 0
+        self._blank: torch.Tensor | None = None  # what a model that failed is tried with
         self.failed: str | None = None
+        self._broken = False
+        self._pass_began: float | None = None
         self.hangs = False
 
     @property
@@ -178,11 +183,21 @@ class Engine:
         return len(self._open) + self._reading
 
     @property
+    def works(self) -> bool:
+        """Whether the model answers: its last pass did not fail, and none takes very long."""
+        began = self._pass_began
+        return not self._broken and (began is None or time.monotonic() < began + _STUCK)
+
+    @property
     def forked(self) -> bool:
         """Whether this process is a fork of the one that has the threads."""
         return self._process not in (0, os.getpid())
 
     def ready(self) -> bool:
+        """Tell whether queries can be answered, as far as is known without asking one."""
+        return self.works and self.stores()
+
+    def stores(self) -> bool:
         """Tell whether trials can be stored, as far as is known without storing one."""
         try:
             if self._log is not None:
@@ -306,18 +321,22 @@ class Engine:
 
     def _compute(self) -> None:
         while True:
-            queries = self._computing.take(self._max_batch, self._until_it_hangs())
+            queries = self._computing.take(self._max_batch, self._patience())
             if queries is None:
                 return
             if self._until_it_hangs() == 0:
                 self._log_fails(_SILENT)
-            if not queries:
+            if not queries and not self._broken:
                 continue
-            try:
-                self._pass(queries)
-            except Exception as error:
-                self._tell(_reason(error))
-                self._refuse(queries, _reason(error))
+            reason = self._run(partial(self._pass, queries)) if queries else None
+            if reason is not None:
+                self._tell(reason)
+                self._refuse(queries, reason)
+            if reason is not None or not queries:  # is it the queries, or the model?
+                self._model_is(self._run(self._try))
+            else:
+                self._model_is(None)
+            if reason is not None:
                 continue
             with self._lock:
                 written = [query for query in queries if query.rows and not query.left]
@@ -327,6 +346,13 @@ class Engine:
                     self._write_began = self._write_began or time.monotonic()
                     self._writing.put(written)
             self._settle([query for query in queries if query not in written])
+
+    def _patience(self) -> float | None:
+        """Return how many seconds may pass without queries until there is something to do."""
+        hangs = self._until_it_hangs()
+        if not self._broken:
+            return hangs
+        return _AGAIN if hangs is None else min(_AGAIN, hangs)
 
     def _until_it_hangs(self) -> float | None:
         """Return in how many seconds a write under way counts as hanging; `None` without one."""
@@ -366,7 +392,7 @@ class Engine:
             if reason is not None:
                 self._log_fails(reason)
             elif self.failed:
-                complain("the query log takes trials again")
+                tell("complaint", "the query log takes trials again")
                 self.failed = None
 
     def _log_fails(self, reason: str) -> None:
@@ -376,15 +402,34 @@ class Engine:
         """
         with self._lock:
             if self.failed is None or (self.failed == _SILENT and reason != _SILENT):
-                complain(reason)
+                tell("complaint", reason)
                 self.failed = reason
             self._refuse(self._writing.take_all(), reason)
+
+    def _run(self, function: Callable[[], None]) -> str | None:
+        """Run the model; why it failed, if it did."""
+        self._pass_began = time.monotonic()
+        try:
+            function()
+        except Exception as error:
+            return _reason(error)
+        finally:
+            self._pass_began = None
+        return None
+
+    def _model_is(self, broken: str | None) -> None:
+        """Note why the model fails, or that it works."""
+        if broken is not None:
+            self._tell(broken)
+        elif self._broken:
+            tell("complaint", "the model answers again")
+        self._broken = broken is not None
 
     def _tell(self, reason: str) -> None:
         """Report why a query failed; not every time, since clients can cause many failures."""
         if time.monotonic() >= self._quiet_until:
             self._quiet_until = time.monotonic() + _QUIET
-            complain(reason)
+            tell("complaint", reason)
 
     def _refuse(self, queries: Sequence[_Query], reason: str) -> None:
         for query in queries:
@@ -407,7 +452,16 @@ class Engine:
             with contextlib.suppress(RuntimeError):  # it was closed, so nobody waits there
                 loop.call_soon_threadsafe(_give, those)
 
+    def _try(self) -> None:
+        """Run a model that failed on a blank image, whose answer nobody gets."""
+        assert self._blank is not None
+        if isinstance(self._model, GuardedModel):
+            self._model(self._blank, "nobody")
+        else:
+            predict(self._model, self._blank)
+
     def _pass(self, queries: list[_Query]) -> None:
+        self._blank = torch.zeros_like(queries[0].images[:1])
         images = torch.cat([query.images for query in queries])
         if not isinstance(self._model, GuardedModel):
             labels = predict(self._model, images)

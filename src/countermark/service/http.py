@@ -1,14 +1,15 @@
 """The HTTP interface: the Open Inference Protocol v2 and Prometheus metrics, an ASGI application.
 
 It serves the protocol's health, metadata and infer addresses. What anybody can read here reveals
-nothing about trials: neither their number nor the times of answers (a first trial waits for the
-log).
+nothing about trials: neither their number nor the times of answers. So there is no metric of how
+long answers take, and none may be added: a first trial waits for the log.
 """
 
 import asyncio
 import itertools
 import json
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from countermark.errors import CountermarkError
 from countermark.guard.requests import check_request, image_hashes
 from countermark.service.clients import Client, Clients
 from countermark.service.engine import BusyError, Engine
+from countermark.service.messages import tell
 from countermark.version import __version__
 
 _KINDS = {"UINT8": 255, "FP32": 1, "FP64": 1}
@@ -65,6 +67,7 @@ def application(
     shape: tuple[int, int, int],
     model_sha256: str,
     limits: Limits,
+    access_log: bool = False,
 ) -> Starlette:
     """Build the ASGI application that serves one model.
 
@@ -75,6 +78,7 @@ def application(
         shape: shape of one image, `(channels, height, width)`.
         model_sha256: digest of the weights; clients include it in what they sign.
         limits: what a request may take.
+        access_log: whether standard error gets one line for each request of a client.
     """
     registry = CollectorRegistry()
     requests = Counter(
@@ -94,6 +98,7 @@ def application(
     }
 
     async def infer(request: Request) -> Response:
+        begun, client, count = time.monotonic(), None, 0
         try:
             _named(request, name)
             client = _client(request, clients)
@@ -103,6 +108,7 @@ def application(
                 identity, x = await asyncio.to_thread(parse_images, body, shape, limits.max_batch)
             else:
                 identity, x = parse_images(body, shape, limits.max_batch)
+            count = len(x)
             signature, hashes = _signed(request, client, model_sha256, x)
             async with asyncio.timeout(limits.timeout):
                 labels = await engine.answer(x, client.name, signature, hashes)
@@ -137,14 +143,16 @@ def application(
         except asyncio.CancelledError:  # the server was told to stop and has waited long enough
             response = _error(503, "the service stops; try again later")
         requests.labels(str(response.status_code)).inc()
+        if access_log and client is not None:  # strangers could fill a disk
+            _tell_access(client, response.status_code, count, time.monotonic() - begun)
         return response
 
     async def live(_request: Request) -> Response:
         return JSONResponse({"live": True})
 
     async def ready(_request: Request) -> Response:
-        well = engine.ready()
-        return JSONResponse({"ready": well}, status_code=200 if well else 503)
+        told = {"ready": engine.ready(), "model": engine.works, "log": engine.stores()}
+        return JSONResponse(told, status_code=200 if told["ready"] else 503)
 
     async def model_ready(request: Request) -> Response:
         return await _guarded(request, ready)
@@ -194,6 +202,17 @@ def application(
     served = Starlette(routes=routes, exception_handlers={404: missing, 405: missing})
     served.router.redirect_slashes = False  # a redirect goes wherever the Host header says
     return served
+
+
+def _tell_access(client: Client, status: int, images: int, seconds: float) -> None:
+    """Tell of a request; in tenths of a second, in which the commit of a trial hardly shows."""
+    facts = {
+        "status": status,
+        "images": images,
+        "seconds": round(seconds, 1),
+        "client": client.name,  # last, because a name may have spaces
+    }
+    tell("request", " ".join(f"{name}={value}" for name, value in facts.items()), **facts)
 
 
 def _error(status: int, reason: str) -> Response:

@@ -24,7 +24,8 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from countermark.errors import CountermarkError
-from countermark.text import complain, sentence
+from countermark.service.messages import tell
+from countermark.text import sentence
 
 _QUEUE = 1024  # connections that the system keeps until they are accepted
 _BURST = 8  # connections that are accepted at once, before any of them is looked at
@@ -88,7 +89,7 @@ def connections_that_fit(wanted: int) -> int:
             f"at most {fit} connections at a time, not {wanted}; for more, raise the limit of open "
             "files (ulimit -n)"
         )
-        complain(said)
+        tell("complaint", said)
     return fit
 
 
@@ -235,7 +236,7 @@ class _Impatient(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Announces where it listens; ending it with a signal is not a failure."""
+    """Announces where it listens, and its end; ending it with a signal is not a failure."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -243,7 +244,11 @@ class _Server(uvicorn.Server):
             listening.listen(_QUEUE)  # uvicorn has set it to what is accepted at once
             host, port = listening.getsockname()[:2]
             place = f"[{host}]" if ":" in host else host
-            print(f"listening on http://{place}:{port}", file=sys.stderr, flush=True)
+            tell("start", f"listening on http://{place}:{port}")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        tell("stop", "stopping: open requests are finished first")
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -291,7 +296,7 @@ class _Complaints(logging.Handler):
             return
         self._next[place] = now + _QUIET
         reason = f"{type(error).__name__}: {error}; set COUNTERMARK_TRACEBACK=1 to see where"
-        complain(f"{sentence(record.getMessage())}: {reason}"[:600])
+        tell("complaint", f"{sentence(record.getMessage())}: {reason}"[:600])
         if os.environ.get("COUNTERMARK_TRACEBACK"):
             with contextlib.suppress(OSError, ValueError):  # nobody reads standard error
                 traceback.print_exception(error, file=sys.stderr)

@@ -67,4 +67,4 @@ def client_add(config: ClientAddConfig) -> Added:
 def show(result: Added) -> None:
     """Print the API key, alone on standard output."""
     print_lines(result.api_key)
-    note(f"a service that runs already knows {result.name} only after it is started again")
+    note(f"a running service knows {result.name} within seconds")

@@ -58,6 +58,6 @@ def show(result: Erased) -> None:
     )
     if result.rows:
         print_lines(
-            f"this log takes no trials of {result.client} any more: remove the account and "
-            "start the service again; whoever it was needs a new name"
+            f"this log takes no trials of {result.client} any more: revoke the account; whoever it "
+            "was needs a new name"
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from countermark.errors import CountermarkError
 from countermark.options import NewLogPath, OneDeviceOptions, ReadPath, verb
 from countermark.places import Network
+from countermark.service.messages import LogFormat, tell, written_as
 from countermark.terminal import print_lines, unbroken
 from countermark.text import brief
 
@@ -55,6 +56,10 @@ class ServeConfig(OneDeviceOptions):
     """Seconds that a client may take to send a request, and that an answer may take."""
     drain: float = 10.0
     """Seconds that open requests have to finish when the service is told to stop."""
+    access_log: bool = False
+    """One line on standard error for each request of a client: name, status, images, duration."""
+    log_format: LogFormat = "text"
+    """What standard error gets: text, or json with one object a line."""
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
@@ -133,11 +138,11 @@ def serve(config: ServeConfig) -> Served:
         )
     )
     body = config.max_body or body_limit(shape)
-    most = connections_that_fit(4 * config.max_waiting)
-    listening = listen(
-        config.host, config.port
-    )  # first: where the address is taken, no log is made
     with contextlib.ExitStack() as ending:
+        ending.enter_context(written_as(config.log_format))
+        most = connections_that_fit(4 * config.max_waiting)
+        # First: where the address is taken, no log is made.
+        listening = listen(config.host, config.port)
         ending.callback(listening.close)
         log = None
         if not config.unguarded:
@@ -152,11 +157,11 @@ def serve(config: ServeConfig) -> Served:
             shape=shape,
             model_sha256=weights_sha256(folder),
             limits=Limits(config.max_batch, body, config.timeout),
+            access_log=config.access_log,
         )
-        print(
+        tell(
+            "start",
             f"the model is called {config.name}: its address ends in /v2/models/{config.name}",
-            file=sys.stderr,
-            flush=True,
         )
         run(app, listening, timeout=config.timeout, drain=config.drain, most=most)
     if engine.hangs:  # the interpreter's end would pull the model or the database from under it
