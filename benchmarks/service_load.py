@@ -3,6 +3,7 @@
 Latency and throughput are measured with the guard and without it.
 
     python benchmarks/service_load.py --model runs/guard/mnist-0 --seconds 10 --rounds 5
+    python benchmarks/service_load.py --model runs/guard/mnist-0 --send png
     python benchmarks/service_load.py --model runs/guard/mnist-0 --kills 20
 
 The load is a closed loop: each connection is kept alive, has one natural test image a request,
@@ -13,6 +14,7 @@ alternate. To compare with earlier code, name its source tree: PYTHONPATH=OTHER/
 
 import argparse
 import asyncio
+import io
 import itertools
 import json
 import os
@@ -26,9 +28,11 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import requests
 import torch
+from PIL import Image
 
 from countermark import calibrate
 from countermark.guard import QueryLog, load_guarded
@@ -92,16 +96,52 @@ def _ready(url: str) -> bool:
         return False
 
 
-def bodies(x: torch.Tensor) -> list[str]:
-    """One request for each image."""
-    described = {"name": "image", "shape": [1, *x.shape[1:]], "datatype": "UINT8"}
-    return [
-        json.dumps({"inputs": [{**described, "data": image.flatten().tolist()}]}) for image in x
-    ]
+class Body(NamedTuple):
+    """A request's body, with the length of its JSON where bytes follow."""
+
+    content: bytes
+    json_length: int | None = None
+
+
+def as_json(image: torch.Tensor) -> Body:
+    """The pixels as numbers in JSON."""
+    tensor = {"name": "image", "shape": [1, *image.shape], "datatype": "UINT8"}
+    data = image.flatten().tolist()
+    return Body(json.dumps({"inputs": [{**tensor, "data": data}]}).encode())
+
+
+def as_uint8(image: torch.Tensor) -> Body:
+    """The pixels as bytes."""
+    return _binary("UINT8", [1, *image.shape], image.numpy().tobytes())
+
+
+def as_png(image: torch.Tensor) -> Body:
+    """An image file."""
+    stream, pixels = io.BytesIO(), image.numpy()
+    Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).save(
+        stream, "PNG"
+    )
+    file = stream.getvalue()
+    return _binary("BYTES", [1], len(file).to_bytes(4, "little") + file)
+
+
+def _binary(kind: str, shape: list[int], data: bytes) -> Body:
+    tensor: dict[str, Any] = {"name": "image", "shape": shape, "datatype": kind}
+    tensor["parameters"] = {"binary_data_size": len(data)}
+    text = json.dumps({"inputs": [tensor]}).encode()
+    return Body(text + data, len(text))
+
+
+SENT = {"json": as_json, "uint8": as_uint8, "png": as_png}
 
 
 def load(
-    model: Path, x: torch.Tensor, seconds: int, connections: int, clients: int, guarded: bool
+    model: Path,
+    bodies: list[Body],
+    seconds: int,
+    connections: int,
+    clients: int,
+    guarded: bool,
 ) -> tuple[float, float, float]:
     """One run: p50 and p99 in milliseconds, requests a second."""
     with tempfile.TemporaryDirectory() as name:
@@ -109,7 +149,7 @@ def load(
         keys = [add_client(folder / "clients.json", f"client {k}", None) for k in range(clients)]
         service = Service(model, folder, *([] if guarded else ["--unguarded"]))
         host, port = service.url.removeprefix("http://").split(":")
-        sent = [_request(body, keys[k % clients]) for k, body in enumerate(bodies(x))]
+        sent = [_request(body, keys[k % clients]) for k, body in enumerate(bodies)]
         asyncio.run(_closed_loop(host, int(port), sent, _WARM, connections))
         times, wrong = asyncio.run(_closed_loop(host, int(port), sent, seconds, connections))
         service.stop()
@@ -124,11 +164,11 @@ def load(
     return p50, p99, rate
 
 
-def _request(body: str, key: str) -> bytes:
+def _request(body: Body, key: str) -> bytes:
     head = f"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n"
-    return (
-        f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-    ).encode()
+    if body.json_length is not None:
+        head += f"Inference-Header-Content-Length: {body.json_length}\r\n"
+    return f"{head}Content-Length: {len(body.content)}\r\n\r\n".encode() + body.content
 
 
 async def _closed_loop(
@@ -177,7 +217,7 @@ def kills(model: Path, x: torch.Tensor, times: int) -> None:
                     try:
                         answer = session.post(
                             f"{url}/v2/models/model/infer",
-                            data=bodies(x[index][None])[0],
+                            data=as_json(x[index]).content,
                             headers={"Authorization": f"Bearer {keys[client]}"},
                             timeout=10,
                         )
@@ -222,7 +262,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a model folder with its key")
     parser.add_argument("--seconds", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--connections", type=int, default=32)
+    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--send", choices=SENT, default="json", help="how images are sent")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--cost", type=float, default=0.1)
     parser.add_argument("--kills", type=int)
@@ -233,12 +274,18 @@ def main() -> None:
     if options.kills:
         kills(options.model, x, options.kills)
         return
+    bodies = [SENT[options.send](image) for image in x]
     runs: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
     for _ in range(options.rounds):
         for guarded in (False, True):
             runs[guarded].append(
                 load(
-                    options.model, x, options.seconds, options.connections, options.clients, guarded
+                    options.model,
+                    bodies,
+                    options.seconds,
+                    options.connections,
+                    options.clients,
+                    guarded,
                 )
             )
     for place, what in enumerate(("p50", "p99", "requests a second")):

@@ -9,6 +9,7 @@ time. `crafting` makes inputs that are well-formed where somebody would look and
 import contextlib
 import faulthandler
 import importlib.util
+import io
 import json
 import os
 import random
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from countermark.claims import read_claim
 from countermark.data.idx import parse_idx
@@ -32,7 +34,7 @@ from countermark.guard.log import Row
 from countermark.guard.requests import is_signed
 from countermark.networks import load_model
 from countermark.service.clients import Clients
-from countermark.service.http import RefusedError, parse_images
+from countermark.service.tensors import RefusedError, decoded, parse_request
 from countermark.suspects.asker import read_replay
 from countermark.suspects.remote import _labels
 from countermark.timestamps import check_token, decode_token, load_roots, read_token, root_name
@@ -134,7 +136,38 @@ class Place:
 
 
 def _request(data: bytes) -> object:
-    return parse_images(data, (1, 8, 8), 64)
+    """A body as the service reads it; a first line may say how long its JSON is."""
+    length, line, body = data.partition(b"\n")
+    if not line or data.startswith(b"{"):
+        return read_body(data, None)
+    return read_body(body, length.decode("latin-1"))
+
+
+def read_body(
+    body: bytes, json_length: str | None, shape: tuple[int, int, int] = (1, 8, 8), most: int = 64
+) -> torch.Tensor:
+    """The images of a request."""
+    images = parse_request(body, json_length, shape, most).images
+    return images if isinstance(images, torch.Tensor) else decoded(images, shape)
+
+
+def _with_binary(binary: bytes, shape: list[int], datatype: str) -> bytes:
+    """A request with a binary tensor, behind a line with the length of its JSON."""
+    tensor = {"name": "x", "shape": shape, "datatype": datatype}
+    value = {"inputs": [{**tensor, "parameters": {"binary_data_size": len(binary)}}]}
+    text = canonical_json(value)
+    return b"%d\n" % len(text) + text + binary
+
+
+def _image_request(kind: str) -> bytes:
+    """A request with an image file."""
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # turned
+    Image.new("RGB", (12, 10), (200, 100, 0)).save(
+        stream, kind, **({} if kind == "BMP" else {"exif": exif})
+    )
+    file = stream.getvalue()
+    return _with_binary(len(file).to_bytes(4, "little") + file, [1], "BYTES")
 
 
 def _answer(data: bytes) -> object:
@@ -244,6 +277,9 @@ def kinds() -> dict[str, Kind]:
         "idx": (idx, lambda data: parse_idx(data, 3, "x")),
     }
     found |= {name: Kind(example, parse, spoil) for name, (example, parse) in messages.items()}
+    binary = {"binary": _with_binary(bytes(range(64)) * 2, [1, 1, 8, 8], "FP16")}
+    binary |= {kind: _image_request(kind) for kind in ("PNG", "JPEG", "WEBP", "BMP")}
+    found |= {f"{n} request": Kind(body, _request, _spoil_binary) for n, body in binary.items()}
     crafted = {
         "crafted roots": Kind(found["roots"].example, found["roots"].parse, craft_roots),
         "crafted request": Kind(found["request"].example, _request, craft_body),
@@ -312,6 +348,28 @@ def spoil(data: bytes, rng: random.Random) -> bytes:
                 8, rng.choice(["little", "big"])
             )  # type: ignore[arg-type]
     return bytes(changed[:_MOST_BYTES])
+
+
+def _spoil_binary(data: bytes, rng: random.Random) -> bytes:
+    """Change the JSON of a request or the bytes behind it; mostly the lengths fit afterwards."""
+    try:
+        length, _, body = data.partition(b"\n")
+        text, binary = body[: int(length)], body[int(length) :]
+        kind = rng.randrange(4)
+        if kind == 0:
+            text = rng.choice([spoil, craft_body])(text, rng)
+        elif kind == 1:
+            binary = spoil(binary, rng)
+        else:
+            file = spoil(binary[4:], rng)
+            binary = len(file).to_bytes(4, "little") + file
+        if rng.random() < 0.8:
+            value = json.loads(text)
+            value["inputs"][0]["parameters"]["binary_data_size"] = len(binary)
+            text = canonical_json(value)
+        return b"%d\n" % len(text) + text + binary
+    except (ValueError, LookupError, TypeError, RecursionError):  # spoiled too much before
+        return spoil(data, rng)
 
 
 def _spoil_value(value: Any, rng: random.Random) -> None:

@@ -1258,7 +1258,7 @@ def test_a_body_is_json_as_it_is(start: Start, digits: Pools) -> None:
         ({"Content-Encoding": ""}, 200, ""),
         ({"Content-Encoding": "gzip"}, 415, "without a content encoding"),
         ({"Content-Encoding": "identity, br"}, 415, "without a content encoding"),
-        ({"Inference-Header-Content-Length": "180"}, 400, "binary_data=False"),
+        ({"Inference-Header-Content-Length": "9999"}, 400, "says 9999 bytes of JSON"),
     ]
     for headers, status, reason in cases:
         signed = {**headers, "Authorization": f"Bearer {service.keys['anna']}"}

@@ -88,13 +88,14 @@ class Decoded:
     shape: tuple[int, int]
 
 
-def decode(file: Path | bytes, size: int | None = None) -> Decoded:
+def decode(file: Path | bytes, size: int | None = None, most: int = MOST_PIXELS) -> Decoded:
     """Read an image file.
 
     Args:
         file: its path, or its content.
         size: side of the square that it is brought to: its largest centred square, scaled with
             antialiasing. None leaves it as large as it is.
+        most: pixels of the largest image that is decoded.
 
     Raises:
         DamagedError: it is none of the four formats, is truncated or damaged, or is too large.
@@ -112,11 +113,11 @@ def decode(file: Path | bytes, size: int | None = None) -> Decoded:
         with Image.open(
             file if isinstance(file, Path) else io.BytesIO(file), formats=_FORMATS
         ) as image:
-            return to_pixels(image, size)
+            return to_pixels(image, size, most)
     except (CountermarkError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise DamagedError(f"has more than the {MOST_PIXELS} pixels that are decoded") from error
+        raise DamagedError(f"has more than the {most} pixels that are decoded") from error
     except UnidentifiedImageError as error:
         raise DamagedError("is not a PNG, JPEG, WebP or BMP image") from error
     except Exception as error:  # a damaged file makes Pillow's plugins raise nearly anything
@@ -128,7 +129,7 @@ def decode(file: Path | bytes, size: int | None = None) -> Decoded:
         raise DamagedError(reason or type(error).__name__) from error
 
 
-def fitted(file: Path | bytes, shape: tuple[int, int, int]) -> Array:
+def fitted(file: Path | bytes, shape: tuple[int, int, int], most: int = MOST_PIXELS) -> Array:
     """Read an image file as a model takes it: of one shape, as its training images were read.
 
     Where the shape is square the image is brought to it, as `decode` does. A grey image gets equal
@@ -137,6 +138,7 @@ def fitted(file: Path | bytes, shape: tuple[int, int, int]) -> Array:
     Args:
         file: its path, or its content.
         shape: `(channels, height, width)`, of one channel or three.
+        most: pixels of the largest image that is decoded.
 
     Returns:
         uint8 `(channels, height, width)`.
@@ -159,7 +161,7 @@ def fitted(file: Path | bytes, shape: tuple[int, int, int]) -> Array:
         raise CountermarkError(
             f"image files have 1 or 3 channels, and the model takes {channels}; send arrays"
         )
-    found = decode(file, height if height == width else None)
+    found = decode(file, height if height == width else None, most)
     if found.pixels.shape[1:] != (height, width):
         raise DamagedError(
             f"has {found.shape[0]} x {found.shape[1]} pixels (height x width), and the model takes "
@@ -171,17 +173,15 @@ def fitted(file: Path | bytes, shape: tuple[int, int, int]) -> Array:
     return np.ascontiguousarray(np.broadcast_to(pixels, shape))
 
 
-def to_pixels(image: Image.Image, size: int | None = None) -> Decoded:
+def to_pixels(image: Image.Image, size: int | None = None, most: int = MOST_PIXELS) -> Decoded:
     """Turn an opened image of Pillow into pixels; see `decode`.
 
     Raises:
         DamagedError: it is too large. Pillow's own errors pass as they are.
     """
     width, height = image.size
-    if width * height > MOST_PIXELS:
-        raise DamagedError(
-            f"has {width} x {height} pixels, more than the {MOST_PIXELS} that are decoded"
-        )
+    if width * height > most:
+        raise DamagedError(f"has {width} x {height} pixels, more than the {most} that are decoded")
     kinds = []
     # Phones add previews to an image in the format MPO.
     if getattr(image, "is_animated", False) and image.format != "MPO":
@@ -332,7 +332,7 @@ def _flat(image: Image.Image) -> tuple[Image.Image, list[str]]:
 
 
 def _from_16_bits(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    values = np.asarray(image).astype(np.int64).clip(0, 65535)
+    values = np.asarray(image).astype(np.int32).clip(0, 65535)
     kinds = ["16-bit"]
     if isinstance(transparent := image.info.get("transparency"), int):
         values[values == transparent] = 65535

@@ -212,8 +212,11 @@ class Guarded:
             Clients(path),
             name=name,
             shape=shape,
+            class_names=self._described.class_names,
             model_sha256=weights_sha256(self._folder),
-            limits=Limits(self._max_batch, max_body or body_limit(shape), self._timeout),
+            limits=Limits(
+                self._max_batch, max_body or body_limit(shape, self._max_batch), self._timeout
+            ),
         )
 
     def close(self) -> None:

@@ -1,19 +1,21 @@
 """The HTTP interface: the Open Inference Protocol v2 and Prometheus metrics, an ASGI application.
 
-It serves the protocol's health, metadata and infer addresses. What anybody can read here reveals
-nothing about trials: neither their number nor the times of answers. So there is no metric of how
-long answers take, and none may be added: a first trial waits for the log.
+It serves the protocol's health, metadata and infer addresses, with the bodies of `tensors`. What
+anybody can read here reveals nothing about trials: neither their number nor the times of answers.
+So there is no metric of how long answers take, and none may be added: a first trial waits for the
+log.
 """
 
 import asyncio
-import itertools
-import json
 import math
+import os
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from starlette.applications import Starlette
@@ -21,19 +23,30 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from countermark.data import as_uint8
 from countermark.errors import CountermarkError
 from countermark.guard.requests import check_request, image_hashes
 from countermark.service.clients import Client, Clients
 from countermark.service.engine import BusyError, Engine
 from countermark.service.messages import tell
+from countermark.service.tensors import (
+    DATATYPES,
+    OUTPUTS,
+    RefusedError,
+    answer,
+    decoded,
+    parse_request,
+)
 from countermark.version import __version__
 
-_KINDS = {"UINT8": 255, "FP32": 1, "FP64": 1}
-"""Data types of a tensor, each with the value of a white pixel."""
+_BINARY = "Inference-Header-Content-Length"
+"""Header of a body whose JSON is followed by bytes: the length of the JSON."""
 _BODY = 4 << 20  # bytes
 _NUMBER = 32  # bytes of JSON that hold any pixel value with what stands around it
-_SPARE = 1000  # commas and brackets of a body besides those of its data
+_HEADER = 1 << 12  # bytes of JSON before the pixels of a binary tensor
+_QUICK = 1 << 16  # bytes of a body that is read without a thread
+_READERS = 4  # threads that read bodies, at most: each may hold a large image
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -45,18 +58,13 @@ class Limits:
     timeout: float
 
 
-def body_limit(shape: tuple[int, int, int]) -> int:
-    """Return how many bytes a body may have: 4 MiB, or what one image takes as JSON."""
-    return max(_BODY, _NUMBER * math.prod(shape))
+def body_limit(shape: tuple[int, int, int], max_batch: int) -> int:
+    """How many bytes a body may have.
 
-
-class RefusedError(Exception):
-    """A request that is not answered, with the status and the reason that the client gets."""
-
-    def __init__(self, status: int, reason: str) -> None:
-        """Refuse with an HTTP status."""
-        super().__init__(reason)
-        self.status = status
+    These are 4 MiB, or what one image takes as JSON, or the largest batch as bytes.
+    """
+    values = math.prod(shape)
+    return max(_BODY, _NUMBER * values, max_batch * values + _HEADER)
 
 
 def application(
@@ -65,6 +73,7 @@ def application(
     *,
     name: str,
     shape: tuple[int, int, int],
+    class_names: Sequence[str],
     model_sha256: str,
     limits: Limits,
     access_log: bool = False,
@@ -76,6 +85,7 @@ def application(
         clients: who may ask.
         name: name of the model in the addresses.
         shape: shape of one image, `(channels, height, width)`.
+        class_names: names of the classes, in the order of the labels.
         model_sha256: digest of the weights; clients include it in what they sign.
         limits: what a request may take.
         access_log: whether standard error gets one line for each request of a client.
@@ -88,14 +98,32 @@ def application(
     waiting = Gauge("countermark_waiting", "Requests that wait for an answer", registry=registry)
     waiting.set_function(lambda: engine.waiting)
 
-    described = {
-        "name": name,
-        "versions": ["1"],
-        "platform": "countermark",
-        "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, *shape]}],
-        "outputs": [{"name": "label", "datatype": "INT64", "shape": [-1]}],
-        "parameters": {"model_sha256": model_sha256},
-    }
+    names = [each.encode(errors="replace").decode() for each in class_names]  # halves of characters
+    described = JSONResponse(
+        {
+            "name": name,
+            "versions": ["1"],
+            "platform": "countermark",
+            "inputs": [{"name": "image", "datatype": "FP32", "shape": [-1, *shape]}],
+            "outputs": [
+                {"name": output, "datatype": kind, "shape": [-1]}
+                for output, kind in OUTPUTS.items()
+            ],
+            "parameters": {
+                "model_sha256": model_sha256,
+                "class_names": names,
+                "datatypes": DATATYPES,
+                "max_batch": limits.max_batch,
+                "max_body": limits.max_body,
+            },
+        }
+    )
+    readers = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "read")
+
+    async def apart(function: Callable[[], Result]) -> Result:
+        """Run what takes long in a thread, so that the service goes on."""
+        async with asyncio.timeout(limits.timeout):
+            return await asyncio.get_running_loop().run_in_executor(readers, function)
 
     async def infer(request: Request) -> Response:
         begun, client, count = time.monotonic(), None, 0
@@ -104,29 +132,28 @@ def application(
             client = _client(request, clients)
             async with asyncio.timeout(limits.timeout):
                 body = await _body(request, limits.max_body)
-            if len(body) > 1 << 16:
-                identity, x = await asyncio.to_thread(parse_images, body, shape, limits.max_batch)
-            else:
-                identity, x = parse_images(body, shape, limits.max_batch)
+            read = partial(
+                parse_request, body, request.headers.get(_BINARY), shape, limits.max_batch
+            )
+            asked = await apart(read) if len(body) > _QUICK else read()
+            x = asked.images
+            if not isinstance(x, torch.Tensor):
+                x = await apart(partial(decoded, x, shape))
             count = len(x)
             signature, hashes = _signed(request, client, model_sha256, x)
             async with asyncio.timeout(limits.timeout):
                 labels = await engine.answer(x, client.name, signature, hashes)
             images.inc(len(labels))
-            response: Response = JSONResponse(
-                {
-                    "model_name": name,
-                    "model_version": "1",
-                    **({"id": identity} if identity is not None else {}),
-                    "outputs": [
-                        {
-                            "name": "label",
-                            "datatype": "INT64",
-                            "shape": [len(labels)],
-                            "data": labels,
-                        }
-                    ],
-                }
+            said = {"model_name": name, "model_version": "1"}
+            content, json_length = answer(asked, labels, names, said)
+            response: Response = (
+                Response(content, media_type="application/json")
+                if json_length is None
+                else Response(
+                    content,
+                    headers={_BINARY: str(json_length)},
+                    media_type="application/octet-stream",
+                )
             )
         except RefusedError as refusal:
             response = _error(refusal.status, str(refusal))
@@ -158,11 +185,13 @@ def application(
         return await _guarded(request, ready)
 
     async def server(_request: Request) -> Response:
-        return JSONResponse({"name": "countermark", "version": __version__, "extensions": []})
+        return JSONResponse(
+            {"name": "countermark", "version": __version__, "extensions": ["binary_tensor_data"]}
+        )
 
     async def metadata(request: Request) -> Response:
         async def found(_request: Request) -> Response:
-            return JSONResponse(described)
+            return described
 
         return await _guarded(request, found)
 
@@ -245,12 +274,6 @@ async def _body(request: Request, limit: int) -> bytes:
     encodings = ",".join(request.headers.getlist("content-encoding")).lower().split(",")
     if any(encoding.strip() not in ("", "identity") for encoding in encodings):
         raise RefusedError(415, "send the body without a content encoding")
-    if "inference-header-content-length" in request.headers:
-        taken = (
-            "binary tensors are not taken here; send JSON data (tritonclient: set "
-            "binary_data=False)"
-        )
-        raise RefusedError(400, taken)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise RefusedError(413, f"the body has more than {limit} bytes")
@@ -260,99 +283,6 @@ async def _body(request: Request, limit: int) -> bytes:
         if len(body) > limit:
             raise RefusedError(413, f"the body has more than {limit} bytes")
     return bytes(body)
-
-
-def parse_images(
-    body: bytes, shape: tuple[int, int, int], most: int
-) -> tuple[str | None, torch.Tensor]:
-    """Read the JSON of a request.
-
-    Whatever the body is, this takes memory in the order of its length: what it could grow into is
-    counted before it is parsed, and only numbers become an array.
-
-    Args:
-        body: what the client sent.
-        shape: shape of one image, `(channels, height, width)`.
-        most: largest number of images in a request.
-
-    Returns:
-        The identity of the request, `None` if it has none, and its images, uint8 `(n, c, h, w)`.
-
-    Raises:
-        RefusedError: it is not a request of the protocol, or its pixels are not valid.
-    """
-    pixels, rows = math.prod(shape), 1 + shape[0] + shape[0] * shape[1]
-    wanted = f"[n, {', '.join(map(str, shape))}]"
-    if (
-        body.count(b",") > most * pixels + _SPARE
-        or body.count(b"[") + body.count(b"{") > most * rows + _SPARE
-    ):
-        raise RefusedError(
-            400, f"the body has more values than 1 to {most} images of the shape {wanted}"
-        )
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(400, "the body is not valid JSON") from error
-    inputs = value.get("inputs") if isinstance(value, dict) else None
-    identity = value.get("id") if isinstance(value, dict) else None
-    if identity is not None and not (isinstance(identity, str) and _encodes(identity)):
-        raise RefusedError(400, "id is a string of Unicode characters")
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        raise RefusedError(400, "inputs is a list of one tensor: {name, shape, datatype, data}")
-    given = inputs[0]
-    declared, kind = given.get("shape"), given.get("datatype")
-    if not isinstance(kind, str) or kind not in _KINDS:
-        raise RefusedError(400, f"datatype is one of {', '.join(_KINDS)}")
-    if (
-        not isinstance(declared, list)
-        or any(type(side) is not int for side in declared)
-        or declared[1:] != list(shape)
-    ):
-        raise RefusedError(400, f"shape is {wanted}")
-    if not 1 <= declared[0] <= most:
-        raise RefusedError(400, f"a request has 1 to {most} images")
-    numbers = _numbers(given.get("data"))
-    if numbers is None or len(numbers) != math.prod(declared):
-        raise RefusedError(400, f"data is not {'x'.join(map(str, declared))} numbers")
-    white = _KINDS[kind]
-    try:
-        array = np.array(numbers, np.float64)
-    except OverflowError:  # an integer of hundreds of digits
-        array = np.array([math.inf])
-    if not ((array >= 0) & (array <= white)).all():  # what is no number (NaN) is not there either
-        raise RefusedError(400, f"pixels of {kind} are numbers from 0 to {white}")
-    if kind == "UINT8" and float in set(map(type, numbers)):
-        raise RefusedError(400, "pixels of UINT8 are whole numbers")
-    x = torch.from_numpy(
-        array.astype(np.uint8 if kind == "UINT8" else np.float32).reshape(declared)
-    )
-    return identity, as_uint8(x)
-
-
-def _numbers(data: object) -> list[int | float] | None:
-    """Return the numbers in a list, or in lists of one length at each depth.
-
-    The result is `None` for anything else.
-    """
-    level: list[Any] = data if isinstance(data, list) else []
-    while level and set(map(type, level)) == {list}:
-        if len(set(map(len, level))) > 1:
-            return None
-        level = list(itertools.chain.from_iterable(level))
-    return level if level and set(map(type, level)) <= {int, float} else None
-
-
-def _encodes(text: str) -> bool:
-    """Tell whether a text can be sent.
-
-    Escapes of JSON may encode half a surrogate pair.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _signed(

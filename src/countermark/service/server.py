@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,7 +124,8 @@ def run(
         backlog=_BURST,
         timeout_graceful_shutdown=math.ceil(drain),
     )
-    with _complaints():
+    with _complaints(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # about the images that clients send
         _Server(config).run(sockets=[listening])
 
 

@@ -48,8 +48,8 @@ class ServeConfig(OneDeviceOptions):
     max_batch: int = 64
     """Most images of one request, and of one pass of the model."""
     max_body: int | None = None
-    """Most bytes of a request's body; default 4 MiB, or what one image takes as JSON where that is
-    more."""
+    """Most bytes of a request's body; default 4 MiB, or what one image takes as JSON or --max-batch
+    of them as UINT8 where that is more."""
     max_waiting: int = 256
     """Most requests that may wait; more are refused with 503."""
     timeout: float = 10.0
@@ -122,7 +122,7 @@ def serve(config: ServeConfig) -> Served:
     from countermark.service.server import connections_that_fit, listen, run
 
     folder = Path(config.model)
-    shape = describe(folder).shape
+    described = describe(folder)
     clients = Clients(Path(config.clients) if config.clients else folder / "clients.json")
     torch.set_num_threads(
         max(1, torch.get_num_threads() - 1)
@@ -137,7 +137,7 @@ def serve(config: ServeConfig) -> Served:
             config.device,
         )
     )
-    body = config.max_body or body_limit(shape)
+    body = config.max_body or body_limit(described.shape, config.max_batch)
     with contextlib.ExitStack() as ending:
         ending.enter_context(written_as(config.log_format))
         most = connections_that_fit(4 * config.max_waiting)
@@ -154,7 +154,8 @@ def serve(config: ServeConfig) -> Served:
             engine,
             clients,
             name=config.name,
-            shape=shape,
+            shape=described.shape,
+            class_names=described.class_names,
             model_sha256=weights_sha256(folder),
             limits=Limits(config.max_batch, body, config.timeout),
             access_log=config.access_log,
