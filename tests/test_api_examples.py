@@ -9,6 +9,7 @@ import contextlib
 import doctest
 import inspect
 import os
+import re
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ from countermark.files import canonical_json
 from countermark.guard import QueryLog, load_guarded, weights_sha256
 from countermark.networks import load_model, save_model
 from drawing import draw_folder
+from serving import serving
 from shorter import shorten
 
 RELEASE = Path(__file__).parent / "golden" / "0.1.0"
@@ -153,10 +155,16 @@ def test_every_public_name_has_an_example_that_runs(
         example.source = example.source.replace("https://tsa.example.com", authority.url)
         example.source = example.source.replace("port=8080", f"port={port}")
     over = threading.Event()
-    if name == "serve":
-        threading.Thread(target=end_when_it_serves, args=[port, over], daemon=True).start()
-    said = failures(test)
-    over.set()
+    with contextlib.ExitStack() as ending:
+        if name == "Client":
+            service = ending.enter_context(serving(Path("mine"), tmp_path, "--unguarded"))
+            example = test.examples[0]
+            example.source = re.sub(r"http:[^\"]+", service.url, example.source)
+            example.source = example.source.replace("API KEY", service.key)
+        if name == "serve":
+            threading.Thread(target=end_when_it_serves, args=[port, over], daemon=True).start()
+        said = failures(test)
+        over.set()
     assert not said, said
 
 

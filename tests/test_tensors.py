@@ -254,10 +254,18 @@ def _flat(width: int, height: int) -> bytes:
     rows = b"".join(deflate.compress(bytes(width + 1)) for _ in range(height)) + deflate.flush()
     head = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\0\0\0\0"
     chunks = ((b"IHDR", head), (b"IDAT", rows), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
-        for name, data in chunks
-    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, data) for name, data in chunks)
+
+
+def _with_texts(png: bytes) -> bytes:
+    """The same with 60 MB of text, in characters that take four bytes each, packed into 64 kB."""
+    text = "\N{GRINNING FACE}".encode() + bytes(1_000_000)
+    data = b"\0\1\0\0\0" + zlib.compress(text, 9)
+    return png[:33] + b"".join(_chunk(b"iTXt", b"%d" % k + data) for k in range(60)) + png[33:]
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
 
 
 BAD: dict[str, tuple[tuple[Any, bytes], str]] = {
@@ -391,6 +399,7 @@ def test_a_body_takes_memory_of_the_order_of_its_length() -> None:
             None,
         ),
         "text": (json.dumps({"outputs": [{}] * 300_000, "inputs": [{}]}).encode(), None),
+        "texts": binary("BYTES", [1], elements(_with_texts(_flat(8, 8)))),
         "a flat image": binary("BYTES", [1], elements(_flat(8000, 8000))),
         "a flat image in a long file": binary(
             "BYTES", [1], elements(_flat(8000, 8000) + bytes(count))

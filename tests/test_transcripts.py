@@ -375,7 +375,7 @@ class Session:
         if place := re.match(r"# ([\w/]+\.py)\n", source):  # a file that the reader writes
             assert (self.folder / place[1]).read_text() == source
             return
-        source = _shortened(source)
+        source = _shortened(source).replace("8080", self.port)
         tree = ast.parse(source)
         self._clear(re.findall(r'\bout="(\S+?)"', source))
         self._give(source, tree)
@@ -475,7 +475,7 @@ class Session:
 
     def _ask_the_service(self) -> None:
         """Send the photos as the client whose key the shell has, so that the log has trials."""
-        key = re.findall(r"^key=(.+)$", self._run('echo "key=$KEY"')[1], flags=re.MULTILINE)[0]
+        key = self.api_key()
         for x in torch.as_tensor(_photos(self, "").train.x[:]).split(50):
             tensor = {"name": "image", "shape": list(x.shape), "datatype": "UINT8"}
             answer = requests.post(
@@ -485,6 +485,11 @@ class Session:
                 timeout=30,
             )
             assert answer.ok, answer.text
+
+    def api_key(self) -> str:
+        """The API key that the shell has in KEY."""
+        said = self._run('echo "key=$KEY"')[1]
+        return str(re.findall(r"^key=(.+)$", said, flags=re.MULTILINE)[0])
 
     def _as_a_reader_sees(self, said: str) -> str:
         return said.replace(str(self.folder), "/home/me/work").replace(self.port, "8080")
@@ -580,6 +585,7 @@ GIVEN: Mapping[str, Callable[[Session, str], Any]] = {
     "make": lambda *_: importlib.import_module("shop.models").make,
     "photos": _photos,
     "net": _own,
+    "KEY": lambda session, _: session.api_key(),
     "network": lambda *_: build("small", (1, 8, 8), 10),
     "images": _images,
     "loader": _loader,

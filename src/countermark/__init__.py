@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from countermark.marking import Marking as Marking
     from countermark.networks import load as load
     from countermark.networks import open_network as open_network
+    from countermark.service.client import Client as Client
     from countermark.service.engine import BusyError as BusyError
     from countermark.service.guarded import Guarded as Guarded
     from countermark.threat import Threat as Threat
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "BusyError": "service.engine.BusyError",
+    "Client": "service.client.Client",
     "CountermarkError": "errors.CountermarkError",
     "DamagedError": "data.images.DamagedError",
     "Examples": "data.Examples",

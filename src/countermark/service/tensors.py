@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import PngImagePlugin
 
 from countermark.data import as_uint8
 from countermark.data.images import DamagedError, fitted
@@ -37,6 +38,8 @@ _MOST_DIGITS = 18  # of a length in a header
 # and up to 25 bytes a pixel while it is decoded.
 _SMALL = 1 << 21  # pixels that any image file may have, as many as a screen has
 _A_BYTE = 4  # pixels that it may have besides, for each of its bytes
+# Characters of texts in a PNG file, of which Pillow unpacks 64 million, of up to four bytes each.
+PngImagePlugin.MAX_TEXT_MEMORY = 1 << 22
 
 
 class RefusedError(Exception):
