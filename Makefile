@@ -53,11 +53,12 @@ $(VENV)/.dev: $(VENV)/.installed
 	@$(PIP) install --constraint constraints.txt --editable '.[digits,parquet,onnx,serve,judge,sign,lightning,transformers,study,dev]'
 	@touch $@
 
-# MLServer wants an older web stack than ours, so it has an environment of its own; the tests ask it from outside.
+# MLServer wants an older web stack than ours, so it has an environment of its own; the tests ask it from outside,
+# and have tritonclient ask the service.
 $(PEERS)/.installed:
 	$(PYTHON) -m venv $(PEERS)
-	@echo "installing MLServer, a peer that the tests ask"
-	@$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet --quiet install "mlserver==1.7.*" "onnxruntime>=1.18"
+	@echo "installing MLServer and tritonclient, peers of the tests"
+	@$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet --quiet install "mlserver==1.7.*" "onnxruntime>=1.18" "tritonclient[http]>=2.50"
 	@touch $@
 
 test: $(VENV)/.dev $(PEERS)/.installed

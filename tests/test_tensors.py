@@ -317,6 +317,11 @@ BAD: dict[str, tuple[tuple[Any, bytes], str]] = {
     "a bomb": (_bytes(elements(_flat(3000, 2000))), "3000 x 2000 pixels, more than the 2"),
     "no base64": (_base64("é"), "1 image files in base64"),
     "almost base64": (_base64("AAA"), "1 image files in base64"),
+    "other characters": (_base64("AA#AA=="), "1 image files in base64"),
+    "a file too few": (
+        ({"inputs": [{"shape": [2], "datatype": "BYTES", "data": ["AAAA"]}]}, b""),
+        "2 image files in base64",
+    ),
     "no strings": (_base64(1), "1 image files in base64"),
     "no output": (_asking({"name": "scores"}), "the outputs are label and class"),
     "an output twice": (_asking({"name": "label"}, {"name": "label"}), "at most once"),

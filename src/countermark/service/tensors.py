@@ -120,16 +120,21 @@ def parse_request(body: bytes, json_length: str | None, shape: Shape, most: int)
     return Asked(identity, as_uint8(torch.from_numpy(_pixels(data, kind, declared))), outputs)
 
 
-def decoded(files: Sequence[bytes], shape: Shape) -> torch.Tensor:
+def decoded(files: Sequence[bytes], shape: Shape, most: int | None = None) -> torch.Tensor:
     """Decode image files as the model takes them, uint8 `(n, c, h, w)`.
 
+    Args:
+        files: their content.
+        shape: shape of one image, `(channels, height, width)`.
+        most: pixels of the largest image that is decoded; default what the length of a file allows.
+
     Raises:
-        RefusedError: one of them cannot be read, or has too many pixels for its length.
+        RefusedError: one of them cannot be read, or has too many pixels.
     """
     images = np.empty((len(files), *shape), np.uint8)
     for place, file in enumerate(files):
         try:
-            images[place] = fitted(file, shape, _SMALL + _A_BYTE * len(file))
+            images[place] = fitted(file, shape, most or _SMALL + _A_BYTE * len(file))
         except DamagedError as error:
             raise RefusedError(400, f"image {place} of the request: {error}") from error
         except CountermarkError as error:  # the model takes no image files
@@ -305,11 +310,9 @@ def _files(data: object, count: int) -> tuple[bytes, ...]:
     for _ in range(count):
         length = int.from_bytes(data[at : at + _LENGTH], "little")
         at += _LENGTH
-        if at + length > len(data):
-            break
         found.append(bytes(data[at : at + length]))
         at += length
-    if len(found) < count or at != len(data):
+    if at != len(data):  # behind its end, where a length says more than is there
         raise RefusedError(
             400,
             f"the bytes are not {count} elements, each behind its length in {_LENGTH} bytes, "
