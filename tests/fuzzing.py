@@ -277,7 +277,7 @@ def kinds() -> dict[str, Kind]:
         "idx": (idx, lambda data: parse_idx(data, 3, "x")),
     }
     found |= {name: Kind(example, parse, spoil) for name, (example, parse) in messages.items()}
-    binary = {"binary": _with_binary(bytes(range(64)) * 2, [1, 1, 8, 8], "FP16")}
+    binary = {"binary": _with_binary(2 * bytes([*range(56), *range(8)]), [1, 1, 8, 8], "FP16")}
     binary |= {kind: _image_request(kind) for kind in ("PNG", "JPEG", "WEBP", "BMP")}
     found |= {f"{n} request": Kind(body, _request, _spoil_binary) for n, body in binary.items()}
     crafted = {

@@ -272,6 +272,7 @@ def test_a_busy_service_is_asked_again_when_it_says(
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     waits = ["3", formatdate(time.time() + 500, usegmt=True), "soon", None]
+    waits += ["0", formatdate(0)]
 
     def busy(count: int, number: int) -> Reply:
         if number > len(waits):
@@ -284,7 +285,7 @@ def test_a_busy_service_is_asked_again_when_it_says(
     first, date, *unsaid = [wait for wait in waited if wait != 0.01]
     assert first == 3
     assert 400 < date <= 500
-    assert unsaid == [1.0, 1.0]
+    assert unsaid == [1.0, 1.0, 0.05, 0.05]
 
 
 def test_a_service_that_stays_busy_or_silent_is_an_error_in_time() -> None:

@@ -264,7 +264,7 @@ class Client:
                     return None
                 said = f"answered {status}{self._reason(value)}"
                 advice = _ADVICE.get(status, "")
-                again, wait = status in _BUSY, _seconds(waits)
+                again, wait = status in _BUSY, max(_AT_ONCE, _seconds(waits))
             if again and time.monotonic() + wait < end:
                 time.sleep(wait)
                 continue
@@ -358,6 +358,6 @@ def _seconds(waits: str) -> float:
         return float(waits[:9])
     try:
         date = email.utils.parsedate_to_datetime(waits)
-        return max(0.0, date.timestamp() - time.time())
+        return date.timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return _AGAIN
