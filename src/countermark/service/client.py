@@ -111,7 +111,7 @@ class Client:
             CountermarkError: one of these cannot be used, or there is no API key.
         """
         address = endpoint_address(url)
-        if address.mlflow:
+        if address.infer == address.metadata:
             raise CountermarkError(f"{address.name} is not http(s)://HOST/v2/models/NAME")
         if not (isinstance(timeout, int | float) and 0 < timeout < float("inf")):
             raise CountermarkError(f"timeout is a positive number of seconds, not {brief(timeout)}")

@@ -7,6 +7,7 @@ log.
 """
 
 import asyncio
+import contextlib
 import math
 import os
 import time
