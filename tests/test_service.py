@@ -1435,13 +1435,13 @@ def test_a_stop_right_at_the_start_is_an_orderly_one(start: Start) -> None:
 def test_one_image_of_the_models_size_is_no_body_too_large(
     start: Start, guarded_folder: Path, tmp_path: Path
 ) -> None:
-    """A photograph of 300x300 in full precision is 5 MB of JSON."""
+    """A photograph of 300x300 in full precision is 5 MB of JSON, and 64 as bytes are 17 MB."""
     shape, folder = (3, 300, 300), tmp_path / "large"
     folder.mkdir()
     about = replace(describe(guarded_folder), network="narrow", shape=shape)
     save_model(folder, build("narrow", shape, 10, seed=0), about)
     service = start("--unguarded", folder=folder)
-    x = torch.rand(2, *shape, dtype=torch.float64)
+    x = torch.rand(4, *shape, dtype=torch.float64)
     assert service.infer(x[:1], datatype="FP64").json()["outputs"][0]["shape"] == [1]
     assert service.infer(x, datatype="FP64").status_code == 413
 
