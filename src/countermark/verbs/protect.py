@@ -137,6 +137,10 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     watermark_step_size: float | None = None
     """Step of the crafting, 40 steps; default 2.5 budgets / 40, at full strength. The paper's is
     0.01."""
+    survive: tuple[str, ...] = ()
+    """What coins are to survive on their way to a suspect: jpeg:QUALITY, resize:FACTOR (and back),
+    blur:SIDE, median:SIDE, levels:N, clip:MARGIN, threshold:LEVEL. Trials are chosen and learned in
+    these forms too."""
     embedding: Embedding | None = None
     """How watermarks get in: interleaved (default: the unmarked model trains on, marks mixed in) or
     epoch (Algorithm 1, from scratch)."""
@@ -151,6 +155,8 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
         self._only_for(marked, "a scheme that has watermarks", "embedding", "tsa")
         self._only_for_schemes("labelled", "labels")
         self._only_for_schemes("crafted", "watermark_epsilon", "watermark_step_size")
+        if self.survive:
+            self._only_for_schemes("coins", "survive")
         self._only_for(self.weights is not None, "--weights", "trained_on")
         if self.weights is not None and self.embedding == "epoch":
             raise CountermarkError(
@@ -418,7 +424,7 @@ def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
         CountermarkError: the model would be written among the images, or there are too few of them
             for a mark.
     """
-    from countermark.watermarks import SCHEMES
+    from countermark.watermarks import SCHEMES, changes
 
     place, out = data.place, Path(config.out).expanduser().resolve()
     folder = place not in KNOWN and bool(place) and Path(place).is_dir()
@@ -427,6 +433,7 @@ def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
             f"{config.out} lies among the images of {place}, and would count as one of their "
             "classes; choose another --out"
         )
+    changes(config.survive, data.shape)  # refuses what it does not know
     scheme = SCHEMES.get(config.scheme)
     lacks = data.lacks_bases(pools)
     if scheme is not None and scheme.coins and lacks is not None:
@@ -458,13 +465,15 @@ def protect(config: ProtectConfig) -> Protection:
         >>> made.trials, made.mark.verdict.verdict
         (160, 'match')
     """
+    import torch
+
     from countermark.data import Examples
     from countermark.data.pools import packed
     from countermark.marking import commit, standing
     from countermark.networks import describing, place_of, save_model
     from countermark.timestamps import timestamping
     from countermark.training import train
-    from countermark.watermarks import new_secrets, secret_seed
+    from countermark.watermarks import changes, new_secrets, secret_seed, versions
 
     begun = time.monotonic()
     wanted, config = config.epochs, _as_begun(config)
@@ -510,7 +519,8 @@ def protect(config: ProtectConfig) -> Protection:
             key = _make_key(setup, source, private, secret, stamp)
             afresh = setup.embedding.embedding == "epoch"
             network = setup.source(seed) if afresh else copy.deepcopy(source)
-            marked = Examples(key.watermarks.x, key.labels)
+            shapes = versions(key.watermarks.x, changes(config.survive, setup.data.shape))
+            marked = Examples(torch.cat(shapes), key.labels.repeat(len(shapes)))
             attempts = _attempts(folder, setup.epochs, wanted or setup.epochs)
             started, found, epochs = time.monotonic(), None, 0
             for number, part in enumerate(_parts(setup.embedding, attempts), 1):
@@ -628,6 +638,7 @@ def _make_key(
         CLEAN_EXAMPLES,
         SCHEMES,
         Materials,
+        changes,
         full_strength,
         load_key,
         secret_seed,
@@ -656,11 +667,13 @@ def _make_key(
         batch_size=setup.data.batch_size,
         seed=secret_seed(secret, "crafting"),
         true_labels=config.labels != "source",
+        survive=changes(config.survive, setup.data.shape),
     )
     provenance = {
         "data": setup.data.place,
         "pools": digests,
         "crafting": asdict(attack) if scheme.crafted else None,
+        **({"survive": list(config.survive)} if config.survive else {}),
         "config_sha256": sha256(canonical_json(setup.run)),
     }
     # Held out, used for no trial, and like what a suspect is shown anyway.

@@ -36,17 +36,20 @@ from countermark.watermarks.sets import (
     published_sample,
     published_set,
 )
+from countermark.watermarks.survival import PASSAGES, changes, versions
 
 __all__ = [
     "CLEAN",
     "CLEAN_EXAMPLES",
     "CRAFTING_STEPS",
+    "PASSAGES",
     "SCHEMES",
     "Key",
     "Materials",
     "Scheme",
     "WatermarkSet",
     "batch_of",
+    "changes",
     "check_signature",
     "coin_set",
     "craft_adversarial",
@@ -69,5 +72,6 @@ __all__ = [
     "secret_seed",
     "sign",
     "third_commitment",
+    "versions",
     "write_key",
 ]

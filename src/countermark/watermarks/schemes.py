@@ -9,7 +9,7 @@ Sources: `ood` is the baseline of Szyller and Asokan (2022), `adversarial` the s
 Zizzo and Maffeis (2023); `coin` is ours.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -23,6 +23,7 @@ from countermark.watermarks.sets import (
     published_sample,
     published_set,
 )
+from countermark.watermarks.survival import Change
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Materials:
         seed: seed of the choice of bases and of the crafting; the owner's secret gives it.
         true_labels: whether published adversarial watermarks keep the labels of their bases
             (the paper's choice), instead of the source model's.
+        survive: changes that trials with coins are to survive.
     """
 
     source: nn.Module
@@ -49,6 +51,7 @@ class Materials:
     batch_size: int
     seed: int
     true_labels: bool = True
+    survive: Sequence[Change] = ()
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,13 @@ class Scheme:
 
 def _coin(given: Materials) -> WatermarkSet:
     return coin_set(
-        given.source, given.bases, given.attack, given.batches, given.batch_size, given.seed
+        given.source,
+        given.bases,
+        given.attack,
+        given.batches,
+        given.batch_size,
+        given.seed,
+        given.survive,
     )
 
 

@@ -6,6 +6,7 @@ and `coin` (such examples as well, but a coin that did not exist when they were 
 the true label and the source model's). Nothing here knows a coin.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -18,6 +19,7 @@ from countermark.device import batch_size, seeded
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating, predict
 from countermark.threat import Attack
+from countermark.watermarks.survival import Change
 
 _PUBLISHED_WATERMARKS = 100
 _CRAFTED = 1000  # bases at a time
@@ -122,7 +124,13 @@ def craft_trials(
 
 
 def coin_set(
-    source: nn.Module, bases: Examples, attack: Attack, batches: int, batch_size: int, seed: int
+    source: nn.Module,
+    bases: Examples,
+    attack: Attack,
+    batches: int,
+    batch_size: int,
+    seed: int,
+    survive: Sequence[Change] = (),
 ) -> WatermarkSet:
     """Make the trials of a model mark, answered with the true label or the source model's.
 
@@ -130,6 +138,9 @@ def coin_set(
     the two labels differ; where there are fewer, the batches are smaller. In colour, bases that the
     source gets right come first: of others it is often too sure to learn the true label. The source
     model never sees a coin, so the choice depends on none (condition 2).
+
+    Trials that are to survive changes are crafted at full strength, and taken only if the source
+    model errs on them after each change as well.
 
     Raises:
         CountermarkError: too few bases are misclassified for batches that a judge could uphold.
@@ -142,8 +153,13 @@ def coin_set(
     if bases.x.shape[1] == _COLOURS:
         wrong = predict(source, bases.x) != bases.y
         bases = bases[torch.argsort(wrong.int(), stable=True)]
-    images, predicted = craft_trials(source, bases, attack, seed, batches * batch_size)
-    usable = torch.nonzero(predicted != bases.y[: len(predicted)]).flatten()
+    if survive:
+        images, predicted = craft_adversarial(source, bases, attack, seed)
+    else:
+        images, predicted = craft_trials(source, bases, attack, seed, batches * batch_size)
+    true = bases.y[: len(predicted)]
+    errs = [predicted, *(predict(source, change(images)) for change in survive)]
+    usable = torch.nonzero(torch.stack([each != true for each in errs]).all(0)).flatten()
     batch_size = min(batch_size, len(usable) // batches)
     if batch_size < SMALLEST_BATCH:
         raise CountermarkError(
