@@ -17,6 +17,7 @@ BIN := $(VENV)/bin
 PEERS := .venv-peers
 TRITON := .venv-triton
 MLSERVER := .venv-mlserver
+GRADIO := .venv-gradio
 BENCH := .bench
 # Triton's Python backend is bound to the libpython of the system; another Python's standard library does not fit it.
 TRITON_PYTHON ?= $(firstword $(wildcard /usr/bin/python3) $(PYTHON))
@@ -77,7 +78,13 @@ $(MLSERVER)/.installed:
 		"mlserver==1.7.*" "torch==$(TORCH_VERSION)" --editable '.[serve]'
 	@touch $@
 
-slow: $(VENV)/.dev $(MLSERVER)/.installed  # a real Triton, half a gigabyte of it
+$(GRADIO)/.installed:
+	$(PYTHON) -m venv $(GRADIO)
+	@echo "installing Gradio, a peer that the tests ask"
+	@$(GRADIO)/bin/python -m pip --disable-pip-version-check --quiet --quiet install "gradio==6.*" "onnxruntime>=1.18"
+	@touch $@
+
+slow: $(VENV)/.dev $(MLSERVER)/.installed $(GRADIO)/.installed  # a real Triton, half a gigabyte of it
 	test -x $(TRITON)/bin/python || $(TRITON_PYTHON) -m venv $(TRITON)
 	@$(TRITON)/bin/python -m pip --disable-pip-version-check --quiet --quiet install "nvidia-pytriton==0.7.*" "onnxruntime>=1.18"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -1,12 +1,18 @@
 """Suspects behind every kind of API, each imitated on loopback from its public description."""
 
 import base64
+import contextlib
 import email
 import email.policy
 import io
 import json
+import os
 import re
+import signal
+import socket
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 
@@ -25,6 +32,8 @@ from countermark.networks import load
 from countermark.suspects import APIS, Asking, Endpoint, open_suspect
 from countermark.suspects.answers import Names, labels_of
 from countermark.suspects.asker import RefusalError
+from countermark.verbs.export import export
+from countermark.verbs.verify import verify
 
 SHAPE = (1, 8, 8)
 CLASSES = ["Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"]
@@ -156,11 +165,13 @@ def hugging_face(server: Server, _method: str, _path: str, headers: Any, body: b
 
 
 def gradio(server: Server, method: str, path: str, headers: Any, body: bytes) -> Answer:
+    if path == "/gradio_api/info":
+        return told({"named_endpoints": {"/classify": {"parameters": []}}, "unnamed_endpoints": {}})
     if path == "/gradio_api/upload":
         place = f"/files/{len(server.events)}"
         server.events[place] = parts(headers, body)["files"]
         return told([place])
-    if method == "POST" and path == "/gradio_api/call/predict":
+    if method == "POST" and path == "/gradio_api/call/classify":
         [file] = json.loads(body)["data"]
         assert file["meta"] == {"_type": "gradio.FileData"}
         name = f"event{len(server.events)}"
@@ -444,6 +455,102 @@ def test_cookies_of_a_server_are_kept(
     assert labels.tolist() == predict(load(owner), digits.test.x[:3]).tolist()
 
 
+# --- the real ones --------------------------------------------------------------------------------
+
+_HOME = Path(__file__).parents[1]
+_GRADIO = _HOME / ".venv-gradio" / "bin" / "python"
+_TORCHSERVE = _HOME / ".venv-torchserve" / "bin"
+_MODEL = """
+import sys
+
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("stolen.onnx", providers=["CPUExecutionProvider"])
+
+
+def scores(image):
+    x = np.asarray(image.convert("L"), np.float32)[None, None] / 255
+    logits = session.run(None, {session.get_inputs()[0].name: x})[0][0]
+    odds = np.exp(logits - logits.max())
+    return {str(label): float(odd) for label, odd in enumerate(odds / odds.sum())}
+"""
+_APP = """
+import gradio
+
+app = gradio.Interface(scores, gradio.Image(type="pil"), gradio.Label(num_top_classes=5))
+app.launch(server_name="127.0.0.1", server_port=int(sys.argv[1]))
+"""
+_HANDLER = """
+import io
+
+from PIL import Image
+
+
+class Handler:
+    def initialize(self, context):
+        pass
+
+    def handle(self, data, context):
+        rows = [row.get("data") or row.get("body") for row in data]
+        return [scores(Image.open(io.BytesIO(bytes(row)))) for row in rows]
+
+
+service = Handler()
+
+
+def handle(data, context):
+    return service.handle(data, context) if data else None
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(command: list[str], folder: Path, ready: str) -> Iterator[None]:
+    """A server that is asked until it answers."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GRADIO_ANALYTICS_ENABLED": "0"}
+    with (folder / "server.log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=log, stderr=log, env=environment, start_new_session=True
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                with contextlib.suppress(requests.RequestException):
+                    if requests.get(ready, timeout=1).ok:
+                        break
+                assert process.poll() is None, (folder / "server.log").read_text()[-2000:]
+                assert time.monotonic() < deadline, (folder / "server.log").read_text()[-2000:]
+                time.sleep(0.3)
+            yield
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+
+
+def verified(url: str, owner: Path, *options: str) -> tuple[int, int]:
+    """Agreements and trials."""
+    found = verify(url, key=owner / "key", api=options[0] if options else None)  # type: ignore[arg-type]
+    return found.test.agreements, found.test.trials
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _GRADIO.exists(), reason="make slow installs Gradio")
+def test_a_copy_behind_a_real_gradio_is_a_full_match(owner: Path, tmp_path: Path) -> None:
+    export(owner, out=tmp_path / "stolen.onnx")
+    (tmp_path / "app.py").write_text(_MODEL + _APP)
+    port = free_port()
+    with running([str(_GRADIO), "app.py", str(port)], tmp_path, f"http://127.0.0.1:{port}/"):
+        for address in ("", "/gradio_api/call/scores"):
+            agreed, trials = verified(f"http://127.0.0.1:{port}{address}", owner, "gradio")
+            assert agreed >= 0.95 * trials
+
+
 # --- reading labels -------------------------------------------------------------------------------
 
 FORMS: dict[str, tuple[Any, int]] = {
@@ -509,6 +616,17 @@ def test_foreign_names_have_numbers_of_their_own() -> None:
 
 def test_every_api_of_the_table_is_served_in_a_test() -> None:
     assert {*APIS} <= {*SERVED}
+
+
+def test_an_app_of_several_functions_is_asked_which(
+    owner: Path, serve: Callable[[Path], Server], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = serve(owner)
+    server.answer = lambda *_request: told({"named_endpoints": {"/a": {}, "/b": {}}})
+    command = ["verify", server.root, "--api", "gradio", "--key", str(owner / "key")]
+    assert main(command) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "the app has the functions a, b; name one at the end of the address" in said
 
 
 def test_an_image_file_of_two_channels_is_refused(

@@ -73,6 +73,7 @@ class Api:
         many: whether one request holds several images.
         files: whether images go as files, so that the form of arrays has no meaning.
         layout: of its arrays, unless the user says otherwise.
+        about: what is put behind the address to ask about the model.
     """
 
     ask: Callable[[Line, torch.Tensor], Any]
@@ -80,6 +81,7 @@ class Api:
     many: bool = False
     files: bool = False
     layout: str = "nchw"
+    about: str = ""
 
 
 def found_api(address: EndpointAddress, asking: Asking) -> tuple[Api, str, bool]:
@@ -297,17 +299,18 @@ def _shaped(values: Sequence[Any], shape: Sequence[int]) -> Any:
 def _gradio(line: Line, images: torch.Tensor) -> Any:
     """Gradio's calls: the image is uploaded, a function of the app is called, its events are read.
 
-    The address is that of the app, where `predict` is called, or that of the call.
+    The address is that of a call, or that of the app: then its one function is called, or `predict`
+    if there are several.
     """
-    address = line.address.infer
-    root, _, name = re.sub(r"/(gradio_api/)?call/", "\0", address).partition("\0")
+    root, _, name = re.sub(r"/(gradio_api/)?call/", "\0", line.address.infer).partition("\0")
     root = root.rstrip("/")
+    name = name or _only_call(line.metadata())
     data, media = encoded(images[0], "image", line.asking)
     file = {"files": (f"image.{media.partition('/')[2]}", data, media)}
     paths = line.exchange("POST", f"{root}/gradio_api/upload", files=file)
     if not isinstance(paths, list) or not paths or not isinstance(paths[0], str):
         raise RefusalError(f"200 with no place of the uploaded image ({shown(paths)})")
-    call = f"{root}/gradio_api/call/{name or 'predict'}"
+    call = f"{root}/gradio_api/call/{name}"
     given = {"path": paths[0], "meta": {"_type": "gradio.FileData"}}
     event = line.exchange("POST", call, json={"data": [given]})
     number = event.get("event_id") if isinstance(event, dict) else None
@@ -319,6 +322,21 @@ def _gradio(line: Line, images: torch.Tensor) -> Any:
         return json.loads(complete[1] if complete else "")[:1]
     except (ValueError, TypeError, RecursionError):
         raise RefusalError(f"the call brought no result ({sentence(str(told))})") from None
+
+
+def _only_call(about: Any) -> str:
+    """The function of an app that is meant where the address names none."""
+    calls = about.get("named_endpoints") if isinstance(about, dict) else None
+    names = [name.strip("/") for name in calls] if isinstance(calls, dict) else []
+    if "predict" in names or not names:
+        return "predict"
+    if len(names) > 1:
+        raise RefusalError(
+            f"the app has the functions {sentence(', '.join(names))}",
+            "name one at the end of the address: .../gradio_api/call/NAME",
+            final=True,
+        )
+    return names[0]
 
 
 APIS: Mapping[str, Api] = {
@@ -347,6 +365,6 @@ APIS: Mapping[str, Api] = {
         layout="nhwc",
     ),
     "hf": _row("@image", address=r"huggingface\.co/.*models/", files=True),
-    "gradio": Api(_gradio, r"(/call/[^/]+|\.hf\.space)$", files=True),
+    "gradio": Api(_gradio, r"(/call/[^/]+|\.hf\.space)$", files=True, about="/gradio_api/info"),
 }
 """Every API with a name, in the order in which an address is compared with them."""

@@ -94,7 +94,8 @@ class Endpoint(Asker):
     def metadata(self) -> Any:
         """What the endpoint says about the model, asked once; nothing if it says nothing."""
         if self._metadata is None:
-            found = self._attempt(lambda: self.exchange("GET", self.address.metadata))
+            address = self.address.metadata + self._row.about
+            found = self._attempt(lambda: self.exchange("GET", address))
             self._metadata = found or {}
         return self._metadata
 
