@@ -1,7 +1,7 @@
 # make quickstart   train, mark and prove a model on real MNIST
 # make test         the test suite
 # make test-avx2    its numerical part once more, in the instructions of an older processor
-# make slow         the tests that need much room: a real Triton, an MLServer with PyTorch
+# make slow         the tests that need much room: a real Triton, a Gradio, an MLServer with PyTorch
 # make lint         format, lint, docstrings, types, words
 # make docs         the documentation site: site/index.html
 # make examples     run the notebooks of examples/ anew and write their outputs
