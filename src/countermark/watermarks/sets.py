@@ -23,7 +23,7 @@ from countermark.watermarks.survival import Change
 
 _PUBLISHED_WATERMARKS = 100
 _CRAFTED = 1000  # bases at a time
-_COLOURS = 3
+_GREY = 1  # channel of a grey image; recipes call all others colour
 
 CRAFTING_STEPS = 40
 """Steps of the crafting; Table 6 of the paper."""
@@ -119,7 +119,7 @@ def craft_trials(
     strength.
     """
     return craft_adversarial(
-        source, bases, attack, seed, enough, corner=bases.x.shape[1] == _COLOURS
+        source, bases, attack, seed, enough, corner=bases.x.shape[1] != _GREY
     )
 
 
@@ -150,7 +150,7 @@ def coin_set(
             f"a key has one batch of one trial or more, not {batches} of {batch_size}"
         )
     bases = bases[torch.randperm(len(bases), generator=torch.Generator().manual_seed(seed))]
-    if bases.x.shape[1] == _COLOURS:
+    if bases.x.shape[1] != _GREY:
         wrong = predict(source, bases.x) != bases.y
         bases = bases[torch.argsort(wrong.int(), stable=True)]
     if survive:
