@@ -588,8 +588,11 @@ def test_a_copy_with_its_classes_in_another_order_is_judged_by_matching(
         asked: dict[str, Any] = {"suspect": tmp_path / "theirs", "roots": authority.root}
         return adjudicate(tmp_path / "claim", out=tmp_path / "j", **asked, **options).verdict
 
+    asked = read_json(tmp_path / "claim" / "claim.json")["answers"]["asked"]
+    assert (asked["match"], asked["matched"]["ways"]) == (True, 2)
     assert judged() != "upheld"
     assert judged(match=True) == "upheld"
+    assert read_json(tmp_path / "j.json")["asked"]["matched"] == asked["matched"]
     # Other clean examples could have been chosen to fit the coins.
     clean = load_key(tmp_path / "mine" / "key").clean
     assert clean is not None

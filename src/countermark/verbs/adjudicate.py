@@ -155,7 +155,7 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     result = _result(config, claim, judgement, answers)
     asked = {
         "suspect": suspect,
-        "asked": dict(asked_how(config)),
+        "asked": asked_how(config, answers),
         "roots": [root_name(root) for root in roots],
     }
     names = describe(claim.model).class_names

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,11 +137,6 @@ def _asking(config: SuspectOptions, names: Sequence[str]) -> "Asking":
                 "the one that holds the token"
             )
         given.append(("Authorization", f"Bearer {token}"))
-    if config.classes is not None:
-        text = read_bytes(Path(config.classes), _NAMES_LIMIT).decode(errors="replace")
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-        if not names:
-            raise CountermarkError(f"{config.classes} holds no class names; write one a line")
     return Asking(
         size=config.size,
         channels=config.channels,
@@ -149,7 +144,7 @@ def _asking(config: SuspectOptions, names: Sequence[str]) -> "Asking":
         layout=config.layout,
         mean=config.mean,
         std=config.std,
-        names=tuple(names),
+        names=_names(config) or tuple(names),
         foreign=config.match,
         api=config.api,
         send=config.send,
@@ -164,6 +159,21 @@ def _asking(config: SuspectOptions, names: Sequence[str]) -> "Asking":
         replay=Path(config.replay) if config.replay else None,
         headers=tuple(given),
     )
+
+
+def _names(config: SuspectOptions) -> tuple[str, ...]:
+    """The class names of `--classes`; none without it.
+
+    Raises:
+        CountermarkError: the file holds none.
+    """
+    if config.classes is None:
+        return ()
+    text = read_bytes(Path(config.classes), _NAMES_LIMIT).decode(errors="replace")
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not names:
+        raise CountermarkError(f"{config.classes} holds no class names; write one a line")
+    return names
 
 
 def _opened(config: SuspectOptions, shape: tuple[int, ...], asking: "Asking") -> "Suspect":
@@ -284,14 +294,16 @@ def _word(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def asked_how(config: SuspectOptions) -> dict[str, Any]:
+def asked_how(config: SuspectOptions, answers: Answers) -> dict[str, Any]:
     """How a suspect was asked, JSON-ready: what a claim and a judgement say of it."""
     names = (
         *("api", "send", "read", "form", "quality", "match", "size", "channels"),
         *("pixels", "layout", "mean", "std", "budget", "rate", "repeats", "retries", "timeout"),
     )
     record = config.record()
-    return {name: record[name] for name in names}
+    matched = None if answers.matched is None else asdict(answers.matched)
+    told = {"classes": list(_names(config)), "matched": matched}
+    return {**{name: record[name] for name in names}, **told}
 
 
 def doubts(answers: Answers, verdict: str) -> tuple[str, ...]:

@@ -164,7 +164,7 @@ def claim(config: ClaimConfig) -> Claimed:
                 "c2_sha256": sha256(canonical_json(made.c2)),
                 "batch": batch,
                 "suspect": suspect,
-                "asked": asked_how(config),
+                "asked": asked_how(config, answers),
                 "labels": labels.tolist(),
                 "version": __version__,
             }

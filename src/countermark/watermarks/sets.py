@@ -118,9 +118,7 @@ def craft_trials(
     quickly, cost less robustness and last longer (docs/log.md). Grey images are crafted at full
     strength.
     """
-    return craft_adversarial(
-        source, bases, attack, seed, enough, corner=bases.x.shape[1] != _GREY
-    )
+    return craft_adversarial(source, bases, attack, seed, enough, corner=bases.x.shape[1] != _GREY)
 
 
 def coin_set(
