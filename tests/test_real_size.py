@@ -9,6 +9,8 @@ import json
 import math
 import random
 import secrets
+import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from countermark.data import Dataset, Examples, Rows
 from countermark.guard import QueryLog, Row, load_guarded, trace_accounts
+from countermark.guard.core import client_key, coin
 from countermark.service.engine import Engine
 from countermark.threat import COLOUR
 from countermark.verbs import evaluate, guard, protect
-from countermark.watermarks import load_secret
+from countermark.verbs.trace import trace
+from countermark.watermarks import WatermarkSet, load_secret, new_secrets, write_key
 
 CLASSES, SIDE, TRAIN, TEST = 1000, 80, 2000, 300
 FIELDS = 4  # a side, of the pattern that tells the class
@@ -142,3 +146,52 @@ async def served(folder: Path, images: torch.Tensor, log: Path) -> tuple[list[Ro
         labels = await engine.answer(images, "anna")
         engine.stop()
         return [row for row in kept.rows() if row is not None], torch.tensor(labels)
+
+
+def test_a_trace_holds_a_part_of_the_log_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1,500 images of 48 KiB a trace held all; a page of the log has 16 MiB."""
+    shape, count, model = (3, 128, 128), 1500, "ab" * 32
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, (80, *shape), dtype=torch.uint8, generator=generator)
+    answers = torch.tensor([[0, 1]]).repeat(80, 1)
+    new_secrets(tmp_path / "key")
+    marks = WatermarkSet(x, answers, torch.zeros(80).long(), torch.arange(80))
+    write_key(tmp_path / "key", "coin", marks, {"data": "mine"})
+    drawn = client_key(load_secret(tmp_path / "key"), model, "anna")
+    rest = bytes(math.prod(shape) - 2)
+
+    def chosen(number: int) -> int:
+        return int(coin(drawn, number.to_bytes(4, "big")) < 32768)
+
+    with QueryLog(str(tmp_path / "log.db")) as log:
+        for start in range(0, count, 50):
+            rows = [
+                Row(
+                    model,
+                    "anna",
+                    number.to_bytes(4, "big"),
+                    number.to_bytes(2, "big") + rest,
+                    *(0, 1, 32768, chosen(number), 20_000),
+                )
+                for number in range(start, start + 50)
+            ]
+            assert all(log.append(rows))
+    asked: list[int] = []
+
+    def copy(images: torch.Tensor) -> torch.Tensor:
+        first = (images[:, 0, 0, :2] * 255).round().long()
+        numbers = (256 * first[:, 0] + first[:, 1]).tolist()
+        asked.extend(numbers)
+        return torch.tensor([chosen(number) for number in numbers])
+
+    monkeypatch.setattr(sys.modules["countermark.verbs.trace"], "_PART", 32)
+    tracemalloc.start()
+    found = trace(copy, key=tmp_path / "key", log=str(tmp_path / "log.db"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found.trace.named == ("anna",)
+    assert found.trace.accounts[0].agreements == found.rows == count
+    assert asked == [*range(count)]
+    assert peak < 0.7 * count * math.prod(shape)

@@ -327,7 +327,7 @@ def _gradio(line: Line, images: torch.Tensor) -> Any:
 def _only_call(about: Any) -> str:
     """The function of an app that is meant where the address names none."""
     calls = about.get("named_endpoints") if isinstance(about, dict) else None
-    names = [name.strip("/") for name in calls] if isinstance(calls, dict) else []
+    names: list[str] = [str(name).strip("/") for name in calls] if isinstance(calls, dict) else []
     if "predict" in names or not names:
         return "predict"
     if len(names) > 1:

@@ -137,8 +137,8 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     rival = _rival(claim, network, config)
     suspect = suspect_identity(config.suspect)
     # Only now, after everything else could be read.
-    data = str(claim.c1.get("data"))
-    given, answers = ask(config, claim.opened.x, data, claim.clean, claim.names)
+    x, data = claim.opened.x, str(claim.c1.get("data"))
+    given, answers = ask(config, [x], tuple(x.shape[1:]), data, claim.clean, claim.names)
     finding = Finding(
         labels=given,
         suspect=suspect,

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,12 +65,13 @@ class Answers:
 
 def ask(
     config: SuspectOptions,
-    x: "torch.Tensor",
+    images: "Iterable[torch.Tensor]",
+    shape: tuple[int, ...],
     data: str,
     clean: "Examples | None" = None,
     names: Sequence[str] = (),
 ) -> "tuple[torch.Tensor, Answers]":
-    """Ask the suspect of a configuration for the labels of images `(n, c, h, w)`.
+    """Ask the suspect of a configuration for the labels of images.
 
     Up to a hundred clean examples go along: they only show whether the suspect is asked in the
     right way, and decide nothing.
@@ -78,7 +79,8 @@ def ask(
 
     Args:
         config: the suspect, and how it is asked.
-        x: the images.
+        images: them, in parts `(n, c, h, w)`.
+        shape: of one image.
         data: the data set of the key.
         clean: clean examples that the key keeps; without them the data set's files are looked for.
         names: the class names of the key, for answers by name.
@@ -89,17 +91,18 @@ def ask(
     Raises:
         CountermarkError: the suspect cannot be opened or asked.
     """
+    import torch
+
     from countermark.evaluation import agreement
     from countermark.suspects import NO_ANSWER, Asker
 
-    shape = tuple(x.shape[1:])
     asking = _asking(config, names)
     opened = partial(_opened, config, shape)
     matched = None
     if config.match:
         asking, matched = _matched(config, opened, asking, clean or _catalogued(shape, data))
     suspect = opened(asking)
-    labels = suspect(x)
+    labels = torch.cat([suspect(part) for part in images])
     asker = suspect if isinstance(suspect, Asker) else None
     changed, trouble = (0, "") if asker is None else (asker.changed, asker.trouble)
     accuracy, doubt, unchecked = None, "", ""

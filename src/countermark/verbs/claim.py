@@ -144,8 +144,8 @@ def claim(config: ClaimConfig) -> Claimed:
         stamp = timestamping(config.tsa, config.roots)
         # Its configuration has no paths and headers of the owner's: a judge reads it.
         with new_folder(out, {"suspect": suspect, "batch": batch}) as work:
-            data = str(key.c1.get("data"))
-            labels, answers = ask(config, made.opened.x, data, key.clean, key.names)
+            x, data = made.opened.x, str(key.c1.get("data"))
+            labels, answers = ask(config, [x], tuple(x.shape[1:]), data, key.clean, key.names)
             test = judge(
                 made.opened.cell.tolist(),
                 _outcomes(key, batch, labels),

@@ -1,6 +1,8 @@
 """`countermark trace`: from whose account was this copy made?"""
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +14,12 @@ from countermark.terminal import p_value, print_lines, print_table, unbroken
 from countermark.verbs.asking import Answers, ask, doubts
 
 if TYPE_CHECKING:
-    from countermark.guard import Trace
+    import torch
+
+    from countermark.guard import QueryLog, Row, Trace
 
 _SHOWN = 20
+_PART = 256  # images at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +86,24 @@ def trace(config: TraceConfig) -> Tracing:
         >>> found.verdict, found.trace.named
         ('match', ('anna',))
     """
-    from countermark.guard import QueryLog, images_of, read_head, trace_accounts
+    from countermark.guard import QueryLog, read_head, trace_accounts
     from countermark.watermarks import load_key, load_secret
 
     key = load_key(Path(config.key))
+    shape = tuple(key.watermarks.x.shape[1:])
     published = None if config.head is None else read_head(Path(config.head))
     with QueryLog(config.log, create=False) as log:
-        rows, erased = list(log.rows(published)), log.erased()
-    kept = [row for row in rows if row is not None]
-    if not kept:
-        raise CountermarkError(
-            f"the log {config.log} holds no trials; nobody has asked near a coin yet"
-        )
-    images = images_of(kept, tuple(key.watermarks.x.shape[1:]))
-    labels, answers = ask(config, images, str(key.c1.get("data")), key.clean, key.names)
+        # All of it is checked before anything is asked. Its images may not fit into memory.
+        rows = [None if row is None else replace(row, image=b"") for row in log.rows(published)]
+        erased = log.erased()
+        kept = [row for row in rows if row is not None]
+        if not kept:
+            raise CountermarkError(
+                f"the log {config.log} holds no trials; nobody has asked near a coin yet"
+            )
+        parts = _images(log, rows, shape)
+        data = str(key.c1.get("data"))
+        labels, answers = ask(config, parts, shape, data, key.clean, key.names)
     secret = load_secret(Path(config.key))
     found = trace_accounts(kept, labels, secret, config.alpha, erased, answers.ways)
     verdict = "match" if found.named else found.together
@@ -107,6 +116,25 @@ def trace(config: TraceConfig) -> Tracing:
         answers=answers,
         doubts=doubts(answers, verdict),
     )
+
+
+def _images(
+    log: "QueryLog", rows: "Sequence[Row | None]", shape: tuple[int, ...]
+) -> "Iterator[torch.Tensor]":
+    """The images of rows that were read before, in parts.
+
+    Raises:
+        CountermarkError: a row has an image of another shape, or was erased meanwhile.
+    """
+    from countermark.guard import images_of
+
+    pairs = zip(rows, log.rows(), strict=False)  # the service may have added some
+    there = (now for before, now in pairs if before is not None)
+    while part := list(itertools.islice(there, _PART)):
+        whole = [row for row in part if row is not None]
+        if len(whole) < len(part):
+            raise CountermarkError("rows were erased while the log was read; trace it again")
+        yield images_of(whole, shape)
 
 
 def show(result: Tracing) -> None:

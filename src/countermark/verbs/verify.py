@@ -99,7 +99,8 @@ def verify(config: VerifyConfig) -> Verification:
     from countermark.watermarks import load_key
 
     key = load_key(Path(config.key))
-    labels, answers = ask(config, key.watermarks.x, str(key.c1.get("data")), key.clean, key.names)
+    x, data = key.watermarks.x, str(key.c1.get("data"))
+    labels, answers = ask(config, [x], tuple(x.shape[1:]), data, key.clean, key.names)
     outcomes = key.outcomes(labels)
     share = 100 * outcomes.count(1) / len(outcomes)
     exact = key.rules.coins
