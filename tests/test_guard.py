@@ -146,6 +146,20 @@ def test_coins_are_a_clients_and_a_keys_own() -> None:
     assert client_key(SECRET, MODEL, "ab") != client_key(SECRET, MODEL, "a")
 
 
+def test_any_number_of_names_may_ask_and_a_key_that_was_forgotten_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("countermark.guard.core._REMEMBERED", 3)
+    guard, asked = guard_of(), queries(40)
+    for _ in range(2):
+        for client in [f"client {number}" for number in range(10)]:
+            answers, trials = guard.answer(*asked, client)
+            expected, same = guard_of().answer(*asked, client)
+            assert torch.equal(answers, expected)
+            assert trials == same != []
+            assert guard._key.cache_info().currsize <= 3
+
+
 def test_foreign_queries_meet_fair_coins_in_cells_of_their_own() -> None:
     """However far from the boundary, and whatever the same logits would meet as an honest query."""
     usual = HonestRanges("00" * 4, "80" * 4)

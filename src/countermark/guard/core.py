@@ -19,6 +19,7 @@ import hashlib
 import hmac
 import math
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import torch
 from torch.nn import functional
@@ -37,6 +38,7 @@ CELLS, FOREIGN = b"countermark guard cells", b"countermark guard foreign cells"
 """Labels under which the keyed projections of features and of outlines are derived."""
 ELSEWHERE = b"\xff\xff"
 """The first bytes of a foreign query's cell; no class has this number."""
+_REMEMBERED = 1000  # clients whose keys are kept in memory
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ class Guard:
         )
         # Made with the first foreign query, which tells how many values an outline has.
         self._far: _Cells | None = None
-        self._keys: dict[str, bytes] = {}
+        # Any number of names may ask. A key that was forgotten is derived again, and is the same.
+        self._key = lru_cache(_REMEMBERED)(partial(client_key, secret, settings.model_sha256))
 
     def answer(
         self,
@@ -216,9 +219,7 @@ class Guard:
 
     def flip(self, question: Question, client: str) -> AnswerTrial:
         """Answer a client's question with their coin."""
-        if client not in self._keys:
-            self._keys[client] = client_key(self._secret, self.settings.model_sha256, client)
-        tail = coin(self._keys[client], question.cell) < question.chance
+        tail = coin(self._key(client), question.cell) < question.chance
         return AnswerTrial(**vars(question), answer=question.tails if tail else question.heads)
 
     def foreign(self, images: torch.Tensor) -> torch.Tensor:
