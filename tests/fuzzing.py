@@ -105,14 +105,10 @@ class Place:
     def __init__(
         self, folder: Path, name: str, read: Callable[[Path], object], argument: str | None = None
     ) -> None:
-        self.folder = (
-            Path(
-                tempfile.mkdtemp(
-                    prefix="fuzz-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None
-                )
-            )
-            / "x"
-        )
+        memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+        # It goes with this object, at the latest when the process ends.
+        self.around = tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory)
+        self.folder = Path(self.around.name) / "x"
         if folder.is_dir():
             for path in folder.rglob("*"):
                 if path.is_file():

@@ -4,6 +4,7 @@
 benchmarks/fuzz.py uses coverage to guide them.
 """
 
+import gc
 import os
 import random
 
@@ -47,6 +48,16 @@ def test_honest_inputs_are_read() -> None:
     refused = [name for name, kind in KINDS.items() if not attempt(kind, kind.example)]
     # The token is one of something else; the replay has a made-up format.
     assert set(refused) <= {"timestamp", "replay", "crafted replay"}
+
+
+def test_nothing_stays_in_memory_when_the_fuzzing_is_over() -> None:
+    """Its folders lie where only memory is, which fills up."""
+    place = log_place()
+    around = place.folder.parent
+    assert place.file.is_relative_to(around)
+    del place
+    gc.collect()
+    assert not around.exists()
 
 
 def test_a_spoiled_log_is_refused() -> None:
