@@ -350,6 +350,7 @@ def test_answers_that_are_none_are_errors() -> None:
         {},
         {**ABOUT, "inputs": [{"shape": [-1, 3, 32]}]},
         {**ABOUT, "inputs": [{"shape": [-1, 0, 0, 0]}]},
+        {**ABOUT, "inputs": [{"shape": [-1, 3, 10**6, 10**6]}]},  # more than any memory
         {**ABOUT, "parameters": {}},
         {**ABOUT, "parameters": {**ABOUT["parameters"], "model_sha256": "x"}},  # type: ignore[dict-item]
         {**ABOUT, "parameters": {**ABOUT["parameters"], "max_batch": None}},  # type: ignore[dict-item]

@@ -33,6 +33,7 @@ from countermark.text import brief, sentence
 _VARIABLE = "COUNTERMARK_API_KEY"
 _HEADER = 1 << 12  # bytes of a request besides its pixels
 _MOST = 1 << 24  # bytes of an answer
+_LONGEST_SIDE = 1 << 13  # pixels of an image that a service may ask for
 _AGAIN = 1.0  # seconds until a busy service is asked again that does not say when
 _AT_ONCE = 0.05  # seconds until a service is asked again that dropped the connection
 _DROPPED = 2  # connections of a request that may be dropped
@@ -179,6 +180,8 @@ class Client:
             about = found["parameters"]
             channels, height, width = (int(side) for side in found["inputs"][0]["shape"][1:])
             pixels = channels * height * width
+            if max(height, width) > _LONGEST_SIDE:
+                raise ValueError
             most = min(int(about["max_batch"]), (int(about["max_body"]) - _HEADER) // pixels)
             model = _Model((channels, height, width), str(about["model_sha256"]), max(1, most))
             bytes.fromhex(model.sha256)
