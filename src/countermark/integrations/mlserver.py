@@ -8,7 +8,7 @@ The model's `model-settings.json` names the runtime, and its settings as `parame
 `uri` is the model folder, and `extra` holds options of `countermark.Guarded`. `client_header` is
 the header in which whatever stands in front of MLServer says who asks, after it made sure of that.
 It must let nobody else set that header. With several `parallel_workers` each process writes to
-the one log.
+the one log. MLServer's own batching is refused, because it mixes clients.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ class GuardedRuntime(MLModel):  # type: ignore[misc]  # MLServer is not there wh
         """Load the model folder with its guard, and open the log.
 
         Raises:
-            CountermarkError: a setting is missing, or as for `Guarded`.
+            CountermarkError: a setting is missing or asks for batches, or as for `Guarded`.
         """
         parameters = self.settings.parameters
         options = dict(parameters.extra or {}) if parameters else {}
@@ -45,6 +45,12 @@ class GuardedRuntime(MLModel):  # type: ignore[misc]  # MLServer is not there wh
             raise CountermarkError(
                 "model-settings.json needs parameters with uri (the model folder) and, in extra, "
                 "log and client_header"
+            )
+        if self.settings.max_batch_size > 1 and self.settings.max_batch_time > 0:
+            raise CountermarkError(
+                "MLServer's batching gives the images of several clients one client's headers; "
+                "leave max_batch_size and max_batch_time out, because the guard makes batches "
+                "itself"
             )
         self._header = header.lower()
         try:
