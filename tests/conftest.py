@@ -94,6 +94,7 @@ def postgres() -> Iterator[str]:
             "-A",
             "trust",
             "--no-sync",
+            "--encoding=UTF8",
         ],
         **run,
     )  # type: ignore[call-overload]

@@ -280,6 +280,21 @@ def test_addresses_that_are_none(url: str, said: str) -> None:
         QueryLog(url)
 
 
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_a_database_that_cannot_hold_every_name_is_refused(postgres: str, encoding: str) -> None:
+    """A trial of one client whose name it cannot hold would keep away those of all others."""
+    import psycopg
+
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(
+            f"CREATE DATABASE {encoding} ENCODING '{encoding}' TEMPLATE template0 LOCALE 'C'"
+        )
+    with pytest.raises(CountermarkError, match=f"has the encoding {encoding}, which cannot hold"):
+        QueryLog(postgres.replace("/postgres?", f"/{encoding.lower()}?"))
+    with QueryLog(postgres) as log:
+        assert log.append([row_of(1, client=f"日本 {encoding}")]) == [True]
+
+
 def test_a_file_that_is_no_log(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text(
         "not a database, whatever its name says, and long enough to look at" * 9

@@ -79,7 +79,7 @@ class Database:
             options: dict[str, Any] = {
                 "pool_pre_ping": True,
                 "isolation_level": "READ COMMITTED",
-                "connect_args": patience,
+                "connect_args": {"client_encoding": "utf8", **patience},
             }
             try:
                 self.engine = sa.create_engine(address, **options)
@@ -104,10 +104,19 @@ class Database:
         """Create the file of a log, empty, if there is none.
 
         Raises:
-            CountermarkError: release 0.1.0 kept the log of this address elsewhere. In a new log
-                beside it, coins that clients already know would count as new.
+            CountermarkError: a database of PostgreSQL cannot hold every name of a client, or
+                release 0.1.0 kept the log of this address elsewhere. In a new log beside it, coins
+                that clients already know would count as new.
         """
         if self.file is None:
+            with self._named_errors(), self.engine.begin() as connection:
+                encoding = connection.exec_driver_sql("SHOW server_encoding").scalar()
+            if encoding != "UTF8":
+                raise CountermarkError(
+                    f"the database {self.shown} has the encoding {encoding}, which cannot hold "
+                    "every client's name; make one with CREATE DATABASE ... ENCODING 'UTF8' "
+                    "TEMPLATE template0, and move a log there with pg_dump"
+                )
             return
         before = _path_of_0_1_0(self._url)
         if before is not None and not self.file.path.exists() and before.is_file():
