@@ -1197,6 +1197,7 @@ NAMED = {
     "protect --data digits --out {new} --tsa ftp://x": "http(s)://HOST",
     "protect --data digits --out {full}": "not empty",
     "protect --data digits --out {full}/file": "is a file",
+    "export {full} --out {full}/file": "is there already; give another name",
     "steal --victim {full} --setting clear --out {new}": "white, black, grey",
     "steal --victim {new} --setting white --out {new}": "check --victim",
     "remove --model {full} --prune 0.5 --out {full}": "not empty",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.files import sha256, write_bytes
+from countermark.places import check_new
 from countermark.text import brief
 from countermark.version import __version__
 
@@ -108,8 +109,7 @@ def export_model(
         )
     if path.suffix != ".onnx":
         raise CountermarkError(f"{path} is to be an ONNX file; give it a name that ends with .onnx")
-    if path.exists() or path.is_symlink():
-        raise CountermarkError(f"{path} is there already; give another name or delete it")
+    check_new(path)
     size = sum(
         value.numel() * value.element_size()
         for value in (*network.parameters(), *network.buffers())

@@ -41,6 +41,7 @@ from countermark.places import (
     Weights,
     check_address,
     check_free,
+    check_new,
     is_address,
     place_name,
 )
@@ -66,6 +67,7 @@ class Place(Enum):
 
     READ = "it must exist"
     NEW = "it must be new or an empty folder"
+    NEW_FILE = "it must be new"
     WRITTEN = "it may be either"
     NAMED = "it may be a name as well, or a thing in Python"
     ASKED = "it must exist, or be module:function"
@@ -73,6 +75,7 @@ class Place(Enum):
 
 ReadPath = Annotated[str | Path, Place.READ]
 NewPath = Annotated[str | Path, Place.NEW]
+NewFile = Annotated[str | Path, Place.NEW_FILE]
 WrittenPath = Annotated[str | Path, Place.WRITTEN]
 LogPath = Annotated[str, Place.READ]  # or the address of a database
 NewLogPath = Annotated[str, Place.WRITTEN]
@@ -571,6 +574,8 @@ def _placed(value: str | Path, place: Place, name: str) -> str | Path:
             raise CountermarkError(f"{path} does not exist; check {name}")
         if place is Place.NEW:
             check_free(path)
+        if place is Place.NEW_FILE:
+            check_new(path)
     except (OSError, ValueError) as error:  # no permission, a name that is too long, a zero byte
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise CountermarkError(

@@ -150,6 +150,12 @@ def own_path(place: object, name: str) -> Path:
         ) from error
 
 
+def check_new(path: Path) -> None:
+    """Refuse a place where a file cannot be written without replacing something."""
+    if path.exists() or path.is_symlink():
+        raise CountermarkError(f"{path} is there already; give another name or delete it")
+
+
 def check_free(path: Path) -> None:
     """Refuse a place that a finished folder could not be renamed to."""
     if path.is_dir():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from countermark.errors import CountermarkError
 from countermark.onnx_file import Exported, export_model
-from countermark.options import ModelOptions, NewPath, ReadPath, verb
+from countermark.options import ModelOptions, NewFile, ReadPath, verb
 from countermark.terminal import print_lines, unbroken
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class ExportConfig(ModelOptions):
 
     model: ReadPath = field(kw_only=False)
     """Model folder."""
-    out: NewPath
+    out: NewFile
     """File to write, such as mine.onnx."""
     format: Literal["onnx"] = "onnx"
     """Format: onnx, with a free number of images, pixels of [0, 1] in and logits out."""

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from countermark.errors import CountermarkError
 from countermark.files import sha256, write_bytes
 from countermark.options import ReadPath, VerbConfig, WrittenPath
+from countermark.places import check_new
 
 if TYPE_CHECKING:
     from countermark.papers import Facts
@@ -52,8 +52,7 @@ def opened(config: PaperOptions, name: str) -> tuple[Path, "Facts"]:
 
     folder = Path(config.model)
     path = folder / name if config.out is None else Path(config.out)
-    if path.exists() or path.is_symlink():
-        raise CountermarkError(f"{path} is there already; give another name or delete it")
+    check_new(path)
     evaluation = None if config.evaluation is None else Path(config.evaluation)
     return path, read_facts(folder, evaluation)
 
