@@ -7,6 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 
 import countermark as cm
 from countermark.cli import main
@@ -72,6 +80,29 @@ def test_within_the_grace_both_keys_are_valid_by_the_clock(
     assert cm.client_list(path).accounts[0].old_key_until is None
     cm.client_add("bob", clients=path)
     assert "old_until" not in path.read_text()  # what is over is not kept
+
+
+def test_a_public_key_may_be_a_file(path: Path, tmp_path: Path) -> None:
+    """As openssl writes it. A private key is refused: it stays with the client."""
+    mine, other = Ed25519PrivateKey.generate(), ec.generate_private_key(ec.SECP256R1())
+    form = (Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    files = {
+        "public.pem": mine.public_key().public_bytes(*form),
+        "private.pem": mine.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        "another.pem": other.public_key().public_bytes(*form),
+        "empty.pem": b"",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("private.pem", "another.pem", "empty.pem", "none.pem", ".", "AB" * 32, "a\0"):
+        key = name if name.isupper() else f"{tmp_path}/{name}"
+        with pytest.raises(CountermarkError, match=r"is not: give 64 .*, or the PEM file that"):
+            cm.client_add("anna", clients=path, public_key=key)
+    assert not path.exists()
+    key = cm.client_add("anna", clients=path, public_key=str(tmp_path / "public.pem")).api_key
+    found = Clients(path).find(key)
+    assert found is not None
+    assert found.public_key == mine.public_key().public_bytes_raw().hex()
 
 
 def test_a_revoked_account_keeps_its_name(path: Path) -> None:

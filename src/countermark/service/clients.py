@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from countermark.errors import CountermarkError, nearest
-from countermark.files import JSON_LIMIT, canonical_json, locked, read_json, write_json
+from countermark.files import JSON_LIMIT, canonical_json, locked, read_bytes, read_json, write_json
+from countermark.places import own_path
 from countermark.service.messages import tell
 from countermark.text import brief
 
@@ -23,6 +24,8 @@ _BEFORE = "countermark clients 1"  # of 0.1.0 and 0.2.0: no account is revoked, 
 _PRIVATE = 0o600
 _DIGITS = re.compile("[0-9a-f]{64}")
 _FIELDS, _OLD = ("key_sha256", "public_key"), ("old_key_sha256", "old_until")
+_LONGEST = 200  # characters of a name
+_LARGEST_PEM = 1 << 16  # bytes
 _LATEST = 1 << 37  # seconds since 1970, in the year 6325
 _FOLLOWING = 1.0  # seconds between two looks at the file, which only requests cause
 
@@ -76,6 +79,7 @@ class Clients:
         self._flaw: str | None = None
         self._next = 0.0
         self._read()
+        self._path = path.absolute()  # followed wherever this process goes
 
     def find(self, api_key: str) -> Client | None:
         """Find the account of an API key; `None` if there is none."""
@@ -126,19 +130,33 @@ class Clients:
         return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
+def check_name(name: object) -> None:
+    """Refuse what no account may be called, because not every log could hold or show it.
+
+    Raises:
+        CountermarkError: the name is not 1 to 200 printable characters.
+    """
+    if not (isinstance(name, str) and 0 < len(name) <= _LONGEST and name.isprintable()):
+        raise CountermarkError(
+            f"the name of a client is 1 to {_LONGEST} printable characters, not {brief(name)}"
+        )
+
+
 def add_client(path: Path, name: str, public_key: str | None) -> str:
     """Add an account to the file and return its API key.
 
     A file that does not exist is created. The file keeps only a digest of the API key.
 
+    Args:
+        path: the file of clients.
+        name: name of the account.
+        public_key: Ed25519 key of a client who signs, in hexadecimal or as the path of a PEM file.
+
     Raises:
         CountermarkError: the name is taken, now or by an account that was revoked, the public key
             is not valid, or the file is full or cannot be written.
     """
-    if public_key is not None and not _is_digits(public_key):
-        raise CountermarkError(
-            "--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits"
-        )
+    digits = None if public_key is None else _public_key(public_key)
     api_key = secrets.token_urlsafe(32)
 
     def added(known: dict[str, Account]) -> Account:
@@ -150,7 +168,7 @@ def add_client(path: Path, name: str, public_key: str | None) -> str:
                 else " already"
             )
             raise CountermarkError(f"{path} has a client {name!r}{why}; choose another name")
-        return Account(_digest(api_key), public_key)
+        return Account(_digest(api_key), digits)
 
     _change(path, name, added)
     return api_key
@@ -267,6 +285,26 @@ def _is_sound(account: Account, before: bool) -> bool:
         and (account.key_sha256 is not None or account.old_key_sha256 is None)
         and not (before and (account.key_sha256 is None or account.old_key_sha256 is not None))
     )
+
+
+def _public_key(given: str) -> str:
+    """The hexadecimal digits of an Ed25519 public key, which are given or in a PEM file."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    if _is_digits(given):
+        return given
+    try:
+        found = load_pem_public_key(read_bytes(own_path(given, "--public-key"), _LARGEST_PEM))
+    except (CountermarkError, ValueError, UnsupportedAlgorithm):
+        found = None
+    if not isinstance(found, Ed25519PublicKey):
+        raise CountermarkError(
+            f"--public-key is an Ed25519 public key, and {brief(given)} is not: give 64 lower-case "
+            "hexadecimal digits, or the PEM file that openssl pkey -in PRIVATE.pem -pubout writes"
+        )
+    return found.public_bytes_raw().hex()
 
 
 def _digest(api_key: str) -> str:

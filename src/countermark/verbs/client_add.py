@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from countermark.errors import CountermarkError
 from countermark.options import VerbConfig, WrittenPath, verb
-from countermark.service.clients import add_client
+from countermark.service.clients import add_client, check_name
 from countermark.terminal import note, print_lines
 
 
@@ -21,19 +20,13 @@ class ClientAddConfig(VerbConfig):
     clients: WrittenPath
     """File of the clients; it is made if it is new."""
     public_key: str | None = None
-    """Ed25519 public key, 64 hexadecimal digits: this client signs its requests, so nobody can ask
-    in its name."""
+    """Ed25519 public key, 64 hexadecimal digits or a PEM file: this client signs its requests, so
+    nobody can ask in its name."""
 
     def __post_init__(self) -> None:
-        """Refuse names that a log could not show, and a public key that is none."""
+        """Refuse names that a log could not show."""
         super().__post_init__()
-        if not self.name or len(self.name) > 200 or not self.name.isprintable():
-            raise CountermarkError("the name of a client is 1 to 200 printable characters")
-        key = self.public_key
-        if key is not None and (len(key) != 64 or set(key) - set("0123456789abcdef")):
-            raise CountermarkError(
-                "--public-key is an Ed25519 public key of 64 lower-case hexadecimal digits"
-            )
+        check_name(self.name)
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ def client_add(config: ClientAddConfig) -> Added:
     """Add an account.
 
     Raises:
-        CountermarkError: the name is taken, or the file cannot be written.
+        CountermarkError: the name is taken, the public key is none, or the file cannot be written.
 
     Example:
         >>> added = cm.client_add("anna", clients="clients.json")
