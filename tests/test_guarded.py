@@ -22,6 +22,7 @@ import torch
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
+from starlette.routing import Mount
 
 import countermark as cm
 from countermark.data import Pools
@@ -181,10 +182,11 @@ def test_an_image_that_cannot_be_read_is_refused_with_its_reason(
 def test_a_truncated_file_and_a_bomb_are_refused(guard: Guarded, digits: Pools) -> None:
     with pytest.raises(cm.DamagedError, match=r"^the image "):
         guard.classify_now(png(digits.test.x[0], 500)[:-200], "anna")
-    bomb = io.BytesIO()
-    Image.new("1", (8200, 8200)).save(bomb, "PNG")
-    with pytest.raises(cm.DamagedError, match=r"pixels.* that are decoded"):
-        guard.classify_now(bomb.getvalue(), "anna")
+    for mode, side in (("1", 8200), ("RGB", 1600)):  # the second is a file of eight kilobytes
+        bomb = io.BytesIO()
+        Image.new(mode, (side, side)).save(bomb, "PNG")
+        with pytest.raises(cm.DamagedError, match=r"pixels.* that are decoded"):
+            guard.classify_now(bomb.getvalue(), "anna")
 
 
 @pytest.mark.parametrize("name", ["", "anna\n", "a\0", "\ud800", "a" * 201, None, 3, b"anna"])
@@ -318,10 +320,10 @@ def test_files_that_wait_to_be_read_count_among_the_waiting(
     """Otherwise any number of large images could wait in memory."""
     begun, let_go = threading.Semaphore(0), threading.Event()
 
-    def slow(file: bytes, shape: tuple[int, int, int]) -> np.ndarray:
+    def slow(file: bytes, shape: tuple[int, int, int], most: int) -> np.ndarray:
         begun.release()
         let_go.wait(30)
-        return fitted(file, shape)
+        return fitted(file, shape, most)
 
     monkeypatch.setattr("countermark.service.guarded.fitted", slow)
     image = png(digits.test.x[0])
@@ -367,7 +369,7 @@ def test_the_end_refuses_what_it_cannot_answer(
         until(lambda: len(held._engine._open) == 2)
         held.close()
         for asked in (now, later):
-            with pytest.raises(cm.CountermarkError, match="closed before the query was answered"):
+            with pytest.raises(cm.BusyError, match="closed before the query was answered"):
                 asked.result(10)
     held.close()
     with pytest.raises(cm.BusyError, match="closed"):
@@ -463,6 +465,9 @@ def test_a_guard_that_cannot_be_opened_says_why(
         ):
             with pytest.raises(cm.CountermarkError, match=reason):
                 guard.asgi(clients=clients, name=name)
+        for most in (0, -1, 1.5, "1"):
+            with pytest.raises(cm.CountermarkError, match="max_body is a whole number from 1"):
+                guard.asgi(max_body=most)  # type: ignore[arg-type]
 
 
 # Inside an application.
@@ -503,6 +508,77 @@ def test_the_application_of_a_guard_outlives_its_server(
         answer = infer(url, key, digits.test.x[0])
         assert (answer.status_code, "closed" in answer.json()["error"]) == (503, True)
         assert requests.get(f"{url}/v2/health/ready", timeout=5).status_code == 503
+
+
+def inside(application: Starlette) -> Starlette:
+    """Another application around it, which runs no lifespan of what is mounted."""
+    return Starlette(routes=[Mount("/oip", application)])
+
+
+def test_a_mounted_application_follows_the_file_of_clients(
+    guard: Guarded, tmp_path: Path, digits: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the program has changed its folder since."""
+    monkeypatch.setattr("countermark.service.clients._FOLLOWING", 0.0)
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "clients.json"
+    keys = {name: cm.client_add(name, clients=path).api_key for name in ("anna", "bob")}
+    with served(inside(guard.asgi(clients="clients.json"))) as url:
+
+        def statuses() -> dict[str, int]:
+            return {
+                name: infer(f"{url}/oip", key, digits.test.x[0]).status_code
+                for name, key in keys.items()
+            }
+
+        assert statuses() == {"anna": 200, "bob": 200}
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        keys["anna again"] = cm.client_rotate("anna", clients=path).api_key
+        cm.client_revoke("bob", clients=path)
+        keys["carol"] = cm.client_add("carol", clients=path).api_key
+        assert statuses() == {"anna": 401, "bob": 401, "anna again": 200, "carol": 200}
+
+
+def test_a_mounted_application_tells_whether_it_is_ready(
+    folder: Path, guard: Guarded, digits: Pools, log: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From before the first query until after the end, model and log apart."""
+    monkeypatch.setattr("countermark.service.engine._AGAIN", 0.05)
+    key = cm.client_add("anna", clients=Path(log).with_name("clients.json")).api_key
+    application = guard.asgi(clients=Path(log).with_name("clients.json"))
+    network, fails = guard._engine._model, threading.Event()
+    computes = type(network).__call__
+
+    def moody(*arguments: object) -> object:
+        if fails.is_set():
+            raise RuntimeError("a device is lost")
+        return computes(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(network), "__call__", moody)
+    with served(inside(application)) as url:
+
+        def tells(model: bool, log: bool) -> bool:
+            answer = requests.get(f"{url}/oip/v2/health/ready", timeout=5)
+            told = {"ready": model and log, "model": model, "log": log}
+            assert answer.status_code == (200 if answer.json()["ready"] else 503)
+            by_name = requests.get(f"{url}/oip/v2/models/model/ready", timeout=5)
+            return answer.json() == by_name.json() == told
+
+        assert tells(model=True, log=True)
+        assert infer(f"{url}/oip", key, digits.test.x[0]).ok
+        assert tells(model=True, log=True)
+        fails.set()
+        assert infer(f"{url}/oip", key, digits.test.x[0]).status_code == 500
+        until(lambda: tells(model=False, log=True))
+        Path(log).rename(f"{log}.away")
+        assert tells(model=False, log=False)
+        fails.clear()  # no query is needed for it to recover
+        until(lambda: tells(model=True, log=False))
+        Path(f"{log}.away").rename(log)
+        assert tells(model=True, log=True)
+        guard.close()
+        assert tells(model=True, log=False)
 
 
 def test_the_newcomers_service_runs_as_the_page_shows_it(
@@ -588,6 +664,30 @@ def mlserver(folder: Path, tmp_path: Path) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(30)
+
+
+BATCHES = """
+import asyncio, sys
+from mlserver import ModelSettings
+from countermark.integrations.mlserver import GuardedRuntime
+extra = {"log": "log.db", "client_header": "x-client"}
+settings = ModelSettings(
+    name="mine", implementation=GuardedRuntime, parameters={"uri": sys.argv[1], "extra": extra},
+    max_batch_size=8, max_batch_time=0.1,
+)
+asyncio.run(GuardedRuntime(settings).load())
+"""
+
+
+@pytest.mark.slow
+def test_mlserver_may_not_mix_clients(folder: Path, tmp_path: Path) -> None:
+    """Its batches have the headers of one client, to whom all their trials would be laid."""
+    if not MLSERVER.exists():
+        pytest.skip("MLServer is not installed beside PyTorch; make slow does it")
+    command = [str(MLSERVER.with_name("python")), "-c", BATCHES, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert "gives the images of several clients one client's headers" in done.stderr
+    assert not (tmp_path / "log.db").exists()
 
 
 @pytest.mark.slow

@@ -16,12 +16,14 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from countermark.guard.log import Row
 
+SIGNATURE_HEADER = "Countermark-Signature"
+"""Header of a request with its client's signature, in hexadecimal."""
 _FORMAT = b"countermark request 1"
 _SIGNATURE, _NUMBER, _HASH = 64, 4, 32
 
 
 def sign_request(private_key: bytes, model_sha256: str, images: torch.Tensor) -> str:
-    """Sign a client's request; the result is hexadecimal, for the header `Countermark-Signature`.
+    """Sign a client's request; the result is hexadecimal, for `SIGNATURE_HEADER`.
 
     Args:
         private_key: the client's Ed25519 key, 32 bytes.

@@ -25,13 +25,13 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from countermark.data.images import Array, DamagedError, as_array, eight_bits, fitted, from_array
 from countermark.errors import CountermarkError
-from countermark.guard.requests import sign_request
+from countermark.guard.requests import SIGNATURE_HEADER, sign_request
 from countermark.places import endpoint_address, own_path
+from countermark.service.tensors import BESIDES, JSON_LENGTH
 from countermark.session import Session
 from countermark.text import brief, sentence
 
 _VARIABLE = "COUNTERMARK_API_KEY"
-_HEADER = 1 << 12  # bytes of a request besides its pixels
 _MOST = 1 << 24  # bytes of an answer
 _LONGEST_SIDE = 1 << 13  # pixels of an image that a service may ask for
 _AGAIN = 1.0  # seconds until a busy service is asked again that does not say when
@@ -182,7 +182,7 @@ class Client:
             pixels = channels * height * width
             if max(height, width) > _LONGEST_SIDE:
                 raise ValueError
-            most = min(int(about["max_batch"]), (int(about["max_body"]) - _HEADER) // pixels)
+            most = min(int(about["max_batch"]), (int(about["max_body"]) - BESIDES) // pixels)
             model = _Model((channels, height, width), str(about["model_sha256"]), max(1, most))
             bytes.fromhex(model.sha256)
         except (LookupError, TypeError, ValueError, ZeroDivisionError):
@@ -203,10 +203,10 @@ class Client:
         ).encode()
         headers = {
             "Content-Type": "application/octet-stream",
-            "Inference-Header-Content-Length": str(len(text)),
+            JSON_LENGTH: str(len(text)),
         }
         if self._private is not None:
-            headers["Countermark-Signature"] = sign_request(
+            headers[SIGNATURE_HEADER] = sign_request(
                 self._private, model.sha256, torch.from_numpy(pixels)
             )
         found = self._exchange("POST", self._address.infer, text + pixels.tobytes(), headers)

@@ -218,7 +218,7 @@ class Engine:
             self._none_open.wait_for(lambda: not self._open, _END)
             for query in self._open:
                 query.left = True
-            self._refuse(list(self._open), _CLOSED)
+            self._refuse(list(self._open), _CLOSED, BusyError)
         for waiting in (self._computing, self._writing):
             waiting.take_all()
             waiting.end()
@@ -431,9 +431,14 @@ class Engine:
             self._quiet_until = time.monotonic() + _QUIET
             tell("complaint", reason)
 
-    def _refuse(self, queries: Sequence[_Query], reason: str) -> None:
+    def _refuse(
+        self,
+        queries: Sequence[_Query],
+        reason: str,
+        kind: type[CountermarkError] = CountermarkError,
+    ) -> None:
         for query in queries:
-            query.error = CountermarkError(reason)
+            query.error = kind(reason)
         self._settle(queries)
 
     def _settle(self, queries: Sequence[_Query]) -> None:

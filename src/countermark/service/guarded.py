@@ -20,7 +20,9 @@ from countermark.errors import CountermarkError
 from countermark.guard import QueryLog, load_guarded, weights_sha256
 from countermark.networks import describe
 from countermark.places import Network, is_address, own_path
+from countermark.service.clients import Clients, check_name
 from countermark.service.engine import BusyError, Engine
+from countermark.service.tensors import most_for
 from countermark.text import brief
 
 if TYPE_CHECKING:
@@ -30,7 +32,6 @@ Image = bytes | np.ndarray[Any, Any] | torch.Tensor
 """The content of an image file, or pixels `(c, h, w)`, uint8 or floating-point of [0, 1]."""
 
 _LOCKED = 5.0  # seconds that a trial waits for another program that writes the log
-_LONGEST = 200  # characters of a client's name
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,8 @@ class Guarded:
             CountermarkError: the model, its guard, the key or the log cannot be read, or a number
                 is out of range.
         """
-        for name, value, most in (
-            ("max_batch", max_batch, 4096),
-            ("max_waiting", max_waiting, 10**6),
-        ):
-            if type(value) is not int or not 1 <= value <= most:
-                raise CountermarkError(
-                    f"{name} is a whole number from 1 to {most}, not {brief(value)}"
-                )
+        _whole("max_batch", max_batch, 4096)
+        _whole("max_waiting", max_waiting, 10**6)
         if not isinstance(timeout, int | float) or not 0 < timeout < 1e6:
             raise CountermarkError(f"timeout is a positive number of seconds, not {brief(timeout)}")
         self._folder = own_path(model, "the model folder")
@@ -111,7 +106,7 @@ class Guarded:
             resolve_device(device),
         )
         place = str(log) if is_address(log) else str(own_path(log, "the query log"))
-        self._log = QueryLog(place, wait=min(_LOCKED, self._timeout / 2))
+        self._log = open_log(place, self._timeout)
         self._log.close()  # a fork could not share the connection; a write opens another one
         self._engine = Engine(guarded, self._log, max_batch, max_waiting)
 
@@ -129,9 +124,10 @@ class Guarded:
         The files of images are decoded in a thread, beside the event loop.
 
         Args:
-            image: the content of a PNG, JPEG, WebP or BMP file, which is scaled as the training
-                images were, or pixels `(c, h, w)` of the model's size, uint8 or floating-point of
-                [0, 1]. A list is answered by a list, and its images share passes of the model.
+            image: the content of a PNG, JPEG, WebP or BMP file of at most 2 million pixels and 4
+                for each of its bytes, which is scaled as the training images were, or pixels
+                `(c, h, w)` of the model's size, uint8 or floating-point of [0, 1]. A list is
+                answered by a list, and its images share passes of the model.
             client: name of the account that asks, 1 to 200 printable characters.
 
         Raises:
@@ -187,11 +183,11 @@ class Guarded:
             clients: the file, as `client_add` makes it; default MODEL/clients.json.
             name: name of the model in the addresses, letters, digits and underscores.
             max_body: most bytes of a request's body; default 4 MiB, or what one image takes as JSON
-                where that is more.
+                or `max_batch` of them as UINT8 where that is more.
 
         Raises:
-            CountermarkError: the file of clients cannot be read, the name is none, or the extra
-                `serve` is not installed.
+            CountermarkError: the file of clients cannot be read, the name is none, `max_body` is
+                out of range, or the extra `serve` is not installed.
         """
         try:
             from countermark.service.http import Limits, application, body_limit
@@ -199,10 +195,11 @@ class Guarded:
             raise CountermarkError(
                 f"the application needs {error.name}; pip install 'countermark[serve]'"
             ) from error
-        from countermark.service.clients import Clients
 
         if not isinstance(name, str) or not name.isidentifier():
             raise CountermarkError(f"name is letters, digits and underscores, not {brief(name)}")
+        if max_body is not None:
+            _whole("max_body", max_body, 1 << 30)
         path = (
             self._folder / "clients.json" if clients is None else own_path(clients, "the clients")
         )
@@ -239,10 +236,7 @@ class Guarded:
 
     def _batches(self, image: Image | Sequence[Image], client: str) -> Iterator[Sequence[Image]]:
         """What is asked at once. A name that is none is refused, whatever the images are."""
-        if not (isinstance(client, str) and 0 < len(client) <= _LONGEST and client.isprintable()):
-            raise CountermarkError(
-                f"the name of a client is 1 to {_LONGEST} printable characters, not {brief(client)}"
-            )
+        check_name(client)
         images: Sequence[Any] = image if isinstance(image, list | tuple) else [image]
         return (
             images[start : start + self._max_batch]
@@ -259,7 +253,8 @@ class Guarded:
     def _fitted(self, image: Image) -> np.ndarray[Any, Any]:
         shape = self._described.shape
         if isinstance(image, bytes | bytearray | memoryview):
-            return fitted(bytes(image), shape)
+            file = bytes(image)
+            return fitted(file, shape, most_for(file))
         array = as_array(image)
         if array.shape != shape:
             given = f"its shape is {array.shape}" if array.ndim else brief(image)
@@ -273,6 +268,16 @@ class Guarded:
 
     def _late(self) -> BusyError:
         return BusyError(f"there was no answer within {self._timeout:g} seconds; try again later")
+
+
+def _whole(name: str, value: object, most: int) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise CountermarkError(f"{name} is a whole number from 1 to {most}, not {brief(value)}")
+
+
+def open_log(place: str, timeout: float) -> QueryLog:
+    """Open the log of a service whose answers may take `timeout` seconds."""
+    return QueryLog(place, wait=min(_LOCKED, timeout / 2))
 
 
 def close_log(log: QueryLog) -> None:

@@ -25,12 +25,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from countermark.errors import CountermarkError
-from countermark.guard.requests import check_request, image_hashes
+from countermark.guard.requests import SIGNATURE_HEADER, check_request, image_hashes
 from countermark.service.clients import Client, Clients
 from countermark.service.engine import BusyError, Engine
 from countermark.service.messages import tell
 from countermark.service.tensors import (
+    BESIDES,
     DATATYPES,
+    JSON_LENGTH,
     OUTPUTS,
     RefusedError,
     answer,
@@ -39,11 +41,8 @@ from countermark.service.tensors import (
 )
 from countermark.version import __version__
 
-_BINARY = "Inference-Header-Content-Length"
-"""Header of a body whose JSON is followed by bytes: the length of the JSON."""
 _BODY = 4 << 20  # bytes
 _NUMBER = 32  # bytes of JSON that hold any pixel value with what stands around it
-_HEADER = 1 << 12  # bytes of JSON before the pixels of a binary tensor
 _QUICK = 1 << 16  # bytes of a body, and pixels of its image files, that are read without a thread
 _READERS = 4  # threads that read bodies, at most: each may hold a large image
 
@@ -65,7 +64,7 @@ def body_limit(shape: tuple[int, int, int], max_batch: int) -> int:
     These are 4 MiB, or what one image takes as JSON, or the largest batch as bytes.
     """
     values = math.prod(shape)
-    return max(_BODY, _NUMBER * values, max_batch * values + _HEADER)
+    return max(_BODY, _NUMBER * values, max_batch * values + BESIDES)
 
 
 def application(
@@ -141,7 +140,7 @@ def application(
             async with asyncio.timeout(limits.timeout):
                 body = await _body(request, limits.max_body)
             read = partial(
-                parse_request, body, request.headers.get(_BINARY), shape, limits.max_batch
+                parse_request, body, request.headers.get(JSON_LENGTH), shape, limits.max_batch
             )
             asked = await apart(read) if len(body) > _QUICK else read()
             x = asked.images
@@ -159,7 +158,7 @@ def application(
                 if json_length is None
                 else Response(
                     content,
-                    headers={_BINARY: str(json_length)},
+                    headers={JSON_LENGTH: str(json_length)},
                     media_type="application/octet-stream",
                 )
             )
@@ -304,13 +303,13 @@ def _signed(
         return b"", []
     hashes = image_hashes(x)
     try:
-        signature = bytes.fromhex(request.headers.get("countermark-signature", ""))
+        signature = bytes.fromhex(request.headers.get(SIGNATURE_HEADER, ""))
     except ValueError:
         signature = b""
     if not check_request(client.public_key, model_sha256, hashes, signature):
         raise RefusedError(
             401,
-            "this client signs its requests; the header Countermark-Signature is missing or does "
-            "not fit the images",
+            f"this client signs its requests; the header {SIGNATURE_HEADER} is missing or does not "
+            "fit the images",
         )
     return signature, hashes

@@ -27,6 +27,10 @@ Shape = tuple[int, int, int]
 _NUMBERS = {"UINT8": ("<u1", 255), "FP16": ("<f2", 1), "FP32": ("<f4", 1), "FP64": ("<f8", 1)}
 """Data types of pixels: how their bytes are read, and the value of a white pixel."""
 _FILES = "BYTES"
+JSON_LENGTH = "Inference-Header-Content-Length"
+"""Header of a body whose JSON is followed by bytes: the length of the JSON."""
+BESIDES = 1 << 12
+"""Bytes of a request, at most, besides the pixels of a binary tensor."""
 DATATYPES = (*_NUMBERS, _FILES)
 """Data types that a request may have."""
 OUTPUTS = {"label": "INT64", "class": "BYTES"}
@@ -72,7 +76,7 @@ def parse_request(body: bytes, json_length: str | None, shape: Shape, most: int)
 
     Args:
         body: what the client sent.
-        json_length: what the header `Inference-Header-Content-Length` says, where there is one.
+        json_length: what the header `JSON_LENGTH` says, where there is one.
         shape: shape of one image, `(channels, height, width)`.
         most: largest number of images in a request.
 
@@ -134,12 +138,22 @@ def decoded(files: Sequence[bytes], shape: Shape, most: int | None = None) -> to
     images = np.empty((len(files), *shape), np.uint8)
     for place, file in enumerate(files):
         try:
-            images[place] = fitted(file, shape, most or _SMALL + _A_BYTE * len(file))
+            images[place] = fitted(file, shape, most or most_for(file))
         except DamagedError as error:
             raise RefusedError(400, f"image {place} of the request: {error}") from error
         except CountermarkError as error:  # the model takes no image files
             raise RefusedError(400, str(error)) from error
     return torch.from_numpy(images)
+
+
+def most_for(file: bytes) -> int:
+    """How many pixels an image file of a client may have, so that it takes memory for its length.
+
+    Example:
+        >>> most_for(bytes(1000))
+        2101152
+    """
+    return _SMALL + _A_BYTE * len(file)
 
 
 def answer(
@@ -187,13 +201,12 @@ def _parts(body: bytes, json_length: str | None) -> tuple[bytes, memoryview | No
         return body, None
     number = json_length.strip()
     if not (number.isascii() and number.isdigit() and len(number) <= _MOST_DIGITS):
-        raise RefusedError(400, "Inference-Header-Content-Length is a number of bytes")
+        raise RefusedError(400, f"{JSON_LENGTH} is a number of bytes")
     length = int(number)
     if length > len(body):
         raise RefusedError(
             400,
-            f"Inference-Header-Content-Length says {length} bytes of JSON, and the body has "
-            f"{len(body)}",
+            f"{JSON_LENGTH} says {length} bytes of JSON, and the body has {len(body)}",
         )
     return body[:length], memoryview(body)[length:]
 
@@ -249,7 +262,7 @@ def _data(tensor: Mapping[str, Any], binary: memoryview | None) -> object:
     if "data" in tensor:
         raise RefusedError(400, "an input has data or binary_data_size, and not both")
     if binary is None:
-        raise RefusedError(400, "binary_data_size needs the header Inference-Header-Content-Length")
+        raise RefusedError(400, f"binary_data_size needs the header {JSON_LENGTH}")
     if type(size) is not int or size != follow:
         raise RefusedError(400, f"binary_data_size is not the {follow} bytes that follow the JSON")
     return binary

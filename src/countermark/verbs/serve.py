@@ -15,8 +15,6 @@ from countermark.service.messages import LogFormat, tell, written_as
 from countermark.terminal import print_lines, unbroken
 from countermark.text import brief
 
-_LOCKED = 5.0  # seconds that a trial waits for another program that writes the log
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(OneDeviceOptions):
@@ -114,10 +112,10 @@ def serve(config: ServeConfig) -> Served:
         raise CountermarkError(
             f"the service needs {', '.join(missing)}; pip install 'countermark[serve]'"
         )
-    from countermark.guard import QueryLog, load_guarded, weights_sha256
+    from countermark.guard import load_guarded, weights_sha256
     from countermark.service.clients import Clients
     from countermark.service.engine import Engine
-    from countermark.service.guarded import close_log
+    from countermark.service.guarded import close_log, open_log
     from countermark.service.http import Limits, application, body_limit
     from countermark.service.server import connections_that_fit, listen, run
 
@@ -146,7 +144,7 @@ def serve(config: ServeConfig) -> Served:
         ending.callback(listening.close)
         log = None
         if not config.unguarded:
-            log = QueryLog(config.log, wait=min(_LOCKED, config.timeout / 2))
+            log = open_log(config.log, config.timeout)
             ending.callback(close_log, log)
         engine = Engine(model, log, config.max_batch, config.max_waiting)
         ending.callback(engine.stop)
