@@ -135,8 +135,9 @@ def test_a_thousand_classes_of_large_images_go_through_the_verbs(
     ranges = 4 * math.prod(photos.shape)  # two hexadecimal digits for either end of each
     sizes = {path.name: path.stat().st_size for path in out.iterdir() if path.suffix == ".json"}
     assert sizes["guard.json"] - ranges < 5_000
-    assert sizes["model.json"] - len(json.dumps(photos.class_names)) < 5_000
-    assert max(sizes["commitment.json"], sizes["config.json"], sizes["metrics.json"]) < 5_000
+    names = len(json.dumps(photos.class_names, indent=3))  # C1 has them, as the model does
+    assert max(sizes["model.json"], sizes["commitment.json"]) - names < 5_000
+    assert max(sizes["config.json"], sizes["metrics.json"]) < 5_000
 
 
 async def served(folder: Path, images: torch.Tensor, log: Path) -> tuple[list[Row], torch.Tensor]:
