@@ -249,6 +249,15 @@ def test_strangers_keep_the_level_in_every_way(way: str) -> None:
     assert plain <= most(keys, 0.05, RISK)
 
 
+def test_what_was_chosen_is_said_as_options(key: Path, copy: Model) -> None:
+    found = verify(normalised(copy), key=key, match=True, channels="bgr", mean=(3.0,))
+    said = found.doubts[0]
+    assert said.startswith("Asked with --mean 0.485 0.456 0.406, --std 0.229 0.224 0.225, ")
+    assert "--channels rgb, the suspect gets 100 % of clean examples right" in said
+    found = verify(copy, key=key, match=True, mean=(3.0,))
+    assert found.doubts[0].startswith("Asked with no --mean, the suspect gets 100 %")
+
+
 def test_the_exchange_of_classes_is_counted_by_leaving_one_out() -> None:
     y = torch.arange(100) % 10
     share, classes = translation(9 - y, y)

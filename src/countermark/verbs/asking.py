@@ -280,7 +280,7 @@ def clean_doubt(given: "torch.Tensor", y: "torch.Tensor") -> str:
 
 def _told(matched: "Matched") -> str:
     """What `--match` found, in a sentence or two."""
-    changed = [f"{option(name)} {_word(value)}" for name, value in matched.chosen.items()]
+    changed = [_said(name, value) for name, value in matched.chosen.items()]
     if matched.classes is not None:
         moved = sum(answer != label for answer, label in matched.classes)
         changed.append(f"{moved} of {len(matched.classes)} classes read as others")
@@ -293,8 +293,11 @@ def _told(matched: "Matched") -> str:
     )
 
 
-def _word(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _said(name: str, value: Any) -> str:
+    """An option as it is given on the command line."""
+    if value in (None, ()):
+        return f"no {option(name)}"
+    return f"{option(name)} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
 def asked_how(config: SuspectOptions, answers: Answers) -> dict[str, Any]:
