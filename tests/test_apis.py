@@ -288,14 +288,22 @@ def test_a_copy_behind_any_api_is_a_full_match_by_one_command(
     assert "version=3" not in found["suspect"]
 
 
-@pytest.mark.parametrize("kind", ["torchserve", "vertex", "gradio", "batches"])
-def test_a_stranger_behind_an_api_is_no_evidence(
-    kind: str, owner: Path, stranger: Path, serve: Callable[[Path], Server]
+@pytest.mark.parametrize("kind", SERVED)
+def test_a_stranger_behind_any_api_is_no_evidence(
+    kind: str,
+    owner: Path,
+    stranger: Path,
+    serve: Callable[[Path], Server],
+    names: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
     answer, path, options = SERVED[kind]
     server = serve(stranger)
     server.answer = lambda *request: answer(server, *request)
-    assert main(["verify", server.root + path, "--key", str(owner / "key"), *options]) == 1
+    classes = ["--classes", str(names)] if kind in NAMED else []
+    words = ["verify", server.root + path, "--key", str(owner / "key"), *options, *classes]
+    assert main(words) == 1
 
 
 def test_a_function_is_named_on_the_command_line(
