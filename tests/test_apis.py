@@ -6,6 +6,7 @@ import email
 import email.policy
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -356,6 +357,14 @@ def test_a_wrong_guess_at_an_api_is_said(
         (["--api", "json", "--send", '{"image": "png"}'], "sends no image; --send is"),
         (["--api", "json", "--send", "a=1", "b=2"], "sends no image"),
         (["--api", "json", "--send", "@png", "--read", "a["], "is no JMESPath expression"),
+        (["--api", "json", "--send", "@png", "--read", "(" * 5000], "is no JMESPath expression"),
+        (["--api", "json", "--send", "@png", "--read", f"`{'[' * 5000}`"], "is no JMESPath"),
+        (["--api", "json", "--send", '{"image": "$arrayx"}'], "sends no image"),
+        (["--api", "json", "--send", '{"x": NaN, "image": "$array"}'], "is no JSON"),
+        (["--api", "json", "--send", '{"x": 1e999, "image": "$array"}'], "is no JSON"),
+        (["--api", "json", "--send", f'{"[" * 600}"$array"{"]" * 600}'], "is no JSON"),
+        (["--api", "json", "--send", '{"a": "$array", "b": "$base64_png"}'], "in several forms"),
+        (["--api", "json", "--send", "a=@png", "b=@raw"], "in several forms (png, raw)"),
         (["--api", "hf", "--layout", "nhwc"], "takes image files, for which --layout has no"),
         (["--api", "hf", "--mean", "0.5"], "takes image files, for which --mean has no"),
         (["--api", "hf", "--bearer", "NO_SUCH_TOKEN"], "has no variable 'NO_SUCH_TOKEN'"),
@@ -373,6 +382,53 @@ def test_apis_that_are_asked_for_wrongly_are_refused_before_anything_is_sent(
     assert main(["verify", server.root, "--key", str(owner / "key"), *options]) == 2
     assert words in " ".join(capsys.readouterr().err.split())
     assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("read", "label"),
+    [
+        ("max_by(predictions, &probability).tag", 7),
+        ("sort_by(predictions, &probability)[-1].tag", 7),
+        ("predictions[::0]", None),
+        ("ceil(endless)", None),
+        ("@" + "|[@,@]" * 40, None),
+    ],
+)
+def test_any_expression_reads_or_is_refused(
+    owner: Path, serve: Callable[[Path], Server], read: str, label: int | None
+) -> None:
+    """One with functions is none of nothing; some fail in ways of their own, or grow for ever."""
+    server = serve(owner)
+    found = [{"tag": "7", "probability": 0.9}, {"tag": "2", "probability": 0.1}]
+    server.answer = lambda *_request: told({"predictions": found, "endless": math.inf})
+    suspect = Endpoint(server.root, Asking(api="json", send=("@png",), read=read))
+    if label is None:
+        with pytest.raises(CountermarkError, match=r"200 with (nothing at|neither labels)"):
+            suspect(torch.rand(1, *SHAPE))
+    else:
+        assert suspect(torch.rand(1, *SHAPE)).tolist() == [label]
+
+
+@pytest.mark.parametrize("send", ["raw_file=@png", '{"draw": "$base64_png"}', "a=$arrays f=@png"])
+def test_only_a_form_of_images_decides_what_is_sent(
+    owner: Path, serve: Callable[[Path], Server], send: str
+) -> None:
+    """A field may be called raw, and a word that is no place of an image is sent as it is."""
+    server = serve(owner)
+    server.answer = lambda *_request: told({"label": 3})
+    words = (send,) if send.startswith("{") else tuple(send.split())
+    suspect = Endpoint(server.root, Asking(api="json", send=words))
+    assert suspect(torch.rand(2, *SHAPE)).tolist() == [3, 3]
+    assert len(server.requests) == 2
+
+
+def test_fields_of_one_name_are_all_sent(owner: Path, serve: Callable[[Path], Server]) -> None:
+    server = serve(owner)
+    server.answer = lambda *_request: told({"label": 3})
+    Endpoint(server.root, Asking(api="json", send=("f=@png", "tag=a", "tag=b")))(
+        torch.rand(1, *SHAPE)
+    )
+    assert server.requests[0][2].count(b'name="tag"') == 2
 
 
 def test_names_that_nobody_told_are_said_with_what_to_do(

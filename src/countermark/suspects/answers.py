@@ -7,11 +7,12 @@ object that holds names and scores. Of scores the largest counts, and a tie is n
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from countermark.files import sha256
 from countermark.suspects.asker import MOST_LABELS, NO_ANSWER, RefusalError
-from countermark.text import sentence
+from countermark.text import brief, sentence
 
 _LONGEST_NUMBER = 32  # characters of a number that is written as a string
 _SHOWN = 1 << 12  # characters of an answer that are looked at for a message
@@ -220,7 +221,9 @@ def _label(value: float) -> int:
 
 def shown(answer: object) -> str:
     """The beginning of an answer, for a message."""
-    try:
-        return sentence(json.dumps(answer)[:_SHOWN])
-    except (TypeError, ValueError, RecursionError):
+    try:  # piece by piece: an expression may have made something huge of a small answer
+        return sentence("".join(islice(json.JSONEncoder().iterencode(answer), _SHOWN))[:_SHOWN])
+    except TypeError:
+        return brief(answer)  # a function's answer that is no JSON
+    except (ValueError, RecursionError):
         return "nested too deeply to be shown"

@@ -10,6 +10,7 @@ import base64
 import functools
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _AT = re.compile(rf"@({'|'.join(_FORMS)})")
 _IN_TEXT = re.compile(rf"\$base64_({'|'.join(_FORMS)})\b")
 _FIELD = re.compile(r"([^\s={}\[\]\"]+)=(.*)", re.DOTALL)
 _ARRAYS = "$arrays"
+_NUMBERS = {"$array", _ARRAYS, "raw"}  # forms that are no image file
+_DEEPEST = 50  # levels of a JSON text of the user's
 _ADVICE = (
     "--send is 'NAME=@png' for a form, '@png' for a bare body, or a JSON text with "
     '"$base64_png", "$array" or "$arrays" in it; png may be jpeg or raw'
@@ -118,12 +121,10 @@ def _own(asking: Asking) -> Api:
     """
     if not asking.send:
         raise CountermarkError(f"--api json needs --send, what is sent: {_ADVICE}")
-    many = any(_ARRAYS in word for word in asking.send)
     read = asking.read or "@"
-    files = not any("$array" in word or "raw" in word for word in asking.send)
-    _read(read, None)
-    _parsed(tuple(asking.send))
-    return _row(*asking.send, read=read, many=many, files=files)
+    _compiled(read)
+    _, _, forms = _parsed(tuple(asking.send))
+    return _row(*asking.send, read=read, many=_ARRAYS in forms, files=forms.isdisjoint(_NUMBERS))
 
 
 def _row(*send: str, read: str = "@", media: str = "", many: bool = False, **more: Any) -> Api:
@@ -143,21 +144,13 @@ def _read(expression: str, value: Any) -> Any:
     """What an expression of JMESPath finds in an answer.
 
     Raises:
-        CountermarkError: it is no expression.
-        RefusalError: it finds nothing.
+        RefusalError: it finds nothing, or its functions cannot take what they find.
     """
     try:
-        compiled = _compiled(expression)
-        found = compiled.search(value)
-    except JMESPathError as error:
-        if value is None:
-            words = sentence(str(error))
-            raise CountermarkError(
-                f"--read {brief(expression)} is no JMESPath expression ({words}); for example "
-                "predictions[0].label"
-            ) from error
+        found = _compiled(expression).search(value)
+    except (JMESPathError, ValueError, ArithmeticError, TypeError, RecursionError):
         found = None
-    if found is None and value is not None:
+    if found is None:
         raise RefusalError(
             f"200 with nothing at {brief(expression)} ({shown(value)})", "check --api and --read"
         )
@@ -166,49 +159,83 @@ def _read(expression: str, value: Any) -> Any:
 
 @functools.cache
 def _compiled(expression: str) -> Any:
-    return jmespath.compile(expression)
+    """An expression of JMESPath, ready to be used.
+
+    Raises:
+        CountermarkError: it is none.
+    """
+    try:
+        return jmespath.compile(expression)
+    except (JMESPathError, ValueError, RecursionError) as error:
+        raise CountermarkError(
+            f"--read {brief(expression)} is no JMESPath expression ({sentence(str(error))}); for "
+            "example predictions[0].label"
+        ) from error
 
 
 @functools.cache
-def _parsed(words: tuple[str, ...]) -> tuple[str, Any]:
-    """What the words of `--send` describe: a `body`, a `form` or `json`.
+def _parsed(words: tuple[str, ...]) -> tuple[str, Any, set[str]]:
+    """What the words of `--send` describe: a `body`, a `form` or `json`, and its forms of images.
 
     Raises:
         CountermarkError: nothing.
     """
     if len(words) == 1 and (found := _AT.fullmatch(words[0])):
-        return "body", found[1]
+        return "body", found[1], {found[1]}
     fields = [_FIELD.fullmatch(word) for word in words]
+    kind, value, forms = "", None, set[str]()
     if all(fields):
-        pairs = [(each[1], each[2]) for each in fields if each]
-        if any(_AT.fullmatch(value) for _, value in pairs):
-            return "form", pairs
+        kind, value = "form", [(each[1], each[2]) for each in fields if each]
+        forms = {found[1] for _, text in value if (found := _AT.fullmatch(text))}
     elif len(words) == 1:
         try:
-            value = json.loads(words[0])
+            kind, value = "json", json.loads(words[0])
+            forms = _forms(value)
         except (ValueError, RecursionError) as error:
             raise CountermarkError(f"{brief(words[0])} is no JSON; {_ADVICE}") from error
-        if _IN_TEXT.search(words[0]) or '"$array' in words[0]:
-            return "json", value
-    raise CountermarkError(f"{brief(' '.join(words))} sends no image; {_ADVICE}")
+    if not forms:
+        raise CountermarkError(f"{brief(' '.join(words))} sends no image; {_ADVICE}")
+    if len(forms) > 1 and not forms.isdisjoint(_NUMBERS):
+        raise CountermarkError(
+            f"{brief(' '.join(words))} sends an image in several forms "
+            f"({', '.join(sorted(forms))}); numbers and raw bytes stand alone"
+        )
+    return kind, value, forms
+
+
+def _forms(value: Any, depth: int = 0) -> set[str]:
+    """The forms of images in a JSON value.
+
+    Raises:
+        ValueError: it is nested too deeply, or holds NaN or an infinity, which JSON has not.
+    """
+    if depth > _DEEPEST or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError("nested too deeply, or a number that JSON has not")
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return {form for each in value for form in _forms(each, depth + 1)}
+    if value in ("$array", _ARRAYS):
+        return {value}
+    return set(_IN_TEXT.findall(value)) if isinstance(value, str) else set()
 
 
 def _rendered(words: tuple[str, ...], images: torch.Tensor, asking: Asking) -> dict[str, Any]:
     """The body of a request, as `requests.request` takes it."""
-    kind, value = _parsed(words)
+    kind, value, _ = _parsed(words)
     if kind == "json":
         return {"json": _filled(value, images, asking)}
     if kind == "body":
         data, media = encoded(images[0], value, asking)
         return {"data": data, "headers": {"Content-Type": media}}
-    parts: dict[str, tuple[Any, ...]] = {}
+    parts: list[tuple[str, tuple[Any, ...]]] = []
     for name, text in value:
         found = _AT.fullmatch(text)
         if found is None:
-            parts[name] = (None, text)
+            parts.append((name, (None, text)))
         else:
             data, media = encoded(images[0], found[1], asking)
-            parts[name] = (f"image.{media.partition('/')[2]}", data, media)
+            parts.append((name, (f"image.{media.partition('/')[2]}", data, media)))
     return {"files": parts}
 
 
