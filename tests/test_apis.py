@@ -519,6 +519,167 @@ def test_cookies_of_a_server_are_kept(
     assert labels.tolist() == predict(load(owner), digits.test.x[:3]).tolist()
 
 
+def test_a_server_that_is_busy_for_ever_is_not_waited_for_every_time(
+    owner: Path, serve: Callable[[Path], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("countermark.suspects.asker.time.sleep", waits.append)
+    server = serve(owner)
+    server.extra = {"Retry-After": str(10**12)}
+    server.answer = lambda *_request: told({}, 429)
+    with pytest.raises(CountermarkError, match="429"):
+        Endpoint(f"{server.root}/predictions/digits")(torch.rand(9, *SHAPE))
+    assert sum(waits) <= 600
+
+
+SECRET = "a0b1c2d3e4f5g6h7i8j9"
+
+
+@pytest.mark.parametrize("cut", [0, 180])
+@pytest.mark.parametrize("status", [200, 302, 403, 500])
+def test_no_message_holds_a_secret_that_a_server_says(
+    owner: Path, serve: Callable[[Path], Server], status: int, cut: int
+) -> None:
+    """It says what it was sent, as pages for developers do; a message is cut short somewhere."""
+    server = serve(owner)
+    said = f"{'-' * cut} Bearer {SECRET}, {SECRET[::-1]}"
+    server.extra = {"Location": f"https://127.0.0.1/predict?key={SECRET[::-1]}"}
+    server.answer = lambda *_request: told({"headers": said}, status)
+    headers = (("Authorization", f"Bearer {SECRET}"),)
+    address = f"{server.root}/predictions/digits?key={SECRET[::-1]}"
+    with pytest.raises(CountermarkError) as caught:
+        Endpoint(address, Asking(headers=headers, retries=0))(torch.rand(5, *SHAPE))
+    assert str(status) in str(caught.value)
+    assert SECRET[:8] not in str(caught.value)
+    assert SECRET[::-1][:8] not in str(caught.value)
+
+
+def test_a_query_string_is_in_no_message_about_a_broken_connection(
+    owner: Path, serve: Callable[[Path], Server]
+) -> None:
+    """TLS with a server that speaks none; `requests` says the whole address."""
+    server = serve(owner)
+    address = f"{server.root.replace('http', 'https')}/predictions/digits?k=short"
+    with pytest.raises(CountermarkError, match="SSLError") as caught:
+        Endpoint(address, Asking(retries=0))(torch.rand(5, *SHAPE))
+    assert "short" not in str(caught.value)
+
+
+def test_a_token_of_several_lines_is_refused_and_not_shown(
+    owner: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN", f"{SECRET}\nmore")
+    address = "http://127.0.0.1:1/predictions/digits"
+    options = ["--key", str(owner / "key"), "--bearer", "TOKEN"]
+    assert main(["verify", address, *options]) == 2
+    said = capsys.readouterr().err
+    assert "'TOKEN' of the environment holds several lines" in said
+    assert SECRET not in said
+
+
+@pytest.mark.parametrize(
+    ("path", "posted"),
+    [
+        ("/predict/", "/predict/"),
+        ("/predict/?a=b#c", "/predict/?a=b"),
+        ("/v2/models/m:classify", "/v2/models/m:classify"),
+    ],
+)
+def test_an_api_of_ones_own_is_asked_at_the_address_that_is_given(
+    owner: Path, serve: Callable[[Path], Server], path: str, posted: str
+) -> None:
+    """Some servers redirect `/predict` to `/predict/`, and not every `/v2/models` is the OIP's."""
+    server = serve(owner)
+    server.answer = lambda *_request: told(3, 201)  # as some frameworks answer a POST
+    suspect = Endpoint(f"{server.root}{path}", Asking(api="json", send=("@png",)))
+    assert suspect(torch.rand(1, *SHAPE)).tolist() == [3]
+    assert [each[0] for each in server.requests] == [posted]
+
+
+def test_gradio_is_asked_with_the_query_string(
+    owner: Path, serve: Callable[[Path], Server]
+) -> None:
+    server = serve(owner)
+    with pytest.raises(CountermarkError, match="404"):
+        Endpoint(f"{server.root}/app?k=1", Asking(api="gradio"))(torch.rand(1, *SHAPE))
+    paths = [each[0] for each in server.requests]
+    assert paths == ["/app/gradio_api/info?k=1", "/app/gradio_api/upload?k=1"]
+
+
+def test_a_replay_log_answers_only_what_was_read_in_the_same_way(
+    owner: Path, serve: Callable[[Path], Server], tmp_path: Path
+) -> None:
+    """Answers that were read from the wrong place, or with other names, are not kept as right."""
+    server = serve(owner)
+    server.answer = lambda *_request: told({"id": 4, "label": "dog"})
+    x, log = torch.rand(2, *SHAPE), tmp_path / "log"
+
+    def asked(read: str, *names: str) -> list[int]:
+        asking = Asking(api="json", send=("@png",), read=read, names=names, replay=log)
+        return Endpoint(server.root, asking)(x).tolist()
+
+    assert asked("id", "dog", "cat") == [4, 4]
+    assert asked("label", "dog", "cat") == [0, 0]
+    assert asked("label", "cat", "dog") == [1, 1]
+    assert len(server.requests) == 6
+    assert asked("label", "cat", "dog") == [1, 1]
+    assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize(
+    ("media", "data"),
+    [
+        ("text/plain", "\ufeffcafé".encode()),
+        ("text/plain; charset=iso-8859-1", "café".encode("latin-1")),
+        ("text/html; charset=utf-8", "Café".encode()),  # what Flask says of a string
+        ("application/json", json.dumps({"label": "cafe\u0301"}).encode()),
+        ("application/json", '{"label": "café"}'.encode("latin-1")),
+        ("application/json", '{"label": "café"}'.encode("utf-16")),
+    ],
+)
+def test_a_name_is_read_in_the_encodings_of_servers(
+    owner: Path, serve: Callable[[Path], Server], media: str, data: bytes
+) -> None:
+    server = serve(owner)
+    server.answer = lambda *_request: (200, media, data)
+    asking = Asking(api="json", send=("@png",), names=("tea", "café"))
+    assert Endpoint(server.root, asking)(torch.rand(1, *SHAPE)).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("\ufeffdog\ncat\n".encode(), ""),
+        (b"dog\ncat\ndog\n", "names 'dog' 2 times"),
+        ("dog\ncat\n".encode("utf-16"), "is no text in UTF-8"),
+        (b"\x00\x01\n\x02", "is no text in UTF-8"),
+        (b"a\n" * (1 << 20), "larger than"),
+    ],
+)
+def test_class_names_are_read_whole_or_refused(
+    owner: Path,
+    serve: Callable[[Path], Server],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: bytes,
+    words: str,
+) -> None:
+    server, names = serve(owner), tmp_path / "names.txt"
+    names.write_bytes(data)
+    server.answer = lambda *_request: told("dog")
+    options = ["--key", str(owner / "key"), "--api", "hf", "--classes", str(names)]
+    assert main(["verify", server.root, *options]) == (2 if words else 1)
+    assert words in " ".join(capsys.readouterr().err.split())
+    assert bool(server.requests) is not bool(words)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_a_function_may_answer_with_a_list_of_scalars_or_rows(kind: Callable[..., Any]) -> None:
+    for rows in ([1, 0], [[0.1, 0.9], [0.9, 0.1]]):
+        suspect = open_suspect(lambda _x, rows=rows: list(kind(rows)), SHAPE)
+        assert suspect(torch.rand(2, *SHAPE)).tolist() == [1, 0]
+
+
 # --- the real ones --------------------------------------------------------------------------------
 
 _HOME = Path(__file__).parents[1]

@@ -310,8 +310,9 @@ def test_match_on_the_command_line(
     )
     monkeypatch.chdir(tmp_path)
     command = ["verify", "theirs:ask", "--key", str(owner / "key"), "--json"]
-    assert main(command) == 1
-    capsys.readouterr()
+    main(command)  # what it answers to images that are all dark may depend on the coins
+    found = json.loads(capsys.readouterr().out)
+    assert found["test"]["agreements"] < found["test"]["trials"] / 2
     assert main([*command, "--match"]) == 0
     found = json.loads(capsys.readouterr().out)
     matched = found["answers"]["matched"]

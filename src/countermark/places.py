@@ -47,12 +47,14 @@ class EndpointAddress(NamedTuple):
     Attributes:
         name: the model's address, without a query string, which may hold a secret.
         metadata: where its metadata are asked for.
-        infer: where it is asked.
+        infer: where it is asked in the Open Inference Protocol.
+        given: as it was given, without a fragment; where any other API is asked.
     """
 
     name: str
     metadata: str
     infer: str
+    given: str
 
 
 _MODEL = re.compile(r"(.*/v2/models/[^/].*?)(/infer)?")
@@ -80,7 +82,7 @@ def endpoint_address(url: str) -> EndpointAddress:
     model, asked = (path, path) if found is None else (found[1], f"{found[1]}/infer")
     name = urlunsplit(parts._replace(path=model, query=""))
     metadata, infer = (urlunsplit(parts._replace(path=each)) for each in (model, asked))
-    return EndpointAddress(name, metadata, infer)
+    return EndpointAddress(name, metadata, infer, urlunsplit(parts))
 
 
 def place_name(place: object) -> str:

@@ -165,7 +165,10 @@ def _answers_of(function: Suspect, names: Names) -> Callable[[torch.Tensor], lis
 
 def _checked(labels: object, count: int, names: Names) -> list[int]:
     if isinstance(labels, list):
-        return labels_of(labels, count, names)
+        # Many write a list of the scalars or rows of an array.
+        kinds = (np.ndarray, np.generic, torch.Tensor)
+        plain = [each.tolist() if isinstance(each, kinds) else each for each in labels]
+        return labels_of(plain, count, names)
     if (
         isinstance(labels, np.ndarray)
         and labels.dtype.kind in "iu"

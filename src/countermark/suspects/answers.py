@@ -6,6 +6,7 @@ object that holds names and scores. Of scores the largest counts, and a tie is n
 
 import json
 import math
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -66,6 +67,7 @@ class Names:
 
 
 def _plain(name: str) -> str:
+    name = unicodedata.normalize("NFC", name)  # macOS takes letters and their accents apart
     return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
 
 
@@ -187,12 +189,14 @@ def _held(answer: object, keys: Sequence[str]) -> Any:
 
 def _largest(pairs: Iterable[tuple[Any, Any]], names: Names) -> int:
     """The label whose score is largest; none where there is a tie or a score is no number."""
-    scored = [(_number(score), label) for label, score in pairs]
-    scores = [score for score, _ in scored]
+    labels, scores = [], []
+    for label, score in pairs:
+        labels.append(label)
+        scores.append(_number(score))
     if not all(map(math.isfinite, scores)):
         return NO_ANSWER
     most = max(scores)
-    best = [label for score, label in scored if score == most]
+    best = [label for score, label in zip(scores, labels, strict=True) if score == most]
     if len(best) > 1:
         return NO_ANSWER
     if isinstance(best[0], int | float | str):

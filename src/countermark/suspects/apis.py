@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import jmespath
 import torch
@@ -134,7 +135,7 @@ def _row(*send: str, read: str = "@", media: str = "", many: bool = False, **mor
         sent = _rendered(send, images, line.asking)
         if media:
             sent["headers"] = {"Content-Type": media}
-        found = _read(read, line.exchange("POST", line.address.infer, **sent))
+        found = _read(read, line.exchange("POST", line.address.given, **sent))
         return found if many else [found]
 
     return Api(ask, many=many, **more)
@@ -329,25 +330,29 @@ def _gradio(line: Line, images: torch.Tensor) -> Any:
     The address is that of a call, or that of the app: then its one function is called, or `predict`
     if there are several.
     """
-    root, _, name = re.sub(r"/(gradio_api/)?call/", "\0", line.address.infer).partition("\0")
-    root = root.rstrip("/")
+    parts = urlsplit(line.address.given)
+    root, _, name = re.sub(r"/(gradio_api/)?call/", "\0", parts.path.rstrip("/")).partition("\0")
+
+    def at(path: str) -> str:
+        return urlunsplit(parts._replace(path=f"{root}/gradio_api/{path}"))
+
     name = name or _only_call(line.metadata())
     data, media = encoded(images[0], "image", line.asking)
     file = {"files": (f"image.{media.partition('/')[2]}", data, media)}
-    paths = line.exchange("POST", f"{root}/gradio_api/upload", files=file)
+    paths = line.exchange("POST", at("upload"), files=file)
     if not isinstance(paths, list) or not paths or not isinstance(paths[0], str):
         raise RefusalError(f"200 with no place of the uploaded image ({shown(paths)})")
-    call = f"{root}/gradio_api/call/{name}"
+    call = f"call/{name}"
     given = {"path": paths[0], "meta": {"_type": "gradio.FileData"}}
-    event = line.exchange("POST", call, json={"data": [given]})
+    event = line.exchange("POST", at(call), json={"data": [given]})
     number = event.get("event_id") if isinstance(event, dict) else None
     if not isinstance(number, str) or not re.fullmatch(r"[\w-]+", number):
         raise RefusalError(f"200 with no event_id ({shown(event)})")
-    told = line.exchange("GET", f"{call}/{number}")
+    told = line.exchange("GET", at(f"{call}/{number}"))
     complete = re.search(r"^event: complete\s+data: (.*)$", str(told), re.MULTILINE)
     try:
         return json.loads(complete[1] if complete else "")[:1]
-    except (ValueError, TypeError, RecursionError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         raise RefusalError(f"the call brought no result ({sentence(str(told))})") from None
 
 
@@ -363,7 +368,7 @@ def _only_call(about: Any) -> str:
             "name one at the end of the address: .../gradio_api/call/NAME",
             final=True,
         )
-    return names[0]
+    return quote(names[0], safe="")
 
 
 APIS: Mapping[str, Api] = {

@@ -11,7 +11,7 @@ it weakens the evidence and stops nothing.
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, get_args
@@ -30,7 +30,9 @@ _REPLAY_LIMIT = 1 << 28
 _FIRST_WAIT = 0.5  # seconds before the first retry; then twice as long each time
 _LONGEST_WAIT = 30.0
 _LONGEST_HEEDED = 300.0  # seconds that a suspect may ask to be left alone
+_LONGEST_FRUITLESS = 300.0  # seconds waited since the last answer; then nothing is retried
 _PATIENCE = 5  # requests in a row that bring nothing
+_SHORTEST_SECRET = 8  # characters of a secret, or of its beginning, that messages leave out
 _WASTED = 30  # and in all
 
 T = TypeVar("T")
@@ -182,6 +184,7 @@ class Asker:
         trouble: why the last request that brought nothing did so; empty if all of them did.
         form: what changes images on their way and is part of the question, such as a JPEG's
             quality.
+        secrets: what messages leave out, even where the suspect says it.
     """
 
     def __init__(
@@ -199,11 +202,13 @@ class Asker:
             CountermarkError: the replay log cannot be read.
         """
         self.name, self._answer, self._asking = name, answer, asking
-        self.form = ""
+        self.form, self.secrets = "", frozenset[str]()
         self.asked = self.refused = self.changed = 0
         self.trouble = self._advice = ""
         self._last = -math.inf
-        self._known = read_replay(asking.replay, name, asking.repeats)
+        self._how = sha256(json.dumps((asking.send, asking.read, asking.names)).encode())
+        self._known = read_replay(asking.replay, name, asking.repeats, self._how)
+        self._waited = 0.0  # seconds since the last answer
         self._answered = bool(self._known)  # once it has answered, refusals do not end the asking
         self._reached = self._answered  # once it was reached, silence counts as a refusal
         self._silent = 0  # requests in a row without an answer
@@ -291,11 +296,11 @@ class Asker:
                 self._reached = self._reached or error.there
                 if error.busy:
                     self._alive()
-                if not error.nobody and (self._silent >= _PATIENCE or self._wasted >= _WASTED):
+                if not error.nobody and self._impatient():
                     break
             else:
                 self._alive()
-                self._closed = 0
+                self._closed, self._waited = 0, 0.0
                 return found
         if failure is not None:
             self._silent += 1
@@ -309,17 +314,26 @@ class Asker:
     def _wait(self, attempt: int, wanted: float) -> None:
         if attempt:
             wait = min(_FIRST_WAIT * 2 ** (attempt - 1), _LONGEST_WAIT)
-            time.sleep(max(wait, min(wanted, _LONGEST_HEEDED)))
+            wait = max(wait, min(wanted, _LONGEST_HEEDED))
+            time.sleep(wait)
+            self._waited += wait
         if self._asking.rate is not None:
             time.sleep(max(0.0, self._last + 1 / self._asking.rate - time.monotonic()))
             self._last = time.monotonic()
+
+    def _impatient(self) -> bool:
+        return (
+            self._silent >= _PATIENCE
+            or self._wasted >= _WASTED
+            or self._waited >= _LONGEST_FRUITLESS
+        )
 
     def _alive(self) -> None:
         self._reached, self._silent, self._gone = True, 0, 0
 
     def _note(self, error: CountermarkError, advice: str, images: int, final: bool) -> None:
         """Remember why a request brought nothing; stop where nothing was and will be answered."""
-        self.trouble, self._advice = str(error), advice
+        self.trouble, self._advice = _without(str(error), self.secrets), advice
         self._barren += images > 0
         if images and not self._answered and (final or self._barren >= _PATIENCE):
             raise self._stopped() from error
@@ -343,11 +357,21 @@ class Asker:
                 with path.open("a") as stream:
                     for name, label in answered.items():
                         entry = {"url": self.name, "image": name, "label": label}
-                        stream.write(json.dumps(entry | {"repeats": repeats}) + "\n")
+                        more = {"repeats": repeats, "how": self._how}
+                        stream.write(json.dumps(entry | more) + "\n")
             except OSError as error:
                 raise CountermarkError(
                     f"cannot write {path}: {error.strerror}; choose another replay log"
                 ) from error
+
+
+def _without(text: str, secrets: Iterable[str]) -> str:
+    """A text without secrets, or without the beginning of one that was cut short."""
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+        for end in range(len(secret) - 1, _SHORTEST_SECRET - 1, -1):
+            text = text.replace(secret[:end], "***")
+    return text
 
 
 def _digest(image: torch.Tensor, form: str) -> str:
@@ -359,8 +383,13 @@ def _digest(image: torch.Tensor, form: str) -> str:
     return sha256(f"{form}{image.dtype} {list(image.shape)} ".encode() + data)
 
 
-def read_replay(path: Path | None, name: str, repeats: int = 1) -> dict[str, int]:
-    """The log's answers that count here: of this suspect, and given as often as is asked now."""
+def read_replay(
+    path: Path | None, name: str, repeats: int = 1, how: str | None = None
+) -> dict[str, int]:
+    """The log's answers that count here: of this suspect, and given as often as is asked now.
+
+    What is sent and read, and the names of the classes, are the same; an early log does not say.
+    """
     if path is None or not path.exists():
         return {}
     known: dict[str, int] = {}
@@ -372,6 +401,7 @@ def read_replay(path: Path | None, name: str, repeats: int = 1) -> dict[str, int
                 entry = json.loads(line)
                 image, label, often = entry["image"], entry["label"], entry["repeats"]
                 whole = type(label) is int and 0 <= label < MOST_LABELS and type(often) is int
+                whole = whole and how in (None, entry.get("how", how))
                 if entry["url"] == name and isinstance(image, str) and whole and often >= repeats:
                     known[image] = label
             except (ValueError, KeyError, TypeError, RecursionError):

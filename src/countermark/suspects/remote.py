@@ -8,9 +8,11 @@ is wrong with the labels.
 import json
 import re
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import parse_qsl, quote, quote_plus, urlsplit, urlunsplit
 
 import requests
 import torch
@@ -24,7 +26,7 @@ from countermark.suspects.apis import found_api
 from countermark.suspects.asker import Asker, Asking, FailureError, RefusalError
 from countermark.text import sentence
 
-_RESPONSE_LIMIT = 1 << 24
+_RESPONSE_LIMIT = 1 << 22  # read as JSON, it takes fifty times as much memory
 _WORDS_LIMIT = 1 << 12
 _MARKUP = re.compile(r"<(script|style)\b.*?</\1>|<[^>]*>", re.DOTALL | re.IGNORECASE)
 _CREDENTIALS = "give it what it wants with --headers, such as 'Authorization: Bearer ...'"
@@ -38,7 +40,7 @@ _FINAL = {
     410: _ADDRESS,
 }
 """Statuses that are about the address or the client and not about the images: what to do."""
-_TEXTS = ("text/plain", "text/event-stream")
+_TEXTS = ("text/plain", "text/html", "text/event-stream")
 
 
 class Endpoint(Asker):
@@ -80,6 +82,7 @@ class Endpoint(Asker):
         self.form = f"jpeg {asking.quality} " if lossy else ""
         self._session = Session()
         self._headers = dict(asking.headers)
+        self.secrets = frozenset(_secrets(url, asking.headers))
         self._metadata: Any = None
 
     def _infer(self, images: torch.Tensor) -> list[int]:
@@ -94,7 +97,8 @@ class Endpoint(Asker):
     def metadata(self) -> Any:
         """What the endpoint says about the model, asked once; nothing if it says nothing."""
         if self._metadata is None:
-            address = self.address.metadata + self._row.about
+            parts = urlsplit(self.address.metadata)
+            address = urlunsplit(parts._replace(path=parts.path + self._row.about))
             found = self._attempt(lambda: self.exchange("GET", address))
             self._metadata = found or {}
         return self._metadata
@@ -121,10 +125,28 @@ class Endpoint(Asker):
             if isinstance(error, ValueError) or "CERTIFICATE_VERIFY_FAILED" in str(error):
                 # An address or a header that cannot be sent, or a certificate that does not hold.
                 advice = "check the address, --headers, and REQUESTS_CA_BUNDLE for its certificate"
-                words = sentence(f"{type(error).__name__}: {error}")
+                words = _broken(error)
                 raise RefusalError(words, advice, final=True) from error
             nobody = _is_nobody(error)
-            raise FailureError(type(error).__name__, there=False, nobody=nobody) from error
+            words = type(error).__name__ if nobody else _broken(error)
+            raise FailureError(words, there=False, nobody=nobody) from error
+
+
+def _secrets(url: str, headers: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """The words of headers and of a query string that nobody else should read."""
+    query = urlsplit(url).query
+    words = [word for _, value in headers for word in value.split()]
+    for word in (*words, query, *(value for _, value in parse_qsl(query))):
+        for each in (word, quote(word), quote_plus(word)):
+            if len(each) >= 8 or word == query != "":
+                yield each
+
+
+def _broken(error: Exception) -> str:
+    """What broke a request off, without its address, whose query string may hold a secret."""
+    cause = error.args[0] if error.args else None
+    reason = cause.reason if isinstance(cause, MaxRetryError) else error
+    return sentence(re.sub(r"\?[^\s'\")]*", "?...", f"{type(error).__name__}: {reason}"))
 
 
 def _check_files(asking: Asking, api: str) -> None:
@@ -160,7 +182,7 @@ def _value(response: requests.Response) -> Any:
         where = sentence(response.headers.get("Location", "nowhere"))
         advice = "redirects are not followed; give the address that it leads to, if you trust it"
         raise RefusalError(f"{said}, to {where}", advice, final=True)
-    if status != 200:
+    if status not in (200, 201):
         words = _words(_body(response, _WORDS_LIMIT))
         said += f" ({words})" if words else ""
         if status == 429 or status >= 500:
@@ -170,11 +192,15 @@ def _value(response: requests.Response) -> Any:
     if len(data) > _RESPONSE_LIMIT:
         raise RefusalError(f"{said} with an answer of more than {_RESPONSE_LIMIT} bytes")
     try:
-        return json.loads(data)
+        text = data.decode(json.detect_encoding(data))
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError):
         media = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if media in _TEXTS and data.lstrip()[:1] != b"<":
-            return data.decode(errors="replace").strip()
+        if media in _TEXTS and not text.lstrip().startswith("<"):
+            return text.strip()
         words = f"{said} with something else than JSON ({_words(data)})"
         raise RefusalError(words, _ADDRESS, final=True) from None
 

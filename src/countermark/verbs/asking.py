@@ -139,6 +139,11 @@ def _asking(config: SuspectOptions, names: Sequence[str]) -> "Asking":
                 f"the environment has no variable {brief(config.bearer)}; --bearer is the name of "
                 "the one that holds the token"
             )
+        if not (token.isascii() and token.isprintable()):
+            raise CountermarkError(
+                f"the variable {brief(config.bearer)} of the environment holds several lines or "
+                "letters that no token has; put the token alone into it"
+            )
         given.append(("Authorization", f"Bearer {token}"))
     return Asking(
         size=config.size,
@@ -165,17 +170,26 @@ def _asking(config: SuspectOptions, names: Sequence[str]) -> "Asking":
 
 
 def _names(config: SuspectOptions) -> tuple[str, ...]:
-    """The class names of `--classes`; none without it.
+    """The class names of `--classes`, one a line; none without it.
 
     Raises:
-        CountermarkError: the file holds none.
+        CountermarkError: the file holds none, holds one twice, or is no text in UTF-8.
     """
     if config.classes is None:
         return ()
-    text = read_bytes(Path(config.classes), _NAMES_LIMIT).decode(errors="replace")
+    path = Path(config.classes)
+    try:
+        text = read_bytes(path, _NAMES_LIMIT).decode("utf-8-sig")  # editors may begin it with a BOM
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise CountermarkError(f"{path} is no text in UTF-8; save the class names as such")
     names = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not names:
-        raise CountermarkError(f"{config.classes} holds no class names; write one a line")
+        raise CountermarkError(f"{path} holds no class names; write one a line")
+    name, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise CountermarkError(f"{path} names {brief(name)} {count} times; name each class once")
     return names
 
 
