@@ -315,7 +315,7 @@ class SuspectOptions(OneDeviceOptions):
         """Refuse numbers out of range and headers that are none."""
         super().__post_init__()
         self._at_least_one("budget", "repeats")
-        self._at_least_one("size", most=1 << 13)
+        self._at_least_one("size", most=1 << 10)
         self._whole("quality", 1, 100)
         self._whole("retries", 0, 100)
         self._positive("number", "rate", "timeout")

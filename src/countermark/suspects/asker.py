@@ -224,19 +224,24 @@ class Asker:
             CountermarkError: nothing was ever answered, or nobody can be connected to any more;
                 what was answered is in the replay log.
         """
-        images = as_taken(x, self._asking)
-        names = [_digest(image, self.form) for image in images]
+        count = self._asking.batch_size
+        names = [  # a part at a time: as the suspect takes them, images may be much larger
+            _digest(image, self.form)
+            for part in torch.split(x, count)
+            for image in as_taken(part, self._asking)
+        ]
         todo = [i for i, name in enumerate(names) if name not in self._known]
         todo = list({names[i]: i for i in reversed(todo)}.values())[::-1]  # each image once
-        for start in range(0, len(todo), self._asking.batch_size):
+        for start in range(0, len(todo), count):
             if self._closed >= _PATIENCE:  # such as a credential that has expired
                 break
-            part = todo[start : start + self._asking.batch_size]
+            part = todo[start : start + count]
             if self._asking.budget is not None:
                 left = self._asking.budget - self.asked
                 part = part[: max(0, left // self._asking.repeats)]
             if part:
-                self._keep([names[i] for i in part], self._repeated(images[part]))
+                images = as_taken(x[part], self._asking)
+                self._keep([names[i] for i in part], self._repeated(images))
         if self._barren and not self._answered:
             raise self._stopped()
         answers = [self._known.get(name, NO_ANSWER) for name in names]
