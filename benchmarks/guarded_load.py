@@ -23,6 +23,7 @@ from PIL import Image
 import countermark as cm
 from countermark.networks import load_model, open_declared
 from countermark.service.engine import Engine
+from service_load import compare
 
 _CLIENTS = 16
 
@@ -89,11 +90,7 @@ def main() -> None:
     for _ in range(options.rounds):
         for guarded in (False, True):
             runs[guarded].append(load(options.model, images, options.seconds, guarded))
-    for place, what in enumerate(("p50", "p99", "answers a second")):
-        bare, guard = (
-            statistics.median(run[place] for run in runs[guarded]) for guarded in (False, True)
-        )
-        print(f"{what}: bare {bare:.2f}, guarded {guard:.2f}, ratio {guard / bare:.3f}")
+    compare(runs, "answers a second")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -256,6 +257,15 @@ def kills(model: Path, x: torch.Tensor, times: int) -> None:
     assert lost == wrong == 0
 
 
+def compare(runs: Mapping[bool, Sequence[Sequence[float]]], rate: str) -> None:
+    """Print the medians of p50, p99 and a rate, of bare and of guarded runs."""
+    for place, what in enumerate(("p50", "p99", rate)):
+        bare, guard = (
+            statistics.median(run[place] for run in runs[guarded]) for guarded in (False, True)
+        )
+        print(f"{what}: bare {bare:.2f}, guarded {guard:.2f}, ratio {guard / bare:.3f}")
+
+
 def main() -> None:
     """Measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -288,11 +298,7 @@ def main() -> None:
                     guarded,
                 )
             )
-    for place, what in enumerate(("p50", "p99", "requests a second")):
-        bare, guard = (
-            statistics.median(run[place] for run in runs[guarded]) for guarded in (False, True)
-        )
-        print(f"{what}: bare {bare:.2f}, guarded {guard:.2f}, ratio {guard / bare:.3f}")
+    compare(runs, "requests a second")
 
 
 if __name__ == "__main__":

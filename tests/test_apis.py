@@ -266,6 +266,14 @@ def names(tmp_path: Path) -> Path:
     return path
 
 
+def verifying(kind: str, server: Server, owner: Path, names: Path) -> list[str]:
+    """The command that asks a server for the coins; the server speaks that API from now on."""
+    answer, path, options = SERVED[kind]
+    server.answer = lambda *request: answer(server, *request)
+    classes = ["--classes", str(names)] if kind in NAMED else []
+    return ["verify", server.root + path, "--key", str(owner / "key"), *options, *classes]
+
+
 @pytest.mark.parametrize("kind", SERVED)
 def test_a_copy_behind_any_api_is_a_full_match_by_one_command(
     kind: str,
@@ -276,12 +284,7 @@ def test_a_copy_behind_any_api_is_a_full_match_by_one_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_token")
-    answer, path, options = SERVED[kind]
-    server = serve(owner)
-    server.answer = lambda *request: answer(server, *request)
-    classes = ["--classes", str(names)] if kind in NAMED else []
-    words = ["verify", server.root + path, "--key", str(owner / "key"), *options, *classes]
-    assert main([*words, "--json"]) == 0
+    assert main([*verifying(kind, serve(owner), owner, names), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     trials = found["test"]["trials"]
     assert (found["test"]["agreements"], found["answers"]["unanswered"]) == (trials, 0)
@@ -299,12 +302,7 @@ def test_a_stranger_behind_any_api_is_no_evidence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_token")
-    answer, path, options = SERVED[kind]
-    server = serve(stranger)
-    server.answer = lambda *request: answer(server, *request)
-    classes = ["--classes", str(names)] if kind in NAMED else []
-    words = ["verify", server.root + path, "--key", str(owner / "key"), *options, *classes]
-    assert main(words) == 1
+    assert main(verifying(kind, serve(stranger), owner, names)) == 1
 
 
 def test_a_function_is_named_on_the_command_line(

@@ -173,6 +173,25 @@ def fitted(file: Path | bytes, shape: tuple[int, int, int], most: int = MOST_PIX
     return np.ascontiguousarray(np.broadcast_to(pixels, shape))
 
 
+def encode(pixels: Array, form: str, **options: Any) -> bytes:
+    """Write an image as a file.
+
+    Args:
+        pixels: uint8 `(c, h, w)`, of one channel or three.
+        form: `png` or `jpeg`.
+        **options: what Pillow takes for that format, such as `quality`.
+
+    Example:
+        >>> data = encode(np.zeros((3, 4, 6), np.uint8), "png")
+        >>> decode(data).pixels.shape
+        (3, 4, 6)
+    """
+    stream = io.BytesIO()
+    flat = pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+    Image.fromarray(np.ascontiguousarray(flat)).save(stream, form, **options)
+    return stream.getvalue()
+
+
 def to_pixels(image: Image.Image, size: int | None = None, most: int = MOST_PIXELS) -> Decoded:
     """Turn an opened image of Pillow into pixels; see `decode`.
 

@@ -8,7 +8,6 @@ API and Gradio.
 
 import base64
 import functools
-import io
 import json
 import math
 import re
@@ -20,8 +19,8 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import jmespath
 import torch
 from jmespath.exceptions import JMESPathError
-from PIL import Image
 
+from countermark.data.images import encode
 from countermark.errors import CountermarkError, choose
 from countermark.places import EndpointAddress
 from countermark.suspects.answers import shown
@@ -95,23 +94,22 @@ def found_api(address: EndpointAddress, asking: Asking) -> tuple[Api, str, bool]
         CountermarkError: the address tells no API and none is named, or options of one API are
             given with another.
     """
-    name = asking.api
+    name, guessed = asking.api, asking.api is None
     if name is not None:
         choose("api", name, (*APIS, "json"))
-    if name != "json" and (asking.send or asking.read):
-        raise CountermarkError("--send and --read describe an API of your own; give --api json")
     if name == "json":
-        return _own(asking), name, False
+        return _own(asking), name, guessed
+    if asking.send or asking.read:
+        raise CountermarkError("--send and --read describe an API of your own; give --api json")
     if name is None:
         path = address.infer.partition("?")[0].rstrip("/")
         name = next((each for each in APIS if re.search(APIS[each].address, path)), None)
-        if name is None:
-            raise CountermarkError(
-                f"{sentence(address.name)} does not tell what API it has; name it with "
-                f"--api {', '.join(APIS)}, or describe it with --api json --send ... --read ..."
-            )
-        return APIS[name], name, True
-    return APIS[name], name, False
+    if name is None:
+        raise CountermarkError(
+            f"{sentence(address.name)} does not tell what API it has; name it with "
+            f"--api {', '.join(APIS)}, or describe it with --api json --send ... --read ..."
+        )
+    return APIS[name], name, guessed
 
 
 def _own(asking: Asking) -> Api:
@@ -276,15 +274,8 @@ def encoded(image: torch.Tensor, form: str, asking: Asking) -> tuple[bytes, str]
             f"an image file has 1 or 3 channels, not {len(image)}; send arrays, for example with "
             """--api json --send '{"image": "$array"}'"""
         )
-    picture = Image.fromarray(
-        image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
-    )
-    stream = io.BytesIO()
-    if form == "jpeg":
-        picture.save(stream, "JPEG", quality=asking.quality)
-    else:
-        picture.save(stream, "PNG")
-    return stream.getvalue(), _TYPES[form]
+    options = {"quality": asking.quality} if form == "jpeg" else {}
+    return encode(image.numpy(), form, **options), _TYPES[form]
 
 
 def _open_inference(line: Line, images: torch.Tensor) -> Any:

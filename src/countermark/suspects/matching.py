@@ -14,6 +14,7 @@ import torch
 
 from countermark.data import Examples, as_uint8, pixels
 from countermark.errors import CountermarkError
+from countermark.evaluation import agreement
 from countermark.suspects.asker import MOST_LABELS, NO_ANSWER, Asker, Asking
 from countermark.suspects.remote import Endpoint
 
@@ -170,7 +171,7 @@ def match(
         for option in options
         if getattr(best, option) != getattr(asking, option)
     }
-    before_any = None if first is None else _plainly(first[1], clean.y)
+    before_any = None if first is None else agreement(first[1], clean.y)
     return Matched(chosen, classes, accuracy, before_any, ways), spent
 
 
@@ -186,18 +187,14 @@ def _score(answers: torch.Tensor, y: torch.Tensor, plain: int) -> float:
     """Percent right of plain and noisy examples, by the classes that the plain ones tell."""
     share, classes = _right(answers[:plain], y[:plain])
     read = Matched({}, classes, share, None, 1).meant(answers[plain:])
-    return (share + _plainly(read, y[plain:])) / 2
-
-
-def _plainly(answers: torch.Tensor, y: torch.Tensor) -> float:
-    return 100 * float((answers == y).double().mean())
+    return (share + agreement(read, y[plain:])) / 2
 
 
 def _right(
     answers: torch.Tensor, y: torch.Tensor
 ) -> tuple[float, tuple[tuple[int, int], ...] | None]:
     """The percentage that is right, and the exchange of classes by which it is, if there is one."""
-    plain = _plainly(answers, y)
+    plain = agreement(answers, y)
     answered = answers != NO_ANSWER
     if not bool(answered.any()):
         return 0.0, None

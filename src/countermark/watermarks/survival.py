@@ -6,18 +6,16 @@ learns their answers in both. The choice asks the source model alone, so it depe
 (condition 2).
 """
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional
 
 from countermark.data import as_uint8, pixels
-from countermark.data.images import decode
+from countermark.data.images import decode, encode
 from countermark.errors import CountermarkError
 from countermark.networks.cleaners import CLEANERS, Amount, Shape
 from countermark.text import brief
@@ -72,14 +70,8 @@ def _jpeg(x: torch.Tensor, quality: int) -> torch.Tensor:
         raise CountermarkError(
             f"a JPEG has 1 or 3 channels, not {x.shape[1]}; leave jpeg out of --survive"
         )
-    parts = []
-    for image in x:
-        stream = io.BytesIO()
-        array = image.permute(1, 2, 0).numpy()
-        Image.fromarray(array[..., 0] if len(image) == 1 else array).save(
-            stream, "JPEG", quality=quality
-        )
-        parts.append(torch.from_numpy(decode(stream.getvalue()).pixels.copy()))
+    files = [encode(image.numpy(), "jpeg", quality=quality) for image in x]
+    parts = [torch.from_numpy(decode(file).pixels.copy()) for file in files]
     return torch.stack(parts) if parts else x
 
 
