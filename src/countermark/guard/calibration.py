@@ -80,7 +80,7 @@ def calibrate(
         raise CountermarkError(
             f"{len(y)} validation examples are too few to calibrate a guard; give at least 20"
         )
-    signed, heads, tails = boundary(logits)
+    signed, heads, tails = map(torch.from_numpy, boundary(logits.double().numpy()))
     margins = signed.abs()
     first = logits.argmax(1)
     second = torch.where(first == heads, tails, heads)

@@ -12,7 +12,8 @@ smooths the answers over such a family of variants, and their copy keeps the coi
 shares it.
 
 Every function here is pure: logits, features and images go in, answers and trials come out.
-`countermark.guard.model` applies them to a network.
+`countermark.guard.model` applies them to a network. They compute with NumPy: a query has few
+numbers, and each operation of PyTorch takes longer to start and lets other threads in between.
 """
 
 import hashlib
@@ -20,9 +21,11 @@ import hmac
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch.nn import functional
 
 from countermark.errors import CountermarkError
 from countermark.guard.foreign import HonestRanges, outlines
@@ -39,6 +42,8 @@ CELLS, FOREIGN = b"countermark guard cells", b"countermark guard foreign cells"
 ELSEWHERE = b"\xff\xff"
 """The first bytes of a foreign query's cell; no class has this number."""
 _REMEMBERED = 1000  # clients whose keys are kept in memory
+
+Numbers = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -184,28 +189,39 @@ class Guard:
                 f"this guard looks at the images as well; give the {len(logits)} that were asked, "
                 f"uint8, {usual.values} values each"
             )
+        scores, inner = _array(logits), _array(features)
+        if not (np.isfinite(scores).all() and np.isfinite(inner).all()):
+            raise CountermarkError(
+                "the model answered with logits or features that are not finite; nothing can be "
+                "returned for these queries"
+            )
         foreign = (
-            torch.zeros(len(logits), dtype=torch.bool)
+            np.zeros(len(scores), dtype=bool)
             if usual is None or images is None
             else usual.foreign(images)
         )
-        margins, heads, tails = boundary(logits)
-        slack = 2 * tolerance * (1 + logits.double().abs().amax(1))  # of a difference of two logits
-        met = torch.nonzero((margins.abs() <= settings.reach + slack) | foreign).flatten()
+        margins, heads, tails = boundary(scores)
+        # Of a difference of two logits.
+        slack = 2 * tolerance * (1 + np.abs(scores).max(1).astype(np.float64))
+        (met,) = np.nonzero((np.abs(margins) <= settings.reach + slack) | foreign)
         if not len(met):
             return []
         foreign, margins, slack = foreign[met], margins[met], slack[met]
-        codes, distances = self._near(features[met])
-        best = functional.pad(logits[met].double(), (0, 1), value=-math.inf).topk(3, dim=1).values
-        same_pair = best[:, 1] - best[:, 2] >= slack
-        same_cell = distances >= tolerance * (1 + features[met].double().abs().sum(1))
-        sure = same_pair & (foreign | same_cell & (margins.abs() <= settings.reach - slack))
+        heads, tails = heads[met], tails[met]
+        scores, inner = scores[met].astype(np.float64), inner[met].astype(np.float64)
+        codes, distances = self._near(inner)
+        rows = np.arange(len(met))
+        second = np.minimum(scores[rows, heads], scores[rows, tails])
+        scores[rows, heads] = scores[rows, tails] = -math.inf
+        same_pair = second - scores.max(1) >= slack
+        same_cell = distances >= tolerance * (1 + np.abs(inner).sum(1))
+        sure = same_pair & (foreign | same_cell & (np.abs(margins) <= settings.reach - slack))
         low, middle, high = (
             self._chances(margins + shift, foreign) for shift in (-slack, 0, slack)
         )
         found = []
         for place, (row, head, tail, far) in enumerate(
-            zip(*(c.tolist() for c in (met, heads[met], tails[met], foreign)), strict=True)
+            zip(*(column.tolist() for column in (met, heads, tails, foreign)), strict=True)
         ):
             pair = head.to_bytes(2, "big") + tail.to_bytes(2, "big")
             cell = (
@@ -222,17 +238,8 @@ class Guard:
         tail = coin(self._key(client), question.cell) < question.chance
         return AnswerTrial(**vars(question), answer=question.tails if tail else question.heads)
 
-    def foreign(self, images: torch.Tensor) -> torch.Tensor:
-        """Tell which images `(n, c, h, w)`, uint8, no honest client sends: bool `(n,)`."""
-        settings = self.settings
-        return (
-            torch.zeros(len(images), dtype=torch.bool)
-            if settings.familiar is None
-            else settings.familiar.foreign(images)
-        )
-
     def _outline_code(self, image: torch.Tensor) -> bytes:
-        outline = outlines(image)
+        outline = outlines(image).numpy()
         if self._far is None:
             offsets = self.settings.outlines
             self._far = _Cells(
@@ -247,7 +254,7 @@ class Guard:
             )
         return self._far(outline)[0][0]
 
-    def _chances(self, margins: torch.Tensor, foreign: torch.Tensor) -> list[int]:
+    def _chances(self, margins: Numbers, foreign: npt.NDArray[np.bool_]) -> list[int]:
         """Compute the chances of tails at signed margins, in 65536ths."""
         logits = self.settings.slope * margins
         return [
@@ -267,41 +274,40 @@ class Guard:
                 f"the guard was calibrated for {self.settings.features} features; it got logits "
                 f"{tuple(logits.shape)} and features {tuple(features.shape)}"
             )
-        if not bool(torch.isfinite(logits).all()) or not bool(torch.isfinite(features).all()):
-            raise CountermarkError(
-                "the model answered with logits or features that are not finite; nothing can be "
-                "returned for these queries"
-            )
 
 
 class _Cells:
     """The codes of cells: which of several keyed projections are above their offsets."""
 
     def __init__(self, signs: torch.Tensor, offsets: tuple[float, ...]) -> None:
-        self._signs, self._offsets = signs, torch.tensor(offsets, dtype=torch.float64)
+        self._signs, self._offsets = signs.numpy(), np.array(offsets)
 
-    def __call__(self, values: torch.Tensor) -> tuple[list[bytes], torch.Tensor]:
+    def __call__(self, values: Numbers) -> tuple[list[bytes], Numbers]:
         """Compute the code of each row of values and its distance to the nearest offset, `(n,)`.
 
         The distance is the smallest absolute difference between a projection and its offset.
         """
-        above = values.double() @ self._signs - self._offsets
+        above = values @ self._signs - self._offsets
         width = (len(self._offsets) + 7) // 8
         codes = [
             sum(1 << place for place, bit in enumerate(bits) if bit).to_bytes(width, "big")
             for bits in (above > 0).tolist()
         ]
-        return codes, above.abs().amin(1)
+        return codes, np.abs(above).min(1)
 
 
-def boundary(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def boundary(logits: Numbers) -> tuple[Numbers, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Find the two highest classes of each row, heads < tails, and the signed margin.
 
     The margin is the logit of tails minus the logit of heads, in float64.
     """
-    pair = logits.topk(2, dim=1).indices.sort(dim=1).values
-    values = logits.double().gather(1, pair)
-    return values[:, 1] - values[:, 0], pair[:, 0], pair[:, 1]
+    rows, rest = np.arange(len(logits)), logits.copy()
+    first = rest.argmax(1)
+    rest[rows, first] = -math.inf
+    second = rest.argmax(1)
+    heads, tails = np.minimum(first, second), np.maximum(first, second)
+    margins = logits[rows, tails].astype(np.float64) - logits[rows, heads].astype(np.float64)
+    return margins, heads, tails
 
 
 def tails_chance(logit: float, steps: int = STEPS) -> int:
@@ -368,3 +374,7 @@ def projections(
     stream = hashlib.shake_256(seed).digest((features * count + 7) // 8)
     bits = torch.tensor(list(stream), dtype=torch.int64).unsqueeze(1) >> torch.arange(8) & 1
     return (2.0 * bits.flatten()[: features * count].double() - 1).reshape(features, count)
+
+
+def _array(values: torch.Tensor) -> Numbers:
+    return (values.float() if values.element_size() < 4 else values).detach().numpy()
