@@ -5,7 +5,8 @@
 # Every version is as in constraints.txt. For the smaller CPU build of PyTorch give the index that
 # has it: --build-arg TORCH="torch==VERSION+cpu --extra-index-url URL". What you name is read and
 # written in /work, and fetched data stay in /work/.countermark. A .pt2 suspect is refused where
-# the container may not create user namespaces, which is the default of Docker.
+# the container may not create user namespaces, which is the default of Docker. hadolint 2.15.1 has
+# nothing to say about this file.
 FROM python:3.11-slim
 
 ENV PYTHONDONTWRITEBYTECODE=1 \
@@ -22,7 +23,7 @@ COPY src src
 RUN pip install --constraint constraints.txt ".[digits,parquet,onnx,serve,judge,sign,study]" \
     && rm -rf /build/*
 
-RUN useradd --create-home countermark && install --directory --owner=countermark /work
-USER countermark
+RUN useradd --uid 10001 --create-home countermark && install --directory --owner=10001 /work
+USER 10001
 WORKDIR /work
 ENTRYPOINT ["countermark"]

@@ -34,7 +34,7 @@ from countermark.files import sha256
 from countermark.networks import load
 from countermark.places import place_name
 from countermark.session import Session
-from countermark.suspects import Asking, Endpoint, as_taken, open_suspect
+from countermark.suspects import Asking, Endpoint, as_taken, asker, open_suspect
 from countermark.verbs.verify import VerifyConfig
 from countermark.watermarks import load_key
 
@@ -452,6 +452,17 @@ def test_an_answer_that_drips_is_none(dripping: Callable[[bytes], str], begin: b
     with pytest.raises(CountermarkError, match="cannot be reached"):
         suspect(images(1))
     assert time.monotonic() - begun < 30  # it would go on for ever
+
+
+def test_one_that_hangs_from_the_start_is_not_retried_for_ever(
+    dripping: Callable[[bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five requests, of which only the first is made more than once."""
+    monkeypatch.setattr(asker, "_FIRST_WAIT", 0.01)
+    suspect = Endpoint(dripping(b""), Asking(timeout=0.1))
+    with pytest.raises(CountermarkError):
+        suspect(images(8 * 32))
+    assert suspect.asked == 32 * 5 + 4  # the batch is asked again image by image
 
 
 def test_a_redirect_is_not_even_looked_at(peer: Peer, dripping: Callable[[bytes], str]) -> None:

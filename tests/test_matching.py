@@ -205,13 +205,15 @@ def test_no_trial_is_asked_before_the_way_is_chosen(
 
 
 def test_a_budget_holds_for_everything_together(key: Path, copy: Model) -> None:
+    """One that finding out spends gives no verdict: all trials would look unanswered."""
     asked = []
 
     def counting(x: torch.Tensor) -> torch.Tensor:
         asked.append(len(x))
         return copy(x.flip(1))
 
-    verify(counting, key=key, match=True, budget=1500)
+    with pytest.raises(CountermarkError, match="budget of 1500 images was spent on finding out"):
+        verify(counting, key=key, match=True, budget=1500)
     assert sum(asked) <= 1500
 
 
@@ -328,13 +330,13 @@ def test_match_on_the_command_line(
     owner: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real marked model behind a function that has its classes in another order."""
-    (tmp_path / "theirs.py").write_text(
+    (tmp_path / "turned.py").write_text(
         "import countermark as cm\n"
         f"model = cm.load({str(owner)!r})\n\n\n"
         "def ask(images):\n    return (model(images / 255).argmax(1) + 3) % 10\n"
     )
     monkeypatch.chdir(tmp_path)
-    command = ["verify", "theirs:ask", "--key", str(owner / "key"), "--json"]
+    command = ["verify", "turned:ask", "--key", str(owner / "key"), "--json"]
     main(command)  # what it answers to images that are all dark may depend on the coins
     found = json.loads(capsys.readouterr().out)
     assert found["test"]["agreements"] < found["test"]["trials"] / 2

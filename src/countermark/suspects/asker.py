@@ -185,6 +185,7 @@ class Asker:
         form: what changes images on their way and is part of the question, such as a JPEG's
             quality.
         secrets: what messages leave out, even where the suspect says it.
+        declared: the options that say which images it takes.
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class Asker:
         """
         self.name, self._answer, self._asking = name, answer, asking
         self.form, self.secrets = "", frozenset[str]()
+        self.declared = "--pixels, --layout"
         self.asked = self.refused = self.changed = 0
         self.trouble = self._advice = ""
         self._last = -math.inf
@@ -277,7 +279,8 @@ class Asker:
         """Send with retries, as far as the budget goes; none if there is no answer.
 
         After a few requests in a row that brought nothing, or many in all, each is made once, so
-        that retries do not multiply the time.
+        that retries do not multiply the time. So it is after the first one where nothing was ever
+        answered.
 
         Raises:
             CountermarkError: there is nobody to connect to, at first or in a few requests in a row;
@@ -301,7 +304,7 @@ class Asker:
                 self._reached = self._reached or error.there
                 if error.busy:
                     self._alive()
-                if not error.nobody and self._impatient():
+                if not error.nobody and self._impatient(error.busy):
                     break
             else:
                 self._alive()
@@ -326,9 +329,11 @@ class Asker:
             time.sleep(max(0.0, self._last + 1 / self._asking.rate - time.monotonic()))
             self._last = time.monotonic()
 
-    def _impatient(self) -> bool:
+    def _impatient(self, busy: bool) -> bool:
+        hangs_from_the_start = self._wasted > 0 and not self._answered and not busy
         return (
-            self._silent >= _PATIENCE
+            hangs_from_the_start
+            or self._silent >= _PATIENCE
             or self._wasted >= _WASTED
             or self._waited >= _LONGEST_FRUITLESS
         )
@@ -345,7 +350,7 @@ class Asker:
 
     def _stopped(self, gone: bool = False) -> CountermarkError:
         if self._reached and not gone:
-            advice = self._advice or "see that it takes such images (--pixels, --layout)"
+            advice = self._advice or f"see that it takes such images ({self.declared})"
             return CountermarkError(f"{self.name} answers nothing: {self.trouble}; {advice}")
         go_on = "check the address, and run the same command again to go on"
         if self._asking.replay is not None and self._known:

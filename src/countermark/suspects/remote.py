@@ -83,6 +83,8 @@ class Endpoint(Asker):
         self._session = Session()
         self._headers = dict(asking.headers)
         self.secrets = frozenset(_secrets(url, asking.headers))
+        if self.files:
+            self.declared = "--api, --send, --form"
         self._metadata: Any = None
 
     def _infer(self, images: torch.Tensor) -> list[int]:

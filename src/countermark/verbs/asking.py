@@ -29,8 +29,8 @@ _GAIN = 10.0  # points that the exchange has to bring
 _CONSTANT = 90.0  # percent of equal answers
 _CONVINCED = ("match", "upheld")
 _DECLARE = (
-    "it may want other images than declared (--pixels, --layout, --mean and --std), "
-    "or be a model for other data"
+    "it may want other images than declared (--pixels, --layout, --mean and --std, which --match "
+    "tries; --form for files), or be a model for other data"
 )
 
 
@@ -212,6 +212,12 @@ def _matched(
 
     found, spent = match(opened, asking, clean, arrays=not is_folder(config.suspect))
     left = None if asking.budget is None else max(asking.budget - spent, 0)
+    if left is not None and spent and left < asking.repeats:
+        raise CountermarkError(
+            f"the budget of {asking.budget} images was spent on finding out how the suspect wants "
+            "to be asked, and none are left for the trials; give a larger --budget, and --replay "
+            "so that no image is sent twice"
+        )
     return replace(asking, **found.chosen, budget=left), found
 
 
