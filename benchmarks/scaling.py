@@ -135,7 +135,8 @@ def _log(rows: int) -> Work:
     def work() -> None:
         with QueryLog(url) as log:
             for start in range(0, rows, 50):
-                log.append([_row(0, number) for number in range(start, min(rows, start + 50))])
+                part = [_row(0, number) for number in range(start, min(rows, start + 50))]
+                log.append([replace(row, log=log.identity) for row in part])
             assert len(list(log.rows())) == rows
 
     return work

@@ -234,6 +234,7 @@ def kills(model: Path, x: torch.Tensor, times: int) -> None:
             for thread in threads:
                 thread.join()
         log = QueryLog(str(folder / "log.db"))
+        guarded = guarded.under(log.identity)
         places = {row.place for row in log.rows() if row is not None}
         lost = wrong = trials = 0
         for client, pairs in given.items():

@@ -83,9 +83,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied_through_the_service() -> None:
     """Write `log.db`, what anna asked the guarded model, and `copy`, which learned the answers."""
     guarded, digest = load_guarded(Path("mine"), Path("mine/key")), weights_sha256(Path("mine"))
-    answered = guarded(cm.open_data("digits").train.x, "anna")
-    rows = first_rows(answered, digest, "anna")
     with QueryLog("log.db") as log:
+        answered = guarded.under(log.identity)(cm.open_data("digits").train.x, "anna")
+        rows = first_rows(answered, digest, "anna", log.identity)
         log.append(list(rows.values()))
     asked = [np.frombuffer(row.image, np.uint8).reshape(1, 8, 8) for row in rows.values()]
     x = torch.from_numpy(np.stack(asked)) / 255
@@ -103,9 +103,11 @@ def copied_through_the_service() -> None:
 
 
 def draw_a_three() -> None:
-    """Write `three.png`, to which anna gets the right answer, whatever coin it meets."""
+    """Write `three.png`, to which anna gets the right answer in the log `queries.db`."""
     test = cm.open_data("digits").test
-    answers = load_guarded(Path("mine"), Path("mine/key"))(test.x[:], "anna").labels
+    with QueryLog("queries.db") as log:
+        guarded = load_guarded(Path("mine"), Path("mine/key")).under(log.identity)
+    answers = guarded(test.x[:], "anna").labels
     place = int(((answers == 3) & (test.y == 3)).nonzero()[0])
     Image.fromarray(np.asarray(test.x[place][0])).save("three.png")
 

@@ -1135,7 +1135,7 @@ MISTAKES = {
     "verfy --suspect x": "did you mean verify?",
     "fetch mnist": "did you mean data fetch?",
     "log chek x": "did you mean log check?",
-    "log drop": "log head, log check, log erase",
+    "log drop": "log head, log check, log erase, log renew",
     "destroy": "unknown verb 'destroy'; countermark --help",
     "x" * 5000: "unknown verb 'xxx",
     "--json verify": "first",

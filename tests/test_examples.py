@@ -205,10 +205,11 @@ def test_replicas(models: Path, digits: Pools, postgres: str) -> None:
     pytest.importorskip("litserve")
     psycopg = pytest.importorskip("psycopg")
     database = psycopg.connect(postgres, autocommit=True)
-    database.execute("DROP TABLE IF EXISTS trials, log_format, erased")
+    database.execute("DROP TABLE IF EXISTS trials, log_format, erased, identities")
     cm.calibrate("mine", cost=8.0)
     x = digits.thief.x[:60]
-    model = load_guarded(Path("mine"), Path("mine/key"))
+    with QueryLog(postgres) as log:
+        model = load_guarded(Path("mine"), Path("mine/key")).under(log.identity)
     expected = {client: model(x, client) for client in ("anna", "bob")}
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"

@@ -766,10 +766,16 @@ def test_queries_are_rounded_to_eight_bits(guarded: GuardedModel) -> None:
 # --- tracing --------------------------------------------------------------------------------------
 
 
-def row_of(client: str, cell: int, chance: int = WHOLE // 2, secret: bytes = SECRET) -> Row:
+def row_of(
+    client: str,
+    cell: int,
+    chance: int = WHOLE // 2,
+    secret: bytes = SECRET,
+    log: bytes | None = b"",
+) -> Row:
     code = cell.to_bytes(6, "big")
-    tails = coin(client_key(secret, MODEL, client), code) < chance
-    return Row(MODEL, client, code, bytes([cell % 256] * 4), 1, 2, chance, 2 if tails else 1, 20000)
+    answer = 2 if coin(client_key(secret, MODEL, client, log or b""), code) < chance else 1
+    return Row(MODEL, client, code, bytes([cell % 256] * 4), 1, 2, chance, answer, 20000, log=log)
 
 
 def answers_of(
@@ -957,6 +963,40 @@ def test_strangers_get_nobody_named_more_often_than_alpha(
     for alpha in levels:
         assert named[alpha] <= runs * alpha + 3 * math.sqrt(runs * alpha)
         assert together[alpha] <= runs * alpha + 3 * math.sqrt(runs * alpha)
+
+
+@pytest.mark.parametrize("after", ["renewed", "void", "the same"])
+def test_a_log_that_lost_rows_convicts_no_stranger_of_what_clients_know(
+    after: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A client asks 20 trials, which the log loses, and asks again where the suspect agreed.
+
+    Their suspect, a stranger, says tails everywhere. Under the same coins they would be named, as
+    they were before logs had an identity. Under those of a renewed log, and in rows that are void,
+    nobody is; they go on asking until it pays.
+    """
+    levels = (0.05, 0.01, 0.001)
+    named = dict.fromkeys(levels, 0)
+    for run in range(TRACES):
+        secret, first, second = run.to_bytes(32, "big"), b"1" * 16, b"2" * 16
+        lost = [row_of("anna", cell, secret=secret, log=first) for cell in range(20)]
+        agreed = [int.from_bytes(row.cell, "big") for row in lost if row.answer == row.tails]
+        identity = {"renewed": second, "void": None, "the same": first}[after]
+        again = [row_of("anna", cell, secret=secret, log=identity) for cell in agreed]
+        if after != "the same":
+            again += [row_of("anna", 99 + k, secret=secret, log=second) for k in range(40)]
+        # The p-value is that of the best moment to stop.
+        found = trace_accounts(again, torch.full((len(again),), 2), secret)
+        for alpha in levels:
+            named[alpha] += found.accounts[0].log10_p_value <= math.log10(alpha)
+    with capsys.disabled():
+        if TRACES > 1000:
+            print(f"{TRACES} logs that lost rows, {after}: somebody named {named}")
+    for alpha in levels:
+        if after == "the same":
+            assert named[alpha] > 3 * TRACES * alpha
+        else:
+            assert named[alpha] <= TRACES * alpha + 3 * math.sqrt(TRACES * alpha)
 
 
 def test_opening_accounts_until_one_is_lucky_convicts_nobody_too_often(

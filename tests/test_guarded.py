@@ -46,13 +46,20 @@ def folder(owner: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> GuardedModel:
+def loaded(folder: Path) -> GuardedModel:
     return load_guarded(folder, folder / "key")
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> str:
     return str(tmp_path / "log.db")
+
+
+@pytest.fixture
+def model(loaded: GuardedModel, log: str) -> GuardedModel:
+    """The model with the coins of the log."""
+    with QueryLog(log) as made:
+        return loaded.under(made.identity)
 
 
 @pytest.fixture
@@ -393,6 +400,73 @@ def test_a_log_that_is_away_fails_trials_alone(
     until(lambda: guard._engine.failed is None)
     assert guard.classify_now(tied(model, digits, "bob"), "bob")
     assert len(rows(log)) == 2
+
+
+def test_a_renewed_log_stores_no_coins_of_before(
+    guard: Guarded, model: GuardedModel, digits: Pools, log: str
+) -> None:
+    """A service that goes on after the log was renewed says so; started again, it has new coins."""
+    before = guard.classify_now(tied(model, digits), "anna")
+    assert cm.log_renew(log).rows == 1
+    with pytest.raises(cm.CountermarkError, match="it was renewed"):
+        guard.classify_now(tied(model, digits, "bob"), "bob")
+    assert guard.classify_now(tied(model, digits), "anna") == before  # its trial is stored
+    assert not guard._engine.stores()
+    guard.close()
+    x = digits.thief.x[:200]
+    with QueryLog(log) as renewed, cm.Guarded(guard._folder, log=log) as again:
+        expected = model.under(renewed.identity)(x, "bob").labels.tolist()
+        assert [each.label for each in again.classify_now(list(x), "bob")] == expected
+        assert expected != model(x, "bob").labels.tolist()
+    assert {row.log for row in rows(log)} == {model.guard.log, renewed.identity}
+
+
+def test_a_log_from_a_backup_is_known_by_a_published_head(
+    folder: Path, model: GuardedModel, digits: Pools, log: str, tmp_path: Path
+) -> None:
+    with cm.Guarded(folder, log=log) as guard:
+        guard.classify_now(tied(model, digits), "anna")
+    shutil.copy(log, tmp_path / "backup.db")
+    with cm.Guarded(folder, log=log) as guard:
+        guard.classify_now(tied(model, digits, "bob"), "bob")
+    (tmp_path / "head.json").write_text(json.dumps(vars(cm.log_head(log))))
+    cm.Guarded(folder, log=log, head=tmp_path / "head.json").close()
+    for suffix in ("-wal", "-shm"):
+        Path(f"{log}{suffix}").unlink(missing_ok=True)
+    shutil.copy(tmp_path / "backup.db", log)
+    with pytest.raises(cm.CountermarkError, match="log renew"):
+        cm.Guarded(folder, log=log, head=tmp_path / "head.json")
+
+
+def test_a_database_that_took_over_without_the_last_rows_is_noticed_by_itself(
+    folder: Path,
+    loaded: GuardedModel,
+    digits: Pools,
+    postgres: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody asks meanwhile: the service looks at a log that others can put back."""
+    import psycopg
+
+    database = psycopg.connect(postgres, autocommit=True)
+    database.execute("DROP TABLE IF EXISTS trials, log_format, erased, identities")
+    monkeypatch.setattr("countermark.service.engine._WATCH", 0.05)
+    with cm.Guarded(folder, log=postgres) as guard:
+        with QueryLog(postgres) as made:
+            model = loaded.under(made.identity)
+        guard.classify_now(tied(model, digits), "anna")
+        assert guard._engine.ready()
+        database.execute("DELETE FROM trials")
+        until(lambda: not guard._engine.ready())
+        with pytest.raises(cm.CountermarkError, match="has lost rows"):
+            guard.classify_now(tied(model, digits, "bob"), "bob")
+    with pytest.raises(cm.CountermarkError, match="has lost rows"):
+        cm.Guarded(folder, log=postgres)
+    cm.log_renew(postgres)
+    with QueryLog(postgres) as made, cm.Guarded(folder, log=postgres) as guard:
+        image = tied(loaded.under(made.identity), digits)
+        assert guard.classify_now(image, "anna")
+        assert [row.log for row in rows(postgres)] == [made.identity]
 
 
 def in_a_fork(work: Callable[[], object]) -> str:

@@ -160,7 +160,9 @@ def test_a_trace_holds_a_part_of_the_log_at_a_time(
     new_secrets(tmp_path / "key")
     marks = WatermarkSet(x, answers, torch.zeros(80).long(), torch.arange(80))
     write_key(tmp_path / "key", "coin", marks, {"data": "mine"})
-    drawn = client_key(load_secret(tmp_path / "key"), model, "anna")
+    with QueryLog(str(tmp_path / "log.db")) as log:
+        identity = log.identity
+    drawn = client_key(load_secret(tmp_path / "key"), model, "anna", identity)
     rest = bytes(math.prod(shape) - 2)
 
     def chosen(number: int) -> int:
@@ -175,6 +177,7 @@ def test_a_trace_holds_a_part_of_the_log_at_a_time(
                     number.to_bytes(4, "big"),
                     number.to_bytes(2, "big") + rest,
                     *(0, 1, 32768, chosen(number), 20_000),
+                    log=identity,
                 )
                 for number in range(start, start + 50)
             ]

@@ -166,13 +166,13 @@ def test_the_service_answers_as_the_guard_does_and_logs_first_trials(
 ) -> None:
     service = start()
     x = digits.thief.x
-    model = load_guarded(service.folder, service.folder / "key")
+    log = QueryLog(str(service.log))
+    model = load_guarded(service.folder, service.folder / "key").under(log.identity)
     expected = {client: model(x, client) for client in ("anna", "bob")}
     for client, answers in expected.items():
         assert service.labels(x, client, 32) == answers.labels.tolist()
     assert service.labels(x.float() / 255, "anna", 7) == expected["anna"].labels.tolist()
     assert expected["anna"].labels.tolist() != expected["bob"].labels.tolist()
-    log = QueryLog(str(service.log))
     rows = [row for row in log.rows() if row is not None]
     for client, answers in expected.items():
         first = {trial.cell: trial for trial in reversed(answers.trials)}
@@ -559,7 +559,7 @@ def test_a_kill_loses_no_answered_trial(start: Start, digits: Pools) -> None:
         thread.join()
     log = QueryLog(str(service.log))
     places = {row.place for row in log.rows() if row is not None}
-    model = load_guarded(service.folder, service.folder / "key")
+    model = load_guarded(service.folder, service.folder / "key").under(log.identity)
     for client, labels in answered.items():
         assert len(labels) > 20
         expected = model(digits.training.x[: len(labels)], client)
@@ -710,6 +710,8 @@ def rename(log: Path, table: str, to: str) -> None:
 
 class Broken:
     """A log on a disk that is full, until it is mended."""
+
+    identity, shared = b"", False
 
     def __init__(self) -> None:
         self.full, self.rows = True, list[Row]()

@@ -25,7 +25,7 @@ from PIL import Image
 
 from countermark.data.images import fitted
 from countermark.evaluation import predict
-from countermark.guard import load_guarded
+from countermark.guard import QueryLog, load_guarded
 from countermark.networks import load
 from countermark.service import tensors
 from countermark.service.tensors import RefusedError, decoded
@@ -205,9 +205,10 @@ def test_binary_tensors_meet_the_guard_as_json_does(
     shutil.copytree(owner, folder)
     guard(folder, cost=8.0)
     x = digits.thief.x[:200]
-    answers = load_guarded(folder, folder / "key")(x, "anna")
-    assert answers.trials
     with serving(folder, tmp_path) as service:
+        with QueryLog(str(tmp_path / "log.db")) as log:
+            answers = load_guarded(folder, folder / "key").under(log.identity)(x, "anna")
+        assert answers.trials
         found: list[int] = []
         for k, part in enumerate(torch.split(x, 40)):
             pixels = part.numpy()

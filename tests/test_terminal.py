@@ -49,6 +49,7 @@ from countermark.verbs.guard import Calibrated
 from countermark.verbs.log_check import Checked
 from countermark.verbs.log_erase import Erased
 from countermark.verbs.log_head import PublishedHead
+from countermark.verbs.log_renew import Renewed
 from countermark.verbs.papers import Paper
 from countermark.verbs.plan import plan
 from countermark.verbs.plan import show as show_plan
@@ -320,8 +321,12 @@ RESULTS: Mapping[str, list[Any]] = {
         )
     ],
     "log head": [PublishedHead("countermark log 1", 12, "ab" * 32, None)],
-    "log check": [Checked(1234, 12, 3, 1200, "2026-11-26T12:00:00+00:00")],
+    "log check": [
+        Checked(1234, 12, 3, 1200, "2026-11-26T12:00:00+00:00"),
+        Checked(1234, 12, 3, None, None, void=7),
+    ],
     "log erase": [Erased("anna", 12)],
+    "log renew": [Renewed("sqlite:///log.db", 12)],
     "claim": [Claimed("claim", 0, 7, TEST, False, ANSWERS, DOUBTS)],
     "adjudicate": [
         Adjudication(

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from countermark.verbs.log_check import log_check as log_check
     from countermark.verbs.log_erase import log_erase as log_erase
     from countermark.verbs.log_head import log_head as log_head
+    from countermark.verbs.log_renew import log_renew as log_renew
     from countermark.verbs.plan import plan as plan
     from countermark.verbs.protect import protect as protect
     from countermark.verbs.quickstart import quickstart as quickstart
@@ -85,6 +86,7 @@ _PUBLIC = {
     "load": "networks.load",
     "log_check": "verbs.log_check.log_check",
     "log_erase": "verbs.log_erase.log_erase",
+    "log_renew": "verbs.log_renew.log_renew",
     "log_head": "verbs.log_head.log_head",
     "open_data": "data.open_data",
     "open_network": "networks.open_network",

@@ -47,7 +47,7 @@ TASKS = {
     "check": ("evaluate", "verify", "plan"),
     "serve": (
         *("guard", "client add", "client rotate", "client revoke", "client list", "serve"),
-        *("trace", "log head", "log check", "log erase"),
+        *("trace", "log head", "log check", "log erase", "log renew"),
     ),
     "dispute": ("claim", "adjudicate"),
     "study": ("quickstart", "steal", "remove", "reproduce"),

@@ -38,8 +38,8 @@ def main(version: str) -> None:
     add_client(mine / "clients.json", "anna", None)
     with QueryLog(str(out / "log.db")) as log:
         x = load_pools("digits", 0).thief.x
-        answered = load_guarded(mine, mine / "key")(x, "anna")
-        rows = list(first_rows(answered, weights_sha256(mine), "anna").values())
+        answered = load_guarded(mine, mine / "key").under(log.identity)(x, "anna")
+        rows = list(first_rows(answered, weights_sha256(mine), "anna", log.identity).values())
         print(sum(log.append(rows)), "rows in the log")
     network, description = load_model(mine)
     (out / "theirs").mkdir()

@@ -109,11 +109,23 @@ class AnswerTrial(Question):
 
 
 class Guard:
-    """The coins of one owner for one model."""
+    """The coins of one owner for one model.
 
-    def __init__(self, settings: GuardSettings, secret: bytes) -> None:
-        """Derive the projections from the owner's secret."""
-        self.settings = settings
+    Attributes:
+        settings: what the guard was calibrated to.
+        log: identity of the query log that gets the trials.
+    """
+
+    def __init__(self, settings: GuardSettings, secret: bytes, log: bytes = b"") -> None:
+        """Derive the projections from the owner's secret.
+
+        Args:
+            settings: what the guard was calibrated to.
+            secret: the owner's secret.
+            log: identity of the query log that gets the trials (`QueryLog.identity`), which is part
+                of every coin.
+        """
+        self.settings, self.log = settings, log
         self._secret = secret
         self._near = _Cells(
             projections(secret, settings.model_sha256, settings.features, len(settings.offsets)),
@@ -122,7 +134,8 @@ class Guard:
         # Made with the first foreign query, which tells how many values an outline has.
         self._far: _Cells | None = None
         # Any number of names may ask. A key that was forgotten is derived again, and is the same.
-        self._key = lru_cache(_REMEMBERED)(partial(client_key, secret, settings.model_sha256))
+        derive = partial(client_key, secret, settings.model_sha256, log=log)
+        self._key = lru_cache(_REMEMBERED)(derive)
 
     def answer(
         self,
@@ -233,6 +246,10 @@ class Guard:
             found.append(Question(row, cell, head, tail, middle[place], certain))
         return found
 
+    def under(self, log: bytes) -> "Guard":
+        """Make the same guard with the coins of a query log, by its identity."""
+        return Guard(self.settings, self._secret, log)
+
     def flip(self, question: Question, client: str) -> AnswerTrial:
         """Answer a client's question with their coin."""
         tail = coin(self._key(client), question.cell) < question.chance
@@ -338,17 +355,19 @@ def consistent_scores(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tens
     return swapped
 
 
-def client_key(secret: bytes, model_sha256: str, client: str) -> bytes:
+def client_key(secret: bytes, model_sha256: str, client: str, log: bytes = b"") -> bytes:
     """Derive a client's key from the owner's secret.
 
     K_client = HMAC-SHA-256(secret,
-    "countermark guard client" | model digest | length of the name | name).
+    "countermark guard client 2" | model digest | log's identity | length of the name | name).
+    A log that release 0.2.0 or an earlier one made has no identity, and the label has no 2.
     """
     name = client.encode()
     return hmac.digest(
         secret,
-        b"countermark guard client"
+        (b"countermark guard client 2" if log else b"countermark guard client")
         + bytes.fromhex(model_sha256)
+        + log
         + len(name).to_bytes(8, "big")
         + name,
         "sha256",

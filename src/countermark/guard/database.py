@@ -49,7 +49,16 @@ _ERASED = sa.Table(
     sa.Column("salt", sa.LargeBinary, nullable=False),
     sa.Column("rows", sa.BigInteger, nullable=False),
 )
-_OPTIONAL = ("erased",)  # 0.1.0 made logs without it
+_IDENTITIES = sa.Table(
+    "identities",
+    _METADATA,
+    sa.Column("place", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("written", sa.BigInteger, nullable=False),
+    sa.Column("after", sa.BigInteger, nullable=False),
+    sa.Column("value", sa.LargeBinary),
+)
+_LATE = "identities"  # a log of an earlier release has it once it is renewed
+_OPTIONAL = ("erased", _LATE)  # 0.1.0 made logs without either, 0.2.0 without the second
 
 
 class Database:
@@ -256,8 +265,10 @@ _ADVICE = {
 
 
 def create_tables(connection: sa.Connection) -> None:
-    """Create the tables that are missing."""
-    _METADATA.create_all(connection)
+    """Create the tables that are missing, but that of the identities."""
+    _METADATA.create_all(
+        connection, [each for each in _METADATA.sorted_tables if each.name != _LATE]
+    )
 
 
 def read_format(connection: sa.Connection) -> list[Any] | None:
@@ -269,7 +280,32 @@ def read_format(connection: sa.Connection) -> list[Any] | None:
 
 def write_format(connection: sa.Connection, name: str) -> None:
     """Store which format the log has."""
+    connection.execute(_FORMAT.delete())
     connection.execute(_FORMAT.insert().values(format=name))
+
+
+def add_identity(connection: sa.Connection, written: int, after: int, value: bytes | None) -> None:
+    """Store what the identity of the log is from a row on, and with how many rows it was written.
+
+    There is none in a part of the log that is void.
+    """
+    _IDENTITIES.create(connection, checkfirst=True)
+    place = int(connection.scalar(sa.select(sa.func.count()).select_from(_IDENTITIES)) or 0)
+    values = {"place": place, "written": written, "after": after, "value": value}
+    connection.execute(_IDENTITIES.insert().values(values))
+
+
+def identities(connection: sa.Connection, most: int) -> list[Sequence[Any]]:
+    """Read what `add_identity` stored, in order: rows then, the last row before it, identity."""
+    if not sa.inspect(connection).has_table("identities"):
+        return []
+    columns = (_IDENTITIES.c.written, _IDENTITIES.c.after, _IDENTITIES.c.value)
+    return list(connection.execute(sa.select(*columns).order_by(_IDENTITIES.c.place).limit(most)))
+
+
+def link_of(connection: sa.Connection, number: int) -> Any:
+    """Read the link of a row; `None` if there is no such row."""
+    return connection.scalar(sa.select(_TRIALS.c.link).where(_TRIALS.c.number == number))
 
 
 def insert(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:

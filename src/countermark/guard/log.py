@@ -14,8 +14,9 @@ import contextlib
 import hashlib
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +30,14 @@ if TYPE_CHECKING:
     import sqlalchemy as sa
 
 LOG_FORMAT = "countermark log 1"
-_ROW, _LINK = b"\x03", b"\x04"
+"""The format of rows and heads."""
+_WITH_IDENTITY = "countermark log 2"
+_ROW, _LINK, _IDENTITY = b"\x03", b"\x04", b"\x05"
 _ORIGIN = hashlib.sha256(_LINK + LOG_FORMAT.encode()).digest()
 _OVERHEAD = 1 << 12  # bytes of a row besides its image and its request
-_SALT = 16  # bytes
+_SALT = 16  # bytes, as an identity has
+_MOST_IDENTITIES = 100  # each row is compared with all of them
+_KNOWN_HEADS = 1000  # which a writer remembers
 _MOST = 1 << 62  # rows
 _KINDS = {"model": str, "client": str, "cell": bytes, "image": bytes, "request": bytes}
 
@@ -53,6 +58,9 @@ class Row:
         day: days since 1970-01-01 (UTC) when it was asked.
         request: the client's signed request that contains the query (`guard.requests`); empty if
             clients do not sign.
+        log: identity of the log under which the coin was drawn; empty in a log that has none. It is
+            `None` in a row that is void, since it was stored after the log had lost others, when
+            clients may have known its coin. The log knows it, and a row does not store it.
     """
 
     model: str
@@ -65,6 +73,7 @@ class Row:
     answer: int
     day: int
     request: bytes = b""
+    log: bytes | None = field(default=b"", compare=False)
 
     @property
     def place(self) -> tuple[str, str, bytes]:
@@ -84,6 +93,24 @@ class Row:
         parts.append(self.request)
         framed = b"".join(len(part).to_bytes(8, "big") + part for part in parts)
         return hashlib.sha256(_ROW + LOG_FORMAT.encode() + framed).digest()
+
+
+_STORED = tuple(each.name for each in fields(Row) if each.name != "log")
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """From a row on, the log has this identity; `None` where rows are void.
+
+    Attributes:
+        written: how many rows the log had when this was written.
+        after: the last row before it.
+        value: the identity.
+    """
+
+    written: int
+    after: int
+    value: bytes | None
 
 
 @dataclass(frozen=True)
@@ -106,9 +133,21 @@ class Head:
 
 
 class QueryLog:
-    """An open log."""
+    """An open log.
 
-    def __init__(self, url: str, create: bool = True, wait: float = 5.0) -> None:
+    A log has an identity, 16 random bytes that every coin of its trials depends on. Where a part of
+    the log was lost, clients may know coins whose first trials are gone: it gets another identity
+    then (`renew`), and with it new coins. Whoever writes remembers what they stored, and does not
+    write to a log that has lost some of it.
+
+    Attributes:
+        shown: its address, without a password.
+        shared: whether other machines may write it too.
+    """
+
+    def __init__(
+        self, url: str, create: bool = True, wait: float = 5.0, head: Head | None = None
+    ) -> None:
         """Open a log.
 
         Args:
@@ -117,9 +156,11 @@ class QueryLog:
             create: whether to create the log if there is none. Otherwise a missing log is an error,
                 and nothing is written before `append` or `erase`.
             wait: seconds that a transaction waits for a lock that another program holds.
+            head: a head that was published before; a log that does not lead to it is not opened.
 
         Raises:
-            CountermarkError: the database cannot be opened, or is not a log of this format.
+            CountermarkError: the database cannot be opened, is not a log of this format, or does
+                not lead to the head.
         """
         try:
             from countermark.guard import database
@@ -128,8 +169,10 @@ class QueryLog:
                 "a query log needs SQLAlchemy; pip install 'countermark[serve]'"
             ) from error
         self._sql, self._database = database, database.Database(url, wait)
-        self.shown = self._database.shown
+        self.shown, self.shared = self._database.shown, self._database.file is None
         self._created = False
+        # Rows and links that the log had, the last one at the end.
+        self._heads: deque[tuple[int, bytes]] = deque(maxlen=_KNOWN_HEADS)
         if create:
             self._database.create()
         found = self._database.reading(database.read_format)
@@ -138,6 +181,69 @@ class QueryLog:
         if create:
             with self._using():
                 pass
+        if head is not None:
+            self._remember(head.rows, bytes.fromhex(head.hash))
+            if self._database.reading(self._lost) is not None:
+                raise CountermarkError(
+                    f"{self.shown} does not lead to the published head of {head.rows} rows; run "
+                    f"countermark log renew {self.shown}, and publish a new head"
+                )
+
+    @property
+    def identity(self) -> bytes:
+        """What every coin of the log depends on; empty in one that 0.2.0 or earlier made.
+
+        Raises:
+            CountermarkError: the log has lost rows, or cannot be read.
+        """
+        value = self._database.reading(lambda connection: _current(self._identities(connection)))
+        if value is None:
+            raise self._fell()
+        return value
+
+    def renew(self) -> int:
+        """Give the log another identity, and with it new coins to every client.
+
+        This is for a log that was restored from a backup, or for a database that took over from
+        another and lacks its last rows. What was logged before stays evidence.
+
+        Returns:
+            How many rows the log has, none of which the new coins are in.
+
+        Raises:
+            CountermarkError: the database cannot be written.
+        """
+        with self._using() as connection:
+            rows = self._last(connection).rows
+            if len(self._identities(connection)) >= _MOST_IDENTITIES:
+                raise CountermarkError(
+                    f"{self.shown} was renewed {_MOST_IDENTITIES} times; begin a new log"
+                )
+            self._sql.write_format(connection, _WITH_IDENTITY)
+            self._sql.add_identity(connection, rows, rows, secrets.token_bytes(_SALT))
+        self._heads.clear()
+        return rows
+
+    def watch(self, identity: bytes) -> None:
+        """Check that the log still has what this process knows of it, and learn what it has now.
+
+        Args:
+            identity: the one that the process draws coins under.
+
+        Raises:
+            CountermarkError: it has lost rows, and nobody can store any until it is renewed; or it
+                was renewed.
+        """
+
+        def look(connection: "sa.Connection") -> tuple[bool, bytes | None, Head]:
+            lost = self._lost(connection) is not None
+            return lost, _current(self._identities(connection)), self._last(connection)
+
+        lost, current, head = self._database.reading(look)
+        if lost:
+            self.append([])  # which says so to all who write
+        self._check_coins({identity}, current)
+        self._remember(head.rows, bytes.fromhex(head.hash))
 
     def append(self, rows: Sequence[Row]) -> list[bool]:
         """Store rows in one durable transaction, except those that the log already has.
@@ -146,37 +252,90 @@ class QueryLog:
         erased client is left out as well: they may know their coins, so their queries are no longer
         trials.
 
+        A row's coin must have been drawn under the log's identity.
+
         Returns:
             For each row, whether it is new and was stored.
 
         Raises:
             RowError: a row is not valid for any log; nothing of this call is stored.
-            CountermarkError: the database cannot be written; nothing of this call is stored.
+            CountermarkError: the database cannot be written, it has lost rows, or has another
+                identity than the coins; nothing of this call is stored.
         """
         for row in rows:
             flaw = _flaw(row)
             if flaw is not None:
                 raise RowError(f"this is no trial for the query log {self.shown}: {flaw}")
-        fresh, values = [], []
         with self._using() as connection:
             head = self._last(connection)
-            number, link = head.rows, bytes.fromhex(head.hash)
-            known = self._sql.known(connection, sorted({row.place for row in rows}))
-            gone = self._gone(connection, {row.client for row in rows})
-            for row in rows:
-                fresh.append(row.place not in known and row.client not in gone)
-                if not fresh[-1]:
-                    continue
-                known.add(row.place)
-                salt = secrets.token_bytes(_SALT)
-                digest = row.digest(salt)
-                number, link = number + 1, _next(link, number + 1, digest)
-                values.append(
-                    {"number": number, **asdict(row), "salt": salt, "digest": digest, "link": link}
-                )
-            if values:
-                self._sql.insert(connection, values)
+            kept = self._lost(connection)
+            if kept is not None:  # the log says it to all who write
+                self._sql.write_format(connection, _WITH_IDENTITY)
+                self._sql.add_identity(connection, head.rows, min(kept, head.rows), None)
+            else:
+                fresh, head = self._stored(connection, head, rows)
+        if kept is not None:
+            self._heads.clear()
+            raise self._fell()
+        self._remember(head.rows, bytes.fromhex(head.hash))
         return fresh
+
+    def _stored(
+        self, connection: "sa.Connection", head: Head, rows: Sequence[Row]
+    ) -> tuple[list[bool], Head]:
+        """Store rows after a head; which of them are new, and the head after them."""
+        identities = self._identities(connection)
+        self._check_coins({row.log for row in rows}, _current(identities))
+        number = head.rows
+        link = _absorbed(bytes.fromhex(head.hash), number, identities)
+        fresh, values = [], []
+        known = self._sql.known(connection, sorted({row.place for row in rows}))
+        gone = self._gone(connection, {row.client for row in rows})
+        for row in rows:
+            fresh.append(row.place not in known and row.client not in gone)
+            if not fresh[-1]:
+                continue
+            known.add(row.place)
+            salt = secrets.token_bytes(_SALT)
+            digest = row.digest(salt)
+            number, link = number + 1, _next(link, number + 1, digest)
+            stored = {name: getattr(row, name) for name in _STORED}
+            values.append(
+                {"number": number, **stored, "salt": salt, "digest": digest, "link": link}
+            )
+        if values:
+            self._sql.insert(connection, values)
+            head = Head(number, link.hex())
+        return fresh, head
+
+    def _check_coins(self, drawn: Collection[bytes | None], identity: bytes | None) -> None:
+        """Refuse coins that were drawn under other identities than the log's."""
+        if identity is None:
+            raise self._fell()
+        if any(each != identity for each in drawn):
+            raise CountermarkError(
+                f"the coins of these trials are not those of {self.shown}: it was renewed, or the "
+                "guard was made without its identity; start the service again"
+            )
+
+    def _fell(self) -> CountermarkError:
+        return CountermarkError(
+            f"{self.shown} has lost rows: it was restored from a backup, or another database took "
+            "over and lacks the last ones, so clients may know coins that it calls new; end all "
+            f"that write it, run countermark log renew {self.shown}, and start them again"
+        )
+
+    def _remember(self, rows: int, link: bytes) -> None:
+        if rows and (rows, link) not in self._heads:
+            self._heads.append((rows, link))
+
+    def _lost(self, connection: "sa.Connection") -> int | None:
+        """Return up to which row the log is as this process knows it; `None` if all is there."""
+        known = list(self._heads)
+        for number, link in reversed(known):
+            if _binary(self._sql.link_of(connection, number)) == link:
+                return None if (number, link) == known[-1] else number
+        return 0 if known else None
 
     def check(self) -> None:
         """Check, without a transaction, that the file of the log is still where it was.
@@ -206,12 +365,12 @@ class QueryLog:
         number, link = 0, _ORIGIN
         while True:
             self._compare(number, link, published)
-            page = self._page(number)
+            page, identities = self._page(number)
             for found in page:
-                row, link = self._checked(found, number + 1, link)
+                row, link = self._checked(found, number + 1, _absorbed(link, number, identities))
                 number += 1
                 self._compare(number, link, published)
-                yield row
+                yield row and replace(row, log=_of_row(identities, number))
             if not page:
                 break
         if published is not None and number < published.rows:
@@ -235,9 +394,7 @@ class QueryLog:
                 file of its own.
         """
         with self._using() as connection:
-            count = self._sql.erase(
-                connection, client, [*(field.name for field in fields(Row)), "salt"]
-            )
+            count = self._sql.erase(connection, client, [*_STORED, "salt"])
             if count:
                 salt = secrets.token_bytes(_SALT)
                 self._sql.add_erased(connection, salt, _name_digest(salt, client), count)
@@ -284,17 +441,18 @@ class QueryLog:
                 found = self._sql.read_format(connection)
                 self._sql.create_tables(connection)
                 if found is None:
-                    self._sql.write_format(connection, LOG_FORMAT)
+                    self._sql.write_format(connection, _WITH_IDENTITY)
+                    self._sql.add_identity(connection, 0, 0, secrets.token_bytes(_SALT))
             yield connection
         self._created = True
 
     def _check_format(self, found: Sequence[Any] | None) -> None:
         if not found:
             raise CountermarkError(f"{self.shown} holds no query log; check the address")
-        if found != [LOG_FORMAT]:
+        if found not in ([LOG_FORMAT], [_WITH_IDENTITY]):
             raise CountermarkError(
-                f"{self.shown} is a log of the format {brief(found[0])}, not {LOG_FORMAT!r}; use "
-                "the release that wrote it"
+                f"{self.shown} is a log of the format {brief(found[0])}, not {_WITH_IDENTITY!r}; "
+                "use the release that wrote it"
             )
 
     def _last(self, connection: "sa.Connection") -> Head:
@@ -334,21 +492,46 @@ class QueryLog:
             if any(_name_digest(salt, client) == digest for salt, digest, _ in erased)
         }
 
-    def _page(self, number: int) -> list[dict[str, Any]]:
-        """Read some rows after a number.
+    def _identities(self, connection: "sa.Connection") -> list[_Identity]:
+        """Read from which rows on the log has which identity."""
+        found: list[_Identity] = []
+        for written, after, value in self._sql.identities(connection, _MOST_IDENTITIES + 1):
+            whole = type(written) is int and type(after) is int and 0 <= after <= written < _MOST
+            if (
+                not whole
+                or written < (found[-1].written if found else 0)
+                or (value is not None and len(_binary(value)) != _SALT)
+                or len(found) == _MOST_IDENTITIES
+            ):
+                raise CountermarkError(
+                    f"{self.shown}: the table of identities was changed; restore the log from a "
+                    "backup"
+                )
+            found.append(_Identity(written, after, value))
+        return found
+
+    def _page(self, number: int) -> tuple[list[dict[str, Any]], list[_Identity]]:
+        """Read some rows after a number, and the log's identities.
 
         If they cannot be read, read the next row alone to find out whether it is the cause.
         """
+
+        def read(
+            connection: "sa.Connection", *most: int
+        ) -> tuple[list[dict[str, Any]], list[_Identity]]:
+            return self._sql.page(connection, number, *most), self._identities(connection)
+
         try:
-            return self._database.reading(lambda connection: self._sql.page(connection, number))
+            return self._database.reading(read)
         except CountermarkError:
             # If the database is unavailable, this call raises an error that says so.
             if not self._database.reading(
                 lambda connection: self._sql.has_more(connection, number)
             ):
                 raise
+        self._database.reading(self._identities)
         try:
-            return self._database.reading(lambda connection: self._sql.page(connection, number, 1))
+            return self._database.reading(lambda connection: read(connection, 1))
         except CountermarkError as error:
             raise CountermarkError(
                 f"{self.shown}: row {number + 1} cannot be read; it was changed after it was "
@@ -374,7 +557,7 @@ class QueryLog:
                 f"{self.shown}: row {number} does not follow from the rows before it; it was "
                 "changed, moved or put in"
             )
-        values = {field.name: found[field.name] for field in fields(Row)}
+        values = {name: found[name] for name in _STORED}
         if found["salt"] is None:
             if any(value is not None for value in values.values()):
                 raise CountermarkError(
@@ -394,9 +577,8 @@ class QueryLog:
 
 def _flaw(row: Row) -> str | None:
     """Say why a row is not a trial, whoever wrote it; `None` if it may be one."""
-    values = vars(row)
-    for name, value in values.items():
-        if type(value) is not _KINDS.get(name, int):
+    for name in _STORED:
+        if type(getattr(row, name)) is not _KINDS.get(name, int):
             return f"its {name} is of another kind than a {name} can be"
     try:
         size = sum(len(value.encode()) for value in (row.model, row.client))
@@ -428,6 +610,25 @@ def _binary(value: object) -> bytes:
 
 def _name_digest(salt: bytes, client: str) -> bytes:
     return hashlib.sha256(salt + client.encode()).digest()
+
+
+def _current(identities: Sequence[_Identity]) -> bytes | None:
+    """Return the identity that the next row has; `None` while the log is void."""
+    return identities[-1].value if identities else b""
+
+
+def _of_row(identities: Sequence[_Identity], number: int) -> bytes | None:
+    """Return the identity that a row has; `None` for one that is void."""
+    return _current([identity for identity in identities if identity.after < number])
+
+
+def _absorbed(link: bytes, number: int, identities: Sequence[_Identity]) -> bytes:
+    """Bind the identities that were written after a row into the link of the next."""
+    for each in identities:
+        if each.written == number:
+            places = each.written.to_bytes(8, "big") + each.after.to_bytes(8, "big")
+            link = hashlib.sha256(_IDENTITY + link + places + (each.value or b"")).digest()
+    return link
 
 
 def _next(link: bytes, number: int, digest: bytes) -> bytes:

@@ -82,6 +82,10 @@ class GuardedModel:
             else _ROUGH
         )
 
+    def under(self, log: bytes) -> "GuardedModel":
+        """Make the same model with the coins of a query log, by its identity."""
+        return GuardedModel(self.network, self.guard.under(log), self._tolerance)
+
     def __call__(self, x: torch.Tensor, clients: str | Sequence[str]) -> Answers:
         """Answer images `(n, c, h, w)`, uint8 or pixel values in [0, 1].
 

@@ -94,7 +94,8 @@ def trace_accounts(
     """Find the accounts whose coins a suspect remembers.
 
     Args:
-        rows: the log's rows, in order, all clients mixed as they came.
+        rows: the log's rows, in order, all clients mixed as they came; those that a lost part of
+            the log made void are no trials.
         answers: int64 `(n,)`, the suspect's answers to the rows' images; anything that is not one
             of a row's two classes counts as neither.
         secret: the owner's secret, from which every coin is drawn again.
@@ -112,13 +113,16 @@ def trace_accounts(
         raise CountermarkError(
             f"{len(rows)} trials and {len(answers)} answers; give one answer for each trial"
         )
-    keys: dict[tuple[str, str], bytes] = {}
+    keys: dict[tuple[str, str, bytes], bytes] = {}
     books: dict[str, _Book] = {}
     pool, best = _Pool(erased), _Pool(erased)
     for row, answer in zip(rows, answers.tolist(), strict=True):
-        account = (row.model, row.client)
+        book = books.setdefault(row.client, _Book())
+        if row.log is None:
+            continue
+        account = (row.model, row.client, row.log)
         if account not in keys:
-            keys[account] = client_key(secret, row.model, row.client)
+            keys[account] = client_key(secret, *account)
         tails = coin(keys[account], row.cell) < row.chance
         if row.answer != (row.tails if tails else row.heads):
             raise CountermarkError(
@@ -126,7 +130,6 @@ def trace_accounts(
                 "the log belongs to another key, or to other models too (give each model a log of "
                 "its own)"
             )
-        book = books.setdefault(row.client, _Book())
         book.enter(row, answer, tails)
         pool.update(row.client, book.process)
         best.update(row.client, book.best)

@@ -42,6 +42,7 @@ _STUCK = 10.0  # seconds after which a pass of the model counts as hanging
 _SILENT = "the query log does not answer"
 _CLOSED = "the service was closed before the query was answered"
 _QUIET = 60.0  # seconds until failures of queries are reported again
+_WATCH = 10.0  # seconds between looks at a log that others may have put back
 _END = 1.0  # seconds that the threads have to finish when nobody waits for them any more
 
 
@@ -151,7 +152,9 @@ class Engine:
             raise CountermarkError(
                 "a guarded model needs a query log, a bare network has no use for one"
             )
-        self._model, self._log = model, log
+        self._identity = b"" if log is None else log.identity
+        self._model = model.under(self._identity) if isinstance(model, GuardedModel) else model
+        self._log = log
         self._max_batch, self._max_waiting = max_batch, max_waiting
         self._lock = threading.RLock()  # for whatever more than one thread changes
         self._computing, self._writing = _Queue(self._lock), _Queue(self._lock)
@@ -363,7 +366,9 @@ class Engine:
 
     def _write(self) -> None:
         while True:
-            queries = self._writing.take(sys.maxsize, _AGAIN if self._unwritten else None)
+            shared = self._log is not None and self._log.shared
+            idle = _WATCH if shared else None
+            queries = self._writing.take(sys.maxsize, _AGAIN if self._unwritten else idle)
             if queries is None:
                 return
             try:
@@ -487,7 +492,9 @@ class Engine:
                 )
                 image = query.images[row].contiguous().numpy().tobytes()
                 numbers = (trial.heads, trial.tails, trial.chance, trial.answer, day)
-                query.rows.append(Row(model, query.client, trial.cell, image, *numbers, request))
+                query.rows.append(
+                    Row(model, query.client, trial.cell, image, *numbers, request, self._identity)
+                )
         parts = torch.split(labels, [len(query.images) for query in queries])
         for query, part in zip(queries, parts, strict=True):
             query.labels = part.tolist()
@@ -495,11 +502,14 @@ class Engine:
     def _store(self, queries: list[_Query]) -> None:
         """Append the trials; the log leaves out those that it already has.
 
-        If there are none, a row that failed before is tried again. A row that no log can store is
-        the fault of its query alone.
+        If there are none, a row that failed before is tried again, or the log is looked at. A row
+        that no log can store is the fault of its query alone.
         """
         assert self._log is not None
         rows = [row for query in queries for row in query.rows] or self._unwritten
+        if not rows:
+            self._log.watch(self._identity)
+            return
         self._unwritten = rows[:1]
         try:
             self.trials += sum(self._log.append(rows))

@@ -17,7 +17,7 @@ import torch
 from countermark.data.images import DamagedError, as_array, eight_bits, fitted
 from countermark.device import resolve_device
 from countermark.errors import CountermarkError
-from countermark.guard import QueryLog, load_guarded, weights_sha256
+from countermark.guard import Head, QueryLog, load_guarded, read_head, weights_sha256
 from countermark.networks import describe
 from countermark.places import Network, is_address, own_path
 from countermark.service.clients import Clients, check_name
@@ -74,6 +74,7 @@ class Guarded:
         max_batch: int = 64,
         max_waiting: int = 256,
         timeout: float = 10.0,
+        head: str | Path | None = None,
     ) -> None:
         """Load a model folder with its guard, and open the log.
 
@@ -87,10 +88,12 @@ class Guarded:
             max_batch: most images of one pass of the model.
             max_waiting: most queries that may wait; more are refused.
             timeout: seconds that an answer may take.
+            head: a head of the log that was published before, as `log_head` gives it; a log that
+                does not lead to it was restored from a backup, and is refused.
 
         Raises:
-            CountermarkError: the model, its guard, the key or the log cannot be read, or a number
-                is out of range.
+            CountermarkError: the model, its guard, the key or the log cannot be read, a number is
+                out of range, or the log does not lead to the head.
         """
         _whole("max_batch", max_batch, 4096)
         _whole("max_waiting", max_waiting, 10**6)
@@ -106,9 +109,10 @@ class Guarded:
             resolve_device(device),
         )
         place = str(log) if is_address(log) else str(own_path(log, "the query log"))
-        self._log = open_log(place, self._timeout)
-        self._log.close()  # a fork could not share the connection; a write opens another one
+        published = None if head is None else read_head(own_path(head, "the published head"))
+        self._log = open_log(place, self._timeout, published)
         self._engine = Engine(guarded, self._log, max_batch, max_waiting)
+        self._log.close()  # a fork could not share the connection; a write opens another one
 
     @overload
     async def classify(self, image: Image, client: str) -> Classified: ...
@@ -275,9 +279,9 @@ def _whole(name: str, value: object, most: int) -> None:
         raise CountermarkError(f"{name} is a whole number from 1 to {most}, not {brief(value)}")
 
 
-def open_log(place: str, timeout: float) -> QueryLog:
+def open_log(place: str, timeout: float, head: Head | None = None) -> QueryLog:
     """Open the log of a service whose answers may take `timeout` seconds."""
-    return QueryLog(place, wait=min(_LOCKED, timeout / 2))
+    return QueryLog(place, wait=min(_LOCKED, timeout / 2), head=head)
 
 
 def close_log(log: QueryLog) -> None:

@@ -35,6 +35,7 @@ class Checked:
         rows: trials.
         erased: those of which only the digest is left.
         clients: accounts.
+        void: trials that are no evidence, since they were stored after the log had lost rows.
         covered: rows that the published head covers; none without one.
         stamped: when an authority that is trusted stamped that head; none if no roots were given.
     """
@@ -44,6 +45,7 @@ class Checked:
     clients: int
     covered: int | None
     stamped: str | None
+    void: int = 0
 
 
 @verb(LogCheckConfig)
@@ -76,7 +78,7 @@ def log_check(config: LogCheckConfig) -> Checked:
             load_roots(Path(config.roots)),
             str(config.head),
         ).time
-    count = erased = 0
+    count = erased = void = 0
     clients = set()
     with QueryLog(config.log, create=False) as log:
         for row in log.rows(published):
@@ -84,12 +86,14 @@ def log_check(config: LogCheckConfig) -> Checked:
             erased += row is None
             if row is not None:
                 clients.add(row.client)
+                void += row.log is None
     return Checked(
         count,
         erased,
         len(clients),
         None if published is None else published.rows,
         None if stamped is None else stamped.isoformat(),
+        void,
     )
 
 
@@ -105,3 +109,5 @@ def show(result: Checked) -> None:
         f"{result.rows} trials of {result.clients} clients ({result.erased} erased); "
         f"the chain holds{covered}"
     )
+    if result.void:
+        print_lines(f"{result.void} of them came after a loss of rows, and are no evidence")

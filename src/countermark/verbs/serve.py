@@ -30,6 +30,9 @@ class ServeConfig(OneDeviceOptions):
     clients: ReadPath | None = None
     """File of the clients who may ask, as countermark client add makes it; default
     MODEL/clients.json."""
+    head: ReadPath | None = None
+    """A head of the log that was published before (countermark log head); a log that does not lead
+    to it was restored from a backup, and is refused."""
     network: Network | None = None
     """module:function that builds the network, unless it is a built-in one; or the ONNX file that
     countermark export --features wrote, which onnxruntime then runs."""
@@ -112,7 +115,7 @@ def serve(config: ServeConfig) -> Served:
         raise CountermarkError(
             f"the service needs {', '.join(missing)}; pip install 'countermark[serve]'"
         )
-    from countermark.guard import load_guarded, weights_sha256
+    from countermark.guard import load_guarded, read_head, weights_sha256
     from countermark.service.clients import Clients
     from countermark.service.engine import Engine
     from countermark.service.guarded import close_log, open_log
@@ -144,7 +147,8 @@ def serve(config: ServeConfig) -> Served:
         ending.callback(listening.close)
         log = None
         if not config.unguarded:
-            log = open_log(config.log, config.timeout)
+            published = None if config.head is None else read_head(Path(config.head))
+            log = open_log(config.log, config.timeout, published)
             ending.callback(close_log, log)
         engine = Engine(model, log, config.max_batch, config.max_waiting)
         ending.callback(engine.stop)

@@ -55,6 +55,7 @@ class Tracing:
         trace: every account, those whose own trials prove a copy, and all of them taken as one.
         rows: trials in the log.
         erased: rows of which only the digest is left.
+        void: rows that are no evidence, since they were stored after the log had lost others.
         answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
     """
@@ -66,6 +67,7 @@ class Tracing:
     erased: int
     answers: Answers
     doubts: tuple[str, ...]
+    void: int = 0
 
     @property
     def exit_status(self) -> int:
@@ -97,7 +99,8 @@ def trace(config: TraceConfig) -> Tracing:
         rows = [None if row is None else replace(row, image=b"") for row in log.rows(published)]
         erased = log.erased()
         kept = [row for row in rows if row is not None]
-        if not kept:
+        void = sum(row.log is None for row in kept)
+        if len(kept) == void:
             raise CountermarkError(
                 f"the log {config.log} holds no trials; nobody has asked near a coin yet"
             )
@@ -115,6 +118,7 @@ def trace(config: TraceConfig) -> Tracing:
         erased=len(rows) - len(kept),
         answers=answers,
         doubts=doubts(answers, verdict),
+        void=void,
     )
 
 
