@@ -10,6 +10,7 @@ of a few.
 import os
 import random
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -445,8 +446,6 @@ def ages(authority: Authority) -> dict[str, tuple[Claimant, bytes | None]]:
 
     The token is older than the marked model, between the model and the accusation, or missing.
     """
-    import time
-
     older = stamped(authority, b"what somebody hands the judge")
     time.sleep(1.1)
     owner = claimant(some_trials(), authority)
@@ -612,10 +611,58 @@ def test_a_spent_batch_counts_only_against_older_suspects(
     assert result_of(found, "A spent batch") == "holds"
 
 
-def test_a_mark_put_over_a_stolen_model_does_not_win(authority: Authority) -> None:
+ENDPOINT = {"kind": "endpoint", "url": "http://theirs/v2/models/m"}
+
+
+def test_a_later_claim_of_the_same_batch_undoes_no_claim_against_an_endpoint(
+    owner_: Claimant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows how old an endpoint is, but its answers were on record before the other claim.
+
+    The accused shows the later claim. One that came first, and a record that proves nothing, leave
+    the batch spent.
+    """
+    claim = owner_.claim(owner_.labels, suspect=ENDPOINT)
+    weak = owner_.claim(random_labels(owner_.trials, 4), suspect=ENDPOINT)
+    time.sleep(1.1)
+    other = owner_.claim(owner_.labels, suspect={"kind": "file", "sha256": "11" * 32})
+    time.sleep(1.1)
+    after = owner_.claim(owner_.labels, suspect=ENDPOINT)
+    finding = owner_.finding(owner_.labels, suspect=ENDPOINT, shown=(other,))
+    verdicts = [judge_claim(each, finding).verdict for each in (claim, weak, after)]
+    assert verdicts == ["upheld", "undecidable", "undecidable"]
+    assert result_of(judge_claim(claim, finding), "A spent batch") == "holds"
+    stranger = replace(finding, labels=random_labels(owner_.trials, 5)[:40])
+    assert judge_claim(claim, stranger).verdict == "undecidable"  # it answers otherwise by now
+    monkeypatch.setattr(judgement, "_recorded", lambda _claim: None)
+    assert judge_claim(claim, finding).verdict == "undecidable"
+
+
+def test_who_was_first_does_not_undo_what_the_suspect_was_made_from(authority: Authority) -> None:
+    """The owner builds on a licensor's marked model; the accused took theirs, and has both marks.
+
+    The accused shows the licensor's claim, which is the earlier one. Nor does it help a licensor
+    who took the owner's model back and has it stamped as a model of their own, with both marks.
+    """
+    licensor, owner = (claimant(some_trials(seed=seed), authority) for seed in (1, 2))
+    theirs, ours = licensor.claim(licensor.labels), owner.claim(owner.labels)
+    unrelated = random_labels(owner.trials, 3)[:40]
+    first = Rival(theirs, MODEL, licensor.labels[:40], unrelated)
+    back = replace(first, our_mark_in_its=owner.labels[:40])
+    for rival, said in ((first, "who was first"), (back, "does not follow from the files")):
+        found = judge_claim(ours, owner.finding(owner.labels, rival=rival))
+        assert found.verdict == "upheld"
+        (check,) = [check for check in found.checks if check.name == "The rival claim"]
+        assert said in check.meaning
+        stranger = owner.finding(random_labels(owner.trials, 4), rival=rival)
+        assert judge_claim(ours, stranger).verdict == "dismissed"
+
+
+def test_a_mark_put_over_a_stolen_model_takes_nothing_from_the_owner(authority: Authority) -> None:
     """The thief marks their copy and claims against everyone else who has one.
 
-    The owner answers with their own claim.
+    That such a suspect was made from the thief's copy is true, and that the owner was first is said
+    beside it. Copies of the owner's own model do not have the thief's mark.
     """
     owner, thief = (
         claimant(some_trials(seed=1), authority),
@@ -631,11 +678,17 @@ def test_a_mark_put_over_a_stolen_model_does_not_win(authority: Authority) -> No
         owners, MODEL, owner.labels[:40], stranger_to_thief[:40]
     )  # the owner's mark is in their model, not theirs in the owner's
     found = judge_claim(thiefs, thief.finding(thief.labels, rival=with_owner))
-    assert (found.verdict, result_of(found, "The rival claim")) == ("dismissed", "fails")
+    (check,) = [check for check in found.checks if check.name == "The rival claim"]
+    assert (found.verdict, check.meaning[:63]) == (
+        "upheld",
+        "This owner's model was made from the rival's, who was first; wh",
+    )
+    copy = thief.finding(stranger_to_thief, rival=with_owner)
+    assert judge_claim(thiefs, copy).verdict == "dismissed"
     with_thief = Rival(thiefs, MODEL, stranger_to_thief[:40], owner.labels[:40])
     assert judge_claim(owners, owner.finding(owner.labels, rival=with_thief)).verdict == "upheld"
     both = Rival(thiefs, MODEL, thief.labels[:40], owner.labels[:40])
-    assert judge_claim(owners, owner.finding(owner.labels, rival=both)).verdict == "undecidable"
+    assert judge_claim(owners, owner.finding(owner.labels, rival=both)).verdict == "upheld"
     neither = Rival(thiefs, MODEL, stranger_to_thief[:40], random_labels(owner.trials, 8)[:40])
     assert judge_claim(owners, owner.finding(owner.labels, rival=neither)).verdict == "upheld"
     own = Rival(

@@ -515,10 +515,16 @@ def _recorded(claim: Claim) -> torch.Tensor | None:
 
 
 def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Check]:
-    """Check that the suspect is older than any other dispute in which the batch was shown.
+    """Check that the suspect learned nothing from another dispute in which the batch was shown.
 
     A batch that was shown before counts only against suspects that are known to be older than that.
+    One that was shown later is no reason to doubt a claim whose own record of the suspect's answers
+    was fixed before and proves the same; without that rule, an accused could undo every claim
+    against an endpoint, whose age nobody knows, by the next one against somebody else.
     """
+    accused = _known_time(claim, "answers_token", finding.roots)
+    answers = _recorded(claim)
+    recorded = answers is not None and _test(claim, answers, finding.alpha).verdict == "match"
     for earlier in finding.shown:
         same = (earlier.c1, earlier.answers["batch"]) == (claim.c1, claim.answers["batch"])
         if not same or earlier.answers == claim.answers:
@@ -532,14 +538,19 @@ def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Ch
             )
             continue
         opened = _known_time(earlier, "answers_token", finding.roots)
-        fixed = made is not None and opened is not None and made < opened
         found = f"shown in another claim{'' if opened is None else ' of ' + _shown(opened)}"
-        meaning = (
-            "The suspect is older than that."
-            if fixed
-            else "The suspect may have learned the trials from there; open another batch."
+        result, meaning = (
+            OPEN,
+            "The suspect may have learned the trials from there; open another batch.",
         )
-        yield Check("A spent batch", HOLDS if fixed else OPEN, found, meaning)
+        if opened is not None and made is not None and made < opened:
+            result, meaning = HOLDS, "The suspect is older than that."
+        elif opened is not None and accused is not None and accused < opened and recorded:
+            result, meaning = (
+                HOLDS,
+                ("This claim's answers were fixed before that, and agree with the coins already."),
+            )
+        yield Check("A spent batch", result, found, meaning)
 
 
 def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) -> Check:
@@ -590,6 +601,11 @@ def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) ->
 
 
 def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
+    """Say which of two owners was first.
+
+    It never decides: who was first is another question than what the suspect was made from. Whoever
+    sold a model, or gave it away, was before everybody who goes on with it, and no thief of theirs.
+    """
     rival, name = finding.rival, "The rival claim"
     if rival is None:
         return
@@ -613,34 +629,22 @@ def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
         f"its mark in this owner's model: p = {p_value(theirs.log10_p_value)}; "
         f"this mark in its model: p = {p_value(ours.log10_p_value)}"
     )
-    outcome = {
-        (False, True): (
-            HOLDS,
-            (
-                "The rival's model carries this mark, and not the other way round: "
-                "this owner was first."
-            ),
-        ),
+    meaning = {
+        (False, True): "The rival's model was made from this owner's: this owner was first.",
         (True, False): (
-            FAILS,
-            (
-                "This owner's model carries the rival's mark, and not the other way round: "
-                "the rival was first."
-            ),
+            "This owner's model was made from the rival's, who was first; whether with leave, no "
+            "file tells. The suspect depends on this owner's coins all the same."
         ),
         (True, True): (
-            OPEN,
-            "Each model carries the other's mark; who was first does not follow from the files.",
+            "Each model carries the other's mark; who was first does not follow from the files. "
+            "The suspect depends on this owner's coins all the same."
         ),
         (False, False): (
-            HOLDS,
-            (
-                "Neither model was made from the other. The suspect may depend on both; "
-                "this claim stands by itself."
-            ),
+            "Neither model was made from the other. The suspect may depend on both; "
+            "this claim stands by itself."
         ),
     }[theirs.verdict == "match", ours.verdict == "match"]
-    yield Check(name, outcome[0], found, outcome[1])
+    yield Check(name, HOLDS, found, meaning)
 
 
 def _test(claim: Claim, labels: torch.Tensor, alpha: float, ways: int = 1) -> Verdict:
