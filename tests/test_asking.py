@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from countermark.cli import main
 from countermark.data import Examples, Pools, pixels
 from countermark.verbs.asking import clean_doubt
 from countermark.verbs.verify import Verification, show, verify
-from countermark.watermarks import WatermarkSet, load_key, new_secrets, write_key
+from countermark.watermarks import Looks, WatermarkSet, load_key, new_secrets, write_key
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 CLASSES = 10
@@ -90,7 +92,7 @@ def test_the_check_changes_no_verdict_and_asks_no_trial_for_it(key: Path, suspec
 
     def judged() -> dict[str, object]:
         found: Verification = verify(suspect, key=key)
-        return {**asdict(found), "answers": None, "doubts": ()}
+        return {**asdict(found), "answers": None, "doubts": (), "looks": None}
 
     with_them = judged()
     (key / "clean.safetensors").unlink()
@@ -112,6 +114,48 @@ def test_a_match_stays_one_whatever_the_clean_examples_say(key: Path) -> None:
     assert found.verdict == "match"
     assert len(found.doubts) == 1
     assert "input looks wrong" in found.doubts[0]
+
+
+def test_every_look_is_noted_beside_the_key(key: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nineteen ways of asking one stranger are nineteen chances of a small p-value."""
+    ledger = key / "looks.jsonl"
+    ways: list[dict[str, Any]] = [{}, {"std": (0.5,)}, {"std": (0.25,)}]
+    for count, how in enumerate(ways, 1):
+        capsys.readouterr()
+        found: Verification = verify(brightest, key=key, **how)
+        assert found.looks == Looks(count, count)
+        show(found)
+        said = " ".join(capsys.readouterr().out.split())
+        assert (f"This is look {count} at this suspect with this key, of {count}" in said) == (
+            count > 1
+        )
+    other: Verification = verify(wants_other_pixels, key=key)
+    assert other.looks == Looks(1, 4)
+    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
+    assert [entry["suspect"] for entry in entries[2:]] == [
+        f"python:test_asking.{name}" for name in ("brightest", "wants_other_pixels")
+    ]
+    assert len({entry["how_sha256"] for entry in entries}) == 3
+    assert entries[0]["log10_p_value"] == pytest.approx(
+        verify(brightest, key=key).test.log10_p_value
+    )
+    assert stat.S_IMODE(ledger.stat().st_mode) == 0o600
+
+
+def test_a_ledger_that_was_cut_short_goes_on_and_one_that_cannot_be_written_is_said(
+    key: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify(brightest, key=key)
+    ledger = key / "looks.jsonl"
+    ledger.write_bytes(ledger.read_bytes() + b'{"suspect": "python:test_as')
+    assert verify(brightest, key=key).looks == Looks(2, 3)
+    assert len(ledger.read_text().splitlines()) == 3
+    ledger.unlink()
+    ledger.mkdir()
+    found: Verification = verify(brightest, key=key)
+    assert found.looks is None
+    show(found)
+    assert "could not be noted beside the key" in " ".join(capsys.readouterr().out.split())
 
 
 def test_strangeness_in_closed_form() -> None:

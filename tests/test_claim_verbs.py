@@ -342,7 +342,8 @@ def test_a_head_with_a_token_shows_when_the_log_was_so(
 ) -> None:
     path, head = tmp_path / "log.db", tmp_path / "head.json"
     with QueryLog(str(path)) as log:
-        log.append([Row("aa" * 32, "anna", b"cell", b"image", 1, 2, 3, 1, 4)])
+        row = Row("aa" * 32, "anna", b"cell", b"image", 1, 2, 3, 1, 4, log=log.identity)
+        log.append([row])
     assert (
         main(["log", "head", str(path), "--tsa", authority.url, "--roots", str(authority.root)])
         == 0

@@ -17,16 +17,16 @@ from countermark.files import (
     write_json,
 )
 from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
-from countermark.places import Network
+from countermark.places import Network, place_name
 from countermark.terminal import p_value, print_lines, print_table, unbroken
-from countermark.verbs.asking import Answers, ask, asked_how, doubts
+from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
 from countermark.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
     from countermark.claims import Claim
-    from countermark.watermarks import Key
+    from countermark.watermarks import Key, Looks
 
 SPENT_FORMAT = "countermark spent 1"
 
@@ -74,6 +74,7 @@ class Claimed:
             undecidable.
         answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
+        looks: how often suspects were asked with this key; none where its folder cannot be written.
     """
 
     folder: str
@@ -83,6 +84,7 @@ class Claimed:
     timestamped: bool
     answers: Answers
     doubts: tuple[str, ...]
+    looks: "Looks | None" = None
 
 
 @verb(ClaimConfig)
@@ -108,7 +110,7 @@ def claim(config: ClaimConfig) -> Claimed:
     from countermark.claims import Claim, open_batch, suspect_identity, write_claim
     from countermark.claims.record import ANSWERS_FORMAT
     from countermark.timestamps import decode_token, timestamping
-    from countermark.watermarks import load_key, load_secret, sign
+    from countermark.watermarks import load_key, load_secret, note_look, sign
 
     folder, out = Path(config.key), Path(config.out)
     key, secret = load_key(folder), load_secret(folder)
@@ -153,6 +155,8 @@ def claim(config: ClaimConfig) -> Claimed:
                 batches=batches,
                 ways=answers.ways,
             )
+            how, name = asked_how(config, answers), place_name(config.suspect)
+            looks = note_look(folder, "claim", name, how, test.log10_p_value)
             if test.verdict != "match" and not config.anyway:
                 raise CountermarkError(
                     f"the suspect's answers to batch {batch} would not convince a judge "
@@ -164,7 +168,7 @@ def claim(config: ClaimConfig) -> Claimed:
                 "c2_sha256": sha256(canonical_json(made.c2)),
                 "batch": batch,
                 "suspect": suspect,
-                "asked": asked_how(config, answers),
+                "asked": how,
                 "labels": labels.tolist(),
                 "version": __version__,
             }
@@ -192,6 +196,7 @@ def claim(config: ClaimConfig) -> Claimed:
         timestamped=None not in (made.t1, made.t2, made.answers_token),
         answers=answers,
         doubts=doubts(answers, test.verdict),
+        looks=looks,
     )
 
 
@@ -301,7 +306,7 @@ def show(result: Claimed) -> None:
             "It lacks timestamps (protect and claim take --tsa URL), "
             "so a judge will find it undecidable."
         )
-    print_lines(*result.doubts)
+    print_lines(*result.doubts, *said_looks(result.looks))
 
 
 __all__ = ["Claimed", "claim", "show"]

@@ -11,12 +11,13 @@ from countermark.evidence import EXIT_STATUS
 from countermark.options import LogPath, ReadPath, SuspectOptions, verb
 from countermark.places import place_name
 from countermark.terminal import p_value, print_lines, print_table, unbroken
-from countermark.verbs.asking import Answers, ask, doubts
+from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
 
 if TYPE_CHECKING:
     import torch
 
     from countermark.guard import QueryLog, Row, Trace
+    from countermark.watermarks import Looks
 
 _SHOWN = 20
 _PART = 256  # images at a time
@@ -26,7 +27,8 @@ _PART = 256  # images at a time
 class TraceConfig(SuspectOptions):
     """Say from whose account a copy was made.
 
-    The suspect is asked for the queries of a log.
+    The suspect is asked the queries of a log, which are clients' images: whoever runs an endpoint
+    sees them.
     """
 
     key: ReadPath
@@ -56,6 +58,7 @@ class Tracing:
         rows: trials in the log.
         erased: rows of which only the digest is left.
         void: rows that are no evidence, since they were stored after the log had lost others.
+        looks: how often suspects were asked with this key; none where its folder cannot be written.
         answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
     """
@@ -68,6 +71,7 @@ class Tracing:
     answers: Answers
     doubts: tuple[str, ...]
     void: int = 0
+    looks: "Looks | None" = None
 
     @property
     def exit_status(self) -> int:
@@ -89,7 +93,7 @@ def trace(config: TraceConfig) -> Tracing:
         ('match', ('anna',))
     """
     from countermark.guard import QueryLog, read_head, trace_accounts
-    from countermark.watermarks import load_key, load_secret
+    from countermark.watermarks import load_key, load_secret, note_look
 
     key = load_key(Path(config.key))
     shape = tuple(key.watermarks.x.shape[1:])
@@ -110,8 +114,10 @@ def trace(config: TraceConfig) -> Tracing:
     secret = load_secret(Path(config.key))
     found = trace_accounts(kept, labels, secret, config.alpha, erased, answers.ways)
     verdict = "match" if found.named else found.together
+    name, how = place_name(config.suspect), asked_how(config, answers)
+    least = min([found.together_log10_p_value, *(each.log10_p_value for each in found.accounts)])
     return Tracing(
-        suspect=place_name(config.suspect),
+        suspect=name,
         verdict=verdict,
         trace=found,
         rows=len(rows),
@@ -119,6 +125,7 @@ def trace(config: TraceConfig) -> Tracing:
         answers=answers,
         doubts=doubts(answers, verdict),
         void=void,
+        looks=note_look(Path(config.key), "trace", name, how, least),
     )
 
 
@@ -174,7 +181,7 @@ def show(result: Tracing) -> None:
         )
     else:
         print_lines("Nobody's account can be named.")
-    print_lines(*result.doubts)
+    print_lines(*result.doubts, *said_looks(result.looks))
 
 
 __all__ = ["Tracing", "show", "trace"]

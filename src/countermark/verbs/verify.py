@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from countermark.device import describe
 from countermark.evidence import EXIT_STATUS, Verdict, judge, untested
@@ -16,7 +17,10 @@ from countermark.terminal import (
     print_table,
     unbroken,
 )
-from countermark.verbs.asking import Answers, ask, doubts
+from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
+
+if TYPE_CHECKING:
+    from countermark.watermarks import Looks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class Verification:
         doubts: what a person should know before believing the verdict, in sentences.
         device: where a model folder computed, and in which precision; none for other suspects,
             which compute by themselves.
+        looks: how often suspects were asked with this key; none where its folder cannot be written.
     """
 
     suspect: str
@@ -63,6 +68,7 @@ class Verification:
     answers: Answers
     doubts: tuple[str, ...]
     device: str | None
+    looks: "Looks | None" = None
 
     @property
     def verdict(self) -> str:
@@ -96,7 +102,7 @@ def verify(config: VerifyConfig) -> Verification:
         >>> cm.verify(lambda images: model(images).argmax(1), key="mine/key").verdict
         'no evidence'
     """
-    from countermark.watermarks import load_key
+    from countermark.watermarks import load_key, note_look
 
     key = load_key(Path(config.key))
     x, data = key.watermarks.x, str(key.c1.get("data"))
@@ -110,8 +116,10 @@ def verify(config: VerifyConfig) -> Verification:
         if exact
         else untested(outcomes, config.alpha)
     )
+    name = place_name(config.suspect)
+    how = asked_how(config, answers)
     return Verification(
-        suspect=place_name(config.suspect),
+        suspect=name,
         scheme=key.scheme,
         test=test,
         watermark_accuracy=share,
@@ -121,6 +129,7 @@ def verify(config: VerifyConfig) -> Verification:
         device=describe(config.device)
         if isinstance(config.suspect, Path) and config.suspect.is_dir()
         else None,
+        looks=note_look(Path(config.key), "verify", name, how, test.log10_p_value),
     )
 
 
@@ -142,7 +151,7 @@ def show(result: Verification) -> None:
         ],
     )
     print_figure(agreements(test))
-    print_lines(explain(result), *result.doubts)
+    print_lines(explain(result), *result.doubts, *said_looks(result.looks))
 
 
 def explain(result: Verification) -> str:

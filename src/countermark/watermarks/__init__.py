@@ -25,6 +25,7 @@ from countermark.watermarks.key import (
     read_clean,
     write_key,
 )
+from countermark.watermarks.looks import Looks, note_look
 from countermark.watermarks.schemes import SCHEMES, Materials, Scheme
 from countermark.watermarks.sets import (
     CRAFTING_STEPS,
@@ -45,6 +46,7 @@ __all__ = [
     "PASSAGES",
     "SCHEMES",
     "Key",
+    "Looks",
     "Materials",
     "Scheme",
     "WatermarkSet",
@@ -63,6 +65,7 @@ __all__ = [
     "load_secret",
     "merkle_paths",
     "new_secrets",
+    "note_look",
     "path_length",
     "published_sample",
     "published_set",
