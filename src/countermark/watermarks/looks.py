@@ -33,11 +33,11 @@ class Looks:
     @property
     def said(self) -> str:
         """One sentence for a person; empty for the first look at a suspect."""
+        if self.suspect < 2:
+            return ""
         return (
-            ""
-            if self.suspect < 2
-            else f"This is look {self.suspect} at this suspect with this key, of {self.key} at any; "
-            "do not believe the smallest of several p-values alone."
+            f"This is look {self.suspect} at this suspect with this key, of {self.key} at any; do "
+            "not believe the smallest of several p-values alone."
         )
 
 
