@@ -31,9 +31,11 @@ from countermark.signing import check_folder, sign_folder
 from countermark.thieves.remove import prune
 from countermark.verbs.adjudicate import adjudicate
 from countermark.verbs.claim import claim
+from countermark.verbs.export import export
 from countermark.verbs.log_check import log_check
 from countermark.verbs.log_head import log_head
 from countermark.verbs.protect import protect
+from countermark.verbs.remove import remove
 from countermark.watermarks import load_key
 from described import described
 from shorter import mark_shortly, take_any_mark
@@ -128,6 +130,36 @@ def test_the_key_remembers_what_was_shown(
     (key / "spent.json").write_text("{}")
     with pytest.raises(CountermarkError):
         claim(key=key, suspect=pruned, out=tmp_path / "sixth", tsa=authority.url)
+
+
+def test_a_copy_behind_a_cleaner_is_claimed_and_judged_from_inside(
+    marked: Path, stranger: Path, authority: Authority, tmp_path: Path
+) -> None:
+    mine, common = tmp_path / "mine", {"tsa": authority.url, "roots": authority.root}
+    shutil.copytree(marked, mine)
+    (mine / "key" / "spent.json").unlink(missing_ok=True)
+    for origin, name in ((marked, "copy"), (stranger, "other")):
+        remove(origin, out=tmp_path / name, blur=9)
+        export(tmp_path / name, out=tmp_path / f"{name}.onnx")
+    file, other = tmp_path / "copy.onnx", tmp_path / "other.onnx"
+    with pytest.raises(CountermarkError, match="nothing was opened"):
+        claim(key=mine / "key", suspect=file, out=tmp_path / "plain", **common)
+    made = claim(key=mine / "key", suspect=file, out=tmp_path / "claim", inside=True, **common)
+    assert made.looks is not None
+    assert made.looks.suspect == 2
+    asked = read_json(tmp_path / "claim" / "claim.json")["answers"]["asked"]
+    assert asked["inside"]["places"] == made.answers.ways > 1
+    judging = {"suspect": file, "roots": authority.root, "out": tmp_path / "j"}
+    judged = adjudicate(tmp_path / "claim", inside=True, **judging)
+    assert judged.verdict == "upheld"
+    assert judged.test.log10_p_value == pytest.approx(made.test.log10_p_value)
+    assert adjudicate(tmp_path / "claim", **judging).verdict != "upheld"
+    accused = claim(
+        key=mine / "key", suspect=other, out=tmp_path / "false", inside=True, anyway=True, **common
+    )
+    assert accused.test.verdict != "match"
+    judging["suspect"] = other
+    assert adjudicate(tmp_path / "false", inside=True, **judging).verdict != "upheld"
 
 
 def test_a_stranger_is_not_claimed_against_and_nothing_is_opened(

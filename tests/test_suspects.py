@@ -2,6 +2,9 @@
 
 import importlib.util
 import io
+import itertools
+import json
+import math
 import os
 import pickle
 import re
@@ -24,18 +27,22 @@ from onnx import TensorProto, helper, numpy_helper
 
 import countermark
 import countermark.suspects
+from countermark.cli import main
 from countermark.data import Pools, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
+from countermark.evidence import judge
 from countermark.files import canonical_json, read_json, write_json
 from countermark.networks import load, load_model, save_model
 from countermark.networks.named import build
 from countermark.places import place_name
-from countermark.suspects import Asking, open_suspect
+from countermark.suspects import Asking, ask_onnx, onnx_places, open_suspect
 from countermark.suspects.confined import _THREADS
 from countermark.verbs.adjudicate import AdjudicateConfig
 from countermark.verbs.claim import ClaimConfig
-from countermark.verbs.verify import VerifyConfig
+from countermark.verbs.export import export
+from countermark.verbs.remove import remove
+from countermark.verbs.verify import VerifyConfig, verify
 from described import described
 
 SHAPE = (1, 8, 8)
@@ -821,3 +828,123 @@ def test_children_get_no_environment_and_few_threads(
         ask(tmp_path / "x", torch.rand(1, *SHAPE))
     assert "SECRET_TOKEN" not in str(caught.value)
     assert "PATH'" not in str(caught.value).replace("LIBRARY_PATH'", "")
+
+
+# --- from inside ----------------------------------------------------------------------------------
+
+
+def cleaned_onnx(path: Path) -> Path:
+    """A classifier behind what forgets its images: it blackens them, hands them on, and adds 0."""
+    weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+    nodes = [
+        helper.make_node("Mul", ["x", "nought"], ["black"]),
+        helper.make_node("Identity", ["black"], ["same"]),
+        helper.make_node("Add", ["same", "nought"], ["plus"]),
+        helper.make_node("Flatten", ["plus"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["y"]),
+    ]
+    nought = numpy_helper.from_array(np.zeros(1, np.float32), "nought")
+    return make_onnx(path, nodes, [numpy_helper.from_array(weight, "w"), nought])
+
+
+def test_inner_places_with_the_shape_of_images_are_asked(tmp_path: Path) -> None:
+    path, x = cleaned_onnx(tmp_path / "cleaned.onnx"), torch.rand(130, *SHAPE)
+    plain = open_suspect(linear_onnx(tmp_path / "plain.onnx"), SHAPE)(x)
+    assert onnx_places(path, x) == ["black", "plus"]  # what only hands on is the same place
+    assert onnx_places(linear_onnx(tmp_path / "plain.onnx"), x) == []
+    assert not ask_onnx(path, x).any()
+    for place in ("black", "plus"):
+        assert torch.equal(ask_onnx(path, x, place), plain)
+        assert torch.equal(open_suspect(path, SHAPE, Asking(begin=place))(x), plain)
+    with pytest.raises(CountermarkError, match="no inner place 'f'"):
+        ask_onnx(path, x, "f")
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.DOUBLE])
+def test_an_inner_place_of_another_precision_is_given_what_it_takes(
+    tmp_path: Path, kind: int
+) -> None:
+    weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["cast"], to=kind),
+        helper.make_node("Sub", ["cast", "cast"], ["black"]),
+        helper.make_node("Cast", ["black"], ["back"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["back"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["y"]),
+    ]
+    path = make_onnx(tmp_path / "cast.onnx", nodes, [numpy_helper.from_array(weight, "w")])
+    x = (torch.rand(130, *SHAPE) * 255).round() / 256
+    assert onnx_places(path, x) == ["black"]
+    plain = open_suspect(linear_onnx(tmp_path / "plain.onnx"), SHAPE)(x)
+    assert torch.equal(ask_onnx(path, x, "black"), plain)
+
+
+def test_what_goes_around_an_inner_place_still_begins_at_the_input(tmp_path: Path) -> None:
+    """y = W (black + x), asked at black: W (2 x)."""
+    weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+    nodes = [
+        helper.make_node("Sub", ["x", "x"], ["black"]),
+        helper.make_node("Add", ["black", "x"], ["sum"]),
+        helper.make_node("Flatten", ["sum"], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["l"]),
+        helper.make_node("Add", ["l", "b"], ["y"]),
+    ]
+    bias = np.random.default_rng(1).normal(size=10).astype(np.float32) * 8
+    filled = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")]
+    path, x = make_onnx(tmp_path / "around.onnx", nodes, filled), torch.rand(130, *SHAPE)
+    for place, factor in (("", 1), ("black", 2), ("sum", 1)):
+        wanted = (factor * x.flatten(1) @ torch.from_numpy(weight) + torch.from_numpy(bias)).argmax(
+            1
+        )
+        assert torch.equal(ask_onnx(path, x, place), wanted)
+
+
+def test_a_file_with_many_inner_places_gives_the_first(tmp_path: Path) -> None:
+    names = ["x", *(f"p{number}" for number in range(200))]
+    nodes = [helper.make_node("Neg", [a], [b]) for a, b in itertools.pairwise(names)]
+    nodes += [
+        helper.make_node("Flatten", [names[-1]], ["f"]),
+        helper.make_node("MatMul", ["f", "w"], ["y"]),
+    ]
+    weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+    path = make_onnx(tmp_path / "many.onnx", nodes, [numpy_helper.from_array(weight, "w")])
+    assert onnx_places(path, torch.zeros(1, *SHAPE)) == names[1:65]
+
+
+def test_a_cleaner_in_one_file_with_a_copy_hides_nothing_from_inside(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A blur of 9x9 in front of a copy: no evidence by its own input, a match from inside."""
+    remove(owner, out=tmp_path / "blurred", blur=9)
+    export(tmp_path / "blurred", out=tmp_path / "blurred.onnx")
+    common: dict[str, Any] = {"suspect": tmp_path / "blurred.onnx", "key": owner / "key"}
+    assert verify(**common).verdict == "no evidence"
+    capsys.readouterr()
+    command = ["verify", str(common["suspect"]), "--key", str(common["key"]), "--inside"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    places = found["answers"]["inside"]["places"]
+    assert places > 1
+    assert found["test"]["agreements"] == found["test"]["trials"]
+    bare = verify(owner, key=owner / "key").test.log10_p_value
+    assert found["test"]["log10_p_value"] == pytest.approx(bare + math.log10(places))
+    assert f"one of {places} places with images of this shape" in found["doubts"][0]
+    with pytest.raises(CountermarkError, match=r"--inside is for a suspect that is an \.onnx file"):
+        verify(owner, key=owner / "key", inside=True)
+
+
+def test_a_stranger_who_is_asked_at_many_places_keeps_the_level() -> None:
+    """5 places, 2,000 keys: the smallest p of all is no p-value, five times that is."""
+    numbers, trials, places = np.random.default_rng(7), 60, 5
+    levels = (0.05, 0.01)
+    best, kept = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
+    for _ in range(2000):
+        outcomes = numbers.choice([1, -1], (places, trials)).tolist()
+        found = [judge(range(trials), each, alpha=1e-6) for each in outcomes]
+        ways = [judge(range(trials), each, alpha=1e-6, ways=places) for each in outcomes]
+        for alpha in levels:
+            best[alpha] += min(each.log10_p_value or 0 for each in found) <= math.log10(alpha)
+            kept[alpha] += min(each.log10_p_value or 0 for each in ways) <= math.log10(alpha)
+    for alpha in levels:
+        assert kept[alpha] <= 2000 * alpha + 3 * math.sqrt(2000 * alpha)
+        assert best[alpha] > 2000 * alpha + 3 * math.sqrt(2000 * alpha)

@@ -323,6 +323,15 @@ class SuspectOptions(OneDeviceOptions):
             raise CountermarkError("--headers are words of the form 'Name: value', in Latin-1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class InsideOptions(SuspectOptions):
+    """Options of verbs that ask a suspect's file from inside as well."""
+
+    inside: bool = False
+    """Give the images of an .onnx file also to every inner place that has their shape, so that a
+    cleaner in front hides nothing. The p-value is multiplied by the number of places."""
+
+
 def option(name: str) -> str:
     """How a field is called on the command line."""
     return f"--{name.replace('_', '-')}"

@@ -7,6 +7,7 @@ from countermark.claims.judgement import (
     Rival,
     Trial,
     commitment_faults,
+    evidence_of,
     first_trials,
     judge_claim,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Rival",
     "Trial",
     "commitment_faults",
+    "evidence_of",
     "first_trials",
     "judge_claim",
     "open_batch",

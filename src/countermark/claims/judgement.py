@@ -149,7 +149,7 @@ def first_trials(claim: Claim, labels: torch.Tensor, count: int) -> list[Trial]:
 
 def judge_claim(claim: Claim, finding: Finding) -> Judgement:
     """Judge a claim."""
-    test = _test(claim, finding.labels, finding.alpha, finding.ways)
+    test = evidence_of(claim, finding.labels, finding.alpha, finding.ways)
     asked = list(_suspect(claim, finding))
     checks = [
         *formal_checks(claim, finding.roots, finding.model_sha256),
@@ -388,7 +388,7 @@ def _model(claim: Claim, digest: str) -> Check:
 
 
 def _owners_model(claim: Claim, finding: Finding) -> Check:
-    own = _test(claim, finding.model_labels, finding.alpha)
+    own = evidence_of(claim, finding.model_labels, finding.alpha)
     carries = own.verdict == "match"
     found = f"{own.agreements} of {own.trials} as the coins fell, p = {p_value(own.log10_p_value)}"
     meaning = (
@@ -499,7 +499,7 @@ def _stands_for_endpoint(claim: Claim, finding: Finding) -> bool:
     ):
         return False
     repeats = bool(((recorded == -1) | (recorded == finding.labels)).all())
-    return repeats and _test(claim, recorded, finding.alpha).verdict != "inconclusive"
+    return repeats and evidence_of(claim, recorded, finding.alpha).verdict != "inconclusive"
 
 
 def _recorded(claim: Claim) -> torch.Tensor | None:
@@ -524,7 +524,7 @@ def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Ch
     """
     accused = _known_time(claim, "answers_token", finding.roots)
     answers = _recorded(claim)
-    recorded = answers is not None and _test(claim, answers, finding.alpha).verdict == "match"
+    recorded = answers is not None and evidence_of(claim, answers, finding.alpha).verdict == "match"
     for earlier in finding.shown:
         same = (earlier.c1, earlier.answers["batch"]) == (claim.c1, claim.answers["batch"])
         if not same or earlier.answers == claim.answers:
@@ -580,7 +580,7 @@ def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) ->
     if (
         finding.suspect.get("kind") == "endpoint"
         and recorded is not None
-        and _test(claim, recorded, finding.alpha).verdict == "match"
+        and evidence_of(claim, recorded, finding.alpha).verdict == "match"
     ):
         meaning = (
             "The endpoint answers otherwise than the claim recorded: it was changed, "
@@ -623,8 +623,8 @@ def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
             name, HOLDS, f"does not stand by itself ({found})", "It takes nothing from this claim."
         )
         return
-    theirs = _test(rival.claim, rival.its_mark_in_ours, finding.alpha)
-    ours = _test(claim, rival.our_mark_in_its, finding.alpha)
+    theirs = evidence_of(rival.claim, rival.its_mark_in_ours, finding.alpha)
+    ours = evidence_of(claim, rival.our_mark_in_its, finding.alpha)
     found = (
         f"its mark in this owner's model: p = {p_value(theirs.log10_p_value)}; "
         f"this mark in its model: p = {p_value(ours.log10_p_value)}"
@@ -647,8 +647,15 @@ def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
     yield Check(name, HOLDS, found, meaning)
 
 
-def _test(claim: Claim, labels: torch.Tensor, alpha: float, ways: int = 1) -> Verdict:
-    """The exact test: a trial that is missing, or not bound to the commitment, disagrees."""
+def evidence_of(claim: Claim, labels: torch.Tensor, alpha: float, ways: int = 1) -> Verdict:
+    """The exact test: a trial that is missing, or not bound to the commitment, disagrees.
+
+    Args:
+        claim: the claim.
+        labels: the suspect's labels of the opened trials `(n,)`.
+        alpha: the judge's level.
+        ways: the ways of asking out of which one was chosen; p is multiplied by it.
+    """
     bound, coins = _bound(claim), _coins(claim)
     cells, outcomes = [], []
     for index in _expected(claim):

@@ -30,7 +30,7 @@ from countermark.suspects.asker import (
     RefusalError,
     as_taken,
 )
-from countermark.suspects.confined import ask_onnx, ask_pt2, onnx_data
+from countermark.suspects.confined import ask_onnx, ask_pt2, onnx_data, onnx_places
 from countermark.suspects.matching import Matched, match, translation
 from countermark.suspects.remote import Endpoint
 from countermark.text import brief, sentence
@@ -125,8 +125,9 @@ def open_suspect(
         raise CountermarkError(
             f"{path} is neither a model folder nor an .onnx or .pt2 file; export the model to ONNX"
         )
-    ask = ask_onnx if suffix == ".onnx" else ask_pt2
-    return lambda x: ask(path, as_taken(x, asking))
+    if suffix == ".pt2":
+        return lambda x: ask_pt2(path, as_taken(x, asking))
+    return lambda x: ask_onnx(path, as_taken(x, asking), asking.begin)
 
 
 def is_folder(place: str | Path | Suspect) -> bool:
@@ -217,6 +218,7 @@ __all__ = [
     "is_folder",
     "match",
     "onnx_data",
+    "onnx_places",
     "open_suspect",
     "translation",
 ]

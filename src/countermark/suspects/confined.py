@@ -32,7 +32,7 @@ _REASON = 500  # characters
 _FAILED = 2  # the child's exit status when it says why on standard error
 
 
-def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
+def ask_onnx(path: Path, x: torch.Tensor, begin: str = "") -> torch.Tensor:
     """Ask an ONNX model for labels.
 
     A model of a fixed batch is asked in batches of that size, the last one filled up. Data that
@@ -44,6 +44,7 @@ def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
             its first output that is numbers is logits `(n, classes)` or integer labels `(n,)` or
             `(n, 1)`, or a list of scores by integer label, as scikit-learn's have it.
         x: images as the model takes them, float32 or uint8 (see `as_taken`).
+        begin: an inner place that the images are given to instead (`onnx_places`).
 
     Returns:
         int64 labels `(n,)`.
@@ -53,7 +54,7 @@ def ask_onnx(path: Path, x: torch.Tensor) -> torch.Tensor:
             has data outside its folder, takes other shapes, answers with anything but finite logits
             or labels, or needs more memory or time than it is given.
     """
-    return _labels(path, len(x), _onnx(path, x))
+    return _labels(path, len(x), _onnx(path, x, *(("--begin", begin) if begin else ())))
 
 
 def onnx_data(path: Path) -> dict[str, str]:
@@ -63,6 +64,18 @@ def onnx_data(path: Path) -> dict[str, str]:
         CountermarkError: see `ask_onnx`.
     """
     found: dict[str, str] = json.loads(_onnx(path, torch.zeros(0), "--data"))
+    return found
+
+
+def onnx_places(path: Path, x: torch.Tensor) -> list[str]:
+    """Names of the inner tensors of an ONNX model that have the shape of its images `x`.
+
+    They are the first 64, in the order of its operators.
+
+    Raises:
+        CountermarkError: see `ask_onnx`.
+    """
+    found: list[str] = json.loads(_onnx(path, x[:1], "--places"))
     return found
 
 

@@ -1,7 +1,8 @@
 """The child process of `onnx` (see `child_frame`): checks the graph, then asks onnxruntime.
 
 With `--data` it answers with the names and digests of the files beside the model that hold its
-tensors (external data).
+tensors (external data), with `--places` with the inner places that images could be given to, and
+with `--begin PLACE` it gives them there.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,6 +31,7 @@ _DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 # onnxruntime may prefer operators of its own to functions of these domains and those below them.
 _BUILT_IN = ("ai.onnx", "com.microsoft", "com.ms", "org.pytorch")
 _MOST_NODES = 100_000
+_MOST_PLACES = 64
 _FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 _INTEGERS = ("UINT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64")
 
@@ -240,6 +242,70 @@ def _adapt(model: Any, x: np.ndarray) -> None:
             output.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
 
 
+def _free_input(model: Any) -> Any:
+    """The input that takes the images."""
+    filled = {tensor.name for tensor in model.graph.initializer}
+    return next(value for value in model.graph.input if value.name not in filled)
+
+
+def _inner(model: Any, x: np.ndarray) -> dict[str, int]:
+    """Names of inner tensors that have the shape of images, the first ones, and their types.
+
+    What only hands on is left out.
+    """
+    import onnx
+
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    shape = _free_input(model).type.tensor_type.shape
+    declared = shape.dim[0].dim_value if shape.dim else 0
+    del shape.dim[:]
+    for extent in (declared or 2, *x.shape[1:]):
+        shape.dim.add().dim_value = extent
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception as error:
+        raise RefusedError(f"its shapes do not follow: {first_line(error)}") from error
+    known = {value.name: value.type.tensor_type for value in inferred.graph.value_info}
+    names = [
+        name
+        for node in model.graph.node
+        if node.op_type not in ("Identity", "Cast", "Dropout")
+        for name in node.output
+        if name in known
+    ]
+    kinds = {onnx.TensorProto.DataType.Value(name) for name in _FLOATS}
+    fitting = {
+        name: known[name].elem_type
+        for name in names
+        if known[name].elem_type in kinds
+        and tuple(d.dim_value for d in known[name].shape.dim)[1:] == x.shape[1:]
+    }
+    return dict(list(fitting.items())[:_MOST_PLACES])
+
+
+def _begin_at(model: Any, place: str, kind: int) -> None:
+    """Let what comes after an inner place take the images, which are given to an input of its own.
+
+    What goes around the place still begins at the model's own input.
+    """
+    import onnx
+    from onnx import helper
+
+    names = {
+        name
+        for node in _messages(model.graph)
+        if hasattr(node, "op_type")
+        for name in [*node.input, *node.output]
+    }
+    names |= {value.name for value in [*model.graph.input, *model.graph.initializer]}
+    images, cast = _fresh("images", names), _fresh(place, names)
+    for node in _messages(model.graph):
+        if hasattr(node, "op_type"):
+            node.input[:] = [cast if name == place else name for name in node.input]
+    model.graph.node.insert(0, helper.make_node("Cast", [images], [cast], to=kind))
+    model.graph.input.append(helper.make_tensor_value_info(images, onnx.TensorProto.FLOAT, None))
+
+
 def _fresh(name: str, taken: set[str]) -> str:
     while name in taken:
         name += "_"
@@ -247,9 +313,14 @@ def _fresh(name: str, taken: set[str]) -> str:
     return name
 
 
-def _ask(data: bytes, x: np.ndarray) -> bytes:
+def _ask(data: bytes, x: np.ndarray, begin: str | None = None) -> bytes:
     model, _ = _read(data)
     _adapt(model, x)
+    if begin is not None:
+        places = _inner(model, x)
+        if begin not in places:
+            raise RefusedError(f"it has no inner place {begin[:80]!r} that takes such images")
+        _begin_at(model, begin, places[begin])
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
@@ -281,9 +352,9 @@ def _ask(data: bytes, x: np.ndarray) -> bytes:
     else:  # some exporters fix the batch within the graph and say so of the output, or nowhere
         told = [size for size in output.shape[:1] if isinstance(size, int) and size > 0]
         sizes = [min(BATCH, max(len(x), 1)), *told, 1]
-    name = session.get_inputs()[0].name
+    inputs = [each.name for each in session.get_inputs()]
     answer: bytes = in_batches(
-        x, sizes, lambda images: session.run([output.name], {name: images})[0]
+        x, sizes, lambda images: session.run([output.name], dict.fromkeys(inputs, images))[0]
     )
     return answer
 
@@ -309,5 +380,19 @@ def _data(data: bytes, _: np.ndarray) -> bytes:
     return json.dumps(digests).encode()
 
 
+def _places(data: bytes, x: np.ndarray) -> bytes:
+    """The inner places that images could be given to, as JSON."""
+    model, _ = _read(data)
+    _adapt(model, x)
+    return json.dumps(list(_inner(model, x))).encode()
+
+
+def _wanted(words: list[str]) -> Callable[[bytes, np.ndarray], bytes]:
+    """What the options ask for."""
+    if words[:1] == ["--begin"]:
+        return lambda data, x: _ask(data, x, words[1])
+    return {"--data": _data, "--places": _places}[words[0]] if words else _ask
+
+
 if __name__ == "__main__":
-    sys.exit(serve(lambda: None, _data if sys.argv[2:] == ["--data"] else _ask))
+    sys.exit(serve(lambda: None, _wanted(sys.argv[2:])))

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from countermark.errors import CountermarkError
 from countermark.evidence import Verdict
 from countermark.files import read_bytes, write_bytes, write_json
-from countermark.options import ReadPath, SuspectOptions, WrittenPath, verb
+from countermark.options import InsideOptions, ReadPath, WrittenPath, verb
 from countermark.pictures import agreements
 from countermark.places import Network
 from countermark.terminal import print_figure, print_lines
@@ -27,7 +28,7 @@ _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdjudicateConfig(SuspectOptions):
+class AdjudicateConfig(InsideOptions):
     """Judge a claim as a third party; write the judgement.
 
     The claim is checked, the suspect is asked, and a page and a JSON file say what came of it.
@@ -115,6 +116,7 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     """
     from countermark.claims import (
         Finding,
+        evidence_of,
         first_trials,
         judge_claim,
         page,
@@ -138,7 +140,8 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     suspect = suspect_identity(config.suspect)
     # Only now, after everything else could be read.
     x, data = claim.opened.x, str(claim.c1.get("data"))
-    given, answers = ask(config, [x], tuple(x.shape[1:]), data, claim.clean, claim.names)
+    test = partial(evidence_of, claim, alpha=config.alpha)
+    given, answers = ask(config, [x], tuple(x.shape[1:]), data, claim.clean, claim.names, test)
     finding = Finding(
         labels=given,
         suspect=suspect,

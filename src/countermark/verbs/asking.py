@@ -12,13 +12,14 @@ from countermark.data import KNOWN, is_cached
 from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import read_bytes
-from countermark.options import SuspectOptions, option
+from countermark.options import InsideOptions, SuspectOptions, option
 from countermark.text import brief
 
 if TYPE_CHECKING:
     import torch
 
     from countermark.data import Examples
+    from countermark.evidence import Verdict
     from countermark.suspects import Asking, Matched, Suspect
     from countermark.watermarks import Looks
 
@@ -36,6 +37,19 @@ _DECLARE = (
 
 
 @dataclass(frozen=True)
+class Inside:
+    """Where the images were given to a suspect's file.
+
+    Attributes:
+        begin: the inner place with the smallest p-value; empty for the file's own input.
+        places: how many there are, its own input included; p-values are multiplied by it.
+    """
+
+    begin: str
+    places: int
+
+
+@dataclass(frozen=True)
 class Answers:
     """How a suspect answered: which answers are missing, and what it makes of clean examples.
 
@@ -48,6 +62,7 @@ class Answers:
         clean_doubt: what is strange about its answers to them; empty if nothing is.
         unchecked: why they could not be asked; empty if they were.
         matched: how the suspect is asked, as `--match` found out; none without it.
+        inside: where in its file it is asked, as `--inside` chose; none without it.
     """
 
     unanswered: int
@@ -57,11 +72,13 @@ class Answers:
     clean_doubt: str
     unchecked: str
     matched: "Matched | None" = None
+    inside: "Inside | None" = None
 
     @property
     def ways(self) -> int:
         """The ways out of which one was chosen; a p-value is multiplied by it."""
-        return 1 if self.matched is None else self.matched.ways
+        matched = 1 if self.matched is None else self.matched.ways
+        return matched * (1 if self.inside is None else self.inside.places)
 
 
 def ask(
@@ -71,6 +88,7 @@ def ask(
     data: str,
     clean: "Examples | None" = None,
     names: Sequence[str] = (),
+    tested: "Callable[[torch.Tensor], Verdict] | None" = None,
 ) -> "tuple[torch.Tensor, Answers]":
     """Ask the suspect of a configuration for the labels of images.
 
@@ -85,6 +103,7 @@ def ask(
         data: the data set of the key.
         clean: clean examples that the key keeps; without them the data set's files are looked for.
         names: the class names of the key, for answers by name.
+        tested: what labels prove, by which `inside` chooses.
 
     Returns:
         The labels, int64 `(n,)` and -1 where there is no answer, and how they came.
@@ -102,6 +121,10 @@ def ask(
     matched = None
     if config.match:
         asking, matched = _matched(config, opened, asking, clean or _catalogued(shape, data))
+    inside = None
+    if tested is not None and isinstance(config, InsideOptions) and config.inside:
+        images = list(images)
+        asking, inside = _inside(config, opened, asking, matched, torch.cat(images), tested)
     suspect = opened(asking)
     labels = torch.cat([suspect(part) for part in images])
     asker = suspect if isinstance(suspect, Asker) else None
@@ -119,7 +142,8 @@ def ask(
         )
     labels = labels if matched is None else matched.meant(labels)
     unanswered = int((labels == NO_ANSWER).sum())
-    return labels, Answers(unanswered, changed, trouble, accuracy, doubt, unchecked, matched)
+    told = (unanswered, changed, trouble, accuracy, doubt, unchecked, matched, inside)
+    return labels, Answers(*told)
 
 
 def _asking(config: SuspectOptions, names: Sequence[str]) -> "Asking":
@@ -220,6 +244,41 @@ def _matched(
             "so that no image is sent twice"
         )
     return replace(asking, **found.chosen, budget=left), found
+
+
+def _inside(
+    config: SuspectOptions,
+    opened: "Callable[[Asking], Suspect]",
+    asking: "Asking",
+    matched: "Matched | None",
+    x: "torch.Tensor",
+    tested: "Callable[[torch.Tensor], Verdict]",
+) -> "tuple[Asking, Inside]":
+    """Where in its file a suspect gives the smallest p-value.
+
+    The file alone says which places there are, and p is multiplied by their number.
+
+    Raises:
+        CountermarkError: the suspect is no ONNX file, or cannot be asked.
+    """
+    from countermark.suspects import as_taken, onnx_places
+
+    place = str(config.suspect)
+    if callable(config.suspect) or not place.lower().endswith(".onnx") or "://" in place:
+        raise CountermarkError("--inside is for a suspect that is an .onnx file; leave it out")
+    inner = onnx_places(Path(place), as_taken(x[:1], asking))
+    found: dict[str, float] = {}
+    for begin in ("", *inner):
+        try:
+            labels = opened(replace(asking, begin=begin))(x)
+        except CountermarkError:
+            if not begin:
+                raise
+            continue  # what comes after this place takes no images
+        p = tested(labels if matched is None else matched.meant(labels)).log10_p_value
+        found[begin] = 0.0 if p is None else p
+    best = min(found, key=lambda begin: found[begin])
+    return replace(asking, begin=best), Inside(best, 1 + len(inner))
 
 
 def _catalogued(shape: tuple[int, ...], data: str) -> "Examples":
@@ -328,14 +387,23 @@ def asked_how(config: SuspectOptions, answers: Answers) -> dict[str, Any]:
         *("pixels", "layout", "mean", "std", "budget", "rate", "repeats", "retries", "timeout"),
     )
     record = config.record()
-    matched = None if answers.matched is None else asdict(answers.matched)
-    told = {"classes": list(_names(config)), "matched": matched}
+    matched, inside = (
+        None if found is None else asdict(found) for found in (answers.matched, answers.inside)
+    )
+    told = {"classes": list(_names(config)), "matched": matched, "inside": inside}
     return {**{name: record[name] for name in names}, **told}
 
 
 def doubts(answers: Answers, verdict: str) -> tuple[str, ...]:
     """What a person should know before believing the verdict."""
     said = [] if answers.matched is None else [_told(answers.matched)]
+    if answers.inside is not None:
+        begin, places = answers.inside.begin, answers.inside.places
+        where = f"at its inner place {brief(begin)}" if begin else "at its own input"
+        said.append(
+            f"It is asked {where}, one of {places} places with images of this shape, "
+            "and p is multiplied by that number."
+        )
     if answers.unanswered:
         line = (
             f"{answers.unanswered} trials got no answer ({answers.changed} of them answers that "

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from countermark.files import (
     sha256,
     write_json,
 )
-from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
+from countermark.options import InsideOptions, NewPath, ReadPath, StampOptions, verb
 from countermark.places import Network, place_name
 from countermark.terminal import p_value, print_lines, print_table, unbroken
 from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
@@ -32,7 +33,7 @@ SPENT_FORMAT = "countermark spent 1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClaimConfig(SuspectOptions, StampOptions):
+class ClaimConfig(InsideOptions, StampOptions):
     """Open part of a key, so that a judge can check it.
 
     The claim is a folder with one batch of the key's trials and the answers of a suspect.
@@ -147,14 +148,10 @@ def claim(config: ClaimConfig) -> Claimed:
         # Its configuration has no paths and headers of the owner's: a judge reads it.
         with new_folder(out, {"suspect": suspect, "batch": batch}) as work:
             x, data = made.opened.x, str(key.c1.get("data"))
-            labels, answers = ask(config, [x], tuple(x.shape[1:]), data, key.clean, key.names)
-            test = judge(
-                made.opened.cell.tolist(),
-                _outcomes(key, batch, labels),
-                alpha=JUDGE_ALPHA,
-                batches=batches,
-                ways=answers.ways,
-            )
+            tested = partial(_tested, key, batch, made.opened.cell.tolist())
+            shape = tuple(x.shape[1:])
+            labels, answers = ask(config, [x], shape, data, key.clean, key.names, tested)
+            test = tested(labels, answers.ways)
             how, name = asked_how(config, answers), place_name(config.suspect)
             looks = note_look(folder, "claim", name, how, test.log10_p_value)
             if test.verdict != "match" and not config.anyway:
@@ -198,6 +195,14 @@ def claim(config: ClaimConfig) -> Claimed:
         doubts=doubts(answers, test.verdict),
         looks=looks,
     )
+
+
+def _tested(
+    key: "Key", batch: int, cells: list[int], labels: "torch.Tensor", ways: int = 1
+) -> Verdict:
+    outcomes = _outcomes(key, batch, labels)
+    batches = int(key.c1["batches"])
+    return judge(cells, outcomes, alpha=JUDGE_ALPHA, batches=batches, ways=ways)
 
 
 def _commitment(path: Path, key: "Key") -> dict[str, Any]:

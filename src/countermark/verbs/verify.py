@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from countermark.device import describe
 from countermark.evidence import EXIT_STATUS, Verdict, judge, untested
-from countermark.options import ReadPath, SuspectOptions, verb
+from countermark.options import InsideOptions, ReadPath, verb
 from countermark.pictures import agreements
 from countermark.places import place_name
 from countermark.terminal import (
@@ -20,11 +20,13 @@ from countermark.terminal import (
 from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
 
 if TYPE_CHECKING:
+    import torch
+
     from countermark.watermarks import Looks
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(SuspectOptions):
+class VerifyConfig(InsideOptions):
     """Ask a suspect for a key's coins; give the p-value.
 
     The suspect is asked for the labels of the key's watermarks.
@@ -106,16 +108,18 @@ def verify(config: VerifyConfig) -> Verification:
 
     key = load_key(Path(config.key))
     x, data = key.watermarks.x, str(key.c1.get("data"))
-    labels, answers = ask(config, [x], tuple(x.shape[1:]), data, key.clean, key.names)
-    outcomes = key.outcomes(labels)
-    share = 100 * outcomes.count(1) / len(outcomes)
     exact = key.rules.coins
     cells = key.watermarks.cell.tolist()
-    test = (
-        judge(cells, outcomes, alpha=config.alpha, ways=answers.ways)
-        if exact
-        else untested(outcomes, config.alpha)
-    )
+
+    def tested(labels: "torch.Tensor", ways: int = 1) -> Verdict:
+        outcomes = key.outcomes(labels)
+        if not exact:
+            return untested(outcomes, config.alpha)
+        return judge(cells, outcomes, alpha=config.alpha, ways=ways)
+
+    labels, answers = ask(config, [x], tuple(x.shape[1:]), data, key.clean, key.names, tested)
+    test = tested(labels, answers.ways)
+    share = 100 * test.agreements / test.trials
     name = place_name(config.suspect)
     how = asked_how(config, answers)
     return Verification(
