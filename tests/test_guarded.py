@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from countermark.guard import GuardedModel, QueryLog, Row, load_guarded
 from countermark.networks import describe
 from countermark.service.clients import add_client
 from countermark.service.guarded import Guarded
+from countermark.watermarks import load_key
 from test_endpoints import free_ports, wait_until_ready
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -400,6 +402,41 @@ def test_a_log_that_is_away_fails_trials_alone(
     until(lambda: guard._engine.failed is None)
     assert guard.classify_now(tied(model, digits, "bob"), "bob")
     assert len(rows(log)) == 2
+
+
+def test_a_trace_of_own_images_sends_nobody_elses(
+    folder: Path, guard: Guarded, model: GuardedModel, digits: Pools, log: str
+) -> None:
+    """Anna asks the owner's images, and the same with a pixel changed, which are hers alone."""
+    theirs = digits.training.x[:300].clone()
+    theirs[:, 0, 0, 0] = 200
+    for x in (digits.training.x[:300], theirs):
+        guard.classify_now(list(x), "anna")
+    own = {image.numpy().tobytes() for image in digits.training.x[:]}
+    kept = rows(log)
+    count = sum(row.image in own for row in kept)
+    assert 0 < count < len(kept)
+    seen: list[bytes] = []
+
+    def copy(images: torch.Tensor) -> torch.Tensor:
+        sent = (images * 255).round().to(torch.uint8)
+        seen.extend(image.numpy().tobytes() for image in sent)
+        return model(sent, "anna").labels
+
+    clean = load_key(folder / "key").clean
+    checked = {image.numpy().tobytes() for image in clean.x[:]} if clean else set()
+    common: dict[str, Any] = {"key": folder / "key", "log": log, "own_images_only": True}
+    found = cm.trace(copy, **common)
+    assert found.left_out == len(kept) - count
+    assert set(seen) <= own | checked
+    (account,) = found.trace.accounts
+    assert (account.agreements, account.neither) == (count, len(kept) - count)
+    shutil.copytree(folder / "key", Path(log).parent / "key")
+    shutil.rmtree(Path(log).parent / "key" / "source")
+    with pytest.raises(cm.CountermarkError):
+        cm.trace(copy, **{**common, "key": Path(log).parent / "key"})
+    with pytest.raises(cm.CountermarkError, match="--data goes with --own-images-only only"):
+        cm.trace(copy, key=folder / "key", log=log, data="digits")
 
 
 def test_a_renewed_log_stores_no_coins_of_before(

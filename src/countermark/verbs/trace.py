@@ -1,5 +1,6 @@
 """`countermark trace`: from whose account was this copy made?"""
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from countermark.errors import CountermarkError
 from countermark.evidence import EXIT_STATUS
-from countermark.options import LogPath, ReadPath, SuspectOptions, verb
+from countermark.options import AnyData, LogPath, ReadPath, SuspectOptions, verb
 from countermark.places import place_name
 from countermark.terminal import p_value, print_lines, print_table, unbroken
 from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
@@ -37,13 +38,19 @@ class TraceConfig(SuspectOptions):
     """Query log: a path or postgresql://..."""
     head: ReadPath | None = None
     """A head of the log that was published before; the log must still lead to it."""
+    own_images_only: bool = False
+    """Send no client's image that is not in your own data set as well; all other trials are left
+    out, whatever their coins."""
+    data: AnyData | None = None
+    """Where that data set is, if not where the key's source model says."""
     alpha: float = 1e-6
     """Probability that a stranger gets anybody named."""
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range."""
+        """Refuse numbers out of range, and data that nothing needs."""
         super().__post_init__()
         self._open_interval("alpha")
+        self._only_for(self.own_images_only, "--own-images-only", "data")
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Tracing:
         rows: trials in the log.
         erased: rows of which only the digest is left.
         void: rows that are no evidence, since they were stored after the log had lost others.
+        left_out: trials that were not asked, since their images are clients' alone.
         looks: how often suspects were asked with this key; none where its folder cannot be written.
         answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
@@ -71,6 +79,7 @@ class Tracing:
     answers: Answers
     doubts: tuple[str, ...]
     void: int = 0
+    left_out: int = 0
     looks: "Looks | None" = None
 
     @property
@@ -92,7 +101,10 @@ def trace(config: TraceConfig) -> Tracing:
         >>> found.verdict, found.trace.named
         ('match', ('anna',))
     """
+    import torch
+
     from countermark.guard import QueryLog, read_head, trace_accounts
+    from countermark.suspects import NO_ANSWER
     from countermark.watermarks import load_key, load_secret, note_look
 
     key = load_key(Path(config.key))
@@ -100,7 +112,14 @@ def trace(config: TraceConfig) -> Tracing:
     published = None if config.head is None else read_head(Path(config.head))
     with QueryLog(config.log, create=False) as log:
         # All of it is checked before anything is asked. Its images may not fit into memory.
-        rows = [None if row is None else replace(row, image=b"") for row in log.rows(published)]
+        own = _own_images(config) if config.own_images_only else None
+        rows: list[Row | None] = []
+        sent: list[bool] = []
+        for row in log.rows(published):
+            rows.append(row and replace(row, image=b""))
+            sent.append(
+                row is not None and row.log is not None and (own is None or _hash(row.image) in own)
+            )
         erased = log.erased()
         kept = [row for row in rows if row is not None]
         void = sum(row.log is None for row in kept)
@@ -108,9 +127,16 @@ def trace(config: TraceConfig) -> Tracing:
             raise CountermarkError(
                 f"the log {config.log} holds no trials; nobody has asked near a coin yet"
             )
-        parts = _images(log, rows, shape)
+        if not any(sent):
+            raise CountermarkError(
+                "no trial has an image of your own data set; leave --own-images-only out, which "
+                "sends the clients' images to the suspect"
+            )
+        parts = _images(log, sent, shape)
         data = str(key.c1.get("data"))
-        labels, answers = ask(config, parts, shape, data, key.clean, key.names)
+        told, answers = ask(config, parts, shape, data, key.clean, key.names)
+    asked = torch.tensor([ok for row, ok in zip(rows, sent, strict=True) if row is not None])
+    labels = torch.full((len(kept),), NO_ANSWER).masked_scatter(asked, told)
     secret = load_secret(Path(config.key))
     found = trace_accounts(kept, labels, secret, config.alpha, erased, answers.ways)
     verdict = "match" if found.named else found.together
@@ -125,22 +151,45 @@ def trace(config: TraceConfig) -> Tracing:
         answers=answers,
         doubts=doubts(answers, verdict),
         void=void,
+        left_out=len(kept) - void - sum(sent),
         looks=note_look(Path(config.key), "trace", name, how, least),
     )
 
 
+def _hash(image: bytes) -> bytes:
+    return hashlib.sha256(image).digest()
+
+
+def _own_images(config: TraceConfig) -> set[bytes]:
+    """Digests of the owner's images, as the log has images.
+
+    Raises:
+        CountermarkError: the key has no source model any more, or its data cannot be opened.
+    """
+    from countermark.guard.requests import image_hashes
+    from countermark.networks import describe, open_declared
+
+    data = open_declared(describe(Path(config.key) / "source"), data=config.data)
+    return {
+        digest
+        for examples in (data.train, data.test)
+        for start in range(0, len(examples), _PART)
+        for digest in image_hashes(examples[start : start + _PART].read().x)
+    }
+
+
 def _images(
-    log: "QueryLog", rows: "Sequence[Row | None]", shape: tuple[int, ...]
+    log: "QueryLog", sent: Sequence[bool], shape: tuple[int, ...]
 ) -> "Iterator[torch.Tensor]":
-    """The images of rows that were read before, in parts.
+    """The images of rows that were read before, in parts, of those that are sent.
 
     Raises:
         CountermarkError: a row has an image of another shape, or was erased meanwhile.
     """
     from countermark.guard import images_of
 
-    pairs = zip(rows, log.rows(), strict=False)  # the service may have added some
-    there = (now for before, now in pairs if before is not None)
+    pairs = zip(sent, log.rows(), strict=False)  # the service may have added some
+    there = (now for wanted, now in pairs if wanted)
     while part := list(itertools.islice(there, _PART)):
         whole = [row for row in part if row is not None]
         if len(whole) < len(part):
@@ -181,6 +230,8 @@ def show(result: Tracing) -> None:
         )
     else:
         print_lines("Nobody's account can be named.")
+    if result.left_out:
+        print_lines(f"{result.left_out} trials were left out, whose images are clients' alone.")
     print_lines(*result.doubts, *said_looks(result.looks))
 
 
