@@ -162,6 +162,26 @@ def test_a_copy_behind_a_cleaner_is_claimed_and_judged_from_inside(
     assert adjudicate(tmp_path / "false", inside=True, **judging).verdict != "upheld"
 
 
+def test_a_batch_that_was_opened_against_an_endpoint_is_not_opened_again(
+    marked: Path, pruned: Path, authority: Authority, tmp_path: Path
+) -> None:
+    """The accused could show the second claim, and the first would be undecidable."""
+    shutil.copytree(marked, tmp_path / "mine")
+    key = tmp_path / "mine" / "key"
+    (key / "spent.json").unlink(missing_ok=True)
+    again: dict[str, Any] = {"key": key, "suspect": pruned, "batch": 0, "tsa": authority.url}
+    claim(**again, out=tmp_path / "first")
+    (entry,) = read_json(key / "spent.json")["batches"]
+    assert entry["kind"] == "file"
+    claim(**again, out=tmp_path / "second")
+    entry = {**entry, "kind": "endpoint"}
+    write_json(key / "spent.json", {"format": "countermark spent 1", "batches": [entry]}, 0o600)
+    with pytest.raises(CountermarkError, match="batch 0 was opened against an endpoint"):
+        claim(**again, out=tmp_path / "third")
+    assert claim(**again, out=tmp_path / "fourth", anyway=True).batch == 0
+    assert claim(**{**again, "batch": None}, out=tmp_path / "fifth").batch == 1
+
+
 def test_a_stranger_is_not_claimed_against_and_nothing_is_opened(
     marked: Path, stranger: Path, authority: Authority, tmp_path: Path
 ) -> None:

@@ -163,6 +163,18 @@ def cut(address: str, number: int) -> None:
         tampered(Path(address), statement)
 
 
+def forget(address: str) -> None:
+    """Take away what was written about a loss."""
+    statement = "DELETE FROM identities WHERE value IS NULL"
+    if address.startswith("postgresql"):
+        import psycopg
+
+        with psycopg.connect(address, autocommit=True) as connection:
+            connection.execute(statement)
+    else:
+        tampered(Path(address), statement)
+
+
 def test_a_log_has_an_identity_of_its_own(address: str, tmp_path: Path) -> None:
     with QueryLog(address) as log, QueryLog(str(tmp_path / "other.db")) as other:
         assert len(log.identity) == 16
@@ -236,9 +248,102 @@ def test_who_wrote_rows_that_are_gone_writes_no_more_and_tells_the_others(addres
         assert one.renew() == 5
         put_new = replace(row_of(8), log=one.identity)
         assert one.append([put_new]) == [True]
-        # Of the three that are left, the first replica can be sure of those up to its own last one.
         found = [row and row.log for row in other.rows()]
-        assert found == [*[identities[one]] * 2, None, None, None, one.identity]
+        assert found == [*[identities[one]] * 3, None, None, one.identity]
+
+
+def test_a_loss_voids_nothing_of_before_the_process_began(address: str) -> None:
+    with QueryLog(address) as log:
+        put(log, [row_of(cell) for cell in range(50)])
+    with QueryLog(address) as log:
+        put(log, [row_of(50)])
+        cut(address, 50)
+        with pytest.raises(CountermarkError, match="has lost rows"):
+            put(log, [row_of(51)])
+        log.renew()
+        assert [row and row.log for row in log.rows()] == [identities[log]] * 50
+
+
+def test_a_process_remembers_its_beginning_however_much_it_stores(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("countermark.guard.log._KNOWN_ENDS", 4)
+    with QueryLog(address) as log:
+        put(log, [row_of(0), row_of(1)])
+        for cell in range(2, 12):
+            put(log, [row_of(cell)])
+        assert len(log._ends) == 4
+        cut(address, 5)
+        with pytest.raises(CountermarkError, match="has lost rows"):
+            put(log, [row_of(13)])
+        log.renew()
+        assert [row and row.log for row in log.rows()] == [*[identities[log]] * 2, *[None] * 3]
+
+
+def test_one_loss_that_many_notice_leaves_the_log_readable(address: str) -> None:
+    """Each writes it down once at most, and the first who does says it for all."""
+    with contextlib.ExitStack() as ending:
+        logs = [ending.enter_context(QueryLog(address)) for _ in range(30)]
+        put(logs[0], [row_of(1), row_of(2)])
+        for log in logs:
+            log.watch(logs[0].identity)
+        cut(address, 1)
+        for log in logs:
+            with pytest.raises(CountermarkError, match="has lost rows"):
+                log.append([])
+        assert logs[0]._database.reading(lambda c: len(logs[0]._identities(c))) == 2
+        logs[0].renew()
+        assert len(list(logs[0].rows())) == 1
+
+
+def test_a_process_that_saw_a_loss_stores_nothing_even_where_nobody_else_knows(
+    address: str,
+) -> None:
+    """A second database takes over, which has not what the first was told."""
+    with QueryLog(address) as one, QueryLog(address) as other:
+        put(one, [row_of(1), row_of(2)])
+        other.watch(one.identity)
+        cut(address, 1)
+        for log in (one, other):
+            with pytest.raises(CountermarkError, match="has lost rows"):
+                put(log, [row_of(3)])
+        forget(address)
+        for log in (one, other):
+            with pytest.raises(CountermarkError, match="has lost rows"):
+                put(log, [row_of(3)])
+
+
+def test_a_process_from_before_a_renewal_voids_nothing_after_it(address: str) -> None:
+    with QueryLog(address) as old:
+        put(old, [row_of(1), row_of(2)])
+        cut(address, 1)
+        with QueryLog(address) as new:
+            new.renew()
+            new.append([replace(row_of(cell), log=new.identity) for cell in (3, 4)])
+            for again in range(2):
+                with pytest.raises(CountermarkError, match="it was renewed"):
+                    old.watch(identities[old])
+                with pytest.raises(CountermarkError, match="it was renewed"):
+                    put(old, [row_of(5 + again)])
+            found = [row and row.log for row in new.rows()]
+            assert found == [identities[old], new.identity, new.identity]
+
+
+def test_a_head_covers_what_was_said_of_the_rows_before_it(address: str) -> None:
+    """Who takes the mark of a loss away makes evidence of void rows."""
+    with QueryLog(address) as log:
+        put(log, [row_of(1), row_of(2)])
+        first = log.head()
+        cut(address, 1)
+        with pytest.raises(CountermarkError, match="has lost rows"):
+            put(log, [row_of(3)])
+        head = log.head()
+        assert len(list(log.rows(head))) == 1
+        forget(address)
+        with pytest.raises(CountermarkError, match="published head"):
+            list(log.rows(head))
+        with pytest.raises(CountermarkError, match="published head"):
+            list(log.rows(first))
 
 
 def test_looking_at_a_log_learns_what_others_stored(address: str) -> None:
@@ -271,7 +376,7 @@ def test_a_log_that_does_not_lead_to_a_published_head_is_not_opened(address: str
         ("UPDATE identities SET value = zeroblob(16)", "row 1 does not follow"),
         ("DELETE FROM identities", "row 1 does not follow"),
         ("DROP TABLE identities", "row 1 does not follow"),
-        ("INSERT INTO identities VALUES (1, 12, 3, NULL)", None),  # no row comes after it
+        ("INSERT INTO identities VALUES (1, 12, 3, NULL)", None),
         ("INSERT INTO identities VALUES (1, 11, 3, NULL)", "row 12 does not follow"),
         ("UPDATE identities SET value = 'text'", "table of identities was changed"),
         ("UPDATE identities SET written = 'many'", "table of identities was changed"),
@@ -486,6 +591,8 @@ def test_a_full_disk_stores_nothing_of_the_call(tmp_path: Path) -> None:
         "{}",
         "{" * 9999,
         '{"format": "countermark log 1", "rows": -1, "hash": "' + "0" * 64 + '"}',
+        '{"format": "countermark log 1", "rows": 1, "hash": "' + "x" * 64 + '"}',
+        '{"format": "countermark log 1", "rows": 1' + "0" * 30 + ', "hash": "' + "0" * 64 + '"}',
     ],
 )
 def test_a_head_that_is_none(tmp_path: Path, text: str) -> None:

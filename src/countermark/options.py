@@ -328,8 +328,8 @@ class InsideOptions(SuspectOptions):
     """Options of verbs that ask a suspect's file from inside as well."""
 
     inside: bool = False
-    """Give the images of an .onnx file also to every inner place that has their shape, so that a
-    cleaner in front hides nothing. The p-value is multiplied by the number of places."""
+    """Give the images of an .onnx file also to its inner places that have their shape, the first
+    64, behind a cleaner in front. The p-value is multiplied by the number of places."""
 
 
 def option(name: str) -> str:

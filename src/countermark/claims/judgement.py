@@ -515,16 +515,10 @@ def _recorded(claim: Claim) -> torch.Tensor | None:
 
 
 def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Check]:
-    """Check that the suspect learned nothing from another dispute in which the batch was shown.
+    """Check that the suspect is older than any other dispute in which the batch was shown.
 
     A batch that was shown before counts only against suspects that are known to be older than that.
-    One that was shown later is no reason to doubt a claim whose own record of the suspect's answers
-    was fixed before and proves the same; without that rule, an accused could undo every claim
-    against an endpoint, whose age nobody knows, by the next one against somebody else.
     """
-    accused = _known_time(claim, "answers_token", finding.roots)
-    answers = _recorded(claim)
-    recorded = answers is not None and evidence_of(claim, answers, finding.alpha).verdict == "match"
     for earlier in finding.shown:
         same = (earlier.c1, earlier.answers["batch"]) == (claim.c1, claim.answers["batch"])
         if not same or earlier.answers == claim.answers:
@@ -538,19 +532,14 @@ def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Ch
             )
             continue
         opened = _known_time(earlier, "answers_token", finding.roots)
+        fixed = made is not None and opened is not None and made < opened
         found = f"shown in another claim{'' if opened is None else ' of ' + _shown(opened)}"
-        result, meaning = (
-            OPEN,
-            "The suspect may have learned the trials from there; open another batch.",
+        meaning = (
+            "The suspect is older than that."
+            if fixed
+            else "The suspect may have learned the trials from there; open another batch."
         )
-        if opened is not None and made is not None and made < opened:
-            result, meaning = HOLDS, "The suspect is older than that."
-        elif opened is not None and accused is not None and accused < opened and recorded:
-            result, meaning = (
-                HOLDS,
-                ("This claim's answers were fixed before that, and agree with the coins already."),
-            )
-        yield Check("A spent batch", result, found, meaning)
+        yield Check("A spent batch", HOLDS if fixed else OPEN, found, meaning)
 
 
 def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) -> Check:

@@ -396,4 +396,6 @@ def projections(
 
 
 def _array(values: torch.Tensor) -> Numbers:
-    return (values.float() if values.element_size() < 4 else values).detach().numpy()
+    if values.dtype not in (torch.float32, torch.float64):
+        values = values.float() if values.is_floating_point() else values.double()
+    return values.detach().numpy()

@@ -13,10 +13,11 @@ or PostgreSQL (where several replicas of the service write one log).
 import contextlib
 import hashlib
 import json
+import re
 import secrets
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,8 @@ _ORIGIN = hashlib.sha256(_LINK + LOG_FORMAT.encode()).digest()
 _OVERHEAD = 1 << 12  # bytes of a row besides its image and its request
 _SALT = 16  # bytes, as an identity has
 _MOST_IDENTITIES = 100  # each row is compared with all of them
-_KNOWN_HEADS = 1000  # which a writer remembers
+_KNOWN_ENDS = 1000  # which a writer remembers
+_HASH = re.compile("[0-9a-f]{64}")
 _MOST = 1 << 62  # rows
 _KINDS = {"model": str, "client": str, "cell": bytes, "image": bytes, "request": bytes}
 
@@ -170,9 +172,8 @@ class QueryLog:
             ) from error
         self._sql, self._database = database, database.Database(url, wait)
         self.shown, self.shared = self._database.shown, self._database.file is None
-        self._created = False
-        # Rows and links that the log had, the last one at the end.
-        self._heads: deque[tuple[int, bytes]] = deque(maxlen=_KNOWN_HEADS)
+        self._created = self._fallen = False
+        self._ends: list[tuple[int, bytes]] = []  # rows and links that the log had, in order
         if create:
             self._database.create()
         found = self._database.reading(database.read_format)
@@ -181,13 +182,13 @@ class QueryLog:
         if create:
             with self._using():
                 pass
-        if head is not None:
-            self._remember(head.rows, bytes.fromhex(head.hash))
-            if self._database.reading(self._lost) is not None:
-                raise CountermarkError(
-                    f"{self.shown} does not lead to the published head of {head.rows} rows; run "
-                    f"countermark log renew {self.shown}, and publish a new head"
-                )
+        if head is not None and not self._database.reading(partial(self._leads_to, head)):
+            raise CountermarkError(
+                f"{self.shown} does not lead to the published head of {head.rows} rows; run "
+                f"countermark log renew {self.shown}, and publish a new head"
+            )
+        if create:
+            self._remember(*self._database.reading(self._end))
 
     @property
     def identity(self) -> bytes:
@@ -214,14 +215,15 @@ class QueryLog:
             CountermarkError: the database cannot be written.
         """
         with self._using() as connection:
-            rows = self._last(connection).rows
+            rows, _ = self._end(connection)
             if len(self._identities(connection)) >= _MOST_IDENTITIES:
                 raise CountermarkError(
                     f"{self.shown} was renewed {_MOST_IDENTITIES} times; begin a new log"
                 )
             self._sql.write_format(connection, _WITH_IDENTITY)
             self._sql.add_identity(connection, rows, rows, secrets.token_bytes(_SALT))
-        self._heads.clear()
+        self._ends.clear()
+        self._fallen = False
         return rows
 
     def watch(self, identity: bytes) -> None:
@@ -235,15 +237,18 @@ class QueryLog:
                 was renewed.
         """
 
-        def look(connection: "sa.Connection") -> tuple[bool, bytes | None, Head]:
-            lost = self._lost(connection) is not None
-            return lost, _current(self._identities(connection)), self._last(connection)
+        def look(connection: "sa.Connection") -> tuple[int, bytes] | None:
+            self._check_coins({identity}, _current(self._identities(connection)))
+            return self._end(connection) if self._lost(connection) is None else None
 
-        lost, current, head = self._database.reading(look)
+        end = self._database.reading(look)
+        if end is not None:
+            self._remember(*end)
+            return
+        with self._using() as connection:
+            lost = self._say_lost(connection, {identity})
         if lost:
-            self.append([])  # which says so to all who write
-        self._check_coins({identity}, current)
-        self._remember(head.rows, bytes.fromhex(head.hash))
+            raise self._fell()
 
     def append(self, rows: Sequence[Row]) -> list[bool]:
         """Store rows in one durable transaction, except those that the log already has.
@@ -267,27 +272,39 @@ class QueryLog:
             if flaw is not None:
                 raise RowError(f"this is no trial for the query log {self.shown}: {flaw}")
         with self._using() as connection:
-            head = self._last(connection)
-            kept = self._lost(connection)
-            if kept is not None:  # the log says it to all who write
-                self._sql.write_format(connection, _WITH_IDENTITY)
-                self._sql.add_identity(connection, head.rows, min(kept, head.rows), None)
-            else:
-                fresh, head = self._stored(connection, head, rows)
-        if kept is not None:
-            self._heads.clear()
+            lost = self._say_lost(connection, {row.log for row in rows})
+            if not lost:
+                before = self._end(connection)
+                fresh, after = self._stored(connection, before, rows)
+        if lost:
             raise self._fell()
-        self._remember(head.rows, bytes.fromhex(head.hash))
+        self._remember(*before)
+        self._remember(*after)
         return fresh
 
-    def _stored(
-        self, connection: "sa.Connection", head: Head, rows: Sequence[Row]
-    ) -> tuple[list[bool], Head]:
-        """Store rows after a head; which of them are new, and the head after them."""
+    def _say_lost(self, connection: "sa.Connection", drawn: Collection[bytes | None]) -> bool:
+        """Tell whether the log has lost rows; if so, write it down for all who write.
+
+        Only a writer whose coins are the log's may: another one is of the time before a renewal.
+        """
         identities = self._identities(connection)
-        self._check_coins({row.log for row in rows}, _current(identities))
-        number = head.rows
-        link = _absorbed(bytes.fromhex(head.hash), number, identities)
+        self._check_coins(drawn, _current(identities))
+        kept = self._lost(connection)
+        if kept is None:
+            return False
+        self._fallen = True
+        if len(identities) < _MOST_IDENTITIES:
+            rows, _ = self._end(connection)
+            self._sql.write_format(connection, _WITH_IDENTITY)
+            self._sql.add_identity(connection, rows, min(kept, rows), None)
+        return True
+
+    def _stored(
+        self, connection: "sa.Connection", end: tuple[int, bytes], rows: Sequence[Row]
+    ) -> tuple[list[bool], tuple[int, bytes]]:
+        """Store rows after the last one; which of them are new, and the end of the log then."""
+        number, link = end
+        link = _absorbed(link, number, self._identities(connection))[-1]
         fresh, values = [], []
         known = self._sql.known(connection, sorted({row.place for row in rows}))
         gone = self._gone(connection, {row.client for row in rows})
@@ -305,12 +322,13 @@ class QueryLog:
             )
         if values:
             self._sql.insert(connection, values)
-            head = Head(number, link.hex())
-        return fresh, head
+            end = number, link
+        return fresh, end
 
     def _check_coins(self, drawn: Collection[bytes | None], identity: bytes | None) -> None:
         """Refuse coins that were drawn under other identities than the log's."""
-        if identity is None:
+        self._fallen = self._fallen or identity is None
+        if self._fallen:
             raise self._fell()
         if any(each != identity for each in drawn):
             raise CountermarkError(
@@ -326,16 +344,23 @@ class QueryLog:
         )
 
     def _remember(self, rows: int, link: bytes) -> None:
-        if rows and (rows, link) not in self._heads:
-            self._heads.append((rows, link))
+        if rows and (rows, link) not in self._ends[-1:]:
+            self._ends.append((rows, link))
+        if len(self._ends) > _KNOWN_ENDS:
+            del self._ends[1]  # the first one stays, or a loss would leave nothing that is sure
 
     def _lost(self, connection: "sa.Connection") -> int | None:
         """Return up to which row the log is as this process knows it; `None` if all is there."""
-        known = list(self._heads)
-        for number, link in reversed(known):
+        for number, link in reversed(self._ends):
             if _binary(self._sql.link_of(connection, number)) == link:
-                return None if (number, link) == known[-1] else number
-        return 0 if known else None
+                return None if (number, link) == self._ends[-1] else number
+        return 0 if self._ends else None
+
+    def _leads_to(self, published: Head, connection: "sa.Connection") -> bool:
+        number = published.rows
+        link = _binary(self._sql.link_of(connection, number)) if number else _ORIGIN
+        ends = _absorbed(link, number, self._identities(connection))
+        return bool(link) and bytes.fromhex(published.hash) in ends
 
     def check(self) -> None:
         """Check, without a transaction, that the file of the log is still where it was.
@@ -350,7 +375,12 @@ class QueryLog:
 
         Once it is published or timestamped, the rows up to it cannot be changed without detection.
         """
-        return self._database.reading(self._last)
+
+        def last(connection: "sa.Connection") -> Head:
+            number, link = self._end(connection)
+            return Head(number, _absorbed(link, number, self._identities(connection))[-1].hex())
+
+        return self._database.reading(last)
 
     def rows(self, published: Head | None = None) -> Iterator[Row | None]:
         """Yield all rows in order and verify the chain on the way; `None` for an erased row.
@@ -364,12 +394,13 @@ class QueryLog:
         """
         number, link = 0, _ORIGIN
         while True:
-            self._compare(number, link, published)
             page, identities = self._page(number)
+            self._compare(number, _absorbed(link, number, identities), published)
             for found in page:
-                row, link = self._checked(found, number + 1, _absorbed(link, number, identities))
+                bound = _absorbed(link, number, identities)[-1]
+                row, link = self._checked(found, number + 1, bound)
                 number += 1
-                self._compare(number, link, published)
+                self._compare(number, _absorbed(link, number, identities), published)
                 yield row and replace(row, log=_of_row(identities, number))
             if not page:
                 break
@@ -455,17 +486,18 @@ class QueryLog:
                 "use the release that wrote it"
             )
 
-    def _last(self, connection: "sa.Connection") -> Head:
+    def _end(self, connection: "sa.Connection") -> tuple[int, bytes]:
+        """Read the number and the link of the last row."""
         found = self._sql.last(connection)
         if found is None:
-            return Head(0, _ORIGIN.hex())
+            return 0, _ORIGIN
         number, link = found
         if type(number) is not int or not 0 < number < _MOST or len(_binary(link)) != len(_ORIGIN):
             raise CountermarkError(
                 f"{self.shown}: the last row was changed after it was written; see countermark log "
                 "check"
             )
-        return Head(number, _binary(link).hex())
+        return number, _binary(link)
 
     def _erased(self, connection: "sa.Connection") -> list[tuple[bytes, bytes, int]]:
         """Read the salt and digest of each erased name, and how many rows it had."""
@@ -538,8 +570,12 @@ class QueryLog:
                 "written"
             ) from error
 
-    def _compare(self, number: int, link: bytes, published: Head | None) -> None:
-        if published is not None and number == published.rows and link.hex() != published.hash:
+    def _compare(self, number: int, ends: Sequence[bytes], published: Head | None) -> None:
+        if (
+            published is not None
+            and number == published.rows
+            and bytes.fromhex(published.hash) not in ends
+        ):
             raise CountermarkError(
                 f"{self.shown}: the first {number} rows do not lead to the published head; the log "
                 "was written anew"
@@ -622,13 +658,18 @@ def _of_row(identities: Sequence[_Identity], number: int) -> bytes | None:
     return _current([identity for identity in identities if identity.after < number])
 
 
-def _absorbed(link: bytes, number: int, identities: Sequence[_Identity]) -> bytes:
-    """Bind the identities that were written after a row into the link of the next."""
+def _absorbed(link: bytes, number: int, identities: Sequence[_Identity]) -> list[bytes]:
+    """Bind the identities that were written after a row to its link, one after the other.
+
+    The last one is what the link of the next row goes on from, and the head of the log as it is.
+    """
+    links = [link]
     for each in identities:
         if each.written == number:
             places = each.written.to_bytes(8, "big") + each.after.to_bytes(8, "big")
-            link = hashlib.sha256(_IDENTITY + link + places + (each.value or b"")).digest()
-    return link
+            whole = _IDENTITY + links[-1] + places + (each.value or b"")
+            links.append(hashlib.sha256(whole).digest())
+    return links
 
 
 def _next(link: bytes, number: int, digest: bytes) -> bytes:
@@ -651,9 +692,9 @@ def read_head(path: Path) -> Head:
     if (
         value.get("format") != LOG_FORMAT
         or type(rows) is not int
-        or rows < 0
+        or not 0 <= rows < _MOST
         or not isinstance(link, str)
-        or len(link) != 64
+        or not _HASH.fullmatch(link)
     ):
         raise CountermarkError(
             f"{path} is not the head of a query log, as `countermark log head` writes it"

@@ -368,7 +368,9 @@ class Engine:
         while True:
             shared = self._log is not None and self._log.shared
             idle = _WATCH if shared else None
-            queries = self._writing.take(sys.maxsize, _AGAIN if self._unwritten else idle)
+            queries = self._writing.take(
+                sys.maxsize, _AGAIN if self._unwritten or self.failed else idle
+            )
             if queries is None:
                 return
             try:

@@ -66,7 +66,7 @@ class Asking:
         repeats: how often each image is asked; only an answer that is the same every time counts.
         replay: file that keeps the answers.
         headers: HTTP headers, such as an Authorization.
-        begin: inner place of an ONNX file that the images are given to.
+        begin: number of the inner place of an ONNX file that the images are given to.
     """
 
     size: int | None = None
@@ -90,7 +90,7 @@ class Asking:
     repeats: int = 1
     replay: Path | None = None
     headers: tuple[tuple[str, str], ...] = ()
-    begin: str = ""
+    begin: int | None = None
 
 
 class RefusalError(CountermarkError):

@@ -32,7 +32,7 @@ _REASON = 500  # characters
 _FAILED = 2  # the child's exit status when it says why on standard error
 
 
-def ask_onnx(path: Path, x: torch.Tensor, begin: str = "") -> torch.Tensor:
+def ask_onnx(path: Path, x: torch.Tensor, begin: int | None = None) -> torch.Tensor:
     """Ask an ONNX model for labels.
 
     A model of a fixed batch is asked in batches of that size, the last one filled up. Data that
@@ -44,7 +44,7 @@ def ask_onnx(path: Path, x: torch.Tensor, begin: str = "") -> torch.Tensor:
             its first output that is numbers is logits `(n, classes)` or integer labels `(n,)` or
             `(n, 1)`, or a list of scores by integer label, as scikit-learn's have it.
         x: images as the model takes them, float32 or uint8 (see `as_taken`).
-        begin: an inner place that the images are given to instead (`onnx_places`).
+        begin: number of the inner place that the images are given to instead (`onnx_places`).
 
     Returns:
         int64 labels `(n,)`.
@@ -54,7 +54,8 @@ def ask_onnx(path: Path, x: torch.Tensor, begin: str = "") -> torch.Tensor:
             has data outside its folder, takes other shapes, answers with anything but finite logits
             or labels, or needs more memory or time than it is given.
     """
-    return _labels(path, len(x), _onnx(path, x, *(("--begin", begin) if begin else ())))
+    options = () if begin is None else ("--begin", str(begin))
+    return _labels(path, len(x), _onnx(path, x, *options))
 
 
 def onnx_data(path: Path) -> dict[str, str]:

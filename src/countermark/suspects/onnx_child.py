@@ -2,7 +2,7 @@
 
 With `--data` it answers with the names and digests of the files beside the model that hold its
 tensors (external data), with `--places` with the inner places that images could be given to, and
-with `--begin PLACE` it gives them there.
+with `--begin NUMBER` it gives them to one of these.
 """
 
 import hashlib
@@ -248,6 +248,23 @@ def _free_input(model: Any) -> Any:
     return next(value for value in model.graph.input if value.name not in filled)
 
 
+def _inlined(model: Any) -> Any:
+    """The model with the nodes of its functions in their places, and what it says of shapes unsaid.
+
+    Otherwise both could hide an inner place.
+    """
+    import onnx
+    from onnx import inliner
+
+    try:
+        model = inliner.inline_local_functions(model) if model.functions else model
+    except Exception as error:
+        raise RefusedError(f"its functions cannot be followed: {first_line(error)}") from error
+    del model.graph.value_info[:]
+    found: Any = onnx.ModelProto.FromString(model.SerializeToString())
+    return found
+
+
 def _inner(model: Any, x: np.ndarray) -> dict[str, int]:
     """Names of inner tensors that have the shape of images, the first ones, and their types.
 
@@ -313,14 +330,16 @@ def _fresh(name: str, taken: set[str]) -> str:
     return name
 
 
-def _ask(data: bytes, x: np.ndarray, begin: str | None = None) -> bytes:
+def _ask(data: bytes, x: np.ndarray, begin: int | None = None) -> bytes:
     model, _ = _read(data)
+    if begin is not None:
+        model = _inlined(model)
     _adapt(model, x)
     if begin is not None:
         places = _inner(model, x)
-        if begin not in places:
-            raise RefusedError(f"it has no inner place {begin[:80]!r} that takes such images")
-        _begin_at(model, begin, places[begin])
+        if not 0 <= begin < len(places):
+            raise RefusedError(f"it has no inner place {begin} that takes such images")
+        _begin_at(model, *list(places.items())[begin])
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
@@ -382,7 +401,7 @@ def _data(data: bytes, _: np.ndarray) -> bytes:
 
 def _places(data: bytes, x: np.ndarray) -> bytes:
     """The inner places that images could be given to, as JSON."""
-    model, _ = _read(data)
+    model = _inlined(_read(data)[0])
     _adapt(model, x)
     return json.dumps(list(_inner(model, x))).encode()
 
@@ -390,7 +409,7 @@ def _places(data: bytes, x: np.ndarray) -> bytes:
 def _wanted(words: list[str]) -> Callable[[bytes, np.ndarray], bytes]:
     """What the options ask for."""
     if words[:1] == ["--begin"]:
-        return lambda data, x: _ask(data, x, words[1])
+        return lambda data, x: _ask(data, x, int(words[1]))
     return {"--data": _data, "--places": _places}[words[0]] if words else _ask
 
 

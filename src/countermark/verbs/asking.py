@@ -266,19 +266,25 @@ def _inside(
     place = str(config.suspect)
     if callable(config.suspect) or not place.lower().endswith(".onnx") or "://" in place:
         raise CountermarkError("--inside is for a suspect that is an .onnx file; leave it out")
+    if asking.pixels != "float":
+        raise CountermarkError(
+            "--inside needs a file that takes floats: inside one of uint8, nobody knows in which "
+            "range its numbers are; leave it out"
+        )
     inner = onnx_places(Path(place), as_taken(x[:1], asking))
-    found: dict[str, float] = {}
-    for begin in ("", *inner):
+    found: dict[int | None, float] = {}
+    for begin in (None, *range(len(inner))):
         try:
             labels = opened(replace(asking, begin=begin))(x)
         except CountermarkError:
-            if not begin:
+            if begin is None:
                 raise
             continue  # what comes after this place takes no images
         p = tested(labels if matched is None else matched.meant(labels)).log10_p_value
         found[begin] = 0.0 if p is None else p
     best = min(found, key=lambda begin: found[begin])
-    return replace(asking, begin=best), Inside(best, 1 + len(inner))
+    name = "" if best is None else inner[best]
+    return replace(asking, begin=best), Inside(name, 1 + len(inner))
 
 
 def _catalogued(shape: tuple[int, ...], data: str) -> "Examples":

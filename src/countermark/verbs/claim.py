@@ -54,7 +54,7 @@ class ClaimConfig(InsideOptions, StampOptions):
     batch: int | None = None
     """Batch to open; default the first that nobody has seen."""
     anyway: bool = False
-    """Open it even if a judge could not uphold the claim."""
+    """Open it even if a judge could not uphold the claim, or an earlier one with that batch."""
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
@@ -125,7 +125,7 @@ def claim(config: ClaimConfig) -> Claimed:
     batches = int(key.c1["batches"])
     with locked(folder):
         spent = _spent(folder)
-        batch = _choose(config, key, [int(entry["batch"]) for entry in spent])
+        batch = _choose(config, key, spent)
         made = Claim(
             c1=key.c1,
             c1_signature=key.signature,
@@ -178,6 +178,7 @@ def claim(config: ClaimConfig) -> Claimed:
             )
             entry = {
                 "batch": batch,
+                "kind": suspect["kind"],
                 "day": int(time.time() // 86400),
                 "answers_sha256": sha256(canonical_json(record)),
             }
@@ -230,7 +231,7 @@ def _spent(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _choose(config: ClaimConfig, key: "Key", spent: list[int]) -> int:
+def _choose(config: ClaimConfig, key: "Key", spent: list[dict[str, Any]]) -> int:
     batches = int(key.c1["batches"])
     out = Path(config.out)
     unfinished = out.with_name(out.name + ".partial") / "config.json"
@@ -241,9 +242,16 @@ def _choose(config: ClaimConfig, key: "Key", spent: list[int]) -> int:
     if config.batch is not None:
         if config.batch >= batches:
             raise CountermarkError(f"the key has batches 0 to {batches - 1}, not {config.batch}")
+        before = [entry.get("kind") for entry in spent if entry["batch"] == config.batch]
+        if "endpoint" in before and not config.anyway:
+            raise CountermarkError(
+                f"batch {config.batch} was opened against an endpoint, whose age nobody knows: a "
+                "second claim with it, shown by the accused, leaves the first undecidable; open "
+                "another batch, or this one with --anyway once the first was judged"
+            )
         return config.batch
     for batch in range(batches):
-        if batch not in spent:
+        if batch not in [entry["batch"] for entry in spent]:
             return batch
     raise CountermarkError(
         f"all {batches} batches of the key were shown; --batch N opens one again, "

@@ -125,7 +125,12 @@ def trace(config: TraceConfig) -> Tracing:
         void = sum(row.log is None for row in kept)
         if len(kept) == void:
             raise CountermarkError(
-                f"the log {config.log} holds no trials; nobody has asked near a coin yet"
+                f"the log {config.log} holds no trials"
+                + (
+                    f" but {void} that came after a loss of rows, which are no evidence"
+                    if void
+                    else "; nobody has asked near a coin yet"
+                )
             )
         if not any(sent):
             raise CountermarkError(
@@ -138,7 +143,10 @@ def trace(config: TraceConfig) -> Tracing:
     asked = torch.tensor([ok for row, ok in zip(rows, sent, strict=True) if row is not None])
     labels = torch.full((len(kept),), NO_ANSWER).masked_scatter(asked, told)
     secret = load_secret(Path(config.key))
-    found = trace_accounts(kept, labels, secret, config.alpha, erased, answers.ways)
+    counted = [
+        row if ok else replace(row, log=None) for row, ok in zip(kept, asked.tolist(), strict=True)
+    ]
+    found = trace_accounts(counted, labels, secret, config.alpha, erased, answers.ways)
     verdict = "match" if found.named else found.together
     name, how = place_name(config.suspect), asked_how(config, answers)
     least = min([found.together_log10_p_value, *(each.log10_p_value for each in found.accounts)])
@@ -230,6 +238,8 @@ def show(result: Tracing) -> None:
         )
     else:
         print_lines("Nobody's account can be named.")
+    if result.void:
+        print_lines(f"{result.void} trials came after a loss of rows, and are no evidence.")
     if result.left_out:
         print_lines(f"{result.left_out} trials were left out, whose images are clients' alone.")
     print_lines(*result.doubts, *said_looks(result.looks))
