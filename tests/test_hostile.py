@@ -5,6 +5,7 @@ The tests have closed streams, full disks, odd names, edited files and signals.
 
 import os
 import pty
+import re
 import shlex
 import shutil
 import signal
@@ -90,11 +91,10 @@ def test_a_verdict_is_the_status_of_a_real_process_and_of_a_warm_one(
     script = f"countermark verify --suspect {owner}/key/source --key {owner}/key --json"
     real, forked = shell(script, tmp_path, COLD), shell(script, tmp_path)
     assert (real.returncode, real.stderr) == (1, "")
-    assert (forked.returncode, forked.stdout, forked.stderr) == (
-        real.returncode,
-        real.stdout,
-        real.stderr,
-    )
+    # The second one is another look.
+    said = [re.sub(r'"looks": \{[^}]*\}', "", each.stdout) for each in (real, forked)]
+    assert said[0] == said[1] != ""
+    assert (forked.returncode, forked.stderr) == (real.returncode, real.stderr)
 
 
 @pytest.mark.parametrize(

@@ -124,11 +124,12 @@ def test_the_service_needs_the_file_and_no_weights(
     """The answers over HTTP and the trials in the log are those of the guarded PyTorch model."""
     model = load_guarded(mine, mine / "key")
     x = queries[sorted(sure_rows(model, queries))[::15]][:60]
-    wanted = model(x, "anna")
     folder = tmp_path / "mine"
     shutil.copytree(mine, folder, ignore=shutil.ignore_patterns("*.safetensors", "clients.json"))
     key = add_client(folder / "clients.json", "anna", None)
     log = tmp_path / "log.db"
+    with QueryLog(str(log)) as made:
+        wanted = model.under(made.identity)(x, "anna")
     process = subprocess.Popen(
         [*warm(), "serve", str(folder), "--network", file, "--log", str(log), "--port", "0"],
         stdout=subprocess.PIPE,

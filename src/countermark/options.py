@@ -282,6 +282,9 @@ class SuspectOptions(OneDeviceOptions):
     match: bool = False
     """Find out from clean examples how the suspect wants to be asked and which of its classes is
     which. The p-value is multiplied by the number of ways."""
+    inside: bool = False
+    """Give the images of an .onnx file also to its inner places that have their shape, the first
+    64, behind a cleaner in front. The p-value is multiplied by the number of places."""
     pixels: Pixels = "float"
     """What the suspect takes: float (pixels of [0, 1]) or uint8."""
     layout: Layout | None = None
@@ -321,15 +324,6 @@ class SuspectOptions(OneDeviceOptions):
         self._positive("number", "rate", "timeout")
         if not all(_HEADER.fullmatch(header.strip()) for header in self.headers):
             raise CountermarkError("--headers are words of the form 'Name: value', in Latin-1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class InsideOptions(SuspectOptions):
-    """Options of verbs that ask a suspect's file from inside as well."""
-
-    inside: bool = False
-    """Give the images of an .onnx file also to its inner places that have their shape, the first
-    64, behind a cleaner in front. The p-value is multiplied by the number of places."""
 
 
 def option(name: str) -> str:

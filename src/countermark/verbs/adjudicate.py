@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from countermark.errors import CountermarkError
 from countermark.evidence import Verdict
 from countermark.files import read_bytes, write_bytes, write_json
-from countermark.options import InsideOptions, ReadPath, WrittenPath, verb
+from countermark.options import ReadPath, SuspectOptions, WrittenPath, verb
 from countermark.pictures import agreements
 from countermark.places import Network
 from countermark.terminal import print_figure, print_lines
@@ -28,7 +28,7 @@ _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdjudicateConfig(InsideOptions):
+class AdjudicateConfig(SuspectOptions):
     """Judge a claim as a third party; write the judgement.
 
     The claim is checked, the suspect is asked, and a page and a JSON file say what came of it.

@@ -12,7 +12,7 @@ from countermark.data import KNOWN, is_cached
 from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import read_bytes
-from countermark.options import InsideOptions, SuspectOptions, option
+from countermark.options import SuspectOptions, option
 from countermark.text import brief
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def ask(
     if config.match:
         asking, matched = _matched(config, opened, asking, clean or _catalogued(shape, data))
     inside = None
-    if tested is not None and isinstance(config, InsideOptions) and config.inside:
+    if tested is not None and config.inside:
         images = list(images)
         asking, inside = _inside(config, opened, asking, matched, torch.cat(images), tested)
     suspect = opened(asking)

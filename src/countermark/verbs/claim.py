@@ -17,7 +17,7 @@ from countermark.files import (
     sha256,
     write_json,
 )
-from countermark.options import InsideOptions, NewPath, ReadPath, StampOptions, verb
+from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
 from countermark.places import Network, place_name
 from countermark.terminal import p_value, print_lines, print_table, unbroken
 from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
@@ -33,7 +33,7 @@ SPENT_FORMAT = "countermark spent 1"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClaimConfig(InsideOptions, StampOptions):
+class ClaimConfig(SuspectOptions, StampOptions):
     """Open part of a key, so that a judge can check it.
 
     The claim is a folder with one batch of the key's trials and the answers of a suspect.

@@ -51,6 +51,8 @@ class TraceConfig(SuspectOptions):
         super().__post_init__()
         self._open_interval("alpha")
         self._only_for(self.own_images_only, "--own-images-only", "data")
+        if self.inside:
+            raise CountermarkError("a trace asks a suspect as it is; leave --inside out")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from countermark.device import describe
 from countermark.evidence import EXIT_STATUS, Verdict, judge, untested
-from countermark.options import InsideOptions, ReadPath, verb
+from countermark.options import ReadPath, SuspectOptions, verb
 from countermark.pictures import agreements
 from countermark.places import place_name
 from countermark.terminal import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyConfig(InsideOptions):
+class VerifyConfig(SuspectOptions):
     """Ask a suspect for a key's coins; give the p-value.
 
     The suspect is asked for the labels of the key's watermarks.

@@ -20,7 +20,7 @@ NAME = "looks.jsonl"
 
 @dataclass(frozen=True)
 class Looks:
-    """How often suspects were asked with a key, this time included.
+    """How often suspects were asked with a key for the same mark, this time included.
 
     Attributes:
         suspect: looks at this suspect.
@@ -72,13 +72,18 @@ def note_look(
             stream.write(b"\n" * (bool(before) and not before.endswith(b"\n")) + line)
     except OSError:
         return None
-    lines = [each for each in before.splitlines() if each.strip()]
-    return Looks(1 + sum(_suspect(each) == suspect for each in lines), 1 + len(lines))
+    found = [_look(each) for each in before.splitlines() if each.strip()]
+    same = [name for log, name in found if log == (verb == "trace")]
+    return Looks(1 + same.count(suspect), 1 + len(same))
 
 
-def _suspect(line: bytes) -> str | None:
+def _look(line: bytes) -> tuple[bool, str]:
+    """Whether a line is of a trace, which is about a log and not about the key's own trials; whom.
+
+    A line that cannot be read is one of the others.
+    """
     try:
         entry = json.loads(line)
-        return str(entry["suspect"])
+        return entry["verb"] == "trace", str(entry["suspect"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        return None
+        return False, ""
