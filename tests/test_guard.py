@@ -486,6 +486,16 @@ def test_what_is_sure(logits: list[float], far: bool, sure: bool) -> None:
     assert guard.questions(torch.empty(0, 3), torch.empty(0, 12), image[:0]) == []
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.int32, torch.bfloat16, torch.float64])
+def test_logits_of_any_type_are_those_of_floats(kind: torch.dtype) -> None:
+    """Small whole numbers, which each type holds exactly; an even margin is a tie of chance 1/2."""
+    logits, features = queries(200, seed=5)
+    logits = (3 * logits).round() + torch.arange(5) / 64 * (kind == torch.float64)
+    wanted = guard_of(reach=2.5).questions(logits, features)
+    assert wanted
+    assert guard_of(reach=2.5).questions(logits.to(kind), features) == wanted
+
+
 class Swaying(nn.Module):
     """A network whose answers depend a little on how many it is asked at once."""
 
