@@ -297,7 +297,7 @@ def add_identity(connection: sa.Connection, written: int, after: int, value: byt
 
 def identities(connection: sa.Connection, most: int) -> list[Sequence[Any]]:
     """Read what `add_identity` stored, in order: rows then, the last row before it, identity."""
-    if not sa.inspect(connection).has_table("identities"):
+    if not sa.inspect(connection).has_table(_LATE):
         return []
     columns = (_IDENTITIES.c.written, _IDENTITIES.c.after, _IDENTITIES.c.value)
     return list(connection.execute(sa.select(*columns).order_by(_IDENTITIES.c.place).limit(most)))

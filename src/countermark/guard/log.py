@@ -246,7 +246,9 @@ class QueryLog:
             self._remember(*end)
             return
         with self._using() as connection:
-            lost = self._say_lost(connection, {identity})
+            identities = self._identities(connection)
+            self._check_coins({identity}, _current(identities))
+            lost = self._say_lost(connection, identities, self._end(connection))
         if lost:
             raise self._fell()
 
@@ -272,39 +274,44 @@ class QueryLog:
             if flaw is not None:
                 raise RowError(f"this is no trial for the query log {self.shown}: {flaw}")
         with self._using() as connection:
-            lost = self._say_lost(connection, {row.log for row in rows})
+            identities, before = self._identities(connection), self._end(connection)
+            self._check_coins({row.log for row in rows}, _current(identities))
+            lost = self._say_lost(connection, identities, before)
             if not lost:
-                before = self._end(connection)
-                fresh, after = self._stored(connection, before, rows)
+                fresh, after = self._stored(connection, identities, before, rows)
         if lost:
             raise self._fell()
         self._remember(*before)
         self._remember(*after)
         return fresh
 
-    def _say_lost(self, connection: "sa.Connection", drawn: Collection[bytes | None]) -> bool:
+    def _say_lost(
+        self, connection: "sa.Connection", identities: Sequence[_Identity], end: tuple[int, bytes]
+    ) -> bool:
         """Tell whether the log has lost rows; if so, write it down for all who write.
 
         Only a writer whose coins are the log's may: another one is of the time before a renewal.
         """
-        identities = self._identities(connection)
-        self._check_coins(drawn, _current(identities))
         kept = self._lost(connection)
         if kept is None:
             return False
         self._fallen = True
         if len(identities) < _MOST_IDENTITIES:
-            rows, _ = self._end(connection)
+            rows, _ = end
             self._sql.write_format(connection, _WITH_IDENTITY)
             self._sql.add_identity(connection, rows, min(kept, rows), None)
         return True
 
     def _stored(
-        self, connection: "sa.Connection", end: tuple[int, bytes], rows: Sequence[Row]
+        self,
+        connection: "sa.Connection",
+        identities: Sequence[_Identity],
+        end: tuple[int, bytes],
+        rows: Sequence[Row],
     ) -> tuple[list[bool], tuple[int, bytes]]:
         """Store rows after the last one; which of them are new, and the end of the log then."""
         number, link = end
-        link = _absorbed(link, number, self._identities(connection))[-1]
+        link = _absorbed(link, number, identities)[-1]
         fresh, values = [], []
         known = self._sql.known(connection, sorted({row.place for row in rows}))
         gone = self._gone(connection, {row.client for row in rows})
@@ -395,12 +402,13 @@ class QueryLog:
         number, link = 0, _ORIGIN
         while True:
             page, identities = self._page(number)
-            self._compare(number, _absorbed(link, number, identities), published)
+            ends = _absorbed(link, number, identities)
+            self._compare(number, ends, published)
             for found in page:
-                bound = _absorbed(link, number, identities)[-1]
-                row, link = self._checked(found, number + 1, bound)
+                row, link = self._checked(found, number + 1, ends[-1])
                 number += 1
-                self._compare(number, _absorbed(link, number, identities), published)
+                ends = _absorbed(link, number, identities)
+                self._compare(number, ends, published)
                 yield row and replace(row, log=_of_row(identities, number))
             if not page:
                 break

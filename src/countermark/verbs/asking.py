@@ -13,6 +13,7 @@ from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import read_bytes
 from countermark.options import SuspectOptions, option
+from countermark.places import is_address
 from countermark.text import brief
 
 if TYPE_CHECKING:
@@ -264,7 +265,7 @@ def _inside(
     from countermark.suspects import as_taken, onnx_places
 
     place = str(config.suspect)
-    if callable(config.suspect) or not place.lower().endswith(".onnx") or "://" in place:
+    if callable(config.suspect) or not place.lower().endswith(".onnx") or is_address(place):
         raise CountermarkError("--inside is for a suspect that is an .onnx file; leave it out")
     if asking.pixels != "float":
         raise CountermarkError(
