@@ -54,7 +54,12 @@ def untrained(folder: Path, shape: tuple[int, int, int], names: Sequence[str]) -
 
 @contextlib.contextmanager
 def serving(
-    model: Path, folder: Path, *options: str, command: Sequence[str] = (), public: str | None = None
+    model: Path,
+    folder: Path,
+    *options: str,
+    command: Sequence[str] = (),
+    public: str | None = None,
+    named: str = "anna",
 ) -> Iterator[Service]:
     """Serve a model without a guard until the end, unless the options say otherwise.
 
@@ -63,9 +68,10 @@ def serving(
         folder: where the file of clients and the log are written.
         options: of `countermark serve`.
         command: words that begin the command line instead of the usual.
-        public: key with which anna signs their requests.
+        public: key with which the client signs their requests.
+        named: name of the client.
     """
-    key = add_client(folder / "clients.json", "anna", public)
+    key = add_client(folder / "clients.json", named, public)
     said = folder / "standard error"
     words = [*(command or warm()), "serve", str(model), "--clients", str(folder / "clients.json")]
     words += ["--log", str(folder / "log.db"), "--port", "0", *options]

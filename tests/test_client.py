@@ -31,7 +31,6 @@ from countermark.data.images import fitted
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.guard import QueryLog
-from countermark.guard.requests import is_signed
 from countermark.networks import load
 from countermark.service.client import Classification
 from countermark.verbs.guard import guard
@@ -92,27 +91,36 @@ def test_images_of_all_kinds_are_classified_in_their_order(
 def test_a_client_who_signs_is_believed_and_another_is_not(
     digits: Any, tmp_path: Path, owner: Path
 ) -> None:
-    """The log keeps the signatures of the very pixels that the service saw."""
+    """A private key comes from a file, from its content, or as its 32 bytes."""
     folder, private = tmp_path / "model", Ed25519PrivateKey.generate()
     shutil.copytree(owner, folder)
     guard(folder, cost=8.0)
     pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     (tmp_path / "anna.pem").write_bytes(pem)
     public = private.public_key().public_bytes_raw().hex()
+    x = digits.thief.x[:6]
     with serving(folder, tmp_path, public=public) as service:
-        for sign in (tmp_path / "anna.pem", pem, private.private_bytes_raw()):
-            with cm.Client(service.url, service.key, sign=sign) as client:
-                client.classify(digits.thief.x[:150].float() / 255)
+        state = tmp_path / "state"
+        given: list[Any] = [tmp_path / "anna.pem", pem, private.private_bytes_raw()]
+        for sign, part in zip(given, torch.split(x, 2), strict=True):
+            with cm.Client(service.url, service.key, sign=sign, state=state) as client:
+                client.classify(part.float() / 255)
         other = Ed25519PrivateKey.generate().private_bytes_raw()
-        for sign in (None, other):
+        more = tmp_path / "other"
+        for options, reason in (
+            ({}, r"401 .*signs its requests.*; check .*sign="),
+            ({"sign": other, "state": more}, "signed requests with another state"),
+        ):
             with (
-                cm.Client(service.url, service.key, sign=sign) as client,
-                pytest.raises(CountermarkError, match=r"401 .*signs its requests.*; check .*sign="),
+                cm.Client(service.url, service.key, **options) as client,
+                pytest.raises(CountermarkError, match=reason),
             ):
-                client.classify(digits.thief.x[:1])
-        rows = [row for row in QueryLog(str(tmp_path / "log.db")).rows() if row is not None]
-    assert rows
-    assert all(is_signed(row, public) for row in rows)
+                client.classify(x[:1])
+        with QueryLog(str(tmp_path / "log.db")) as log:
+            (opening,) = log.openings("anna")
+            asked = b"".join(each.images for each in log.requests(opening))
+    assert opening.client == public
+    assert asked == x.numpy().tobytes()
 
 
 def test_what_is_wrong_is_said_without_the_api_key(service: Service, tmp_path: Path) -> None:
@@ -177,9 +185,9 @@ def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     ]
     for sign in keys:
         with pytest.raises(CountermarkError, match="sign is an Ed25519 private key"):
-            cm.Client(url, KEY, sign=sign)
+            cm.Client(url, KEY, sign=sign, state=tmp_path / "state")
     with pytest.raises(CountermarkError, match=r"cannot read .*none: No such file"):
-        cm.Client(url, KEY, sign=tmp_path / "none")
+        cm.Client(url, KEY, sign=tmp_path / "none", state=tmp_path / "state")
 
 
 # One that misbehaves.
@@ -352,7 +360,6 @@ def test_answers_that_are_none_are_errors() -> None:
         {**ABOUT, "inputs": [{"shape": [-1, 0, 0, 0]}]},
         {**ABOUT, "inputs": [{"shape": [-1, 3, 10**6, 10**6]}]},  # more than any memory
         {**ABOUT, "parameters": {}},
-        {**ABOUT, "parameters": {**ABOUT["parameters"], "model_sha256": "x"}},  # type: ignore[dict-item]
         {**ABOUT, "parameters": {**ABOUT["parameters"], "max_batch": None}},  # type: ignore[dict-item]
     ],
 )

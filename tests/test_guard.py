@@ -48,9 +48,11 @@ from countermark.guard import (
     write_guard,
 )
 from countermark.guard.core import (
+    SEED,
     STEPS,
     WHOLE,
     boundary,
+    cell_seeds,
     client_key,
     coin,
     projections,
@@ -234,11 +236,13 @@ def test_chances_are_those_of_the_logistic_function(logit: float, steps: int) ->
 
 
 def test_the_keyed_projections_are_signs_of_the_keys_own() -> None:
-    signs = projections(SECRET, MODEL, 300, 40)
+    seeds = cell_seeds(SECRET, MODEL)
+    signs = projections(seeds[:SEED], 300, 40)
     assert signs.shape == (300, 40)
     assert set(signs.flatten().tolist()) == {-1.0, 1.0}
     assert abs(float(signs.mean())) < 5 / math.sqrt(signs.numel())
-    assert not torch.equal(signs, projections(bytes(32), MODEL, 300, 40))
+    for other in (seeds[SEED:], cell_seeds(bytes(32), MODEL)[:SEED]):
+        assert not torch.equal(signs, projections(other, 300, 40))
 
 
 @settings(max_examples=30, deadline=None)
@@ -433,7 +437,7 @@ def test_a_sure_question_stays_whatever_happens_within_the_tolerance(
         )
     images = torch.full((80, 1, 2, 2), 0x80, dtype=torch.uint8)
     images[::5, 0, 0, 0] = 0x81
-    signs = projections(SECRET, MODEL, 12, 8).float()
+    signs = projections(cell_seeds(SECRET, MODEL)[:SEED], 12, 8).float()
     above = features @ signs
     nearest = above.abs().argmin(1)
     step = 0.999 * tolerance * (1 + features.abs().sum(1)) / 12 * -above[rows, nearest].sign()

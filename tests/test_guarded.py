@@ -243,10 +243,10 @@ class Held(QueryLog):
         super().__init__(*arguments, **options)  # type: ignore[arg-type]
         self.asked, self.let_go = threading.Event(), threading.Event()
 
-    def append(self, rows: object) -> list[bool]:
+    def store(self, rows: object, requests: object) -> object:
         self.asked.set()
         self.let_go.wait(60)
-        return super().append(rows)  # type: ignore[arg-type]
+        return super().store(rows, requests)  # type: ignore[arg-type]
 
 
 @pytest.fixture

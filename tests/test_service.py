@@ -26,7 +26,6 @@ from types import SimpleNamespace
 import pytest
 import requests
 import torch
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import countermark.service.engine as engine_module
 from countermark.cli import main
@@ -35,7 +34,6 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import read_json, write_json
 from countermark.guard import GuardedModel, QueryLog, Row, RowError, guard_sha256, load_guarded
-from countermark.guard.requests import is_signed, sign_request
 from countermark.networks import build, describe, load, save_model
 from countermark.service.clients import (
     CLIENTS_FORMAT,
@@ -591,47 +589,6 @@ def test_open_requests_are_finished_before_the_end(start: Start, digits: Pools) 
     assert "stopped" in (service.process.stdout.read() if service.process.stdout else "")
 
 
-def test_signed_requests_tie_a_client_to_his_queries(
-    start: Start, digits: Pools, tmp_path: Path
-) -> None:
-    private = Ed25519PrivateKey.generate()
-    public = private.public_key().public_bytes_raw().hex()
-    key = add_client(tmp_path / "clients.json", "carol", public)
-    service = start()
-    digest = read_json(service.folder / "model.json")["weights_sha256"]
-    for x in torch.split(digits.thief.x, 40):
-        tensor = {
-            "name": "image",
-            "shape": list(x.shape),
-            "datatype": "UINT8",
-            "data": x.flatten().tolist(),
-        }
-        signature = sign_request(private.private_bytes_raw(), digest, x)
-        statuses = []
-        for signed in (
-            signature,
-            "",
-            "00" * 64,
-            sign_request(private.private_bytes_raw(), digest, x[:1]),
-        ):
-            headers = {"Authorization": f"Bearer {key}", "Countermark-Signature": signed}
-            address = f"{service.url}/v2/models/model/infer"
-            statuses.append(
-                requests.post(
-                    address, json={"inputs": [tensor]}, headers=headers, timeout=10
-                ).status_code
-            )
-        assert statuses == [200, 401, 401, 401]
-    rows = [row for row in QueryLog(str(service.log)).rows() if row is not None]
-    assert len(rows) > 5
-    other = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
-    for row in rows:
-        assert is_signed(row, public)
-        assert not is_signed(row, other)
-    assert not is_signed(type(rows[0])(**{**rows[0].__dict__, "image": rows[1].image}), public)
-    assert not is_signed(type(rows[0])(**{**rows[0].__dict__, "request": b"short"}), public)
-
-
 def test_the_unguarded_service_is_the_model_itself(start: Start, digits: Pools) -> None:
     service = start("--unguarded")
     assert service.labels(digits.test.x) == predict(load(service.folder), digits.test.x).tolist()
@@ -719,12 +676,12 @@ class Broken:
     def check(self) -> None:
         pass
 
-    def append(self, rows: list[Row]) -> list[bool]:
+    def store(self, rows: list[Row], _requests: object) -> tuple[list[bool], list[str | None]]:
         if self.full:
             raise CountermarkError("no space left")
         fresh = [row.place not in {known.place for known in self.rows} for row in rows]
         self.rows += [row for row, new in zip(rows, fresh, strict=True) if new]
-        return fresh
+        return fresh, []
 
 
 class Choosy(Broken):
@@ -734,10 +691,10 @@ class Choosy(Broken):
         super().__init__()
         self.full = False
 
-    def append(self, rows: list[Row]) -> list[bool]:
+    def store(self, rows: list[Row], requests: object) -> tuple[list[bool], list[str | None]]:
         if any(row.client == "anna" for row in rows):
             raise RowError("no log can store this")
-        return super().append(rows)
+        return super().store(rows, requests)
 
 
 def test_a_row_that_cannot_be_stored_fails_its_own_query_alone(
@@ -803,10 +760,10 @@ class Stuck(Broken):
         super().__init__()
         self.full, self.asked, self.let_go = False, threading.Event(), threading.Event()
 
-    def append(self, rows: list[Row]) -> list[bool]:
+    def store(self, rows: list[Row], requests: object) -> tuple[list[bool], list[str | None]]:
         self.asked.set()
         self.let_go.wait(60)
-        return super().append(rows)
+        return super().store(rows, requests)
 
 
 def test_queries_that_nobody_waits_for_wait_no_more(
@@ -1319,7 +1276,7 @@ HANGS = """
 import sys, time
 from countermark.cli import main
 from countermark.guard import QueryLog
-QueryLog.append = lambda self, rows: time.sleep(3600)
+QueryLog.store = lambda self, rows, requests: time.sleep(3600)
 QueryLog.close = lambda self: time.sleep(3600)
 sys.exit(main())
 """

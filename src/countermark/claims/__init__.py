@@ -1,5 +1,28 @@
-"""Claims: one opened batch of a key as files, which a third party can judge on their own."""
+"""Claims as files, which a third party can judge on their own.
 
+One opens a batch of a key, for a model mark; the other shows what an account signed, for an answer
+mark.
+"""
+
+from countermark.claims.account import (
+    AccountClaim,
+    account_evidence,
+    accusation_of,
+    choices_of,
+    first_queries,
+    images_of_trials,
+    is_account_claim,
+    read_account_claim,
+    write_account_claim,
+)
+from countermark.claims.account_judgement import (
+    ACCOUNT_LIMITS,
+    AccountFinding,
+    account_about,
+    account_story,
+    judge_account,
+    read_receipts,
+)
 from countermark.claims.judgement import (
     Check,
     Finding,
@@ -22,6 +45,9 @@ from countermark.claims.record import (
 )
 
 __all__ = [
+    "ACCOUNT_LIMITS",
+    "AccountClaim",
+    "AccountFinding",
     "Check",
     "Claim",
     "Finding",
@@ -29,14 +55,26 @@ __all__ = [
     "Opened",
     "Rival",
     "Trial",
+    "account_about",
+    "account_evidence",
+    "account_story",
+    "accusation_of",
+    "choices_of",
     "commitment_faults",
     "evidence_of",
+    "first_queries",
     "first_trials",
+    "images_of_trials",
+    "is_account_claim",
+    "judge_account",
     "judge_claim",
     "open_batch",
     "page",
+    "read_account_claim",
     "read_claim",
+    "read_receipts",
     "sentence",
     "suspect_identity",
+    "write_account_claim",
     "write_claim",
 ]

@@ -160,9 +160,13 @@ def judge_claim(claim: Claim, finding: Finding) -> Judgement:
         _evidence(claim, finding, test, any(check.result == OPEN for check in asked)),
         *_rival(claim, finding),
     ]
+    return Judgement(verdict_of(checks), tuple(checks), test, int(claim.c1["batches"]))
+
+
+def verdict_of(checks: Sequence[Check]) -> str:
+    """The verdict that some checks lead to."""
     results = {check.result for check in checks}
-    verdict = "dismissed" if FAILS in results else "undecidable" if OPEN in results else "upheld"
-    return Judgement(verdict, tuple(checks), test, int(claim.c1["batches"]))
+    return "dismissed" if FAILS in results else "undecidable" if OPEN in results else "upheld"
 
 
 def formal_checks(
@@ -424,17 +428,17 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
         _known_time(claim, "answers_token", finding.roots),
     )
     older = made is not None and marked is not None and made < marked
-    if _is_accused(claim, finding):
+    if is_accused(named, finding.suspect):
         yield Check(
             name,
             HOLDS,
-            _named(finding.suspect),
+            suspect_name(finding.suspect),
             "It is the model that the claim was fixed against.",
         )
     elif older and _stands_for_endpoint(claim, finding):
         found = (
-            f"{_named(finding.suspect)} repeats every answer "
-            f"that the claim recorded of {_named(named)}"
+            f"{suspect_name(finding.suspect)} repeats every answer "
+            f"that the claim recorded of {suspect_name(named)}"
         )
         meaning = (
             "The claimant's own record shows what the endpoint ran, "
@@ -443,8 +447,8 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
         yield Check(name, HOLDS, found, meaning)
     else:
         found = (
-            f"the claim was fixed against {_named(named)}, "
-            f"the judge asked {_named(finding.suspect)}"
+            f"the claim was fixed against {suspect_name(named)}, "
+            f"the judge asked {suspect_name(finding.suspect)}"
         )
         meaning = (
             "Another model than the accused one, however old, decides nothing; "
@@ -468,18 +472,17 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
     yield from _spent(claim, finding, min(dates, default=None))
 
 
-def _is_accused(claim: Claim, finding: Finding) -> bool:
-    """Whether the judge asked what the claim names: the very file, or the very address.
+def is_accused(named: Mapping[str, object], asked: Mapping[str, str]) -> bool:
+    """Tell whether the judge asked what a claim names: the very file, or the very address.
 
     Release 0.1.0 recorded addresses as they were typed.
     """
-    named, asked = claim.answers["suspect"], dict(finding.suspect)
     if (named.get("kind"), asked.get("kind")) != ("endpoint", "endpoint"):
-        return bool(named == asked)
+        return dict(named) == dict(asked)
     try:
         return endpoint_address(str(named.get("url"))).name == endpoint_address(asked["url"]).name
     except CountermarkError:  # what the claim names is no address
-        return bool(named == asked)
+        return dict(named) == dict(asked)
 
 
 def _stands_for_endpoint(claim: Claim, finding: Finding) -> bool:
@@ -711,7 +714,7 @@ def _coins(claim: Claim) -> list[int] | None:
     return coins
 
 
-def _named(suspect: Mapping[str, object]) -> str:
+def suspect_name(suspect: Mapping[str, object]) -> str:
     """Name a suspect in a few words.
 
     The claimant wrote them, so they are made safe even for somebody who prints them without us.

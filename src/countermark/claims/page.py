@@ -63,6 +63,9 @@ def page(
     about: Mapping[str, Any],
     trials: Sequence[Trial] = (),
     class_names: Sequence[str] = (),
+    *,
+    story: str | None = None,
+    limits: str = LIMITS,
 ) -> str:
     """Write the page.
 
@@ -71,6 +74,8 @@ def page(
         about: what else is shown, in order: key, suspect, files, versions.
         trials: a few trials that the claim opened, to be shown as pictures.
         class_names: names of the classes, in the order of the labels.
+        story: what was tested, where it is not a batch of a key; there is no figure then.
+        limits: what the judgement does not say.
     """
     kind, words = _WORDS[judgement.verdict]
     test = judgement.test
@@ -83,7 +88,8 @@ def page(
     listed = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items()
     )
-    story = (
+    figure = agreements(test, judgement.batches) if story is None else ""
+    story = story or (
         f"Asked for {test.trials} trials, each with two answers of which a secret coin had chosen "
         f"one, the suspect gave the coin's answer {test.agreements} times and the other one "
         f"{test.disagreements} times ({test.neither} times neither). A model that does not depend "
@@ -94,11 +100,11 @@ def page(
     parts = [
         f"<h1>Judgement: <span class='{kind}'>{escape(judgement.verdict)}</span></h1>",
         f"<p><strong>{escape(words)}</strong></p><p>{escape(story)}</p>",
-        agreements(test, judgement.batches),
+        figure,
         *_pictures(trials, class_names),
         "<h2>Every check</h2><div class='wide'><table class='checks'>"
         "<thead><tr><th>What</th><th>Result</th><th>What it means</th></tr></thead>",
-        f"<tbody>{rows}</tbody></table></div><h2>What it does not say</h2><p>{escape(LIMITS)}</p>",
+        f"<tbody>{rows}</tbody></table></div><h2>What it does not say</h2><p>{escape(limits)}</p>",
         f"<h2>What was judged</h2><dl>{listed}</dl>",
         "<footer>Every number here can be computed again from the claim's files.</footer>",
     ]

@@ -177,21 +177,28 @@ class Claim:
             CountermarkError: it cannot be read, takes other images than the claim's, or is built by
                 code that was not named.
         """
-        description = describe(self.model)
-        if description.shape != tuple(self.opened.x.shape[1:]):
-            raise CountermarkError(
-                f"{self.model} takes images of shape {brief(description.shape)}, "
-                "the claim asks with others; it is another model"
-            )
-        held = f"{self.model} holds the network {brief(description.network) or 'of a program'}"
-        if network is None and description.network not in NETWORKS:
-            raise CountermarkError(
-                f"{held}, whose code is imported only if you name it: {option} MODULE:FUNCTION"
-            )
-        if network is not None and description.network in NETWORKS:
-            raise CountermarkError(f"{held}, which is a built-in one; leave {option} out")
-        built, _ = load_model(self.model, network)
-        return built, suspect_identity(self.model)["sha256"]
+        return owners_network(self.model, tuple(self.opened.x.shape[1:]), network, option)
+
+
+def owners_network(
+    model: Path, shape: tuple[int, ...], network: Network | None, option: str
+) -> tuple[nn.Module, str]:
+    """Load a claim's model, and compute the SHA-256 of its weights; see `Claim.network`."""
+    description = describe(model)
+    if description.shape != shape:
+        raise CountermarkError(
+            f"{model} takes images of shape {brief(description.shape)}, "
+            "the claim asks with others; it is another model"
+        )
+    held = f"{model} holds the network {brief(description.network) or 'of a program'}"
+    if network is None and description.network not in NETWORKS:
+        raise CountermarkError(
+            f"{held}, whose code is imported only if you name it: {option} MODULE:FUNCTION"
+        )
+    if network is not None and description.network in NETWORKS:
+        raise CountermarkError(f"{held}, which is a built-in one; leave {option} out")
+    built, _ = load_model(model, network)
+    return built, suspect_identity(model)["sha256"]
 
 
 def suspect_identity(place: str | Path) -> dict[str, str]:
@@ -323,17 +330,17 @@ def _check_commitments(
     fits = (
         (c1.get("format"), c2.get("format"), answers.get("format"))
         == ("countermark c1 1", "countermark c2 1", ANSWERS_FORMAT)
-        and _is_hex(c1.get("public_key"))
-        and _is_hex(c1.get("root"))
+        and is_hex(c1.get("public_key"))
+        and is_hex(c1.get("root"))
         and whole
         and isinstance(shape, list)
         and len(shape) == 3
         and all(type(side) is int and side > 0 for side in shape)
         and isinstance(c1.get("class_names", []), list)
         and all(isinstance(name, str) for name in c1.get("class_names", []))
-        and _is_hex(c2.get("c1_sha256"))
-        and _is_hex(c2.get("model_sha256"))
-        and _is_hex(answers.get("c2_sha256"))
+        and is_hex(c2.get("c1_sha256"))
+        and is_hex(c2.get("model_sha256"))
+        and is_hex(answers.get("c2_sha256"))
         and type(answers.get("batch")) is int
         and isinstance(answers.get("suspect"), dict)
         and isinstance(labels, list)
@@ -346,11 +353,10 @@ def _check_commitments(
         )
 
 
-def _is_hex(text: object) -> bool:
+def is_hex(text: object, count: int = _DIGEST) -> bool:
+    """Tell whether a text is some bytes in lower-case hexadecimal."""
     return (
-        isinstance(text, str)
-        and len(text) == 2 * _DIGEST
-        and not set(text) - set("0123456789abcdef")
+        isinstance(text, str) and len(text) == 2 * count and not set(text) - set("0123456789abcdef")
     )
 
 

@@ -1,12 +1,13 @@
 """Keyed coins in a served model's answers, the query log, and tracing of copies to accounts."""
 
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
-from countermark.guard.core import AnswerTrial, Guard, GuardSettings, consistent_scores
+from countermark.guard.core import AnswerTrial, Cells, Guard, GuardSettings, consistent_scores
 from countermark.guard.foreign import HonestRanges, foreign_share, honest_ranges, share_told
 from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
 from countermark.guard.model import (
     Answers,
     ExpectedCost,
+    FeatureReader,
     GuardedModel,
     calibrate_model,
     expected_cost,
@@ -29,7 +30,9 @@ __all__ = [
     "AnswerTrial",
     "Answers",
     "Calibration",
+    "Cells",
     "ExpectedCost",
+    "FeatureReader",
     "Guard",
     "GuardSettings",
     "GuardedModel",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from countermark.errors import CountermarkError
-from countermark.guard.core import GuardSettings, boundary, projections
+from countermark.guard.core import SEED, GuardSettings, boundary, cell_seeds, projections
 
 FLOOR = 0.05
 """Smallest chance of the second class, before it is rounded to 64ths.
@@ -104,7 +104,8 @@ def calibrate(
         (met * torch.log2(1 / met) + (1 - met) * torch.log2(1 / (1 - met))).sum() / len(y)
     )
     width = features.shape[1]
-    offsets = (features.double() @ projections(secret, model_sha256, width, bits)).mean(0)
+    signs = projections(cell_seeds(secret, model_sha256)[:SEED], width, bits)
+    offsets = (features.double() @ signs).mean(0)
     settings = GuardSettings(
         model_sha256, high, math.log(1 / FLOOR - 1) / high, tuple(offsets.tolist()), width
     )

@@ -18,6 +18,7 @@ numbers, and each operation of PyTorch takes longer to start and lets other thre
 
 import hashlib
 import hmac
+import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -39,8 +40,11 @@ A difference in the last bits of a logit then seldom changes a chance.
 """
 CELLS, FOREIGN = b"countermark guard cells", b"countermark guard foreign cells"
 """Labels under which the keyed projections of features and of outlines are derived."""
+SEED = 32
+"""Bytes of what one kind of keyed projections comes from."""
 ELSEWHERE = b"\xff\xff"
 """The first bytes of a foreign query's cell; no class has this number."""
+_MOST_DOUBTFUL = 6  # projections of a query that may be on either side
 _REMEMBERED = 1000  # clients whose keys are kept in memory
 
 Numbers = npt.NDArray[np.floating[Any]]
@@ -108,65 +112,26 @@ class AnswerTrial(Question):
     answer: int
 
 
-class Guard:
-    """The coins of one owner for one model.
+class Cells:
+    """Which queries meet coins, and in which cells; no coin is needed for that.
 
     Attributes:
         settings: what the guard was calibrated to.
-        log: identity of the query log that gets the trials.
+        seeds: what the keyed projections come from, 64 bytes (`cell_seeds`).
     """
 
-    def __init__(self, settings: GuardSettings, secret: bytes, log: bytes = b"") -> None:
-        """Derive the projections from the owner's secret.
+    def __init__(self, settings: GuardSettings, seeds: bytes) -> None:
+        """Derive the projections.
 
         Args:
             settings: what the guard was calibrated to.
-            secret: the owner's secret.
-            log: identity of the query log that gets the trials (`QueryLog.identity`), which is part
-                of every coin.
+            seeds: as `cell_seeds` derives them from the owner's secret.
         """
-        self.settings, self.log = settings, log
-        self._secret = secret
-        self._near = _Cells(
-            projections(secret, settings.model_sha256, settings.features, len(settings.offsets)),
-            settings.offsets,
-        )
+        self.settings, self.seeds = settings, seeds
+        width = len(settings.offsets)
+        self._near = _Codes(projections(seeds[:SEED], settings.features, width), settings.offsets)
         # Made with the first foreign query, which tells how many values an outline has.
-        self._far: _Cells | None = None
-        # Any number of names may ask. A key that was forgotten is derived again, and is the same.
-        derive = partial(client_key, secret, settings.model_sha256, log=log)
-        self._key = lru_cache(_REMEMBERED)(derive)
-
-    def answer(
-        self,
-        logits: torch.Tensor,
-        features: torch.Tensor,
-        client: str,
-        images: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, list[AnswerTrial]]:
-        """Answer queries of one client.
-
-        Args:
-            logits: `(n, classes)`.
-            features: `(n, features)`, from the layer that the cells are made from.
-            client: name of the account that asks; each account has its own coins.
-            images: the queries, uint8 `(n, c, h, w)`; needed if the settings have `familiar`.
-
-        Returns:
-            int64 answers `(n,)`, and the trials among them in order. Only a client's first trial in
-            a cell is evidence.
-
-        Raises:
-            CountermarkError: the shapes differ from those that the guard was calibrated for, values
-                are not finite, or images are missing.
-        """
-        trials = [
-            self.flip(question, client) for question in self.questions(logits, features, images)
-        ]
-        answers = logits.argmax(1)
-        for trial in trials:
-            answers[trial.row] = trial.answer
-        return answers, trials
+        self._far: _Codes | None = None
 
     def questions(
         self,
@@ -246,29 +211,33 @@ class Guard:
             found.append(Question(row, cell, head, tail, middle[place], certain))
         return found
 
-    def under(self, log: bytes) -> "Guard":
-        """Make the same guard with the coins of a query log, by its identity."""
-        return Guard(self.settings, self._secret, log)
+    def possible(
+        self, logits: torch.Tensor, features: torch.Tensor, tolerance: float
+    ) -> list[bytes]:
+        """List the cells that one query may be in, wherever it is computed; or beginnings of them.
 
-    def flip(self, question: Question, client: str) -> AnswerTrial:
-        """Answer a client's question with their coin."""
-        tail = coin(self._key(client), question.cell) < question.chance
-        return AnswerTrial(**vars(question), answer=question.tails if tail else question.heads)
+        Args:
+            logits: `(1, classes)`.
+            features: `(1, features)`.
+            tolerance: as for `questions`.
+        """
+        scores, inner = _array(logits)[0].astype(np.float64), _array(features).astype(np.float64)
+        slack = 2 * tolerance * (1 + np.abs(scores).max())
+        close = np.flatnonzero(scores >= np.sort(scores)[-2] - slack).tolist()
+        codes = self._near.within(inner, tolerance * (1 + np.abs(inner).sum()))
+        return [
+            cell
+            for heads, tails in itertools.combinations(close, 2)
+            for pair in (heads.to_bytes(2, "big") + tails.to_bytes(2, "big"),)
+            for cell in (ELSEWHERE + pair, *(pair + code for code in codes))
+        ]
 
     def _outline_code(self, image: torch.Tensor) -> bytes:
         outline = outlines(image).numpy()
         if self._far is None:
             offsets = self.settings.outlines
-            self._far = _Cells(
-                projections(
-                    self._secret,
-                    self.settings.model_sha256,
-                    outline.shape[1],
-                    len(offsets),
-                    FOREIGN,
-                ),
-                offsets,
-            )
+            signs = projections(self.seeds[SEED:], outline.shape[1], len(offsets))
+            self._far = _Codes(signs, offsets)
         return self._far(outline)[0][0]
 
     def _chances(self, margins: Numbers, foreign: npt.NDArray[np.bool_]) -> list[int]:
@@ -293,7 +262,81 @@ class Guard:
             )
 
 
-class _Cells:
+class Guard:
+    """The coins of one owner for one model.
+
+    Attributes:
+        settings: what the guard was calibrated to.
+        cells: which queries meet coins.
+        log: identity of the query log that gets the trials.
+    """
+
+    def __init__(self, settings: GuardSettings, secret: bytes, log: bytes = b"") -> None:
+        """Derive the projections from the owner's secret.
+
+        Args:
+            settings: what the guard was calibrated to.
+            secret: the owner's secret.
+            log: identity of the query log that gets the trials (`QueryLog.identity`), which is part
+                of every coin.
+        """
+        self.settings, self.log = settings, log
+        self._secret = secret
+        self.cells = Cells(settings, cell_seeds(secret, settings.model_sha256))
+        self.questions = self.cells.questions
+        # Any number of names may ask. A key that was forgotten is derived again, and is the same.
+        derive = partial(client_key, secret, settings.model_sha256, log=log)
+        self._key = lru_cache(_REMEMBERED)(derive)
+
+    def answer(
+        self,
+        logits: torch.Tensor,
+        features: torch.Tensor,
+        client: str,
+        images: torch.Tensor | None = None,
+        opening: bytes = b"",
+    ) -> tuple[torch.Tensor, list[AnswerTrial]]:
+        """Answer queries of one client.
+
+        Args:
+            logits: `(n, classes)`.
+            features: `(n, features)`, from the layer that the cells are made from.
+            client: name of the account that asks; each account has its own coins.
+            images: the queries, uint8 `(n, c, h, w)`; needed if the settings have `familiar`.
+            opening: digest of the opening of a client who signs (`guard.requests`).
+
+        Returns:
+            int64 answers `(n,)`, and the trials among them in order. Only a client's first trial in
+            a cell is evidence.
+
+        Raises:
+            CountermarkError: the shapes differ from those that the guard was calibrated for, values
+                are not finite, or images are missing.
+        """
+        trials = [
+            self.flip(question, client, opening)
+            for question in self.questions(logits, features, images)
+        ]
+        answers = logits.argmax(1)
+        for trial in trials:
+            answers[trial.row] = trial.answer
+        return answers, trials
+
+    def under(self, log: bytes) -> "Guard":
+        """Make the same guard with the coins of a query log, by its identity."""
+        return Guard(self.settings, self._secret, log)
+
+    def flip(self, question: Question, client: str, opening: bytes = b"") -> AnswerTrial:
+        """Answer a client's question with their coin."""
+        tail = coin(self._key(client, opening=opening), question.cell) < question.chance
+        return AnswerTrial(**vars(question), answer=question.tails if tail else question.heads)
+
+    def account_secret(self, client: str) -> bytes:
+        """Derive what the coins of a client who signs come from; see the function."""
+        return account_secret(self._secret, self.settings.model_sha256, client, self.log)
+
+
+class _Codes:
     """The codes of cells: which of several keyed projections are above their offsets."""
 
     def __init__(self, signs: torch.Tensor, offsets: tuple[float, ...]) -> None:
@@ -311,6 +354,25 @@ class _Cells:
             for bits in (above > 0).tolist()
         ]
         return codes, np.abs(above).min(1)
+
+    def within(self, values: Numbers, slack: float) -> list[bytes]:
+        """List the codes that one row of values may have if projections are off by `slack`.
+
+        It is an empty code, which begins all others, where that would be too many.
+        """
+        above = (values @ self._signs - self._offsets)[0]
+        doubtful = np.flatnonzero(np.abs(above) <= slack).tolist()
+        if len(doubtful) > _MOST_DOUBTFUL:
+            return [b""]
+        width = (len(self._offsets) + 7) // 8
+        sure = sum(1 << place for place, bit in enumerate((above > 0).tolist()) if bit)
+        for place in doubtful:
+            sure &= ~(1 << place)
+        return [
+            (sure + sum(1 << place for place in chosen)).to_bytes(width, "big")
+            for count in range(len(doubtful) + 1)
+            for chosen in itertools.combinations(doubtful, count)
+        ]
 
 
 def boundary(logits: Numbers) -> tuple[Numbers, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -355,23 +417,46 @@ def consistent_scores(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tens
     return swapped
 
 
-def client_key(secret: bytes, model_sha256: str, client: str, log: bytes = b"") -> bytes:
+def client_key(
+    secret: bytes, model_sha256: str, client: str, log: bytes = b"", opening: bytes = b""
+) -> bytes:
     """Derive a client's key from the owner's secret.
 
     K_client = HMAC-SHA-256(secret,
     "countermark guard client 2" | model digest | log's identity | length of the name | name).
     A log that release 0.2.0 or an earlier one made has no identity, and the label has no 2.
+    A client who signs has an opening, whose digest the key depends on (`signed_key`).
     """
+    if opening:
+        return signed_key(account_secret(secret, model_sha256, client, log), opening)
+    label = b"countermark guard client 2" if log else b"countermark guard client"
+    return _of_client(label, secret, model_sha256, client, log)
+
+
+def account_secret(secret: bytes, model_sha256: str, client: str, log: bytes) -> bytes:
+    """Derive what the coins of a client who signs come from, once their opening is known.
+
+    It is HMAC-SHA-256(secret,
+    "countermark guard account 1" | model digest | log's identity | length of the name | name).
+    A judge gets it, and learns nothing of other accounts or of the key's leaves.
+    """
+    return _of_client(b"countermark guard account 1", secret, model_sha256, client, log)
+
+
+def signed_key(account: bytes, opening: bytes) -> bytes:
+    """Derive the key of a client who signs.
+
+    K_client = HMAC-SHA-256(account's secret, "countermark guard client 3" | opening's digest). The
+    owner has committed to the account's secret in the opening, to which the client then adds 32
+    random bytes: neither of them can choose the coins.
+    """
+    return hmac.digest(account, b"countermark guard client 3" + opening, "sha256")
+
+
+def _of_client(label: bytes, secret: bytes, model_sha256: str, client: str, log: bytes) -> bytes:
     name = client.encode()
-    return hmac.digest(
-        secret,
-        (b"countermark guard client 2" if log else b"countermark guard client")
-        + bytes.fromhex(model_sha256)
-        + log
-        + len(name).to_bytes(8, "big")
-        + name,
-        "sha256",
-    )
+    framed = bytes.fromhex(model_sha256) + log + len(name).to_bytes(8, "big") + name
+    return hmac.digest(secret, label + framed, "sha256")
 
 
 def coin(key: bytes, cell: bytes) -> int:
@@ -382,14 +467,17 @@ def coin(key: bytes, cell: bytes) -> int:
     return int.from_bytes(hmac.digest(key, b"coin" + cell, "sha256")[:2], "big")
 
 
-def projections(
-    secret: bytes, model_sha256: str, features: int, count: int, under: bytes = CELLS
-) -> torch.Tensor:
-    """Derive keyed signs, float64 `(features, count)`.
+def cell_seeds(secret: bytes, model_sha256: str) -> bytes:
+    """Derive what the keyed projections of features and of outlines come from, 32 bytes each.
 
-    They come from SHAKE-256 over HMAC-SHA-256(secret, `under` | model digest).
+    Each is HMAC-SHA-256(secret, label | model digest), with the labels `CELLS` and `FOREIGN`.
     """
-    seed = hmac.digest(secret, under + bytes.fromhex(model_sha256), "sha256")
+    model = bytes.fromhex(model_sha256)
+    return b"".join(hmac.digest(secret, label + model, "sha256") for label in (CELLS, FOREIGN))
+
+
+def projections(seed: bytes, features: int, count: int) -> torch.Tensor:
+    """Derive keyed signs, float64 `(features, count)`, from SHAKE-256 over a seed."""
     stream = hashlib.shake_256(seed).digest((features * count + 7) // 8)
     bits = torch.tensor(list(stream), dtype=torch.int64).unsqueeze(1) >> torch.arange(8) & 1
     return (2.0 * bits.flatten()[: features * count].double() - 1).reshape(features, count)

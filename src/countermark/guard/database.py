@@ -30,11 +30,12 @@ _LOCK = 0x636F756E7465726D  # number of the advisory lock in PostgreSQL
 _Found = TypeVar("_Found")
 Place = tuple[str, str, bytes]
 
-_METADATA = sa.MetaData()
-_FORMAT = sa.Table("log_format", _METADATA, sa.Column("format", sa.Text, nullable=False))
+METADATA = sa.MetaData()
+"""All tables; those of signed requests are defined in `countermark.guard.signed`."""
+_FORMAT = sa.Table("log_format", METADATA, sa.Column("format", sa.Text, nullable=False))
 _TRIALS = sa.Table(
     "trials",
-    _METADATA,
+    METADATA,
     sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
     *(sa.Column(name, kind) for name, kind in _COLUMNS.items()),
     sa.Column("salt", sa.LargeBinary),
@@ -44,21 +45,22 @@ _TRIALS = sa.Table(
 )
 _ERASED = sa.Table(
     "erased",
-    _METADATA,
+    METADATA,
     sa.Column("digest", sa.LargeBinary, primary_key=True),
     sa.Column("salt", sa.LargeBinary, nullable=False),
     sa.Column("rows", sa.BigInteger, nullable=False),
 )
 _IDENTITIES = sa.Table(
     "identities",
-    _METADATA,
+    METADATA,
     sa.Column("place", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("written", sa.BigInteger, nullable=False),
     sa.Column("after", sa.BigInteger, nullable=False),
     sa.Column("value", sa.LargeBinary),
 )
-_LATE = "identities"  # a log of an earlier release has it once it is renewed
-_OPTIONAL = ("erased", _LATE)  # 0.1.0 made logs without either, 0.2.0 without the second
+# Made once they are needed: when a log of an earlier release is renewed, when a client first signs.
+_LATE = ("identities", "openings", "requests")
+_OPTIONAL = ("erased", *_LATE)  # which logs of earlier releases do not have
 
 
 class Database:
@@ -100,7 +102,7 @@ class Database:
         self.shown = f"sqlite:///{name}"
         statements = {
             table.name: str(sa.schema.CreateTable(table).compile(dialect=sqlite.dialect()))
-            for table in _METADATA.sorted_tables
+            for table in METADATA.sorted_tables
         }
         self.file = file = DatabaseFile(name, statements, _OPTIONAL, wait)
         self.engine = _engine(file, file.writer, sa.pool.QueuePool, "BEGIN IMMEDIATE")
@@ -265,9 +267,9 @@ _ADVICE = {
 
 
 def create_tables(connection: sa.Connection) -> None:
-    """Create the tables that are missing, but that of the identities."""
-    _METADATA.create_all(
-        connection, [each for each in _METADATA.sorted_tables if each.name != _LATE]
+    """Create the tables that are missing, but those that are made once they are needed."""
+    METADATA.create_all(
+        connection, [each for each in METADATA.sorted_tables if each.name not in _LATE]
     )
 
 
@@ -297,7 +299,7 @@ def add_identity(connection: sa.Connection, written: int, after: int, value: byt
 
 def identities(connection: sa.Connection, most: int) -> list[Sequence[Any]]:
     """Read what `add_identity` stored, in order: rows then, the last row before it, identity."""
-    if not sa.inspect(connection).has_table(_LATE):
+    if not has(connection, _IDENTITIES):
         return []
     columns = (_IDENTITIES.c.written, _IDENTITIES.c.after, _IDENTITIES.c.value)
     return list(connection.execute(sa.select(*columns).order_by(_IDENTITIES.c.place).limit(most)))
@@ -378,13 +380,18 @@ def add_erased(connection: sa.Connection, salt: bytes, digest: bytes, rows: int)
 
 def erased_names(connection: sa.Connection) -> Iterator[Sequence[Any]]:
     """Yield the salt, digest and number of rows of each client who was erased."""
-    if sa.inspect(connection).has_table("erased"):
+    if has(connection, _ERASED):
         yield from connection.execute(sa.select(_ERASED.c.salt, _ERASED.c.digest, _ERASED.c.rows))
 
 
 def erased_rows(connection: sa.Connection) -> int:
     """Count the rows of which only the digests are left."""
     return int(connection.scalar(sa.select(sa.func.count()).where(_TRIALS.c.salt.is_(None))) or 0)
+
+
+def has(connection: sa.Connection, table: sa.Table) -> bool:
+    """Tell whether the log has a table."""
+    return sa.inspect(connection).has_table(table.name)
 
 
 def _path_in(url: str) -> str | None:

@@ -12,6 +12,7 @@ or PostgreSQL (where several replicas of the service write one log).
 
 import contextlib
 import hashlib
+import itertools
 import json
 import re
 import secrets
@@ -23,6 +24,13 @@ from typing import TYPE_CHECKING, Any
 
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, canonical_json, read_bytes
+from countermark.guard.requests import (
+    NOTHING_BEFORE,
+    ConflictError,
+    Opening,
+    Request,
+    request_place,
+)
 from countermark.guard.sqlite import LARGEST, RowError
 from countermark.text import brief
 from countermark.timestamps import decode_token
@@ -165,12 +173,13 @@ class QueryLog:
                 not lead to the head.
         """
         try:
-            from countermark.guard import database
+            from countermark.guard import database, signed
         except ImportError as error:
             raise CountermarkError(
                 "a query log needs SQLAlchemy; pip install 'countermark[serve]'"
             ) from error
-        self._sql, self._database = database, database.Database(url, wait)
+        self._sql, self._signed = database, signed
+        self._database = database.Database(url, wait)
         self.shown, self.shared = self._database.shown, self._database.file is None
         self._created = self._fallen = False
         self._ends: list[tuple[int, bytes]] = []  # rows and links that the log had, in order
@@ -269,6 +278,28 @@ class QueryLog:
             CountermarkError: the database cannot be written, it has lost rows, or has another
                 identity than the coins; nothing of this call is stored.
         """
+        return self.store(rows, ())[0]
+
+    def store(
+        self, rows: Sequence[Row], requests: Sequence[Request]
+    ) -> tuple[list[bool], list[str | None]]:
+        """Store rows and signed requests in one durable transaction.
+
+        A request is stored if it goes on from the last one of its opening; one that the log has is
+        left out. The rows of one that is refused are left out as well.
+
+        Args:
+            rows: as for `append`.
+            requests: in their order; a row's `request` tells which one its query was part of.
+
+        Returns:
+            For each row, whether it is new and was stored; for each request, why it is refused, or
+            `None`.
+
+        Raises:
+            RowError: as for `append`.
+            CountermarkError: as for `append`.
+        """
         for row in rows:
             flaw = _flaw(row)
             if flaw is not None:
@@ -278,12 +309,74 @@ class QueryLog:
             self._check_coins({row.log for row in rows}, _current(identities))
             lost = self._say_lost(connection, identities, before)
             if not lost:
-                fresh, after = self._stored(connection, identities, before, rows)
+                refused = self._signed.store_requests(connection, _current(identities), requests)
+                bad = {
+                    each.signed.place
+                    for each, reason in zip(requests, refused, strict=True)
+                    if reason is not None
+                }
+                kept = [request_place(row) not in bad for row in rows]
+                fresh, after = self._stored(
+                    connection, identities, before, list(itertools.compress(rows, kept))
+                )
         if lost:
             raise self._fell()
         self._remember(*before)
         self._remember(*after)
-        return fresh
+        stored = iter(fresh)
+        return [ok and next(stored) for ok in kept], refused
+
+    def begin_requests(self, opening: Opening) -> None:
+        """Store what a client signed before their first requests; again is as good as once.
+
+        Raises:
+            ConflictError: it is of another log identity, the account has another opening of the
+                same terms, or it was erased.
+            CountermarkError: the database cannot be written, or has lost rows.
+        """
+        account = opening.terms["account"]
+        with self._using() as connection:
+            if self._gone(connection, {account}):
+                raise ConflictError("the account was erased from the query log; take another one")
+            self._signed.store_opening(connection, _current(self._identities(connection)), opening)
+
+    def openings(self, client: str | None = None) -> list[Opening]:
+        """Return what clients signed before their first requests, of all or of one of them.
+
+        Raises:
+            CountermarkError: the log cannot be read, or an opening was changed.
+        """
+        found = self._database.reading(partial(self._signed.read_openings, client=client))
+        if None in found:
+            raise CountermarkError(
+                f"{self.shown}: an opening was changed; restore the log from a backup"
+            )
+        return [opening for opening in found if opening is not None]
+
+    def last_request(self, opening: Opening) -> tuple[int, bytes]:
+        """Return the number and the digest of the last request of an opening."""
+        return self._database.reading(partial(self._signed.last_request, opening=opening.digest))
+
+    def requests(self, opening: Opening) -> Iterator[Request]:
+        """Yield all requests of an opening in order; each leads to the one before.
+
+        Raises:
+            CountermarkError: one was changed, removed or put in, or the log cannot be read.
+        """
+        number, previous, there = 0, NOTHING_BEFORE, True
+        while there:
+            there, request = self._database.reading(
+                partial(self._signed.read_request, opening=opening, after=number, previous=previous)
+            )
+            number += 1
+            if request is not None:
+                previous = request.signed.digest
+                yield request
+            elif there:
+                raise CountermarkError(
+                    f"{self.shown}: request {number} of {brief(opening.terms['account'])} was "
+                    "changed, or is missing; restore the log from a backup"
+                )
 
     def _say_lost(
         self, connection: "sa.Connection", identities: Sequence[_Identity], end: tuple[int, bytes]
@@ -434,6 +527,7 @@ class QueryLog:
         """
         with self._using() as connection:
             count = self._sql.erase(connection, client, [*_STORED, "salt"])
+            self._signed.erase_requests(connection, client)
             if count:
                 salt = secrets.token_bytes(_SALT)
                 self._sql.add_erased(connection, salt, _name_digest(salt, client), count)

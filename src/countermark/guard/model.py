@@ -16,7 +16,7 @@ from countermark.device import batch_size
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.guard.calibration import CELL_BITS, Calibration, calibrate
-from countermark.guard.core import FOREIGN, WHOLE, AnswerTrial, Guard, projections
+from countermark.guard.core import SEED, WHOLE, AnswerTrial, Guard, cell_seeds, projections
 from countermark.guard.foreign import (
     MOST_VALUES,
     foreign_share,
@@ -86,16 +86,23 @@ class GuardedModel:
         """Make the same model with the coins of a query log, by its identity."""
         return GuardedModel(self.network, self.guard.under(log), self._tolerance)
 
-    def __call__(self, x: torch.Tensor, clients: str | Sequence[str]) -> Answers:
+    def __call__(
+        self, x: torch.Tensor, clients: str | Sequence[str], openings: Sequence[bytes] = ()
+    ) -> Answers:
         """Answer images `(n, c, h, w)`, uint8 or pixel values in [0, 1].
 
-        All of them are from one client, or each is from a client of its own.
+        Args:
+            x: the images.
+            clients: who asks, one client for all images or one for each.
+            openings: for each image, the digest of its client's opening; empty for a client who
+                does not sign. By default nobody signs.
 
         Raises:
             CountermarkError: the model's answers are not finite, or do not fit the guard.
         """
         images = as_uint8(x).cpu()
         asking = [clients] * len(images) if isinstance(clients, str) else clients
+        opened = openings or [b""] * len(images)
         labels, trials = [], []
         count = self._split.count(images)
         for start in range(0, len(images), count):
@@ -104,12 +111,13 @@ class GuardedModel:
             questions = self.guard.questions(logits, features, part, self._tolerance)
             answers = logits.argmax(1)
             for question in questions:
-                row, client = question.row, asking[start + question.row]
+                row = question.row
+                who = asking[start + row], opened[start + row]
                 if question.sure:
-                    trial = self.guard.flip(question, client)
+                    trial = self.guard.flip(question, *who)
                     label, found = trial.answer, [trial]
                 else:
-                    label, found = self._alone(part[row : row + 1], client)
+                    label, found = self._alone(part[row : row + 1], *who)
                 answers[row] = label
                 trials += [replace(trial, row=start + row) for trial in found]
             labels.append(answers)
@@ -117,8 +125,10 @@ class GuardedModel:
             torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64), trials, images
         )
 
-    def _alone(self, image: torch.Tensor, client: str) -> tuple[int, list[AnswerTrial]]:
-        labels, trials = self.guard.answer(*self._split(image), client, image)
+    def _alone(
+        self, image: torch.Tensor, client: str, opening: bytes
+    ) -> tuple[int, list[AnswerTrial]]:
+        labels, trials = self.guard.answer(*self._split(image), client, image, opening)
         return int(labels[0]), trials
 
 
@@ -209,7 +219,7 @@ def calibrate_model(
     rows = range(0, len(validation), _CHUNK)
     parts = (outlines(validation.x[i : i + _CHUNK]) for i in rows)
     seen = joined(parts, len(validation)).double()
-    signs = projections(secret, model_sha256, seen.shape[1], _FOREIGN_BITS, FOREIGN)
+    signs = projections(cell_seeds(secret, model_sha256)[SEED:], seen.shape[1], _FOREIGN_BITS)
     offsets = tuple((seen @ signs).mean(0).tolist())
     settings = replace(found.settings, familiar=ranges, outlines=offsets)
     # A fair coin is one bit.

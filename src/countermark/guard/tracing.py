@@ -24,6 +24,7 @@ from countermark.errors import CountermarkError
 from countermark.evidence import ALPHA, EProcess, decide
 from countermark.guard.core import WHOLE, client_key, coin
 from countermark.guard.log import Row
+from countermark.guard.requests import opening_of
 from countermark.text import brief
 
 # The gamblers' guesses at the share of the accounts that a copy came from.
@@ -113,14 +114,14 @@ def trace_accounts(
         raise CountermarkError(
             f"{len(rows)} trials and {len(answers)} answers; give one answer for each trial"
         )
-    keys: dict[tuple[str, str, bytes], bytes] = {}
+    keys: dict[tuple[str, str, bytes, bytes], bytes] = {}
     books: dict[str, _Book] = {}
     pool, best = _Pool(erased), _Pool(erased)
     for row, answer in zip(rows, answers.tolist(), strict=True):
         book = books.setdefault(row.client, _Book())
         if row.log is None:
             continue
-        account = (row.model, row.client, row.log)
+        account = (row.model, row.client, row.log, opening_of(row))
         if account not in keys:
             keys[account] = client_key(secret, *account)
         tails = coin(keys[account], row.cell) < row.chance

@@ -2,7 +2,8 @@
 
 Images are brought to the model's shape here, by the code that read its training images, and are
 sent as bytes. So a large photograph is not sent whole, the service decodes no files, and a client
-who signs their requests signs the pixels that the service sees.
+who signs their requests signs the pixels that the service sees. Such a client asks one request
+after the other.
 """
 
 import email.utils
@@ -10,7 +11,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,21 +19,22 @@ from typing import Any, Self
 
 import numpy as np
 import requests
-import torch
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from countermark.data.images import Array, DamagedError, as_array, eight_bits, fitted, from_array
 from countermark.errors import CountermarkError
-from countermark.guard.requests import SIGNATURE_HEADER, sign_request
+from countermark.guard.requests import RECEIPT_HEADER, checked_terms
 from countermark.places import endpoint_address, own_path
+from countermark.service.state import State
 from countermark.service.tensors import BESIDES, JSON_LENGTH
 from countermark.session import Session
 from countermark.text import brief, sentence
 
 _VARIABLE = "COUNTERMARK_API_KEY"
 _MOST = 1 << 24  # bytes of an answer
+_MOST_SIGNED = (1 << 20) - BESIDES  # of pixels: such a request cannot be split for a proxy's limit
 _LONGEST_SIDE = 1 << 13  # pixels of an image that a service may ask for
 _AGAIN = 1.0  # seconds until a busy service is asked again that does not say when
 _AT_ONCE = 0.05  # seconds until a service is asked again that dropped the connection
@@ -45,6 +47,7 @@ _ADVICE = {
     401: f"check key= or {_VARIABLE}, and sign= where the account has a public key",
     403: f"check key= or {_VARIABLE}",
     404: "check the address: http(s)://HOST/v2/models/NAME",
+    409: "the query log was renewed or put back; make the client again, and tell the owner",
 }
 _BUSY = (429, 503)
 
@@ -68,13 +71,19 @@ class _Model:
 
     Attributes:
         shape: shape of an image, `(channels, height, width)`.
-        sha256: digest of the weights.
         most: images that fit into a request.
     """
 
     shape: tuple[int, int, int]
-    sha256: str
     most: int
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """A JSON object that the service answered, and its receipt for a signed request."""
+
+    value: dict[str, Any]
+    receipt: str
 
 
 class Client:
@@ -96,6 +105,7 @@ class Client:
         key: str | None = None,
         *,
         sign: str | Path | bytes | None = None,
+        state: str | Path | None = None,
         timeout: float = 30.0,
     ) -> None:
         """Prepare to ask; nothing is sent yet.
@@ -106,6 +116,8 @@ class Client:
                 `COUNTERMARK_API_KEY`. It is never shown.
             sign: Ed25519 private key of a client who signs their requests: the path or the content
                 of a PEM file without a password, or 32 bytes.
+            state: folder in which a client who signs keeps where their requests stand, and the
+                owner's receipts. Keep it: it is their evidence, and the account goes on from it.
             timeout: seconds that a request may take, with all waiting for a busy service.
 
         Raises:
@@ -119,7 +131,14 @@ class Client:
         self.url = address.name
         self._address, self._timeout = address, float(timeout)
         self._key = _checked(os.environ.get(_VARIABLE) if key is None else key)
-        self._private = None if sign is None else _private_key(sign)
+        if (sign is None) != (state is None):
+            raise CountermarkError(
+                "a client who signs needs both sign= and state=, a folder for what they signed"
+            )
+        self._state: State | None = None
+        if sign is not None:
+            self._state = State(own_path(state, "state"), _private_key(sign))
+        self._opened = False
         self._model: _Model | None = None
         self._session = Session()
         self._session.headers["Authorization"] = f"Bearer {self._key}"
@@ -175,25 +194,82 @@ class Client:
 
     def _described(self) -> _Model:
         """What the service's metadata say of the model."""
-        found = self._exchange("GET", self._address.metadata) or {}
+        answer = self._exchange("GET", self._address.metadata)
+        found = {} if answer is None else answer.value
         try:
             about = found["parameters"]
             channels, height, width = (int(side) for side in found["inputs"][0]["shape"][1:])
             pixels = channels * height * width
             if max(height, width) > _LONGEST_SIDE:
                 raise ValueError
-            most = min(int(about["max_batch"]), (int(about["max_body"]) - BESIDES) // pixels)
-            model = _Model((channels, height, width), str(about["model_sha256"]), max(1, most))
-            bytes.fromhex(model.sha256)
+            body = int(about["max_body"]) - BESIDES
+            if self._state is not None:
+                body = min(body, _MOST_SIGNED)
+            most = min(int(about["max_batch"]), body // pixels)
+            model = _Model((channels, height, width), max(1, most))
+            signing = self._state is None or about.get("signing") is True
         except (LookupError, TypeError, ValueError, ZeroDivisionError):
             raise CountermarkError(
                 f"{self.url} does not describe its model as Countermark's service does; check the "
                 "address, and that the service is as new as this client"
             ) from None
+        if not signing:
+            raise CountermarkError(
+                f"{self.url} takes no signed requests: it has no guard, or is an older release; "
+                "leave sign= and state= out"
+            )
         return model
 
     def _ask(self, model: _Model, pixels: Array) -> list[Classification]:
         """Ask for uint8 images `(n, c, h, w)`, in two requests where one is too large."""
+        if self._state is not None:
+            return self._ask_signed(self._state, pixels)
+        answer = self._send(pixels, {})
+        if answer is None and len(pixels) > 1:
+            half = len(pixels) // 2
+            return self._ask(model, pixels[:half]) + self._ask(model, pixels[half:])
+        return self._classes(answer, pixels)
+
+    def _ask_signed(self, state: State, pixels: Array) -> list[Classification]:
+        """Sign and ask, after a request that got no answer."""
+        with state.alone():
+            if not self._opened:
+                self._open(state)
+            if state.waiting is not None and not np.array_equal(state.waiting, pixels):
+                self._send_signed(state, state.waiting)
+            return self._send_signed(state, pixels)
+
+    def _send_signed(self, state: State, pixels: Array) -> list[Classification]:
+        signed = state.sign(pixels)
+        answer = self._send(pixels, signed.headers())
+        classes = self._classes(answer, pixels)
+        assert answer is not None
+        state.answered(signed, [each.label for each in classes], answer.receipt)
+        return classes
+
+    def _open(self, state: State) -> None:
+        """Learn the service's terms, and sign an opening where there is none of them."""
+        address = self._address.metadata + "/signing"
+        answer = self._exchange("GET", address)
+        try:
+            told = {} if answer is None else answer.value
+            checked_terms(told["terms"])
+            if type(told["number"]) is not int:
+                raise ValueError
+        except (LookupError, TypeError, ValueError, CountermarkError):
+            raise CountermarkError(
+                f"{self.url} does not say what it signs as Countermark's service does; check the "
+                "address"
+            ) from None
+        opening = state.opening(told)
+        if opening is not None:
+            state.begin(opening)
+            body = json.dumps(opening.record()).encode()
+            self._exchange("POST", address, body, {"Content-Type": "application/json"})
+        self._opened = True
+
+    def _send(self, pixels: Array, headers: Mapping[str, str]) -> _Answer | None:
+        """Ask for uint8 images `(n, c, h, w)` in one request; `None` if it is too large."""
         tensor = {"name": "image", "shape": list(pixels.shape), "datatype": "UINT8"}
         text = json.dumps(
             {
@@ -201,25 +277,18 @@ class Client:
                 "outputs": [{"name": "label"}, {"name": "class"}],
             }
         ).encode()
-        headers = {
-            "Content-Type": "application/octet-stream",
-            JSON_LENGTH: str(len(text)),
-        }
-        if self._private is not None:
-            headers[SIGNATURE_HEADER] = sign_request(
-                self._private, model.sha256, torch.from_numpy(pixels)
-            )
-        found = self._exchange("POST", self._address.infer, text + pixels.tobytes(), headers)
-        if found is None and len(pixels) > 1:
-            half = len(pixels) // 2
-            return self._ask(model, pixels[:half]) + self._ask(model, pixels[half:])
-        if found is None:
+        sent = {"Content-Type": "application/octet-stream", JSON_LENGTH: str(len(text)), **headers}
+        return self._exchange("POST", self._address.infer, text + pixels.tobytes(), sent)
+
+    def _classes(self, answer: _Answer | None, pixels: Array) -> list[Classification]:
+        """What the service answered of some images."""
+        if answer is None:
             raise CountermarkError(
-                f"{self.url}: one image is too large for a request (413); raise --max-body of the "
-                "service, or the limit of a proxy before it"
+                f"{self.url}: {'one image' if len(pixels) == 1 else 'a signed request'} is too "
+                "large (413); raise --max-body of the service, or the limit of a proxy before it"
             )
         try:
-            data = {output["name"]: output["data"] for output in found["outputs"]}
+            data = {output["name"]: output["data"] for output in answer.value["outputs"]}
             classes = [
                 Classification(int(label), str(name))
                 for label, name in zip(data["label"], data["class"], strict=True)
@@ -235,7 +304,7 @@ class Client:
 
     def _exchange(
         self, method: str, address: str, body: bytes | None = None, headers: Any = None
-    ) -> dict[str, Any] | None:
+    ) -> _Answer | None:
         """One request and its answer, however often it must be sent; `None` if it is too large.
 
         It may be sent again, since the service gives a client the same answer to the same image.
@@ -254,6 +323,7 @@ class Client:
                     allow_redirects=False,
                 ) as response:
                     status, waits = response.status_code, response.headers.get("Retry-After", "")
+                    receipt = response.headers.get(RECEIPT_HEADER, "")
                     value = _object(_content(response))
             except requests.RequestException as error:
                 dropped += 1
@@ -262,7 +332,7 @@ class Client:
                 again, wait = dropped <= _DROPPED, _AT_ONCE
             else:
                 if status == 200 and value is not None:
-                    return value
+                    return _Answer(value, receipt)
                 if status == 413:
                     return None
                 said = f"answered {status}{self._reason(value)}"

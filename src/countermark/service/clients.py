@@ -156,7 +156,7 @@ def add_client(path: Path, name: str, public_key: str | None) -> str:
         CountermarkError: the name is taken, now or by an account that was revoked, the public key
             is not valid, or the file is full or cannot be written.
     """
-    digits = None if public_key is None else _public_key(public_key)
+    digits = None if public_key is None else public_key_of(public_key, "--public-key")
     api_key = secrets.token_urlsafe(32)
 
     def added(known: dict[str, Account]) -> Account:
@@ -287,8 +287,12 @@ def _is_sound(account: Account, before: bool) -> bool:
     )
 
 
-def _public_key(given: str) -> str:
-    """The hexadecimal digits of an Ed25519 public key, which are given or in a PEM file."""
+def public_key_of(given: str, option: str) -> str:
+    """Return the hexadecimal digits of an Ed25519 public key, which are given or in a PEM file.
+
+    Raises:
+        CountermarkError: it is neither.
+    """
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -296,12 +300,12 @@ def _public_key(given: str) -> str:
     if _is_digits(given):
         return given
     try:
-        found = load_pem_public_key(read_bytes(own_path(given, "--public-key"), _LARGEST_PEM))
+        found = load_pem_public_key(read_bytes(own_path(given, option), _LARGEST_PEM))
     except (CountermarkError, ValueError, UnsupportedAlgorithm):
         found = None
     if not isinstance(found, Ed25519PublicKey):
         raise CountermarkError(
-            f"--public-key is an Ed25519 public key, and {brief(given)} is not: give 64 lower-case "
+            f"{option} is an Ed25519 public key, and {brief(given)} is not: give 64 lower-case "
             "hexadecimal digits, or the PEM file that openssl pkey -in PRIVATE.pem -pubout writes"
         )
     return found.public_bytes_raw().hex()

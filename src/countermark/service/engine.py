@@ -27,8 +27,8 @@ from torch import nn
 
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
-from countermark.guard import GuardedModel, QueryLog, Row, RowError
-from countermark.guard.requests import pack_request
+from countermark.guard import Guard, GuardedModel, QueryLog, Row, RowError
+from countermark.guard.requests import ConflictError, Request, SignedRequest
 from countermark.service.messages import tell
 
 _DAY = 86_400
@@ -64,13 +64,14 @@ class BusyError(CountermarkError):
 class _Query:
     images: torch.Tensor
     client: str
-    signature: bytes
-    hashes: Sequence[bytes]
+    signed: SignedRequest | None
     loop: asyncio.AbstractEventLoop | None
     """The event loop in which somebody waits; `None` for a thread."""
     done: asyncio.Future[list[int]] | Future[list[int]]
     labels: list[int] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    request: Request | None = None
+    """What the log gets of a request that was signed."""
     error: CountermarkError | None = None
     """Why it is not answered."""
     left: bool = False
@@ -163,7 +164,7 @@ class Engine:
         self._none_open = threading.Condition(self._lock)
         # Cells that the log has for certain; it may have more.
         self._seen: OrderedDict[str, set[bytes]] = OrderedDict()
-        self._unwritten: list[Row] = []
+        self._unwritten: list[_Query] = []
         self._write_began: float | None = None
         self._threads: list[threading.Thread] = []
         self._process = 0  # whose threads they are
@@ -175,6 +176,11 @@ class Engine:
         self._broken = False
         self._pass_began: float | None = None
         self.hangs = False
+
+    @property
+    def guard(self) -> Guard | None:
+        """The guard, under the log's identity; `None` for a bare network."""
+        return self._model.guard if isinstance(self._model, GuardedModel) else None
 
     @property
     def waiting(self) -> int:
@@ -233,20 +239,21 @@ class Engine:
         self,
         images: torch.Tensor,
         client: str,
-        signature: bytes = b"",
-        hashes: Sequence[bytes] = (),
+        signed: SignedRequest | None = None,
     ) -> list[int]:
         """Return the labels of one client's images `(n, c, h, w)`, uint8.
 
-        They are returned once every new trial among the images is durable.
+        They are returned once every new trial among the images is durable, and the request, if it
+        was signed.
 
         Raises:
+            ConflictError: a signed request does not go on from those that the log has.
             BusyError: too many requests are waiting, or the engine was stopped.
             CountermarkError: the model or the log failed.
         """
         loop = asyncio.get_running_loop()
         done: asyncio.Future[list[int]] = loop.create_future()
-        query = self._put(_Query(images, client, signature, hashes, loop, done))
+        query = self._put(_Query(images, client, signed, loop, done))
         try:
             return await done
         except asyncio.CancelledError:
@@ -262,7 +269,7 @@ class Engine:
             CountermarkError: as for `answer`.
         """
         done: Future[list[int]] = Future()
-        query = self._put(_Query(images, client, b"", (), None, done))
+        query = self._put(_Query(images, client, None, None, done))
         try:
             return done.result(timeout)
         except BaseException:
@@ -342,7 +349,11 @@ class Engine:
             if reason is not None:
                 continue
             with self._lock:
-                written = [query for query in queries if query.rows and not query.left]
+                written = [
+                    query
+                    for query in queries
+                    if (query.rows or query.request is not None) and not query.left
+                ]
                 if self.failed:
                     self._refuse(written, self.failed)
                 elif written:
@@ -382,7 +393,8 @@ class Engine:
             self._write_ends(None)
             for query in queries:
                 if query.error is not None:
-                    self._tell(str(query.error))
+                    if not isinstance(query.error, ConflictError):
+                        self._tell(str(query.error))
                     continue
                 self._seen.setdefault(query.client, set()).update(row.cell for row in query.rows)
                 while len(self._seen) > _REMEMBERED or self._remembered() > _MOST_CELLS:
@@ -478,20 +490,20 @@ class Engine:
         if not isinstance(self._model, GuardedModel):
             labels = predict(self._model, images)
         else:
+            owners = [(query, row) for query in queries for row in range(len(query.images))]
             found = self._model(
-                images, [query.client for query in queries for _ in range(len(query.images))]
+                images,
+                [query.client for query, _ in owners],
+                [b"" if query.signed is None else query.signed.opening for query, _ in owners],
             )
             labels = found.labels
-            owners = [(query, row) for query in queries for row in range(len(query.images))]
             day = int(time.time() // _DAY)
             model = self._model.guard.settings.model_sha256
             for trial in found.trials:
                 query, row = owners[trial.row]
                 if trial.cell in self._seen.get(query.client, ()):
                     continue
-                request = (
-                    pack_request(query.signature, query.hashes, row) if query.signature else b""
-                )
+                request = b"" if query.signed is None else query.signed.packed(row)
                 image = query.images[row].contiguous().numpy().tobytes()
                 numbers = (trial.heads, trial.tails, trial.chance, trial.answer, day)
                 query.rows.append(
@@ -500,26 +512,40 @@ class Engine:
         parts = torch.split(labels, [len(query.images) for query in queries])
         for query, part in zip(queries, parts, strict=True):
             query.labels = part.tolist()
+            if query.signed is not None:
+                asked = query.images.contiguous().numpy().tobytes()
+                answered = tuple(query.labels)
+                day = int(time.time() // _DAY)
+                query.request = Request(query.client, query.signed, asked, answered, day)
 
     def _store(self, queries: list[_Query]) -> None:
-        """Append the trials; the log leaves out those that it already has.
+        """Store trials and signed requests; the log leaves out those that it already has.
 
-        If there are none, a row that failed before is tried again, or the log is looked at. A row
+        If there are none, a query that failed before is tried again, or the log is looked at. A row
         that no log can store is the fault of its query alone.
         """
         assert self._log is not None
-        rows = [row for query in queries for row in query.rows] or self._unwritten
-        if not rows:
+        queries = queries or self._unwritten
+        if not queries:
             self._log.watch(self._identity)
             return
-        self._unwritten = rows[:1]
+        self._unwritten = queries[:1]
+        rows = [row for query in queries for row in query.rows]
+        signing = [query for query in queries if query.request is not None]
         try:
-            self.trials += sum(self._log.append(rows))
+            fresh, refused = self._log.store(
+                rows, [query.request for query in signing if query.request is not None]
+            )
         except RowError as error:
             for query in queries if len(queries) > 1 else ():
                 self._store([query])
             if len(queries) == 1:
                 queries[0].error = error
+        else:
+            self.trials += sum(fresh)
+            for query, reason in zip(signing, refused, strict=True):
+                if reason is not None:
+                    query.error = ConflictError(reason)
         self._unwritten = []
 
 

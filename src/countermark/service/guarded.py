@@ -102,12 +102,8 @@ class Guarded:
         self._folder = own_path(model, "the model folder")
         self._described = describe(self._folder)
         self._max_batch, self._timeout = max_batch, float(timeout)
-        guarded = load_guarded(
-            self._folder,
-            self._folder / "key" if key is None else own_path(key, "the key folder"),
-            network,
-            resolve_device(device),
-        )
+        self._key = self._folder / "key" if key is None else own_path(key, "the key folder")
+        guarded = load_guarded(self._folder, self._key, network, resolve_device(device))
         place = str(log) if is_address(log) else str(own_path(log, "the query log"))
         published = None if head is None else read_head(own_path(head, "the published head"))
         self._log = open_log(place, self._timeout, published)
@@ -195,6 +191,7 @@ class Guarded:
         """
         try:
             from countermark.service.http import Limits, application, body_limit
+            from countermark.service.signing import Signing
         except ImportError as error:
             raise CountermarkError(
                 f"the application needs {error.name}; pip install 'countermark[serve]'"
@@ -207,7 +204,8 @@ class Guarded:
         path = (
             self._folder / "clients.json" if clients is None else own_path(clients, "the clients")
         )
-        shape = self._described.shape
+        shape, guard = self._described.shape, self._engine.guard
+        assert guard is not None
         return application(
             self._engine,
             Clients(path),
@@ -218,6 +216,7 @@ class Guarded:
             limits=Limits(
                 self._max_batch, max_body or body_limit(shape, self._max_batch), self._timeout
             ),
+            signing=Signing(guard, self._log, self._folder, self._key),
         )
 
     def close(self) -> None:

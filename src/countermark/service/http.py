@@ -1,6 +1,7 @@
 """The HTTP interface: the Open Inference Protocol v2 and Prometheus metrics, an ASGI application.
 
-It serves the protocol's health, metadata and infer addresses, with the bodies of `tensors`. What
+It serves the protocol's health, metadata and infer addresses, with the bodies of `tensors`, and one
+of its own for clients who sign. What
 anybody can read here reveals nothing about trials: neither their number nor the times of answers.
 So there is no metric of how long answers take, and none may be added: a first trial waits for the
 log.
@@ -8,6 +9,7 @@ log.
 
 import asyncio
 import contextlib
+import json
 import math
 import os
 import time
@@ -25,10 +27,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from countermark.errors import CountermarkError
-from countermark.guard.requests import SIGNATURE_HEADER, check_request, image_hashes
+from countermark.guard.requests import RECEIPT_HEADER, ConflictError
 from countermark.service.clients import Client, Clients
 from countermark.service.engine import BusyError, Engine
 from countermark.service.messages import tell
+from countermark.service.signing import Signing
 from countermark.service.tensors import (
     BESIDES,
     DATATYPES,
@@ -44,6 +47,7 @@ from countermark.version import __version__
 _BODY = 4 << 20  # bytes
 _NUMBER = 32  # bytes of JSON that hold any pixel value with what stands around it
 _QUICK = 1 << 16  # bytes of a body, and pixels of its image files, that are read without a thread
+_OPENING = 1 << 14  # bytes of an opening
 _READERS = 4  # threads that read bodies, at most: each may hold a large image
 
 Result = TypeVar("Result")
@@ -76,6 +80,7 @@ def application(
     class_names: Sequence[str],
     model_sha256: str,
     limits: Limits,
+    signing: Signing | None,
     access_log: bool = False,
 ) -> Starlette:
     """Build the ASGI application that serves one model.
@@ -86,8 +91,9 @@ def application(
         name: name of the model in the addresses.
         shape: shape of one image, `(channels, height, width)`.
         class_names: names of the classes, in the order of the labels.
-        model_sha256: digest of the weights; clients include it in what they sign.
+        model_sha256: digest of the weights.
         limits: what a request may take.
+        signing: what clients need who sign; `None` without a guard, where nothing is signed.
         access_log: whether standard error gets one line for each request of a client.
     """
     registry = CollectorRegistry()
@@ -115,6 +121,7 @@ def application(
                 "datatypes": DATATYPES,
                 "max_batch": limits.max_batch,
                 "max_body": limits.max_body,
+                "signing": signing is not None,
             },
         }
     )
@@ -147,9 +154,11 @@ def application(
             if not isinstance(x, torch.Tensor):
                 x = await read_files(x)
             count = len(x)
-            signature, hashes = _signed(request, client, model_sha256, x)
+            signed = None
+            if signing is not None and client.public_key is not None:
+                signed = await apart(partial(signing.request, client, request.headers, x))
             async with asyncio.timeout(limits.timeout):
-                labels = await engine.answer(x, client.name, signature, hashes)
+                labels = await engine.answer(x, client.name, signed)
             images.inc(len(labels))
             said = {"model_name": name, "model_version": "1"}
             content, json_length = answer(asked, labels, names, said)
@@ -162,8 +171,12 @@ def application(
                     media_type="application/octet-stream",
                 )
             )
+            if signing is not None and signed is not None:
+                response.headers[RECEIPT_HEADER] = signing.receipt(signed, labels)
         except RefusedError as refusal:
             response = _error(refusal.status, str(refusal))
+        except ConflictError as conflict:
+            response = _error(409, str(conflict))
         except BusyError as busy:
             response = _error(503, str(busy))
         except TimeoutError:
@@ -180,6 +193,32 @@ def application(
         if access_log and client is not None:  # strangers could fill a disk
             _tell_access(client, response.status_code, count, time.monotonic() - begun)
         return response
+
+    async def opening(request: Request) -> Response:
+        """Tell a client who signs what an opening is about, or take theirs."""
+        try:
+            _named(request, name)
+            client = _client(request, clients)
+            if signing is None:
+                raise RefusedError(404, "this service has no guard, and nothing is signed here")
+            if request.method == "GET":
+                told = await apart(partial(signing.state, client))
+            else:
+                async with asyncio.timeout(limits.timeout):
+                    body = await _body(request, _OPENING)
+                told = await apart(partial(signing.begin, client, _json(body)))
+        except RefusedError as refusal:
+            return _error(refusal.status, str(refusal))
+        except ConflictError as conflict:
+            return _error(409, str(conflict))
+        except TimeoutError:
+            return _error(408, f"this took longer than {limits.timeout:g} seconds")
+        except ClientDisconnect:
+            return _error(400, "the request ended too early")
+        except CountermarkError as error:
+            tell("complaint", str(error))
+            return _error(503, "the query log cannot be used; try again later")
+        return JSONResponse(told)
 
     async def live(_request: Request) -> Response:
         return JSONResponse({"live": True})
@@ -233,6 +272,10 @@ def application(
             for place in (model, model + "/versions/{version}")
         ),
         *(Route(place, metadata) for place in (model, model + "/versions/{version}")),
+        *(
+            Route(f"{place}/signing", opening, methods=["GET", "POST"])
+            for place in (model, model + "/versions/{version}")
+        ),
         Route("/metrics", metrics),
     ]
     served = Starlette(routes=routes, exception_handlers={404: missing, 405: missing})
@@ -292,24 +335,8 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def _signed(
-    request: Request, client: Client, model_sha256: str, x: torch.Tensor
-) -> tuple[bytes, list[bytes]]:
-    """Return the signature of a client who signs, with the hashes of the images.
-
-    Both are empty for a client who does not sign.
-    """
-    if client.public_key is None:
-        return b"", []
-    hashes = image_hashes(x)
+def _json(body: bytes) -> object:
     try:
-        signature = bytes.fromhex(request.headers.get(SIGNATURE_HEADER, ""))
-    except ValueError:
-        signature = b""
-    if not check_request(client.public_key, model_sha256, hashes, signature):
-        raise RefusedError(
-            401,
-            f"this client signs its requests; the header {SIGNATURE_HEADER} is missing or does not "
-            "fit the images",
-        )
-    return signature, hashes
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, "the body is no JSON") from error

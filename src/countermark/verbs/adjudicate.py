@@ -1,7 +1,7 @@
 """`countermark adjudicate`: a third party's judgement of a claim, from files alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from countermark.files import read_bytes, write_bytes, write_json
 from countermark.options import ReadPath, SuspectOptions, WrittenPath, verb
 from countermark.pictures import agreements
 from countermark.places import Network
+from countermark.service.clients import public_key_of
 from countermark.terminal import print_figure, print_lines
+from countermark.verbs.accounts import adjudicate_account
 from countermark.verbs.asking import Answers, ask, asked_how, doubts
 from countermark.version import __version__
 
@@ -38,8 +40,9 @@ class AdjudicateConfig(SuspectOptions):
     """Model folder, .onnx or .pt2 file, or http(s)://HOST/... of a service (see --api)."""
     claim: ReadPath = field(kw_only=False)
     """The claim's folder."""
-    roots: ReadPath
-    """PEM file with the root certificates of the timestamp authorities that you trust."""
+    roots: ReadPath | None = None
+    """PEM file with the root certificates of the timestamp authorities that you trust; needed for a
+    claim of a key's batch."""
     out: WrittenPath = "judgement"
     """Where the judgement goes: OUT.html and OUT.json. The page shows ten of the opened trials."""
     owner_network: Network | None = None
@@ -53,6 +56,11 @@ class AdjudicateConfig(SuspectOptions):
     """Claims of the same key that were shown before: a batch counts once."""
     suspect_token: ReadPath | None = None
     """Timestamp (RFC 3161 response, DER) over the suspect's file, if the accused has one."""
+    client_key: str | None = None
+    """Public key (Ed25519) that others tie to the accused, for a claim against an account: 64
+    hexadecimal digits, or a PEM file."""
+    receipts: ReadPath | None = None
+    """receipts.jsonl that the accused kept, for a claim against an account."""
     alpha: float = 1e-9
     """Level of the judgement."""
 
@@ -76,9 +84,11 @@ class Adjudication:
         checks: every check, its result and what it means.
         test: the exact test on the judge's own asking, at the judge's level; its p-value is times
             the number of batches, and missing trials count as disagreements.
-        batches: batches that the claimant could have chosen from.
+        batches: batches that the claimant could have chosen from; against an account, all choices
+            that p was multiplied by.
         answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
+        account: name of the account, in a claim against one.
     """
 
     claim: str
@@ -91,6 +101,7 @@ class Adjudication:
     batches: int
     answers: Answers
     doubts: tuple[str, ...]
+    account: str | None = None
 
     @property
     def exit_status(self) -> int:
@@ -118,6 +129,7 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
         Finding,
         evidence_of,
         first_trials,
+        is_account_claim,
         judge_claim,
         page,
         read_claim,
@@ -127,6 +139,16 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     from countermark.networks import describe
     from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
 
+    if is_account_claim(Path(config.claim)):
+        return _of_account(config)
+    if config.roots is None:
+        raise CountermarkError(
+            "--roots FILE: name the root certificates of the timestamp authorities that you trust"
+        )
+    if config.client_key is not None or config.receipts is not None:
+        raise CountermarkError(
+            f"{config.claim} is a claim of a key's batch; leave --client-key and --receipts out"
+        )
     claim, roots = read_claim(Path(config.claim)), load_roots(Path(config.roots))
     outputs = [_output(Path(config.out), suffix) for suffix in (".html", ".json")]
     network, digest = claim.network(config.owner_network)
@@ -155,7 +177,7 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
         ways=answers.ways,
     )
     judgement = judge_claim(claim, finding)
-    result = _result(config, claim, judgement, answers)
+    result = _result(config, str(claim.c1["public_key"]), judgement, answers)
     asked = {
         "suspect": suspect,
         "asked": asked_how(config, answers),
@@ -164,6 +186,44 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     names = describe(claim.model).class_names
     trials = first_trials(claim, given, PICTURES)
     _write(outputs, result, asked, page(judgement, _about(result, asked), trials, names))
+    return result
+
+
+def _of_account(config: AdjudicateConfig) -> Adjudication:
+    """Judge a claim against an account."""
+    from countermark.claims import ACCOUNT_LIMITS, page
+    from countermark.networks import describe
+
+    for name in ("roots", "rival", "suspect_token"):
+        if getattr(config, name) is not None:
+            raise CountermarkError(
+                f"{config.claim} is a claim against an account, which rests on no timestamps and "
+                f"no rivals; leave --{name.replace('_', '-')} out"
+            )
+    if config.shown:
+        raise CountermarkError(f"{config.claim} opens no batch; leave --shown out")
+    outputs = [_output(Path(config.out), suffix) for suffix in (".html", ".json")]
+    key = config.client_key
+    judged = adjudicate_account(
+        config,
+        suspect=config.suspect,
+        claim=Path(config.claim),
+        network=config.owner_network,
+        client_key=None if key is None else public_key_of(key, "--client-key"),
+        receipts=None if config.receipts is None else Path(config.receipts),
+        alpha=config.alpha,
+        pictures=PICTURES,
+    )
+    result = replace(
+        _result(config, judged.owner, judged.judgement, judged.answers),
+        account=judged.about["Account"],
+    )
+    asked = {"suspect": judged.suspect, "asked": asked_how(config, judged.answers), "roots": []}
+    about = {**judged.about, **_about(result, asked)}
+    names = describe(Path(config.claim) / "model").class_names
+    story, limits = judged.story, ACCOUNT_LIMITS
+    made = page(judged.judgement, about, judged.trials, names, story=story, limits=limits)
+    _write(outputs, result, asked, made)
     return result
 
 
@@ -200,7 +260,7 @@ def _rival(claim: "Claim", network: "nn.Module", config: AdjudicateConfig) -> "R
 
 
 def _result(
-    config: AdjudicateConfig, claim: "Claim", judgement: "Judgement", answers: Answers
+    config: AdjudicateConfig, public_key: str, judgement: "Judgement", answers: Answers
 ) -> Adjudication:
     from countermark.claims import sentence
 
@@ -209,7 +269,7 @@ def _result(
         suspect=str(config.suspect),
         verdict=judgement.verdict,
         sentence=sentence(judgement),
-        public_key=str(claim.c1["public_key"]),
+        public_key=public_key,
         checks=judgement.checks,
         test=judgement.test,
         batches=judgement.batches,
@@ -225,7 +285,7 @@ def _about(result: Adjudication, asked: Mapping[str, Any]) -> dict[str, str]:
         "Claim": result.claim,
         "Suspect": result.suspect,
         "Suspect's identity": identity,
-        "Trusted roots": "; ".join(asked["roots"]),
+        "Trusted roots": "; ".join(asked["roots"]) or "none",
         "Judged by": f"Countermark {__version__}",
     }
 
@@ -243,7 +303,8 @@ def show(result: Adjudication) -> None:
     """Print every check and the verdict."""
     checks = (f"{check.result:<12} {check.name}: {check.found}" for check in result.checks)
     print_lines(*checks, hanging=13)
-    print_figure(agreements(result.test, result.batches))
+    if result.account is None:
+        print_figure(agreements(result.test, result.batches))
     print_lines("")
     print_lines(result.sentence, *result.doubts)
 

@@ -1,4 +1,4 @@
-"""`countermark claim`: fix a suspect's answers, then open one batch of the key for a judge."""
+"""`countermark claim`: fix a suspect's answers, then show a judge what they are tested by."""
 
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -17,9 +17,10 @@ from countermark.files import (
     sha256,
     write_json,
 )
-from countermark.options import NewPath, ReadPath, StampOptions, SuspectOptions, verb
+from countermark.options import LogPath, NewPath, ReadPath, StampOptions, SuspectOptions, verb
 from countermark.places import Network, place_name
 from countermark.terminal import p_value, print_lines, print_table, unbroken
+from countermark.verbs.accounts import claim_account
 from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
 from countermark.version import __version__
 
@@ -34,9 +35,10 @@ SPENT_FORMAT = "countermark spent 1"
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimConfig(SuspectOptions, StampOptions):
-    """Open part of a key, so that a judge can check it.
+    """Open part of a key, or show what an account signed, so that a judge can check it.
 
-    The claim is a folder with one batch of the key's trials and the answers of a suspect.
+    The claim is a folder with one batch of the key's trials and the answers of a suspect. With
+    --log it is one with all requests of a client who signs, for a copy of the answers.
     """
 
     suspect: ReadPath = field(kw_only=False)
@@ -51,6 +53,10 @@ class ClaimConfig(SuspectOptions, StampOptions):
     owner_network: Network | None = None
     """module:function that builds the marked model's network, unless it is a built-in one; in
     Python also a function or a module."""
+    log: LogPath | None = None
+    """Query log, a path or postgresql://..., for a claim against one account."""
+    client: str | None = None
+    """Name of that account, which signs its requests."""
     batch: int | None = None
     """Batch to open; default the first that nobody has seen."""
     anyway: bool = False
@@ -60,6 +66,15 @@ class ClaimConfig(SuspectOptions, StampOptions):
         """Refuse numbers out of range."""
         super().__post_init__()
         self._whole("batch", 0, 1_000_000)
+        self._only_for(self.log is not None, "--log", "client")
+        self._only_for(self.log is None, "a claim of a key's batch", "batch", "tsa")
+        if (self.client is None) != (self.log is None):
+            raise CountermarkError("--log needs the account that is claimed: --client NAME")
+        if self.log is not None and self.match:
+            raise CountermarkError(
+                "--match needs clean examples that were fixed before the coins, which a claim "
+                "against an account has not; say how the suspect is asked, and leave --match out"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,20 +82,21 @@ class Claimed:
     """What was claimed.
 
     Attributes:
-        folder: the claim; it is for the judge, and whoever sees it can unlearn this batch.
-        batch: the batch that it opens.
-        left: batches of the key that nobody has seen.
-        test: the exact test on this batch; its p-value is times the number of batches.
+        folder: the claim; it is for the judge, and whoever sees it can unlearn what it shows.
+        batch: the batch that it opens; none in a claim against an account.
+        left: batches of the key that nobody has seen; none in such a claim.
+        test: the exact test on this batch; its p-value is times the number of batches. Against an
+            account, the e-process on its trials.
         timestamped: whether the claim has all its timestamps; without them a judge finds it
-            undecidable.
+            undecidable. A claim against an account needs none.
         answers: how the suspect answered.
         doubts: what a person should know before believing the verdict, in sentences.
         looks: how often suspects were asked with this key; none where its folder cannot be written.
     """
 
     folder: str
-    batch: int
-    left: int
+    batch: int | None
+    left: int | None
     test: Verdict
     timestamped: bool
     answers: Answers
@@ -92,7 +108,8 @@ class Claimed:
 def claim(config: ClaimConfig) -> Claimed:
     """Ask the suspect for one batch of the key, have its answers timestamped, and write the claim.
 
-    The batch is noted as spent in the key folder before anything of it is shown. A batch that
+    With `log` and `client`, ask for the account's trials instead, and write all that it signed. The
+    batch is noted as spent in the key folder before anything of it is shown. A batch that
     would not convince a judge is not opened, unless `anyway` is set.
 
     Raises:
@@ -114,6 +131,8 @@ def claim(config: ClaimConfig) -> Claimed:
     from countermark.watermarks import load_key, load_secret, note_look, sign
 
     folder, out = Path(config.key), Path(config.out)
+    if config.log is not None:
+        return _against_account(config, config.log, str(config.client))
     key, secret = load_key(folder), load_secret(folder)
     if not key.rules.coins:
         raise CountermarkError(
@@ -196,6 +215,23 @@ def claim(config: ClaimConfig) -> Claimed:
         doubts=doubts(answers, test.verdict),
         looks=looks,
     )
+
+
+def _against_account(config: ClaimConfig, log: str, client: str) -> Claimed:
+    key = Path(config.key)
+    made = claim_account(
+        config,
+        suspect=config.suspect,
+        key=key,
+        model=Path(config.model) if config.model else key.parent,
+        log=log,
+        client=client,
+        out=Path(config.out),
+        network=config.owner_network,
+        anyway=config.anyway,
+    )
+    said = doubts(made.answers, made.test.verdict)
+    return Claimed(str(config.out), None, None, made.test, True, made.answers, said, made.looks)
 
 
 def _tested(
@@ -302,18 +338,23 @@ def _found(test: Verdict, batches: int) -> dict[str, Any]:
 
 def show(result: Claimed) -> None:
     """Print what the claim says."""
-    columns = ("batch", "agree", "other answer", "neither", "p-value", "batches left")
-    numbers = (result.batch, result.test.agreements, result.test.disagreements, result.test.neither)
-    print_table(
-        unbroken(result.folder),
-        columns,
-        [[*map(str, numbers), p_value(result.test.log10_p_value), str(result.left)]],
-    )
-    print_lines(
-        "The p-value includes that any batch could have been opened.",
-        f"wrote {unbroken(result.folder)}: claim.json, trials.safetensors, model/. "
-        "Give it to the judge; whoever sees it can unlearn this batch.",
-    )
+    counted = (result.test.agreements, result.test.disagreements, result.test.neither)
+    columns = ["agree", "other answer", "neither", "p-value"]
+    row = [*map(str, counted), p_value(result.test.log10_p_value)]
+    if result.batch is None:
+        print_table(unbroken(result.folder), columns, [row])
+        print_lines(
+            f"wrote {unbroken(result.folder)}: claim.json, requests.safetensors, model/. It holds "
+            "every image that the client has asked; give it to the judge alone."
+        )
+    else:
+        columns, row = ["batch", *columns, "batches left"], [str(result.batch), *row]
+        print_table(unbroken(result.folder), columns, [[*row, str(result.left)]])
+        print_lines(
+            "The p-value includes that any batch could have been opened.",
+            f"wrote {unbroken(result.folder)}: claim.json, trials.safetensors, model/. "
+            "Give it to the judge; whoever sees it can unlearn this batch.",
+        )
     if not result.timestamped:
         print_lines(
             "It lacks timestamps (protect and claim take --tsa URL), "

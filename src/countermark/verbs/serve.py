@@ -121,8 +121,10 @@ def serve(config: ServeConfig) -> Served:
     from countermark.service.guarded import close_log, open_log
     from countermark.service.http import Limits, application, body_limit
     from countermark.service.server import connections_that_fit, listen, run
+    from countermark.service.signing import Signing
 
     folder = Path(config.model)
+    key = Path(config.key) if config.key else folder / "key"
     described = describe(folder)
     clients = Clients(Path(config.clients) if config.clients else folder / "clients.json")
     torch.set_num_threads(
@@ -131,12 +133,7 @@ def serve(config: ServeConfig) -> Served:
     model = (
         load_answering(folder, config.network, config.device)[0]
         if config.unguarded
-        else load_guarded(
-            folder,
-            Path(config.key) if config.key else folder / "key",
-            config.network,
-            config.device,
-        )
+        else load_guarded(folder, key, config.network, config.device)
     )
     body = config.max_body or body_limit(described.shape, config.max_batch)
     with contextlib.ExitStack() as ending:
@@ -152,6 +149,8 @@ def serve(config: ServeConfig) -> Served:
             ending.callback(close_log, log)
         engine = Engine(model, log, config.max_batch, config.max_waiting)
         ending.callback(engine.stop)
+        guard = engine.guard
+        signing = None if guard is None or log is None else Signing(guard, log, folder, key)
         app = application(
             engine,
             clients,
@@ -160,6 +159,7 @@ def serve(config: ServeConfig) -> Served:
             class_names=described.class_names,
             model_sha256=weights_sha256(folder),
             limits=Limits(config.max_batch, body, config.timeout),
+            signing=signing,
             access_log=config.access_log,
         )
         tell(

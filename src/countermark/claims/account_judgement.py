@@ -1,0 +1,276 @@
+"""The judgement of a claim against an account, from what its client signed.
+
+The owner chooses nothing here but whom they accuse. The opening, which the client signed with
+random bytes of their own, fixes the model, the cells and the coins; the chain of signed requests
+fixes what was asked, and in which order. The judge computes the trials anew and asks the suspect
+directly.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from countermark.claims.account import (
+    AccountClaim,
+    AskedTrial,
+    account_evidence,
+    accusation_of,
+    choices_of,
+    commitment_faults_of,
+)
+from countermark.claims.judgement import (
+    FAILS,
+    HOLDS,
+    OPEN,
+    Check,
+    Judgement,
+    is_accused,
+    suspect_name,
+    verdict_of,
+)
+from countermark.errors import CountermarkError
+from countermark.evidence import JUDGE_ALPHA, Verdict
+from countermark.files import read_bytes
+from countermark.guard.requests import SignedRequest, is_receipt
+from countermark.terminal import p_value
+from countermark.watermarks import check_signature
+
+_RECEIPTS_LIMIT = 1 << 30  # bytes
+
+ACCOUNT_LIMITS = (
+    "What is proven is that the suspect's answers depend on coins that only this account was told. "
+    "That is not yet theft, and not who trained the suspect: the owner knows the same answers, and "
+    "could have trained on them. That the suspect was in the client's hands before the owner "
+    "could have made it must be known from elsewhere, and that the client's key is the accused's."
+)
+"""What a judgement of an answer mark does not say."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a service answered to a request, by its owner's signature.
+
+    Attributes:
+        request: digest of the request.
+        number: its number.
+        labels: the answers.
+        signature: the owner's.
+    """
+
+    request: bytes
+    number: int
+    labels: tuple[int, ...]
+    signature: bytes
+
+
+@dataclass(frozen=True)
+class AccountFinding:
+    """What the judge has besides the claim.
+
+    Attributes:
+        trials: the account's, as the judge computed them.
+        labels: the suspect's labels of the trials' images `(n,)`, -1 where it gave none.
+        suspect: what the judge asked (see `suspect_identity`).
+        model_sha256: SHA-256 of the weights that the claim shows as the owner's.
+        client_key: the public key that others tie to the accused, in hexadecimal; `None` if the
+            judge knows of none.
+        receipts: those that the accused shows; a trial that was answered otherwise than its coin
+            says counts as a disagreement.
+        alpha: the judge's level.
+        ways: the ways of asking out of which the judge's was chosen.
+    """
+
+    trials: list[AskedTrial]
+    labels: torch.Tensor
+    suspect: Mapping[str, str]
+    model_sha256: str
+    client_key: str | None = None
+    receipts: Sequence[Receipt] = ()
+    alpha: float = JUDGE_ALPHA
+    ways: int = 1
+
+
+def judge_account(claim: AccountClaim, finding: AccountFinding) -> Judgement:
+    """Judge a claim against an account."""
+    requests = claim.requests()
+    choices, told = choices_of(claim, finding.ways), _told(claim, finding, requests)
+    labels = finding.labels.clone()
+    for row, trial in enumerate(finding.trials):
+        if told.get(trial.image, trial.answer) != trial.answer:  # the client never saw this coin
+            labels[row] = trial.other
+    test = account_evidence(finding.trials, labels, finding.alpha, choices)
+    checks = [
+        _client(claim, finding),
+        _opening(claim, finding),
+        _requests(claim, requests),
+        _accusation(claim, requests),
+        _suspect(claim, finding),
+        _evidence(test, choices),
+    ]
+    if finding.receipts:
+        checks.insert(-1, _receipts(claim, finding, told))
+    return Judgement(verdict_of(checks), tuple(checks), test, choices)
+
+
+def read_receipts(path: Path) -> list[Receipt]:
+    """Read the receipts that a client kept (`receipts.jsonl`); other lines are passed over.
+
+    Raises:
+        CountermarkError: the file cannot be read.
+    """
+    found = []
+    for line in read_bytes(path, _RECEIPTS_LIMIT).splitlines():
+        try:
+            record = json.loads(line)
+            digests = (bytes.fromhex(record[name]) for name in ("request_sha256", "receipt"))
+            request, signature = digests
+            labels = tuple(int(label) for label in record["labels"])
+            found.append(Receipt(request, int(record["number"]), labels, signature))
+        except (ValueError, TypeError, LookupError, RecursionError):  # an opening, or a torn line
+            continue
+    return found
+
+
+def _client(claim: AccountClaim, finding: AccountFinding) -> Check:
+    name, key = "The client's key", claim.opening.client
+    if finding.client_key is None:
+        meaning = "Nothing shows that the account is the accused's; name their key (--client-key)."
+        return Check(name, OPEN, f"the requests are signed with {key[:16]}", meaning)
+    if finding.client_key != key:
+        found = (
+            f"the requests are signed with {key[:16]}, the accused has {finding.client_key[:16]}"
+        )
+        return Check(name, FAILS, found, "Somebody else asked.")
+    return Check(name, HOLDS, f"{key[:16]}", "The requests are signed with the accused's key.")
+
+
+def _opening(claim: AccountClaim, finding: AccountFinding) -> Check:
+    name = "The opening"
+    if not claim.opening.is_signed:
+        meaning = "What coins and cells come from was not agreed to by the client."
+        return Check(name, FAILS, "it is not signed with the client's key", meaning)
+    faults = commitment_faults_of(claim, finding.model_sha256)
+    if faults:
+        meaning = "They were chosen later, when the owner knew what the client asks."
+        return Check(name, FAILS, "; ".join(faults), meaning)
+    found = "signed by the client, and names the weights, the guard, the cells and the coins"
+    meaning = (
+        "Neither owner nor client could choose the coins: the owner had fixed their secret before "
+        "the client added random bytes."
+    )
+    return Check(name, HOLDS, found, meaning)
+
+
+def _requests(claim: AccountClaim, requests: list[SignedRequest]) -> Check:
+    name, last = "The requests", requests[-1]
+    if not last.is_signed(claim.opening.client):
+        meaning = (
+            "One was left out, put in, changed or moved: the last signature covers all before it."
+        )
+        return Check(name, FAILS, "they do not lead to the client's last signature", meaning)
+    found = f"1 to {last.number}, {len(claim.x)} images"
+    return Check(name, HOLDS, found, "All that the client asked is there, in the client's order.")
+
+
+def _accusation(claim: AccountClaim, requests: list[SignedRequest]) -> Check:
+    name, owner = "The accusation", claim.opening.terms["owner"]
+    wanted = accusation_of(claim, requests, claim.accusation["suspect"])
+    try:
+        check_signature(owner, claim.accusation, claim.accusation_signature, "the accusation")
+        fits = {each: claim.accusation.get(each) for each in wanted} == wanted
+    except CountermarkError:
+        fits = False
+    if not fits:
+        return Check(
+            name,
+            FAILS,
+            f"it is not signed by the key {owner[:16]}, or is of another account",
+            "It does not come from the owner whom the client dealt with.",
+        )
+    return Check(
+        name,
+        HOLDS,
+        f"by the key {owner[:16]}",
+        "It comes from the owner whom the client dealt with.",
+    )
+
+
+def _suspect(claim: AccountClaim, finding: AccountFinding) -> Check:
+    name, named = "The suspect", claim.accusation["suspect"]
+    if is_accused(named, finding.suspect):
+        meaning = "It is the model that the claim is about."
+        return Check(name, HOLDS, suspect_name(finding.suspect), meaning)
+    found = f"the claim is about {suspect_name(named)}, you asked {suspect_name(finding.suspect)}"
+    return Check(name, OPEN, found, "Ask the one that the claim names.")
+
+
+def _told(
+    claim: AccountClaim, finding: AccountFinding, requests: list[SignedRequest]
+) -> dict[int, int]:
+    """What the client was told of each image, as far as receipts that the owner signed show."""
+    owner = claim.opening.terms["owner"]
+    starts = (torch.cumsum(claim.counts, 0) - claim.counts).tolist()
+    known = {request.digest: start for request, start in zip(requests, starts, strict=True)}
+    told: dict[int, int] = {}
+    for receipt in finding.receipts:
+        start = known.get(receipt.request)
+        if start is not None and is_receipt(
+            owner, receipt.request, receipt.labels, receipt.signature
+        ):
+            told.update(enumerate(receipt.labels, start))
+    return told
+
+
+def _receipts(claim: AccountClaim, finding: AccountFinding, told: Mapping[int, int]) -> Check:
+    wrong = sum(told.get(trial.image, trial.answer) != trial.answer for trial in finding.trials)
+    found = (
+        f"they show the answers to {len(told)} of {len(claim.x)} images; {wrong} trials were "
+        "answered otherwise than the coins say"
+    )
+    meaning = "The owner signed what the client was told. A trial answered otherwise disagrees."
+    return Check("The receipts", HOLDS, found, meaning)
+
+
+def _evidence(test: Verdict, choices: int) -> Check:
+    name = "The test"
+    found = (
+        f"{test.agreements} as the coins fell, {test.disagreements} the other way, "
+        f"{test.neither} neither; p = {p_value(test.log10_p_value)}, "
+        f"times {choices} for accounts, openings and ways of asking included"
+    )
+    if test.verdict == "match":
+        meaning = (
+            "A model that does not depend on this account's coins gets there "
+            f"less than once in {1 / test.alpha:,.0f} claims."
+        )
+        return Check(name, HOLDS, found, meaning)
+    if test.verdict == "inconclusive":
+        meaning = "Too few trials were answered with one of their two answers."
+        return Check(name, OPEN, found, meaning)
+    return Check(name, FAILS, found, "Models that never saw the coins agree as often.")
+
+
+def account_story(claim: AccountClaim, judgement: Judgement) -> str:
+    """Tell in a few sentences what was tested."""
+    test = judgement.test
+    return (
+        f"Of the {len(claim.x)} images that the client asked, {test.trials} were near a tie, the "
+        "first in their neighbourhood, and a secret coin chose between their two answers. Asked "
+        f"the same, the suspect gave the coin's answer {test.agreements} times and the other one "
+        f"{test.disagreements} times ({test.neither} times neither). A model that does not depend "
+        f"on the coins gets there with probability {p_value(test.log10_p_value)}, whenever the "
+        f"client stopped; the judge asks for {test.alpha:g} or less."
+    )
+
+
+def account_about(claim: AccountClaim) -> dict[str, Any]:
+    """Name who is who in a claim."""
+    return {
+        "Owner's key": claim.opening.terms["owner"],
+        "Client's key": claim.opening.client,
+        "Account": claim.opening.terms["account"],
+    }

@@ -1,0 +1,208 @@
+"""Claims against accounts, made and judged; what `claim --log` and `adjudicate` share."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from countermark.errors import CountermarkError
+from countermark.evidence import JUDGE_ALPHA, Verdict
+from countermark.files import new_folder, read_bytes
+from countermark.options import SuspectOptions
+from countermark.places import Network, place_name
+from countermark.terminal import p_value
+from countermark.text import brief
+from countermark.verbs.asking import Answers, ask, asked_how
+
+if TYPE_CHECKING:
+    from countermark.claims import Judgement, Trial
+    from countermark.guard import QueryLog
+    from countermark.guard.requests import Opening, Request
+    from countermark.watermarks import Looks
+
+
+@dataclass(frozen=True)
+class AccountClaimed:
+    """What a claim against an account says; see `Claimed`."""
+
+    test: Verdict
+    answers: Answers
+    looks: "Looks | None"
+
+
+def claim_account(
+    config: SuspectOptions,
+    *,
+    suspect: str | Path,
+    key: Path,
+    model: Path,
+    log: str,
+    client: str,
+    out: Path,
+    network: Network | None,
+    anyway: bool,
+) -> AccountClaimed:
+    """Ask the suspect for an account's trials, and write the claim.
+
+    Raises:
+        CountermarkError: the log has nothing that the client signed, or another guard answered
+            them; the suspect cannot be asked, or its answers prove nothing.
+    """
+    import torch
+
+    from countermark.claims import (
+        AccountClaim,
+        account_evidence,
+        accusation_of,
+        choices_of,
+        first_queries,
+        images_of_trials,
+        suspect_identity,
+        write_account_claim,
+    )
+    from countermark.guard import Guard, QueryLog, read_guard
+    from countermark.networks import describe
+    from countermark.watermarks import load_key, load_secret, note_look, sign
+
+    loaded, secret, settings = load_key(key), load_secret(key), read_guard(model)
+    with QueryLog(log, create=False) as opened:
+        opening, requests = _last_opening(opened, client, settings.model_sha256)
+        place = _place(opened, client)
+    guard = Guard(settings, secret, opening.log)
+    shape = describe(model).shape
+    x = torch.frombuffer(bytearray(b"".join(each.images for each in requests)), dtype=torch.uint8)
+    made = AccountClaim(
+        opening=opening,
+        counts=torch.tensor([len(each.labels) for each in requests]),
+        x=x.reshape(-1, *shape),
+        last_signature=requests[-1].signed.signature,
+        coins=guard.account_secret(client),
+        cells=guard.cells.seeds,
+        place=place,
+        accusation={},
+        accusation_signature="",
+        model=model,
+    )
+    built, _ = made.network(network)
+    identity = suspect_identity(suspect)
+    trials = first_queries(made, built)
+    if not trials:
+        raise CountermarkError(f"{brief(client)} has asked nothing near a coin yet")
+    with new_folder(out, {"suspect": identity, "client": client}) as work:
+        parts, data = [images_of_trials(made, trials)], str(loaded.c1.get("data"))
+        labels, answers = ask(config, parts, shape, data, loaded.clean, loaded.names)
+        test = account_evidence(trials, labels, JUDGE_ALPHA, choices_of(made, answers.ways))
+        how, name = asked_how(config, answers), place_name(suspect)
+        looks = note_look(key, "trace", name, how, test.log10_p_value)
+        if test.verdict != "match" and not anyway:
+            raise CountermarkError(
+                f"the suspect's answers to {brief(client)}'s trials would not convince a judge "
+                f"({test.agreements} as the coins fell, {test.disagreements} the other way; "
+                f"p = {p_value(test.log10_p_value)}); nothing was written"
+            )
+        accusation = accusation_of(made, made.requests(), identity)
+        signature = sign(read_bytes(key / "signing-key", 32), accusation)
+        write_account_claim(
+            work, replace(made, accusation=accusation, accusation_signature=signature)
+        )
+    return AccountClaimed(test, answers, looks)
+
+
+def _last_opening(
+    log: "QueryLog", client: str, model_sha256: str
+) -> "tuple[Opening, list[Request]]":
+    """The opening of a client for a model with the most requests, and all of these."""
+    found = [
+        (opening, list(log.requests(opening)))
+        for opening in log.openings(client)
+        if opening.terms["model_sha256"] == model_sha256
+    ]
+    opening, requests = max(found, key=lambda pair: len(pair[1]), default=(None, []))
+    if opening is None or not requests:
+        raise CountermarkError(
+            f"{log.shown} has no signed requests of {brief(client)} to this model; a judge accepts "
+            "no others (countermark client add NAME --public-key)"
+        )
+    return opening, requests
+
+
+def _place(log: "QueryLog", client: str) -> int:
+    """The account's place in the order of a trace, where 0 stands for all accounts together."""
+    names: dict[str, None] = {}
+    for row in log.rows():
+        if row is not None:
+            names.setdefault(row.client)
+    order = list(names)
+    return 1 + log.erased() + (order.index(client) if client in names else len(order))
+
+
+@dataclass(frozen=True)
+class AccountJudged:
+    """A judgement of a claim against an account, and what is shown of it."""
+
+    judgement: "Judgement"
+    answers: Answers
+    owner: str
+    about: Mapping[str, Any]
+    story: str
+    trials: "list[Trial]"
+    suspect: Mapping[str, str]
+
+
+def adjudicate_account(
+    config: SuspectOptions,
+    *,
+    suspect: str | Path,
+    claim: Path,
+    network: Network | None,
+    client_key: str | None,
+    receipts: Path | None,
+    alpha: float,
+    pictures: int,
+) -> AccountJudged:
+    """Judge a claim against an account.
+
+    Raises:
+        CountermarkError: the claim, the receipts or the suspect cannot be read.
+    """
+    from countermark.claims import (
+        AccountFinding,
+        Trial,
+        account_about,
+        account_evidence,
+        account_story,
+        choices_of,
+        first_queries,
+        images_of_trials,
+        judge_account,
+        read_account_claim,
+        read_receipts,
+        suspect_identity,
+    )
+
+    read = read_account_claim(claim)
+    kept = [] if receipts is None else read_receipts(receipts)
+    built, digest = read.network(network)
+    identity = suspect_identity(suspect)
+    trials = first_queries(read, built)
+    x = images_of_trials(read, trials)
+    tested = partial(account_evidence, trials, alpha=alpha, choices=choices_of(read))
+    labels, answers = ask(config, [x], read.shape, "", None, (), tested)
+    finding = AccountFinding(
+        trials, labels, identity, digest, client_key, kept, alpha, answers.ways
+    )
+    judgement = judge_account(read, finding)
+    shown = [
+        Trial(read.x[trial.image], trial.heads, trial.tails, trial.coin, int(label))
+        for trial, label in zip(trials[:pictures], labels, strict=False)
+    ]
+    return AccountJudged(
+        judgement,
+        answers,
+        read.opening.terms["owner"],
+        account_about(read),
+        account_story(read, judgement),
+        shown,
+        identity,
+    )
