@@ -30,8 +30,12 @@ from countermark.data.idx import parse_idx
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json, read_tensors, sha256
 from countermark.guard import Guard, GuardedModel, QueryLog, read_guard, read_head
-from countermark.guard.log import Row
-from countermark.guard.requests import is_signed
+from countermark.guard.requests import (
+    is_signed_alone,
+    open_requests,
+    read_opening,
+    request_of,
+)
 from countermark.networks import load_model
 from countermark.places import endpoint_address
 from countermark.service.clients import Clients
@@ -205,7 +209,19 @@ def _token(data: bytes) -> object:
 
 
 def _row(data: bytes) -> object:
-    return is_signed(Row("aa" * 32, "anna", b"c", data[:64], 1, 2, 3, 1, 4, data), "bb" * 32)
+    return is_signed_alone("bb" * 32, "aa" * 32, data[:64], data)
+
+
+def _opening(data: bytes) -> object:
+    """What the service and a judge do with an opening, and with the headers of a request."""
+    text = data.decode("latin-1")
+    request_of({"Countermark-Opening": text, "Countermark-Number": text[:3]}, [])
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    opening = read_opening(record)
+    return opening.digest, opening.log, opening.is_signed
 
 
 def _log(path: Path) -> object:
@@ -287,6 +303,11 @@ def kinds() -> dict[str, Kind]:
     }
     idx = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 3)) + bytes(18)
     log = Place(GOLDEN, "log.db", _log, "log.db")
+    terms = dict.fromkeys(
+        ("model_sha256", "guard_sha256", "cells_sha256", "coins_sha256"), "a" * 64
+    )
+    terms |= {"log": "b" * 32, "account": "anna", "owner": "c" * 64}
+    opening = json.dumps(open_requests(bytes(32), terms).record()).encode()
     messages: dict[str, tuple[bytes, Parser]] = {
         "replay": (replay, replay_place),
         "timestamp": (token, _token),
@@ -294,6 +315,7 @@ def kinds() -> dict[str, Kind]:
         "request": (json.dumps(request).encode(), _request),
         "answer": (json.dumps(answer).encode(), _answer),
         "signed request": (bytes(64) + bytes(4) + bytes(32), _row),
+        "opening": (opening, _opening),
         "idx": (idx, lambda data: parse_idx(data, 3, "x")),
     }
     found |= {name: Kind(example, parse, spoil) for name, (example, parse) in messages.items()}
@@ -303,6 +325,7 @@ def kinds() -> dict[str, Kind]:
     crafted = {
         "crafted roots": Kind(found["roots"].example, found["roots"].parse, craft_roots),
         "crafted request": Kind(found["request"].example, _request, craft_body),
+        "crafted opening": Kind(opening, _opening, craft_body),
         "crafted answer": Kind(found["answer"].example, _answer, craft_body),
         "crafted replay": Kind(replay, replay_place, craft_replay),
         "crafted weights": Kind(found["weights"].example, found["weights"].parse, craft_tensors),

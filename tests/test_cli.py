@@ -1142,7 +1142,7 @@ MISTAKES = {
     "verify --suspekt x --key y": "did you mean --suspect?",
     f"plan --{'x' * 5000} 3": "unknown option",
     "verify --suspect x": "--key is missing; see countermark verify --help",
-    "adjudicate": "--claim, --suspect, --roots are missing",
+    "adjudicate": "--claim, --suspect are missing",
     "protect --data digits --out {new} --epsilon much": (
         "--epsilon takes a number, or a fraction as 8/255, not 'much'"
     ),

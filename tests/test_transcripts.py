@@ -55,7 +55,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = ("console", "sh", "python", "json", "text")
 """Labels of blocks: commands with their output, commands alone, Python, JSON, and what is no code
 (formulas)."""
-PROGRAMS = ("countermark", "curl", "kill", "make", "python", "seq")
+PROGRAMS = ("countermark", "curl", "kill", "make", "openssl", "python", "seq")
 """What a command may begin with; the names of variables that it sets may stand before it."""
 
 _OWN = "protect photos --size 32 --network shop.models:make --weights own.pt"
@@ -81,6 +81,8 @@ NOT_RUN: Mapping[str, str] = {
     "git clone COUNTERMARK && cd countermark": "the address is the reader's",
     "source .venv/bin/activate": "the environment is the test's own",
     "torchrun": "tests/test_processes.py starts it, on less than a folder of photographs",
+    "countermark claim their.onnx --key mine/key --log": "tests/test_signed.py does, with a client",
+    "countermark adjudicate claim --suspect their.onnx --client-key": "likewise",
     "python benchmarks/service_load.py": "a load of minutes, for a machine that does nothing else",
 }
 """Commands that cannot run here, by their beginning, and why."""

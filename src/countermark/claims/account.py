@@ -38,7 +38,7 @@ from countermark.guard.requests import (
 from countermark.networks import describe
 from countermark.places import Network
 
-ACCOUNT_FORMAT = "countermark account claim 1"
+ACCOUNT_FORMAT = "countermark account 1"
 ACCUSATION_FORMAT = "countermark accusation 1"
 MOST_ACCOUNTS = 1 << 40
 TOLERANCE = 1e-5

@@ -315,7 +315,7 @@ class QueryLog:
                     for each, reason in zip(requests, refused, strict=True)
                     if reason is not None
                 }
-                kept = [request_place(row) not in bad for row in rows]
+                kept = [request_place(row.request) not in bad for row in rows]
                 fresh, after = self._stored(
                     connection, identities, before, list(itertools.compress(rows, kept))
                 )

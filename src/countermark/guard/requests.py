@@ -31,7 +31,6 @@ from countermark.files import canonical_json
 
 if TYPE_CHECKING:
     from countermark.guard.core import Guard
-    from countermark.guard.log import Row
 
 OPENING_FORMAT = "countermark opening 1"
 OPENING_HEADER, NUMBER_HEADER = "Countermark-Opening", "Countermark-Number"
@@ -296,17 +295,20 @@ def request_of(headers: Mapping[str, str], hashes: Sequence[bytes]) -> SignedReq
     )
 
 
-def request_place(row: "Row") -> bytes:
+def request_place(request: bytes) -> bytes:
     """Return the place of the request that a row's query was part of (`SignedRequest.place`).
 
     It is empty if the client did not sign, or signed as releases up to 0.2.0 did.
+
+    Args:
+        request: the row's.
     """
-    return row.request[:-_NUMBER] if len(row.request) == _PACKED else b""
+    return request[:-_NUMBER] if len(request) == _PACKED else b""
 
 
-def opening_of(row: "Row") -> bytes:
+def opening_of(request: bytes) -> bytes:
     """Return the digest of the opening under which a row's coin was drawn, or nothing."""
-    return request_place(row)[:_HASH]
+    return request_place(request)[:_HASH]
 
 
 def sign_receipt(signing_key: bytes, request: bytes, labels: Sequence[int]) -> bytes:
@@ -339,22 +341,26 @@ def hashes_of(images: bytes, count: int) -> tuple[bytes, ...]:
     )
 
 
-def is_signed(row: "Row", public_key: str) -> bool:
-    """Tell whether the holder of a client's key signed this row's query, as up to 0.2.0.
+def is_signed_alone(public_key: str, model_sha256: str, image: bytes, request: bytes) -> bool:
+    """Tell whether the holder of a client's key signed a row's query, as up to 0.2.0.
 
     Such a signature covers the model and the images of one request, and neither its time nor its
     place among others. It proves nothing to a judge.
+
+    Args:
+        public_key: the client's, in hexadecimal.
+        model_sha256: the row's model.
+        image: the row's image.
+        request: what the row has of the request.
     """
-    signature, rest = row.request[:_SIGNATURE], row.request[_SIGNATURE:]
+    signature, rest = request[:_SIGNATURE], request[_SIGNATURE:]
     index, joined = int.from_bytes(rest[:_NUMBER], "big"), rest[_NUMBER:]
     hashes = [joined[i : i + _HASH] for i in range(0, len(joined), _HASH)]
-    own = hashlib.sha256(row.image).digest()
-    if not (index < len(hashes) and hashes[index] == own):
+    if not (index < len(hashes) and hashes[index] == hashlib.sha256(image).digest()):
         return False
     count = len(hashes).to_bytes(_NUMBER, "big")
-    return _verified(
-        public_key, _BEFORE + bytes.fromhex(row.model) + count + b"".join(hashes), signature
-    )
+    message = _BEFORE + bytes.fromhex(model_sha256) + count + b"".join(hashes)
+    return _verified(public_key, message, signature)
 
 
 def _answered(request: bytes, labels: Sequence[int]) -> bytes:

@@ -121,7 +121,7 @@ def trace_accounts(
         book = books.setdefault(row.client, _Book())
         if row.log is None:
             continue
-        account = (row.model, row.client, row.log, opening_of(row))
+        account = (row.model, row.client, row.log, opening_of(row.request))
         if account not in keys:
             keys[account] = client_key(secret, *account)
         tails = coin(keys[account], row.cell) < row.chance

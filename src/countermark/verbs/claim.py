@@ -35,7 +35,7 @@ SPENT_FORMAT = "countermark spent 1"
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimConfig(SuspectOptions, StampOptions):
-    """Open part of a key, or show what an account signed, so that a judge can check it.
+    """Show a judge part of a key, or what a client signed.
 
     The claim is a folder with one batch of the key's trials and the answers of a suspect. With
     --log it is one with all requests of a client who signs, for a copy of the answers.
