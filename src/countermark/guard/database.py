@@ -27,6 +27,7 @@ _COLUMNS = {
 }
 _PAGE = 500  # rows at once; fewer if they reach LARGEST bytes
 _LOCK = 0x636F756E7465726D  # number of the advisory lock in PostgreSQL
+_SEEN = "countermark tables"  # under which a connection remembers the tables that it has seen
 _Found = TypeVar("_Found")
 Place = tuple[str, str, bytes]
 
@@ -61,6 +62,19 @@ _IDENTITIES = sa.Table(
 # Made once they are needed: when a log of an earlier release is renewed, when a client first signs.
 _LATE = ("identities", "openings", "requests")
 _OPTIONAL = ("erased", *_LATE)  # which logs of earlier releases do not have
+# Statements of every write; to build them takes longer than to run them.
+_IN_ORDER = (
+    sa.select(_IDENTITIES.c.written, _IDENTITIES.c.after, _IDENTITIES.c.value)
+    .order_by(_IDENTITIES.c.place)
+    .limit(sa.bindparam("most"))
+)
+_LAST = sa.select(_TRIALS.c.number, _TRIALS.c.link).order_by(_TRIALS.c.number.desc()).limit(1)
+_NAMES = sa.select(_ERASED.c.salt, _ERASED.c.digest, _ERASED.c.rows)
+_KNOWN = sa.select(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell).where(
+    sa.tuple_(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell).in_(
+        sa.bindparam("places", expanding=True)
+    )
+)
 
 
 class Database:
@@ -301,8 +315,7 @@ def identities(connection: sa.Connection, most: int) -> list[Sequence[Any]]:
     """Read what `add_identity` stored, in order: rows then, the last row before it, identity."""
     if not has(connection, _IDENTITIES):
         return []
-    columns = (_IDENTITIES.c.written, _IDENTITIES.c.after, _IDENTITIES.c.value)
-    return list(connection.execute(sa.select(*columns).order_by(_IDENTITIES.c.place).limit(most)))
+    return list(connection.execute(_IN_ORDER, {"most": most}))
 
 
 def link_of(connection: sa.Connection, number: int) -> Any:
@@ -317,21 +330,18 @@ def insert(connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None
 
 def last(connection: sa.Connection) -> tuple[Any, Any] | None:
     """Read the number and link of the last row; `None` if there are no rows."""
-    found = connection.execute(
-        sa.select(_TRIALS.c.number, _TRIALS.c.link).order_by(_TRIALS.c.number.desc()).limit(1)
-    ).first()
+    found = connection.execute(_LAST).first()
     return None if found is None else (found.number, found.link)
 
 
 def known(connection: sa.Connection, places: Sequence[Place]) -> set[Place]:
     """Find which of some places the log already has."""
-    place = sa.tuple_(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell)
     found: set[Place] = set()
     for start in range(0, len(places), _PAGE):
-        wanted = sa.select(_TRIALS.c.model, _TRIALS.c.client, _TRIALS.c.cell).where(
-            place.in_(places[start : start + _PAGE])
-        )
-        found |= {(model, client, cell) for model, client, cell in connection.execute(wanted)}
+        wanted = {"places": places[start : start + _PAGE]}
+        found |= {
+            (model, client, cell) for model, client, cell in connection.execute(_KNOWN, wanted)
+        }
     return found
 
 
@@ -381,7 +391,7 @@ def add_erased(connection: sa.Connection, salt: bytes, digest: bytes, rows: int)
 def erased_names(connection: sa.Connection) -> Iterator[Sequence[Any]]:
     """Yield the salt, digest and number of rows of each client who was erased."""
     if has(connection, _ERASED):
-        yield from connection.execute(sa.select(_ERASED.c.salt, _ERASED.c.digest, _ERASED.c.rows))
+        yield from connection.execute(_NAMES)
 
 
 def erased_rows(connection: sa.Connection) -> int:
@@ -390,8 +400,11 @@ def erased_rows(connection: sa.Connection) -> int:
 
 
 def has(connection: sa.Connection, table: sa.Table) -> bool:
-    """Tell whether the log has a table."""
-    return sa.inspect(connection).has_table(table.name)
+    """Tell whether the log has a table; a connection that has seen one does not look again."""
+    seen: set[str] = connection.info.setdefault(_SEEN, set())
+    if table.name not in seen and sa.inspect(connection).has_table(table.name):
+        seen.add(table.name)
+    return table.name in seen
 
 
 def _path_in(url: str) -> str | None:

@@ -248,7 +248,8 @@ class QueryLog:
 
         def look(connection: "sa.Connection") -> tuple[int, bytes] | None:
             self._check_coins({identity}, _current(self._identities(connection)))
-            return self._end(connection) if self._lost(connection) is None else None
+            end = self._end(connection)
+            return end if self._lost(connection, end) is None else None
 
         end = self._database.reading(look)
         if end is not None:
@@ -385,7 +386,7 @@ class QueryLog:
 
         Only a writer whose coins are the log's may: another one is of the time before a renewal.
         """
-        kept = self._lost(connection)
+        kept = self._lost(connection, end)
         if kept is None:
             return False
         self._fallen = True
@@ -449,8 +450,10 @@ class QueryLog:
         if len(self._ends) > _KNOWN_ENDS:
             del self._ends[1]  # the first one stays, or a loss would leave nothing that is sure
 
-    def _lost(self, connection: "sa.Connection") -> int | None:
+    def _lost(self, connection: "sa.Connection", end: tuple[int, bytes]) -> int | None:
         """Return up to which row the log is as this process knows it; `None` if all is there."""
+        if self._ends[-1:] == [end]:  # as nearly always: nobody else has written since
+            return None
         for number, link in reversed(self._ends):
             if _binary(self._sql.link_of(connection, number)) == link:
                 return None if (number, link) == self._ends[-1] else number
