@@ -30,16 +30,17 @@ from countermark.claims import (
     read_receipts,
     write_account_claim,
 )
-from countermark.claims.account import AskedTrial
+from countermark.claims.account import UNSURE, AskedTrial, Drawn
 from countermark.claims.account_judgement import Receipt
 from countermark.cli import main
 from countermark.data import Pools
 from countermark.errors import CountermarkError
-from countermark.files import write_json
+from countermark.files import read_json, write_json
 from countermark.guard import (
     Cells,
     FeatureReader,
     Guard,
+    GuardedModel,
     QueryLog,
     Row,
     guard_sha256,
@@ -57,6 +58,7 @@ from countermark.guard.requests import (
     SignedRequest,
     image_hashes,
     is_receipt,
+    network_sha256,
     open_requests,
     read_opening,
     request_of,
@@ -64,9 +66,13 @@ from countermark.guard.requests import (
     sign_request,
     terms_of,
 )
-from countermark.networks import load
+from countermark.networks import describe, load
+from countermark.service.clients import Client
+from countermark.service.engine import BusyError
+from countermark.service.signing import Signing
+from countermark.service.tensors import RefusedError
 from countermark.verbs.guard import guard
-from countermark.watermarks import load_secret, public_key, sign
+from countermark.watermarks import load_secret, load_signing_key, public_key, sign
 from serving import Service, serving
 
 PRIVATE = bytes(range(32))
@@ -87,9 +93,14 @@ def the_guard(folder: Path, log: bytes = b"i" * 16) -> Guard:
 
 
 def terms(folder: Path, account: str = "anna", log: bytes = b"i" * 16) -> dict[str, str]:
-    digest = guard_sha256(read_guard_record(folder))
-    owner = public_key((folder / "key" / "signing-key").read_bytes())
-    return terms_of(the_guard(folder, log), account, digest, owner)
+    about = describe(folder)
+    return terms_of(
+        the_guard(folder, log),
+        account,
+        network_sha256=network_sha256(about.network, about.shape, about.class_names),
+        guard_sha256=guard_sha256(read_guard_record(folder)),
+        owner=public_key(load_signing_key(folder / "key")),
+    )
 
 
 def chain(
@@ -235,10 +246,11 @@ def test_a_row_is_stored_with_its_request_or_not_at_all(
         opening = open_requests(PRIVATE, terms(guarded, log=log.identity))
         log.begin_requests(opening)
         one, two, three = chain(opening, [x, x, x])
-        row = Row("ab" * 32, "anna", b"c1", bytes(4), 1, 2, 9, 1, 20_000, b"", log.identity)
+        image = x[0].numpy().tobytes()
+        row = Row("ab" * 32, "anna", b"c1", image, 1, 2, 9, 1, 20_000, b"", log.identity)
         rows = [
             replace(row, cell=b"1", request=one.packed(0)),
-            replace(row, cell=b"2", request=one.packed(1)),
+            replace(row, cell=b"2", image=x[1].numpy().tobytes(), request=one.packed(1)),
             replace(row, cell=b"3", request=three.packed(0)),
             replace(row, cell=b"4", client="bob"),
         ]
@@ -247,6 +259,28 @@ def test_a_row_is_stored_with_its_request_or_not_at_all(
         assert fresh == [True, True, False, True]
         assert [reason is None for reason in refused] == [True, False]
         assert two.number == 2
+
+
+def test_two_requests_of_one_number_do_not_hide_each_others_trials(
+    guarded: Path, digits: Pools, tmp_path: Path
+) -> None:
+    """One is answered and one is refused, in one transaction; only rows of the first are stored."""
+    x = digits.thief.x[:4]
+    with QueryLog(str(tmp_path / "log.db")) as log:
+        opening = open_requests(PRIVATE, terms(guarded, log=log.identity))
+        log.begin_requests(opening)
+        one, fork = (chain(opening, [part])[0] for part in (x[:2], x[2:]))
+        images = [image.numpy().tobytes() for image in x]
+        row = Row("ab" * 32, "anna", b"1", images[0], 1, 2, 9, 1, 20_000, b"", log.identity)
+        rows = [
+            replace(row, cell=b"1", request=one.packed(0)),
+            replace(row, cell=b"2", image=images[2], request=fork.packed(0)),
+        ]
+        fresh, refused = log.store(
+            rows, [stored(opening, one, x[:2]), stored(opening, fork, x[2:])]
+        )
+        assert fresh == [True, False]
+        assert [reason is None for reason in refused] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -313,15 +347,20 @@ def claim(guarded: Path, digits: Pools, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def trials(claim: AccountClaim) -> list[AskedTrial]:
+def drawn(claim: AccountClaim) -> Drawn:
     return first_queries(claim, load(claim.model))
 
 
-def found(claim: AccountClaim, trials: list[AskedTrial], labels: Sequence[int]) -> AccountFinding:
+@pytest.fixture(scope="module")
+def trials(drawn: Drawn) -> list[AskedTrial]:
+    return drawn.trials
+
+
+def found(claim: AccountClaim, drawn: Drawn, labels: Sequence[int]) -> AccountFinding:
     _, digest = claim.network()
     suspect = claim.accusation["suspect"]
     told = torch.tensor(labels)
-    return AccountFinding(trials, told, suspect, digest, claim.opening.client, (), 1e-6)
+    return AccountFinding(drawn, told, suspect, digest, claim.opening.client, (), 1e-6)
 
 
 def failing(claim: AccountClaim, finding: AccountFinding) -> dict[str, str]:
@@ -373,19 +412,19 @@ def test_a_judge_draws_the_same_trials_as_the_service(
 
 
 def test_a_copy_is_claimed_and_a_stranger_is_not(
-    claim: AccountClaim, trials: list[AskedTrial], stranger: Path
+    claim: AccountClaim, drawn: Drawn, trials: list[AskedTrial], stranger: Path
 ) -> None:
-    judged = judge_account(claim, found(claim, trials, [trial.answer for trial in trials]))
+    judged = judge_account(claim, found(claim, drawn, [trial.answer for trial in trials]))
     assert judged.verdict == "upheld", judged.checks
     images = images_of_trials(claim, trials)
     labels = load(stranger)(images / 255).argmax(1).tolist()
-    assert judge_account(claim, found(claim, trials, labels)).verdict == "dismissed"
+    assert judge_account(claim, found(claim, drawn, labels)).verdict == "dismissed"
 
 
 def test_every_change_of_a_claim_is_named(
-    claim: AccountClaim, trials: list[AskedTrial], digits: Pools
+    claim: AccountClaim, drawn: Drawn, trials: list[AskedTrial], digits: Pools
 ) -> None:
-    good = found(claim, trials, [trial.answer for trial in trials])
+    good = found(claim, drawn, [trial.answer for trial in trials])
     fewer = claim.counts[1:]
     changes: dict[str, tuple[AccountClaim, AccountFinding]] = {
         "The requests": (replace(claim, counts=fewer, x=claim.x[int(claim.counts[0]) :]), good),
@@ -411,14 +450,56 @@ def test_every_change_of_a_claim_is_named(
     assert failing(claim, replace(good, model_sha256="0" * 64))["The opening"] == "fails"
 
 
+def test_code_that_the_opening_cannot_fix_leaves_a_claim_undecidable(
+    claim: AccountClaim, drawn: Drawn, tmp_path: Path
+) -> None:
+    """A network that is the owner's code could compute for the judge what it never answered."""
+    model = shutil.copytree(claim.model, tmp_path / "model")
+    record = read_json(model / "model.json")
+    network = {**record["network"], "place": "shop.models:make"}
+    write_json(model / "model.json", {**record, "network": network})
+    good = found(claim, drawn, [trial.answer for trial in drawn.trials])
+    assert failing(replace(claim, model=model), good)["The opening"] == "fails"  # it was another
+    about = describe(model)
+    digest = network_sha256(about.network, about.shape, about.class_names)
+    named = {**claim.opening.terms, "network_sha256": digest}
+    opened = replace(claim, model=model, opening=open_requests(PRIVATE, named))
+    assert failing(opened, good)["The opening"] == "cannot tell"
+
+
+def test_whoever_could_not_be_judged_is_told_before_they_sign(
+    guarded: Path, tmp_path: Path
+) -> None:
+    model, anna = load_guarded(guarded, guarded / "key"), Client("anna", public_key(PRIVATE))
+    with QueryLog(str(tmp_path / "log.db")) as log:
+        elsewhere = GuardedModel(model.network, model.guard.under(log.identity), 1e-2)
+        for served, who, reason in (
+            (model, anna, "log renew"),  # a log of an earlier release has no identity
+            (elsewhere, anna, "--device cpu"),
+            (model.under(log.identity), Client("bob", None), "no public key"),
+        ):
+            signing = Signing(served, log, guarded, guarded / "key")
+            with pytest.raises(RefusedError, match=reason):
+                signing.state(who)
+        signing = Signing(model.under(log.identity), log, guarded, guarded / "key")
+        opening = open_requests(PRIVATE, signing.state(anna)["terms"])
+        assert signing.begin(anna, opening.record())["opening"] == opening.record()
+        # The owner gives the account another key: what it signs has another opening.
+        assert signing.state(Client("anna", public_key(OWNER)))["opening"] is None
+        with signing.turn(anna), pytest.raises(BusyError), signing.turn(anna):
+            pass
+        log.erase("anna")
+        with pytest.raises(ConflictError, match="erased"):
+            signing.begin(anna, open_requests(PRIVATE, opening.terms).record())
+
+
 def test_receipts_of_other_answers_count_against_the_claim(
-    claim: AccountClaim, trials: list[AskedTrial], guarded: Path
+    claim: AccountClaim, drawn: Drawn, trials: list[AskedTrial], guarded: Path
 ) -> None:
     """The owner signed what they told the client; where that is not a coin's answer, it counts."""
     key = (guarded / "key" / "signing-key").read_bytes()
-    told = dict.fromkeys(range(len(claim.x)), 0)
-    told |= {trial.image: trial.answer for trial in trials}
-    good = found(claim, trials, [trial.answer for trial in trials])
+    told = {image: max(0, label) for image, label in enumerate(drawn.answers)}
+    good = found(claim, drawn, [trial.answer for trial in trials])
 
     def receipts(said: dict[int, int], signing_key: bytes) -> list[Receipt]:
         made, start = [], 0
@@ -429,11 +510,24 @@ def test_receipts_of_other_answers_count_against_the_claim(
             made.append(Receipt(request.digest, request.number, labels, signature))
         return made
 
-    assert judge_account(claim, replace(good, receipts=receipts(told, key))).verdict == "upheld"
-    other = told | {trial.image: trial.other for trial in trials[::2]}
+    judged = judge_account(claim, replace(good, receipts=receipts(told, key)))
+    assert (judged.verdict, judged.test.trials) == ("upheld", len(trials))
+    # A trial was answered otherwise; what came after that request is no evidence.
+    last = [trial for trial in trials if trial.image >= int(claim.counts[:-1].sum())]
+    other = told | {trial.image: trial.other for trial in last}
     judged = judge_account(claim, replace(good, receipts=receipts(other, key)))
-    assert judged.test.disagreements == len(trials[::2])
-    assert judged.verdict == "dismissed"
+    assert (judged.test.trials, judged.test.disagreements) == (len(trials), len(last))
+    # No coin fell there, and still the client may have gone by it.
+    sure = next(
+        image
+        for image, label in enumerate(drawn.answers)
+        if label != UNSURE and image not in {trial.image for trial in trials}
+    )
+    other = told | {sure: (told[sure] + 1) % 10}
+    judged = judge_account(claim, replace(good, receipts=receipts(other, key)))
+    assert sure < int(claim.counts[0])
+    assert judged.test.trials == sum(trial.image < int(claim.counts[0]) for trial in trials)
+    assert judged.verdict != "upheld"
     forged = replace(good, receipts=receipts(other, PRIVATE))  # not the owner's
     assert judge_account(claim, forged).verdict == "upheld"
 
@@ -524,7 +618,12 @@ def test_an_owner_who_chooses_frames_a_client(attack: str) -> None:
 
 
 def test_what_frames_a_client_breaks_the_signatures(
-    claim: AccountClaim, trials: list[AskedTrial], digits: Pools, stranger: Path, guarded: Path
+    claim: AccountClaim,
+    drawn: Drawn,
+    trials: list[AskedTrial],
+    digits: Pools,
+    stranger: Path,
+    guarded: Path,
 ) -> None:
     """The four attacks on real requests, as a judge sees them; none is upheld."""
     network = load(claim.model)
@@ -559,12 +658,13 @@ def test_what_frames_a_client_breaks_the_signatures(
     chosen = accused(replace(claim, coins=secrets.token_bytes(32)))
     wanted = {"left out": left_out, "ordered": ordered, "named": named, "chosen": chosen}
     for attack, made in wanted.items():
-        those = first_queries(made, network)
+        drawn_now = first_queries(made, network)
+        those = drawn_now.trials
         if attack in ("left out", "ordered"):
             told = labels(made, those)
             agree = sum(label == trial.answer for label, trial in zip(told, those, strict=True))
             assert agree >= len(trials) - len(against)
-        finding = found(made, those, [trial.answer for trial in those])  # at its most lucky
+        finding = found(made, drawn_now, [trial.answer for trial in those])  # at its most lucky
         judged = judge_account(made, finding)
         assert judged.verdict == "dismissed", attack
         faults = failing(made, finding)
@@ -624,7 +724,7 @@ def test_a_client_signs_goes_on_and_is_claimed(
     assert main([*asked, "--client-key", key, *shown]) == 0, capsys.readouterr()
     said = flat(capsys)
     assert "The claim is upheld" in said
-    assert "0 trials were answered otherwise" in said
+    assert "of which 0 are other than model and coins say" in said
     page = Path(f"{judged}.html").read_text()
     assert "Client&#x27;s key" in page
     assert key in page

@@ -5,10 +5,12 @@ mark.
 """
 
 from countermark.claims.account import (
+    REQUESTS_LIMIT,
     AccountClaim,
     account_evidence,
     accusation_of,
     choices_of,
+    commitment_faults_of,
     first_queries,
     images_of_trials,
     is_account_claim,
@@ -46,6 +48,7 @@ from countermark.claims.record import (
 
 __all__ = [
     "ACCOUNT_LIMITS",
+    "REQUESTS_LIMIT",
     "AccountClaim",
     "AccountFinding",
     "Check",
@@ -61,6 +64,7 @@ __all__ = [
     "accusation_of",
     "choices_of",
     "commitment_faults",
+    "commitment_faults_of",
     "evidence_of",
     "first_queries",
     "first_trials",

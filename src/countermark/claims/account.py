@@ -26,13 +26,21 @@ from countermark.files import (
     write_json,
     write_tensors,
 )
-from countermark.guard import Cells, FeatureReader, guard_sha256, read_guard, read_guard_record
+from countermark.guard import (
+    TOLERANCE,
+    Cells,
+    FeatureReader,
+    guard_sha256,
+    read_guard,
+    read_guard_record,
+)
 from countermark.guard.core import SEED, WHOLE, coin, signed_key
 from countermark.guard.requests import (
     NOTHING_BEFORE,
     Opening,
     SignedRequest,
     image_hashes,
+    network_sha256,
     read_opening,
 )
 from countermark.networks import describe
@@ -41,10 +49,9 @@ from countermark.places import Network
 ACCOUNT_FORMAT = "countermark account 1"
 ACCUSATION_FORMAT = "countermark accusation 1"
 MOST_ACCOUNTS = 1 << 40
-TOLERANCE = 1e-5
-"""More than two processors differ in what they compute, as for `Cells.questions`."""
+REQUESTS_LIMIT = 1 << 33
+"""Bytes of the images of a claim."""
 
-_REQUESTS_LIMIT = 1 << 34  # bytes
 _MODEL_LIMIT = 1 << 34
 _FILES = ("model.safetensors", "model.json", "guard.json")
 _FIELDS = {
@@ -139,42 +146,73 @@ class AskedTrial:
         return (self.tails, self.heads)[self.coin]
 
 
-def first_queries(claim: AccountClaim, network: nn.Module) -> list[AskedTrial]:
-    """Find the trials of a claim: the first query of each cell, with the coin that it met.
+UNSURE = -1
+"""Stands for an answer that another processor may give otherwise."""
 
-    A query that another processor might put into another cell is no trial, and neither is a later
-    one of any cell that it may have been in: its client may have known the coin.
+
+@dataclass(frozen=True)
+class Drawn:
+    """What follows from the requests of a claim.
+
+    Attributes:
+        trials: the first query of each cell, in order.
+        answers: what the client must have been told of each image, `UNSURE` where computing it
+            elsewhere may lead to another answer.
+    """
+
+    trials: list[AskedTrial]
+    answers: list[int]
+
+
+def first_queries(claim: AccountClaim, network: nn.Module) -> Drawn:
+    """Find the trials of a claim, with the coins that they met, and all answers.
+
+    A query that another machine might put into another cell is no trial, and neither is a later one
+    of any cell that it may have been in: its client may have known the coin.
 
     Raises:
         CountermarkError: the guard in the claim is damaged, or does not fit the network.
     """
-    settings = read_guard(claim.model)
+    settings, read = read_guard(claim.model), FeatureReader(network.eval())
+    _, features = read(claim.x[:1])
+    if features.shape[1] != settings.features:
+        raise CountermarkError(f"{claim.model}: its guard is of another model; it is damaged")
     cells, key = Cells(settings, claim.cells), signed_key(claim.coins, claim.opening.digest)
     met: set[bytes] = set()
     doubtful: set[bytes] = set()
     lengths: set[int] = set()  # of the beginnings in `doubtful`
-    found = []
-    read = FeatureReader(network.eval())
+    found, answers = [], []
     size = read.count(claim.x)
     for start in range(0, len(claim.x), size):
         images = claim.x[start : start + size]
         logits, features = read(images)
+        given = _sure_answers(logits)
         for question in cells.questions(logits, features, images, TOLERANCE):
             row = question.row
             if not question.sure:
-                within = cells.possible(logits[row : row + 1], features[row : row + 1], TOLERANCE)
+                one = slice(row, row + 1)
+                within = cells.possible(logits[one], features[one], TOLERANCE)
                 doubtful.update(within)
                 lengths.update(map(len, within))
+                given[row] = UNSURE
                 continue
             cell = question.cell
-            if cell in met or any(cell[:length] in doubtful for length in lengths):
-                continue
-            met.add(cell)
             fell = int(coin(key, cell) < question.chance)
-            found.append(
-                AskedTrial(start + row, question.heads, question.tails, question.chance, fell)
-            )
-    return found
+            trial = AskedTrial(start + row, question.heads, question.tails, question.chance, fell)
+            given[row] = trial.answer
+            if cell not in met and not any(cell[:length] in doubtful for length in lengths):
+                met.add(cell)
+                found.append(trial)
+        answers += given
+    return Drawn(found, answers)
+
+
+def _sure_answers(logits: torch.Tensor) -> list[int]:
+    """The highest class of each row, where it is the highest on any machine."""
+    best = logits.double().topk(2, 1)
+    slack = 2 * TOLERANCE * (1 + logits.double().abs().amax(1))
+    sure = best.values[:, 0] - best.values[:, 1] > slack
+    return torch.where(sure, best.indices[:, 0], UNSURE).tolist()
 
 
 def images_of_trials(claim: AccountClaim, trials: list[AskedTrial]) -> torch.Tensor:
@@ -226,8 +264,11 @@ def choices_of(claim: AccountClaim, ways: int = 1) -> int:
 def commitment_faults_of(claim: AccountClaim, model_sha256: str) -> list[str]:
     """List what of a claim is not what its client's opening names."""
     terms = claim.opening.terms
+    about = describe(claim.model)
+    network = network_sha256(about.network, about.shape, about.class_names)
     digests = {
         "model_sha256": ("the weights", model_sha256),
+        "network_sha256": ("the network", network),
         "guard_sha256": ("the guard", guard_sha256(read_guard_record(claim.model))),
         "cells_sha256": ("the seeds of the cells", hashlib.sha256(claim.cells).hexdigest()),
         "coins_sha256": ("the secret of the coins", hashlib.sha256(claim.coins).hexdigest()),
@@ -319,7 +360,7 @@ def read_account_claim(folder: Path) -> AccountClaim:
         if tuple(tensors["x"].shape[1:]) != tuple(shape):
             raise CountermarkError(f"{place} holds images of another shape than the model takes")
 
-    tensors, _, _ = read_tensors(place, _REQUESTS_LIMIT, check)
+    tensors, _, _ = read_tensors(place, REQUESTS_LIMIT + (1 << 26), check)
     counts = tensors["counts"].tolist()
     if min(counts, default=0) < 1 or sum(counts) != len(tensors["x"]):
         raise CountermarkError(f"{place} does not hold whole requests; it is damaged")

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from countermark.claims.account import (
+    UNSURE,
     AccountClaim,
-    AskedTrial,
+    Drawn,
     account_evidence,
     accusation_of,
     choices_of,
@@ -36,10 +37,13 @@ from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict
 from countermark.files import read_bytes
 from countermark.guard.requests import SignedRequest, is_receipt
+from countermark.networks import NETWORKS, describe
 from countermark.terminal import p_value
+from countermark.text import brief
 from countermark.watermarks import check_signature
 
 _RECEIPTS_LIMIT = 1 << 30  # bytes
+_OTHERWISE = (ValueError, TypeError, LookupError, OverflowError, RecursionError)
 
 ACCOUNT_LIMITS = (
     "What is proven is that the suspect's answers depend on coins that only this account was told. "
@@ -72,19 +76,20 @@ class AccountFinding:
     """What the judge has besides the claim.
 
     Attributes:
-        trials: the account's, as the judge computed them.
+        drawn: the account's trials, and what it must have been told, as the judge computed them.
         labels: the suspect's labels of the trials' images `(n,)`, -1 where it gave none.
         suspect: what the judge asked (see `suspect_identity`).
         model_sha256: SHA-256 of the weights that the claim shows as the owner's.
         client_key: the public key that others tie to the accused, in hexadecimal; `None` if the
             judge knows of none.
-        receipts: those that the accused shows; a trial that was answered otherwise than its coin
-            says counts as a disagreement.
+        receipts: those that the accused shows. A trial that was answered otherwise than its coin
+            says counts as a disagreement, and requests after any answer that is not the model's are
+            no evidence: with false answers an owner leads a client where they like.
         alpha: the judge's level.
         ways: the ways of asking out of which the judge's was chosen.
     """
 
-    trials: list[AskedTrial]
+    drawn: Drawn
     labels: torch.Tensor
     suspect: Mapping[str, str]
     model_sha256: str
@@ -98,11 +103,14 @@ def judge_account(claim: AccountClaim, finding: AccountFinding) -> Judgement:
     """Judge a claim against an account."""
     requests = claim.requests()
     choices, told = choices_of(claim, finding.ways), _told(claim, finding, requests)
-    labels = finding.labels.clone()
-    for row, trial in enumerate(finding.trials):
-        if told.get(trial.image, trial.answer) != trial.answer:  # the client never saw this coin
-            labels[row] = trial.other
-    test = account_evidence(finding.trials, labels, finding.alpha, choices)
+    believed = _before_a_lie(claim, finding.drawn, told)
+    trials, labels = [], []
+    for trial, label in zip(finding.drawn.trials, finding.labels.tolist(), strict=True):
+        if trial.image < believed:
+            heard = told.get(trial.image, trial.answer) == trial.answer
+            trials.append(trial)
+            labels.append(label if heard else trial.other)  # the client never saw this coin
+    test = account_evidence(trials, torch.tensor(labels), finding.alpha, choices)
     checks = [
         _client(claim, finding),
         _opening(claim, finding),
@@ -112,7 +120,7 @@ def judge_account(claim: AccountClaim, finding: AccountFinding) -> Judgement:
         _evidence(test, choices),
     ]
     if finding.receipts:
-        checks.insert(-1, _receipts(claim, finding, told))
+        checks.insert(-1, _receipts(claim, finding.drawn, told, believed))
     return Judgement(verdict_of(checks), tuple(checks), test, choices)
 
 
@@ -130,7 +138,7 @@ def read_receipts(path: Path) -> list[Receipt]:
             request, signature = digests
             labels = tuple(int(label) for label in record["labels"])
             found.append(Receipt(request, int(record["number"]), labels, signature))
-        except (ValueError, TypeError, LookupError, RecursionError):  # an opening, or a torn line
+        except _OTHERWISE:  # an opening, or a torn line
             continue
     return found
 
@@ -149,7 +157,7 @@ def _client(claim: AccountClaim, finding: AccountFinding) -> Check:
 
 
 def _opening(claim: AccountClaim, finding: AccountFinding) -> Check:
-    name = "The opening"
+    name, about = "The opening", describe(claim.model)
     if not claim.opening.is_signed:
         meaning = "What coins and cells come from was not agreed to by the client."
         return Check(name, FAILS, "it is not signed with the client's key", meaning)
@@ -157,7 +165,14 @@ def _opening(claim: AccountClaim, finding: AccountFinding) -> Check:
     if faults:
         meaning = "They were chosen later, when the owner knew what the client asks."
         return Check(name, FAILS, "; ".join(faults), meaning)
-    found = "signed by the client, and names the weights, the guard, the cells and the coins"
+    if about.network not in NETWORKS:
+        found = f"the network {brief(about.network) or 'of a program'} is code of the owner's"
+        meaning = (
+            "The opening fixes its weights and its name, and nothing what that code computes: only "
+            "networks that Countermark builds can be judged."
+        )
+        return Check(name, OPEN, found, meaning)
+    found = "signed by the client, and names the model, the guard, the cells and the coins"
     meaning = (
         "Neither owner nor client could choose the coins: the owner had fixed their secret before "
         "the client added random bytes."
@@ -214,24 +229,47 @@ def _told(
     """What the client was told of each image, as far as receipts that the owner signed show."""
     owner = claim.opening.terms["owner"]
     starts = (torch.cumsum(claim.counts, 0) - claim.counts).tolist()
-    known = {request.digest: start for request, start in zip(requests, starts, strict=True)}
+    known = {
+        request.digest: (start, len(request.hashes))
+        for request, start in zip(requests, starts, strict=True)
+    }
     told: dict[int, int] = {}
     for receipt in finding.receipts:
-        start = known.get(receipt.request)
-        if start is not None and is_receipt(
+        start, count = known.get(receipt.request, (0, 0))
+        if len(receipt.labels) == count and is_receipt(
             owner, receipt.request, receipt.labels, receipt.signature
         ):
             told.update(enumerate(receipt.labels, start))
     return told
 
 
-def _receipts(claim: AccountClaim, finding: AccountFinding, told: Mapping[int, int]) -> Check:
-    wrong = sum(told.get(trial.image, trial.answer) != trial.answer for trial in finding.trials)
+def _before_a_lie(claim: AccountClaim, drawn: Drawn, told: Mapping[int, int]) -> int:
+    """How many images were asked before the client could go by an answer that is not the model's.
+
+    That is up to the end of the request with the first such answer.
+    """
+    false = [
+        image
+        for image, label in told.items()
+        if drawn.answers[image] != UNSURE and label != drawn.answers[image]
+    ]
+    if not false:
+        return len(claim.x)
+    ends = torch.cumsum(claim.counts, 0)
+    return int(ends[int((ends > min(false)).nonzero()[0])])
+
+
+def _receipts(claim: AccountClaim, drawn: Drawn, told: Mapping[int, int], believed: int) -> Check:
+    wrong = sum(drawn.answers[image] not in (UNSURE, label) for image, label in told.items())
     found = (
-        f"they show the answers to {len(told)} of {len(claim.x)} images; {wrong} trials were "
-        "answered otherwise than the coins say"
+        f"they show the answers to {len(told)} of {len(claim.x)} images, of which {wrong} are "
+        f"other than model and coins say ({drawn.answers.count(UNSURE)} depend on the machine); "
+        f"the first {believed} images count"
     )
-    meaning = "The owner signed what the client was told. A trial answered otherwise disagrees."
+    meaning = (
+        "The owner signed what the client was told. A trial answered otherwise disagrees, and what "
+        "was asked after a false answer is no evidence."
+    )
     return Check("The receipts", HOLDS, found, meaning)
 
 

@@ -5,6 +5,7 @@ from countermark.guard.core import AnswerTrial, Cells, Guard, GuardSettings, con
 from countermark.guard.foreign import HonestRanges, foreign_share, honest_ranges, share_told
 from countermark.guard.log import LOG_FORMAT, Head, QueryLog, Row, read_head
 from countermark.guard.model import (
+    TOLERANCE,
     Answers,
     ExpectedCost,
     FeatureReader,
@@ -27,6 +28,7 @@ from countermark.networks import weights_sha256
 __all__ = [
     "CELL_BITS",
     "LOG_FORMAT",
+    "TOLERANCE",
     "AnswerTrial",
     "Answers",
     "Calibration",

@@ -44,6 +44,7 @@ SEED = 32
 """Bytes of what one kind of keyed projections comes from."""
 ELSEWHERE = b"\xff\xff"
 """The first bytes of a foreign query's cell; no class has this number."""
+_MOST_CLOSE = 6  # classes that may be one of a query's two best
 _MOST_DOUBTFUL = 6  # projections of a query that may be on either side
 _REMEMBERED = 1000  # clients whose keys are kept in memory
 
@@ -216,6 +217,8 @@ class Cells:
     ) -> list[bytes]:
         """List the cells that one query may be in, wherever it is computed; or beginnings of them.
 
+        An empty beginning, of all cells, stands for too many.
+
         Args:
             logits: `(1, classes)`.
             features: `(1, features)`.
@@ -224,6 +227,8 @@ class Cells:
         scores, inner = _array(logits)[0].astype(np.float64), _array(features).astype(np.float64)
         slack = 2 * tolerance * (1 + np.abs(scores).max())
         close = np.flatnonzero(scores >= np.sort(scores)[-2] - slack).tolist()
+        if len(close) > _MOST_CLOSE:
+            return [b""]
         codes = self._near.within(inner, tolerance * (1 + np.abs(inner).sum()))
         return [
             cell

@@ -29,7 +29,7 @@ from countermark.guard.requests import (
     ConflictError,
     Opening,
     Request,
-    request_place,
+    belongs,
 )
 from countermark.guard.sqlite import LARGEST, RowError
 from countermark.text import brief
@@ -311,12 +311,12 @@ class QueryLog:
             lost = self._say_lost(connection, identities, before)
             if not lost:
                 refused = self._signed.store_requests(connection, _current(identities), requests)
-                bad = {
-                    each.signed.place
+                taken = {
+                    each.signed.place: each.signed.hashes
                     for each, reason in zip(requests, refused, strict=True)
-                    if reason is not None
+                    if reason is None
                 }
-                kept = [request_place(row.request) not in bad for row in rows]
+                kept = [belongs(row.request, row.image, taken) for row in rows]
                 fresh, after = self._stored(
                     connection, identities, before, list(itertools.compress(rows, kept))
                 )
@@ -336,6 +336,8 @@ class QueryLog:
             CountermarkError: the database cannot be written, or has lost rows.
         """
         account = opening.terms["account"]
+        if any(known.digest == opening.digest for known in self.openings(account)):
+            return
         with self._using() as connection:
             if self._gone(connection, {account}):
                 raise ConflictError("the account was erased from the query log; take another one")
@@ -530,8 +532,8 @@ class QueryLog:
         """
         with self._using() as connection:
             count = self._sql.erase(connection, client, [*_STORED, "salt"])
-            self._signed.erase_requests(connection, client)
-            if count:
+            signed = self._signed.erase_requests(connection, client)
+            if count or signed:
                 salt = secrets.token_bytes(_SALT)
                 self._sql.add_erased(connection, salt, _name_digest(salt, client), count)
         self._database.empty_journal()
@@ -611,7 +613,7 @@ class QueryLog:
             if (
                 (len(_binary(salt)), len(_binary(digest))) != (_SALT, len(_ORIGIN))
                 or type(rows) is not int
-                or rows < 1
+                or rows < 0
             ):
                 raise CountermarkError(
                     f"{self.shown}: the table of erased clients was changed; restore the log from "

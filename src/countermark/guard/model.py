@@ -33,8 +33,8 @@ _FOREIGN_BITS = 14
 _FOREIGN_SHARE = 0.5
 # The least share of images moved by two budgets that ranges must tell, or they serve for nothing.
 _LEAST_TOLD = 0.01
-# Forty times the change that the shape of a batch was seen to cause in float32 on a CPU.
-_TOLERANCE = 1e-5
+TOLERANCE = 1e-5
+"""Forty times the change that the shape of a batch was seen to cause in float32 on a CPU."""
 _ROUGH = 1e-2  # on other devices, where convolutions may have half the digits
 
 
@@ -61,6 +61,11 @@ class GuardedModel:
     to change a cell. Where so small a difference would change a query's cell or chance, the query
     is computed once more on its own. It then has one answer, in any batch and after any restart, as
     long as processor and software stay the same.
+
+    Attributes:
+        network: the network.
+        guard: the guard.
+        tolerance: more than computing differs from one shape of a batch to another.
     """
 
     def __init__(self, network: nn.Module, guard: Guard, tolerance: float | None = None) -> None:
@@ -74,17 +79,17 @@ class GuardedModel:
         """
         self.network, self.guard = network.eval(), guard
         self._split = FeatureReader(network)
-        self._tolerance = (
+        self.tolerance = (
             tolerance
             if tolerance is not None
-            else _TOLERANCE
+            else TOLERANCE
             if device_of(network).type == "cpu"
             else _ROUGH
         )
 
     def under(self, log: bytes) -> "GuardedModel":
         """Make the same model with the coins of a query log, by its identity."""
-        return GuardedModel(self.network, self.guard.under(log), self._tolerance)
+        return GuardedModel(self.network, self.guard.under(log), self.tolerance)
 
     def __call__(
         self, x: torch.Tensor, clients: str | Sequence[str], openings: Sequence[bytes] = ()
@@ -108,7 +113,7 @@ class GuardedModel:
         for start in range(0, len(images), count):
             part = images[start : start + count]
             logits, features = self._split(part)
-            questions = self.guard.questions(logits, features, part, self._tolerance)
+            questions = self.guard.questions(logits, features, part, self.tolerance)
             answers = logits.argmax(1)
             for question in questions:
                 row = question.row

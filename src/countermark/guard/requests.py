@@ -46,11 +46,8 @@ _BEFORE = b"countermark request 1"  # 0.2.0 and earlier: without numbers
 _SIGNATURE, _NUMBER, _HASH, _LABEL, _LONG = 64, 4, 32, 4, 8
 _PACKED = _HASH + _LONG + _NUMBER
 _DIGITS = re.compile("[0-9a-f]+")
-_TERMS = {
-    **dict.fromkeys(("model_sha256", "guard_sha256", "cells_sha256", "coins_sha256"), 64),
-    "log": 32,
-    "owner": 64,
-}
+_DIGESTS = ("model_sha256", "network_sha256", "guard_sha256", "cells_sha256", "coins_sha256")
+_TERMS = {**dict.fromkeys(_DIGESTS, 64), "log": 32, "owner": 64}
 """What the owner states besides the account's name, and how many hexadecimal digits it has."""
 _ADDED = {"client": 64, "nonce": 64}
 """What the client adds besides the number of their earlier openings."""
@@ -61,9 +58,9 @@ class Opening:
     """What a client signs before the first request.
 
     Attributes:
-        terms: what the owner stated: digests of the model, of the guard's configuration, of the
-            seeds of its cells and of what this account's coins come from; the log's identity, the
-            account's name, and the owner's public key.
+        terms: what the owner stated: digests of the weights, of the network that they are of, of
+            the guard's configuration, of the seeds of its cells and of what this account's coins
+            come from; the log's identity, the account's name, and the owner's public key.
         client: the client's public key, in hexadecimal.
         earlier: how many openings the client had signed for this service before.
         nonce: 32 random bytes of the client's, in hexadecimal.
@@ -103,17 +100,32 @@ class Opening:
         return canonical_json(self._signed())
 
 
-def terms_of(guard: "Guard", account: str, guard_sha256: str, owner: str) -> dict[str, str]:
+def network_sha256(network: str, shape: Sequence[int], class_names: Sequence[str]) -> str:
+    """Compute the digest of what weights do not tell: their network, and its images and classes."""
+    about = {"network": network, "shape": list(shape), "class_names": list(class_names)}
+    return hashlib.sha256(canonical_json(about)).hexdigest()
+
+
+def terms_of(
+    guard: "Guard",
+    account: str,
+    *,
+    network_sha256: str,
+    guard_sha256: str,
+    owner: str,
+) -> dict[str, str]:
     """State what a client's coins and cells come from, the secret parts as digests.
 
     Args:
         guard: the guard, under its log's identity.
         account: name of the account.
+        network_sha256: digest of the model's network; see the function.
         guard_sha256: digest of the guard's configuration.
         owner: the owner's public key, in hexadecimal.
     """
     return {
         "model_sha256": guard.settings.model_sha256,
+        "network_sha256": network_sha256,
         "guard_sha256": guard_sha256,
         "cells_sha256": hashlib.sha256(guard.cells.seeds).hexdigest(),
         "coins_sha256": hashlib.sha256(guard.account_secret(account)).hexdigest(),
@@ -304,6 +316,21 @@ def request_place(request: bytes) -> bytes:
         request: the row's.
     """
     return request[:-_NUMBER] if len(request) == _PACKED else b""
+
+
+def belongs(request: bytes, image: bytes, taken: Mapping[bytes, Sequence[bytes]]) -> bool:
+    """Tell whether a row's image was part of one of some requests, or of none that was signed.
+
+    Args:
+        request: what the row has of its request.
+        image: the row's image.
+        taken: the hashes of the images of each request, by its place.
+    """
+    place = request_place(request)
+    if not place:
+        return True
+    hashes, index = taken.get(place, ()), int.from_bytes(request[-_NUMBER:], "big")
+    return index < len(hashes) and hashes[index] == hashlib.sha256(image).digest()
 
 
 def opening_of(request: bytes) -> bytes:

@@ -175,13 +175,13 @@ def read_request(
     return True, Request(opening.terms["account"], signed, images, told, day)
 
 
-def erase_requests(connection: sa.Connection, client: str) -> None:
-    """Remove what a client signed."""
+def erase_requests(connection: sa.Connection, client: str) -> bool:
+    """Remove what a client signed; tell whether there was anything."""
     if not has(connection, _OPENINGS):
-        return
+        return False
     theirs = sa.select(_OPENINGS.c.digest).where(_OPENINGS.c.client == client)
     connection.execute(_REQUESTS.delete().where(_REQUESTS.c.opening.in_(theirs)))
-    connection.execute(_OPENINGS.delete().where(_OPENINGS.c.client == client))
+    return bool(connection.execute(_OPENINGS.delete().where(_OPENINGS.c.client == client)).rowcount)
 
 
 def _openings(connection: sa.Connection, **wanted: Any) -> list[Sequence[Any]]:

@@ -254,7 +254,11 @@ class Client:
         try:
             told = {} if answer is None else answer.value
             checked_terms(told["terms"])
-            if type(told["number"]) is not int:
+            if not (
+                type(told["number"]) is int
+                and isinstance(told["digest"], str)
+                and isinstance(told["opening"], dict | None)
+            ):
                 raise ValueError
         except (LookupError, TypeError, ValueError, CountermarkError):
             raise CountermarkError(
@@ -265,7 +269,8 @@ class Client:
         if opening is not None:
             state.begin(opening)
             body = json.dumps(opening.record()).encode()
-            self._exchange("POST", address, body, {"Content-Type": "application/json"})
+            if self._exchange("POST", address, body, {"Content-Type": "application/json"}) is None:
+                raise CountermarkError(f"{self.url} takes no opening (413); check the address")
         self._opened = True
 
     def _send(self, pixels: Array, headers: Mapping[str, str]) -> _Answer | None:

@@ -27,7 +27,7 @@ from torch import nn
 
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
-from countermark.guard import Guard, GuardedModel, QueryLog, Row, RowError
+from countermark.guard import GuardedModel, QueryLog, Row, RowError
 from countermark.guard.requests import ConflictError, Request, SignedRequest
 from countermark.service.messages import tell
 
@@ -178,9 +178,9 @@ class Engine:
         self.hangs = False
 
     @property
-    def guard(self) -> Guard | None:
-        """The guard, under the log's identity; `None` for a bare network."""
-        return self._model.guard if isinstance(self._model, GuardedModel) else None
+    def guarded(self) -> GuardedModel | None:
+        """The guarded model, under the log's identity; `None` for a bare network."""
+        return self._model if isinstance(self._model, GuardedModel) else None
 
     @property
     def waiting(self) -> int:

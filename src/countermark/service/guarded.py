@@ -204,8 +204,8 @@ class Guarded:
         path = (
             self._folder / "clients.json" if clients is None else own_path(clients, "the clients")
         )
-        shape, guard = self._described.shape, self._engine.guard
-        assert guard is not None
+        shape, guarded = self._described.shape, self._engine.guarded
+        assert guarded is not None
         return application(
             self._engine,
             Clients(path),
@@ -216,7 +216,7 @@ class Guarded:
             limits=Limits(
                 self._max_batch, max_body or body_limit(shape, self._max_batch), self._timeout
             ),
-            signing=Signing(guard, self._log, self._folder, self._key),
+            signing=Signing(guarded, self._log, self._folder, self._key),
         )
 
     def close(self) -> None:

@@ -126,11 +126,14 @@ def application(
         }
     )
     readers = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "read")
+    signers = ThreadPoolExecutor(1, "sign")  # which wait for the database
 
-    async def apart(function: Callable[[], Result]) -> Result:
+    async def apart(
+        function: Callable[[], Result], threads: ThreadPoolExecutor = readers
+    ) -> Result:
         """Run what takes long in a thread, so that the service goes on."""
         async with asyncio.timeout(limits.timeout):
-            return await asyncio.get_running_loop().run_in_executor(readers, function)
+            return await asyncio.get_running_loop().run_in_executor(threads, function)
 
     async def read_files(files: tuple[bytes, ...]) -> torch.Tensor:
         """Decode image files: small images at once, which is quicker than to wake a thread."""
@@ -154,11 +157,17 @@ def application(
             if not isinstance(x, torch.Tensor):
                 x = await read_files(x)
             count = len(x)
-            signed = None
+            receipt = ""
             if signing is not None and client.public_key is not None:
-                signed = await apart(partial(signing.request, client, request.headers, x))
-            async with asyncio.timeout(limits.timeout):
-                labels = await engine.answer(x, client.name, signed)
+                with signing.turn(client):
+                    ask = partial(signing.request, client, request.headers, x)
+                    signed = await apart(ask, signers)
+                    async with asyncio.timeout(limits.timeout):
+                        labels = await engine.answer(x, client.name, signed)
+                    receipt = signing.receipt(signed, labels)
+            else:
+                async with asyncio.timeout(limits.timeout):
+                    labels = await engine.answer(x, client.name)
             images.inc(len(labels))
             said = {"model_name": name, "model_version": "1"}
             content, json_length = answer(asked, labels, names, said)
@@ -171,8 +180,8 @@ def application(
                     media_type="application/octet-stream",
                 )
             )
-            if signing is not None and signed is not None:
-                response.headers[RECEIPT_HEADER] = signing.receipt(signed, labels)
+            if receipt:
+                response.headers[RECEIPT_HEADER] = receipt
         except RefusedError as refusal:
             response = _error(refusal.status, str(refusal))
         except ConflictError as conflict:
@@ -202,11 +211,11 @@ def application(
             if signing is None:
                 raise RefusedError(404, "this service has no guard, and nothing is signed here")
             if request.method == "GET":
-                told = await apart(partial(signing.state, client))
+                told = await apart(partial(signing.state, client), signers)
             else:
                 async with asyncio.timeout(limits.timeout):
                     body = await _body(request, _OPENING)
-                told = await apart(partial(signing.begin, client, _json(body)))
+                told = await apart(partial(signing.begin, client, _json(body)), signers)
         except RefusedError as refusal:
             return _error(refusal.status, str(refusal))
         except ConflictError as conflict:

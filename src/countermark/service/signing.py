@@ -1,28 +1,32 @@
 """Clients who sign: their openings, their requests in order, and the owner's receipts."""
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from countermark.errors import CountermarkError
-from countermark.files import read_bytes
-from countermark.guard import Guard, QueryLog, guard_sha256, read_guard_record
+from countermark.guard import TOLERANCE, GuardedModel, QueryLog, guard_sha256, read_guard_record
 from countermark.guard.requests import (
     ConflictError,
     Opening,
     SignedRequest,
     image_hashes,
+    network_sha256,
     read_opening,
     request_of,
     sign_receipt,
     terms_of,
 )
 from countermark.guard.sqlite import LARGEST
+from countermark.networks import describe
 from countermark.service.clients import Client
+from countermark.service.engine import BusyError
 from countermark.service.tensors import BESIDES, RefusedError
-from countermark.watermarks import public_key
+from countermark.watermarks import load_signing_key, public_key
 
 
 class Signing:
@@ -34,35 +38,35 @@ class Signing:
 
     most = LARGEST - BESIDES
 
-    def __init__(self, guard: Guard, log: QueryLog, folder: Path, key: Path) -> None:
-        """Prepare; nothing is read of the log yet.
+    def __init__(self, model: GuardedModel, log: QueryLog, folder: Path, key: Path) -> None:
+        """Prepare; the owner's signing key is read once a client signs.
 
         Args:
-            guard: the guard, under the log's identity.
+            model: the guarded model, under the log's identity.
             log: the query log.
-            folder: the model folder, for its guard's configuration.
+            folder: the model folder, for the configuration of its guard and its network.
             key: the owner's key folder, for the key that receipts are signed with.
 
         Raises:
-            CountermarkError: one of the two cannot be read.
+            CountermarkError: the model folder cannot be read.
         """
-        self._guard, self._log = guard, log
+        self._guard, self._log, self._folder = model.guard, log, key
+        self._exact = model.tolerance <= TOLERANCE
         self._digest = guard_sha256(read_guard_record(folder))
-        self._key = read_bytes(key / "signing-key", 32)
-        self._owner = public_key(self._key)
+        about = describe(folder)
+        self._network = network_sha256(about.network, about.shape, about.class_names)
+        self._key = b""
         self._openings: dict[str, Opening] = {}  # of accounts that have asked
+        self._lock = threading.Lock()
+        self._asking: set[str] = set()
 
     def state(self, client: Client) -> dict[str, Any]:
         """Tell a client what an opening is about, and which requests of theirs the log has.
 
         Raises:
-            RefusedError: the account has no public key.
+            RefusedError: the account has no public key, or the log no identity.
             CountermarkError: the log cannot be read.
         """
-        if client.public_key is None:
-            raise RefusedError(
-                400, "this account has no public key, so its requests are not signed"
-            )
         terms, found = self._terms(client), self._opening(client)
         number, digest = (0, b"") if found is None else self._log.last_request(found)
         return {
@@ -91,6 +95,23 @@ class Signing:
         self._log.begin_requests(opening)
         return self.state(client)
 
+    @contextlib.contextmanager
+    def turn(self, client: Client) -> Iterator[None]:
+        """Let a client who signs ask one request after the other.
+
+        Raises:
+            BusyError: their last request is not answered yet.
+        """
+        with self._lock:
+            if client.name in self._asking:
+                raise BusyError("the last request of this account is not answered yet")
+            self._asking.add(client.name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._asking.discard(client.name)
+
     def request(
         self, client: Client, headers: Mapping[str, str], images: torch.Tensor
     ) -> SignedRequest:
@@ -116,7 +137,10 @@ class Signing:
         if images.numel() > self.most:
             raise RefusedError(413, f"a signed request has at most {self.most} values of pixels")
         opening = self._openings.get(client.name)
-        if opening is None or opening.digest != signed.opening:
+        if opening is None or (opening.digest, opening.client) != (
+            signed.opening,
+            client.public_key,
+        ):
             opening = self._opening(client)
         if opening is None or opening.digest != signed.opening:
             raise ConflictError("the requests of this account have another opening now; open again")
@@ -125,12 +149,43 @@ class Signing:
 
     def receipt(self, signed: SignedRequest, labels: list[int]) -> str:
         """Sign what a request was answered with; hexadecimal."""
-        return sign_receipt(self._key, signed.digest, labels).hex()
+        return sign_receipt(self._owners_key(), signed.digest, labels).hex()
+
+    def _owners_key(self) -> bytes:
+        self._key = self._key or load_signing_key(self._folder)
+        return self._key
 
     def _terms(self, client: Client) -> dict[str, str]:
-        return terms_of(self._guard, client.name, self._digest, self._owner)
+        if client.public_key is None:
+            raise RefusedError(400, "this account has no public key, so its requests are unsigned")
+        if not self._guard.log:
+            raise RefusedError(
+                409,
+                "the query log is of an earlier release and has no identity, which coins of signed "
+                "requests need; its owner runs countermark log renew",
+            )
+        if not self._exact:
+            raise RefusedError(
+                409,
+                "clients can sign only where the model computes on a processor (--device cpu): no "
+                "judge could compute the same answers again",
+            )
+        return terms_of(
+            self._guard,
+            client.name,
+            network_sha256=self._network,
+            guard_sha256=self._digest,
+            owner=public_key(self._owners_key()),
+        )
 
     def _opening(self, client: Client) -> Opening | None:
+        """The client's opening of the present terms, if it is signed with their present key."""
         terms = self._terms(client)
-        fitting = (each for each in self._log.openings(client.name) if each.terms == terms)
-        return next(fitting, None)
+        return next(
+            (
+                each
+                for each in self._log.openings(client.name)
+                if each.terms == terms and each.client == client.public_key
+            ),
+            None,
+        )

@@ -8,6 +8,7 @@ answer is sent again, the same, before anything else.
 import base64
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from countermark.guard.requests import (
 
 STATE_FORMAT = "countermark client 1"
 RECEIPTS = "receipts.jsonl"
-"""The file of openings and receipts, one JSON object a line."""
+"""The file of openings and receipts, one JSON object a line, with empty lines between."""
 _NAME = "state.json"
 _LIMIT = 1 << 25
 _PRIVATE = 0o600
@@ -168,8 +169,18 @@ class State:
         self._write(_Stand(opening, signed.number, signed.digest))
 
     def _note(self, record: dict[str, Any]) -> None:
-        with (self._folder / RECEIPTS).open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        """Add a line that is there after any crash; it begins with an end of what was torn."""
+        path = self._folder / RECEIPTS
+        try:
+            with path.open("ab") as stream:
+                stream.write(f"\n{json.dumps(record)}\n".encode())
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise CountermarkError(
+                f"cannot write {path}: {error.strerror}; make room, and ask again: the request is "
+                "sent once more"
+            ) from error
 
     def _read(self) -> _Stand | None:
         path = self._folder / _NAME

@@ -1,5 +1,6 @@
 """Claims against accounts, made and judged; what `claim --log` and `adjudicate` share."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,9 +17,11 @@ from countermark.text import brief
 from countermark.verbs.asking import Answers, ask, asked_how
 
 if TYPE_CHECKING:
+    import torch
+
     from countermark.claims import Judgement, Trial
     from countermark.guard import QueryLog
-    from countermark.guard.requests import Opening, Request
+    from countermark.guard.requests import Opening
     from countermark.watermarks import Looks
 
 
@@ -56,6 +59,7 @@ def claim_account(
         account_evidence,
         accusation_of,
         choices_of,
+        commitment_faults_of,
         first_queries,
         images_of_trials,
         suspect_identity,
@@ -66,17 +70,17 @@ def claim_account(
     from countermark.watermarks import load_key, load_secret, note_look, sign
 
     loaded, secret, settings = load_key(key), load_secret(key), read_guard(model)
+    shape = describe(model).shape
     with QueryLog(log, create=False) as opened:
-        opening, requests = _last_opening(opened, client, settings.model_sha256)
+        opening = _last_opening(opened, client, settings.model_sha256)
+        counts, x, last = _requests(opened, opening, shape)
         place = _place(opened, client)
     guard = Guard(settings, secret, opening.log)
-    shape = describe(model).shape
-    x = torch.frombuffer(bytearray(b"".join(each.images for each in requests)), dtype=torch.uint8)
     made = AccountClaim(
         opening=opening,
-        counts=torch.tensor([len(each.labels) for each in requests]),
-        x=x.reshape(-1, *shape),
-        last_signature=requests[-1].signed.signature,
+        counts=torch.tensor(counts),
+        x=x,
+        last_signature=last,
         coins=guard.account_secret(client),
         cells=guard.cells.seeds,
         place=place,
@@ -84,9 +88,15 @@ def claim_account(
         accusation_signature="",
         model=model,
     )
-    built, _ = made.network(network)
+    built, digest = made.network(network)
+    faults = commitment_faults_of(made, digest)
+    if faults and not anyway:
+        raise CountermarkError(
+            f"{brief(client)} signed for another model or guard ({'; '.join(faults)}); name the "
+            "folder that answered then with --model, and its key"
+        )
     identity = suspect_identity(suspect)
-    trials = first_queries(made, built)
+    trials = first_queries(made, built).trials
     if not trials:
         raise CountermarkError(f"{brief(client)} has asked nothing near a coin yet")
     with new_folder(out, {"suspect": identity, "client": client}) as work:
@@ -109,22 +119,43 @@ def claim_account(
     return AccountClaimed(test, answers, looks)
 
 
-def _last_opening(
-    log: "QueryLog", client: str, model_sha256: str
-) -> "tuple[Opening, list[Request]]":
-    """The opening of a client for a model with the most requests, and all of these."""
-    found = [
-        (opening, list(log.requests(opening)))
+def _last_opening(log: "QueryLog", client: str, model_sha256: str) -> "Opening":
+    """The opening of a client for a model with the most requests."""
+    fitting = [
+        (log.last_request(opening)[0], opening)
         for opening in log.openings(client)
         if opening.terms["model_sha256"] == model_sha256
     ]
-    opening, requests = max(found, key=lambda pair: len(pair[1]), default=(None, []))
-    if opening is None or not requests:
+    number, opening = max(fitting, key=lambda each: each[0], default=(0, None))
+    if opening is None or number == 0:
         raise CountermarkError(
             f"{log.shown} has no signed requests of {brief(client)} to this model; a judge accepts "
             "no others (countermark client add NAME --public-key)"
         )
-    return opening, requests
+    return opening
+
+
+def _requests(
+    log: "QueryLog", opening: "Opening", shape: tuple[int, ...]
+) -> "tuple[list[int], torch.Tensor, bytes]":
+    """The number of images of each request, all images, and the last signature."""
+    import torch
+
+    from countermark.claims import REQUESTS_LIMIT
+
+    counts, images, last = [], bytearray(), b""
+    for request in log.requests(opening):
+        counts.append(len(request.labels))
+        images += request.images
+        last = request.signed.signature
+        if len(images) > REQUESTS_LIMIT:
+            raise CountermarkError(
+                f"the requests have more than {REQUESTS_LIMIT} bytes of images; no judge reads them"
+            )
+    x = torch.frombuffer(images, dtype=torch.uint8)
+    if x.numel() != sum(counts) * math.prod(shape):
+        raise CountermarkError(f"the requests are of other images than {shape}")
+    return counts, x.reshape(-1, *shape), last
 
 
 def _place(log: "QueryLog", client: str) -> int:
@@ -185,13 +216,12 @@ def adjudicate_account(
     kept = [] if receipts is None else read_receipts(receipts)
     built, digest = read.network(network)
     identity = suspect_identity(suspect)
-    trials = first_queries(read, built)
+    drawn = first_queries(read, built)
+    trials = drawn.trials
     x = images_of_trials(read, trials)
     tested = partial(account_evidence, trials, alpha=alpha, choices=choices_of(read))
     labels, answers = ask(config, [x], read.shape, "", None, (), tested)
-    finding = AccountFinding(
-        trials, labels, identity, digest, client_key, kept, alpha, answers.ways
-    )
+    finding = AccountFinding(drawn, labels, identity, digest, client_key, kept, alpha, answers.ways)
     judgement = judge_account(read, finding)
     shown = [
         Trial(read.x[trial.image], trial.heads, trial.tails, trial.coin, int(label))

@@ -53,8 +53,8 @@ def log_erase(config: LogEraseConfig) -> Erased:
 def show(result: Erased) -> None:
     """Print what was erased."""
     print_lines(
-        f"erased {result.rows} trials of {result.client}; their digests stay, "
-        "so the chain still checks"
+        f"erased {result.rows} trials of {result.client}, and all that they signed; the trials' "
+        "digests stay, so the chain still checks"
     )
     if result.rows:
         print_lines(

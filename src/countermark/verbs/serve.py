@@ -149,8 +149,8 @@ def serve(config: ServeConfig) -> Served:
             ending.callback(close_log, log)
         engine = Engine(model, log, config.max_batch, config.max_waiting)
         ending.callback(engine.stop)
-        guard = engine.guard
-        signing = None if guard is None or log is None else Signing(guard, log, folder, key)
+        guarded = engine.guarded
+        signing = None if guarded is None or log is None else Signing(guarded, log, folder, key)
         app = application(
             engine,
             clients,

@@ -293,8 +293,8 @@ def _check_form(tensors: Mapping[str, torch.Tensor], c1: Mapping[str, Any], path
 def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> None:
     """Refuse trials that the statistic is not valid for, or that do not match the counts in C1.
 
-    A "coin" with one answer would score a stranger's model that happens to give it. Two trials of
-    one coin in different cells would count it twice.
+    A "coin" with one answer would score a stranger's model that happens to give it. A cell has the
+    number of its first trial, whose coin is the cell's.
     """
     answers, batch, cell = watermarks.answers, watermarks.batch, watermarks.cell
     in_order = bool((answers >= 0).all()) and bool((batch >= 0).all()) and bool((cell >= 0).all())
@@ -304,7 +304,8 @@ def _check_fit(watermarks: WatermarkSet, c1: Mapping[str, Any], path: Path) -> N
         in_order = (
             in_order
             and bool((answers[:, 0] < answers[:, 1]).all())
-            and len(set(cell.tolist())) == len(cell)
+            and bool((cell <= torch.arange(len(cell))).all())
+            and all(torch.equal(each[cell], each) for each in (cell, batch, answers))
         )
     count, batches = len(watermarks), int(batch.max()) + 1
     counted = (c1.get("leaves"), c1.get("batches"), c1.get("shape")) == (
@@ -335,6 +336,15 @@ def load_secret(folder: Path) -> bytes:
     return _read_secret(folder / "secret")
 
 
+def load_signing_key(folder: Path) -> bytes:
+    """The Ed25519 key of a key folder, 32 bytes.
+
+    Raises:
+        CountermarkError: the folder has none, or it is damaged.
+    """
+    return _read_secret(folder / "signing-key")
+
+
 def _read_secret(path: Path) -> bytes:
     data = read_bytes(path, 2 * SECRET_BYTES)
     if len(data) != SECRET_BYTES:
@@ -352,7 +362,8 @@ def _key(
         return Key(watermarks, labels, torch.full_like(labels, -1), c1, signature, t1)
     committed = canonical_json(c1)
     beacon = b"" if t1 is None else read_token(t1, sha256(committed), "the key's timestamp").beacon
-    coins = draw_coins(committed, beacon, leaf_secrets(secret, len(watermarks))).unsqueeze(1)
+    drawn = draw_coins(committed, beacon, leaf_secrets(secret, len(watermarks)))
+    coins = drawn[watermarks.cell].unsqueeze(1)
     labels = watermarks.answers.gather(1, coins).squeeze(1)
     return Key(
         watermarks, labels, watermarks.answers.gather(1, 1 - coins).squeeze(1), c1, signature, t1
