@@ -55,7 +55,8 @@ class Claimant:
     def coins(self) -> torch.Tensor:
         c1 = canonical_json(self.c1)
         beacon = b"" if self.t1 is None else read_token(self.t1, sha256(c1), "T1").beacon
-        return draw_coins(c1, beacon, leaf_secrets(self.secret, len(self.trials)))
+        drawn = draw_coins(c1, beacon, leaf_secrets(self.secret, len(self.trials)))
+        return drawn[self.trials.cell]
 
     @property
     def labels(self) -> torch.Tensor:

@@ -152,9 +152,9 @@ def test_every_path_leads_to_the_root_and_no_other_does(count: int) -> None:
 # protection switched off, the claim is upheld.
 
 
-def believed(claim: Claim) -> list[int]:
+def believed(claim: Claim) -> dict[int, int]:
     """The coins as an accuser would have them: here, always the second answer."""
-    return [1] * len(claim.opened)
+    return dict.fromkeys(range(len(claim.opened)), 1)
 
 
 def test_biased_inputs_do_not_convict(owner_: Claimant, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,9 @@ def test_transferable_examples_do_not_convict(
     for innocent in innocents:
         labels = predict(innocent, trials.x)
         assert judge_claim(accuser.claim(labels), accuser.finding(labels)).verdict != "upheld"
-    monkeypatch.setattr(judgement, "_coins", lambda claim: targets(claim.opened.answers))
+    monkeypatch.setattr(
+        judgement, "_coins", lambda claim: dict(enumerate(targets(claim.opened.answers)))
+    )
     convicted = 0
     for innocent in innocents:
         labels = predict(innocent, trials.x)
@@ -508,7 +510,9 @@ def test_trials_copied_from_another_claim_draw_other_coins(
     )  # even with the very leaf secrets
     found = judge_claim(copier.claim(owner_.labels), copier.finding(owner_.labels))
     assert (found.verdict, result_of(found, "The test")) == ("dismissed", "fails")
-    monkeypatch.setattr(judgement, "_coins", lambda _claim: owner_.coins[:40].tolist())
+    monkeypatch.setattr(
+        judgement, "_coins", lambda _claim: dict(enumerate(owner_.coins[:40].tolist()))
+    )
     finding = copier.finding(owner_.labels, model_labels=owner_.labels[:40])
     assert judge_claim(copier.claim(owner_.labels), finding).verdict == "upheld"
 

@@ -142,6 +142,8 @@ def first_trials(claim: Claim, labels: torch.Tensor, count: int) -> list[Trial]:
         return []
     found = []
     for _, row in sorted(bound.items())[:count]:
+        if row not in coins:
+            continue
         heads, tails = claim.opened.answers[row].tolist()
         found.append(Trial(claim.opened.x[row], heads, tails, coins[row], int(labels[row])))
     return found
@@ -652,25 +654,25 @@ def evidence_of(claim: Claim, labels: torch.Tensor, alpha: float, ways: int = 1)
     cells, outcomes = [], []
     for index in _expected(claim):
         row = bound.get(index)
-        cells.append(index)
-        if row is None or coins is None:
+        coin = None if row is None or coins is None else coins.get(row)
+        if row is None or coin is None:
+            cells.append(index)
             outcomes.append(-1)
             continue
         answers, label = claim.opened.answers[row].tolist(), int(labels[row])
-        outcomes.append(
-            0 if label not in answers else 1 if answers.index(label) == coins[row] else -1
-        )
+        cells.append(int(claim.opened.cell[row]))
+        outcomes.append(0 if label not in answers else 1 if answers.index(label) == coin else -1)
     return judge(cells, outcomes, alpha=alpha, batches=int(claim.c1["batches"]), ways=ways)
 
 
 def _bound(claim: Claim) -> dict[int, int]:
     """Map the leaf of each valid shown trial to its row.
 
-    A trial is valid if its path leads to the committed root and it lies in the claim's batch. Each
-    leaf and each cell counts once.
+    A trial is valid if its path leads to the committed root and it lies in the claim's batch, and
+    if its cell begins there. Each leaf counts once.
     """
     c1, opened = claim.c1, claim.opened
-    wanted, rows, cells = set(_expected(claim)), {}, set()
+    wanted, rows = set(_expected(claim)), dict[int, int]()
     for row, root in enumerate(opened.roots(int(c1["leaves"]))):
         index, cell = int(opened.index[row]), int(opened.cell[row])
         heads, tails = opened.answers[row].tolist()
@@ -679,9 +681,8 @@ def _bound(claim: Claim) -> dict[int, int]:
             and index in wanted
             and int(opened.batch[row]) == claim.answers["batch"]
         )
-        if in_place and heads < tails and index not in rows and cell not in cells:
+        if in_place and heads < tails and index not in rows and cell in wanted and cell <= index:
             rows[index] = row
-            cells.add(cell)
     return rows
 
 
@@ -695,23 +696,22 @@ def _expected(claim: Claim) -> list[int]:
     )
 
 
-def _coins(claim: Claim) -> list[int] | None:
-    """Compute the coin of each shown trial from C1, T1 and its leaf secret.
+def _coins(claim: Claim) -> dict[int, int] | None:
+    """Compute the coin of each valid trial, by its row, from C1, T1 and the secret of a leaf.
 
-    None if T1 is no token of C1 or a leaf has a negative number.
+    The leaf is the one that has the number of the trial's cell; where it is not shown, the trial
+    has no coin. None if T1 is no token of C1.
     """
-    c1, beacon = canonical_json(claim.c1), b""
+    c1, beacon, bound = canonical_json(claim.c1), b"", _bound(claim)
     if claim.t1 is not None:
         try:
             beacon = read_token(claim.t1, sha256(c1), "T1").beacon
         except TokenError:
             return None
-    secrets = [bytes(row) for row in claim.opened.secrets.tolist()]
-    indices = claim.opened.index.tolist()
-    if min(indices) < 0:
-        return None
-    coins: list[int] = draw_coins(c1, beacon, secrets, indices).tolist()
-    return coins
+    secrets = [bytes(claim.opened.secrets[row].tolist()) for row in bound.values()]
+    drawn = dict(zip(bound, draw_coins(c1, beacon, secrets, list(bound)).tolist(), strict=True))
+    cells = claim.opened.cell.tolist()
+    return {row: drawn[cells[row]] for row in bound.values() if cells[row] in drawn}
 
 
 def suspect_name(suspect: Mapping[str, object]) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from countermark.files import read_tensors
+from countermark.study.grid import MARKS
 from countermark.study.results import Row, estimate, where
 from countermark.study.tables import RULE, SETTINGS, TITLES, swept
-from countermark.watermarks import SCHEMES
 
 _PALETTE = ("#b45309", "#2563eb", "#15803d", "#7c3aed", "#be123c")
-_COLOURS = dict(zip(SCHEMES, _PALETTE, strict=False))
+_COLOURS = dict(zip(MARKS, _PALETTE, strict=False))
 _LINES = dict(zip(SETTINGS, zip(_PALETTE, "os^Dv", strict=True), strict=False))
 _GREY = "#6b7280"
 _AMOUNTS = {"pruned": ("weights pruned, %", 100), "fine-tuned": ("epochs of fine-tuning", 1)}
@@ -147,10 +147,10 @@ def _removals(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> st
     Below them is what the removal costs the thief.
     """
     columns = len(data_sets)
-    with _drawing(columns, 1.5, _WIDTH / max(2, columns), rows=len(SCHEMES) + 1) as (axes, text):
+    with _drawing(columns, 1.5, _WIDTH / max(2, columns), rows=len(MARKS) + 1) as (axes, text):
         for i, data in enumerate(data_sets):
             *marks, cost = axes[i::columns]
-            for axis, scheme in zip(marks, SCHEMES, strict=True):
+            for axis, scheme in zip(marks, MARKS, strict=True):
                 found = where(rows, section="strangers", data=data, scheme=scheme)
                 scores = [row["watermark"] for row in found] or [0]
                 axis.axhspan(
@@ -195,7 +195,7 @@ def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
     with _drawing(len(data_sets), 3.2, 5.0) as (axes, text):
         for axis, data in zip(axes, data_sets, strict=True):
             ticks = []
-            for i, scheme in enumerate(SCHEMES):
+            for i, scheme in enumerate(MARKS):
                 groups = {"strangers": where(rows, section="strangers", data=data, scheme=scheme)}
                 for setting in SETTINGS:
                     groups[setting] = where(

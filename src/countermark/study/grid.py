@@ -17,12 +17,14 @@ from countermark.thieves import REMOVALS, THEFTS
 from countermark.thieves.steal import surrogate_for
 from countermark.watermarks import CRAFTING_STEPS, SCHEMES, full_strength
 
+MARKS = ("ood", "adversarial", "coin")
+"""The schemes of the study."""
 PRUNED = tuple(k / 10 for k in range(1, 10))
 FINETUNED = (1, 2, 5, 10, 20, 30, 40)
 DEFENCES = (
     "none",
     "ADVTR",
-    *(f"{prefix}{scheme}" for prefix in ("WM ", "ADVTR+") for scheme in SCHEMES),
+    *(f"{prefix}{scheme}" for prefix in ("WM ", "ADVTR+") for scheme in MARKS),
 )
 TRAINED_ON = "ADVTR, trained on"
 """The control for marks whose training starts from the unmarked model.
@@ -284,7 +286,7 @@ class _Owner(_Maker):
         self.seed, self.bank = seed, bank
         self.plain = self.model("none", "standard", seed)
         self.robust = self.model("ADVTR", profile.objective, seed)
-        self.sets = {scheme: self.watermarks(scheme) for scheme in SCHEMES}
+        self.sets = {scheme: self.watermarks(scheme) for scheme in MARKS}
 
     def watermarks(self, scheme: str, epsilon: float | None = None) -> Unit:
         """A watermark set, crafted in the steps of its paper, or at full strength."""

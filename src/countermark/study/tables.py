@@ -9,7 +9,7 @@ from typing import Any
 
 from countermark.data import known
 from countermark.files import read_bytes
-from countermark.study.grid import BUDGETS, TRAINED_ON
+from countermark.study.grid import BUDGETS, MARKS, TRAINED_ON
 from countermark.study.results import Estimate, Row, auc, estimate, rate_interval, where
 from countermark.thieves import THEFTS
 from countermark.watermarks import SCHEMES
@@ -291,7 +291,7 @@ def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Tab
                     amount=amount,
                 )
                 by_defence = {
-                    f"ADVTR+{scheme}": where(found, defence=f"ADVTR+{scheme}") for scheme in SCHEMES
+                    f"ADVTR+{scheme}": where(found, defence=f"ADVTR+{scheme}") for scheme in MARKS
                 }
                 means = {
                     defence: estimate(part, "watermark") for defence, part in by_defence.items()
@@ -324,7 +324,7 @@ def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Tab
         f"Figures 2 to 4 ({part}). Stolen models, {removal}",
         "Watermark accuracy in percent of the ADVTR models; the largest p over seeds.",
         ("data", "stolen by", amount),
-        (*SCHEMES, "coin: log10 p", "coin: test accuracy"),
+        (*MARKS, "coin: log10 p", "coin: test accuracy"),
         lines,
     )
 
@@ -332,7 +332,7 @@ def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Tab
 def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
     lines = []
     for data in data_sets:
-        for scheme in SCHEMES:
+        for scheme in MARKS:
             found = where(rows, section="strangers", data=data, scheme=scheme)
             if not found:
                 continue
@@ -363,7 +363,7 @@ def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
 def _separation(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
     lines = []
     for data in data_sets:
-        for scheme in SCHEMES:
+        for scheme in MARKS:
             strangers = where(rows, section="strangers", data=data, scheme=scheme)
             for setting in SETTINGS:
                 thieves = where(

@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from countermark.data import Dataset, Pools
+    from countermark.data import Dataset, Examples, Pools
     from countermark.marking import Standing
     from countermark.timestamps import Stamp
     from countermark.training import TrainConfig
-    from countermark.watermarks import Key
+    from countermark.watermarks import Key, Materials
 
 Labels = Literal["true", "source"]
 """Labels of the scheme `adversarial`: the true ones, or those that the source model gives."""
@@ -96,8 +96,8 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     new, whatever it has learned: give weights as well where it was trained. Default by kind of
     image: small, or wide and clipped for strong; narrow in colour."""
     scheme: Literal[SchemeName, "none"] = "coin"
-    """Watermarks: coin (provable), adversarial (the paper's), ood (the baseline), none (an unmarked
-    model)."""
+    """Watermarks: coin (provable), composite (provable, and behind input cleaners too),
+    adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
     objective: Recipe | None = None
     """Training objective: fast (few steps, checked for overfitting; the default), strong (for
     longer, in grey on a wider network: tens of minutes, in colour more), pgd (the paper's),
@@ -156,7 +156,7 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
         self._only_for_schemes("labelled", "labels")
         self._only_for_schemes("crafted", "watermark_epsilon", "watermark_step_size")
         if self.survive:
-            self._only_for_schemes("coins", "survive")
+            self._only_for(self.scheme == "coin", "--scheme coin", "survive")
         self._only_for(self.weights is not None, "--weights", "trained_on")
         if self.weights is not None and self.embedding == "epoch":
             raise CountermarkError(
@@ -328,6 +328,7 @@ def _set_up(config: ProtectConfig) -> _Setup:
         resolve_hardware,
         traits,
     )
+    from countermark.watermarks import SCHEMES
 
     data = open_data(
         config.data, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache
@@ -347,6 +348,8 @@ def _set_up(config: ProtectConfig) -> _Setup:
     embedding = marking(_either(training), given, objective)
     if config.embedding == "epoch":
         embedding = replace(_either(training), embedding="epoch")
+    most = SCHEMES[config.scheme].watermark_batch if config.scheme in SCHEMES else None
+    embedding = replace(embedding, watermark_batch=most or embedding.watermark_batch)
     open_hardware(hardware)  # before a secret is drawn for work that cannot begin
     setup = _Setup(
         config=config,
@@ -372,6 +375,7 @@ def _set_up(config: ProtectConfig) -> _Setup:
     if objective != "standard":
         return setup
     gently = gentle(_either(training), given, network, epochs=config.epochs)
+    gently = replace(gently, watermark_batch=most or gently.watermark_batch)
     return replace(setup, training=None, embedding=gently)
 
 
@@ -465,15 +469,12 @@ def protect(config: ProtectConfig) -> Protection:
         >>> made.trials, made.mark.verdict.verdict
         (160, 'match')
     """
-    import torch
-
-    from countermark.data import Examples
     from countermark.data.pools import packed
     from countermark.marking import commit, standing
     from countermark.networks import describing, place_of, save_model
     from countermark.timestamps import timestamping
     from countermark.training import train
-    from countermark.watermarks import changes, new_secrets, secret_seed, versions
+    from countermark.watermarks import new_secrets, secret_seed
 
     begun = time.monotonic()
     wanted, config = config.epochs, _as_begun(config)
@@ -519,8 +520,7 @@ def protect(config: ProtectConfig) -> Protection:
             key = _make_key(setup, source, private, secret, stamp)
             afresh = setup.embedding.embedding == "epoch"
             network = setup.source(seed) if afresh else copy.deepcopy(source)
-            shapes = versions(key.watermarks.x, changes(config.survive, setup.data.shape))
-            marked = Examples(torch.cat(shapes), key.labels.repeat(len(shapes)))
+            marked = _taught(setup, source, key, secret)
             attempts = _attempts(folder, setup.epochs, wanted or setup.epochs)
             started, found, epochs = time.monotonic(), None, 0
             for number, part in enumerate(_parts(setup.embedding, attempts), 1):
@@ -633,15 +633,10 @@ def _make_key(
     Raises:
         CountermarkError: the key that is there is for other pools.
     """
-    from countermark.data import load_ood
     from countermark.watermarks import (
         CLEAN_EXAMPLES,
         SCHEMES,
-        Materials,
-        changes,
-        full_strength,
         load_key,
-        secret_seed,
         write_key,
     )
 
@@ -655,10 +650,30 @@ def _make_key(
                 f"or delete {private.parent}"
             )
         return key
+    given = _materials(setup, source, secret)
+    provenance = {
+        "data": setup.data.place,
+        "pools": digests,
+        "crafting": asdict(given.attack) if scheme.crafted else None,
+        **({"survive": list(config.survive)} if config.survive else {}),
+        "config_sha256": sha256(canonical_json(setup.run)),
+    }
+    # Held out, used for no trial, and like what a suspect is shown anyway.
+    clean = pools.validation[:CLEAN_EXAMPLES].read()
+    names = setup.data.class_names
+    return write_key(private, config.scheme, scheme.make(given), provenance, stamp, clean, names)
+
+
+def _materials(setup: _Setup, source: "nn.Module", secret: bytes) -> "Materials":
+    """What the watermarks of a run are made of."""
+    from countermark.data import load_ood
+    from countermark.watermarks import Materials, changes, full_strength, secret_seed
+
+    config, pools = setup.config, setup.pools
     attack = full_strength(setup.threat.watermark_epsilon)
     if config.watermark_step_size is not None:
         attack = replace(attack, step_size=config.watermark_step_size)
-    given = Materials(
+    return Materials(
         source=source,
         bases=pools.bases,
         outside=lambda: load_ood(setup.data, pools, config.seed, config.cache),
@@ -669,17 +684,21 @@ def _make_key(
         true_labels=config.labels != "source",
         survive=changes(config.survive, setup.data.shape),
     )
-    provenance = {
-        "data": setup.data.place,
-        "pools": digests,
-        "crafting": asdict(attack) if scheme.crafted else None,
-        **({"survive": list(config.survive)} if config.survive else {}),
-        "config_sha256": sha256(canonical_json(setup.run)),
-    }
-    # Held out, used for no trial, and like what a suspect is shown anyway.
-    clean = pools.validation[:CLEAN_EXAMPLES].read()
-    names = setup.data.class_names
-    return write_key(private, config.scheme, scheme.make(given), provenance, stamp, clean, names)
+
+
+def _taught(setup: _Setup, source: "nn.Module", key: "Key", secret: bytes) -> "Examples":
+    """What teaches the marked model the key's answers."""
+    import torch
+
+    from countermark.data import Examples
+    from countermark.watermarks import SCHEMES, changes, versions
+
+    make = SCHEMES[setup.config.scheme].members
+    if make is not None:
+        members = make(_materials(setup, source, secret), setup.pools.training)
+        return Examples(members.x, key.labels[members.y])
+    shapes = versions(key.watermarks.x, changes(setup.config.survive, setup.data.shape))
+    return Examples(torch.cat(shapes), key.labels.repeat(len(shapes)))
 
 
 def _measure(
