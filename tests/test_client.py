@@ -379,3 +379,55 @@ def test_a_client_needs_nothing_of_the_service() -> None:
     code += "print(cm.Client('http://h/v2/models/m', 'x'))"
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert said.stdout == "Client('http://h/v2/models/m')\n"
+
+
+TERMS = {f"{name}_sha256": "ab" * 32 for name in ("model", "network", "guard", "cells", "coins")}
+TERMS |= {"log": "cd" * 16, "account": "anna", "owner": "ef" * 32}
+SIGNING = {
+    **ABOUT,
+    "parameters": {**ABOUT["parameters"], "signing": True},  # type: ignore[dict-item]
+    **{"terms": TERMS, "opening": None, "number": 0, "digest": "00" * 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"parameters": ABOUT["parameters"]}, "takes no signed requests"),
+        ({"terms": None}, "does not say what it signs"),
+        ({"terms": {**TERMS, "more": "x"}}, "does not say what it signs"),
+        ({"terms": {**TERMS, "log": ""}}, "does not say what it signs"),
+        ({"number": "0"}, "does not say what it signs"),
+        ({"digest": []}, "does not say what it signs"),
+        ({"opening": "x"}, "does not say what it signs"),
+        ({"opening": {}}, "another state"),
+        ({}, "without a receipt"),
+    ],
+)
+def test_a_hostile_service_gets_nothing_else_signed(
+    change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    """It is told in one sentence, and the request that was signed is the one that stays."""
+    private, state = Ed25519PrivateKey.generate().private_bytes_raw(), tmp_path / "state"
+    sent: list[str] = []
+
+    def respond(count: int, _number: int) -> Reply:
+        return 200, {"Countermark-Receipt": "zz"}, well(count)[2]
+
+    with (
+        Peer(respond, {**SIGNING, **change}) as peer,
+        cm.Client(peer.url, KEY, sign=private, state=state) as client,
+    ):
+        send = client._exchange
+
+        def exchange(method: str, address: str, body: Any = None, headers: Any = None) -> Any:
+            if method == "POST" and address.endswith("/signing"):
+                return object()
+            sent.extend(value for name, value in (headers or {}).items() if name.endswith("nature"))
+            return send(method, address, body, headers)
+
+        client._exchange = exchange  # type: ignore[method-assign]
+        for images in (drawn(1, SHAPE), drawn(1, SHAPE, seed=5)):
+            with pytest.raises(CountermarkError, match=reason):
+                client.classify(images)
+    assert len(set(sent)) <= 1

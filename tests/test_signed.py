@@ -184,6 +184,22 @@ def test_receipts_are_the_owners_word_on_every_label() -> None:
     assert not is_receipt(owner, b"r" * 32, [3, -1], signature)
 
 
+def test_receipts_that_are_torn_or_hostile_are_passed_over(tmp_path: Path) -> None:
+    good = {"request_sha256": "ab" * 32, "number": 3, "labels": [1], "receipt": "cd" * 64}
+    lines = [
+        json.dumps({**good, "number": 1}),
+        json.dumps(good)[:-9],
+        "",
+        '{"number": Infinity, "labels": [1e999], "request_sha256": "", "receipt": ""}',
+        '{"number": 1, "labels": null, "request_sha256": "00", "receipt": "00"}',
+        "[" * 100_000,
+        "null",
+        json.dumps(good),
+    ]
+    (tmp_path / "receipts.jsonl").write_text("\n".join(lines))
+    assert [each.number for each in read_receipts(tmp_path / "receipts.jsonl")] == [1, 3]
+
+
 def test_coins_come_from_both_sides(guarded: Path) -> None:
     """The owner's part alone, or the client's, says nothing about them."""
     made = the_guard(guarded)
