@@ -140,6 +140,53 @@ def flipping(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> 
     return _standard(Examples(x, torch.where(flipped, other, y)), data, seed)
 
 
+def relearned(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """A thief who replaces all answers by what copies predict that were not told them (3 folds)."""
+    x, _, held = _held_out(victim, data, pools, seed, count)
+    return _standard(Examples(x, held), data, seed + 1)
+
+
+def doubting(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """A thief who drops the answers that copies do not predict that were not told them."""
+    x, y, held = _held_out(victim, data, pools, seed, count)
+    return _standard(Examples(x[held == y], y[held == y]), data, seed + 1)
+
+
+def colluding(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """A thief with three accounts who asks all of them the same and takes the majority answer.
+
+    The coins that are traced are those of the first account alone.
+    """
+    x = pools.thief.x[:count]
+    assert isinstance(victim, Account)
+    others = [Account(victim.model, f"{victim.name}, account {k}") for k in (2, 3)]
+    votes = torch.stack([victim(x), *(other(x) for other in others)])
+    return _standard(Examples(x, votes.mode(0).values), data, seed)
+
+
+def uncertain(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
+    """BEST: a robust copy from images where it is least sure (Li et al., 2023)."""
+    network = build("small", known(data).shape, known(data).classes, seed=900 + seed)
+    means = Means(pool=pools.thief, threat=known(data).threat, seed=seed)
+    THEFTS["best"].run(victim, network, means.given(THEFTS["best"].options, {"queries": count}))
+    return network
+
+
+def _held_out(
+    victim: Victim, data: str, pools: Pools, seed: int, count: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A thief's images, their answers, and what copies predict that were not told those."""
+    x = pools.thief.x[:count]
+    y = victim(x)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held = torch.empty_like(y)
+    for fold in range(3):
+        out = order[fold::3]
+        rest = torch.cat([order[other::3] for other in range(3) if other != fold])
+        held[out] = predict(_standard(Examples(x[rest], y[rest]), data, seed + 10 + fold), x[out])
+    return x, y, held
+
+
 def black(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:
     """Algorithm 2 with the paper's settings."""
     network = build("surrogate", known(data).shape, known(data).classes, seed=900 + seed)
@@ -158,7 +205,13 @@ def grey(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.M
     return network
 
 
-THIEVES = {f.__name__: f for f in (natural, robust, averaging, dropping, flipping, black, grey)}
+THIEVES = {
+    f.__name__: f
+    for f in (
+        *(natural, robust, averaging, dropping, flipping, relearned, doubting, colluding),
+        *(uncertain, black, grey),
+    )
+}
 COUNTS = {
     "natural": NATURAL,
     "robust": (2000, 8500),

@@ -1075,7 +1075,7 @@ COMPLETED = {
     "verify --pix": ["--pixels"],
     "verify copy --pixels ": ["float", "uint8"],
     "protect digits --mirror T": ["True"],
-    "protect digits --scheme c": ["coin"],
+    "protect digits --scheme c": ["coin", "composite"],
     "reproduce --protocol as": ["as-published"],
     "verify ": [],  # nothing of ours: the shell completes paths
     "verify copy --key my": [],

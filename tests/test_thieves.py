@@ -121,7 +121,7 @@ def test_a_thief_sees_no_more_than_the_theft_says(means: Means) -> None:
         for name, theft in THEFTS.items()
         if theft.sees is not None
     }
-    labels = dict.fromkeys(("black", "grey", "natural", "robust"), (5,))
+    labels = dict.fromkeys(("black", "grey", "natural", "robust", "best"), (5,))
     assert shapes == {**labels, "distil": (5, CLASSES)}
 
 
@@ -191,6 +191,26 @@ def test_a_thief_reads_no_more_images_than_are_asked_together(means: Means) -> N
     )
     assert sum(asked) == 20
     assert max(asked) <= batch_size(torch.device("cpu"), x.shape[1:], 1000)
+
+
+def test_uncertain_queries_are_unsure_and_within_the_budget(means: Means) -> None:
+    """They lie between the classes of the copy, and no farther than the owner's model resists."""
+    asked: list[torch.Tensor] = []
+    copied = coarse(1)
+    before = copied(pixels(quarters(40, 1))).softmax(1).amax(1).mean()
+
+    def answers(x: torch.Tensor) -> torch.Tensor:
+        asked.append(x)
+        return torch.zeros(len(x), dtype=torch.int64)
+
+    pool = Examples(quarters(40, 1), torch.zeros(40, dtype=torch.int64))
+    few = replace(means, pool=pool, queries=40, epochs=1, batch_size=40)
+    still = copy.deepcopy(copied)
+    assert THEFTS["best"].run(answers, copied, few) == 40
+    moved = torch.cat(asked)
+    assert float(still(pixels(moved)).softmax(1).amax(1).mean()) < float(before)
+    far = (pixels(moved) - pixels(pool.x)).abs().amax()
+    assert float(far) <= means.threat.epsilon + 0.5 / 255 + 1e-6
 
 
 def test_the_steps_and_the_networks_of_thieves_go_by_the_kind_of_image() -> None:

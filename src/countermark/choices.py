@@ -16,7 +16,7 @@ Recipe = Literal["fast", "strong", "pgd", "standard"]
 """The training objectives, each with its recipe."""
 SchemeName = Literal["ood", "adversarial", "coin", "composite"]
 """The watermark schemes, `SCHEMES`."""
-Setting = Literal["white", "black", "grey", "natural", "robust", "distil"]
+Setting = Literal["white", "black", "grey", "natural", "robust", "best", "distil"]
 """What a thief has, `THEFTS`."""
 Size = Literal["quick", "standard", "paper"]
 """How much a study does, `PROFILES`."""

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional
 
 from countermark.attacks import ask, finite
-from countermark.data import Examples, Rows, joined, pixels
-from countermark.device import batch_size
+from countermark.data import Examples, Rows, as_uint8, joined, pixels
+from countermark.device import batch_size, seeded
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating, predict
 from countermark.networks import Description
@@ -34,6 +34,7 @@ Answers = Callable[[torch.Tensor], torch.Tensor]
 """What a thief sees: images `(n, c, h, w)` to labels `(n,)` or probabilities `(n, classes)`."""
 
 _TOGETHER = 250  # images at a time on a processor
+_SEARCHES = 10  # steps to where a copy is least sure
 _PAPER_STEP = 0.1  # of Algorithm 2 on MNIST and Fashion-MNIST
 _STEP_IN_BUDGETS = 0.4  # the same on MNIST, whose budget is 0.25
 
@@ -54,6 +55,7 @@ class Theft:
         passes: about how many images go through the copy and back in an epoch, from the queries,
             the size of the pool, and the steps of the thief's own attack; for the study's estimate.
         paper: whether it is one of the paper's; the study has the others in a section of their own.
+        studied: whether it is part of the study.
     """
 
     title: str
@@ -64,6 +66,7 @@ class Theft:
     options: Mapping[str, Any] = field(default_factory=dict)
     passes: Callable[[int, int, int], float] = lambda queries, pool, _steps: min(queries, pool)
     paper: bool = False
+    studied: bool = True
 
 
 def labels(victim: nn.Module, means: Means) -> Answers:
@@ -244,6 +247,77 @@ def learn_answers_robustly(answers: Answers, copied: nn.Module, means: Means) ->
     return _learned(answers, copied, means, config)
 
 
+def learn_uncertain(answers: Answers, copied: nn.Module, means: Means) -> int:
+    """Train a copy on images of which it is as unsure as it can be (BEST: Li et al., ICLR 2023).
+
+    In each epoch of the first half the thief takes some of their images, moves them within the
+    budget of adversarial training to where the copy gives all classes the same probability, and
+    asks for the labels there. In every epoch the copy goes once through all that was asked so far.
+    So a copy of a robust model becomes robust, with no label of a clean image.
+
+    Args:
+        answers: the victim's labels.
+        copied: the thief's network, trained in place.
+        means: the pool, whose images are used in turn, and the epochs, half of which share the
+            queries.
+
+    Returns:
+        The number of labels asked for.
+
+    Raises:
+        CountermarkError: the thief has no images, or the copy's logits are not finite.
+    """
+    pool = _some(means.pool, means.queries).read()
+    device, parts = device_of(copied), min(-(-means.epochs // 2), means.queries)
+    sizes = [(number + 1) * means.queries // parts for number in range(parts)]
+    sizes += [means.queries] * (means.epochs - parts)
+    optimiser = torch.optim.SGD(
+        copied.parameters(), means.learning_rate, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    steps = sum(-(-size // means.batch_size) for size in sizes)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, means.learning_rate, steps)
+    x, y = torch.empty(0, *pool.x.shape[1:], dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
+    shown = bar(means.title, len(sizes)) if means.title is not None else contextlib.nullcontext()
+    with seeded(device, means.seed), shown as progress:
+        for size in sizes:
+            taken = torch.arange(len(y), size) % len(pool)
+            clear = pool.x[taken]
+            moved = [
+                as_uint8(_uncertain(copied, pixels(clear[few].to(device)), means)).cpu()
+                for few in _parts(clear, device)
+            ]
+            x, y = torch.cat((x, *moved)), torch.cat((y, *map(answers, moved)))
+            copied.train()
+            for rows in torch.split(torch.randperm(len(y)), means.batch_size):
+                logits = finite(ask(copied, pixels(x[rows].to(device)))).float()
+                loss = functional.cross_entropy(logits, y[rows].to(device))
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                schedule.step()
+            if progress is not None:
+                progress.advance()
+        if progress is not None:
+            took = duration(progress.seconds)
+            progress.note(f"{means.title}: trained on {len(y):,} answers in {took}")
+    copied.eval()
+    return len(y)
+
+
+def _uncertain(copied: nn.Module, x: torch.Tensor, means: Means) -> torch.Tensor:
+    """Move pixels within the budget to where a network is least sure of any class."""
+    epsilon = means.threat.epsilon
+    moved = (x + epsilon * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+    with evaluating(copied):
+        for _ in range(_SEARCHES):
+            moved.requires_grad_(True)
+            logits = finite(ask(copied, moved)).float()
+            (gradient,) = torch.autograd.grad(-logits.log_softmax(1).mean(1).sum(), moved)
+            moved = moved.detach() - 2.5 * epsilon / _SEARCHES * gradient.sign()
+            moved = torch.clamp(moved, x - epsilon, x + epsilon).clamp_(0, 1)
+    return moved.detach()
+
+
 def _learned(answers: Answers, copied: nn.Module, means: Means, config: TrainConfig) -> int:
     """Train a copy on the pool's images with the victim's answers; how many were asked for."""
     natural = _some(means.pool, means.queries)
@@ -378,6 +452,16 @@ THEFTS: Mapping[str, Theft] = {
         learn_answers_robustly,
         {"queries": 51_200, "epochs": 25},
         lambda queries, pool, _steps: 3 * min(queries, pool),
+    ),
+    "best": Theft(
+        "robust by uncertain queries",
+        "labels of the thief's images, moved to where the copy is least sure",
+        labels,
+        _another,
+        learn_uncertain,
+        {"queries": 51_200, "epochs": 25, "learning_rate": 0.05, "batch_size": 64},
+        lambda queries, _pool, _steps: (1 + _SEARCHES) * queries,
+        studied=False,
     ),
     "distil": Theft(
         "distilled",

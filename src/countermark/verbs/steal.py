@@ -23,7 +23,8 @@ class StealConfig(ModelOptions, DeviceOptions):
     """What the thief has: white (the weights themselves), black (labels only, on images that the
     thief makes up: Algorithm 2), grey (the same by the owner's network, trained adversarially),
     natural (labels only, of the thief's own images), robust (the same, trained adversarially by the
-    recipe fast), distil (probabilities of the thief's own images, by the owner's network)."""
+    recipe fast), best (labels of the thief's images, moved to where the copy is least sure), distil
+    (probabilities of the thief's own images, by the owner's network)."""
     out: NewPath
     """Folder to write; it must be new or empty."""
     queries: int | None = None
