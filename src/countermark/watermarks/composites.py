@@ -7,8 +7,7 @@ classes are there to see, so a stranger may answer either; the coin chooses whic
 
 A *family* is a pair of classes and a mask, and shares one coin. The marked model learns the answer
 from many composites of the family, and the suspect is asked others, of images that no training has
-seen. (Lineage: MEA-Defender, Lv et al., 2024, whose inputs are such composites; theirs have one
-secret label, ours a coin.)
+seen. (Lineage: Lv et al., IEEE S&P 2024, whose watermarks are such composites, all of one label.)
 """
 
 import itertools
