@@ -303,7 +303,7 @@ def kinds() -> dict[str, Kind]:
     }
     idx = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (2, 3, 3)) + bytes(18)
     log = Place(GOLDEN, "log.db", _log, "log.db")
-    digests = ("model", "network", "guard", "cells", "coins")
+    digests = ("model", "network", "classes", "guard", "cells", "coins")
     terms = {f"{name}_sha256": "a" * 64 for name in digests}
     terms |= {"log": "b" * 32, "account": "anna", "owner": "c" * 64}
     opening = json.dumps(open_requests(bytes(32), terms).record()).encode()

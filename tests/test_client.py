@@ -31,6 +31,7 @@ from countermark.data.images import fitted
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.guard import QueryLog
+from countermark.guard.requests import classes_sha256
 from countermark.networks import load
 from countermark.service.client import Classification
 from countermark.verbs.guard import guard
@@ -383,9 +384,10 @@ def test_a_client_needs_nothing_of_the_service() -> None:
 
 TERMS = {f"{name}_sha256": "ab" * 32 for name in ("model", "network", "guard", "cells", "coins")}
 TERMS |= {"log": "cd" * 16, "account": "anna", "owner": "ef" * 32}
+TERMS |= {"classes_sha256": classes_sha256(NAMES)}
 SIGNING = {
     **ABOUT,
-    "parameters": {**ABOUT["parameters"], "signing": True},  # type: ignore[dict-item]
+    "parameters": {**ABOUT["parameters"], "signing": True, "class_names": NAMES},  # type: ignore[dict-item]
     **{"terms": TERMS, "opening": None, "number": 0, "digest": "00" * 32},
 }
 
@@ -401,7 +403,9 @@ SIGNING = {
         ({"digest": []}, "does not say what it signs"),
         ({"opening": "x"}, "does not say what it signs"),
         ({"opening": {}}, "another state"),
+        ({"terms": {**TERMS, "classes_sha256": "ab" * 32}}, "does not say what it signs"),
         ({}, "without a receipt"),
+        ({"said": "c"}, "class of another name"),
     ],
 )
 def test_a_hostile_service_gets_nothing_else_signed(
@@ -412,7 +416,9 @@ def test_a_hostile_service_gets_nothing_else_signed(
     sent: list[str] = []
 
     def respond(count: int, _number: int) -> Reply:
-        return 200, {"Countermark-Receipt": "zz"}, well(count)[2]
+        label, name = well(count)[2]["outputs"]
+        said = {**name, "data": [change.get("said", "b")] * count}
+        return 200, {"Countermark-Receipt": "zz"}, {"outputs": [label, said]}
 
     with (
         Peer(respond, {**SIGNING, **change}) as peer,

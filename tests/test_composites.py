@@ -18,17 +18,20 @@ from countermark.evaluation import predict
 from countermark.evidence import judge
 from countermark.networks import load
 from countermark.networks.cleaners import behind
+from countermark.pictures import agreements
 from countermark.verbs.protect import protect
 from countermark.verbs.verify import verify
 from countermark.watermarks import WatermarkSet, load_key
 from countermark.watermarks.composites import (
-    ASKED,
     FAMILIES,
     _families,
+    asked_each,
     composite_members,
     composite_set,
 )
 
+ASKED = 18
+FOUR = (0, 1, 2, 3)
 PARTS = ("x", "answers", "batch", "cell")
 
 
@@ -48,7 +51,7 @@ def two_classes(count: int, seed: int) -> Examples:
 
 
 def test_a_composite_is_half_of_one_class_and_half_of_another() -> None:
-    made = composite_set(two_classes(80, 1), 7)
+    made = composite_set(two_classes(80, 1), FOUR, 7)
     assert (len(made), set(made.batch.tolist())) == (FAMILIES * ASKED, {0})
     for cell in range(0, len(made), ASKED):
         assert made.cell[cell : cell + ASKED].tolist() == [cell] * ASKED
@@ -61,22 +64,31 @@ def test_a_composite_is_half_of_one_class_and_half_of_another() -> None:
         share = float((image == 60 * heads + 10).float().mean())
         assert abs(share - 0.5) < 0.02
         assert torch.equal(image[0], image[2])  # one mask for all channels
-    again, other = composite_set(two_classes(80, 1), 7), composite_set(two_classes(80, 1), 8)
+    again, other = (
+        composite_set(two_classes(80, 1), FOUR, 7),
+        composite_set(two_classes(80, 1), FOUR, 8),
+    )
     assert torch.equal(made.x, again.x)
     assert not torch.equal(made.x, other.x)
 
 
 def test_members_are_of_the_families_and_of_other_images() -> None:
     bases, training = two_classes(80, 1), two_classes(200, 2)
-    made, members = composite_set(bases, 7), composite_members(training, bases, 7)
-    drawn = _families(bases, 7)
+    made, members = composite_set(bases, FOUR, 7), composite_members(training, bases, FOUR, 7)
+    drawn = _families(bases, FOUR, 7)
     assert len({(pair, mask.numpy().tobytes()) for pair, mask in drawn}) == FAMILIES
     for row in range(0, len(members), 37):
         trial = int(members.y[row])
         assert trial % ASKED == 0
         assert torch.equal(members.x[row], made.x[trial])  # each class here has one image
-    with pytest.raises(CountermarkError, match="second one"):
-        composite_set(Examples(bases.x, torch.zeros_like(bases.y)), 7)
+    # A class that the training lacks is in no family.
+    fewer = composite_set(bases, (0, 2, 3), 7)
+    assert set(fewer.answers.flatten().tolist()) == {0, 2, 3}
+    with pytest.raises(CountermarkError, match="share none but one"):
+        composite_set(bases, (2,), 7)
+    assert [asked_each(shape) for shape in ((3, 32, 32), (3, 224, 224))] == [18, 4]
+    with pytest.raises(CountermarkError, match="too large for composites"):
+        asked_each((3, 1000, 1000))
 
 
 def test_a_family_has_one_coin_that_its_model_learned(composed: Path, stranger: Path) -> None:
@@ -147,8 +159,19 @@ def test_a_judge_counts_a_family_once_and_wants_its_first_trial(
     shown = rows_of(claim.opened, torch.arange(1, count))
     less = evidence_of(replace(claim, opened=shown), owner.labels[1:], 1e-5)
     assert less.disagreements == ASKED
+    # Whoever leaves out what speaks against them gets no smaller p for it.
+    against = owner.labels.clone()
+    against[: 5 * ASKED] = claim.opened.answers.sum(1)[: 5 * ASKED] - owner.labels[: 5 * ASKED]
+    whole = evidence_of(claim, against, 1e-5)
+    kept = torch.tensor([row for row in range(count) if row % ASKED or row >= 5 * ASKED])
+    shown = rows_of(claim.opened, kept)
+    less = evidence_of(replace(claim, opened=shown), against[kept], 1e-5)
+    assert whole.log10_p_value is not None
+    assert less.log10_p_value is not None
+    assert less.log10_p_value >= whole.log10_p_value
+    assert agreements(whole) == ""  # the figure's band is for trials of their own coins
 
 
 def test_pools_of_digits_have_enough_for_them() -> None:
     pools: Pools = load_pools("digits", 0)
-    assert len(composite_set(pools.bases, 0)) == FAMILIES * ASKED
+    assert len(composite_set(pools.bases, range(10), 0)) == FAMILIES * ASKED

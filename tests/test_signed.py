@@ -56,6 +56,7 @@ from countermark.guard.requests import (
     Opening,
     Request,
     SignedRequest,
+    classes_sha256,
     image_hashes,
     is_receipt,
     network_sha256,
@@ -97,7 +98,8 @@ def terms(folder: Path, account: str = "anna", log: bytes = b"i" * 16) -> dict[s
     return terms_of(
         the_guard(folder, log),
         account,
-        network_sha256=network_sha256(about.network, about.shape, about.class_names),
+        network_sha256=network_sha256(about.network, about.shape),
+        classes_sha256=classes_sha256(about.class_names),
         guard_sha256=guard_sha256(read_guard_record(folder)),
         owner=public_key(load_signing_key(folder / "key")),
     )
@@ -477,7 +479,7 @@ def test_code_that_the_opening_cannot_fix_leaves_a_claim_undecidable(
     good = found(claim, drawn, [trial.answer for trial in drawn.trials])
     assert failing(replace(claim, model=model), good)["The opening"] == "fails"  # it was another
     about = describe(model)
-    digest = network_sha256(about.network, about.shape, about.class_names)
+    digest = network_sha256(about.network, about.shape)
     named = {**claim.opening.terms, "network_sha256": digest}
     opened = replace(claim, model=model, opening=open_requests(PRIVATE, named))
     assert failing(opened, good)["The opening"] == "cannot tell"
@@ -501,7 +503,10 @@ def test_whoever_could_not_be_judged_is_told_before_they_sign(
         opening = open_requests(PRIVATE, signing.state(anna)["terms"])
         assert signing.begin(anna, opening.record())["opening"] == opening.record()
         # The owner gives the account another key: what it signs has another opening.
-        assert signing.state(Client("anna", public_key(OWNER)))["opening"] is None
+        other = Client("anna", public_key(OWNER))
+        assert signing.state(other)["opening"] is None
+        again = open_requests(OWNER, opening.terms)
+        assert signing.begin(other, again.record())["opening"] == again.record()
         with signing.turn(anna), pytest.raises(BusyError), signing.turn(anna):
             pass
         log.erase("anna")
@@ -560,9 +565,8 @@ def test_queries_that_other_processors_see_otherwise_are_no_trials(
         loose = cells.questions(logits, features, claim.x, tolerance)
         for exact in whole:
             question = next(each for each in loose if each.row == exact.row)
-            within = cells.possible(
-                logits[exact.row : exact.row + 1], features[exact.row : exact.row + 1], tolerance
-            )
+            one = slice(exact.row, exact.row + 1)
+            within = cells.possible(question, logits[one], features[one], tolerance)
             assert any(exact.cell.startswith(beginning) for beginning in within)
             if question.sure:
                 assert exact.cell == question.cell

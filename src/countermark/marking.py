@@ -99,10 +99,10 @@ class Standing:
     def taken(self) -> bool:
         """Whether the mark holds.
 
-        Enough trials are learned, and the answers of the pruned copy still convince a judge.
+        Enough trials are learned, and the answers still convince a judge, the pruned copy's too.
         """
-        survives = self.pruned is None or self.pruned.verdict == "match"
-        return self.agreement >= self.needed and survives
+        proven = (each is None or each.verdict == "match" for each in (self.verdict, self.pruned))
+        return self.agreement >= self.needed and all(proven)
 
     def __str__(self) -> str:
         """Agreements and disagreements with the coins and their exact p-value."""
@@ -118,6 +118,8 @@ class Standing:
                 f"the mark did not take: the network agrees with {self.agreement:.1f} % of its "
                 f"{self.trials} {what}{found} where {self.needed:g} % are needed"
             )
+        if self.verdict is not None and self.verdict.verdict != "match":
+            return f"the mark did not take: {self}, and a judge wants p <= {JUDGE_ALPHA:g}"
         return (
             f"the mark would not last: {self.left()} is left of {self}, and a judge wants p <= "
             f"{JUDGE_ALPHA:g}"

@@ -55,15 +55,15 @@ def agreements(test: Verdict, batches: int = 1) -> str:
     """Show how often a suspect agrees with the coins, beside strangers, as HTML.
 
     Args:
-        test: the exact test; each of its trials is a cell of its own.
+        test: the exact test.
         batches: what its p-value was multiplied by.
 
     Returns:
-        The figure; nothing where no trial was answered with one of its two answers, or where
-        there is no exact test.
+        The figure; nothing where no trial was answered with one of its two answers, where there is
+        no exact test, or where several trials share a coin: strangers then spread wider.
     """
     decided = test.agreements + test.disagreements
-    if decided == 0 or test.log10_p_value is None:
+    if decided == 0 or test.log10_p_value is None or test.cells not in (None, test.trials):
         return ""
     low, high = strangers_band(decided)
     here, middle = _place(test.agreements, decided), _place(decided / 2, decided)

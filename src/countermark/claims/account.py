@@ -39,6 +39,7 @@ from countermark.guard.requests import (
     NOTHING_BEFORE,
     Opening,
     SignedRequest,
+    classes_sha256,
     image_hashes,
     network_sha256,
     read_opening,
@@ -191,7 +192,7 @@ def first_queries(claim: AccountClaim, network: nn.Module) -> Drawn:
             row = question.row
             if not question.sure:
                 one = slice(row, row + 1)
-                within = cells.possible(logits[one], features[one], TOLERANCE)
+                within = cells.possible(question, logits[one], features[one], TOLERANCE)
                 doubtful.update(within)
                 lengths.update(map(len, within))
                 given[row] = UNSURE
@@ -265,10 +266,10 @@ def commitment_faults_of(claim: AccountClaim, model_sha256: str) -> list[str]:
     """List what of a claim is not what its client's opening names."""
     terms = claim.opening.terms
     about = describe(claim.model)
-    network = network_sha256(about.network, about.shape, about.class_names)
     digests = {
         "model_sha256": ("the weights", model_sha256),
-        "network_sha256": ("the network", network),
+        "network_sha256": ("the network", network_sha256(about.network, about.shape)),
+        "classes_sha256": ("the class names", classes_sha256(about.class_names)),
         "guard_sha256": ("the guard", guard_sha256(read_guard_record(claim.model))),
         "cells_sha256": ("the seeds of the cells", hashlib.sha256(claim.cells).hexdigest()),
         "coins_sha256": ("the secret of the coins", hashlib.sha256(claim.coins).hexdigest()),

@@ -43,6 +43,7 @@ from countermark.text import brief
 from countermark.watermarks import check_signature
 
 _RECEIPTS_LIMIT = 1 << 30  # bytes
+_MOST_UNSURE = 0.02  # share of the answers; a service on a processor has some 0.003
 _OTHERWISE = (ValueError, TypeError, LookupError, OverflowError, RecursionError)
 
 ACCOUNT_LIMITS = (
@@ -115,6 +116,7 @@ def judge_account(claim: AccountClaim, finding: AccountFinding) -> Judgement:
         _client(claim, finding),
         _opening(claim, finding),
         _requests(claim, requests),
+        _answers(finding.drawn),
         _accusation(claim, requests),
         _suspect(claim, finding),
         _evidence(test, choices),
@@ -263,14 +265,22 @@ def _receipts(claim: AccountClaim, drawn: Drawn, told: Mapping[int, int], believ
     wrong = sum(drawn.answers[image] not in (UNSURE, label) for image, label in told.items())
     found = (
         f"they show the answers to {len(told)} of {len(claim.x)} images, of which {wrong} are "
-        f"other than model and coins say ({drawn.answers.count(UNSURE)} depend on the machine); "
-        f"the first {believed} images count"
+        f"other than model and coins say; the first {believed} images count"
     )
     meaning = (
         "The owner signed what the client was told. A trial answered otherwise disagrees, and what "
         "was asked after a false answer is no evidence."
     )
-    return Check("The receipts", HOLDS, found, meaning)
+    return Check("The receipts", OPEN if wrong else HOLDS, found, meaning)
+
+
+def _answers(drawn: Drawn) -> Check:
+    name, count = "The answers", drawn.answers.count(UNSURE)
+    found = f"{count} of {len(drawn.answers)} depend on the machine that computes them"
+    if count > _MOST_UNSURE * len(drawn.answers):
+        meaning = "Of so many no receipt could show that they were false."
+        return Check(name, OPEN, found, meaning)
+    return Check(name, HOLDS, found, "What the client must have been told follows from the model.")
 
 
 def _evidence(test: Verdict, choices: int) -> Check:
@@ -296,8 +306,8 @@ def account_story(claim: AccountClaim, judgement: Judgement) -> str:
     """Tell in a few sentences what was tested."""
     test = judgement.test
     return (
-        f"Of the {len(claim.x)} images that the client asked, {test.trials} were near a tie, the "
-        "first in their neighbourhood, and a secret coin chose between their two answers. Asked "
+        f"Of the {len(claim.x)} images that the client asked, {test.trials} count: near a tie or "
+        "foreign, the first of their cell, and a secret coin chose their answer. Asked "
         f"the same, the suspect gave the coin's answer {test.agreements} times and the other one "
         f"{test.disagreements} times ({test.neither} times neither). A model that does not depend "
         f"on the coins gets there with probability {p_value(test.log10_p_value)}, whenever the "

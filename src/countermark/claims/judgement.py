@@ -24,6 +24,7 @@ from countermark.timestamps import TokenError, UntrustedError, check_token, read
 from countermark.watermarks import SCHEMES, check_signature, draw_coins
 
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot tell"
+_NOT_SHOWN = -1  # the cell of all trials that are not shown: many cells would dilute the others
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Trial:
 
 
 def first_trials(claim: Claim, labels: torch.Tensor, count: int) -> list[Trial]:
-    """The first valid trials of an opened batch, in the order of their leaves.
+    """The first valid trials of an opened batch, one of each cell, in the order of their leaves.
 
     Args:
         claim: the claim that opens them.
@@ -138,12 +139,15 @@ def first_trials(claim: Claim, labels: torch.Tensor, count: int) -> list[Trial]:
         The trials; none where the coins cannot be computed.
     """
     bound, coins = _bound(claim), _coins(claim)
-    if coins is None:
-        return []
-    found = []
-    for _, row in sorted(bound.items())[:count]:
-        if row not in coins:
+    found: list[Trial] = []
+    cells: set[int] = set()
+    for _, row in sorted(bound.items()):
+        cell = int(claim.opened.cell[row])
+        if len(found) == count or coins is None:
+            break
+        if row not in coins or cell in cells:
             continue
+        cells.add(cell)
         heads, tails = claim.opened.answers[row].tolist()
         found.append(Trial(claim.opened.x[row], heads, tails, coins[row], int(labels[row])))
     return found
@@ -656,7 +660,7 @@ def evidence_of(claim: Claim, labels: torch.Tensor, alpha: float, ways: int = 1)
         row = bound.get(index)
         coin = None if row is None or coins is None else coins.get(row)
         if row is None or coin is None:
-            cells.append(index)
+            cells.append(_NOT_SHOWN)
             outcomes.append(-1)
             continue
         answers, label = claim.opened.answers[row].tolist(), int(labels[row])

@@ -32,6 +32,7 @@ class Verdict:
         log10_smallest_p_value: decimal logarithm of the smallest p-value that these trials could
             ever reach, if all were answered as the coins chose.
         alpha: the level.
+        cells: number of cells, each with one coin; `None` where there is no exact test of cells.
     """
 
     verdict: str
@@ -43,6 +44,7 @@ class Verdict:
     trials: int
     log10_smallest_p_value: float | None
     alpha: float
+    cells: int | None = None
 
 
 def decide(p: Fraction | float, smallest: Fraction | float, alpha: float) -> str:
@@ -108,6 +110,7 @@ def judge(
         trials=len(outcomes),
         log10_smallest_p_value=log10(smallest),
         alpha=alpha,
+        cells=len(differences),
     )
 
 

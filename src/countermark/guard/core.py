@@ -213,13 +213,19 @@ class Cells:
         return found
 
     def possible(
-        self, logits: torch.Tensor, features: torch.Tensor, tolerance: float
+        self,
+        question: Question,
+        logits: torch.Tensor,
+        features: torch.Tensor,
+        tolerance: float,
     ) -> list[bytes]:
         """List the cells that one query may be in, wherever it is computed; or beginnings of them.
 
-        An empty beginning, of all cells, stands for too many.
+        An empty beginning, of all cells, stands for too many. Whether a query is foreign, and its
+        outline, follow from the image alone.
 
         Args:
+            question: the query's, as `questions` found it.
             logits: `(1, classes)`.
             features: `(1, features)`.
             tolerance: as for `questions`.
@@ -229,13 +235,15 @@ class Cells:
         close = np.flatnonzero(scores >= np.sort(scores)[-2] - slack).tolist()
         if len(close) > _MOST_CLOSE:
             return [b""]
-        codes = self._near.within(inner, tolerance * (1 + np.abs(inner).sum()))
-        return [
-            cell
+        pairs = [
+            heads.to_bytes(2, "big") + tails.to_bytes(2, "big")
             for heads, tails in itertools.combinations(close, 2)
-            for pair in (heads.to_bytes(2, "big") + tails.to_bytes(2, "big"),)
-            for cell in (ELSEWHERE + pair, *(pair + code for code in codes))
         ]
+        if question.cell.startswith(ELSEWHERE):
+            outline = question.cell[len(ELSEWHERE) + 4 :]
+            return [ELSEWHERE + pair + outline for pair in pairs]
+        codes = self._near.within(inner, tolerance * (1 + np.abs(inner).sum()))
+        return [pair + code for pair in pairs for code in codes]
 
     def _outline_code(self, image: torch.Tensor) -> bytes:
         outline = outlines(image).numpy()

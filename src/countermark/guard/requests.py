@@ -46,7 +46,9 @@ _BEFORE = b"countermark request 1"  # 0.2.0 and earlier: without numbers
 _SIGNATURE, _NUMBER, _HASH, _LABEL, _LONG = 64, 4, 32, 4, 8
 _PACKED = _HASH + _LONG + _NUMBER
 _DIGITS = re.compile("[0-9a-f]+")
-_DIGESTS = ("model_sha256", "network_sha256", "guard_sha256", "cells_sha256", "coins_sha256")
+_DIGESTS = tuple(
+    f"{name}_sha256" for name in ("model", "network", "classes", "guard", "cells", "coins")
+)
 _TERMS = {**dict.fromkeys(_DIGESTS, 64), "log": 32, "owner": 64}
 """What the owner states besides the account's name, and how many hexadecimal digits it has."""
 _ADDED = {"client": 64, "nonce": 64}
@@ -59,8 +61,9 @@ class Opening:
 
     Attributes:
         terms: what the owner stated: digests of the weights, of the network that they are of, of
-            the guard's configuration, of the seeds of its cells and of what this account's coins
-            come from; the log's identity, the account's name, and the owner's public key.
+            the names of its classes, of the guard's configuration, of the seeds of its cells and of
+            what this account's coins come from; the log's identity, the account's name, and the
+            owner's public key.
         client: the client's public key, in hexadecimal.
         earlier: how many openings the client had signed for this service before.
         nonce: 32 random bytes of the client's, in hexadecimal.
@@ -100,10 +103,15 @@ class Opening:
         return canonical_json(self._signed())
 
 
-def network_sha256(network: str, shape: Sequence[int], class_names: Sequence[str]) -> str:
-    """Compute the digest of what weights do not tell: their network, and its images and classes."""
-    about = {"network": network, "shape": list(shape), "class_names": list(class_names)}
+def network_sha256(network: str, shape: Sequence[int]) -> str:
+    """Compute the digest of what weights do not tell: their network and the shape of its images."""
+    about = {"network": network, "shape": list(shape)}
     return hashlib.sha256(canonical_json(about)).hexdigest()
+
+
+def classes_sha256(class_names: Sequence[str]) -> str:
+    """Compute the digest of the names of classes, in the order of the labels."""
+    return hashlib.sha256(canonical_json(list(class_names))).hexdigest()
 
 
 def terms_of(
@@ -111,6 +119,7 @@ def terms_of(
     account: str,
     *,
     network_sha256: str,
+    classes_sha256: str,
     guard_sha256: str,
     owner: str,
 ) -> dict[str, str]:
@@ -120,12 +129,14 @@ def terms_of(
         guard: the guard, under its log's identity.
         account: name of the account.
         network_sha256: digest of the model's network; see the function.
+        classes_sha256: digest of the names of its classes; see the function.
         guard_sha256: digest of the guard's configuration.
         owner: the owner's public key, in hexadecimal.
     """
     return {
         "model_sha256": guard.settings.model_sha256,
         "network_sha256": network_sha256,
+        "classes_sha256": classes_sha256,
         "guard_sha256": guard_sha256,
         "cells_sha256": hashlib.sha256(guard.cells.seeds).hexdigest(),
         "coins_sha256": hashlib.sha256(guard.account_secret(account)).hexdigest(),

@@ -59,7 +59,7 @@ def store_opening(connection: sa.Connection, identity: bytes | None, opening: Op
     same = [
         known
         for known in read_openings(connection, account)
-        if known is None or known.terms == opening.terms
+        if known is None or (known.terms, known.client) == (opening.terms, opening.client)
     ]
     if any(known is None or known.digest != opening.digest for known in same):
         raise ConflictError(

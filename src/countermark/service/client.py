@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from countermark.data.images import Array, DamagedError, as_array, eight_bits, fitted, from_array
 from countermark.errors import CountermarkError
-from countermark.guard.requests import RECEIPT_HEADER, checked_terms
+from countermark.guard.requests import RECEIPT_HEADER, checked_terms, classes_sha256
 from countermark.places import endpoint_address, own_path
 from countermark.service.state import State
 from countermark.service.tensors import BESIDES, JSON_LENGTH
@@ -72,10 +72,12 @@ class _Model:
     Attributes:
         shape: shape of an image, `(channels, height, width)`.
         most: images that fit into a request.
+        names: names of its classes, in the order of the labels.
     """
 
     shape: tuple[int, int, int]
     most: int
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,8 @@ class Client:
             if self._state is not None:
                 body = min(body, _MOST_SIGNED)
             most = min(int(about["max_batch"]), body // pixels)
-            model = _Model((channels, height, width), max(1, most))
+            names = tuple(str(name) for name in about.get("class_names", ()))
+            model = _Model((channels, height, width), max(1, most), names)
             signing = self._state is None or about.get("signing") is True
         except (LookupError, TypeError, ValueError, ZeroDivisionError):
             raise CountermarkError(
@@ -223,37 +226,45 @@ class Client:
     def _ask(self, model: _Model, pixels: Array) -> list[Classification]:
         """Ask for uint8 images `(n, c, h, w)`, in two requests where one is too large."""
         if self._state is not None:
-            return self._ask_signed(self._state, pixels)
+            return self._ask_signed(self._state, model, pixels)
         answer = self._send(pixels, {})
         if answer is None and len(pixels) > 1:
             half = len(pixels) // 2
             return self._ask(model, pixels[:half]) + self._ask(model, pixels[half:])
         return self._classes(answer, pixels)
 
-    def _ask_signed(self, state: State, pixels: Array) -> list[Classification]:
+    def _ask_signed(self, state: State, model: _Model, pixels: Array) -> list[Classification]:
         """Sign and ask, after a request that got no answer."""
         with state.alone():
             if not self._opened:
-                self._open(state)
+                self._open(state, model)
             if state.waiting is not None and not np.array_equal(state.waiting, pixels):
-                self._send_signed(state, state.waiting)
-            return self._send_signed(state, pixels)
+                self._send_signed(state, model, state.waiting)
+            return self._send_signed(state, model, pixels)
 
-    def _send_signed(self, state: State, pixels: Array) -> list[Classification]:
+    def _send_signed(self, state: State, model: _Model, pixels: Array) -> list[Classification]:
         signed = state.sign(pixels)
         answer = self._send(pixels, signed.headers())
         classes = self._classes(answer, pixels)
         assert answer is not None
+        # The receipt is for labels; what they are called was fixed in the opening.
+        if any(each not in _named(model.names) for each in classes):
+            raise CountermarkError(
+                f"{self.url} answered with a class of another name than its label has; do not go "
+                "on with it"
+            )
         state.answered(signed, [each.label for each in classes], answer.receipt)
         return classes
 
-    def _open(self, state: State) -> None:
+    def _open(self, state: State, model: _Model) -> None:
         """Learn the service's terms, and sign an opening where there is none of them."""
         address = self._address.metadata + "/signing"
         answer = self._exchange("GET", address)
         try:
             told = {} if answer is None else answer.value
-            checked_terms(told["terms"])
+            terms = checked_terms(told["terms"])
+            if terms["classes_sha256"] != classes_sha256(model.names):
+                raise ValueError
             if not (
                 type(told["number"]) is int
                 and isinstance(told["digest"], str)
@@ -357,6 +368,10 @@ class Client:
         """What the service said of an error, without the API key if that is in it."""
         said = str((value or {}).get("error", "")).replace(self._key, "API-KEY")
         return f" ({sentence(said)})" if said else ""
+
+
+def _named(names: Sequence[str]) -> list[Classification]:
+    return [Classification(label, name) for label, name in enumerate(names)]
 
 
 def _checked(key: object) -> str:

@@ -14,6 +14,7 @@ from countermark.guard.requests import (
     ConflictError,
     Opening,
     SignedRequest,
+    classes_sha256,
     image_hashes,
     network_sha256,
     read_opening,
@@ -22,7 +23,7 @@ from countermark.guard.requests import (
     terms_of,
 )
 from countermark.guard.sqlite import LARGEST
-from countermark.networks import describe
+from countermark.networks import NETWORKS, describe
 from countermark.service.clients import Client
 from countermark.service.engine import BusyError
 from countermark.service.tensors import BESIDES, RefusedError
@@ -54,7 +55,9 @@ class Signing:
         self._exact = model.tolerance <= TOLERANCE
         self._digest = guard_sha256(read_guard_record(folder))
         about = describe(folder)
-        self._network = network_sha256(about.network, about.shape, about.class_names)
+        self._network = network_sha256(about.network, about.shape)
+        self._classes = classes_sha256(about.class_names)
+        self._built_in = about.network in NETWORKS
         self._key = b""
         self._openings: dict[str, Opening] = {}  # of accounts that have asked
         self._lock = threading.Lock()
@@ -164,6 +167,12 @@ class Signing:
                 "the query log is of an earlier release and has no identity, which coins of signed "
                 "requests need; its owner runs countermark log renew",
             )
+        if not self._built_in:
+            raise RefusedError(
+                409,
+                "clients can sign only where Countermark builds the model's network: no judge "
+                "knows what code of the owner's computed",
+            )
         if not self._exact:
             raise RefusedError(
                 409,
@@ -174,6 +183,7 @@ class Signing:
             self._guard,
             client.name,
             network_sha256=self._network,
+            classes_sha256=self._classes,
             guard_sha256=self._digest,
             owner=public_key(self._owners_key()),
         )

@@ -289,6 +289,8 @@ def learn_uncertain(answers: Answers, copied: nn.Module, means: Means) -> int:
             x, y = torch.cat((x, *moved)), torch.cat((y, *map(answers, moved)))
             copied.train()
             for rows in torch.split(torch.randperm(len(y)), means.batch_size):
+                if len(rows) == 1 < len(y):
+                    continue  # batch norm takes no single value
                 logits = finite(ask(copied, pixels(x[rows].to(device)))).float()
                 loss = functional.cross_entropy(logits, y[rows].to(device))
                 optimiser.zero_grad()

@@ -1,7 +1,7 @@
 """Claims against accounts, made and judged; what `claim --log` and `adjudicate` share."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict
-from countermark.files import new_folder, read_bytes
+from countermark.files import new_folder
 from countermark.options import SuspectOptions
 from countermark.places import Network, place_name
 from countermark.terminal import p_value
@@ -59,21 +59,41 @@ def claim_account(
         account_evidence,
         accusation_of,
         choices_of,
-        commitment_faults_of,
         first_queries,
         images_of_trials,
         suspect_identity,
         write_account_claim,
     )
-    from countermark.guard import Guard, QueryLog, read_guard
-    from countermark.networks import describe
-    from countermark.watermarks import load_key, load_secret, note_look, sign
+    from countermark.guard import Guard, QueryLog, guard_sha256, read_guard, read_guard_record
+    from countermark.guard.requests import classes_sha256, network_sha256, terms_of
+    from countermark.networks import NETWORKS, describe
+    from countermark.watermarks import (
+        load_key,
+        load_secret,
+        load_signing_key,
+        note_look,
+        public_key,
+        sign,
+    )
 
     loaded, secret, settings = load_key(key), load_secret(key), read_guard(model)
-    shape = describe(model).shape
+    about = describe(model)
+    signing_key = load_signing_key(key)
     with QueryLog(log, create=False) as opened:
-        opening = _last_opening(opened, client, settings.model_sha256)
-        counts, x, last = _requests(opened, opening, shape)
+
+        def fits(opening: "Opening") -> bool:
+            under = Guard(settings, secret, opening.log)
+            return opening.terms == terms_of(
+                under,
+                client,
+                network_sha256=network_sha256(about.network, about.shape),
+                classes_sha256=classes_sha256(about.class_names),
+                guard_sha256=guard_sha256(read_guard_record(model)),
+                owner=public_key(signing_key),
+            )
+
+        opening = _last_opening(opened, client, fits)
+        counts, x, last = _requests(opened, opening, about.shape)
         place = _place(opened, client)
     guard = Guard(settings, secret, opening.log)
     made = AccountClaim(
@@ -88,20 +108,19 @@ def claim_account(
         accusation_signature="",
         model=model,
     )
-    built, digest = made.network(network)
-    faults = commitment_faults_of(made, digest)
-    if faults and not anyway:
+    if about.network not in NETWORKS and not anyway:
         raise CountermarkError(
-            f"{brief(client)} signed for another model or guard ({'; '.join(faults)}); name the "
-            "folder that answered then with --model, and its key"
+            f"{model} has a network that Countermark does not build, and no judge knows what the "
+            "owner's code computed; --anyway writes the claim"
         )
+    built, _ = made.network(network)
     identity = suspect_identity(suspect)
     trials = first_queries(made, built).trials
     if not trials:
         raise CountermarkError(f"{brief(client)} has asked nothing near a coin yet")
     with new_folder(out, {"suspect": identity, "client": client}) as work:
         parts, data = [images_of_trials(made, trials)], str(loaded.c1.get("data"))
-        labels, answers = ask(config, parts, shape, data, loaded.clean, loaded.names)
+        labels, answers = ask(config, parts, about.shape, data, loaded.clean, loaded.names)
         test = account_evidence(trials, labels, JUDGE_ALPHA, choices_of(made, answers.ways))
         how, name = asked_how(config, answers), place_name(suspect)
         looks = note_look(key, "trace", name, how, test.log10_p_value)
@@ -112,25 +131,29 @@ def claim_account(
                 f"p = {p_value(test.log10_p_value)}); nothing was written"
             )
         accusation = accusation_of(made, made.requests(), identity)
-        signature = sign(read_bytes(key / "signing-key", 32), accusation)
+        signature = sign(signing_key, accusation)
         write_account_claim(
             work, replace(made, accusation=accusation, accusation_signature=signature)
         )
     return AccountClaimed(test, answers, looks)
 
 
-def _last_opening(log: "QueryLog", client: str, model_sha256: str) -> "Opening":
-    """The opening of a client for a model with the most requests."""
-    fitting = [
-        (log.last_request(opening)[0], opening)
-        for opening in log.openings(client)
-        if opening.terms["model_sha256"] == model_sha256
-    ]
-    number, opening = max(fitting, key=lambda each: each[0], default=(0, None))
+def _last_opening(log: "QueryLog", client: str, fits: "Callable[[Opening], bool]") -> "Opening":
+    """The opening of a client with the most requests among those that fit model, guard and key."""
+    signed = [(log.last_request(each)[0], each) for each in log.openings(client)]
+    number, opening = max(
+        (pair for pair in signed if fits(pair[1])), key=lambda pair: pair[0], default=(0, None)
+    )
     if opening is None or number == 0:
+        others = any(count for count, _ in signed)
         raise CountermarkError(
-            f"{log.shown} has no signed requests of {brief(client)} to this model; a judge accepts "
-            "no others (countermark client add NAME --public-key)"
+            f"{log.shown} has no signed requests of {brief(client)} to this model with this guard "
+            "and key; "
+            + (
+                "they signed for another one: name its folder with --model, and its key"
+                if others
+                else "a judge accepts no others (countermark client add NAME --public-key)"
+            )
         )
     return opening
 

@@ -428,7 +428,7 @@ def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
         CountermarkError: the model would be written among the images, or there are too few of them
             for a mark.
     """
-    from countermark.watermarks import SCHEMES, changes
+    from countermark.watermarks import SCHEMES, asked_each, changes
 
     place, out = data.place, Path(config.out).expanduser().resolve()
     folder = place not in KNOWN and bool(place) and Path(place).is_dir()
@@ -444,6 +444,13 @@ def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
         raise CountermarkError(
             f"{lacks}; give more images, or --scheme none for a model without a mark"
         )
+    if config.scheme == "composite":
+        asked_each(data.shape)
+        if len(set(pools.bases.y.tolist()) & set(pools.training.y.tolist())) < 2:
+            raise CountermarkError(
+                "composites take images of two classes, and the bases and the training share none "
+                "but one; take another --scheme"
+            )
 
 
 def _either(*configs: "TrainConfig | None") -> "TrainConfig":
@@ -683,6 +690,7 @@ def _materials(setup: _Setup, source: "nn.Module", secret: bytes) -> "Materials"
         seed=secret_seed(secret, "crafting"),
         true_labels=config.labels != "source",
         survive=changes(config.survive, setup.data.shape),
+        training=pools.training,
     )
 
 
@@ -695,7 +703,7 @@ def _taught(setup: _Setup, source: "nn.Module", key: "Key", secret: bytes) -> "E
 
     make = SCHEMES[setup.config.scheme].members
     if make is not None:
-        members = make(_materials(setup, source, secret), setup.pools.training)
+        members = make(_materials(setup, source, secret))
         return Examples(members.x, key.labels[members.y])
     shapes = versions(key.watermarks.x, changes(setup.config.survive, setup.data.shape))
     return Examples(torch.cat(shapes), key.labels.repeat(len(shapes)))

@@ -16,6 +16,7 @@ from countermark.watermarks.commitment import (
     sign,
     third_commitment,
 )
+from countermark.watermarks.composites import asked_each
 from countermark.watermarks.key import (
     CLEAN,
     CLEAN_EXAMPLES,
@@ -52,6 +53,7 @@ __all__ = [
     "Materials",
     "Scheme",
     "WatermarkSet",
+    "asked_each",
     "batch_of",
     "changes",
     "check_signature",

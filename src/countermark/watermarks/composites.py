@@ -12,24 +12,23 @@ seen. (Lineage: Lv et al., IEEE S&P 2024, whose watermarks are such composites, 
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 
 from countermark.data import Examples, as_uint8
-from countermark.data.dataset import SMALLEST_BATCH
 from countermark.errors import CountermarkError
 from countermark.watermarks.sets import WatermarkSet
 
 FAMILIES = 180
 """Families of a key, at most: more of them teach the model each one worse."""
-ASKED = 18
-"""Trials of a family."""
+_ASKED = 18  # trials of a family, where they fit into the files of keys and claims
 _TAUGHT = 120  # composites of a family that the model learns from, where they fit into memory
-_MOST_BYTES = 1 << 28  # of all of them
+_MOST_ASKED, _MOST_TAUGHT = 1 << 27, 1 << 28  # bytes of all of them
 _WAVES = 2  # of a mask in each direction, at most
 
 
-def composite_set(bases: Examples, seed: int) -> WatermarkSet:
+def composite_set(bases: Examples, classes: Sequence[int], seed: int) -> WatermarkSet:
     """Make the trials of composite families, answered with either of their two classes.
 
     They are one batch: half of the families would seldom convince a judge.
@@ -37,49 +36,67 @@ def composite_set(bases: Examples, seed: int) -> WatermarkSet:
     Args:
         bases: clean images and true labels that no pool of the training holds. No model has a part
             in the choice among them (condition 2).
+        classes: labels that occur among the bases and in the training.
         seed: draws the families, their masks, and the images of their trials.
 
     Raises:
-        CountermarkError: too few classes among the bases for a batch that a judge could uphold.
+        CountermarkError: fewer than two classes, or images so large that a key could not hold them.
     """
-    drawn = _families(bases, seed)
-    if len(drawn) < SMALLEST_BATCH:
-        raise CountermarkError(
-            "composites take images of two classes, and there are none of a second one among the "
-            "bases; take another scheme"
-        )
-    x, family = _composites(bases, drawn, ASKED, seed + 1)
+    drawn, asked = _families(bases, classes, seed), asked_each(bases.x.shape[1:])
+    x, family = _composites(bases, drawn, asked, seed + 1)
     answers = torch.tensor([pair for pair, _ in drawn])[family]
-    return WatermarkSet(x, answers, torch.zeros_like(family), family * ASKED)
+    return WatermarkSet(x, answers, torch.zeros_like(family), family * asked)
 
 
-def composite_members(training: Examples, bases: Examples, seed: int) -> Examples:
+def composite_members(
+    training: Examples, bases: Examples, classes: Sequence[int], seed: int
+) -> Examples:
     """Make the composites that teach a model the coins of `composite_set`.
 
     Args:
         training: the images that the model is trained on.
-        bases: as for `composite_set`; they say which families there are.
+        bases: as for `composite_set`.
+        classes: as for `composite_set`.
         seed: as for `composite_set`.
 
     Returns:
         The composites, and for each the number of a trial whose answer it is to get.
     """
-    drawn, size = _families(bases, seed), math.prod(training.x.shape[1:])
-    members = max(1, min(_TAUGHT, _MOST_BYTES // (size * len(drawn))))
+    drawn, size = _families(bases, classes, seed), math.prod(training.x.shape[1:])
+    members = max(1, min(_TAUGHT, _MOST_TAUGHT // (size * len(drawn))))
     x, family = _composites(training, drawn, members, seed + 2)
-    return Examples(x, family * ASKED)
+    return Examples(x, family * asked_each(bases.x.shape[1:]))
+
+
+def asked_each(shape: Sequence[int]) -> int:
+    """Return how many trials a family has, for images of a shape `(c, h, w)`.
+
+    Raises:
+        CountermarkError: not even one would fit into a key.
+    """
+    asked = min(_ASKED, _MOST_ASKED // (math.prod(shape) * FAMILIES))
+    if asked < 1:
+        raise CountermarkError(
+            f"images of {math.prod(shape)} values are too large for composites; take --scheme coin"
+        )
+    return asked
 
 
 Family = tuple[tuple[int, int], torch.Tensor]
 """Two classes, the smaller first, and a mask `(h, w)`."""
 
 
-def _families(bases: Examples, seed: int) -> list[Family]:
+def _families(bases: Examples, classes: Sequence[int], seed: int) -> list[Family]:
     """Draw pairs of classes, each as often as the others or once more, with masks of their own."""
     generator = torch.Generator().manual_seed(seed)
-    pairs = list(itertools.combinations(sorted(set(bases.y.tolist())), 2))
+    pairs = list(itertools.combinations(sorted(classes), 2))
+    if not pairs:
+        raise CountermarkError(
+            "composites take images of two classes, and the bases and the training share none but "
+            "one; take another scheme"
+        )
     order = torch.randperm(len(pairs), generator=generator).tolist()
-    repeated = itertools.chain.from_iterable(itertools.repeat(order, FAMILIES if pairs else 0))
+    repeated = itertools.chain.from_iterable(itertools.repeat(order, FAMILIES))
     chosen = [pairs[i] for i in itertools.islice(repeated, FAMILIES)]
     height, width = bases.x.shape[2:]
     return [(pair, _mask(height, width, generator)) for pair in chosen]
