@@ -282,7 +282,7 @@ def test_theft_is_where_victim_and_surrogate_are(name: str, trains_away: torch.d
     theft, victim, copied = (
         THEFTS[name],
         NETWORKS["small"]().eval().to(trains_away),
-        NETWORKS["surrogate"](),
+        NETWORKS["surrogate"]().to(trains_away),
     )
     means = Means(pool=examples(60), threat=GREY, attack=ATTACK, seeds=20, queries=50, epochs=1)
     if theft.sees is not None:

@@ -89,7 +89,7 @@ def kinds(notebook: nbformat.NotebookNode) -> list[list[str]]:
 
 def words(text: str) -> set[str]:
     """The words of outputs, without what another machine changes: numbers, units, the processor."""
-    text = re.sub(r"cpu \([^)]*\)", "cpu", text)
+    text = re.sub(r"cpu \((?:[^()]|\([^()]*\))*\)", "cpu", text)
     return set(re.findall(r"(?<![\w.])[a-zA-Z_]+(?![\w.])", text)) - {"s", "min", "h", "e"}
 
 
