@@ -220,11 +220,27 @@ def test_coins_come_from_both_sides(guarded: Path) -> None:
 # What the log keeps.
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty log in each of the databases."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "log.db")
+        return
+    import psycopg
+
+    url = request.getfixturevalue("postgres")
+    names = "trials, log_format, erased, identities, openings, requests"
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"DROP TABLE IF EXISTS {names}")
+        yield url
+        connection.execute(f"DROP TABLE IF EXISTS {names}")
+
+
 def test_the_log_takes_requests_in_order_and_each_once(
-    guarded: Path, digits: Pools, tmp_path: Path
+    guarded: Path, digits: Pools, address: str
 ) -> None:
     parts = torch.split(digits.thief.x[:12], 3)
-    with QueryLog(str(tmp_path / "log.db")) as log:
+    with QueryLog(address) as log:
         opening = open_requests(PRIVATE, terms(guarded, log=log.identity))
         signed = chain(opening, parts)
         whole = [stored(opening, each, x) for each, x in zip(signed, parts, strict=True)]
@@ -280,11 +296,11 @@ def test_a_row_is_stored_with_its_request_or_not_at_all(
 
 
 def test_two_requests_of_one_number_do_not_hide_each_others_trials(
-    guarded: Path, digits: Pools, tmp_path: Path
+    guarded: Path, digits: Pools, address: str
 ) -> None:
     """One is answered and one is refused, in one transaction; only rows of the first are stored."""
     x = digits.thief.x[:4]
-    with QueryLog(str(tmp_path / "log.db")) as log:
+    with QueryLog(address) as log:
         opening = open_requests(PRIVATE, terms(guarded, log=log.identity))
         log.begin_requests(opening)
         one, fork = (chain(opening, [part])[0] for part in (x[:2], x[2:]))
