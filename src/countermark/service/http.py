@@ -1,10 +1,9 @@
 """The HTTP interface: the Open Inference Protocol v2 and Prometheus metrics, an ASGI application.
 
 It serves the protocol's health, metadata and infer addresses, with the bodies of `tensors`, and one
-of its own for clients who sign. What
-anybody can read here reveals nothing about trials: neither their number nor the times of answers.
-So there is no metric of how long answers take, and none may be added: a first trial waits for the
-log.
+of its own for clients who sign. What anybody can read here reveals nothing about trials: neither
+their number nor the times of answers. So there is no metric of how long answers take, and none may
+be added: a first trial waits for the log.
 """
 
 import asyncio
