@@ -143,7 +143,8 @@ def test_an_installed_wheel_trains_a_model_and_judges_it(home: Path, tmp_path: P
     command, golden = home / "bin" / "countermark", ROOT / "tests" / "golden" / "0.1.0" / "mine"
     short = ("--scheme", "none", "--objective", "standard", "--epochs", 5)
     run(command, "protect", "digits", *short, "--out", "stranger", cwd=tmp_path)
-    verify = ("verify", "stranger", "--key", golden / "key", "--json")
+    key = shutil.copytree(golden / "key", tmp_path / "key")  # which notes each look
+    verify = ("verify", "stranger", "--key", key, "--json")
     found = json.loads(run(command, *verify, cwd=tmp_path, status=1))
     assert (found["test"]["verdict"], found["test"]["trials"]) == ("no evidence", 160)
     assert found["answers"]["clean_accuracy"] > 50
