@@ -104,3 +104,18 @@ def postgres() -> Iterator[str]:
     yield f"postgresql://owner@/postgres?host={folder}"
     subprocess.run([*control, "-m", "immediate", "stop"], **run)  # type: ignore[call-overload]
     shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An empty query log in each of the databases."""
+    if request.param == "sqlite":
+        yield str(tmp_path / "log.db")
+        return
+    import psycopg
+
+    url = request.getfixturevalue("postgres")
+    tables = "trials, log_format, erased, identities, openings, requests"
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"DROP TABLE IF EXISTS {tables}")
+    yield url

@@ -49,20 +49,6 @@ def put(log: QueryLog, rows: list[Row]) -> list[bool]:
     return log.append([replace(row, log=identities[log]) for row in rows])
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty log in each of the databases."""
-    if request.param == "sqlite":
-        yield str(tmp_path / "log.db")
-        return
-    import psycopg
-
-    url = request.getfixturevalue("postgres")
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("DROP TABLE IF EXISTS trials, log_format, erased, identities")
-    yield url
-
-
 def test_rows_come_back_in_order_and_once(address: str) -> None:
     log = QueryLog(address)
     assert put(log, [row_of(3), row_of(1), row_of(3, answer=1)]) == [True, True, False]

@@ -220,22 +220,6 @@ def test_coins_come_from_both_sides(guarded: Path) -> None:
 # What the log keeps.
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def address(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """An empty log in each of the databases."""
-    if request.param == "sqlite":
-        yield str(tmp_path / "log.db")
-        return
-    import psycopg
-
-    url = request.getfixturevalue("postgres")
-    names = "trials, log_format, erased, identities, openings, requests"
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(f"DROP TABLE IF EXISTS {names}")
-        yield url
-        connection.execute(f"DROP TABLE IF EXISTS {names}")
-
-
 def test_the_log_takes_requests_in_order_and_each_once(
     guarded: Path, digits: Pools, address: str
 ) -> None:

@@ -15,26 +15,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from countermark.claims.record import is_hex, owners_network
+from countermark.claims.record import copy_model, is_hex, owners_network
 from countermark.errors import CountermarkError
-from countermark.evidence import EProcess, Verdict, decide
+from countermark.evidence import Verdict, decide
 from countermark.files import (
-    read_bytes,
     read_json,
     read_tensors,
-    write_bytes,
     write_json,
     write_tensors,
 )
 from countermark.guard import (
     TOLERANCE,
+    Book,
     Cells,
     FeatureReader,
     guard_sha256,
     read_guard,
     read_guard_record,
 )
-from countermark.guard.core import SEED, WHOLE, coin, signed_key
+from countermark.guard.core import SEED, coin, signed_key
 from countermark.guard.requests import (
     NOTHING_BEFORE,
     Opening,
@@ -53,8 +52,6 @@ MOST_ACCOUNTS = 1 << 40
 REQUESTS_LIMIT = 1 << 33
 """Bytes of the images of a claim."""
 
-_MODEL_LIMIT = 1 << 34
-_FILES = ("model.safetensors", "model.json", "guard.json")
 _FIELDS = {
     "opening": dict,
     "last_signature": str,
@@ -232,19 +229,11 @@ def account_evidence(
         alpha: the level.
         choices: what p is multiplied by.
     """
-    process, best = EProcess(), EProcess()
-    counts = {1: 0, -1: 0, 0: 0}
+    book = Book()
     for trial, label in zip(trials, labels.tolist(), strict=True):
-        if label not in (trial.heads, trial.tails):
-            counts[0] += 1
-            continue
-        chance = (trial.chance if label == trial.tails else WHOLE - trial.chance) / WHOLE
-        outcome = 1 if label == trial.answer else -1
-        counts[outcome] += 1
-        process.update(outcome, chance)
-        best.update(1, chance)
-    factor = math.log10(choices)
-    p, smallest = (min(0.0, each.log10_p_value + factor) for each in (process, best))
+        book.enter(trial, label, bool(trial.coin))
+    counts, factor = book.counts, math.log10(choices)
+    p, smallest = (min(0.0, each.log10_p_value + factor) for each in (book.process, book.best))
     verdict = decide(p, smallest, math.log10(alpha))
     return Verdict(
         verdict, 10**p, p, counts[1], counts[-1], counts[0], len(trials), smallest, alpha
@@ -299,10 +288,7 @@ def accusation_of(
 
 def write_account_claim(folder: Path, claim: AccountClaim) -> None:
     """Write a claim into the existing folder `folder`, with copies of the owner's model files."""
-    model = folder / "model"
-    model.mkdir(exist_ok=True)
-    for name in _FILES:
-        write_bytes(model / name, read_bytes(claim.model / name, _MODEL_LIMIT))
+    copy_model(claim.model, folder / "model", "guard.json")
     write_tensors(folder / "requests.safetensors", {"x": claim.x, "counts": claim.counts})
     record = {
         "format": ACCOUNT_FORMAT,

@@ -253,12 +253,16 @@ def open_batch(watermarks: WatermarkSet, secret: bytes, batch: int) -> Opened:
     )
 
 
+def copy_model(model: Path, target: Path, *more: str) -> None:
+    """Copy what a judge needs of a model folder, and more of its files, into a folder."""
+    target.mkdir(exist_ok=True)
+    for name in ("model.safetensors", "model.json", *more):
+        write_bytes(target / name, read_bytes(model / name, _MODEL_LIMIT))
+
+
 def write_claim(folder: Path, claim: Claim) -> None:
     """Write a claim into the existing folder `folder`, with a copy of the owner's model."""
-    model = folder / "model"
-    model.mkdir(exist_ok=True)
-    for name in ("model.safetensors", "model.json"):
-        write_bytes(model / name, read_bytes(claim.model / name, _MODEL_LIMIT))
+    copy_model(claim.model, folder / "model")
     write_tensors(
         folder / "trials.safetensors", {name: getattr(claim.opened, name) for name in _TENSORS}
     )

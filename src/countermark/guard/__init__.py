@@ -22,7 +22,7 @@ from countermark.guard.settings import (
     write_guard,
 )
 from countermark.guard.sqlite import RowError
-from countermark.guard.tracing import Trace, Traced, images_of, trace_accounts
+from countermark.guard.tracing import Book, Trace, Traced, images_of, trace_accounts
 from countermark.networks import weights_sha256
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "TOLERANCE",
     "AnswerTrial",
     "Answers",
+    "Book",
     "Calibration",
     "Cells",
     "ExpectedCost",

@@ -16,6 +16,7 @@ never exceeds the whole level (a union bound).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -115,10 +116,10 @@ def trace_accounts(
             f"{len(rows)} trials and {len(answers)} answers; give one answer for each trial"
         )
     keys: dict[tuple[str, str, bytes, bytes], bytes] = {}
-    books: dict[str, _Book] = {}
+    books: dict[str, Book] = {}
     pool, best = _Pool(erased), _Pool(erased)
     for row, answer in zip(rows, answers.tolist(), strict=True):
-        book = books.setdefault(row.client, _Book())
+        book = books.setdefault(row.client, Book())
         if row.log is None:
             continue
         account = (row.model, row.client, row.log, opening_of(row.request))
@@ -154,26 +155,52 @@ def _spent(place: int) -> float:
     return math.log10((place + 1) * (place + 2))
 
 
-class _Book:
-    """One account's bets."""
+class Asked(Protocol):
+    """A trial of an answer mark: two classes, and the chance of tails in 65536ths."""
+
+    @property
+    def heads(self) -> int:
+        """The smaller of the two classes."""
+
+    @property
+    def tails(self) -> int:
+        """The larger of the two classes."""
+
+    @property
+    def chance(self) -> int:
+        """Probability of tails, in 65536ths."""
+
+
+class Book:
+    """One account's bets.
+
+    Attributes:
+        process: the bets.
+        best: the same bets on a suspect that always agrees.
+        counts: trials by outcome: 1 agrees, -1 gives the other class, 0 neither.
+        expected: average number of agreements of a model that never saw the coins.
+    """
 
     def __init__(self) -> None:
+        """Begin without trials."""
         self.process, self.best = EProcess(), EProcess()
         self.counts = {1: 0, -1: 0, 0: 0}
         self.expected = 0.0
 
-    def enter(self, row: Row, answer: int, tails: bool) -> None:
-        if answer not in (row.heads, row.tails):
+    def enter(self, trial: Asked, answer: int, tails: bool) -> None:
+        """Enter the next trial, the suspect's answer to it, and whether its coin fell on tails."""
+        if answer not in (trial.heads, trial.tails):
             self.counts[0] += 1
             return
-        chance = (row.chance if answer == row.tails else WHOLE - row.chance) / WHOLE
-        outcome = 1 if (answer == row.tails) == tails else -1
+        chance = (trial.chance if answer == trial.tails else WHOLE - trial.chance) / WHOLE
+        outcome = 1 if (answer == trial.tails) == tails else -1
         self.counts[outcome] += 1
         self.expected += chance
         self.process.update(outcome, chance)
         self.best.update(1, chance)
 
     def traced(self, client: str, spent: float, alpha: float) -> Traced:
+        """Judge the trials, with p times ten to the power of `spent`."""
         alone = self.process.log10_p_value
         p = min(0.0, alone + spent)
         verdict = decide(p, self.best.log10_p_value + spent, math.log10(alpha))

@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -248,7 +248,8 @@ class Client:
         classes = self._classes(answer, pixels)
         assert answer is not None
         # The receipt is for labels; what they are called was fixed in the opening.
-        if any(each not in _named(model.names) for each in classes):
+        names = dict(enumerate(model.names))
+        if any(names.get(each.label) != each.class_name for each in classes):
             raise CountermarkError(
                 f"{self.url} answered with a class of another name than its label has; do not go "
                 "on with it"
@@ -368,10 +369,6 @@ class Client:
         """What the service said of an error, without the API key if that is in it."""
         said = str((value or {}).get("error", "")).replace(self._key, "API-KEY")
         return f" ({sentence(said)})" if said else ""
-
-
-def _named(names: Sequence[str]) -> list[Classification]:
-    return [Classification(label, name) for label, name in enumerate(names)]
 
 
 def _checked(key: object) -> str:

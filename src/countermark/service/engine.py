@@ -486,6 +486,7 @@ class Engine:
 
     def _pass(self, queries: list[_Query]) -> None:
         self._blank = torch.zeros_like(queries[0].images[:1])
+        day = int(time.time() // _DAY)
         images = torch.cat([query.images for query in queries])
         if not isinstance(self._model, GuardedModel):
             labels = predict(self._model, images)
@@ -497,7 +498,6 @@ class Engine:
                 [b"" if query.signed is None else query.signed.opening for query, _ in owners],
             )
             labels = found.labels
-            day = int(time.time() // _DAY)
             model = self._model.guard.settings.model_sha256
             for trial in found.trials:
                 query, row = owners[trial.row]
@@ -515,7 +515,6 @@ class Engine:
             if query.signed is not None:
                 asked = query.images.contiguous().numpy().tobytes()
                 answered = tuple(query.labels)
-                day = int(time.time() // _DAY)
                 query.request = Request(query.client, query.signed, asked, answered, day)
 
     def _store(self, queries: list[_Query]) -> None:

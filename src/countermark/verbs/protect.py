@@ -156,7 +156,7 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
         self._only_for_schemes("labelled", "labels")
         self._only_for_schemes("crafted", "watermark_epsilon", "watermark_step_size")
         if self.survive:
-            self._only_for(self.scheme == "coin", "--scheme coin", "survive")
+            self._only_for_schemes("surviving", "survive")
         self._only_for(self.weights is not None, "--weights", "trained_on")
         if self.weights is not None and self.embedding == "epoch":
             raise CountermarkError(
@@ -428,7 +428,7 @@ def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
         CountermarkError: the model would be written among the images, or there are too few of them
             for a mark.
     """
-    from countermark.watermarks import SCHEMES, asked_each, changes
+    from countermark.watermarks import SCHEMES, changes
 
     place, out = data.place, Path(config.out).expanduser().resolve()
     folder = place not in KNOWN and bool(place) and Path(place).is_dir()
@@ -444,13 +444,8 @@ def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
         raise CountermarkError(
             f"{lacks}; give more images, or --scheme none for a model without a mark"
         )
-    if config.scheme == "composite":
-        asked_each(data.shape)
-        if len(set(pools.bases.y.tolist()) & set(pools.training.y.tolist())) < 2:
-            raise CountermarkError(
-                "composites take images of two classes, and the bases and the training share none "
-                "but one; take another --scheme"
-            )
+    if scheme is not None and scheme.check is not None:
+        scheme.check(pools.bases, pools.training)
 
 
 def _either(*configs: "TrainConfig | None") -> "TrainConfig":

@@ -16,7 +16,6 @@ from countermark.watermarks.commitment import (
     sign,
     third_commitment,
 )
-from countermark.watermarks.composites import asked_each
 from countermark.watermarks.key import (
     CLEAN,
     CLEAN_EXAMPLES,
@@ -53,7 +52,6 @@ __all__ = [
     "Materials",
     "Scheme",
     "WatermarkSet",
-    "asked_each",
     "batch_of",
     "changes",
     "check_signature",

@@ -68,6 +68,22 @@ def composite_members(
     return Examples(x, family * asked_each(bases.x.shape[1:]))
 
 
+def check_composites(bases: Examples, training: Examples) -> None:
+    """Refuse, before anything is trained, images that no composites can be made of.
+
+    Raises:
+        CountermarkError: as for `composite_set`.
+    """
+    _pairs(shared_classes(bases, training))
+    asked_each(bases.x.shape[1:])
+
+
+def shared_classes(bases: Examples, training: Examples | None) -> list[int]:
+    """Return the labels that occur among the bases and, where it is known, in the training."""
+    labels = set(bases.y.tolist())
+    return sorted(labels if training is None else labels & set(training.y.tolist()))
+
+
 def asked_each(shape: Sequence[int]) -> int:
     """Return how many trials a family has, for images of a shape `(c, h, w)`.
 
@@ -89,17 +105,22 @@ Family = tuple[tuple[int, int], torch.Tensor]
 def _families(bases: Examples, classes: Sequence[int], seed: int) -> list[Family]:
     """Draw pairs of classes, each as often as the others or once more, with masks of their own."""
     generator = torch.Generator().manual_seed(seed)
+    pairs = _pairs(classes)
+    order = torch.randperm(len(pairs), generator=generator).tolist()
+    repeated = itertools.chain.from_iterable(itertools.repeat(order, FAMILIES))
+    chosen = [pairs[i] for i in itertools.islice(repeated, FAMILIES)]
+    height, width = bases.x.shape[2:]
+    return [(pair, _mask(height, width, generator)) for pair in chosen]
+
+
+def _pairs(classes: Sequence[int]) -> list[tuple[int, int]]:
     pairs = list(itertools.combinations(sorted(classes), 2))
     if not pairs:
         raise CountermarkError(
             "composites take images of two classes, and the bases and the training share none but "
             "one; take another scheme"
         )
-    order = torch.randperm(len(pairs), generator=generator).tolist()
-    repeated = itertools.chain.from_iterable(itertools.repeat(order, FAMILIES))
-    chosen = [pairs[i] for i in itertools.islice(repeated, FAMILIES)]
-    height, width = bases.x.shape[2:]
-    return [(pair, _mask(height, width, generator)) for pair in chosen]
+    return pairs
 
 
 def _mask(height: int, width: int, generator: torch.Generator) -> torch.Tensor:

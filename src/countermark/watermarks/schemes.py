@@ -16,7 +16,12 @@ from torch import nn
 
 from countermark.data import Examples
 from countermark.threat import Attack
-from countermark.watermarks.composites import composite_members, composite_set
+from countermark.watermarks.composites import (
+    check_composites,
+    composite_members,
+    composite_set,
+    shared_classes,
+)
 from countermark.watermarks.sets import (
     WatermarkSet,
     coin_set,
@@ -73,6 +78,7 @@ class Scheme:
         members: makes, out of the training images, what teaches a model the answers, each with the
             number of a trial that has the same one; without it, the trials themselves do.
         watermark_batch: watermarks in a step of the marking, where the recipe's are not enough.
+        check: refuses bases and training images that no watermarks can be made of.
     """
 
     make: Callable[[Materials], WatermarkSet]
@@ -83,6 +89,12 @@ class Scheme:
     published_step: float | None = None
     members: Callable[[Materials], Examples] | None = None
     watermark_batch: int | None = None
+    check: Callable[[Examples, Examples], None] | None = None
+
+    @property
+    def surviving(self) -> bool:
+        """Whether its trials can be chosen to survive changes of an image."""
+        return self.coins and self.crafted
 
     @property
     def answers(self) -> int:
@@ -119,18 +131,14 @@ def _ood(given: Materials) -> WatermarkSet:
 
 
 def _composite(given: Materials) -> WatermarkSet:
-    return composite_set(given.bases, _shared(given), given.seed)
+    classes = shared_classes(given.bases, given.training)
+    return composite_set(given.bases, classes, given.seed)
 
 
 def _members(given: Materials) -> Examples:
     assert given.training is not None
-    return composite_members(given.training, given.bases, _shared(given), given.seed)
-
-
-def _shared(given: Materials) -> list[int]:
-    """Labels that occur among the bases and in the training."""
-    labels = set(given.bases.y.tolist())
-    return sorted(labels if given.training is None else labels & set(given.training.y.tolist()))
+    classes = shared_classes(given.bases, given.training)
+    return composite_members(given.training, given.bases, classes, given.seed)
 
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -140,7 +148,13 @@ SCHEMES: Mapping[str, Scheme] = {
     ),
     "coin": Scheme(_coin, coins=True, taken=95.0, crafted=True),
     "composite": Scheme(
-        _composite, coins=True, taken=0.0, crafted=False, members=_members, watermark_batch=32
+        _composite,
+        coins=True,
+        taken=0.0,
+        crafted=False,
+        members=_members,
+        watermark_batch=32,
+        check=check_composites,
     ),
 }
 """The schemes by name: published baselines first, ours last.
