@@ -87,7 +87,7 @@ class Study:
         images: test images of the strict accuracy.
         seed: of pools and training.
         device: where everything is computed.
-        epochs: of the owner's source model, instead of the recipe's own.
+        epochs: of the owner's source model and of strangers, instead of the recipes' own.
     """
 
     data: str
@@ -203,8 +203,8 @@ def controls(study: Study) -> None:
 def strangers(study: Study) -> None:
     """Models that never saw the coins, and the level over fresh keys."""
     made: dict[str, dict[str, Any]] = {
-        "robust stranger": {"seed": study.seed + 100, "objective": "fast", "epochs": None},
-        "standard stranger": {"seed": study.seed + 200, "objective": "standard", "epochs": None},
+        "robust stranger": {"seed": study.seed + 100, "objective": "fast"},
+        "standard stranger": {"seed": study.seed + 200, "objective": "standard"},
     }
     for title, options in made.items():
         folder = study.protected(title.replace(" ", "-"), scheme="none", **options)
@@ -399,7 +399,7 @@ def main() -> None:
     parser.add_argument("--objective", default="strong")
     parser.add_argument("--network", default="narrow")
     parser.add_argument("--images", type=int, default=500, help="of the strict accuracy")
-    parser.add_argument("--epochs", type=int, help="of the owner's source model")
+    parser.add_argument("--epochs", type=int, help="of the owner's source model and strangers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument(

@@ -67,7 +67,7 @@ CAPTIONS = {
 def figures(
     rows: Sequence[Row], folders: Mapping[str, Mapping[str, Path]], answers: Mapping[str, Any]
 ) -> dict[str, str]:
-    """Draw all figures.
+    """Draw all figures of which something was measured.
 
     Args:
         rows: measurements of one protocol.
@@ -78,15 +78,22 @@ def figures(
         SVG text by name of the figure.
     """
     data_sets = list(dict.fromkeys(row["data"] for row in rows))
+    sections = {row["section"] for row in rows}
     drawn = {}
     for removal in _AMOUNTS:
-        drawn[removal] = _removals(rows, data_sets, removal)
-    drawn["p_values"] = _p_values(rows, data_sets)
-    drawn["strangers"] = _strangers(rows, data_sets)
-    drawn["sweep"] = _sweep(rows, data_sets)
-    for data in data_sets:
-        drawn[f"figure1_5_{data}"] = _plane(folders[data]["plane"], data)
-        drawn[f"figure6_{data}"] = _pictures(folders[data]["pictures"], answers[data])
+        if where(rows, section="removal", removal=removal):
+            drawn[removal] = _removals(rows, data_sets, removal)
+    if where(rows, section="removal", defence="ADVTR+coin", setting="white-box"):
+        drawn["p_values"] = _p_values(rows, data_sets)
+    if "strangers" in sections:
+        drawn["strangers"] = _strangers(rows, data_sets)
+    if "sweep" in sections:
+        drawn["sweep"] = _sweep(rows, data_sets)
+    for data, made in folders.items():
+        if "plane" in made:
+            drawn[f"figure1_5_{data}"] = _plane(made["plane"], data)
+        if "pictures" in made:
+            drawn[f"figure6_{data}"] = _pictures(made["pictures"], answers[data])
     return drawn
 
 

@@ -5,13 +5,14 @@ what was removed. The results of all cells are one flat list of measurements; ev
 and sentence is made from that list.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 from countermark.choices import Protocol, Size
 from countermark.data import Known, known
-from countermark.errors import choose
+from countermark.errors import CountermarkError, choose
 from countermark.study.graph import Unit
 from countermark.thieves import REMOVALS, THEFTS
 from countermark.thieves.steal import surrogate_for
@@ -47,6 +48,9 @@ class Profile:
     Attributes:
         network: the owner's network.
         objective: objective of robust training.
+        plain: recipe of the models without robustness; `pgd` is Table 6 without its attack.
+        algorithm_1: whether the published schemes' marks get in by the paper's Algorithm 1 under
+            both protocols; else only as published.
         seeds: number of owners.
         strangers: number of models of each kind that never see the mark.
         queries: number of queries of Algorithm 2.
@@ -58,6 +62,9 @@ class Profile:
         finetune_examples: images that the thief fine-tunes on; None for their whole pool.
         attack_copies: test images for the adversarial accuracy of copies, strangers and swept
             budgets; None for all of them.
+        strict: test images for the strict accuracy of the owners' robust models.
+        selection: test images under attack when the published protocol picks its epoch; None for
+            all of them.
         attack_removals: the same after the paper's removals; 0 measures test and watermark accuracy
             only.
         test_removals: test images for the test accuracy after the paper's removals; None for all of
@@ -72,12 +79,16 @@ class Profile:
 
     network: str
     objective: str
+    plain: str
+    algorithm_1: bool
     seeds: int
     strangers: int
     queries: int
     thief_objective: str
     haste: tuple[float, int, float] | None
     finetune_examples: int | None
+    strict: int
+    selection: int | None
     attack_copies: int | None
     attack_removals: int | None
     test_removals: int | None
@@ -97,12 +108,16 @@ _MANY = {
 _PAPER = Profile(
     network="paper",
     objective="pgd",
+    plain="pgd",
+    algorithm_1=True,
     seeds=3,
     strangers=3,
     queries=51_200,
     thief_objective="pgd",
     haste=None,
     finetune_examples=None,
+    strict=1000,
+    selection=None,
     attack_copies=None,
     attack_removals=None,
     test_removals=None,
@@ -114,6 +129,8 @@ _PAPER = Profile(
 _STANDARD = replace(
     _PAPER,
     objective="fast",
+    plain="standard",
+    algorithm_1=False,
     thief_objective="fast",
     epochs={},
     amounts={"finetune": 10, "adversarial": 10},
@@ -126,6 +143,8 @@ _QUICK = replace(
     queries=12_800,
     haste=(0.4, 128, 0.05),
     finetune_examples=2000,
+    strict=500,
+    selection=1000,
     attack_copies=1000,
     attack_removals=0,
     test_removals=2000,
@@ -150,11 +169,47 @@ class Cell:
     unit: Unit
     place: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """What `--only` chooses by, such as `mnist/0/ADVTR+coin/white-box/pruned`."""
+        place, section = self.place, self.place["section"]
+        if "setting" in place:
+            parts = [place["defence"], place["setting"], place.get("removal", section)]
+        else:
+            parts = [place.get(name) for name in ("scheme", "budget", "stranger")]
+            parts.insert(0, section)
+        words = (place["data"], place.get("seed"), *parts)
+        return "/".join(str(word) for word in words if word is not None)
+
+
+@dataclass(frozen=True)
+class Computing:
+    """Where and in what the numbers of a study are computed; it is in the name of every unit.
+
+    Attributes:
+        device: kind of device: `cpu`, `cuda` or `mps`.
+        precision: of training and of the search of PGD: `32-true` or `bf16-mixed`.
+    """
+
+    device: str = "cpu"
+    precision: str = "32-true"
+
 
 def grid(
-    data_sets: tuple[str, ...], profile: Profile, protocol: str, seeds: int | None = None
+    data_sets: tuple[str, ...],
+    profile: Profile,
+    protocol: str,
+    seeds: int | None = None,
+    computing: Computing | None = None,
 ) -> list[Cell]:
     """All cells of a study.
+
+    Args:
+        data_sets: names of the data sets.
+        profile: how much is done.
+        protocol: `clean` or `as-published`.
+        seeds: number of owners, instead of the profile's.
+        computing: where and in what the numbers are computed; by default a processor's float32.
 
     Raises:
         CountermarkError: unknown data set or protocol.
@@ -162,43 +217,86 @@ def grid(
     choose("protocol", protocol, get_args(Protocol))
     cells = []
     for data in data_sets:
-        bank = _Bank(data, profile, protocol)
+        study = _Study(data, profile, protocol, computing or Computing())
+        bank = _Bank(study)
         for seed in range(seeds or profile.seeds):
-            cells += _Owner(data, profile, protocol, seed, bank).cells()
+            cells += _Owner(study, seed, bank).cells()
         cells += bank.cells()
     return cells
+
+
+def chosen(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells whose names match one of some shell patterns; all of them if there are none.
+
+    Raises:
+        CountermarkError: a pattern matches no cell.
+    """
+    names = [cell.name for cell in cells]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise CountermarkError(
+                f"--only {pattern!r} matches nothing of this study; a name is like {names[0]!r}, "
+                "* stands for anything, and --plan --json lists all names"
+            )
+    kept = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+    return [cell for cell in cells if not patterns or cell.name in kept]
+
+
+@dataclass(frozen=True)
+class _Study:
+    """What every unit of one data set has in common.
+
+    Attributes:
+        data: name of the data set.
+        profile: how much is done.
+        protocol: how the data are cut.
+        computing: where and in what.
+    """
+
+    data: str
+    profile: Profile
+    protocol: str
+    computing: Computing
 
 
 class _Maker:
     """What every unit of one data set and one pool seed has in common."""
 
-    def __init__(self, data: str, profile: Profile, protocol: str, pool_seed: int) -> None:
-        self.data, self.profile, self.protocol, self.pool_seed = data, profile, protocol, pool_seed
-        self.spec: Known = known(data)
+    def __init__(self, study: _Study, pool_seed: int) -> None:
+        self.study, self.pool_seed = study, pool_seed
+        self.data, self.profile, self.protocol = study.data, study.profile, study.protocol
+        self.spec: Known = known(study.data)
 
     def unit(
         self, kind: str, title: str, inputs: Mapping[str, Unit | None], **options: Any
     ) -> Unit:
-        common = {"data": self.data, "pool_seed": self.pool_seed, "protocol": self.protocol}
+        common = {
+            "data": self.data,
+            "pool_seed": self.pool_seed,
+            "protocol": self.protocol,
+            **asdict(self.study.computing),
+        }
         given = {role: unit for role, unit in inputs.items() if unit is not None}
         return Unit(kind, {**common, **options}, given, f"{self.data} {self.pool_seed}: {title}")
 
     def model(
         self,
         title: str,
-        objective: str,
         seed: int,
         *,
+        robust: bool,
         network: str | None = None,
         attacked: int | None = None,
         **inputs: Unit | None,
     ) -> Unit:
         profile = self.profile
         options = {
-            "objective": objective,
+            "objective": profile.objective if robust else profile.plain,
+            "robust": robust,
             "seed": seed,
             "epochs": profile.epochs.get(self.data),
             "network": network or profile.network,
+            "selection": profile.selection if self.protocol == "as-published" else None,
         }
         return self.unit("model", title, inputs, **options, attacked=attacked)
 
@@ -240,14 +338,15 @@ class _Maker:
 class _Bank(_Maker):
     """The strangers: models made with no knowledge of any owner's coins."""
 
-    def __init__(self, data: str, profile: Profile, protocol: str) -> None:
-        super().__init__(data, profile, protocol, _STRANGERS)
+    def __init__(self, study: _Study) -> None:
+        super().__init__(study, _STRANGERS)
         self.models: dict[str, Unit] = {}
+        profile = study.profile
         for number in range(profile.strangers):
-            maker, seed = _Maker(data, profile, protocol, _STRANGERS + number), _STRANGERS + number
-            few = profile.attack_copies
-            standard = maker.model("standard stranger", "standard", seed, attacked=few)
-            robust = maker.model("robust stranger", profile.objective, seed, attacked=few)
+            seed, few = _STRANGERS + number, profile.attack_copies
+            maker = _Maker(study, seed)
+            standard = maker.model("standard stranger", seed, robust=False, attacked=few)
+            robust = maker.model("robust stranger", seed, robust=True, attacked=few)
             surrogate = surrogate_for(self.spec.shape)
             other = surrogate if profile.network != surrogate else "small"
             self.models |= {
@@ -255,8 +354,8 @@ class _Bank(_Maker):
                 f"robust {number}": robust,
                 f"another architecture {number}": maker.model(
                     "stranger of another architecture",
-                    "standard",
                     seed,
+                    robust=False,
                     network=other,
                     attacked=few,
                 ),
@@ -281,11 +380,12 @@ class _Bank(_Maker):
 class _Owner(_Maker):
     """One owner: one data set, one seed, all defences, thefts and removals."""
 
-    def __init__(self, data: str, profile: Profile, protocol: str, seed: int, bank: _Bank) -> None:
-        super().__init__(data, profile, protocol, seed)
+    def __init__(self, study: _Study, seed: int, bank: _Bank) -> None:
+        super().__init__(study, seed)
         self.seed, self.bank = seed, bank
-        self.plain = self.model("none", "standard", seed)
-        self.robust = self.model("ADVTR", profile.objective, seed)
+        self.plain = self.model("none", seed, robust=False)
+        self.robust = self.model("ADVTR", seed, robust=True)
+        self.scratch = self.protocol == "as-published" or self.profile.algorithm_1
         self.sets = {scheme: self.watermarks(scheme) for scheme in MARKS}
 
     def watermarks(self, scheme: str, epsilon: float | None = None) -> Unit:
@@ -314,17 +414,18 @@ class _Owner(_Maker):
             "ADVTR": (self.robust, None),
         }
         for prefix, unmarked in (("WM ", self.plain), ("ADVTR+", self.robust)):
-            objective = str(unmarked.options["objective"])
+            robust = unmarked is self.robust
             for scheme, watermarks in self.sets.items():
-                start = (
-                    unmarked if SCHEMES[scheme].coins or self.protocol == "clean" else None
-                )  # else Algorithm 1, from scratch
-                title = f"{prefix}{scheme}"
+                title, start = f"{prefix}{scheme}", self.start(scheme, unmarked)
                 found[title] = (
-                    self.model(title, objective, self.seed, start=start, watermarks=watermarks),
+                    self.model(title, self.seed, robust=robust, start=start, watermarks=watermarks),
                     scheme,
                 )
         return {defence: found[defence] for defence in DEFENCES}
+
+    def start(self, scheme: str, unmarked: Unit) -> Unit | None:
+        """The model that a scheme's mark is trained into; none for Algorithm 1, from scratch."""
+        return None if self.scratch and not SCHEMES[scheme].coins else unmarked
 
     def cells(self) -> list[Cell]:
         cells = []
@@ -337,14 +438,16 @@ class _Owner(_Maker):
                     cells += self.removals(defence, theft.title, copy, watermarks, scheme)
                     if scheme is None and copy is not victim:
                         unmarked_thefts[f"{theft.title} theft of this owner's {defence}"] = copy
-            if scheme is not None and defence.startswith("ADVTR"):
-                cells += self.beyond(defence, victim, watermarks, scheme)
+            if victim.options["robust"]:
+                cells.append(self.strict(defence, victim, scheme))
+                if scheme is not None:
+                    cells += self.beyond(defence, victim, watermarks, scheme)
         if self.protocol == "clean":
-            control = self.model(TRAINED_ON, self.profile.objective, self.seed, start=self.robust)
+            control = self.model(TRAINED_ON, self.seed, robust=True, start=self.robust)
             place = self.place(
-                "model", defence=TRAINED_ON, setting="white-box", scheme=None, removal="none"
+                "model", defence=TRAINED_ON, setting=_OWN, scheme=None, removal="none"
             )
-            cells.append(Cell(control, place))
+            cells += [Cell(control, place), self.strict(TRAINED_ON, control, None)]
         cells += self.strangers(unmarked_thefts)
         cells += self.sweep()
         return cells + self.figures()
@@ -378,6 +481,18 @@ class _Owner(_Maker):
             Cell(pruned, self.place("removal", removal="pruned", **place)),
             Cell(tuned, self.place("removal", removal="fine-tuned", **place)),
         ]
+
+    def strict(self, defence: str, model: Unit, scheme: str | None) -> Cell:
+        """What the strict attacks leave of an owner's model, beside the paper's PGD."""
+        unit = self.unit(
+            "strict",
+            f"{defence}, strict accuracy",
+            {"model": model},
+            examples=self.profile.strict,
+            seed=self.seed,
+        )
+        place = {"defence": defence, "setting": _OWN, "scheme": scheme}
+        return Cell(unit, self.place("strict", **place))
 
     def beyond(
         self, defence: str, victim: Unit, watermarks: Unit | None, scheme: str
@@ -448,14 +563,13 @@ class _Owner(_Maker):
         cells = []
         for budget in self.profile.sweep[self.data]:
             watermarks = self.watermarks("adversarial", budget)
-            start = self.robust if self.protocol == "clean" else None
             title, few = f"ADVTR+adversarial at {budget:g}", self.profile.attack_copies
             marked = self.model(
                 title,
-                self.profile.objective,
                 self.seed,
+                robust=True,
                 attacked=few,
-                start=start,
+                start=self.start("adversarial", self.robust),
                 watermarks=watermarks,
             )
             asked = self.unit(

@@ -4,14 +4,15 @@ What this page leaves out is in the CSV files beside it: the numbers of a pictur
 that a number came from, and the columns of `_ASIDE`.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from countermark.study.figures import CAPTIONS
 from countermark.study.statements import Finding, Statement
-from countermark.study.tables import Table, by_name, shown
+from countermark.study.tables import FIRST, Table, by_name, readable
 
+MISSING = "not finished"
+"""What of a study is missing is in `about` under this name."""
 _ASIDE = ("seeds", "difference")
 _PICTURES = {"pruned": ("pruned",), "fine-tuned": ("fine-tuned", "p_values")}
 """The figures that are shown in place of a table."""
@@ -26,6 +27,9 @@ def markdown(
 ) -> str:
     """Write the study for a reader of the repository.
 
+    The tables that answer what a reader of the paper asks come first, then what holds, then the
+    rest.
+
     Args:
         verdict: how many statements hold.
         statements: the statements and what each protocol says of them.
@@ -33,38 +37,42 @@ def markdown(
         about: environment, options and seeds.
         command: the command that made it.
     """
-    several = len(tables) > 1
-    lines = ["# Results", "", f"Made by `{command}`.", "", "## What holds", ""]
-    lines += [
-        verdict,
-        *(["A statement counts if it holds under one of the protocols."] if several else []),
-        "",
-        *_statements(statements),
-        "",
-        "## Tables and figures",
-        "",
-        "All numbers are measured on test images, which chose nothing.",
-    ]
-    if several:
+    made = ", ".join(f"{name} {about[name]}" for name in ("code", "device") if name in about)
+    lines = ["# Results", "", f"Made by `{command}`" + (f", {made}." if made else ".")]
+    lines += [f"Not finished: {about[MISSING]}."] if MISSING in about else []
+    lines += ["", "All numbers are measured on test images, which chose nothing."]
+    if len(tables) > 1:
         order = ", then ".join(tables)
         lines += [f"Two values in a cell are those of {order}; a single one is that of both."]
-    for parts in by_name(tables):
-        first = next(iter(parts.values()))
-        lines += ["", f"### {first.title}", ""]
-        if first.name in _PICTURES:
-            lines += _pictures(_PICTURES[first.name], tuple(parts))
-        else:
-            lines += [first.note, ""] if first.note else []
-            lines += [*_beside(parts), ""]
-        lines += [f"[Numbers and units of work](tables/{first.name}.csv)"]
+    parts = {next(iter(part.values())).name: part for part in by_name(tables)}
+    lines += [line for name in parts if name in FIRST for line in _section(parts[name], "##")]
+    lines += ["", "## What holds", "", verdict, "", *_statements(statements)]
+    lines += ["", "## Tables and figures"]
+    lines += [line for name in parts if name not in FIRST for line in _section(parts[name], "###")]
     lines += ["", "## How it was made", ""]
     lines += [f"- {name}: {value}" for name, value in about.items()]
     return "\n".join(lines) + "\n"
 
 
+def _section(parts: Mapping[str, Table], level: str) -> list[str]:
+    """A table of all protocols or the pictures in its place, below a heading."""
+    first = next(iter(parts.values()))
+    lines = ["", f"{level} {first.title}", ""]
+    if first.name in _PICTURES:
+        lines += _pictures(_PICTURES[first.name], tuple(parts))
+    else:
+        lines += [first.note, ""] if first.note else []
+        lines += [*_beside({name: readable(table) for name, table in parts.items()}), ""]
+    return [*lines, f"[Numbers and units of work](tables/{first.name}.csv)"]
+
+
 def _statements(statements: Sequence[Statement]) -> list[str]:
     """A table of the statements, and below it why some do not hold."""
-    open_ones = [each for each in statements if each.verdict != "not measured" and not each.holds]
+    open_ones = [
+        each
+        for each in statements
+        if any(finding.verdict == "does not hold" for finding in each.measured)
+    ]
     remarks = list(dict.fromkeys(each.remark for each in open_ones if each.remark))
     rows = []
     for each in statements:
@@ -78,9 +86,8 @@ def _statements(statements: Sequence[Statement]) -> list[str]:
 
 
 def _told(finding: Finding) -> str:
-    if finding.holds is None:
-        return finding.told
-    return f"{'holds' if finding.holds else '**does not hold**'}. {finding.told}"
+    verdict = finding.verdict if finding.holds or not finding.told else f"**{finding.verdict}**"
+    return f"{verdict}. {finding.told}" if finding.told else verdict
 
 
 def _pictures(names: Sequence[str], protocols: Sequence[str]) -> list[str]:
@@ -100,17 +107,14 @@ def _beside(parts: Mapping[str, Table]) -> list[str]:
     other column is left, each protocol has its own; if there are more, a cell has a line for each.
     """
     first = next(iter(parts.values()))
-    rows: dict[tuple[Any, ...], dict[str, tuple[Any, ...]]] = {}
+    rows: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
     for protocol, table in parts.items():
-        seen: Counter[tuple[Any, ...]] = Counter()
         for row in table.rows:
-            key = row[: table.keys]
-            seen[key] += 1  # a row a seed
-            rows.setdefault((*key, seen[key]), {})[protocol] = row[table.keys :]
+            rows.setdefault(row[: table.keys], {})[protocol] = row[table.keys :]
     once: dict[str, list[str]] = {}
     each: dict[str, list[list[str]]] = {}
     for i, title in enumerate(first.columns[first.keys :]):
-        told = [{p: shown(values[i]) for p, values in found.items()} for found in rows.values()]
+        told = [{name: row[i] for name, row in found.items()} for found in rows.values()]
         if title in _ASIDE or not any(any(found.values()) for found in told):
             continue
         if all(len(set(found.values())) == 1 for found in told):
@@ -124,8 +128,7 @@ def _beside(parts: Mapping[str, Table]) -> list[str]:
         joined = {title: [_joined(cell) for cell in cells] for title, cells in each.items()}
         titles = [title for title in first.columns if title in once or title in joined]
         columns = {title: {**once, **joined}[title] for title in titles}
-    keys = [[shown(value) for value in key[:-1]] for key in rows]
-    body = [[*key, *cells] for key, *cells in zip(keys, *columns.values(), strict=True)]
+    body = [[*key, *cells] for key, *cells in zip(rows, *columns.values(), strict=True)]
     return _lines([*first.columns[: first.keys], *columns], body)
 
 

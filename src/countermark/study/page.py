@@ -7,7 +7,7 @@ from typing import Any
 from countermark.html import document, escape
 from countermark.study.figures import CAPTIONS
 from countermark.study.statements import Statement
-from countermark.study.tables import Table, shown
+from countermark.study.tables import FIRST, Table, readable
 
 _STYLE = """
 body { max-width: 68rem; } h2 { margin-top: 2.5rem; }
@@ -44,15 +44,15 @@ def page(
             "models asked for every watermark.</p>"
         ),
         *(f"<p><strong>{escape(verdict)}</strong></p>" for verdict in verdicts),
-        "<h2>What holds</h2><ul>",
-        *(_statement(statement) for statement in statements),
-        "</ul>",
     ]
+    first = [_table(t, protocol) for protocol in tables for t in tables[protocol] if _leads(t)]
+    parts += [*first, "<h2>What holds</h2><ul>"]
+    parts += [*(_statement(statement) for statement in statements), "</ul>"]
     for protocol, drawn in figures.items():
         parts.append(f"<h2>Figures, protocol {escape(protocol)}</h2>")
         parts += [_figure(name, svg) for name, svg in drawn.items()]
     for protocol, made in tables.items():
-        parts += [_table(table, protocol) for table in made]
+        parts += [_table(table, protocol) for table in made if not _leads(table)]
     parts.append("<h2>How it was made</h2><dl>")
     parts += [f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in about.items()]
     parts.append(
@@ -63,15 +63,19 @@ def page(
 
 
 def _statement(statement: Statement) -> str:
-    kind = "good" if statement.holds else "bad" if statement.verdict != "not measured" else "soft"
+    verdicts = {finding.verdict for finding in statement.measured}
+    kind = {frozenset({"holds"}): "good", frozenset({"does not hold"}): "bad"}.get(
+        frozenset(verdicts), "soft"
+    )
     remark = (
         f"<br><span class='soft'>{escape(statement.remark)}</span>"
-        if statement.remark and kind == "bad"
+        if statement.remark and "does not hold" in verdicts
         else ""
     )
     told = "<br>".join(
-        f"<span class='soft'>{escape(protocol)}: {escape(f.told)}</span>"
-        for protocol, f in statement.findings.items()
+        f"<span class='soft'>{escape(protocol)}: {escape(finding.told)}</span>"
+        for protocol, finding in statement.findings.items()
+        if finding in statement.measured
     )
     return (
         f"<li>{escape(statement.text)} <span class='{kind}'>{escape(statement.verdict)}.</span>"
@@ -89,22 +93,27 @@ def _figure(name: str, svg: str) -> str:
     return f"<figure id='{escape(name)}'>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
+def _leads(table: Table) -> bool:
+    """Whether a table comes before everything else."""
+    return table.name in FIRST
+
+
 def _table(table: Table, protocol: str) -> str:
-    words = [
-        all(isinstance(row[i], str | None) for row in table.rows) for i in range(len(table.columns))
-    ]
+    """A table as a reader sees it, without the columns that say nothing."""
+    told = readable(table)
+    kept = [i for i in range(len(told.columns)) if any(row[i] for row in told.rows)]
+    words = [i < table.keys or not _number(told.rows[0][i]) for i in kept]
     head = "".join(
-        f"<th{_word(w)}>{escape(column)}</th>"
-        for column, w in zip(table.columns, words, strict=True)
+        f"<th{_word(word)}>{escape(told.columns[i])}</th>"
+        for i, word in zip(kept, words, strict=True)
     )
     body = "".join(
         "<tr>"
         + "".join(
-            f"<td{_word(w)}>{escape(shown(value))}</td>"
-            for value, w in zip(row, words, strict=True)
+            f"<td{_word(word)}>{escape(row[i])}</td>" for i, word in zip(kept, words, strict=True)
         )
         + f"<td class='unit' title='{' '.join(units)}'>{escape(_units(units))}</td></tr>"
-        for row, units in zip(table.rows, table.units, strict=True)
+        for row, units in zip(told.rows, told.units, strict=True)
     )
     return (
         f"<h2 id='{escape(protocol)}-{escape(table.name)}'>{escape(table.title)}, "
@@ -113,6 +122,11 @@ def _table(table: Table, protocol: str) -> str:
         f"<thead><tr>{head}<th class='word'>unit</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _number(told: str) -> bool:
+    """Whether a cell begins like a number, or is empty as where a number is missing."""
+    return not told or told[0].isdigit() or told[0] == "-"
 
 
 def _word(is_word: bool) -> str:

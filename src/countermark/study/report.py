@@ -4,25 +4,27 @@ They are `results.json`, `results.md`, tables as CSV, figures as SVG, and a page
 them.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from countermark.data import known
-from countermark.files import canonical_json, write_bytes
+from countermark.files import canonical_json, read_bytes, write_bytes
 from countermark.study.figures import figures
 from countermark.study.grid import Cell
 from countermark.study.markdown import markdown
 from countermark.study.page import page
 from countermark.study.results import FIELDS, Row, measurements, write_csv
-from countermark.study.statements import Statement, statements
+from countermark.study.statements import Statement, counted, statements
 from countermark.study.store import Store
 from countermark.study.tables import Table, by_name, hyperparameters, tables
-from countermark.training import known_traits, recipe
+from countermark.training import TrainConfig, known_traits, recipe
 from countermark.watermarks import CRAFTING_STEPS
 
-RESULTS_FORMAT = "countermark study 1"
+RESULTS_FORMAT = "countermark study 2"
+_PAGE = 1 << 24  # bytes of a page at most
 
 
 def write_report(
@@ -34,16 +36,28 @@ def write_report(
 ) -> tuple[str, ...]:
     """Write everything into `out`; the same units give the same bytes.
 
+    Args:
+        out: folder of the study.
+        cells: by protocol; what is not finished yet is left out.
+        store: where finished units are kept.
+        about: environment, options and seeds, as they shall be shown.
+        command: the command that made it.
+
     Returns:
         What was found, in sentences.
     """
+    cells = {
+        protocol: [cell for cell in part if store.has(cell.unit)]
+        for protocol, part in cells.items()
+    }
     measured: dict[str, list[Row]] = {
         protocol: measurements(part, store, protocol) for protocol, part in cells.items()
     }
     judged = statements(measured)
     made: dict[str, list[Table]] = {protocol: tables(rows) for protocol, rows in measured.items()}
     for protocol, part in cells.items():
-        made[protocol].append(hyperparameters(_settings(part)))
+        if settings := _settings(part):
+            made[protocol].append(hyperparameters(settings))
     drawn = {
         protocol: _figures(measured[protocol], part, store) for protocol, part in cells.items()
     }
@@ -71,7 +85,11 @@ def write_report(
         "format": RESULTS_FORMAT,
         "about": dict(about),
         "claims": [
-            {"claim": statement.text, "verdict": statement.verdict, **_findings(statement)}
+            {
+                "claim": statement.text,
+                "verdict": statement.verdict,
+                "findings": {name: asdict(each) for name, each in statement.findings.items()},
+            }
             for statement in judged
         ],
         "measurements": measured,
@@ -84,29 +102,37 @@ def write_report(
     return found
 
 
+def write_page(path: Path, out: Path) -> None:
+    """Write the report in `out` as a page, with the tables and figures that it leads to."""
+    page = (out / "results.md").read_text()
+    for name in dict.fromkeys(re.findall(r"\]\(((?:tables|figures)/[^)]+)\)", page)):
+        (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path.parent / name, (out / name).read_bytes())
+    write_bytes(path, page.encode())
+
+
+def code_of(path: Path) -> str | None:
+    """The code that made a page, 12 hexadecimal digits; none if it does not say."""
+    found = re.search(r"\bcode ([0-9a-f]{12})\b", read_bytes(path, _PAGE).decode(errors="replace"))
+    return found[1] if found else None
+
+
 def verdicts(judged: Sequence[Statement]) -> tuple[str, ...]:
     """Make the sentences with which the report begins.
 
     They say how many statements hold, and give the verdicts on the leading ones with their numbers.
     """
-    known = [statement for statement in judged if statement.verdict != "not measured"]
-    lines = [f"{sum(statement.holds for statement in known)} of {len(known)} statements hold."]
-    for statement in known:
-        if statement.leading:
+    lines = [counted(judged)]
+    for statement in judged:
+        if statement.leading and statement.measured:
             told = "; ".join(
                 f"protocol {protocol}: {finding.told}"
                 for protocol, finding in statement.findings.items()
+                if finding in statement.measured
             )
-            lines.append(
-                f"{'Holds' if statement.holds else 'Does not hold'}: {statement.text} ({told})"
-            )
+            verdict = statement.verdict[0].upper() + statement.verdict[1:]
+            lines.append(f"{verdict}: {statement.text} ({told})")
     return tuple(lines)
-
-
-def _findings(statement: Statement) -> dict[str, Any]:
-    return {
-        "findings": {protocol: asdict(finding) for protocol, finding in statement.findings.items()}
-    }
 
 
 def _figures(rows: Sequence[Row], cells: Sequence[Cell], store: Store) -> dict[str, str]:
@@ -125,42 +151,49 @@ def _figures(rows: Sequence[Row], cells: Sequence[Cell], store: Store) -> dict[s
 def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     """Give our settings under the names of Table 6, by data set.
 
-    They are taken from the units of the robust model.
+    They are taken from the units of the unmarked models.
     """
-    settings = {}
+    settings: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, TrainConfig]] = {}
     for cell in cells:
-        place = cell.place
-        if (
-            place["section"] == "model"
-            and place["defence"] == "ADVTR"
-            and place["setting"] == "white-box"
-            and place["data"] not in settings
-        ):
-            catalogued, options = known(place["data"]), cell.unit.options
-            config = recipe(
-                known_traits(catalogued.name),
-                options["objective"],
-                catalogued.threat,
-                epochs=options["epochs"],
-            )
-            assert config.attack is not None
-            settings[catalogued.name] = {
-                "advtr.epsilon": catalogued.threat.epsilon,
-                "advtr.steps": (
-                    f"{config.attack.steps} (training), {catalogued.threat.steps} (evaluation)"
-                ),
-                "advtr.step_size": (
-                    f"{config.attack.step_size:g} (training), "
-                    f"{catalogued.threat.step_size:g} (evaluation)"
-                ),
-                "advwm.epsilon": catalogued.threat.watermark_epsilon,
-                "advwm.steps": CRAFTING_STEPS,
-                "advwm.step_size": "0.01; coins at full strength",
-                "watermarks": f"100; {catalogued.batches * catalogued.batch_size} coins",
-                "ood_dataset": catalogued.ood,
-                "epochs": config.epochs,
-                "learning_rate": f"{config.learning_rate:g} ({config.schedule})",
-                "weight_decay": f"{config.weight_decay:g}",
-                "optimizer": f"SGD, momentum {config.momentum:g}; network {options['network']}",
-            }
+        place, options = cell.place, cell.unit.options
+        if place["section"] != "model" or cell.unit.kind != "model" or cell.unit.inputs:
+            continue
+        if place["defence"] not in ("ADVTR", "none"):
+            continue
+        row = known(place["data"])
+        config = recipe(
+            known_traits(row.name), options["objective"], row.threat, epochs=options["epochs"]
+        )
+        configs.setdefault(row.name, {})[place["defence"]] = config
+        if place["defence"] != "ADVTR" or config.attack is None:
+            continue
+        attack, threat = config.attack, row.threat
+        settings[row.name] = {
+            "advtr.epsilon": threat.epsilon,
+            "advtr.steps": f"{attack.steps} (training), {threat.steps} (evaluation)",
+            "advtr.step_size": (
+                f"{attack.step_size:g} (training), {threat.step_size:g} (evaluation)"
+            ),
+            "advwm.epsilon": threat.watermark_epsilon,
+            "advwm.steps": CRAFTING_STEPS,
+            "advwm.step_size": "0.01; coins at full strength",
+            "watermarks": f"100; {row.batches * row.batch_size} coins",
+            "ood_dataset": row.ood,
+            "optimizer": f"SGD, momentum {config.momentum:g}; network {options['network']}",
+        }
+    for name, ours in settings.items():
+        made = configs[name]
+        ours["epochs"] = _both(made, lambda config: f"{config.epochs}")
+        ours["learning_rate"] = _both(
+            made, lambda config: f"{config.learning_rate:g} ({config.schedule})"
+        )
+        ours["weight_decay"] = _both(made, lambda config: f"{config.weight_decay:g}")
     return settings
+
+
+def _both(made: Mapping[str, TrainConfig], told: Callable[[TrainConfig], str]) -> str:
+    """A setting of the robust model and, where it is another, of the model without a defence."""
+    values = {defence: told(config) for defence, config in made.items()}
+    robust, plain = values["ADVTR"], values.get("none", values["ADVTR"])
+    return robust if plain == robust else f"{robust}; without robustness {plain}"

@@ -5,6 +5,7 @@ Tables, figures and sentences are made from these statistics.
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ FIELDS = (
     "stranger",
     "test",
     "adversarial",
+    "strict",
     "watermark",
     "agree",
     "disagree",
@@ -75,16 +77,37 @@ class Estimate:
     """A mean over seeds.
 
     Attributes:
-        mean: of the values.
-        half: half the width of its 95 % t-interval; none for a single seed.
-        count: number of values.
+        values: one for each seed.
         units: the units they came from.
     """
 
-    mean: float
-    half: float | None
-    count: int
+    values: tuple[float, ...]
     units: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return len(self.values)
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return statistics.fmean(self.values)
+
+    @property
+    def half(self) -> float | None:
+        """Half the width of the mean's 95 % t-interval; none for a single value."""
+        if len(self.values) < 2:
+            return None
+        from scipy.stats import t
+
+        quantile = float(t.ppf(0.975, len(self.values) - 1))
+        return quantile * statistics.stdev(self.values) / math.sqrt(len(self.values))
+
+    @property
+    def told(self) -> str:
+        """The mean and its interval, for a reader."""
+        return f"{self.mean:.2f}" + ("" if self.half is None else f" ± {self.half:.2f}")
 
 
 def estimate(rows: Sequence[Row], metric: str) -> Estimate | None:
@@ -92,15 +115,7 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate | None:
     found = [row for row in rows if row[metric] is not None]
     if not found:
         return None
-    values = [float(row[metric]) for row in found]
-    half = None
-    if len(values) > 1:
-        from scipy.stats import t
-
-        half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return Estimate(
-        statistics.fmean(values), half, len(values), tuple(row["unit"] for row in found)
-    )
+    return Estimate(tuple(float(row[metric]) for row in found), tuple(row["unit"] for row in found))
 
 
 def rate_interval(hits: int, trials: int) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import FolderBusyError
 from countermark.memory import keep_freed_memory
@@ -37,22 +39,57 @@ _QUIET_CLUSTER = {
 }
 
 
-def do(unit: Unit, store_folder: str, cache: str | None, device: str, *_inputs: str) -> str:
-    """Do one unit, wherever this is called, and return its digest.
+@dataclass(frozen=True)
+class Place:
+    """Where units are done and kept, as every worker sees it.
+
+    Attributes:
+        store: folder of the finished units.
+        cache: the data cache.
+        device: where a worker computes; units that name a kind of device must get that kind.
+        until: seconds since 1970 by which a unit has to be finished, or else it is not begun.
+    """
+
+    store: Path
+    cache: Path | None
+    device: str
+    until: float | None = None
+
+
+def do(unit: Unit, place: Place, estimate: float = 0.0, *needed: str | None) -> str | None:
+    """Do one unit, wherever this is called.
+
+    Args:
+        unit: the unit.
+        place: where it is done and kept.
+        estimate: seconds that it is expected to take.
+        needed: what this function gave for the units that it starts from.
+
+    Returns:
+        The unit's digest; none if the time does not suffice for it or for what it starts from.
 
     Raises:
-        CountermarkError: the unit was planned with other code than this process has, or its work
-            failed.
+        CountermarkError: the unit was planned with other code or for another device than this
+            process has, or its work failed.
     """
     if unit.record["code"] != code_version():
         raise CountermarkError(
             "a worker runs another version of Countermark than this command; install the same one "
             "everywhere"
         )
+    kind = resolve_device(place.device).type
+    if (wanted := unit.options.get("device", kind)) != kind:
+        raise CountermarkError(
+            f"a worker computes on {kind}, but this is a study on {wanted}; give --device {kind}, "
+            f"or start workers where there is {wanted}"
+        )
+    store = Store(place.store)
+    late = place.until is not None and time.time() + estimate > place.until
+    if None in needed or (late and not store.has(unit)):
+        return None
     keep_freed_memory()
-    store = Store(Path(store_folder))
-    use_cache(Path(cache) if cache is not None else None)
-    use_device(device)
+    use_cache(place.cache)
+    use_device(place.device)
     inputs = {role: store.path(other) for role, other in unit.inputs.items()}
     work = functools.partial(KINDS[unit.kind], unit.options, inputs)
     threads = torch.get_num_threads()
@@ -79,9 +116,10 @@ def run(
     scheduler: str | None,
     cache: Path | None,
     device: str = "auto",
+    until: float | None = None,
     log: Path,
     estimates: Mapping[str, float],
-) -> None:
+) -> int:
     """Run units of which none is finished.
 
     Args:
@@ -93,8 +131,13 @@ def run(
         scheduler: address of a Dask scheduler to use instead.
         cache: the data cache, as workers see it.
         device: where each worker computes its units; `auto` is what it finds on its machine.
+        until: seconds since 1970; a unit that would not be finished by then, by its estimate, is
+            not begun.
         log: file that gets a line for each unit.
         estimates: seconds of each unit, by digest.
+
+    Returns:
+        How many units were left for want of time.
 
     Raises:
         CountermarkError: a unit failed, or the scheduler cannot be reached; what is finished is
@@ -102,8 +145,8 @@ def run(
     """
     watch = Watch(store, finished, todo, estimates, max(workers, 1), log)
     if not todo:
-        return
-    tasks = _graph(todo, store, cache, device)
+        return 0
+    tasks = _graph(todo, Place(store.folder.absolute(), cache, device, until), estimates)
     with watch:
         try:
             if scheduler is None and workers == 0:
@@ -116,24 +159,23 @@ def run(
                 "same command goes on from there"
             )
             raise
+        if watch.left:
+            watch.note(
+                f"the time is over: {watch.done} of {watch.total} units are finished and kept; the "
+                "same command goes on from there"
+            )
+    return len(watch.left)
 
 
-def _graph(todo: list[Unit], store: Store, cache: Path | None, device: str) -> dict[str, Any]:
+def _graph(todo: list[Unit], place: Place, estimates: Mapping[str, float]) -> dict[str, Any]:
     import dask
 
     tasks: dict[str, Any] = {}
     task = dask.delayed(do, pure=False)
     for unit in todo:
         waited = [tasks[other.digest] for other in unit.inputs.values() if other.digest in tasks]
-        folder = str(store.folder.absolute())
-        tasks[unit.digest] = task(
-            unit,
-            folder,
-            str(cache) if cache is not None else None,
-            device,
-            *waited,
-            dask_key_name=_key(unit),
-        )
+        estimate = estimates.get(unit.digest, 0.0)
+        tasks[unit.digest] = task(unit, place, estimate, *waited, dask_key_name=_key(unit))
     return tasks
 
 
@@ -148,8 +190,8 @@ def _here(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch") -> None:
 
     by_key = {_key(unit): unit for unit in todo}
 
-    def finished(key: Any, *_rest: Any) -> None:
-        if key in by_key:
+    def finished(key: Any, result: Any, *_rest: Any) -> None:
+        if key in by_key and result is not None:
             watch.finished(by_key[key])
 
     with Callback(posttask=finished), watch.polling():
@@ -205,7 +247,8 @@ def _elsewhere(
                     future = futures.pop(digest)
                     if future.status != "finished":
                         raise _failure(by_digest[digest], future)
-                    watch.finished(by_digest[digest])
+                    if future.result() is not None:
+                        watch.finished(by_digest[digest])
         finally:
             client.cancel(list(futures.values()), force=True)
 

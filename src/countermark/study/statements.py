@@ -1,14 +1,18 @@
 """The statements of the paper and ours, judged by the measurements of each protocol."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from countermark.data import known
 from countermark.study.grid import TRAINED_ON
-from countermark.study.results import Row, auc, estimate, where
+from countermark.study.results import Estimate, Row, auc, estimate, where
 from countermark.study.tables import RULE, TITLES, paper_value, swept
 
 _STEP = 0.01  # alpha in the paper's beta > epsilon + alpha: the step of its training attack
+
+
+Verdict = Literal["holds", "does not hold", "is undecided", "was not measured"]
 
 
 @dataclass(frozen=True)
@@ -16,12 +20,18 @@ class Finding:
     """What one protocol's numbers say about one statement.
 
     Attributes:
-        holds: whether it holds on every data set; none if it was not measured.
+        verdict: it holds if it holds on every data set that was measured, and does not if it fails
+            on one. It is undecided where the 95 % interval over seeds has room for both.
         told: the numbers, in words.
     """
 
-    holds: bool | None
+    verdict: Verdict
     told: str
+
+    @property
+    def holds(self) -> bool:
+        """Whether the statement holds."""
+        return self.verdict == "holds"
 
 
 @dataclass(frozen=True)
@@ -41,35 +51,26 @@ class Statement:
     remark: str = ""
 
     @property
-    def holds(self) -> bool:
-        """Whether it holds under any protocol that was run."""
-        return any(finding.holds for finding in self.findings.values())
+    def measured(self) -> list[Finding]:
+        """What was found wherever it was measured."""
+        return [each for each in self.findings.values() if each.verdict != "was not measured"]
 
     @property
     def verdict(self) -> str:
-        """One sentence: holds under both protocols, one, or neither."""
-        known = {
-            protocol: finding.holds
-            for protocol, finding in self.findings.items()
-            if finding.holds is not None
-        }
-        holding = [protocol for protocol, holds in known.items() if holds]
-        if not known:
-            return "not measured"
-        if len(known) == 1:
-            (protocol,) = known
-            rest = (
-                "the other was not run"
-                if len(self.findings) == 1
-                else "not measured under the other"
-            )
-            return (
-                f"{'holds' if holding else 'does not hold'} under the protocol {protocol}; {rest}"
-            )
-        return f"holds under {' and '.join(holding)}" if holding else "holds under neither protocol"
+        """What was found under which protocols, such as `holds under clean and as-published`."""
+        if not self.measured:
+            return "was not measured"
+        alike: dict[str, list[str]] = {}
+        for protocol, finding in self.findings.items():
+            alike.setdefault(finding.verdict, []).append(protocol)
+        return "; ".join(f"{verdict} under {' and '.join(on)}" for verdict, on in alike.items())
 
 
-Judge = Callable[[Sequence[Row], str], tuple[bool, str] | None]
+Judge = Callable[[Sequence[Row], str], tuple[bool | None, str] | None]
+"""From measurements and the name of a data set to whether a statement holds there, and the numbers.
+
+Where the seeds disagree it is None, and where nothing was measured there is no answer.
+"""
 
 
 def statements(measured: Mapping[str, Sequence[Row]]) -> list[Statement]:
@@ -85,68 +86,96 @@ def statements(measured: Mapping[str, Sequence[Row]]) -> list[Statement]:
     ]
 
 
+def counted(judged: Sequence[Statement]) -> str:
+    """How many statements hold: one sentence, which counts each of them once."""
+    everywhere = somewhere = undecided = nowhere = 0
+    for statement in judged:
+        verdicts = [finding.verdict for finding in statement.measured]
+        if not verdicts:
+            continue
+        holding = verdicts.count("holds")
+        everywhere += holding == len(verdicts)
+        somewhere += 0 < holding < len(verdicts)
+        undecided += not holding and "is undecided" in verdicts
+        nowhere += not holding and "is undecided" not in verdicts
+    total = everywhere + somewhere + undecided + nowhere
+    parts = [f"{everywhere} hold wherever they were measured"]
+    parts += [f"{somewhere} under one protocol only"] if somewhere else []
+    parts += [f"{undecided} {'is' if undecided == 1 else 'are'} undecided"] if undecided else []
+    return f"Of {total} statements {', '.join(parts)} and {nowhere} nowhere."
+
+
 def _over_data(judge: Judge, rows: Sequence[Row]) -> Finding:
     found = {data: judge(rows, data) for data in dict.fromkeys(row["data"] for row in rows)}
     known = {data: result for data, result in found.items() if result is not None}
     if not known:
-        return Finding(None, "not measured")
+        return Finding("was not measured", "")
     told = "; ".join(f"{TITLES[data]}: {words}" for data, (_, words) in known.items())
-    return Finding(all(holds for holds, _ in known.values()), told)
+    verdicts = [holds for holds, _ in known.values()]
+    if False in verdicts:
+        return Finding("does not hold", told)
+    return Finding("is undecided" if None in verdicts else "holds", told)
 
 
-def _value(
-    rows: Sequence[Row], data: str, defence: str, metric: str, setting: str = "white-box"
-) -> float | None:
-    found = estimate(
-        where(rows, section="model", data=data, defence=defence, setting=setting, removal="none"),
-        metric,
-    )
-    return None if found is None else found.mean
+def _at_least(values: Estimate, least: float) -> bool | None:
+    """Whether the mean of some values is at least this, as far as the seeds can tell."""
+    half = values.half or 0.0
+    if values.mean - half >= least:
+        return True
+    return None if values.mean + half >= least else False
 
 
-def _robust(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-    paper, ours = (
-        paper_value("table1_single_defence", "advtr.adv", data),
-        _value(rows, data, "ADVTR", "adversarial"),
-    )
-    return (
-        None
-        if ours is None or paper is None
-        else (ours >= paper, f"{ours:.2f} (paper {paper:.2f})")
-    )
+def _at_most(values: Estimate, most: float) -> bool | None:
+    return _at_least(replace(values, values=tuple(-value for value in values.values)), -most)
+
+
+def _lost(first: Sequence[Row], second: Sequence[Row], metric: str) -> Estimate | None:
+    """What the second models have less than the first, seed by seed."""
+    before = {row["seed"]: row[metric] for row in first if row[metric] is not None}
+    after = {row["seed"]: row[metric] for row in second if row[metric] is not None}
+    both = sorted(before.keys() & after.keys())
+    return Estimate(tuple(before[seed] - after[seed] for seed in both), ()) if both else None
+
+
+def _models(rows: Sequence[Row], data: str, defence: str, setting: str = "white-box") -> list[Row]:
+    """The measurements of a defence's stolen models, one a seed."""
+    place = {"data": data, "defence": defence, "setting": setting}
+    return where(rows, section="model", removal="none", **place)
+
+
+def _robust(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
+    paper = paper_value("table1_single_defence", "advtr.adv", data)
+    ours = estimate(_models(rows, data, "ADVTR"), "adversarial")
+    if ours is None or paper is None:
+        return None
+    return _at_least(ours, paper), f"{ours.told} (paper {paper:.2f})"
 
 
 def _cheap(scheme: str, most: float, control: str) -> Judge:
-    def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-        plain, marked = (
-            _value(rows, data, control, "adversarial"),
-            _value(rows, data, f"ADVTR+{scheme}", "adversarial"),
-        )
-        return (
-            None
-            if plain is None or marked is None
-            else (plain - marked <= most, f"{plain:.2f} without, {marked:.2f} with")
-        )
+    def judged(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
+        before, after = _models(rows, data, control), _models(rows, data, f"ADVTR+{scheme}")
+        lost = _lost(before, after, "adversarial")
+        plain, marked = estimate(before, "adversarial"), estimate(after, "adversarial")
+        if lost is None or plain is None or marked is None:
+            return None
+        return _at_most(lost, most), f"{plain.told} without, {marked.told} with"
 
     return judged
 
 
-def _cheaper_than_ood(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-    ood, adversarial = (
-        _value(rows, data, "ADVTR+ood", "adversarial"),
-        _value(rows, data, "ADVTR+adversarial", "adversarial"),
-    )
-    return (
-        None
-        if ood is None or adversarial is None
-        else (adversarial > ood, f"OOD {ood:.2f}, adversarial {adversarial:.2f}")
-    )
+def _cheaper_than_ood(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
+    outside, crafted = (_models(rows, data, f"ADVTR+{name}") for name in ("ood", "adversarial"))
+    lost = _lost(outside, crafted, "adversarial")
+    ood, adversarial = estimate(outside, "adversarial"), estimate(crafted, "adversarial")
+    if lost is None or ood is None or adversarial is None:
+        return None
+    return _at_most(lost, 0.0), f"OOD {ood.told}, adversarial {adversarial.told}"
 
 
 def _verified_after(setting: str) -> Judge:
-    def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-        ours = _value(rows, data, "ADVTR+adversarial", "watermark", setting)
-        return None if ours is None else (ours >= RULE, f"{ours:.0f} % of the watermarks")
+    def judged(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
+        ours = estimate(_models(rows, data, "ADVTR+adversarial", setting), "watermark")
+        return None if ours is None else (_at_least(ours, RULE), f"{ours.told} % of the watermarks")
 
     return judged
 
@@ -158,15 +187,9 @@ def _above_strangers(setting: str) -> Judge:
     below it.
     """
 
-    def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-        place = {
-            "section": "model",
-            "data": data,
-            "defence": "ADVTR+adversarial",
-            "setting": setting,
-            "removal": "none",
-        }
-        thieves = [row["watermark"] for row in where(rows, **place)]
+    def judged(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
+        copies = _models(rows, data, "ADVTR+adversarial", setting)
+        thieves = [row["watermark"] for row in copies]
         strangers = [
             row["watermark"]
             for row in where(rows, section="strangers", data=data, scheme="adversarial")
@@ -175,14 +198,13 @@ def _above_strangers(setting: str) -> Judge:
         if area is None:
             return None
         spread = f"strangers {min(strangers):.0f} to {max(strangers):.0f} %"
-        return min(thieves) > max(
-            strangers
-        ), f"thief {min(thieves):.0f} %, {spread}, AUC {area:.2f}"
+        told = f"thief {min(thieves):.0f} %, {spread}, AUC {area:.2f}"
+        return min(thieves) > max(strangers), told
 
     return judged
 
 
-def _pruned(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+def _pruned(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
     place = {
         "section": "removal",
         "data": data,
@@ -191,16 +213,19 @@ def _pruned(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
         "removal": "pruned",
     }
     found = estimate([row for row in where(rows, **place) if row["amount"] == 0.7], "watermark")
-    return None if found is None else (found.mean >= RULE, f"{found.mean:.0f} % at 70 % pruned")
+    if found is None:
+        return None
+    return _at_least(found, RULE), f"{found.told} % at 70 % pruned"
 
 
-def _budget(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+def _budget(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
     """Judge the statement beta > epsilon + alpha.
 
     It says that watermarks with budgets up to epsilon + alpha conflict with adversarial training,
     and that those with larger budgets do not.
     """
-    training, plain = known(data).threat.epsilon, _value(rows, data, "ADVTR", "adversarial")
+    training = known(data).threat.epsilon
+    plain = estimate(_models(rows, data, "ADVTR"), "adversarial")
     means = {budget: estimate(marked, "adversarial") for budget, marked, _ in swept(rows, data)}
     by_budget = {budget: found.mean for budget, found in means.items() if found is not None}
     if plain is None:
@@ -210,19 +235,14 @@ def _budget(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
     if not below or not above:
         return None
     told = ", ".join(f"{value:.1f} at {budget:g}" for budget, value in sorted(by_budget.items()))
-    return max(below) < min(above), f"adversarial accuracy {told} ({plain:.1f} unmarked)"
+    return max(below) < min(above), f"adversarial accuracy {told} ({plain.mean:.1f} unmarked)"
 
 
 def _coins_convict(removal: str, most: float) -> Judge:
-    def judged(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-        place = {
-            "section": "removal",
-            "data": data,
-            "defence": "ADVTR+coin",
-            "setting": "white-box",
-            "removal": removal,
-        }
-        found = [row for row in where(rows, **place) if row["amount"] <= most]
+    def judged(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
+        place = {"data": data, "defence": "ADVTR+coin", "setting": "white-box"}
+        found = where(rows, section="removal", removal=removal, **place)
+        found = [row for row in found if row["amount"] <= most]
         if not found:
             return None
         worst = max(row["log10_p"] for row in found)
@@ -231,7 +251,7 @@ def _coins_convict(removal: str, most: float) -> Judge:
     return judged
 
 
-def _coins_spare(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
+def _coins_spare(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
     found = [row["log10_p"] for row in where(rows, section="strangers", data=data, scheme="coin")]
     return (
         None
@@ -240,12 +260,11 @@ def _coins_spare(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
     )
 
 
-def _coins_unstolen(rows: Sequence[Row], data: str) -> tuple[bool, str] | None:
-    place = {"section": "model", "data": data, "defence": "ADVTR+coin", "removal": "none"}
+def _coins_unstolen(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
     found = [
         row
         for setting in ("black-box", "grey-box")
-        for row in where(rows, **place, setting=setting)
+        for row in _models(rows, data, "ADVTR+coin", setting)
     ]
     if not found:
         return None

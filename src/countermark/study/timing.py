@@ -5,25 +5,28 @@ core for each worker, and ignores that busy cores slow each other down; the prog
 corrects it as units finish.
 """
 
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.nn import functional
 
-from countermark.data import Known, known
+from countermark.data import Examples, Known, known
 from countermark.data.pools import sizes
+from countermark.device import resolve_device
 from countermark.networks.named import build
 from countermark.study.graph import Unit
 from countermark.thieves import REMOVALS, THEFTS
-from countermark.training import known_traits, marking, recipe
+from countermark.threat import Attack
+from countermark.training import Hardware, TrainConfig, known_traits, marking, recipe, train
 from countermark.watermarks import CRAFTING_STEPS, SCHEMES
 
 _OVERHEAD = 1.0  # seconds of every unit: reading data, writing files
 # Steps that a model without robustness survives, and its robust share, as passes.
 _STANDARD_STEPS = 4
 _FORWARD = 0.35  # of a pass
+_STRICT = 1500  # passes of an image under the strict attacks
 
 
 def _held_out(row: Known) -> Mapping[str, int]:
@@ -42,12 +45,15 @@ def seconds(unit: Unit, speed: Mapping[str, float]) -> float:
 
 
 def measure_speed(
-    networks: set[str], shape: tuple[int, int, int] = (1, 28, 28)
+    networks: set[str],
+    hardware: Hardware | None = None,
+    shape: tuple[int, int, int] = (1, 28, 28),
 ) -> dict[str, float]:
-    """Measure the seconds of one pass of an image, forwards and backwards, on one thread.
+    """Measure the seconds of one pass of an image, forwards and backwards, in training.
 
     Args:
         networks: names of the networks.
+        hardware: device and precision; by default one thread of the processor, in float32.
         shape: one image, `(channels, height, width)`.
 
     Returns:
@@ -55,8 +61,9 @@ def measure_speed(
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    given = hardware or Hardware("cpu", precision="32-true")
     try:
-        return {name: _measure(name, shape) for name in sorted(networks)}
+        return {name: _measure(name, shape, given) for name in sorted(networks)}
     finally:
         torch.set_num_threads(threads)
 
@@ -66,15 +73,29 @@ def networks(units: list[Unit]) -> set[str]:
     return {_network(unit) for unit in units}
 
 
-def _measure(name: str, shape: tuple[int, int, int]) -> float:
-    network = build(name, shape, 10, seed=0)
-    x, y = torch.rand(128, *shape), torch.arange(128) % 10
-    times = []
-    for _ in range(6):
-        begun = time.perf_counter()
-        functional.cross_entropy(network(x), y).backward()  # type: ignore[no-untyped-call]
-        times.append(time.perf_counter() - begun)
-    return min(times[1:]) / len(x)
+def _measure(name: str, shape: tuple[int, int, int], hardware: Hardware) -> float:
+    """Train adversarially for a moment, as most units do for most of their time."""
+    device = resolve_device(hardware.accelerator)
+    network = build(name, shape, 10, seed=0).to(device)
+    images = 256 if device.type == "cpu" else 12_800
+    x = torch.randint(0, 256, (images, *shape), dtype=torch.uint8)
+    config = TrainConfig(
+        objective="pgd",
+        attack=Attack(0.1, 3, 0.05),
+        epochs=4,
+        schedule="constant",
+        grow_budget=False,
+        hardware=hardware,
+    )
+    moments = [time.perf_counter()]
+    train(
+        network,
+        Examples(x, torch.arange(images) % 10),
+        config,
+        after_epoch=lambda _epoch, _network: moments.append(time.perf_counter()),
+    )
+    epochs = [later - before for before, later in itertools.pairwise(moments)]
+    return min(epochs[1:]) / (4 * images)
 
 
 def _network(unit: Unit) -> str:
@@ -88,7 +109,7 @@ def _attack_passes(unit: Unit) -> float:
     """Passes for one image's adversarial accuracy on the model that a unit makes or takes."""
     while unit.kind != "model" and (unit.inputs.get("model") or unit.inputs.get("victim")):
         unit = unit.inputs.get("model") or unit.inputs["victim"]
-    robust = unit.options.get("objective") != "standard"
+    robust = unit.options.get("robust", False)
     return 0.95 * known(str(unit.options["data"])).threat.steps if robust else _STANDARD_STEPS
 
 
@@ -109,15 +130,12 @@ def _passes(unit: Unit) -> float:
     if unit.kind == "model":
         given = known_traits(catalogued.name)
         config = recipe(given, options["objective"], catalogued.threat, epochs=options["epochs"])
-        epochs = (
-            marking(config, given, options["objective"]).epochs
-            if "start" in unit.inputs
-            else config.epochs
-        )
-        return (
-            epochs * given.images * (1 + (config.attack.steps if config.attack else 0))
-            + attacked * attack
-        )
+        if "start" in unit.inputs:
+            config = marking(config, given, options["objective"])
+        steps = config.attack.steps if config.attack and options["robust"] else 0
+        if options["protocol"] == "as-published":
+            attacked += config.epochs * min(options["selection"] or test, test)
+        return config.epochs * given.images * (1 + steps) + attacked * attack
     if unit.kind == "theft":
         means = options["means"]
         passes = THEFTS[options["theft"]].passes(means["queries"], thief, _steps(options))
@@ -133,6 +151,8 @@ def _passes(unit: Unit) -> float:
             sum(removal.passes(amount, tuned, _steps(options)) for removal, amount in chain)
             + measured
         )
+    if unit.kind == "strict":
+        return int(options["examples"]) * _STRICT
     if unit.kind == "budgets":
         return tuned * sum(min(int(steps), 15) for _, steps in options["budgets"])
     if unit.kind == "watermarks":

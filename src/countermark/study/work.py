@@ -18,9 +18,15 @@ from torch import nn
 from countermark.attacks import pgd
 from countermark.data import Dataset, Examples, Pools, known, load_ood, open_data, pixels
 from countermark.device import resolve_device, seeded
-from countermark.evaluation import accuracy, adversarial_accuracy, predict
+from countermark.evaluation import accuracy, adversarial_accuracy, predict, strict_accuracy
 from countermark.evidence import judge
-from countermark.files import make_private_folder, read_tensors, write_bytes, write_tensors
+from countermark.files import (
+    CHECKPOINT_PREFIX,
+    make_private_folder,
+    read_tensors,
+    write_bytes,
+    write_tensors,
+)
 from countermark.networks import build, describing, load, load_model, save_model
 from countermark.thieves import REMOVALS, Means, removed, stolen
 from countermark.threat import Attack
@@ -31,7 +37,6 @@ Options = Mapping[str, Any]
 Inputs = Mapping[str, Path]
 Result = dict[str, Any]
 
-_SELECTION = 1000  # test examples under PGD when the published protocol picks its epoch
 _LIMIT = 1 << 34
 
 
@@ -50,8 +55,10 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
         opened.threat,
         seed=options["seed"],
         epochs=options["epochs"],
-        hardware=_hardware(),
+        hardware=_hardware(options),
     )
+    if not options["robust"]:
+        config = replace(config, objective="standard", attack=None, carry=False)
     key = _key(inputs)
     if "start" in inputs:
         network, config = _load(inputs["start"]), marking(config, given, options["objective"])
@@ -59,14 +66,14 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
         network = build(options["network"], opened.shape, opened.classes, seed=options["seed"])
         config = replace(config, embedding="epoch")
     published = options["protocol"] == "as-published"
-    best = _Best(folder, pools.test, _attack(data), key) if published else None
+    best = _Best(folder, pools.test, options, key) if published else None
     train(
         network,
         pools.training,
         replace(config, craft_in_training_mode=published and config.attack is not None),
         validation=pools.validation,
         watermarks=Examples(key.watermarks.x, key.labels) if key is not None else None,
-        checkpoint=folder / "checkpoint-train.safetensors",
+        checkpoint=folder / f"{CHECKPOINT_PREFIX}train.safetensors",
         after_epoch=best,
         title="train",
     )
@@ -74,31 +81,30 @@ def train_model(options: Options, inputs: Inputs, folder: Path) -> Result:
         best.restore(network)
     trained = {
         "event": "trained",
-        "objective": options["objective"],
+        "objective": config.objective,
         "watermarks": key.scheme if key is not None else None,
     }
     described = describing(
         opened, options["network"], seed=options["pool_seed"], history=(trained,)
     )
     save_model(folder, network, described)
-    return {"points": [_measured(network, pools.test, data, key, options["attacked"])]}
+    return {"points": [_measured(network, pools.test, options, key)]}
 
 
 class _Best:
     """The published protocol's choice of the epoch.
 
     It is the epoch with the highest sum of test, adversarial and watermark accuracy on the TEST
-    set.
+    set, of which the profile `quick` attacks some images only.
     """
 
-    def __init__(self, folder: Path, test: Examples, attack: Attack, key: Key | None) -> None:
-        self.path = folder / "checkpoint-best.safetensors"
-        self.test, self.attack, self.key = test, attack, key
+    def __init__(self, folder: Path, test: Examples, options: Options, key: Key | None) -> None:
+        self.path = folder / f"{CHECKPOINT_PREFIX}best.safetensors"
+        self.test, self.options, self.key = test, options, key
 
     def __call__(self, epoch: int, network: nn.Module) -> None:
-        score = accuracy(network, self.test) + adversarial_accuracy(
-            network, every(self.test, _SELECTION), self.attack
-        )
+        attacked = every(self.test, self.options["selection"])
+        score = accuracy(network, self.test) + _withstood(network, attacked, self.options)
         score += _tally(network, self.key)["accuracy"] if self.key is not None else 0.0
         if not self.path.exists() or score > read_tensors(self.path, _LIMIT)[1]["score"]:
             write_tensors(self.path, network.state_dict(), {"score": score, "epoch": epoch})
@@ -157,7 +163,7 @@ def steal_model(options: Options, inputs: Inputs, folder: Path) -> Result:
     copied, described = stolen(options["theft"], victim, described, means)
     save_model(folder, copied, described)
     test = pools_of(options).test
-    return {"points": [_measured(copied, test, options["data"], _key(inputs), options["attacked"])]}
+    return {"points": [_measured(copied, test, options, _key(inputs))]}
 
 
 def prune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
@@ -174,9 +180,7 @@ def prune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
     points, means = [], _means(options, None)
     for rate in options["rates"]:
         pruned = REMOVALS["prune"].run(network, rate, means)
-        points.append(
-            {"amount": rate, **_measured(pruned, test, options["data"], key, options["attacked"])}
-        )
+        points.append({"amount": rate, **_measured(pruned, test, options, key)})
     return {"points": points}
 
 
@@ -190,12 +194,7 @@ def finetune_curve(options: Options, inputs: Inputs, folder: Path) -> Result:
 
     def measure(epoch: int, network: nn.Module) -> None:
         if epoch in options["epochs"]:
-            points.append(
-                {
-                    "amount": epoch,
-                    **_measured(network, test, options["data"], key, options["attacked"]),
-                }
-            )
+            points.append({"amount": epoch, **_measured(network, test, options, key)})
 
     removal = REMOVALS["finetune"]
     means = _means(options, "fine-tune").given(removal.options)
@@ -208,7 +207,7 @@ def remove_mark(options: Options, inputs: Inputs, folder: Path) -> Result:
     network, described = load_model(inputs["model"], device=_device())
     network, described = removed(options["removals"], network, described, _means(options, "remove"))
     done, key, test = described.history[-1], _key(inputs), pools_of(options).test
-    point = _measured(network, test, options["data"], key, options["attacked"])
+    point = _measured(network, test, options, key)
     return {"points": [{**point, **{name: done[name] for name in ("own_mark",) if name in done}}]}
 
 
@@ -226,9 +225,24 @@ def _means(options: Options, title: str | None) -> Means:
         traits=traits(_data(data), pool),
         clamp=options["protocol"] == "clean",
         seed=options.get("seed", 0),
-        hardware=_hardware(),
+        hardware=_hardware(options),
         title=title,
     )
+
+
+def judge_strictly(options: Options, inputs: Inputs, folder: Path) -> Result:
+    """Measure what the strict attacks leave of `model`, and what the paper's PGD leaves of it."""
+    test = every(pools_of(options).test, options["examples"])
+    found = strict_accuracy(
+        _load(inputs["model"]),
+        test,
+        _attack(options["data"]),
+        seed=options["seed"],
+        checkpoint=folder / f"{CHECKPOINT_PREFIX}strict.json",
+        title="strict",
+    )
+    point = {"strict": found.strict_accuracy, "adversarial": found.adversarial_accuracy}
+    return {"points": [point], "images": found.images, "broken": found.broken}
 
 
 def ask_strangers(options: Options, inputs: Inputs, folder: Path) -> Result:
@@ -249,8 +263,8 @@ def attack_budgets(options: Options, inputs: Inputs, folder: Path) -> Result:
         "points": [
             {
                 "amount": [epsilon, steps],
-                "adversarial": adversarial_accuracy(
-                    network, test, Attack(epsilon, steps, 0.01), title="attack"
+                "adversarial": _withstood(
+                    network, test, options, Attack(epsilon, steps, 0.01), title="attack"
                 ),
             }
             for epsilon, steps in options["budgets"]
@@ -336,6 +350,7 @@ KINDS: Mapping[str, Callable[[Options, Inputs, Path], Result]] = {
     "pruning": prune_curve,
     "fine-tuning": finetune_curve,
     "removal": remove_mark,
+    "strict": judge_strictly,
     "strangers": ask_strangers,
     "budgets": attack_budgets,
     "pictures": draw_pictures,
@@ -389,8 +404,8 @@ def _device() -> torch.device:
     return resolve_device(_DEVICE[0])
 
 
-def _hardware() -> Hardware:
-    return Hardware(_DEVICE[0])
+def _hardware(options: Options) -> Hardware:
+    return Hardware(_DEVICE[0], precision=options["precision"])
 
 
 def _load(folder: Path) -> nn.Module:
@@ -438,24 +453,36 @@ def _key(inputs: Inputs) -> Key | None:
     return load_key(inputs["watermarks"]) if "watermarks" in inputs else None
 
 
-def _measured(
-    network: nn.Module, test: Examples, data: str, key: Key | None, attacked: int | None
-) -> Result:
+def _withstood(
+    network: nn.Module,
+    examples: Examples,
+    options: Options,
+    attack: Attack | None = None,
+    title: str | None = None,
+) -> float:
+    """Adversarial accuracy under an attack; by default the PGD of the unit's data set."""
+    return adversarial_accuracy(
+        network,
+        examples,
+        attack or _attack(options["data"]),
+        title=title,
+        precision=options["precision"],
+    )
+
+
+def _measured(network: nn.Module, test: Examples, options: Options, key: Key | None) -> Result:
     """Measure the test, adversarial and watermark accuracy of a model.
 
     Args:
         network: the model.
         test: test images.
-        data: the data set, whose attack is used.
+        options: of the unit, among them the number `attacked` of test images for the adversarial
+            accuracy; None for all of them, 0 for no attack.
         key: key of the watermarks; None measures no watermark accuracy.
-        attacked: number of test images for the adversarial accuracy; None for all of them, 0 for no
-            attack.
     """
     point: Result = {"test": accuracy(network, test)}
-    if attacked != 0:
-        point["adversarial"] = adversarial_accuracy(
-            network, every(test, attacked), _attack(data), title="attack"
-        )
+    if (attacked := options["attacked"]) != 0:
+        point["adversarial"] = _withstood(network, every(test, attacked), options, title="attack")
     if key is not None:
         point["watermark"] = _tally(network, key)
     return point

@@ -1,21 +1,22 @@
 """`countermark reproduce`: the paper's study beside its numbers, with the control that it lacks."""
 
 import importlib.util
+import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from countermark.choices import Protocol, Size
+from countermark.choices import Precision, Protocol, Size
 from countermark.data import known
 from countermark.errors import CountermarkError
 from countermark.options import DataOptions, OneDeviceOptions, WrittenPath, verb
-from countermark.terminal import duration, print_lines, print_table, unbroken
+from countermark.terminal import duration, note, print_lines, print_table, unbroken
 from countermark.version import __version__
 
 if TYPE_CHECKING:
     from countermark.study.graph import Unit
-    from countermark.study.grid import Cell
+    from countermark.study.grid import Cell, Computing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +32,25 @@ class ReproduceConfig(DataOptions, OneDeviceOptions):
     data: tuple[str, ...] = ("mnist", "fashion_mnist")
     """Data sets: mnist, fashion_mnist, digits."""
     profile: Size = "quick"
-    """quick (under an hour on a laptop), standard (the paper's network, three seeds), paper (its
+    """quick (an hour or two on a laptop), standard (the paper's network, three seeds), paper (its
     Table 6, 100 epochs; for a GPU)."""
     protocol: tuple[Protocol, ...] = ("clean",)
     """clean (disjoint pools), as-published (the published runs' habits), or both."""
     seeds: int | None = None
     """Owners to train; default those of the profile."""
+    only: tuple[str, ...] = ()
+    """Shell patterns of what to measure, such as 'mnist/0/ADVTR*/*-box/none'; all that it needs is
+    made as well. --plan --json lists the names; default everything."""
     plan: bool = False
     """Only list the work, what of it is finished, and an estimate of the time."""
+    budget: float | None = None
+    """Minutes after which no unit of work is begun that would not be finished in them; the report
+    is then of what is there, and the same command goes on."""
+    page: WrittenPath | None = None
+    """Markdown file to write as well, with its tables and figures beside it."""
+    precision: Precision = "auto"
+    """Precision of training and of the search of PGD; auto takes bf16 where the device computes in
+    it."""
     workers: int | None = None
     """Local processes, one core each; default one for each core; 0 runs everything in this
     process."""
@@ -51,6 +63,7 @@ class ReproduceConfig(DataOptions, OneDeviceOptions):
         super().__post_init__()
         self._at_least_one("seeds", most=1000)
         self._whole("workers", 0, 1024)
+        self._positive("number of minutes", "budget")
         self._only_for(self.scheduler is None, "local processes (leave --scheduler out)", "workers")
         if not self.data or len(set(self.data)) != len(self.data):
             raise CountermarkError("--data names one or more data sets, each once")
@@ -66,6 +79,7 @@ class Planned:
 
     Attributes:
         title: what it is.
+        names: what `only` chooses it by; none for what others start from.
         kind: its kind.
         unit: its name, 64 hexadecimal digits.
         finished: whether it is in the store.
@@ -73,6 +87,7 @@ class Planned:
     """
 
     title: str
+    names: tuple[str, ...]
     kind: str
     unit: str
     finished: bool
@@ -87,6 +102,7 @@ class Reproduction:
         folder: the folder of the study.
         units: number of units of work.
         finished: units that were finished before this call.
+        left: units that are not finished, for want of time.
         seconds_estimated: wall-clock time that the others were expected to take.
         report: the HTML file; none for a plan.
         work: for a plan, every unit in the order of their needs.
@@ -97,6 +113,7 @@ class Reproduction:
     folder: str
     units: int
     finished: int
+    left: int
     seconds_estimated: float
     report: str | None
     work: tuple[Planned, ...]
@@ -118,15 +135,21 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         (139, 0)
     """
     from countermark.study.graph import in_order
-    from countermark.study.grid import PROFILES, grid
-    from countermark.study.report import write_report
+    from countermark.study.grid import PROFILES, chosen, grid
+    from countermark.study.report import write_page, write_report
     from countermark.study.run import default_workers, run
     from countermark.study.store import Store
 
     begun, out = time.monotonic(), Path(config.out)
-    profile = PROFILES[config.profile]
+    page = Path(config.page) if config.page is not None else None
+    _compare(page)
+    profile, computing = PROFILES[config.profile], _computing(config)
+    whole = {
+        protocol: grid(config.data, profile, protocol, config.seeds, computing)
+        for protocol in config.protocol
+    }
     cells: dict[str, list[Cell]] = {
-        protocol: grid(config.data, profile, protocol, config.seeds) for protocol in config.protocol
+        protocol: chosen(part, config.only) for protocol, part in whole.items()
     }
     units = in_order(cell.unit for part in cells.values() for cell in part)
     store = Store(out / "units")
@@ -138,13 +161,17 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         if config.workers is None
         else config.workers
     )
-    estimates = _estimates(todo)
+    estimates = _estimates(todo, config.device if config.scheduler is None else "cpu", computing)
     expected = sum(estimates.values()) / max(workers, 1)
     finished = len(units) - len(todo)
     if config.plan:
+        names: dict[str, list[str]] = {}
+        for cell in (cell for part in cells.values() for cell in part):
+            names.setdefault(cell.unit.digest, []).append(cell.name)
         work = tuple(
             Planned(
                 unit.title,
+                tuple(dict.fromkeys(names.get(unit.digest, ()))),
                 unit.kind,
                 unit.digest,
                 unit.digest not in estimates,
@@ -153,33 +180,92 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
             for unit in units
         )
         return Reproduction(
-            str(out), len(units), finished, expected, None, work, (), time.monotonic() - begun
+            str(out),
+            len(units),
+            finished,
+            len(todo),
+            expected,
+            None,
+            work,
+            (),
+            time.monotonic() - begun,
         )
     _needs_extras()
-    run(
+    left = run(
         todo,
         store,
         finished=finished,
         workers=workers,
         scheduler=config.scheduler,
         cache=Path(config.cache).absolute() if config.cache is not None else None,
-        device=config.device,
+        device=config.device if config.device != "auto" else computing.device,
+        until=None if config.budget is None else time.time() + 60 * config.budget,
         log=out / "study.log",
         estimates=estimates,
     )
-    verdicts = write_report(out, cells, store, _about(config, len(units)), _command(config))
+    about = _about(config, computing, len(units), left)
+    verdicts = write_report(out, cells, store, about, _command(config))
+    if page is not None:
+        write_page(page, out)
     report = str(out / "report.html")
     return Reproduction(
-        str(out), len(units), finished, expected, report, (), verdicts, time.monotonic() - begun
+        str(out),
+        len(units),
+        finished,
+        left,
+        expected,
+        report,
+        (),
+        verdicts,
+        time.monotonic() - begun,
     )
 
 
-def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
+def _computing(config: ReproduceConfig) -> "Computing":
+    """Where and in what the study computes: what `auto` means is settled here, once."""
+    from countermark.device import resolve_device, resolve_precision
+    from countermark.study.grid import Computing
+
+    kind = config.device.partition(":")[0]
+    if config.scheduler is not None and kind != "auto" and config.precision != "auto":
+        return Computing(kind, config.precision)  # workers have what this machine may lack
+    try:
+        device = resolve_device(config.device)
+    except CountermarkError as error:
+        if config.scheduler is None:
+            raise
+        raise CountermarkError(
+            f"{error}. If the scheduler's workers have it, give --precision as well"
+        ) from error
+    return Computing(device.type, resolve_precision(device, config.precision))
+
+
+def _compare(page: Path | None) -> None:
+    """Say so if the page to be written anew was made by other code."""
+    from countermark.study.graph import code_version
+    from countermark.study.report import code_of
+
+    if page is None or not page.exists():
+        return
+    before, now = code_of(page), code_version()[:12]
+    if before != now:
+        note(
+            f"{unbroken(page)} was made by {'code ' + before if before else 'older code'}, and "
+            f"this is code {now}: its numbers are not those of this code"
+        )
+
+
+def _about(
+    config: ReproduceConfig, computing: "Computing", units: int, left: int
+) -> dict[str, str]:
     from countermark.study.graph import code_version, environment
     from countermark.study.grid import PROFILES
+    from countermark.study.markdown import MISSING
 
     profile = PROFILES[config.profile]
+    missing = {MISSING: f"{left} of {units} units of work"} if left else {}
     return {
+        **missing,
         "profile": config.profile,
         "data": ", ".join(config.data),
         "protocol": ", ".join(config.protocol),
@@ -191,7 +277,8 @@ def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
             profile.finetune_examples or "all of the thief's pool"
         ),
         "units of work": str(units),
-        "code": code_version(),
+        "code": code_version()[:12],
+        "device": f"{computing.device} in {computing.precision}",
         **environment(),
         "version": __version__,
     }
@@ -199,6 +286,7 @@ def _about(config: ReproduceConfig, units: int) -> dict[str, str]:
 
 def _command(config: ReproduceConfig) -> str:
     seeds = [] if config.seeds is None else ["--seeds", str(config.seeds)]
+    only = ["--only", *config.only] if config.only else []
     words = [
         "--profile",
         config.profile,
@@ -207,14 +295,17 @@ def _command(config: ReproduceConfig) -> str:
         "--protocol",
         *config.protocol,
         *seeds,
+        *only,
     ]
-    return " ".join(["countermark", "reproduce", *words])
+    return shlex.join(["countermark", "reproduce", *words])
 
 
-def _estimates(todo: "list[Unit]") -> dict[str, float]:
+def _estimates(todo: "list[Unit]", device: str, computing: "Computing") -> dict[str, float]:
     from countermark.study.timing import measure_speed, networks, seconds
+    from countermark.training import Hardware
 
-    speed = measure_speed(networks(todo))
+    precision = computing.precision if device != "cpu" or computing.device == "cpu" else "32-true"
+    speed = measure_speed(networks(todo), Hardware(device, precision=precision))
     return {unit.digest: seconds(unit, speed) for unit in todo}
 
 
@@ -258,6 +349,11 @@ def show(result: Reproduction) -> None:
         return
     print_lines(
         *result.verdicts,
+        *(
+            [f"{result.left} of {result.units} units are left; the same command makes them"]
+            if result.left
+            else []
+        ),
         "",
         (
             f"wrote {unbroken(result.report)} (and results.json, tables/*.csv, figures/*.svg; "
