@@ -79,6 +79,10 @@ def squares(options: work.Options, inputs: work.Inputs, folder: Path) -> work.Re
         time.sleep(options["sleep"])
     if options.get("fails"):
         raise CountermarkError("this unit fails")
+    if name := options.get("raises"):
+        raise {each.__name__: each for each in (torch.OutOfMemoryError, ZeroDivisionError)}[name](
+            "of a driver"
+        )
     value = options["value"] + sum(
         read_json(path / "result.json")["value"] for path in inputs.values()
     )
@@ -268,6 +272,27 @@ def test_a_unit_that_fails_stops_the_run_and_keeps_what_is_finished(
     assert Store(tmp_path / "units").has(good)
 
 
+BROKEN = {
+    "OutOfMemoryError": "unit 2: the device's memory does not suffice; give fewer",
+    "ZeroDivisionError": "unit 2 failed with ZeroDivisionError: of a driver; what is finished",
+}
+"""What a unit may raise, and what is said of it."""
+
+
+def run_into(name: str, folder: Path, **options: object) -> None:
+    """A unit fails in the middle; what is finished is kept."""
+    good = unit(1)
+    bad = unit(2, good, raises=name)
+    with pytest.raises(CountermarkError, match=BROKEN[name]):
+        running([good, bad, unit(3, bad)], folder, **options)
+    assert Store(folder / "units").has(good)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_device_that_fails_is_one_line(tmp_path: Path, arithmetic: None, name: str) -> None:
+    run_into(name, tmp_path)
+
+
 def test_a_store_of_another_release_or_of_somebody_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.tex").write_text("mine")
@@ -420,6 +445,16 @@ def test_a_cluster_that_loses_a_worker_finishes_with_the_same_numbers(
     }
 
 
+def test_a_device_that_fails_on_a_cluster_is_one_line(
+    tmp_path: Path, arithmetic: None, scheduler: tuple[str, list[subprocess.Popen[bytes]]]
+) -> None:
+    """So is a cluster whose workers lack the device of the study."""
+    for name in BROKEN:
+        run_into(name, tmp_path / name, scheduler=scheduler[0])
+    with pytest.raises(CountermarkError, match="unit 5: there is no cuda device here"):
+        running([unit(5, device="cuda")], tmp_path / "c", scheduler=scheduler[0], device="cuda")
+
+
 def test_a_scheduler_that_does_not_answer_is_an_error(
     tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,6 +490,7 @@ def test_the_grid_has_every_cell(profile: str) -> None:
             "natural",
             "distilled",
             "robust",
+            "robust by uncertain queries",
             "int8",
             "noise",
             "adversarially fine-tuned",
@@ -462,7 +498,7 @@ def test_the_grid_has_every_cell(profile: str) -> None:
             "pruned, then fine-tuned",
         }
         assert named | {f"cleaner: {name}" for name in CLEANERS} == beyond
-        rows = [*(theft for theft in THEFTS.values() if theft.studied), *REMOVALS.values()]
+        rows = [*THEFTS.values(), *REMOVALS.values()]
         assert {row.title for row in rows if not row.paper} | {"pruned, then fine-tuned"} == beyond
     assert pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]) == PRUNED
     assert max(FINETUNED) == 40
@@ -987,6 +1023,9 @@ def test_a_part_of_a_study_has_its_report_and_its_page(tmp_path: Path) -> None:
         assert (page.parent / name).read_bytes() == (out / name).read_bytes()
     rows = json.loads((out / "results.json").read_text())["measurements"]["clean"]
     assert {row["defence"] for row in rows} == {"none"}
+    again = countermark(*part[:-1], "bf16-mixed", "--plan", "--json", "--out", str(out))
+    assert json.loads(again.stdout)["finished"] == 0
+    assert "also holds 3 units of other code, options, device or precision" in again.stderr
 
 
 def test_kill_minus_nine_and_on(tmp_path: Path) -> None:

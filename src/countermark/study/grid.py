@@ -506,7 +506,7 @@ class _Owner(_Maker):
             )
 
         for name, theft in THEFTS.items():
-            if theft.studied and not theft.paper:
+            if not theft.paper:
                 unit = self.theft(defence, victim, name, watermarks, self.seed)
                 cells.append(Cell(unit, place(theft.title, "none")))
         chains: list[tuple[str, ...]] = [

@@ -75,7 +75,7 @@ def _statements(statements: Sequence[Statement]) -> list[str]:
     ]
     remarks = list(dict.fromkeys(each.remark for each in open_ones if each.remark))
     rows = []
-    for each in statements:
+    for each in (each for each in statements if each.measured):
         text = f"**{each.text}**" if each.leading else each.text
         if each in open_ones and each.remark:
             text += f" ({remarks.index(each.remark) + 1})"

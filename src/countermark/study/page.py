@@ -47,7 +47,7 @@ def page(
     ]
     first = [_table(t, protocol) for protocol in tables for t in tables[protocol] if _leads(t)]
     parts += [*first, "<h2>What holds</h2><ul>"]
-    parts += [*(_statement(statement) for statement in statements), "</ul>"]
+    parts += [*(_statement(each) for each in statements if each.measured), "</ul>"]
     for protocol, drawn in figures.items():
         parts.append(f"<h2>Figures, protocol {escape(protocol)}</h2>")
         parts += [_figure(name, svg) for name, svg in drawn.items()]

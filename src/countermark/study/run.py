@@ -1,8 +1,8 @@
-"""Running the units of a study with Dask.
+"""Running the units of a study, in the order of the tables as far as their inputs allow.
 
-They run in this process, in local processes, or on a cluster that already exists. Every unit is a
-task with declared inputs; a finished one is never run again, whichever engine made it. A unit
-computes on one thread, so its numbers do not depend on the engine.
+They run in this process, or with Dask in local processes or on a cluster that already exists. A
+finished unit is never run again, whichever engine made it. A unit computes on one thread, so its
+numbers do not depend on the engine.
 """
 
 import contextlib
@@ -146,13 +146,13 @@ def run(
     watch = Watch(store, finished, todo, estimates, max(workers, 1), log)
     if not todo:
         return 0
-    tasks = _graph(todo, Place(store.folder.absolute(), cache, device, until), estimates)
+    place = Place(store.folder.absolute(), cache, device, until)
     with watch:
         try:
             if scheduler is None and workers == 0:
-                _here(tasks, todo, watch)
+                _here(todo, place, watch)
             else:
-                _elsewhere(tasks, todo, watch, workers, scheduler)
+                _elsewhere(todo, place, watch, workers, scheduler)
         except KeyboardInterrupt:
             watch.note(
                 f"interrupted: {watch.done} of {watch.total} units are finished and kept; the "
@@ -167,39 +167,26 @@ def run(
     return len(watch.left)
 
 
-def _graph(todo: list[Unit], place: Place, estimates: Mapping[str, float]) -> dict[str, Any]:
-    import dask
-
-    tasks: dict[str, Any] = {}
-    task = dask.delayed(do, pure=False)
-    for unit in todo:
-        waited = [tasks[other.digest] for other in unit.inputs.values() if other.digest in tasks]
-        estimate = estimates.get(unit.digest, 0.0)
-        tasks[unit.digest] = task(unit, place, estimate, *waited, dask_key_name=_key(unit))
-    return tasks
-
-
 def _key(unit: Unit) -> str:
     """The task's name; Dask learns how long tasks take by what stands before the dash."""
     return f"{unit.kind.replace('-', ' ')}-{unit.digest}"
 
 
-def _here(tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch") -> None:
-    import dask
-    from dask.callbacks import Callback
-
-    by_key = {_key(unit): unit for unit in todo}
-
-    def finished(key: Any, result: Any, *_rest: Any) -> None:
-        if key in by_key and result is not None:
-            watch.finished(by_key[key])
-
-    with Callback(posttask=finished), watch.polling():
-        dask.compute(list(tasks.values()), scheduler="synchronous")
+def _here(todo: list[Unit], place: Place, watch: "Watch") -> None:
+    done: dict[str, str | None] = {}
+    with watch.polling():
+        for unit in todo:
+            needed = [done[other.digest] for other in unit.inputs.values() if other.digest in done]
+            try:
+                done[unit.digest] = do(unit, place, watch.estimates.get(unit.digest, 0.0), *needed)
+            except Exception as error:
+                raise _failure(unit, error) from error
+            if done[unit.digest] is not None:
+                watch.finished(unit)
 
 
 def _elsewhere(
-    tasks: Mapping[str, Any], todo: list[Unit], watch: "Watch", workers: int, scheduler: str | None
+    todo: list[Unit], place: Place, watch: "Watch", workers: int, scheduler: str | None
 ) -> None:
     import dask
     from distributed import Client, LocalCluster
@@ -237,29 +224,51 @@ def _elsewhere(
                     f"no Dask scheduler answers at {scheduler} ({error}); start one or leave "
                     "--scheduler out"
                 ) from error
-        by_digest = {unit.digest: unit for unit in todo}
-        futures = dict(zip(tasks, client.compute(list(tasks.values())), strict=True))
+        futures: dict[str, Any] = {}
+        for number, unit in enumerate(todo):
+            needed = (other.digest for other in unit.inputs.values())
+            futures[unit.digest] = client.submit(
+                do,
+                unit,
+                place,
+                watch.estimates.get(unit.digest, 0.0),
+                *(futures[digest] for digest in needed if digest in futures),
+                key=_key(unit),
+                priority=-number,
+                pure=False,
+            )
+        waiting = {unit.digest: unit for unit in todo}
         try:
-            while futures:
+            while waiting:
                 time.sleep(_POLL)
                 watch.show()
-                for digest in [digest for digest, future in futures.items() if future.done()]:
-                    future = futures.pop(digest)
+                for digest in [digest for digest in waiting if futures[digest].done()]:
+                    unit, future = waiting.pop(digest), futures[digest]
                     if future.status != "finished":
-                        raise _failure(by_digest[digest], future)
+                        raise _failure(unit, _error(future))
                     if future.result() is not None:
-                        watch.finished(by_digest[digest])
+                        watch.finished(unit)
         finally:
             client.cancel(list(futures.values()), force=True)
 
 
-def _failure(unit: Unit, future: Any) -> CountermarkError:
+def _error(future: Any) -> Exception:
+    """Why a task failed; a cancelled or lost one has no exception to give."""
     try:
-        error = future.exception(timeout=5)
-    except Exception as unknown:  # a cancelled or lost future has no exception to give
-        error = unknown
+        found = future.exception(timeout=5)
+    except Exception as unknown:
+        found = unknown
+    return found if isinstance(found, Exception) else RuntimeError("it was lost")
+
+
+def _failure(unit: Unit, error: Exception) -> CountermarkError:
     if isinstance(error, CountermarkError):
         return CountermarkError(f"{unit.title}: {error}")
+    if type(error).__name__ == "OutOfMemoryError":
+        return CountermarkError(
+            f"{unit.title}: the device's memory does not suffice; give fewer --workers, which "
+            "share it. What is finished is kept"
+        )
     return CountermarkError(
         f"{unit.title} failed with {type(error).__name__}: {error}; what is finished is kept"
     )

@@ -1,7 +1,7 @@
 """The statements of the paper and ours, judged by the measurements of each protocol."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from countermark.data import known
@@ -117,16 +117,11 @@ def _over_data(judge: Judge, rows: Sequence[Row]) -> Finding:
     return Finding("is undecided" if None in verdicts else "holds", told)
 
 
-def _at_least(values: Estimate, least: float) -> bool | None:
-    """Whether the mean of some values is at least this, as far as the seeds can tell."""
+def _settled(values: Estimate, holds: Callable[[float], bool]) -> bool | None:
+    """Whether a condition holds for the mean of some values, as far as the seeds can tell."""
     half = values.half or 0.0
-    if values.mean - half >= least:
-        return True
-    return None if values.mean + half >= least else False
-
-
-def _at_most(values: Estimate, most: float) -> bool | None:
-    return _at_least(replace(values, values=tuple(-value for value in values.values)), -most)
+    ends = {holds(values.mean - half), holds(values.mean + half)}
+    return ends.pop() if len(ends) == 1 else None
 
 
 def _lost(first: Sequence[Row], second: Sequence[Row], metric: str) -> Estimate | None:
@@ -148,7 +143,7 @@ def _robust(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
     ours = estimate(_models(rows, data, "ADVTR"), "adversarial")
     if ours is None or paper is None:
         return None
-    return _at_least(ours, paper), f"{ours.told} (paper {paper:.2f})"
+    return _settled(ours, lambda accuracy: accuracy >= paper), f"{ours.told} (paper {paper:.2f})"
 
 
 def _cheap(scheme: str, most: float, control: str) -> Judge:
@@ -158,7 +153,9 @@ def _cheap(scheme: str, most: float, control: str) -> Judge:
         plain, marked = estimate(before, "adversarial"), estimate(after, "adversarial")
         if lost is None or plain is None or marked is None:
             return None
-        return _at_most(lost, most), f"{plain.told} without, {marked.told} with"
+        return _settled(
+            lost, lambda points: points <= most
+        ), f"{plain.told} without, {marked.told} with"
 
     return judged
 
@@ -169,13 +166,21 @@ def _cheaper_than_ood(rows: Sequence[Row], data: str) -> tuple[bool | None, str]
     ood, adversarial = estimate(outside, "adversarial"), estimate(crafted, "adversarial")
     if lost is None or ood is None or adversarial is None:
         return None
-    return _at_most(lost, 0.0), f"OOD {ood.told}, adversarial {adversarial.told}"
+    return _settled(
+        lost, lambda points: points < 0
+    ), f"OOD {ood.told}, adversarial {adversarial.told}"
+
+
+def _verified(found: Estimate) -> bool | None:
+    return _settled(found, lambda accuracy: accuracy >= RULE)
 
 
 def _verified_after(setting: str) -> Judge:
     def judged(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
         ours = estimate(_models(rows, data, "ADVTR+adversarial", setting), "watermark")
-        return None if ours is None else (_at_least(ours, RULE), f"{ours.told} % of the watermarks")
+        if ours is None:
+            return None
+        return _verified(ours), f"{ours.told} % of the watermarks"
 
     return judged
 
@@ -215,7 +220,7 @@ def _pruned(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
     found = estimate([row for row in where(rows, **place) if row["amount"] == 0.7], "watermark")
     if found is None:
         return None
-    return _at_least(found, RULE), f"{found.told} % at 70 % pruned"
+    return _verified(found), f"{found.told} % at 70 % pruned"
 
 
 def _budget(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:

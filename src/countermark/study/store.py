@@ -8,7 +8,7 @@ checkpoints.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,11 @@ class Store:
         if not whole:
             shutil.rmtree(folder, ignore_errors=True)
         return whole
+
+    def others(self, units: Iterable[Unit]) -> int:
+        """How many folders of finished units are of none of these, such as those of other code."""
+        known = {unit.digest for unit in units}
+        return sum(path.parent.name not in known for path in self.folder.glob(f"*/{_MANIFEST}"))
 
     def result(self, unit: Unit) -> dict[str, Any]:
         """The result of a finished unit."""

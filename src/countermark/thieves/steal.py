@@ -55,7 +55,6 @@ class Theft:
         passes: about how many images go through the copy and back in an epoch, from the queries,
             the size of the pool, and the steps of the thief's own attack; for the study's estimate.
         paper: whether it is one of the paper's; the study has the others in a section of their own.
-        studied: whether it is part of the study.
     """
 
     title: str
@@ -66,7 +65,6 @@ class Theft:
     options: Mapping[str, Any] = field(default_factory=dict)
     passes: Callable[[int, int, int], float] = lambda queries, pool, _steps: min(queries, pool)
     paper: bool = False
-    studied: bool = True
 
 
 def labels(victim: nn.Module, means: Means) -> Answers:
@@ -463,7 +461,6 @@ THEFTS: Mapping[str, Theft] = {
         learn_uncertain,
         {"queries": 51_200, "epochs": 25, "learning_rate": 0.05, "batch_size": 64},
         lambda queries, _pool, _steps: (1 + _SEARCHES) * queries,
-        studied=False,
     ),
     "distil": Theft(
         "distilled",

@@ -153,6 +153,11 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     }
     units = in_order(cell.unit for part in cells.values() for cell in part)
     store = Store(out / "units")
+    if others := store.others(in_order(cell.unit for part in whole.values() for cell in part)):
+        note(
+            f"{unbroken(out)} also holds {others} units of other code, options, device or "
+            "precision, which this study does not use"
+        )
     todo = [unit for unit in units if not store.has(unit)]
     workers = (
         0
@@ -190,7 +195,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
             (),
             time.monotonic() - begun,
         )
-    _needs_extras()
+    _needs_extras(distributed=workers > 0 or config.scheduler is not None)
     left = run(
         todo,
         store,
@@ -309,12 +314,9 @@ def _estimates(todo: "list[Unit]", device: str, computing: "Computing") -> dict[
     return {unit.digest: seconds(unit, speed) for unit in todo}
 
 
-def _needs_extras() -> None:
-    missing = [
-        name
-        for name in ("dask", "distributed", "matplotlib")
-        if importlib.util.find_spec(name) is None
-    ]
+def _needs_extras(*, distributed: bool) -> None:
+    wanted = ("matplotlib", *(("dask", "distributed") if distributed else ()))
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise CountermarkError(
             f"a study needs {', '.join(missing)}; pip install 'countermark[study]'"
