@@ -1,9 +1,11 @@
-"""Collect what `gpu.sh` takes to a machine without a network: wheels, MNIST and CIFAR-10 images.
+"""Collect what `gpu.sh` and `paper_gpu.sh` take to a machine without a network.
 
-    python benchmarks/gpu_kit.py .kit --cifar10 cifar10.zip
+    python benchmarks/gpu_kit.py .kit --cifar10 cifar10.zip    for gpu.sh
+    python benchmarks/gpu_kit.py .kit --study                  for paper_gpu.sh
 
-A machine with a GPU usually has PyTorch and its dependencies; the wheels are those of our other
-dependencies, at the versions of constraints.txt. All of it is less than 50 MB.
+A machine with a GPU usually has PyTorch and its dependencies, and SciPy and Matplotlib; the wheels
+are those of our other dependencies, at the versions of constraints.txt. Either kit is less than
+55 MB.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import sys
 import tarfile
 import zipfile
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from countermark.data import fetch
@@ -32,6 +35,19 @@ WHEELS = (
     "lightning-fabric",
     "lightning-utilities",
 )
+STUDY = (
+    "dask",
+    "distributed",
+    "locket",
+    "msgpack",
+    "partd",
+    "sortedcontainers",
+    "tblib",
+    "toolz",
+    "tornado",
+    "zict",
+)
+"""Wheels of the processes that share a card."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 CONSTRAINTS = Path(__file__).parent.parent / "constraints.txt"
 
@@ -44,24 +60,26 @@ def main() -> None:
     options.add_argument(
         "--cifar10",
         type=Path,
-        required=True,
         help="ZIP archive of CIFAR-10 as .../{train,test}/CLASS/*.jpg",
     )
+    options.add_argument("--study", action="store_true", help="what the study needs")
     options.add_argument("--python", default="3.12", help="version of Python over there")
     given = options.parse_args()
     given.kit.mkdir(parents=True, exist_ok=True)
-    wheels(given.kit / "wheels", given.python)
-    mnist(given.kit / "mnist")
-    cifar10(given.cifar10, given.kit / "cifar10.tar.xz")
+    wheels(given.kit / "wheels", given.python, (*WHEELS, *(STUDY if given.study else ())))
+    for name in ("mnist", "fashion_mnist") if given.study else ("mnist",):
+        known(name, given.kit / name)
+    if given.cifar10 is not None:
+        cifar10(given.cifar10, given.kit / "cifar10.tar.xz")
     size = sum(path.stat().st_size for path in given.kit.rglob("*") if path.is_file())
     sys.stdout.write(f"{given.kit}: {size / 1e6:.1f} MB\n")
 
 
-def wheels(folder: Path, python: str) -> None:
+def wheels(folder: Path, python: str, names: Sequence[str]) -> None:
     """Download the wheels for Linux on x86-64; two versions of one would stop the installation."""
     shutil.rmtree(folder, ignore_errors=True)
     pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE))
-    wanted = [f"{name}=={pinned[name]}" for name in WHEELS]
+    wanted = [f"{name}=={pinned[name]}" for name in names]
     platforms = [word for platform in PLATFORMS for word in ("--platform", platform)]
     pip = (
         sys.executable,
@@ -79,10 +97,10 @@ def wheels(folder: Path, python: str) -> None:
     )
 
 
-def mnist(folder: Path) -> None:
+def known(name: str, folder: Path) -> None:
     """Compress the files of the cache, which `fetch` has checked."""
     folder.mkdir(exist_ok=True)
-    for path in sorted(fetch("mnist").iterdir()):
+    for path in sorted(fetch(name).iterdir()):
         (folder / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
 
 

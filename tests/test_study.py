@@ -495,6 +495,7 @@ def test_the_grid_has_every_cell(profile: str) -> None:
             "noise",
             "adversarially fine-tuned",
             "overwritten",
+            "reshaped",
             "pruned, then fine-tuned",
         }
         assert named | {f"cleaner: {name}" for name in CLEANERS} == beyond

@@ -25,7 +25,14 @@ from countermark.networks import (
 from countermark.networks.cleaners import CLEANERS
 from countermark.thieves import REMOVALS, THEFTS, Means, objective_of, remove, removed, stolen
 from countermark.thieves import cleaners as cleaning
-from countermark.thieves.remove import add_noise, finetune, own_coins, prune, quantise
+from countermark.thieves.remove import (
+    add_noise,
+    finetune,
+    like_trials,
+    own_coins,
+    prune,
+    quantise,
+)
 from countermark.thieves.steal import augment, augmentation_step, surrogate_for
 from countermark.threat import COLOUR, GREY, Attack
 from countermark.training import Hardware, TrainConfig, Traits, marking, recipe, traits
@@ -208,7 +215,7 @@ def test_uncertain_queries_are_unsure_and_within_the_budget(means: Means) -> Non
     still = copy.deepcopy(copied)
     assert THEFTS["best"].run(answers, copied, few) == 40
     moved = torch.cat(asked)
-    assert float(still(pixels(moved)).softmax(1).amax(1).mean()) < float(before)
+    assert float(still(pixels(moved)).softmax(1).amax(1).mean().detach()) < float(before)
     far = (pixels(moved) - pixels(pool.x)).abs().amax()
     assert float(far) <= means.threat.epsilon + 0.5 / 255 + 1e-6
 
@@ -344,6 +351,22 @@ def test_overwriting_puts_in_the_thiefs_own_coins(
     before, after = (agreement(predict(each, coins.x), coins.y) for each in (network, marked))
     assert after > before
     assert len(own_coins(network, 10_000, noting)) == len(means.pool) // 3
+
+
+def test_reshaping_teaches_the_true_labels_of_what_looks_like_a_trial(
+    means: Means, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = replace(marking(recipe(GIVEN, "standard", COLOUR), GIVEN, "standard"), epochs=30)
+    monkeypatch.setattr(remove, "marking", lambda *_: long)
+    network = finetune(residual(), 6, replace(means, learning_rate=0.05))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    trials, answers = like_trials(network, 20, means)
+    assert torch.equal(trials.y, means.pool.y[:20])
+    assert torch.equal(answers, predict(network, trials.x))
+    taught = REMOVALS["reshape"].run(network, 20, replace(means, objective="standard"))
+    assert unchanged(network, before)
+    right = [agreement(predict(each, trials.x), trials.y) for each in (network, taught)]
+    assert right[1] > right[0]
 
 
 @pytest.mark.parametrize("objective", ["standard", "fast"])

@@ -161,24 +161,34 @@ def _weights(network: nn.Module) -> Iterator[torch.Tensor]:
             yield layer.weight
 
 
-def own_coins(network: nn.Module, count: float, means: Means) -> Examples:
-    """Make the trials that a thief marks a copy with.
-
-    They are crafted on the copy itself, and a coin chooses between the true label and the copy's.
+def like_trials(network: nn.Module, count: float, means: Means) -> tuple[Examples, torch.Tensor]:
+    """Make images such as an owner's trials, on the copy itself.
 
     Args:
-        network: the copy, before the thief's mark.
-        count: trials; at most a third of the pool, whose labels are used.
+        network: the copy, any module from pixels to logits.
+        count: images; at most a third of the pool, whose labels are used.
         means: pool, budgets, seed.
+
+    Returns:
+        The images with the true labels of what they were made from, and the copy's own answers.
     """
     pool = means.pool[: min(int(count), max(1, len(means.pool) // 3))]
     images, predicted = craft_trials(
         network, pool, full_strength(means.threat.watermark_epsilon), means.seed
     )
+    return Examples(images, pool.y[:]), predicted
+
+
+def own_coins(network: nn.Module, count: float, means: Means) -> Examples:
+    """Make the trials that a thief marks a copy with, as `like_trials` does.
+
+    A coin chooses between the true label and the copy's answer.
+    """
+    trials, predicted = like_trials(network, count, means)
     coins = torch.randint(
-        0, 2, (len(pool),), generator=torch.Generator().manual_seed(means.seed)
+        0, 2, (len(trials),), generator=torch.Generator().manual_seed(means.seed)
     ).bool()
-    return Examples(images, torch.where(coins, pool.y, predicted))
+    return Examples(trials.x, torch.where(coins, trials.y, predicted))
 
 
 def overwrite(network: nn.Module, count: float, means: Means) -> nn.Module:
@@ -196,6 +206,22 @@ def overwrite(network: nn.Module, count: float, means: Means) -> nn.Module:
     train(marked, means.pool, _marking(means, network), watermarks=coins, title=means.title)
     means.note("own_mark", agreement(predict(marked, coins.x), coins.y))
     return marked
+
+
+def reshape(network: nn.Module, count: float, means: Means) -> nn.Module:
+    """Return a copy that was taught the true labels of images such as the owner's trials.
+
+    They take the place of coins in what `overwrite` does. So the boundaries go that a mark has
+    drawn about single images, whoever drew them (after WRK: Xiao et al., 2025, arXiv 2511.07947).
+
+    Args:
+        network: any module from pixels to logits.
+        count: such images.
+        means: pool, budgets, recipe.
+    """
+    (trials, _), taught = like_trials(network, count, means), copy.deepcopy(network)
+    train(taught, means.pool, _marking(means, network), watermarks=trials, title=means.title)
+    return taught
 
 
 def removed(
@@ -322,6 +348,16 @@ _REMOVALS: Mapping[str, Removal] = {
         "put in so many coins of the thief's own, at most one for three of the thief's images",
         Amount(int, 800, "a number of coins from 1 to 100000", lambda value: 1 <= value <= 100_000),
         overwrite,
+        passes=lambda _count, pool, steps: _RECIPE_EPOCHS * pool * (1 + steps),
+    ),
+    "reshape": Removal(
+        "reshaped",
+        "teach the true labels of so many images like the trials, at most one for three of the "
+        "thief's images",
+        Amount(
+            int, 800, "a number of images from 1 to 100000", lambda value: 1 <= value <= 100_000
+        ),
+        reshape,
         passes=lambda _count, pool, steps: _RECIPE_EPOCHS * pool * (1 + steps),
     ),
     "quantise": Removal(

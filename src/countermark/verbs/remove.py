@@ -35,6 +35,9 @@ class RemoveConfig(ModelOptions, DeviceOptions):
     overwrite: int | None = None
     """Put in so many coins of the thief's own, at most one for three of the thief's images (a
     number of coins from 1 to 100000)."""
+    reshape: int | None = None
+    """Teach the true labels of so many images like the trials, at most one for three of the thief's
+    images (a number of images from 1 to 100000)."""
     quantise: int | None = None
     """Round every weight to so many bits, with one scale for each filter; 8 is int8 (a number of
     bits from 2 to 16)."""

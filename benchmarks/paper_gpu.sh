@@ -1,0 +1,39 @@
+#!/bin/sh
+# The paper's study at its own scale on a GPU, on a machine without a network.
+#
+#   benchmarks/paper_gpu.sh KIT standard [DEVICE]   the paper's network by the fast recipe, MNIST and
+#                                                   Fashion-MNIST, three owners: 12 minutes
+#   benchmarks/paper_gpu.sh KIT paper [DEVICE]      Table 6 for every model, MNIST, one owner: 15
+#
+# Both make ADVTR without and with each mark, stolen as black, grey and white box, strictly judged,
+# and the strangers. KIT is what `benchmarks/gpu_kit.py KIT --study` made; DEVICE is cuda unless
+# named. MINUTES and WORKERS (processes that share the card) replace the defaults. The page, the
+# tables and results.json go to $OUT (default gpu-results); with WORK, the same command goes on.
+# SMALL=1 takes digits and a minute, to try the script on a processor. See kit.sh for what the
+# machine has to have.
+set -eu
+here=$(cd "$(dirname "$0")/.." && pwd)
+kit=$(cd "$1" && pwd)
+profile=$2
+device=${3:-cuda}
+. "$here/benchmarks/kit.sh"
+out=${OUT:-gpu-results}
+mkdir -p "$out"
+case $profile in
+    standard) seeds=3 minutes=${MINUTES:-12} data="mnist fashion_mnist" ;;
+    paper) seeds=1 minutes=${MINUTES:-15} data=mnist ;;
+    *) echo "$0: the profile is standard or paper, not $profile" >&2; exit 2 ;;
+esac
+if [ -n "${SMALL:-}" ]; then
+    profile=quick seeds=1 minutes=${MINUTES:-1} data=digits
+else
+    for name in $data; do
+        "$python" -m countermark data fetch "$name" --source "$kit/$name" >/dev/null
+    done
+fi
+# shellcheck disable=SC2086  # the data sets are words
+"$python" -m countermark reproduce --profile "$profile" --data $data --seeds "$seeds" \
+    --device "$device" --workers "${WORKERS:-5}" --budget "$minutes" --out "$work/$profile" \
+    --only '*/ADVTR*-box/none' '*/ADVTR*/strict' '*/strangers/*' --page "$out/$profile.md"
+cp "$work/$profile/results.json" "$out/$profile.json"
+cp "$work/$profile/study.log" "$out/$profile.log"
