@@ -36,11 +36,15 @@ WHEELS = (
     "lightning-utilities",
 )
 STUDY = (
+    "click",
+    "cloudpickle",
     "dask",
     "distributed",
     "locket",
     "msgpack",
     "partd",
+    "psutil",
+    "PyYAML",
     "sortedcontainers",
     "tblib",
     "toolz",
@@ -65,6 +69,8 @@ def main() -> None:
     options.add_argument("--study", action="store_true", help="what the study needs")
     options.add_argument("--python", default="3.12", help="version of Python over there")
     given = options.parse_args()
+    if given.cifar10 is None and not given.study:
+        options.error("a kit is for gpu.sh (--cifar10), for paper_gpu.sh (--study), or for both")
     given.kit.mkdir(parents=True, exist_ok=True)
     wheels(given.kit / "wheels", given.python, (*WHEELS, *(STUDY if given.study else ())))
     for name in ("mnist", "fashion_mnist") if given.study else ("mnist",):

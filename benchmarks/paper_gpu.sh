@@ -7,8 +7,9 @@
 #
 # Both make ADVTR without and with each mark, stolen as black, grey and white box, strictly judged,
 # and the strangers. KIT is what `benchmarks/gpu_kit.py KIT --study` made; DEVICE is cuda unless
-# named. MINUTES and WORKERS (processes that share the card) replace the defaults. The page, the
-# tables and results.json go to $OUT (default gpu-results); with WORK, the same command goes on.
+# named. MINUTES and WORKERS (processes that share the card) replace the defaults. The page with its
+# tables, results.json and the log go to $OUT (default gpu-results) as one archive; with WORK, the
+# same command goes on.
 # SMALL=1 takes digits and a minute, to try the script on a processor. See kit.sh for what the
 # machine has to have.
 set -eu
@@ -27,13 +28,12 @@ esac
 if [ -n "${SMALL:-}" ]; then
     profile=quick seeds=1 minutes=${MINUTES:-1} data=digits
 else
-    for name in $data; do
+    for name in mnist fashion_mnist; do  # each is the other's source of OOD watermarks
         "$python" -m countermark data fetch "$name" --source "$kit/$name" >/dev/null
     done
 fi
 # shellcheck disable=SC2086  # the data sets are words
 "$python" -m countermark reproduce --profile "$profile" --data $data --seeds "$seeds" \
     --device "$device" --workers "${WORKERS:-5}" --budget "$minutes" --out "$work/$profile" \
-    --only '*/ADVTR*-box/none' '*/ADVTR*/strict' '*/strangers/*' --page "$out/$profile.md"
-cp "$work/$profile/results.json" "$out/$profile.json"
-cp "$work/$profile/study.log" "$out/$profile.log"
+    --only '*/ADVTR*-box/none' '*/ADVTR*/strict' '*/strangers/*' --page "$work/$profile/page/results.md"
+tar -C "$work/$profile" -czf "$out/$profile.tar.gz" page results.json study.log

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -41,7 +42,7 @@ from countermark.study.grid import (
     grid,
 )
 from countermark.study.markdown import markdown
-from countermark.study.report import write_report
+from countermark.study.report import code_of, write_page, write_report
 from countermark.study.results import (
     FIELDS,
     auc,
@@ -114,7 +115,8 @@ def pyramid() -> list[Unit]:
     ]
 
 
-def running(units: list[Unit], folder: Path, **options: object) -> Store:
+def running(units: list[Unit], folder: Path, **options: object) -> tuple[Store, int]:
+    """Run the units that are not finished; return the store and how many are left."""
     store = Store(folder / "units")
     defaults: dict[str, object] = {
         "workers": 0,
@@ -122,9 +124,17 @@ def running(units: list[Unit], folder: Path, **options: object) -> Store:
         "cache": None,
         "log": folder / "log",
         "estimates": {},
+        "device": "cpu",
     }
     todo = [unit for unit in units if not store.has(unit)]
-    run(todo, store, finished=len(units) - len(todo), **{**defaults, **options})  # type: ignore[arg-type]
+    left = run(todo, store, finished=len(units) - len(todo), **{**defaults, **options})  # type: ignore[arg-type]
+    return store, left
+
+
+def run_all(units: list[Unit], folder: Path, **options: object) -> Store:
+    """Run all units that are not finished."""
+    store, left = running(units, folder, **options)
+    assert left == 0
     return store
 
 
@@ -237,16 +247,16 @@ def test_inputs_come_before_what_starts_from_them_and_each_once() -> None:
 def test_finished_units_are_never_run_again(
     tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = running(pyramid(), tmp_path)
+    store = run_all(pyramid(), tmp_path)
     assert store.result(pyramid()[-1])["value"] == 66
     monkeypatch.setitem(work.KINDS, "squares", lambda *_: pytest.fail("ran again"))  # type: ignore[misc]
-    running(pyramid(), tmp_path)
+    run_all(pyramid(), tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
 def test_a_damaged_unit_is_made_again(tmp_path: Path, arithmetic: None, damage: str) -> None:
     units = pyramid()
-    store = running(units, tmp_path)
+    store = run_all(units, tmp_path)
     folder = store.path(units[4])
     if damage == "truncate":
         (folder / "note.txt").write_text("")
@@ -259,7 +269,7 @@ def test_a_damaged_unit_is_made_again(tmp_path: Path, arithmetic: None, damage: 
     else:
         (folder / "manifest.json").write_text("{}")
     assert not store.has(units[4])
-    assert running(units, tmp_path).result(units[4])["value"] == 11
+    assert run_all(units, tmp_path).result(units[4])["value"] == 11
 
 
 def test_a_unit_that_fails_stops_the_run_and_keeps_what_is_finished(
@@ -268,12 +278,12 @@ def test_a_unit_that_fails_stops_the_run_and_keeps_what_is_finished(
     good = unit(1)
     bad = unit(2, good, fails=True)
     with pytest.raises(CountermarkError, match="this unit fails"):
-        running([good, bad, unit(3, bad)], tmp_path)
+        run_all([good, bad, unit(3, bad)], tmp_path)
     assert Store(tmp_path / "units").has(good)
 
 
 BROKEN = {
-    "OutOfMemoryError": "unit 2: the device's memory does not suffice; give fewer",
+    "OutOfMemoryError": "unit 2: the device's memory does not suffice; let fewer",
     "ZeroDivisionError": "unit 2 failed with ZeroDivisionError: of a driver; what is finished",
 }
 """What a unit may raise, and what is said of it."""
@@ -284,7 +294,7 @@ def run_into(name: str, folder: Path, **options: object) -> None:
     good = unit(1)
     bad = unit(2, good, raises=name)
     with pytest.raises(CountermarkError, match=BROKEN[name]):
-        running([good, bad, unit(3, bad)], folder, **options)
+        run_all([good, bad, unit(3, bad)], folder, **options)
     assert Store(folder / "units").has(good)
 
 
@@ -325,34 +335,48 @@ def test_units_that_do_not_fit_into_the_time_are_left_and_made_later(
     """What starts from a unit that was left is left too, and the rest is finished."""
     units = pyramid()
     long = {units[0].digest: 3600.0}
+    store, left = running(units, tmp_path, until=time.time() + 600, estimates=long)
+    assert left == 3
+    assert [store.has(unit) for unit in units] == [False, True, True, True, False, True, False]
+    assert "the time is over: 4 of 7" in (tmp_path / "log").read_text()
+    assert run_all(units, tmp_path).result(units[-1])["value"] == 66
+
+
+def test_a_unit_that_waited_until_the_time_was_over_is_left(
+    tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process held its folder; when that lets go there is no time left for it."""
+    one, place = unit(1), Place(tmp_path / "units", None, "cpu", time.time() + 0.5)
     store = Store(tmp_path / "units")
-    log = tmp_path / "log"
-    for workers in (0, 1):
-        options = {"workers": workers, "scheduler": None, "cache": None, "log": log}
-        todo = [unit for unit in units if not store.has(unit)]
-        left = run(
-            todo,
-            store,
-            finished=len(units) - len(todo),
-            until=time.time() + 600,
-            estimates=long,
-            **options,  # type: ignore[arg-type]
-        )
-        assert left == 3
-        assert [store.has(unit) for unit in units] == [False, True, True, True, False, True, False]
-    assert "the time is over: 4 of 7" in log.read_text()
-    assert running(units, tmp_path).result(units[-1])["value"] == 66
+    monkeypatch.setattr("countermark.study.run._POLL", 0.1)
+    held = threading.Event()
+
+    def hold(_folder: Path) -> dict[str, object]:
+        held.set()
+        time.sleep(1)
+        raise CountermarkError("given up")
+
+    def holding() -> None:
+        with contextlib.suppress(CountermarkError):
+            store.make(one, hold)
+
+    holder = threading.Thread(target=holding)
+    holder.start()
+    held.wait()
+    assert do(one, place, 0.3) is None
+    holder.join()
+    assert not store.has(one)
 
 
 def test_stores_are_merged_by_copying(tmp_path: Path, arithmetic: None) -> None:
     """Units made on two machines, one of them copied by half, are one store."""
     units = pyramid()
-    here, there = running(units[:2], tmp_path / "a"), running(units[2:4], tmp_path / "b")
+    here, there = run_all(units[:2], tmp_path / "a"), run_all(units[2:4], tmp_path / "b")
     shutil.copytree(there.path(units[2]), here.path(units[2]))
     shutil.copytree(there.path(units[3]), here.path(units[3]))
     (here.path(units[3]) / "note.txt").unlink()
     assert [here.has(unit) for unit in units[:4]] == [True, True, True, False]
-    assert running(units, tmp_path / "a").result(units[-1])["value"] == 66
+    assert run_all(units, tmp_path / "a").result(units[-1])["value"] == 66
 
 
 # --- engines --------------------------------------------------------------------------------------
@@ -428,7 +452,7 @@ def test_a_cluster_that_loses_a_worker_finishes_with_the_same_numbers(
 
     killer = threading.Thread(target=kill_one_at_work, daemon=True)
     killer.start()
-    store = running(units, tmp_path, scheduler=address)
+    store = run_all(units, tmp_path, scheduler=address)
     killer.join()
     assert workers[0].wait() == -signal.SIGKILL
     assert store.result(units[-1])["value"] == 115
@@ -437,12 +461,27 @@ def test_a_cluster_that_loses_a_worker_finishes_with_the_same_numbers(
         for path in (tmp_path / "units").iterdir()
         if (path / "result.json").exists()
     }
-    here = running(units, tmp_path / "again").folder
+    here = run_all(units, tmp_path / "again").folder
     assert there == {
         path.name: (path / "result.json").read_bytes()
         for path in here.iterdir()
         if (path / "result.json").exists()
     }
+
+
+def test_a_cluster_takes_units_in_their_order_and_leaves_what_does_not_fit(
+    tmp_path: Path, arithmetic: None, scheduler: tuple[str, list[subprocess.Popen[bytes]]]
+) -> None:
+    units = [unit(k, sleep=0.3) for k in range(8)]
+    run_all(units, tmp_path / "order", scheduler=scheduler[0])
+    told = (tmp_path / "order" / "log").read_text()
+    first = [int(each) for each in re.findall(r"\] unit (\d)", told)][:2]
+    assert max(first) < 4
+    units = pyramid()
+    limits = {"until": time.time() + 600, "estimates": {units[0].digest: 3600.0}}
+    store, left = running(units, tmp_path / "left", scheduler=scheduler[0], **limits)
+    assert left == 3
+    assert [store.has(unit) for unit in units] == [False, True, True, True, False, True, False]
 
 
 def test_a_device_that_fails_on_a_cluster_is_one_line(
@@ -452,7 +491,7 @@ def test_a_device_that_fails_on_a_cluster_is_one_line(
     for name in BROKEN:
         run_into(name, tmp_path / name, scheduler=scheduler[0])
     with pytest.raises(CountermarkError, match="unit 5: there is no cuda device here"):
-        running([unit(5, device="cuda")], tmp_path / "c", scheduler=scheduler[0], device="cuda")
+        run_all([unit(5, device="cuda")], tmp_path / "c", scheduler=scheduler[0], device="cuda")
 
 
 def test_a_scheduler_that_does_not_answer_is_an_error(
@@ -460,7 +499,7 @@ def test_a_scheduler_that_does_not_answer_is_an_error(
 ) -> None:
     monkeypatch.setattr("countermark.study.run._CONNECT", 1)
     with pytest.raises(CountermarkError, match="no Dask scheduler"):
-        running([unit(1)], tmp_path, scheduler="tcp://127.0.0.1:9")
+        run_all([unit(1)], tmp_path, scheduler="tcp://127.0.0.1:9")
 
 
 # --- the grid -------------------------------------------------------------------------------------
@@ -509,8 +548,9 @@ def test_every_cell_has_a_name_of_its_own_and_patterns_choose_by_it() -> None:
     cells = grid(("mnist", "fashion_mnist"), PROFILES["standard"], "clean")
     names = [cell.name for cell in cells]
     assert len(set(names)) == len(names)
-    assert chosen(cells, ()) == cells
-    wanted = chosen(cells, ("mnist/[01]/ADVTR+coin/*-box/none", "*/strict"))
+    parts = {"clean": cells, "as-published": []}
+    assert chosen(parts, ("*",)) == parts
+    wanted = chosen(parts, ("mnist/[01]/ADVTR+coin/*-box/none", "*/strict"))["clean"]
     assert {cell.name for cell in wanted if cell.place["section"] == "model"} == {
         f"mnist/{seed}/ADVTR+coin/{theft}-box/none"
         for seed in (0, 1)
@@ -520,7 +560,19 @@ def test_every_cell_has_a_name_of_its_own_and_patterns_choose_by_it() -> None:
         "ADVTR", "ADVTR+ood", "ADVTR+adversarial", "ADVTR+coin", "ADVTR, trained on",
     }  # fmt: skip
     with pytest.raises(CountermarkError, match="matches nothing of this study"):
-        chosen(cells, ("mnist/*", "cifar10/*"))
+        chosen(parts, ("mnist/*", "cifar10/*"))
+
+
+def test_a_study_begins_with_the_tables_that_a_reader_asks_for() -> None:
+    """All owners' models come first, then their copies, then what strangers answer."""
+    cells = grid(("mnist", "fashion_mnist"), PROFILES["standard"], "clean")
+    sections = [(cell.place["section"], cell.place.get("setting")) for cell in cells]
+    own = sections.index(("model", "black-box"))
+    assert {cell.place["data"] for cell in cells[:own]} == {"mnist", "fashion_mnist"}
+    assert {setting for _, setting in sections[:own]} == {"white-box"}
+    strangers = sections.index(("strangers", None))
+    assert {section for section, _ in sections[:strangers]} == {"model"}
+    assert "model" not in {section for section, _ in sections[strangers:]}
 
 
 def test_device_and_precision_are_in_the_name_of_every_unit() -> None:
@@ -537,41 +589,49 @@ def test_device_and_precision_are_in_the_name_of_every_unit() -> None:
         assert len(other) == len(plain)
 
 
-def test_the_profile_paper_trains_every_model_as_table_6_says(
+def test_the_profile_paper_trains_owners_and_strangers_as_table_6_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """SGD at a constant 0.005 for 100 epochs, marks by Algorithm 1 but for our coins."""
-    trained = []
+    """SGD at a constant 0.005 for 100 epochs, marks by Algorithm 1; our coins get in afterwards."""
+    trained: list[TrainConfig] = []
 
-    def watch(_network: nn.Module, _training: object, config: TrainConfig, **_rest: object) -> None:
+    def watch(
+        _network: nn.Module, _training: object, config: TrainConfig, **options: object
+    ) -> None:
         trained.append(config)
+        assert (options["watermarks"] is not None) == ("watermarks" in asked)
 
+    key = SimpleNamespace(
+        watermarks=SimpleNamespace(x=torch.zeros(2, 1, 8, 8)),
+        labels=torch.zeros(2, dtype=torch.int64),
+        scheme="any",
+    )
     monkeypatch.setattr(work, "train", watch)
+    monkeypatch.setattr(work, "_load", lambda _folder: build("paper", (1, 8, 8), 10, seed=0))
+    monkeypatch.setattr(work, "_key", lambda inputs: key if "watermarks" in inputs else None)
+    monkeypatch.setattr(work, "_measured", lambda *_: {})
+    monkeypatch.setattr(work._Best, "restore", lambda *_: None)
+    assert known_traits("mnist").batch_size == 128
+    batch = known_traits("digits").batch_size  # of so few images, less
     profile = replace(PROFILES["paper"], seeds=1, strangers=1, sweep={"digits": ()})
-    batch = known_traits("digits").batch_size  # 128 where there are as many images as MNIST has
     for protocol in ("clean", "as-published"):
         units = in_order(cell.unit for cell in grid(("digits",), profile, protocol))
-        models = [unit for unit in units if unit.kind == "model"]
-        for unit in models:
-            begun = set(unit.inputs) == {"start", "watermarks"} or "trained on" in unit.title
-            assert begun == any(word in unit.title for word in ("coin", "trained on")), unit.title
-            if unit.inputs:
-                continue
+        for unit in (unit for unit in units if unit.kind == "model"):
+            asked = dict.fromkeys(unit.inputs, tmp_path)
+            folder = tmp_path / protocol / unit.digest
+            folder.mkdir(parents=True)
             trained.clear()
-            folder = tmp_path / unit.digest
-            folder.mkdir()
-            with contextlib.suppress(CountermarkError):  # nothing was trained, no epoch was best
-                work.train_model({**unit.options, "attacked": 0}, {}, folder)
+            work.train_model(unit.options, asked, folder)
             (config,) = trained
+            ours = "coin" in unit.title or "trained on" in unit.title
             robust = "robust" in unit.title or "ADVTR" in unit.title
             assert (config.attack is not None) == robust == (config.objective == "pgd"), unit.title
-            assert (config.learning_rate, config.schedule, config.epochs) == (
-                0.005,
-                "constant",
-                100,
-            )
+            assert (config.learning_rate, config.schedule) == (0.005, "constant")
             assert (config.momentum, config.weight_decay, config.nesterov) == (0.9, 5e-4, False)
-            assert (config.batch_size, config.embedding, config.dropout) == (batch, "epoch", True)
+            assert (config.batch_size, config.dropout) == (batch, True)
+            told = (config.epochs, config.embedding, "start" in asked)
+            assert told == ((50, "interleaved", True) if ours else (100, "epoch", False))
+            assert config.craft_in_training_mode == (robust and protocol == "as-published")
 
 
 def test_a_row_of_the_table_is_all_that_the_study_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -726,10 +786,10 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("countermark.study.run._POLL", 0.1)
         mark_shortly(patch, 2)
-        running(
+        run_all(
             [unit for unit in units if unit.kind == "model" and not unit.inputs], out, workers=2
         )
-        store = running(units, out)
+        store = run_all(units, out)
     write_report(out, cells, store, {"profile": "tiny"})
     return out, cells, store
 
@@ -841,9 +901,10 @@ def test_the_count_of_statements_counts_each_once() -> None:
         statement("was not measured", "was not measured"),
     ]
     assert counted(judged) == (
-        "Of 5 statements 2 hold wherever they were measured, 1 under one protocol only, "
+        "Of 5 statements 2 hold wherever measured, 1 under one protocol only, "
         "1 is undecided and 1 nowhere."
     )
+    assert counted(judged[-1:]) == "No statement was measured."
     assert judged[0].verdict == "holds under clean and as-published"
     assert judged[3].verdict == "does not hold under clean; is undecided under as-published"
 
@@ -874,19 +935,31 @@ def test_a_table_has_both_protocols_side_by_side() -> None:
             for protocol, part in rows.items()
         }
         told = {"clean": Finding("holds", "1"), "as-published": Finding("does not hold", "2")}
-        text = markdown("All hold.", [Statement("It holds.", told, True)], made, {}, "make it")
+        statement = Statement("It holds.", told, True)
+        text = markdown("All hold.", [statement], made, dict.fromkeys(made, ()), {}, "make it")
         assert "| **It holds.** | holds. 1 | **does not hold**. 2 |" in text
         return [line for line in text.split("### T")[1].splitlines() if line.startswith("|")]
 
     assert page(
         ("paper", "ours", "ours ±", "seeds"),
-        clean=(("a", 1.0, 2.0, None, 1), ("b", None, 3.0, 0.5, 3)),
+        clean=(("a", 1.0, 2.0, None, 1), ("b", 5.0, 3.0, None, 1)),
         as_published=(("a", 1.0, 4.0, None, 1),),
     ) == [
         "| data | paper | clean | as-published |",
         "|---|---|---|---|",
         "| a | 1.00 | 2.00 | 4.00 |",
-        "| b |  | 3.00 ± 0.50 |  |",
+        "| b | 5.00 | 3.00 |  |",
+    ]
+    # A number that one protocol alone has is never shown as that of both.
+    assert page(
+        ("paper", "ours", "ours ±", "seeds"),
+        clean=(("a", 1.0, 2.0, 0.5, 3),),
+        as_published=(("b", 2.0, 4.0, None, 1),),
+    ) == [
+        "| data | paper | ours | seeds |",
+        "|---|---|---|---|",
+        "| a | 1.00 | 2.00 ± 0.50<br>- | 3<br>- |",
+        "| b | 2.00 | -<br>4.00 | -<br>1 |",
     ]
     assert page(
         ("test", "coins", "p"),
@@ -995,6 +1068,8 @@ def test_the_plan_lists_the_work_and_does_none(tmp_path: Path) -> None:
         (["--seeds", "0"], "--seeds"),
         (["--budget", "0"], "--budget"),
         (["--only", "cifar10/*"], "matches nothing"),
+        (["--only", "--seeds", "1"], "--only"),
+        (["--budget", "5", "--scheduler", "tcp://127.0.0.1:9"], "--budget goes with local"),
         (["--device", "cuda"], "no cuda device"),
     ],
 )
@@ -1003,6 +1078,44 @@ def test_bad_options_are_one_line(tmp_path: Path, arguments: list[str], said: st
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+PARTS = {
+    "a fine-tuned copy without coins": ("*/ADVTR+ood/white-box/fine-tuned", "*/ADVTR+coin/*/none"),
+    "nothing that both have": ("*/ADVTR+ood/*", "*/ADVTR+adversarial/*"),
+    "no figure": ("*/none/white-box/none", "*/strangers/*"),
+    "no second protocol": ("*", "*/ADVTR+coin/black-box/none"),
+    "a sweep without its default": ("*/sweep/*", "*/sweep strangers/*"),
+    "a figure alone": ("*/pictures", "*/plane"),
+    "strangers alone": ("digits/bank/*", "*/budgets"),
+}
+"""Names of cells under either protocol."""
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_any_part_of_a_study_has_a_page_that_leads_somewhere(
+    study: tuple[Path, dict[str, list[Cell]], Store], tmp_path: Path, part: str
+) -> None:
+    """What was not measured is left out, and the page says whose numbers it has."""
+    _, cells, store = study
+    protocols = zip(("clean", "as-published"), PARTS[part], strict=True)
+    few = {name: chosen({"": cells["clean"]}, (pattern,))[""] for name, pattern in protocols}
+    for folder in ("tables", "figures"):  # of an earlier report
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p_values-clean.svg").write_text("<svg/>")
+    write_report(tmp_path, few, store, {"code": "0123456789ab", "device": "cpu in 32-true"})
+    page = tmp_path / "site" / "results.md"
+    page.parent.mkdir()
+    write_page(page, tmp_path)
+    text = page.read_text()
+    for name in re.findall(r"\]\(([^)]+)\)", text):
+        assert (page.parent / name).read_text() == (tmp_path / name).read_text() != "<svg/>"
+    tables = json.loads((tmp_path / "results.json").read_text())["tables"]
+    names = {name: {table["title"] for table in made} for name, made in tables.items()}
+    for name, other in (("clean", "as-published"), ("as-published", "clean")):
+        for title in names[name] - names[other]:
+            assert f" {title}, protocol {name}\n" in text
+    assert code_of(page) == "0123456789ab"
 
 
 def test_a_part_of_a_study_has_its_report_and_its_page(tmp_path: Path) -> None:
@@ -1042,7 +1155,7 @@ def test_kill_minus_nine_and_on(tmp_path: Path) -> None:
         "if __name__ == '__main__':\n"
         "    cells = [c for c in test_study.tiny_grid() "
         "if c.place.get('defence') in ('ADVTR', 'none')]\n"
-        "    test_study.running(in_order(c.unit for c in cells)[:14], Path(sys.argv[1]), "
+        "    test_study.run_all(in_order(c.unit for c in cells)[:14], Path(sys.argv[1]), "
         "workers=int(sys.argv[2]))\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

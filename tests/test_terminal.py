@@ -266,9 +266,11 @@ def story() -> Story:
 
 
 def study(**changes: Any) -> Reproduction:
-    work = tuple(Planned(f"mnist {n}: ADVTR", "fine-tuning", "ab" * 32, False, 1.0) for n in (0, 1))
-    given = {"report": None, "work": work, "verdicts": (), **changes}
-    return Reproduction("study", 272, 0, 4200.0, seconds=9.0, **given)
+    work = tuple(
+        Planned(f"mnist {n}: ADVTR", (), "fine-tuning", "ab" * 32, False, 1.0) for n in (0, 1)
+    )
+    given = {"report": None, "work": work, "verdicts": (), "left": 272, **changes}
+    return Reproduction("study", 272, 0, seconds_estimated=4200.0, seconds=9.0, **given)
 
 
 RESULTS: Mapping[str, list[Any]] = {

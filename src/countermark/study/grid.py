@@ -222,16 +222,24 @@ def grid(
         for seed in range(seeds or profile.seeds):
             cells += _Owner(study, seed, bank).cells()
         cells += bank.cells()
-    return cells
+    return sorted(cells, key=_rank)
 
 
-def chosen(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
-    """The cells whose names match one of some shell patterns; all of them if there are none.
+def _rank(cell: Cell) -> int:
+    """What is measured first: the owners' models, their copies, the strangers, then the rest."""
+    section, setting = cell.place["section"], cell.place.get("setting")
+    if section == "model":
+        return 0 if setting == _OWN else 1
+    return {"strangers": 2, "strict": 3}.get(section, 4)
+
+
+def chosen(cells: Mapping[str, Sequence[Cell]], patterns: Sequence[str]) -> dict[str, list[Cell]]:
+    """The cells of each protocol whose names match one of some shell patterns.
 
     Raises:
         CountermarkError: a pattern matches no cell.
     """
-    names = [cell.name for cell in cells]
+    names = list(dict.fromkeys(cell.name for part in cells.values() for cell in part))
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise CountermarkError(
@@ -239,7 +247,9 @@ def chosen(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
                 "* stands for anything, and --plan --json lists all names"
             )
     kept = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
-    return [cell for cell in cells if not patterns or cell.name in kept]
+    return {
+        protocol: [cell for cell in part if cell.name in kept] for protocol, part in cells.items()
+    }
 
 
 @dataclass(frozen=True)

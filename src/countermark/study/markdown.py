@@ -1,10 +1,10 @@
 """The study as Markdown: what docs/results.md is made of.
 
 What this page leaves out is in the CSV files beside it: the numbers of a picture, the units of work
-that a number came from, and the columns of `_ASIDE`.
+that a number came from, and what `_aside` says.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from countermark.study.figures import CAPTIONS
@@ -13,7 +13,11 @@ from countermark.study.tables import FIRST, Table, by_name, readable
 
 MISSING = "not finished"
 """What of a study is missing is in `about` under this name."""
-_ASIDE = ("seeds", "difference")
+_PAPER = "paper"
+_CHOOSES = (
+    "Under clean these chose nothing; as-published chooses epochs on them and makes watermarks of "
+    "some of them, as the published code did."
+)
 _PICTURES = {"pruned": ("pruned",), "fine-tuned": ("fine-tuned", "p_values")}
 """The figures that are shown in place of a table."""
 
@@ -22,6 +26,7 @@ def markdown(
     verdict: str,
     statements: Sequence[Statement],
     tables: Mapping[str, Sequence[Table]],
+    figures: Mapping[str, Collection[str]],
     about: Mapping[str, Any],
     command: str,
 ) -> str:
@@ -34,32 +39,48 @@ def markdown(
         verdict: how many statements hold.
         statements: the statements and what each protocol says of them.
         tables: by protocol.
+        figures: the names of those that were drawn, by protocol.
         about: environment, options and seeds.
         command: the command that made it.
     """
     made = ", ".join(f"{name} {about[name]}" for name in ("code", "device") if name in about)
     lines = ["# Results", "", f"Made by `{command}`" + (f", {made}." if made else ".")]
     lines += [f"Not finished: {about[MISSING]}."] if MISSING in about else []
-    lines += ["", "All numbers are measured on test images, which chose nothing."]
+    lines += ["", "All numbers are measured on test images."]
+    lines += [_CHOOSES] if "as-published" in tables else ["These chose nothing."]
     if len(tables) > 1:
         order = ", then ".join(tables)
         lines += [f"Two values in a cell are those of {order}; a single one is that of both."]
+
+    def section(name: str, level: str) -> list[str]:
+        return _section(parts[name], level, tuple(tables), figures) if name in parts else []
+
     parts = {next(iter(part.values())).name: part for part in by_name(tables)}
-    lines += [line for name in parts if name in FIRST for line in _section(parts[name], "##")]
+    lines += [line for name in FIRST for line in section(name, "##")]
     lines += ["", "## What holds", "", verdict, "", *_statements(statements)]
     lines += ["", "## Tables and figures"]
-    lines += [line for name in parts if name not in FIRST for line in _section(parts[name], "###")]
+    lines += [line for name in parts if name not in FIRST for line in section(name, "###")]
     lines += ["", "## How it was made", ""]
     lines += [f"- {name}: {value}" for name, value in about.items()]
     return "\n".join(lines) + "\n"
 
 
-def _section(parts: Mapping[str, Table], level: str) -> list[str]:
-    """A table of all protocols or the pictures in its place, below a heading."""
+def _section(
+    parts: Mapping[str, Table],
+    level: str,
+    protocols: Sequence[str],
+    figures: Mapping[str, Collection[str]],
+) -> list[str]:
+    """A table of all protocols that have it, or the pictures in its place, below a heading."""
     first = next(iter(parts.values()))
-    lines = ["", f"{level} {first.title}", ""]
-    if first.name in _PICTURES:
-        lines += _pictures(_PICTURES[first.name], tuple(parts))
+    only = f", protocol {' and '.join(parts)}" if len(parts) < len(protocols) else ""
+    lines = ["", f"{level} {first.title}{only}", ""]
+    drawn = {
+        name: [protocol for protocol in parts if name in figures[protocol]]
+        for name in _PICTURES.get(first.name, ())
+    }
+    if drawn:
+        lines += _pictures({name: protocols for name, protocols in drawn.items() if protocols})
     else:
         lines += [first.note, ""] if first.note else []
         lines += [*_beside({name: readable(table) for name, table in parts.items()}), ""]
@@ -90,9 +111,9 @@ def _told(finding: Finding) -> str:
     return f"{verdict}. {finding.told}" if finding.told else verdict
 
 
-def _pictures(names: Sequence[str], protocols: Sequence[str]) -> list[str]:
+def _pictures(drawn: Mapping[str, Sequence[str]]) -> list[str]:
     lines = []
-    for name in names:
+    for name, protocols in drawn.items():
         lines += [CAPTIONS[name], ""]
         for protocol in protocols:
             alt = f"{CAPTIONS[name].partition('.')[0]}, protocol {protocol}"
@@ -105,6 +126,7 @@ def _beside(parts: Mapping[str, Table]) -> list[str]:
 
     A column that says the same under each is written once, and an empty one is left out. If one
     other column is left, each protocol has its own; if there are more, a cell has a line for each.
+    The paper's numbers are those of no protocol.
     """
     first = next(iter(parts.values()))
     rows: dict[tuple[str, ...], dict[str, tuple[str, ...]]] = {}
@@ -115,9 +137,10 @@ def _beside(parts: Mapping[str, Table]) -> list[str]:
     each: dict[str, list[list[str]]] = {}
     for i, title in enumerate(first.columns[first.keys :]):
         told = [{name: row[i] for name, row in found.items()} for found in rows.values()]
-        if title in _ASIDE or not any(any(found.values()) for found in told):
+        if not any(any(found.values()) for found in told) or _aside(title, told):
             continue
-        if all(len(set(found.values())) == 1 for found in told):
+        everywhere = title == _PAPER or all(len(found) == len(parts) for found in told)
+        if everywhere and all(len(set(found.values())) == 1 for found in told):
             once[title] = [next(iter(found.values())) for found in told]
         else:
             each[title] = [[found.get(protocol, "") for protocol in parts] for found in told]
@@ -130,6 +153,12 @@ def _beside(parts: Mapping[str, Table]) -> list[str]:
         columns = {title: {**once, **joined}[title] for title in titles}
     body = [[*key, *cells] for key, *cells in zip(rows, *columns.values(), strict=True)]
     return _lines([*first.columns[: first.keys], *columns], body)
+
+
+def _aside(title: str, told: Sequence[Mapping[str, str]]) -> bool:
+    """Whether a column is left to the CSV file: the differences, and a number of seeds for all."""
+    values = {value for found in told for value in found.values()}
+    return title == "difference" or (title == "seeds" and len(values) == 1)
 
 
 def _joined(values: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The report of the study as one HTML file."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ td.word, th.word { text-align: left; } \
 td.unit { font-family: ui-monospace, monospace; color: var(--soft); font-size: .75rem; }
 li { margin: .5rem 0; } li .good, li .bad { font-weight: 600; }
 """
+
+_NUMBER = re.compile(r"(-?[0-9.]+( ± [0-9.]+)?)?")
+"""A cell that is a number or empty."""
 
 
 def page(
@@ -102,7 +106,9 @@ def _table(table: Table, protocol: str) -> str:
     """A table as a reader sees it, without the columns that say nothing."""
     told = readable(table)
     kept = [i for i in range(len(told.columns)) if any(row[i] for row in told.rows)]
-    words = [i < table.keys or not _number(told.rows[0][i]) for i in kept]
+    words = [
+        i < table.keys or any(not _NUMBER.fullmatch(row[i]) for row in told.rows) for i in kept
+    ]
     head = "".join(
         f"<th{_word(word)}>{escape(told.columns[i])}</th>"
         for i, word in zip(kept, words, strict=True)
@@ -122,11 +128,6 @@ def _table(table: Table, protocol: str) -> str:
         f"<thead><tr>{head}<th class='word'>unit</th></tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
-
-
-def _number(told: str) -> bool:
-    """Whether a cell begins like a number, or is empty as where a number is missing."""
-    return not told or told[0].isdigit() or told[0] == "-"
 
 
 def _word(is_word: bool) -> str:

@@ -5,6 +5,7 @@ them.
 """
 
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,7 +63,8 @@ def write_report(
         protocol: _figures(measured[protocol], part, store) for protocol, part in cells.items()
     }
     for folder in (out / "tables", out / "figures"):
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # an earlier report may have had more of them
+        folder.mkdir()
     write_csv(
         out / "tables" / "measurements.csv",
         FIELDS,
@@ -97,7 +99,10 @@ def write_report(
     }
     # It may have any size: nothing here reads it back.
     write_bytes(out / "results.json", canonical_json(results))
-    write_bytes(out / "results.md", markdown(found[0], judged, made, about, command).encode())
+    page_of_it = markdown(
+        found[0], judged, made, {p: set(d) for p, d in drawn.items()}, about, command
+    )
+    write_bytes(out / "results.md", page_of_it.encode())
     write_bytes(out / "report.html", page(found, judged, made, drawn, about).encode())
     return found
 

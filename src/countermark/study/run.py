@@ -83,10 +83,9 @@ def do(unit: Unit, place: Place, estimate: float = 0.0, *needed: str | None) -> 
             f"a worker computes on {kind}, but this is a study on {wanted}; give --device {kind}, "
             f"or start workers where there is {wanted}"
         )
-    store = Store(place.store)
-    late = place.until is not None and time.time() + estimate > place.until
-    if None in needed or (late and not store.has(unit)):
+    if None in needed:
         return None
+    store = Store(place.store)
     keep_freed_memory()
     use_cache(place.cache)
     use_device(place.device)
@@ -96,6 +95,8 @@ def do(unit: Unit, place: Place, estimate: float = 0.0, *needed: str | None) -> 
     torch.set_num_threads(1)
     try:
         while not store.has(unit):
+            if place.until is not None and time.time() + estimate > place.until:
+                return None
             try:
                 with told_to(lambda status: store.tell(unit, {"title": unit.title, **status})):
                     store.make(unit, work)
@@ -130,7 +131,7 @@ def run(
         workers: number of local processes; 0 runs everything in this process.
         scheduler: address of a Dask scheduler to use instead.
         cache: the data cache, as workers see it.
-        device: where each worker computes its units; `auto` is what it finds on its machine.
+        device: where each worker computes its units.
         until: seconds since 1970; a unit that would not be finished by then, by its estimate, is
             not begun.
         log: file that gets a line for each unit.
@@ -143,7 +144,7 @@ def run(
         CountermarkError: a unit failed, or the scheduler cannot be reached; what is finished is
             kept.
     """
-    watch = Watch(store, finished, todo, estimates, max(workers, 1), log)
+    watch = Watch(store, finished, todo, estimates, max(workers, 1), log, until)
     if not todo:
         return 0
     place = Place(store.folder.absolute(), cache, device, until)
@@ -243,22 +244,15 @@ def _elsewhere(
                 time.sleep(_POLL)
                 watch.show()
                 for digest in [digest for digest in waiting if futures[digest].done()]:
-                    unit, future = waiting.pop(digest), futures[digest]
-                    if future.status != "finished":
-                        raise _failure(unit, _error(future))
-                    if future.result() is not None:
+                    unit = waiting.pop(digest)
+                    try:
+                        made = futures[digest].result(timeout=_CONNECT)
+                    except Exception as error:
+                        raise _failure(unit, error) from error
+                    if made is not None:
                         watch.finished(unit)
         finally:
             client.cancel(list(futures.values()), force=True)
-
-
-def _error(future: Any) -> Exception:
-    """Why a task failed; a cancelled or lost one has no exception to give."""
-    try:
-        found = future.exception(timeout=5)
-    except Exception as unknown:
-        found = unknown
-    return found if isinstance(found, Exception) else RuntimeError("it was lost")
 
 
 def _failure(unit: Unit, error: Exception) -> CountermarkError:
@@ -266,8 +260,8 @@ def _failure(unit: Unit, error: Exception) -> CountermarkError:
         return CountermarkError(f"{unit.title}: {error}")
     if type(error).__name__ == "OutOfMemoryError":
         return CountermarkError(
-            f"{unit.title}: the device's memory does not suffice; give fewer --workers, which "
-            "share it. What is finished is kept"
+            f"{unit.title}: the device's memory does not suffice; let fewer processes share it "
+            "(--workers). What is finished is kept"
         )
     return CountermarkError(
         f"{unit.title} failed with {type(error).__name__}: {error}; what is finished is kept"
@@ -302,9 +296,11 @@ class Watch:
         estimates: Mapping[str, float],
         workers: int,
         log: Path,
+        until: float | None = None,
     ) -> None:
         """Watch the units `todo`; `kept` more were finished before."""
         self.store, self.estimates, self.workers, self.log = store, estimates, workers, log
+        self.until = until
         self.left = {unit.digest: unit for unit in todo}
         self.done, self.total = kept, kept + len(self.left)
         self.begun = time.monotonic()
@@ -338,7 +334,8 @@ class Watch:
         """
         rest = sum(self.estimates.get(digest, 1.0) for digest in self.left) / self.workers
         elapsed = time.monotonic() - self.begun
-        return rest * (elapsed * self.workers / self.spent) if self.spent > 20 else rest
+        rest *= elapsed * self.workers / self.spent if self.spent > 20 else 1.0
+        return rest if self.until is None else max(0.0, min(rest, self.until - time.time()))
 
     def finished(self, unit: Unit) -> None:
         """Count a unit."""

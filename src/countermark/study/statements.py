@@ -99,7 +99,9 @@ def counted(judged: Sequence[Statement]) -> str:
         undecided += not holding and "is undecided" in verdicts
         nowhere += not holding and "is undecided" not in verdicts
     total = everywhere + somewhere + undecided + nowhere
-    parts = [f"{everywhere} hold wherever they were measured"]
+    if not total:
+        return "No statement was measured."
+    parts = [f"{everywhere} {'holds' if everywhere == 1 else 'hold'} wherever measured"]
     parts += [f"{somewhere} under one protocol only"] if somewhere else []
     parts += [f"{undecided} {'is' if undecided == 1 else 'are'} undecided"] if undecided else []
     return f"Of {total} statements {', '.join(parts)} and {nowhere} nowhere."
@@ -153,9 +155,8 @@ def _cheap(scheme: str, most: float, control: str) -> Judge:
         plain, marked = estimate(before, "adversarial"), estimate(after, "adversarial")
         if lost is None or plain is None or marked is None:
             return None
-        return _settled(
-            lost, lambda points: points <= most
-        ), f"{plain.told} without, {marked.told} with"
+        told = f"{plain.told} without, {marked.told} with, {lost.told} lost"
+        return _settled(lost, lambda points: points <= most), told
 
     return judged
 
@@ -166,9 +167,8 @@ def _cheaper_than_ood(rows: Sequence[Row], data: str) -> tuple[bool | None, str]
     ood, adversarial = estimate(outside, "adversarial"), estimate(crafted, "adversarial")
     if lost is None or ood is None or adversarial is None:
         return None
-    return _settled(
-        lost, lambda points: points < 0
-    ), f"OOD {ood.told}, adversarial {adversarial.told}"
+    told = f"OOD {ood.told}, adversarial {adversarial.told}"
+    return _settled(lost, lambda points: points < 0), told
 
 
 def _verified(found: Estimate) -> bool | None:
@@ -224,23 +224,30 @@ def _pruned(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
 
 
 def _budget(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
-    """Judge the statement beta > epsilon + alpha.
+    """Judge the statement beta > epsilon + alpha, owner by owner.
 
     It says that watermarks with budgets up to epsilon + alpha conflict with adversarial training,
     and that those with larger budgets do not.
     """
-    training = known(data).threat.epsilon
+    most = known(data).threat.epsilon + _STEP
     plain = estimate(_models(rows, data, "ADVTR"), "adversarial")
-    means = {budget: estimate(marked, "adversarial") for budget, marked, _ in swept(rows, data)}
-    by_budget = {budget: found.mean for budget, found in means.items() if found is not None}
-    if plain is None:
+    parts = {budget: marked for budget, marked, _ in swept(rows, data)}
+    means = {budget: estimate(marked, "adversarial") for budget, marked in parts.items()}
+    sides: dict[bool, dict[int, list[float]]] = {True: {}, False: {}}
+    for budget, marked in parts.items():
+        for row in marked:
+            sides[budget > most].setdefault(row["seed"], []).append(row["adversarial"])
+    both = sorted(sides[True].keys() & sides[False].keys())
+    if plain is None or not both:
         return None
-    below = [value for budget, value in by_budget.items() if budget <= training + _STEP]
-    above = [value for budget, value in by_budget.items() if budget > training + _STEP]
-    if not below or not above:
-        return None
-    told = ", ".join(f"{value:.1f} at {budget:g}" for budget, value in sorted(by_budget.items()))
-    return max(below) < min(above), f"adversarial accuracy {told} ({plain.mean:.1f} unmarked)"
+    margins = tuple(min(sides[True][seed]) - max(sides[False][seed]) for seed in both)
+    told = ", ".join(
+        f"{found.mean:.1f} at {budget:g}" for budget, found in means.items() if found is not None
+    )
+    return (
+        _settled(Estimate(margins, ()), lambda points: points > 0),
+        f"adversarial accuracy {told} ({plain.mean:.1f} unmarked)",
+    )
 
 
 def _coins_convict(removal: str, most: float) -> Judge:
@@ -353,8 +360,8 @@ _REMARKS = {
     "Watermark budgets above": (
         "The paper argues from how an unmarked model fares against larger budgets (Table 5), not "
         "from marked models. Here marked models are measured. Where watermarks join every batch "
-        "(clean) their budget hardly matters; a pass over them after each epoch (as-published) "
-        "does the more harm the larger it is."
+        "their budget hardly matters; a pass over them after each epoch (Algorithm 1) does the "
+        "more harm the larger it is."
     ),
     "Ours: the same": (
         "This control is stricter than the paper's tables: marks are trained in from the unmarked "

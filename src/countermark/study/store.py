@@ -91,7 +91,8 @@ class Store:
     def others(self, units: Iterable[Unit]) -> int:
         """How many folders of finished units are of none of these, such as those of other code."""
         known = {unit.digest for unit in units}
-        return sum(path.parent.name not in known for path in self.folder.glob(f"*/{_MANIFEST}"))
+        there = {path.parent.name for path in self.folder.glob(f"*/{_MANIFEST}")}
+        return sum("." not in name for name in there - known)
 
     def result(self, unit: Unit) -> dict[str, Any]:
         """The result of a finished unit."""

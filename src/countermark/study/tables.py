@@ -449,7 +449,7 @@ def swept(rows: Sequence[Row], data: str) -> list[tuple[float, list[Row], list[R
         )
         for budget in found
     ]
-    if found:
+    if found and default:
         parts.append(
             (
                 known(data).threat.watermark_epsilon,

@@ -8,6 +8,7 @@ corrects it as units finish.
 import itertools
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -118,6 +119,15 @@ def _steps(options: Mapping[str, Any]) -> int:
     return known(str(options["data"])).threat.steps if options["thief_objective"] == "pgd" else 1
 
 
+def _marking_passes(options: Mapping[str, Any], images: int) -> int:
+    """How often an image goes through a network that is marked by the owner's recipe."""
+    row = known(str(options["data"]))
+    given = replace(known_traits(row.name), images=images)
+    source = recipe(given, options["objective"], row.threat)
+    config = marking(source, given, options["objective"])
+    return config.epochs * (1 + (config.attack.steps if config.attack else 0))
+
+
 def _passes(unit: Unit) -> float:
     options: dict[str, Any] = dict(unit.options)
     catalogued = known(str(options["data"]))
@@ -147,12 +157,12 @@ def _passes(unit: Unit) -> float:
         return int(max(options["epochs"])) * tuned + len(options["epochs"]) * measured
     if unit.kind == "removal":
         chain = ((REMOVALS[name], amount) for name, amount in options["removals"])
-        return (
-            sum(removal.passes(amount, tuned, _steps(options)) for removal, amount in chain)
-            + measured
+        marks = _marking_passes(options, tuned)
+        return measured + sum(
+            removal.passes(amount, tuned, _steps(options), marks) for removal, amount in chain
         )
     if unit.kind == "strict":
-        return int(options["examples"]) * _STRICT
+        return min(int(options["examples"]), test) * _STRICT
     if unit.kind == "budgets":
         return tuned * sum(min(int(steps), 15) for _, steps in options["budgets"])
     if unit.kind == "watermarks":

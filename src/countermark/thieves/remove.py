@@ -38,7 +38,8 @@ class Removal:
         options: the options that it takes beside the amount, by their names in `Means`, and their
             defaults.
         passes: about how many images go through the copy and back, from the amount, the size of the
-            pool, and the steps of the thief's own attack; for the study's estimate.
+            pool, the steps of the thief's own attack, and how often an image goes through a network
+            that an owner marks; for the study's estimate.
         paper: whether it is one of the paper's; the study has the others in a section of their own.
     """
 
@@ -47,7 +48,7 @@ class Removal:
     amount: Amount
     run: Callable[[nn.Module, float, Means], nn.Module]
     options: Mapping[str, Any] = field(default_factory=dict)
-    passes: Callable[[float, int, int], float] = lambda _amount, _pool, _steps: 0
+    passes: Callable[[float, int, int, int], float] = lambda _amount, _pool, _steps, _marking: 0
     paper: bool = False
 
 
@@ -305,13 +306,11 @@ def _cleaning(name: str) -> Removal:
         cleaner.amount,
         run,
         cleaner.options,
-        lambda _amount, pool, _steps: 4 * epochs * pool,
+        lambda _amount, pool, _steps, _marking: 4 * epochs * pool,
     )
 
 
 _RATE = {"learning_rate": 0.005}
-_RECIPE_EPOCHS = 5  # of marking, roughly
-
 _REMOVALS: Mapping[str, Removal] = {
     "prune": Removal(
         "pruned",
@@ -332,7 +331,7 @@ _REMOVALS: Mapping[str, Removal] = {
         Amount(int, 5, "a number of epochs from 1 to 10000", lambda value: 1 <= value <= 10_000),
         finetune,
         _RATE,
-        lambda epochs, pool, _steps: epochs * pool,
+        lambda epochs, pool, _steps, _marking: epochs * pool,
         paper=True,
     ),
     "adversarial": Removal(
@@ -341,14 +340,14 @@ _REMOVALS: Mapping[str, Removal] = {
         Amount(int, 5, "a number of epochs from 1 to 10000", lambda value: 1 <= value <= 10_000),
         finetune_adversarially,
         _RATE,
-        lambda epochs, pool, steps: epochs * pool * (1 + steps),
+        lambda epochs, pool, steps, _marking: epochs * pool * (1 + steps),
     ),
     "overwrite": Removal(
         "overwritten",
         "put in so many coins of the thief's own, at most one for three of the thief's images",
         Amount(int, 800, "a number of coins from 1 to 100000", lambda value: 1 <= value <= 100_000),
         overwrite,
-        passes=lambda _count, pool, steps: _RECIPE_EPOCHS * pool * (1 + steps),
+        passes=lambda _count, pool, _steps, marking: marking * pool,
     ),
     "reshape": Removal(
         "reshaped",
@@ -358,7 +357,7 @@ _REMOVALS: Mapping[str, Removal] = {
             int, 800, "a number of images from 1 to 100000", lambda value: 1 <= value <= 100_000
         ),
         reshape,
-        passes=lambda _count, pool, steps: _RECIPE_EPOCHS * pool * (1 + steps),
+        passes=lambda _count, pool, _steps, marking: marking * pool,
     ),
     "quantise": Removal(
         "int8",

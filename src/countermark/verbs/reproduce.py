@@ -38,9 +38,9 @@ class ReproduceConfig(DataOptions, OneDeviceOptions):
     """clean (disjoint pools), as-published (the published runs' habits), or both."""
     seeds: int | None = None
     """Owners to train; default those of the profile."""
-    only: tuple[str, ...] = ()
+    only: tuple[str, ...] = ("*",)
     """Shell patterns of what to measure, such as 'mnist/0/ADVTR*/*-box/none'; all that it needs is
-    made as well. --plan --json lists the names; default everything."""
+    made as well. --plan --json lists the names."""
     plan: bool = False
     """Only list the work, what of it is finished, and an estimate of the time."""
     budget: float | None = None
@@ -64,11 +64,14 @@ class ReproduceConfig(DataOptions, OneDeviceOptions):
         self._at_least_one("seeds", most=1000)
         self._whole("workers", 0, 1024)
         self._positive("number of minutes", "budget")
-        self._only_for(self.scheduler is None, "local processes (leave --scheduler out)", "workers")
+        local = "local processes (leave --scheduler out)"
+        self._only_for(self.scheduler is None, local, "workers", "budget")
         if not self.data or len(set(self.data)) != len(self.data):
             raise CountermarkError("--data names one or more data sets, each once")
         if not self.protocol or len(set(self.protocol)) != len(self.protocol):
             raise CountermarkError("--protocol names clean, as-published, or both, each once")
+        if not self.only:
+            raise CountermarkError("--only takes one or more shell patterns; leave it out for all")
         for name in self.data:
             known(name)
 
@@ -102,7 +105,7 @@ class Reproduction:
         folder: the folder of the study.
         units: number of units of work.
         finished: units that were finished before this call.
-        left: units that are not finished, for want of time.
+        left: units that are not finished.
         seconds_estimated: wall-clock time that the others were expected to take.
         report: the HTML file; none for a plan.
         work: for a plan, every unit in the order of their needs.
@@ -132,7 +135,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     Example:
         >>> study = cm.reproduce(data=("digits",), plan=True)
         >>> study.units, study.finished
-        (139, 0)
+        (150, 0)
     """
     from countermark.study.graph import in_order
     from countermark.study.grid import PROFILES, chosen, grid
@@ -142,15 +145,13 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
 
     begun, out = time.monotonic(), Path(config.out)
     page = Path(config.page) if config.page is not None else None
-    _compare(page)
+    _look_at(page)
     profile, computing = PROFILES[config.profile], _computing(config)
-    whole = {
+    whole: dict[str, list[Cell]] = {
         protocol: grid(config.data, profile, protocol, config.seeds, computing)
         for protocol in config.protocol
     }
-    cells: dict[str, list[Cell]] = {
-        protocol: chosen(part, config.only) for protocol, part in whole.items()
-    }
+    cells = chosen(whole, config.only)
     units = in_order(cell.unit for part in cells.values() for cell in part)
     store = Store(out / "units")
     if others := store.others(in_order(cell.unit for part in whole.values() for cell in part)):
@@ -166,7 +167,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         if config.workers is None
         else config.workers
     )
-    estimates = _estimates(todo, config.device if config.scheduler is None else "cpu", computing)
+    estimates = _estimates(todo, config, computing, workers)
     expected = sum(estimates.values()) / max(workers, 1)
     finished = len(units) - len(todo)
     if config.plan:
@@ -245,12 +246,20 @@ def _computing(config: ReproduceConfig) -> "Computing":
     return Computing(device.type, resolve_precision(device, config.precision))
 
 
-def _compare(page: Path | None) -> None:
-    """Say so if the page to be written anew was made by other code."""
+def _look_at(page: Path | None) -> None:
+    """Make sure of the folder of a page, and say so if other code made the page that is there."""
     from countermark.study.graph import code_version
     from countermark.study.report import code_of
 
-    if page is None or not page.exists():
+    if page is None:
+        return
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CountermarkError(
+            f"cannot create {page.parent} for --page: {error.strerror}; choose another place"
+        ) from error
+    if not page.exists():
         return
     before, now = code_of(page), code_version()[:12]
     if before != now:
@@ -272,6 +281,7 @@ def _about(
     return {
         **missing,
         "profile": config.profile,
+        **({"only": " ".join(config.only)} if config.only != ("*",) else {}),
         "data": ", ".join(config.data),
         "protocol": ", ".join(config.protocol),
         "owners' seeds": ", ".join(map(str, range(config.seeds or profile.seeds))),
@@ -291,7 +301,7 @@ def _about(
 
 def _command(config: ReproduceConfig) -> str:
     seeds = [] if config.seeds is None else ["--seeds", str(config.seeds)]
-    only = ["--only", *config.only] if config.only else []
+    only = ["--only", *config.only] if config.only != ("*",) else []
     words = [
         "--profile",
         config.profile,
@@ -305,13 +315,21 @@ def _command(config: ReproduceConfig) -> str:
     return shlex.join(["countermark", "reproduce", *words])
 
 
-def _estimates(todo: "list[Unit]", device: str, computing: "Computing") -> dict[str, float]:
+def _estimates(
+    todo: "list[Unit]", config: ReproduceConfig, computing: "Computing", workers: int
+) -> dict[str, float]:
+    """Seconds of each unit: on one core, or on a device that the workers share.
+
+    For a cluster this machine's processor stands in.
+    """
     from countermark.study.timing import measure_speed, networks, seconds
     from countermark.training import Hardware
 
-    precision = computing.precision if device != "cpu" or computing.device == "cpu" else "32-true"
-    speed = measure_speed(networks(todo), Hardware(device, precision=precision))
-    return {unit.digest: seconds(unit, speed) for unit in todo}
+    here = config.scheduler is None or computing.device == "cpu"
+    hardware = Hardware(config.device, precision=computing.precision) if here else Hardware("cpu")
+    speed = measure_speed(networks(todo), hardware)
+    shared = 1 if computing.device == "cpu" else max(workers, 1)
+    return {unit.digest: shared * seconds(unit, speed) for unit in todo}
 
 
 def _needs_extras(*, distributed: bool) -> None:
