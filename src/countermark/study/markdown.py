@@ -134,7 +134,7 @@ def _beside(parts: Mapping[str, Table]) -> list[str]:
         for row in table.rows:
             rows.setdefault(row[: table.keys], {})[protocol] = row[table.keys :]
     once: dict[str, list[str]] = {}
-    each: dict[str, list[list[str]]] = {}
+    each: dict[str, list[list[str | None]]] = {}
     for i, title in enumerate(first.columns[first.keys :]):
         told = [{name: row[i] for name, row in found.items()} for found in rows.values()]
         if not any(any(found.values()) for found in told) or _aside(title, told):
@@ -143,10 +143,11 @@ def _beside(parts: Mapping[str, Table]) -> list[str]:
         if everywhere and all(len(set(found.values())) == 1 for found in told):
             once[title] = [next(iter(found.values())) for found in told]
         else:
-            each[title] = [[found.get(protocol, "") for protocol in parts] for found in told]
+            each[title] = [[found.get(protocol) for protocol in parts] for found in told]
     if len(each) == 1:
         (apart,) = each.values()
-        columns = {**once, **dict(zip(parts, map(list, zip(*apart, strict=True)), strict=True))}
+        own = zip(*([value or "" for value in cell] for cell in apart), strict=True)
+        columns = {**once, **dict(zip(parts, map(list, own), strict=True))}
     else:
         joined = {title: [_joined(cell) for cell in cells] for title, cells in each.items()}
         titles = [title for title in first.columns if title in once or title in joined]
@@ -161,7 +162,10 @@ def _aside(title: str, told: Sequence[Mapping[str, str]]) -> bool:
     return title == "difference" or (title == "seeds" and len(values) == 1)
 
 
-def _joined(values: Sequence[str]) -> str:
+def _joined(values: Sequence[str | None]) -> str:
+    """The values of all protocols in one cell; one value where all have the same."""
+    if None not in values and len(set(values)) == 1:
+        return values[0] or ""
     return "<br>".join(value or "-" for value in values) if any(values) else ""
 
 
