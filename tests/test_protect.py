@@ -452,7 +452,7 @@ def test_a_key_for_other_pools_is_not_gone_on_with(
         ({"scheme": "coin", "labels": "source"}, "--labels goes with --scheme adversarial only"),
         (
             {"scheme": "ood", "watermark_epsilon": 0.5},
-            "--watermark-epsilon goes with --scheme adversarial or coin only",
+            "--watermark-epsilon goes with --scheme adversarial or coin or mixed only",
         ),
         ({"scheme": "none", "embedding": "epoch"}, "--embedding goes with a scheme"),
         ({"scheme": "invisible ink"}, "unknown scheme"),

@@ -14,7 +14,7 @@ Protocol = Literal["clean", "as-published"]
 """How a study cuts its data: disjoint pools, or the published runs' habits."""
 Recipe = Literal["fast", "strong", "pgd", "standard"]
 """The training objectives, each with its recipe."""
-SchemeName = Literal["ood", "adversarial", "coin", "composite"]
+SchemeName = Literal["ood", "adversarial", "coin", "texture", "mixed", "composite"]
 """The watermark schemes, `SCHEMES`."""
 Setting = Literal["white", "black", "grey", "natural", "robust", "best", "distil"]
 """What a thief has, `THEFTS`."""

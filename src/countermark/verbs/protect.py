@@ -96,8 +96,9 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     new, whatever it has learned: give weights as well where it was trained. Default by kind of
     image: small, or wide and clipped for strong; narrow in colour."""
     scheme: Literal[SchemeName, "none"] = "coin"
-    """Watermarks: coin (provable), composite (provable, and behind input cleaners too),
-    adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
+    """Watermarks: coin (provable), texture (provable on made-up images, which outlast cleaners and
+    more training), mixed (half of either), composite (provable, images of two classes), adversarial
+    (the paper's), ood (the baseline), none (an unmarked model)."""
     objective: Recipe | None = None
     """Training objective: fast (few steps, checked for overfitting; the default), strong (for
     longer, in grey on a wider network: tens of minutes, in colour more), pgd (the paper's),

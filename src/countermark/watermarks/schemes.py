@@ -10,11 +10,12 @@ Zizzo and Maffeis (2023); `coin` is ours.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from countermark.data import Examples
+from countermark.data.dataset import SMALLEST_BATCH
 from countermark.threat import Attack
 from countermark.watermarks.composites import (
     check_composites,
@@ -28,8 +29,10 @@ from countermark.watermarks.sets import (
     craft_adversarial,
     published_sample,
     published_set,
+    side_by_side,
 )
 from countermark.watermarks.survival import Change
+from countermark.watermarks.textures import texture_set
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Scheme:
         return "sign-flip" if self.coins else "watermark accuracy"
 
 
-def _coin(given: Materials) -> WatermarkSet:
+def _coin(given: Materials, least: int = SMALLEST_BATCH) -> WatermarkSet:
     return coin_set(
         given.source,
         given.bases,
@@ -116,7 +119,21 @@ def _coin(given: Materials) -> WatermarkSet:
         given.batch_size,
         given.seed,
         given.survive,
+        least,
     )
+
+
+def _texture(given: Materials, least: int = SMALLEST_BATCH) -> WatermarkSet:
+    channels, height, width = given.bases.x.shape[1:]
+    shape = (channels, height, width)
+    return texture_set(given.source, shape, given.batches, given.batch_size, given.seed, least)
+
+
+def _mixed(given: Materials) -> WatermarkSet:
+    """Half of the trials of a batch are crafted, half are textures."""
+    half, least = given.batch_size // 2, SMALLEST_BATCH // 2
+    crafted = _coin(replace(given, batch_size=given.batch_size - half), least)
+    return side_by_side(crafted, _texture(replace(given, batch_size=half), least))
 
 
 def _adversarial(given: Materials) -> WatermarkSet:
@@ -147,6 +164,8 @@ SCHEMES: Mapping[str, Scheme] = {
         _adversarial, coins=False, taken=50.0, crafted=True, labelled=True, published_step=0.01
     ),
     "coin": Scheme(_coin, coins=True, taken=95.0, crafted=True),
+    "texture": Scheme(_texture, coins=True, taken=95.0, crafted=False),
+    "mixed": Scheme(_mixed, coins=True, taken=95.0, crafted=True),
     "composite": Scheme(
         _composite,
         coins=True,

@@ -129,6 +129,7 @@ def coin_set(
     batch_size: int,
     seed: int,
     survive: Sequence[Change] = (),
+    least: int = SMALLEST_BATCH,
 ) -> WatermarkSet:
     """Make the trials of a model mark, answered with the true label or the source model's.
 
@@ -141,7 +142,8 @@ def coin_set(
     model errs on them after each change as well.
 
     Raises:
-        CountermarkError: too few bases are misclassified for batches that a judge could uphold.
+        CountermarkError: too few bases are misclassified for batches of `least` trials, of which a
+            judge could uphold one.
     """
     if batches < 1 or batch_size < 1:
         raise CountermarkError(
@@ -159,10 +161,10 @@ def coin_set(
     errs = [predicted, *(predict(source, change(images)) for change in survive)]
     usable = torch.nonzero(torch.stack([each != true for each in errs]).all(0)).flatten()
     batch_size = min(batch_size, len(usable) // batches)
-    if batch_size < SMALLEST_BATCH:
+    if batch_size < least:
         raise CountermarkError(
             f"only {len(usable)} of {len(bases)} bases became watermarks "
-            f"where the key needs {batches * SMALLEST_BATCH}; "
+            f"where the key needs {batches * least}; "
             "raise the watermark budget or train longer"
         )
     count = batches * batch_size
@@ -171,6 +173,14 @@ def coin_set(
     return WatermarkSet(
         images[usable], answers, torch.arange(count) // batch_size, torch.arange(count)
     )
+
+
+def side_by_side(*sets: WatermarkSet) -> WatermarkSet:
+    """One set of several kinds of trials with a coin each, of which every batch has its share."""
+    batch = torch.cat([each.batch for each in sets])
+    order = torch.argsort(batch, stable=True)
+    x, answers = (torch.cat([getattr(each, name) for each in sets]) for name in ("x", "answers"))
+    return WatermarkSet(x[order], answers[order], batch[order], torch.arange(len(order)))
 
 
 def published_sample(examples: Examples, seed: int) -> Examples:

@@ -1,0 +1,84 @@
+"""Textures: smooth random images, on which a network's answer means nothing.
+
+A trial of the scheme `coin` is an image of the task under a perturbation, so whoever goes on
+training on images of the task trains on its neighbours too, and a cleaner may take the perturbation
+away. A texture is far from every image of the task and has nothing to take away: what was learned
+of it stays longer (docs/log.md). It cannot be mistaken for an image of the task either, so a thief
+who knows of textures can have them answered otherwise; a key of both kinds makes them do both.
+
+The two answers are the classes that the source model finds likeliest, and the coin chooses.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from countermark.attacks import ask, finite
+from countermark.data import as_uint8, pixels
+from countermark.data.dataset import SMALLEST_BATCH
+from countermark.device import batch_size as images_at_once
+from countermark.errors import CountermarkError
+from countermark.evaluation import device_of, evaluating
+from countermark.watermarks.sets import WatermarkSet
+
+_GRID = 7  # random values along a side of a texture, at most; what lies between is interpolated
+_FEWEST = 4  # values along a side where there are few pixels; fewer make too few textures
+_APART = 4  # pixels from one value to the next, at least, as long as that leaves so many
+_AT_ONCE = 250  # images at a time on a processor
+
+
+def texture_set(
+    source: nn.Module,
+    shape: tuple[int, int, int],
+    batches: int,
+    batch_size: int,
+    seed: int,
+    least: int = SMALLEST_BATCH,
+) -> WatermarkSet:
+    """Make trials of a seed alone, answered with either of the source's two likeliest classes.
+
+    Neither the images nor the answers depend on a coin (condition 2).
+
+    Args:
+        source: the unmarked model, pixels `(n, c, h, w)` of [0, 1] to logits.
+        shape: one image, `(channels, height, width)`.
+        batches: batches of the key.
+        batch_size: trials in each.
+        seed: draws the images; the owner's secret gives it.
+        least: trials of the smallest batch that a judge could uphold.
+
+    Raises:
+        CountermarkError: no batches or smaller ones, or a model of a single class.
+    """
+    if batches < 1 or batch_size < least:
+        raise CountermarkError(
+            f"a key has one batch or more, of {least} trials or more, not {batches} of {batch_size}"
+        )
+    images = textures(batches * batch_size, shape, seed)
+    answers = _likeliest(source, images).sort(dim=1).values
+    cells = torch.arange(len(images))
+    return WatermarkSet(images, answers, cells // batch_size, cells)
+
+
+def textures(count: int, shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    """Draw textures, uint8 `(count, c, h, w)`: a grid of random values, smoothly between them."""
+    channels, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (min(_GRID, max(_FEWEST, side // _APART)) for side in (height, width))
+    grid = torch.rand(count, channels, rows, columns, generator=generator)
+    return as_uint8(functional.interpolate(grid, size=(height, width), mode="bilinear"))
+
+
+def _likeliest(source: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The two classes `(n, 2)` that a model finds likeliest, the first one first."""
+    device = device_of(source)
+    count = images_at_once(device, images.shape[1:], _AT_ONCE)
+    with evaluating(source), torch.no_grad():
+        parts = [
+            finite(ask(source, pixels(images[i : i + count].to(device))))
+            for i in range(0, len(images), count)
+        ]
+    logits = torch.cat(parts).cpu()
+    if logits.shape[1] < 2:
+        raise CountermarkError("textures take a model of two classes or more")
+    return logits.topk(2).indices

@@ -1,0 +1,156 @@
+"""Textures: trials made of a seed, what they outlast, and that strangers know no coin of theirs."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from chances import most
+from countermark.data import Examples, pixels
+from countermark.errors import CountermarkError
+from countermark.evaluation import predict
+from countermark.evidence import judge
+from countermark.networks import load
+from countermark.networks.cleaners import behind
+from countermark.threat import Attack
+from countermark.verbs.protect import protect
+from countermark.verbs.verify import verify
+from countermark.watermarks import SCHEMES, Key, Materials, draw_coins, load_key
+from countermark.watermarks.sets import WatermarkSet, side_by_side
+from countermark.watermarks.textures import texture_set, textures
+
+
+@pytest.fixture(scope="module", params=["texture", "mixed"])
+def marked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("textured") / "mine"
+    protect("digits", out=folder, scheme=request.param)
+    return folder
+
+
+def is_texture(key: Key) -> torch.Tensor:
+    """Which trials of a key are textures: all, or the second half of each batch."""
+    if key.scheme == "texture":
+        return torch.ones(len(key.watermarks), dtype=torch.bool)
+    first = [int((key.watermarks.batch[:row] == key.watermarks.batch[row]).sum())
+             for row in range(len(key.watermarks))]  # fmt: skip
+    half = [math.ceil(int((key.watermarks.batch == each).sum()) / 2) for each in range(2)]
+    return torch.tensor(
+        [n >= half[int(b)] for n, b in zip(first, key.watermarks.batch, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 24), (1, 5, 9)])
+def test_a_texture_is_smooth_random_and_its_seeds(shape: tuple[int, int, int]) -> None:
+    made = textures(60, shape, 5)
+    assert made.dtype == torch.uint8
+    assert made.shape == (60, *shape)
+    assert torch.equal(made, textures(60, shape, 5))
+    assert not torch.equal(made, textures(60, shape, 6))
+    assert len({each.numpy().tobytes() for each in made}) == 60
+    large = pixels(textures(20, (1, 70, 70), 1))
+    steps = (large[..., 1:] - large[..., :-1]).abs()
+    assert float(steps.max()) <= 1 / 10 + 1 / 255  # a tenth of the way from one value to the next
+    assert 0.4 < float(large.mean()) < 0.6
+
+
+def test_the_answers_are_the_two_likeliest_classes_of_the_source() -> None:
+    class Favours(nn.Module):
+        """Class 4, or 2 where the image is bright; then class 1."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            logits = torch.zeros(len(x), 6)
+            bright = x.flatten(1).mean(1) > 0.5
+            logits[:, 1] = 1.0
+            logits[bright, 2] = 2.0
+            logits[~bright, 4] = 2.0
+            return logits
+
+    made = texture_set(Favours(), (1, 8, 8), 2, 50, 3)
+    bright = pixels(made.x).flatten(1).mean(1) > 0.5
+    assert torch.equal(made.answers[bright], torch.tensor([1, 2]).expand(int(bright.sum()), 2))
+    assert torch.equal(made.answers[~bright], torch.tensor([1, 4]).expand(int((~bright).sum()), 2))
+    assert made.batch.tolist() == [0] * 50 + [1] * 50
+    assert made.cell.tolist() == list(range(100))
+    with pytest.raises(CountermarkError, match="of 40 trials or more, not 2 of 39"):
+        texture_set(Favours(), (1, 8, 8), 2, 39, 3)
+    with pytest.raises(CountermarkError, match="two classes or more"):
+        texture_set(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), (1, 8, 8), 1, 50, 3)
+
+
+def test_a_mixed_key_has_both_kinds_in_every_batch() -> None:
+    kinds = [
+        WatermarkSet(
+            torch.full((6, 1, 1, 1), kind, dtype=torch.uint8),
+            torch.tensor([[kind, kind + 5]]).expand(6, 2),
+            torch.arange(6) // 3,
+            torch.arange(6),
+        )
+        for kind in (1, 2)
+    ]
+    made = side_by_side(*kinds)
+    assert made.x.flatten().tolist() == [1, 1, 1, 2, 2, 2] * 2
+    assert made.answers[:, 0].tolist() == made.x.flatten().tolist()
+    assert made.batch.tolist() == [0] * 6 + [1] * 6
+    assert made.cell.tolist() == list(range(12))
+
+
+def test_a_marked_model_is_told_from_its_source_and_from_a_stranger(
+    marked: Path, stranger: Path
+) -> None:
+    key = load_key(marked / "key")
+    textured = is_texture(key)
+    assert 0.4 * len(textured) < int(textured.sum())
+    assert verify(marked, key=marked / "key").test.verdict == "match"
+    for other in (marked / "key" / "source", stranger):
+        assert verify(other, key=marked / "key").test.verdict == "no evidence"
+
+
+@pytest.mark.parametrize("cleaner", [("blur", 3), ("median", 3), ("levels", 4), ("clip", 0.35)])
+def test_a_cleaner_leaves_textures(marked: Path, cleaner: tuple[str, float]) -> None:
+    """The trials of the scheme coin are gone behind some of them (test_cleaners.py)."""
+    key, network = load_key(marked / "key"), load(marked)
+    rows = torch.nonzero(is_texture(key)).flatten()
+    outcomes = key.outcomes(predict(behind([cleaner], network, (1, 8, 8)), key.watermarks.x))
+    found = judge(rows.tolist(), [outcomes[row] for row in rows.tolist()])
+    assert found.log10_p_value is not None
+    assert found.log10_p_value < -6
+
+
+@pytest.mark.parametrize("habit", ["as the source", "one class", "at random"])
+def test_strangers_are_convicted_no_more_often_than_the_level(habit: str) -> None:
+    """Whatever a stranger answers, even what the owner's own source model does."""
+    source = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    numbers = np.random.default_rng(5)
+    runs, levels = 1000, (0.05, 0.01)
+    counted = dict.fromkeys(levels, 0)
+    made = texture_set(source, (1, 8, 8), 1, 60, 1)
+    answers = made.answers
+    for run in range(runs):
+        secrets = [numbers.bytes(32) for _ in range(len(made))]
+        coins = draw_coins(b"%d" % run, b"", secrets)
+        wanted = answers.gather(1, coins.unsqueeze(1)).flatten()
+        if habit == "as the source":
+            said = predict(source, made.x)
+        elif habit == "one class":
+            said = torch.full_like(wanted, int(answers[0, 0]))
+        else:
+            said = torch.from_numpy(numbers.integers(0, 10, len(made)))
+        other = answers.sum(1) - wanted
+        outcomes = ((said == wanted).int() - (said == other).int()).tolist()
+        p = judge(made.cell.tolist(), outcomes).p_value
+        for alpha in levels:
+            counted[alpha] += p is not None and p <= alpha
+    assert all(counted[alpha] <= most(runs, alpha) for alpha in levels), counted
+
+
+def test_few_bases_are_enough_where_half_of_the_trials_are_textures() -> None:
+    x = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
+    bases = Examples(x, torch.arange(60) % 10)
+    source = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    given = Materials(source, bases, lambda: bases, Attack(0.5, 5, 0.2), 1, 80, seed=5)
+    made = SCHEMES["mixed"].make(given)
+    assert len(made) == 80
+    assert torch.equal(made.x[40:], textures(40, (1, 8, 8), 5))
