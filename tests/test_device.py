@@ -294,7 +294,7 @@ def test_removals_are_where_the_model_is(trains_away: torch.device) -> None:
     network, thief = NETWORKS["paper"]().eval().to(trains_away), examples()
     means = Means(pool=thief, threat=GREY, attack=ATTACK, epochs=1)
     for name, removal in REMOVALS.items():
-        quick = {"finetune": 1, "adversarial": 1, "overwrite": 8, "reshape": 8}
+        quick = {"finetune": 1, "adversarial": 1, "overwrite": 8, "reshape": 8, "flatten": 8}
         changed = removal.run(network, quick.get(name, removal.amount.default), means)
         assert all(elsewhere.parameters_away(changed))
         accuracy(changed, thief)

@@ -535,6 +535,7 @@ def test_the_grid_has_every_cell(profile: str) -> None:
             "adversarially fine-tuned",
             "overwritten",
             "reshaped",
+            "flattened",
             "pruned, then fine-tuned",
         }
         assert named | {f"cleaner: {name}" for name in CLEANERS} == beyond

@@ -37,6 +37,7 @@ from countermark.thieves.steal import augment, augmentation_step, surrogate_for
 from countermark.threat import COLOUR, GREY, Attack
 from countermark.training import Hardware, TrainConfig, Traits, marking, recipe, traits
 from countermark.verbs.remove import remove as remove_verb
+from countermark.watermarks import textures
 from drawing import draw_arrays
 from residual import make
 
@@ -367,6 +368,18 @@ def test_reshaping_teaches_the_true_labels_of_what_looks_like_a_trial(
     assert unchanged(network, before)
     right = [agreement(predict(each, trials.x), trials.y) for each in (network, taught)]
     assert right[1] > right[0]
+
+
+def test_flattening_teaches_one_class_for_all_textures(
+    means: Means, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = replace(marking(recipe(GIVEN, "standard", COLOUR), GIVEN, "standard"), epochs=30)
+    monkeypatch.setattr(remove, "marking", lambda *_: long)
+    network = finetune(residual(), 6, replace(means, learning_rate=0.05))
+    flat = REMOVALS["flatten"].run(network, 200, replace(means, objective="standard"))
+    owners = textures(100, means.pool.x.shape[1:], 77)
+    first = [float((predict(each, owners) == 0).float().mean()) for each in (network, flat)]
+    assert first[1] > max(0.9, first[0])
 
 
 @pytest.mark.parametrize("objective", ["standard", "fast"])

@@ -1,8 +1,9 @@
 """Removals: what a thief does to a copy so that the mark goes away.
 
 Pruning and fine-tuning are those of Thakkar, Zizzo and Maffeis (2023), Algorithm 3. Beyond them
-there are noise on the weights, weights of few bits, adversarial fine-tuning, a mark of the thief's
-own over the owner's, and the cleaners of `countermark.networks.cleaners` in front.
+there are noise on the weights, weights of few bits, adversarial fine-tuning, training on by the
+owner's recipe with a mark of the thief's own or against what the owner's looks like, and the
+cleaners of `countermark.networks.cleaners` in front.
 """
 
 import copy
@@ -23,7 +24,7 @@ from countermark.networks.cleaners import CLEANERS, Amount
 from countermark.thieves.cleaners import clean
 from countermark.thieves.means import Means
 from countermark.training import TrainConfig, fitted, marking, recipe, train
-from countermark.watermarks import craft_trials, full_strength
+from countermark.watermarks import craft_trials, full_strength, textures
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,25 @@ def reshape(network: nn.Module, count: float, means: Means) -> nn.Module:
     return taught
 
 
+def flatten(network: nn.Module, count: float, means: Means) -> nn.Module:
+    """Return a copy that was taught the same class for all textures.
+
+    So a thief who knows of the scheme `texture` answers the owner's as well, while the copy is
+    trained on by the owner's recipe.
+
+    Args:
+        network: any module from pixels to logits.
+        count: textures of the thief's own.
+        means: pool, recipe, seed.
+    """
+    channels, height, width = means.pool.x.shape[1:]
+    own = textures(int(count), (channels, height, width), means.seed)
+    taught, one = copy.deepcopy(network), torch.zeros(len(own), dtype=torch.int64)
+    marks = Examples(own, one)
+    train(taught, means.pool, _marking(means, network), watermarks=marks, title=means.title)
+    return taught
+
+
 def removed(
     chosen: Iterable[tuple[str, float]],
     network: nn.Module,
@@ -357,6 +377,15 @@ _REMOVALS: Mapping[str, Removal] = {
             int, 800, "a number of images from 1 to 100000", lambda value: 1 <= value <= 100_000
         ),
         reshape,
+        passes=lambda _count, pool, _steps, marking: marking * pool,
+    ),
+    "flatten": Removal(
+        "flattened",
+        "teach one class for so many textures of the thief's own",
+        Amount(
+            int, 3000, "a number of textures from 1 to 100000", lambda value: 1 <= value <= 100_000
+        ),
+        flatten,
         passes=lambda _count, pool, _steps, marking: marking * pool,
     ),
     "quantise": Removal(

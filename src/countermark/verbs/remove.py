@@ -38,6 +38,9 @@ class RemoveConfig(ModelOptions, DeviceOptions):
     reshape: int | None = None
     """Teach the true labels of so many images like the trials, at most one for three of the thief's
     images (a number of images from 1 to 100000)."""
+    flatten: int | None = None
+    """Teach one class for so many textures of the thief's own (a number of textures from 1 to
+    100000)."""
     quantise: int | None = None
     """Round every weight to so many bits, with one scale for each filter; 8 is int8 (a number of
     bits from 2 to 16)."""

@@ -40,6 +40,7 @@ from countermark.watermarks.sets import (
     published_set,
 )
 from countermark.watermarks.survival import PASSAGES, changes, versions
+from countermark.watermarks.textures import textures
 
 __all__ = [
     "CLEAN",
@@ -78,6 +79,7 @@ __all__ = [
     "second_commitment",
     "secret_seed",
     "sign",
+    "textures",
     "third_commitment",
     "versions",
     "write_key",
