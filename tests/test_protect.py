@@ -477,7 +477,7 @@ def test_schemes_see_no_coin(scheme: str) -> None:
     """
     assert {each.name for each in fields(Materials)} == {
         "source", "bases", "outside", "attack", "batches", "batch_size", "seed", "true_labels",
-        "survive", "training",
+        "survive", "training", "key",
     }  # fmt: skip
     x = torch.randint(
         0, 256, (300, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)

@@ -1,5 +1,6 @@
 """Textures: trials made of a seed, what they outlast, and that strangers know no coin of theirs."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -18,7 +19,15 @@ from countermark.networks.cleaners import behind
 from countermark.threat import Attack
 from countermark.verbs.protect import protect
 from countermark.verbs.verify import verify
-from countermark.watermarks import SCHEMES, Key, Materials, draw_coins, load_key
+from countermark.watermarks import (
+    SCHEMES,
+    Key,
+    Materials,
+    draw_coins,
+    leaf_secrets,
+    load_key,
+    secret_key,
+)
 from countermark.watermarks.sets import WatermarkSet, side_by_side
 from countermark.watermarks.textures import texture_set, textures
 
@@ -44,16 +53,29 @@ def is_texture(key: Key) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 24), (1, 5, 9)])
 def test_a_texture_is_smooth_random_and_its_seeds(shape: tuple[int, int, int]) -> None:
-    made = textures(60, shape, 5)
+    made = textures(60, shape, b"a key")
     assert made.dtype == torch.uint8
     assert made.shape == (60, *shape)
-    assert torch.equal(made, textures(60, shape, 5))
-    assert not torch.equal(made, textures(60, shape, 6))
+    assert torch.equal(made[:7], textures(7, shape, b"a key"))
+    assert not (made == textures(60, shape, b"another")).flatten(1).all(1).any()
     assert len({each.numpy().tobytes() for each in made}) == 60
-    large = pixels(textures(20, (1, 70, 70), 1))
+    large = pixels(textures(20, (1, 70, 70), b"a key"))
     steps = (large[..., 1:] - large[..., :-1]).abs()
     assert float(steps.max()) <= 1 / 10 + 1 / 255  # a tenth of the way from one value to the next
     assert 0.4 < float(large.mean()) < 0.6
+
+
+def test_whoever_is_shown_textures_cannot_make_the_others() -> None:
+    """Each is a hash of the whole key and its number: no seed that could be tried, and no state."""
+    key = bytes(range(32))
+    made = textures(3, (1, 4, 4), key)
+    for number in range(3):
+        hashed = hashlib.shake_256(b"countermark texture 1" + key + number.to_bytes(8, "big"))
+        assert made[number].flatten().tolist() == list(hashed.digest(16))  # a grid of 4x4
+    secret = bytes(32)
+    assert len(secret_key(secret, "textures")) == 32
+    assert secret_key(secret, "textures") != secret_key(secret, "crafting")
+    assert secret_key(secret, "textures") not in leaf_secrets(secret, 1000)
 
 
 def test_the_answers_are_the_two_likeliest_classes_of_the_source() -> None:
@@ -68,16 +90,16 @@ def test_the_answers_are_the_two_likeliest_classes_of_the_source() -> None:
             logits[~bright, 4] = 2.0
             return logits
 
-    made = texture_set(Favours(), (1, 8, 8), 2, 50, 3)
+    made = texture_set(Favours(), (1, 8, 8), 2, 50, b"a key")
     bright = pixels(made.x).flatten(1).mean(1) > 0.5
     assert torch.equal(made.answers[bright], torch.tensor([1, 2]).expand(int(bright.sum()), 2))
     assert torch.equal(made.answers[~bright], torch.tensor([1, 4]).expand(int((~bright).sum()), 2))
     assert made.batch.tolist() == [0] * 50 + [1] * 50
     assert made.cell.tolist() == list(range(100))
     with pytest.raises(CountermarkError, match="of 40 trials or more, not 2 of 39"):
-        texture_set(Favours(), (1, 8, 8), 2, 39, 3)
+        texture_set(Favours(), (1, 8, 8), 2, 39, b"a key")
     with pytest.raises(CountermarkError, match="two classes or more"):
-        texture_set(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), (1, 8, 8), 1, 50, 3)
+        texture_set(nn.Sequential(nn.Flatten(), nn.Linear(64, 1)), (1, 8, 8), 1, 50, b"a key")
 
 
 def test_a_mixed_key_has_both_kinds_in_every_batch() -> None:
@@ -126,7 +148,7 @@ def test_strangers_are_convicted_no_more_often_than_the_level(habit: str) -> Non
     numbers = np.random.default_rng(5)
     runs, levels = 1000, (0.05, 0.01)
     counted = dict.fromkeys(levels, 0)
-    made = texture_set(source, (1, 8, 8), 1, 60, 1)
+    made = texture_set(source, (1, 8, 8), 1, 60, b"a key")
     answers = made.answers
     for run in range(runs):
         secrets = [numbers.bytes(32) for _ in range(len(made))]
@@ -150,7 +172,9 @@ def test_few_bases_are_enough_where_half_of_the_trials_are_textures() -> None:
     x = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
     bases = Examples(x, torch.arange(60) % 10)
     source = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    given = Materials(source, bases, lambda: bases, Attack(0.5, 5, 0.2), 1, 80, seed=5)
+    given = Materials(
+        source, bases, lambda: bases, Attack(0.5, 5, 0.2), 1, 80, seed=5, key=b"a key"
+    )
     made = SCHEMES["mixed"].make(given)
     assert len(made) == 80
-    assert torch.equal(made.x[40:], textures(40, (1, 8, 8), 5))
+    assert torch.equal(made.x[40:], textures(40, (1, 8, 8), b"a key"))

@@ -377,7 +377,7 @@ def test_flattening_teaches_one_class_for_all_textures(
     monkeypatch.setattr(remove, "marking", lambda *_: long)
     network = finetune(residual(), 6, replace(means, learning_rate=0.05))
     flat = REMOVALS["flatten"].run(network, 200, replace(means, objective="standard"))
-    owners = textures(100, means.pool.x.shape[1:], 77)
+    owners = textures(100, SHAPE, b"an owner's")
     first = [float((predict(each, owners) == 0).float().mean()) for each in (network, flat)]
     assert first[1] > max(0.9, first[0])
 

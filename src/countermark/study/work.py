@@ -134,7 +134,7 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
         SCHEMES[scheme],
     )
     given = Materials(
-        source=_load(inputs["source"]) if rules.crafted else nn.Identity(),
+        source=_load(inputs["source"]) if "source" in inputs else nn.Identity(),
         bases=pools.bases,
         outside=lambda: load_ood(_data(data), pools, options["pool_seed"], _cache()),
         attack=attack,

@@ -238,7 +238,7 @@ def flatten(network: nn.Module, count: float, means: Means) -> nn.Module:
         means: pool, recipe, seed.
     """
     channels, height, width = means.pool.x.shape[1:]
-    own = textures(int(count), (channels, height, width), means.seed)
+    own = textures(int(count), (channels, height, width), b"thief %d" % means.seed)
     taught, one = copy.deepcopy(network), torch.zeros(len(own), dtype=torch.int64)
     marks = Examples(own, one)
     train(taught, means.pool, _marking(means, network), watermarks=marks, title=means.title)

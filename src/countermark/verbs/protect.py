@@ -670,7 +670,7 @@ def _make_key(
 def _materials(setup: _Setup, source: "nn.Module", secret: bytes) -> "Materials":
     """What the watermarks of a run are made of."""
     from countermark.data import load_ood
-    from countermark.watermarks import Materials, changes, full_strength, secret_seed
+    from countermark.watermarks import Materials, changes, full_strength, secret_key, secret_seed
 
     config, pools = setup.config, setup.pools
     attack = full_strength(setup.threat.watermark_epsilon)
@@ -687,6 +687,7 @@ def _materials(setup: _Setup, source: "nn.Module", secret: bytes) -> "Materials"
         true_labels=config.labels != "source",
         survive=changes(config.survive, setup.data.shape),
         training=pools.training,
+        key=secret_key(secret, "textures"),
     )
 
 

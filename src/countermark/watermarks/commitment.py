@@ -39,17 +39,24 @@ def leaf_secrets(secret: bytes, count: int) -> list[bytes]:
     return [leaf_secret(secret, i) for i in range(count)]
 
 
-def secret_seed(secret: bytes, purpose: str) -> int:
-    """A seed that only the owner knows: the first 32 bits of an HMAC-SHA-256 of the purpose.
+def secret_key(secret: bytes, purpose: str) -> bytes:
+    """32 bytes that only the owner knows, for one purpose.
 
-    Its key is the secret, and its message is `countermark seed: PURPOSE`. These seeds are used for
-    what the trials are made from (the source model, the choice of bases, the crafting), so that
-    nobody can make the trials again from public files. The messages are no 8-byte numbers, so the
-    leaf secrets of the coins stay independent of the seeds.
+    They are an HMAC-SHA-256 whose key is the secret, and whose message is `countermark seed:
+    PURPOSE`. The messages are no 8-byte numbers, so the leaf secrets of the coins stay independent
+    of them.
     """
-    return int.from_bytes(
-        hmac.digest(secret, f"countermark seed: {purpose}".encode(), "sha256")[:4], "big"
-    )
+    return hmac.digest(secret, f"countermark seed: {purpose}".encode(), "sha256")
+
+
+def secret_seed(secret: bytes, purpose: str) -> int:
+    """A seed that only the owner knows: the first 32 bits of `secret_key`.
+
+    These seeds are used for what the trials are made from (the source model, the choice of bases,
+    the crafting), so that nobody can make the trials again from public files. So few bits can be
+    tried one by one: what is to stay hidden from whoever sees its results takes the whole key.
+    """
+    return int.from_bytes(secret_key(secret, purpose)[:4], "big")
 
 
 def leaf_hash(

@@ -51,6 +51,8 @@ class Materials:
             (the paper's choice), instead of the source model's.
         survive: changes that trials with coins are to survive.
         training: the images that the model is trained on.
+        key: 32 bytes that only the owner knows and that say nothing of a coin; made-up images come
+            out of them.
     """
 
     source: nn.Module
@@ -63,6 +65,7 @@ class Materials:
     true_labels: bool = True
     survive: Sequence[Change] = ()
     training: Examples | None = None
+    key: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def _coin(given: Materials, least: int = SMALLEST_BATCH) -> WatermarkSet:
 def _texture(given: Materials, least: int = SMALLEST_BATCH) -> WatermarkSet:
     channels, height, width = given.bases.x.shape[1:]
     shape = (channels, height, width)
-    return texture_set(given.source, shape, given.batches, given.batch_size, given.seed, least)
+    return texture_set(given.source, shape, given.batches, given.batch_size, given.key, least)
 
 
 def _mixed(given: Materials) -> WatermarkSet:

@@ -9,6 +9,8 @@ who knows of textures can have them answered otherwise; a key of both kinds make
 The two answers are the classes that the source model finds likeliest, and the coin chooses.
 """
 
+import hashlib
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -24,6 +26,7 @@ from countermark.watermarks.sets import WatermarkSet
 _GRID = 7  # random values along a side of a texture, at most; what lies between is interpolated
 _FEWEST = 4  # values along a side where there are few pixels; fewer make too few textures
 _APART = 4  # pixels from one value to the next, at least, as long as that leaves so many
+_TEXTURE = b"countermark texture 1"
 _AT_ONCE = 250  # images at a time on a processor
 
 
@@ -32,10 +35,10 @@ def texture_set(
     shape: tuple[int, int, int],
     batches: int,
     batch_size: int,
-    seed: int,
+    key: bytes,
     least: int = SMALLEST_BATCH,
 ) -> WatermarkSet:
-    """Make trials of a seed alone, answered with either of the source's two likeliest classes.
+    """Make trials of a key alone, answered with either of the source's two likeliest classes.
 
     Neither the images nor the answers depend on a coin (condition 2).
 
@@ -44,7 +47,7 @@ def texture_set(
         shape: one image, `(channels, height, width)`.
         batches: batches of the key.
         batch_size: trials in each.
-        seed: draws the images; the owner's secret gives it.
+        key: the images come out of it; the owner's secret gives it.
         least: trials of the smallest batch that a judge could uphold.
 
     Raises:
@@ -54,18 +57,30 @@ def texture_set(
         raise CountermarkError(
             f"a key has one batch or more, of {least} trials or more, not {batches} of {batch_size}"
         )
-    images = textures(batches * batch_size, shape, seed)
+    images = textures(batches * batch_size, shape, key)
     answers = _likeliest(source, images).sort(dim=1).values
     cells = torch.arange(len(images))
     return WatermarkSet(images, answers, cells // batch_size, cells)
 
 
-def textures(count: int, shape: tuple[int, int, int], seed: int) -> torch.Tensor:
-    """Draw textures, uint8 `(count, c, h, w)`: a grid of random values, smoothly between them."""
+def textures(count: int, shape: tuple[int, int, int], key: bytes) -> torch.Tensor:
+    """Make textures, uint8 `(count, c, h, w)`: a grid of random values, smoothly between them.
+
+    Texture i is SHAKE-256 of the key and i. So whoever is shown some, as in a claim, learns nothing
+    of the others, which a seeded generator would give away.
+
+    Args:
+        count: textures.
+        shape: one image, `(channels, height, width)`.
+        key: 32 bytes.
+    """
     channels, height, width = shape
-    generator = torch.Generator().manual_seed(seed)
     rows, columns = (min(_GRID, max(_FEWEST, side // _APART)) for side in (height, width))
-    grid = torch.rand(count, channels, rows, columns, generator=generator)
+    values = bytearray()
+    for number in range(count):
+        hashed = hashlib.shake_256(_TEXTURE + key + number.to_bytes(8, "big"))
+        values += hashed.digest(channels * rows * columns)
+    grid = torch.frombuffer(values, dtype=torch.uint8).view(count, channels, rows, columns) / 255
     return as_uint8(functional.interpolate(grid, size=(height, width), mode="bilinear"))
 
 
