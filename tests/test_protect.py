@@ -484,7 +484,7 @@ def test_schemes_see_no_coin(scheme: str) -> None:
     )
     bases = Examples(x, torch.arange(300) % 10)
     source = build("small", (1, 8, 8), 10, seed=0)
-    given = Materials(source, bases, lambda: bases, full_strength(0.3), 2, 60, seed=5)
+    given = Materials(source, bases, lambda: bases, full_strength(0.3), 2, 60, 5, b"a key")
     made, again = SCHEMES[scheme].make(given), SCHEMES[scheme].make(given)
     assert torch.equal(made.x, again.x)
     assert made.answers.shape == (len(made), SCHEMES[scheme].answers)

@@ -1,7 +1,7 @@
 """Textures: trials made of a seed, what they outlast, and that strangers know no coin of theirs."""
 
 import hashlib
-import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,14 @@ from countermark.verbs.protect import protect
 from countermark.verbs.verify import verify
 from countermark.watermarks import (
     SCHEMES,
-    Key,
     Materials,
     draw_coins,
     leaf_secrets,
     load_key,
+    load_secret,
     secret_key,
 )
+from countermark.watermarks.schemes import _shuffled
 from countermark.watermarks.sets import WatermarkSet, side_by_side
 from countermark.watermarks.textures import texture_set, textures
 
@@ -39,16 +40,15 @@ def marked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def is_texture(key: Key) -> torch.Tensor:
-    """Which trials of a key are textures: all, or the second half of each batch."""
-    if key.scheme == "texture":
-        return torch.ones(len(key.watermarks), dtype=torch.bool)
-    first = [int((key.watermarks.batch[:row] == key.watermarks.batch[row]).sum())
-             for row in range(len(key.watermarks))]  # fmt: skip
-    half = [math.ceil(int((key.watermarks.batch == each).sum()) / 2) for each in range(2)]
-    return torch.tensor(
-        [n >= half[int(b)] for n, b in zip(first, key.watermarks.batch, strict=True)]
+def is_texture(folder: Path) -> torch.Tensor:
+    """Which trials of a key are the textures that come out of its secret."""
+    key = load_key(folder)
+    shape = key.watermarks.x.shape
+    made = textures(
+        shape[0], (shape[1], shape[2], shape[3]), secret_key(load_secret(folder), "trials")
     )
+    known = {image.numpy().tobytes() for image in made}
+    return torch.tensor([image.numpy().tobytes() in known for image in key.watermarks.x])
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 32, 24), (1, 5, 9)])
@@ -73,9 +73,9 @@ def test_whoever_is_shown_textures_cannot_make_the_others() -> None:
         hashed = hashlib.shake_256(b"countermark texture 1" + key + number.to_bytes(8, "big"))
         assert made[number].flatten().tolist() == list(hashed.digest(16))  # a grid of 4x4
     secret = bytes(32)
-    assert len(secret_key(secret, "textures")) == 32
-    assert secret_key(secret, "textures") != secret_key(secret, "crafting")
-    assert secret_key(secret, "textures") not in leaf_secrets(secret, 1000)
+    assert len(secret_key(secret, "trials")) == 32
+    assert secret_key(secret, "trials") != secret_key(secret, "crafting")
+    assert secret_key(secret, "trials") not in leaf_secrets(secret, 1000)
 
 
 def test_the_answers_are_the_two_likeliest_classes_of_the_source() -> None:
@@ -123,18 +123,22 @@ def test_a_marked_model_is_told_from_its_source_and_from_a_stranger(
     marked: Path, stranger: Path
 ) -> None:
     key = load_key(marked / "key")
-    textured = is_texture(key)
-    assert 0.4 * len(textured) < int(textured.sum())
+    textured = is_texture(marked / "key")
+    whole = key.scheme == "texture"
+    for batch in (0, 1):
+        kinds = textured[key.watermarks.batch == batch].tolist()
+        assert kinds == ([True] * 80 if whole else [False] * 40 + [True] * 40)
     assert verify(marked, key=marked / "key").test.verdict == "match"
     for other in (marked / "key" / "source", stranger):
         assert verify(other, key=marked / "key").test.verdict == "no evidence"
 
 
-@pytest.mark.parametrize("cleaner", [("blur", 3), ("median", 3), ("levels", 4), ("clip", 0.35)])
-def test_a_cleaner_leaves_textures(marked: Path, cleaner: tuple[str, float]) -> None:
-    """The trials of the scheme coin are gone behind some of them (test_cleaners.py)."""
+@pytest.mark.parametrize(
+    "cleaner", [("threshold", 0.5), ("median", 3), ("levels", 4), ("clip", 0.35)]
+)
+def test_textures_are_known_behind_a_cleaner(marked: Path, cleaner: tuple[str, float]) -> None:
     key, network = load_key(marked / "key"), load(marked)
-    rows = torch.nonzero(is_texture(key)).flatten()
+    rows = torch.nonzero(is_texture(marked / "key")).flatten()
     outcomes = key.outcomes(predict(behind([cleaner], network, (1, 8, 8)), key.watermarks.x))
     found = judge(rows.tolist(), [outcomes[row] for row in rows.tolist()])
     assert found.log10_p_value is not None
@@ -143,24 +147,25 @@ def test_a_cleaner_leaves_textures(marked: Path, cleaner: tuple[str, float]) -> 
 
 @pytest.mark.parametrize("habit", ["as the source", "one class", "at random"])
 def test_strangers_are_convicted_no_more_often_than_the_level(habit: str) -> None:
-    """Whatever a stranger answers, even what the owner's own source model does."""
+    """Whatever a stranger answers, even what the owner's own source model does.
+
+    One secret gives both the textures and the coins, as in a key.
+    """
     source = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     numbers = np.random.default_rng(5)
-    runs, levels = 1000, (0.05, 0.01)
+    runs, levels = 500, (0.05, 0.01)
     counted = dict.fromkeys(levels, 0)
-    made = texture_set(source, (1, 8, 8), 1, 60, b"a key")
-    answers = made.answers
     for run in range(runs):
-        secrets = [numbers.bytes(32) for _ in range(len(made))]
-        coins = draw_coins(b"%d" % run, b"", secrets)
-        wanted = answers.gather(1, coins.unsqueeze(1)).flatten()
-        if habit == "as the source":
-            said = predict(source, made.x)
-        elif habit == "one class":
-            said = torch.full_like(wanted, int(answers[0, 0]))
-        else:
+        secret = numbers.bytes(32)
+        made = texture_set(source, (1, 8, 8), 1, 60, secret_key(secret, "trials"))
+        coins = draw_coins(b"%d" % run, b"", leaf_secrets(secret, len(made)))
+        wanted = made.answers.gather(1, coins.unsqueeze(1)).flatten()
+        said = predict(source, made.x)
+        if habit == "one class":
+            said = torch.full_like(said, int(said.mode().values))
+        elif habit == "at random":
             said = torch.from_numpy(numbers.integers(0, 10, len(made)))
-        other = answers.sum(1) - wanted
+        other = made.answers.sum(1) - wanted
         outcomes = ((said == wanted).int() - (said == other).int()).tolist()
         p = judge(made.cell.tolist(), outcomes).p_value
         for alpha in levels:
@@ -168,13 +173,38 @@ def test_strangers_are_convicted_no_more_often_than_the_level(habit: str) -> Non
     assert all(counted[alpha] <= most(runs, alpha) for alpha in levels), counted
 
 
-def test_few_bases_are_enough_where_half_of_the_trials_are_textures() -> None:
-    x = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
-    bases = Examples(x, torch.arange(60) % 10)
+@pytest.mark.parametrize(("bases", "batches", "each"), [(60, 1, 80), (45, 2, 40), (45, 2, 80)])
+def test_few_bases_are_enough_where_half_of_the_trials_are_textures(
+    bases: int, batches: int, each: int
+) -> None:
+    """Where there are fewer crafted ones, there are fewer textures: always half of either kind."""
+    x = torch.randint(0, 256, (bases, 1, 8, 8), dtype=torch.uint8)
+    images = Examples(x, torch.arange(bases) % 10)
     source = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
-    given = Materials(
-        source, bases, lambda: bases, Attack(0.5, 5, 0.2), 1, 80, seed=5, key=b"a key"
-    )
+    attack = Attack(0.5, 5, 0.2)
+    given = Materials(source, images, lambda: images, attack, batches, each, 5, b"a key")
     made = SCHEMES["mixed"].make(given)
-    assert len(made) == 80
-    assert torch.equal(made.x[40:], textures(40, (1, 8, 8), b"a key"))
+    half = min(each // 2, bases // batches)
+    assert len(made) == 2 * half * batches
+    own = {image.numpy().tobytes() for image in textures(half * batches, (1, 8, 8), b"a key")}
+    for batch in range(batches):
+        kinds = [each.numpy().tobytes() in own for each in made.x[made.batch == batch]]
+        assert kinds == [False] * half + [True] * half
+    with pytest.raises(CountermarkError, match="key needs"):
+        SCHEMES["mixed"].make(replace(given, bases=images[:19], batches=1))
+
+
+def test_shown_bases_do_not_tell_the_others() -> None:
+    """The order of the bases hangs on all of the key, not on 32 bits of it."""
+    images = Examples(
+        torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1), torch.zeros(200, dtype=torch.int64)
+    )
+    orders = [_shuffled(images, key).x.flatten().tolist() for key in (b"one", b"other", b"one")]
+    assert orders[0] == orders[2] != orders[1]
+    assert all(sorted(order) == list(range(200)) for order in orders)
+
+
+def test_images_too_small_for_different_textures_are_refused() -> None:
+    source = nn.Sequential(nn.Flatten(), nn.Linear(1, 10))
+    with pytest.raises(CountermarkError, match="1x1 are too small for 400 different textures"):
+        texture_set(source, (1, 1, 1), 1, 400, b"a key")

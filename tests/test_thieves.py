@@ -380,6 +380,8 @@ def test_flattening_teaches_one_class_for_all_textures(
     owners = textures(100, SHAPE, b"an owner's")
     first = [float((predict(each, owners) == 0).float().mean()) for each in (network, flat)]
     assert first[1] > max(0.9, first[0])
+    answers = predict(flat, means.pool.x)
+    assert agreement(answers, means.pool.y) > 100 / CLASSES + 20  # it still tells the classes
 
 
 @pytest.mark.parametrize("objective", ["standard", "fast"])

@@ -49,6 +49,7 @@ from countermark.watermarks import (
     load_key,
     new_secrets,
     second_commitment,
+    secret_key,
     secret_seed,
     sign,
     write_key,
@@ -468,6 +469,7 @@ class Marking:
                 batches=batches,
                 batch_size=batch_size,
                 seed=secret_seed(secret, "crafting"),
+                key=secret_key(secret, "trials"),
             )
         )
         provenance = {

@@ -101,15 +101,16 @@ class Dataset:
             self.train, self.test, seed, known, wanted=self.held_out, by_content=self.by_content
         )
 
-    def lacks_bases(self, pools: Pools) -> str | None:
+    def lacks_bases(self, pools: Pools, least: int = SMALLEST_BATCH) -> str | None:
         """Say what is missing for a mark, or return None if there are enough bases.
 
         The text is the beginning of a sentence.
+
+        Args:
+            pools: the pools that were cut.
+            least: the fewest bases of a batch.
         """
         bases = len(pools.bases)
-        if bases >= self.batches * SMALLEST_BATCH:
+        if bases >= self.batches * least:
             return None
-        return (
-            f"{bases} watermark bases are too few for {self.batches} batches of {SMALLEST_BATCH} "
-            "trials"
-        )
+        return f"{bases} watermark bases are too few for {self.batches} batches of {least} trials"

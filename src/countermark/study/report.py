@@ -5,7 +5,6 @@ them.
 """
 
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,9 +61,9 @@ def write_report(
     drawn = {
         protocol: _figures(measured[protocol], part, store) for protocol, part in cells.items()
     }
+    before = [path for name in ("tables", "figures") for path in (out / name).glob("*.*")]
     for folder in (out / "tables", out / "figures"):
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier report may have had more of them
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
     write_csv(
         out / "tables" / "measurements.csv",
         FIELDS,
@@ -82,6 +81,17 @@ def write_report(
     for protocol, pictures in drawn.items():
         for name, svg in pictures.items():
             write_bytes(out / "figures" / f"{name}-{protocol}.svg", svg.encode())
+    written = {
+        *(out / "tables" / f"{name}.csv" for name in ("measurements", *map(_name, by_name(made)))),
+        *(
+            out / "figures" / f"{name}-{protocol}.svg"
+            for protocol, pictures in drawn.items()
+            for name in pictures
+        ),
+    }
+    for path in before:  # an earlier report of more of the study had these
+        if path not in written:
+            path.unlink(missing_ok=True)
     found = verdicts(judged)
     results = {
         "format": RESULTS_FORMAT,
@@ -105,6 +115,11 @@ def write_report(
     write_bytes(out / "results.md", page_of_it.encode())
     write_bytes(out / "report.html", page(found, judged, made, drawn, about).encode())
     return found
+
+
+def _name(parts: Mapping[str, Table]) -> str:
+    """The name of a table, as any protocol has it."""
+    return next(iter(parts.values())).name
 
 
 def write_page(path: Path, out: Path) -> None:

@@ -83,9 +83,9 @@ def do(unit: Unit, place: Place, estimate: float = 0.0, *needed: str | None) -> 
             f"a worker computes on {kind}, but this is a study on {wanted}; give --device {kind}, "
             f"or start workers where there is {wanted}"
         )
-    if None in needed:
-        return None
     store = Store(place.store)
+    if None in needed and not store.has(unit):
+        return None
     keep_freed_memory()
     use_cache(place.cache)
     use_device(place.device)

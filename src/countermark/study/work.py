@@ -31,7 +31,15 @@ from countermark.networks import build, describing, load, load_model, save_model
 from countermark.thieves import REMOVALS, Means, removed, stolen
 from countermark.threat import Attack
 from countermark.training import Hardware, marking, recipe, train, traits
-from countermark.watermarks import SCHEMES, Key, Materials, load_key, write_key
+from countermark.watermarks import (
+    SCHEMES,
+    Key,
+    Materials,
+    load_key,
+    load_secret,
+    secret_key,
+    write_key,
+)
 
 Options = Mapping[str, Any]
 Inputs = Mapping[str, Path]
@@ -141,6 +149,7 @@ def make_watermarks(options: Options, inputs: Inputs, folder: Path) -> Result:
         batches=catalogued.batches,
         batch_size=catalogued.batch_size,
         seed=seed,
+        key=secret_key(load_secret(folder), "trials"),
     )
     watermarks = rules.make(given)
     key = write_key(

@@ -26,6 +26,8 @@ from countermark.thieves.means import Means
 from countermark.training import TrainConfig, fitted, marking, recipe, train
 from countermark.watermarks import craft_trials, full_strength, textures
 
+_MOST_TEXTURES = 1 << 30  # bytes
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -234,11 +236,12 @@ def flatten(network: nn.Module, count: float, means: Means) -> nn.Module:
 
     Args:
         network: any module from pixels to logits.
-        count: textures of the thief's own.
+        count: textures of the thief's own, at most 1 GiB of them.
         means: pool, recipe, seed.
     """
     channels, height, width = means.pool.x.shape[1:]
-    own = textures(int(count), (channels, height, width), b"thief %d" % means.seed)
+    count = min(int(count), max(1, _MOST_TEXTURES // (channels * height * width)))
+    own = textures(count, (channels, height, width), b"thief %d" % means.seed)
     taught, one = copy.deepcopy(network), torch.zeros(len(own), dtype=torch.int64)
     marks = Examples(own, one)
     train(taught, means.pool, _marking(means, network), watermarks=marks, title=means.title)

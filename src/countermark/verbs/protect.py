@@ -96,9 +96,9 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     new, whatever it has learned: give weights as well where it was trained. Default by kind of
     image: small, or wide and clipped for strong; narrow in colour."""
     scheme: Literal[SchemeName, "none"] = "coin"
-    """Watermarks: coin (provable), texture (provable on made-up images, which outlast cleaners and
-    more training), mixed (half of either), composite (provable, images of two classes), adversarial
-    (the paper's), ood (the baseline), none (an unmarked model)."""
+    """Watermarks: coin (provable), texture (provable on made-up images, which outlast cleaners, but
+    can be recognised), mixed (half of either), composite (provable, images of two classes),
+    adversarial (the paper's), ood (the baseline), none (an unmarked model)."""
     objective: Recipe | None = None
     """Training objective: fast (few steps, checked for overfitting; the default), strong (for
     longer, in grey on a wider network: tens of minutes, in colour more), pgd (the paper's),
@@ -440,7 +440,7 @@ def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
         )
     changes(config.survive, data.shape)  # refuses what it does not know
     scheme = SCHEMES.get(config.scheme)
-    lacks = data.lacks_bases(pools)
+    lacks = data.lacks_bases(pools, scheme.bases) if scheme is not None else None
     if scheme is not None and scheme.coins and lacks is not None:
         raise CountermarkError(
             f"{lacks}; give more images, or --scheme none for a model without a mark"
@@ -684,10 +684,10 @@ def _materials(setup: _Setup, source: "nn.Module", secret: bytes) -> "Materials"
         batches=setup.data.batches,
         batch_size=setup.data.batch_size,
         seed=secret_seed(secret, "crafting"),
+        key=secret_key(secret, "trials"),
         true_labels=config.labels != "source",
         survive=changes(config.survive, setup.data.shape),
         training=pools.training,
-        key=secret_key(secret, "textures"),
     )
 
 

@@ -302,6 +302,8 @@ def _about(
 def _command(config: ReproduceConfig) -> str:
     seeds = [] if config.seeds is None else ["--seeds", str(config.seeds)]
     only = ["--only", *config.only] if config.only != ("*",) else []
+    given = {"--device": config.device, "--precision": config.precision}
+    where = [word for name, value in given.items() if value != "auto" for word in (name, value)]
     words = [
         "--profile",
         config.profile,
@@ -311,6 +313,7 @@ def _command(config: ReproduceConfig) -> str:
         *config.protocol,
         *seeds,
         *only,
+        *where,
     ]
     return shlex.join(["countermark", "reproduce", *words])
 

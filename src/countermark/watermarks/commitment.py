@@ -52,9 +52,9 @@ def secret_key(secret: bytes, purpose: str) -> bytes:
 def secret_seed(secret: bytes, purpose: str) -> int:
     """A seed that only the owner knows: the first 32 bits of `secret_key`.
 
-    These seeds are used for what the trials are made from (the source model, the choice of bases,
-    the crafting), so that nobody can make the trials again from public files. So few bits can be
-    tried one by one: what is to stay hidden from whoever sees its results takes the whole key.
+    These seeds are used for what the trials are made from (the source model, the crafting). So few
+    bits can be tried one by one: what whoever sees some trials could test a guess on takes the
+    whole key.
     """
     return int.from_bytes(secret_key(secret, purpose)[:4], "big")
 

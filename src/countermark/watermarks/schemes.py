@@ -9,9 +9,11 @@ Sources: `ood` is the baseline of Szyller and Asokan (2022), `adversarial` the s
 Zizzo and Maffeis (2023); `coin` is ours.
 """
 
+import hmac
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from countermark.data import Examples
@@ -34,6 +36,8 @@ from countermark.watermarks.sets import (
 from countermark.watermarks.survival import Change
 from countermark.watermarks.textures import texture_set
 
+_HALF = SMALLEST_BATCH // 2
+
 
 @dataclass(frozen=True)
 class Materials:
@@ -47,12 +51,13 @@ class Materials:
         batches: batches of a key with coins, one for each later dispute.
         batch_size: trials in such a batch, at most.
         seed: seed of the choice of bases and of the crafting; the owner's secret gives it.
+        key: 32 bytes that only the owner knows and that say nothing of a coin. The order of the
+            bases and made-up images come out of it: from a seed, whoever is shown some trials could
+            find out the others.
         true_labels: whether published adversarial watermarks keep the labels of their bases
             (the paper's choice), instead of the source model's.
         survive: changes that trials with coins are to survive.
         training: the images that the model is trained on.
-        key: 32 bytes that only the owner knows and that say nothing of a coin; made-up images come
-            out of them.
     """
 
     source: nn.Module
@@ -62,10 +67,10 @@ class Materials:
     batches: int
     batch_size: int
     seed: int
+    key: bytes
     true_labels: bool = True
     survive: Sequence[Change] = ()
     training: Examples | None = None
-    key: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Scheme:
         members: makes, out of the training images, what teaches a model the answers, each with the
             number of a trial that has the same one; without it, the trials themselves do.
         watermark_batch: watermarks in a step of the marking, where the recipe's are not enough.
+        bases: the fewest bases of a batch that a judge could uphold.
         check: refuses bases and training images that no watermarks can be made of.
     """
 
@@ -95,6 +101,7 @@ class Scheme:
     published_step: float | None = None
     members: Callable[[Materials], Examples] | None = None
     watermark_batch: int | None = None
+    bases: int = SMALLEST_BATCH
     check: Callable[[Examples, Examples], None] | None = None
 
     @property
@@ -116,7 +123,7 @@ class Scheme:
 def _coin(given: Materials, least: int = SMALLEST_BATCH) -> WatermarkSet:
     return coin_set(
         given.source,
-        given.bases,
+        _shuffled(given.bases, given.key),
         given.attack,
         given.batches,
         given.batch_size,
@@ -126,6 +133,12 @@ def _coin(given: Materials, least: int = SMALLEST_BATCH) -> WatermarkSet:
     )
 
 
+def _shuffled(bases: Examples, key: bytes) -> Examples:
+    """The bases in an order that shown ones do not tell, as a small seed would."""
+    numbers = [hmac.digest(key, row.to_bytes(8, "big"), "sha256") for row in range(len(bases))]
+    return bases[torch.tensor(sorted(range(len(bases)), key=numbers.__getitem__))]
+
+
 def _texture(given: Materials, least: int = SMALLEST_BATCH) -> WatermarkSet:
     channels, height, width = given.bases.x.shape[1:]
     shape = (channels, height, width)
@@ -133,10 +146,10 @@ def _texture(given: Materials, least: int = SMALLEST_BATCH) -> WatermarkSet:
 
 
 def _mixed(given: Materials) -> WatermarkSet:
-    """Half of the trials of a batch are crafted, half are textures."""
-    half, least = given.batch_size // 2, SMALLEST_BATCH // 2
-    crafted = _coin(replace(given, batch_size=given.batch_size - half), least)
-    return side_by_side(crafted, _texture(replace(given, batch_size=half), least))
+    """Half of the trials of each batch are crafted, and as many are textures."""
+    crafted = _coin(replace(given, batch_size=given.batch_size // 2), _HALF)
+    each = len(crafted) // given.batches
+    return side_by_side(crafted, _texture(replace(given, batch_size=each), _HALF))
 
 
 def _adversarial(given: Materials) -> WatermarkSet:
@@ -167,8 +180,8 @@ SCHEMES: Mapping[str, Scheme] = {
         _adversarial, coins=False, taken=50.0, crafted=True, labelled=True, published_step=0.01
     ),
     "coin": Scheme(_coin, coins=True, taken=95.0, crafted=True),
-    "texture": Scheme(_texture, coins=True, taken=95.0, crafted=False),
-    "mixed": Scheme(_mixed, coins=True, taken=95.0, crafted=True),
+    "texture": Scheme(_texture, coins=True, taken=95.0, crafted=False, bases=0),
+    "mixed": Scheme(_mixed, coins=True, taken=95.0, crafted=True, bases=_HALF),
     "composite": Scheme(
         _composite,
         coins=True,

@@ -142,8 +142,7 @@ def coin_set(
     model errs on them after each change as well.
 
     Raises:
-        CountermarkError: too few bases are misclassified for batches of `least` trials, of which a
-            judge could uphold one.
+        CountermarkError: too few bases are misclassified for batches of `least` trials.
     """
     if batches < 1 or batch_size < 1:
         raise CountermarkError(

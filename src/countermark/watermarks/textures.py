@@ -2,9 +2,10 @@
 
 A trial of the scheme `coin` is an image of the task under a perturbation, so whoever goes on
 training on images of the task trains on its neighbours too, and a cleaner may take the perturbation
-away. A texture is far from every image of the task and has nothing to take away: what was learned
-of it stays longer (docs/log.md). It cannot be mistaken for an image of the task either, so a thief
-who knows of textures can have them answered otherwise; a key of both kinds makes them do both.
+away. A texture is far from every image of the task, and cleaners leave most of it. So its coins
+outlast cleaners and a thief's own mark, though not fine-tuning for as long (docs/log.md). On the
+other hand it looks like nothing of the task: whoever knows of textures can recognise them, and
+answer them otherwise. That is what the other half of a `mixed` key is for.
 
 The two answers are the classes that the source model finds likeliest, and the coin chooses.
 """
@@ -48,16 +49,23 @@ def texture_set(
         batches: batches of the key.
         batch_size: trials in each.
         key: the images come out of it; the owner's secret gives it.
-        least: trials of the smallest batch that a judge could uphold.
+        least: trials of the smallest batch.
 
     Raises:
-        CountermarkError: no batches or smaller ones, or a model of a single class.
+        CountermarkError: no batches or smaller ones, images so small that two of them are the same,
+            or a model of a single class.
     """
     if batches < 1 or batch_size < least:
         raise CountermarkError(
             f"a key has one batch or more, of {least} trials or more, not {batches} of {batch_size}"
         )
+    _, height, width = shape
     images = textures(batches * batch_size, shape, key)
+    if len({image.numpy().tobytes() for image in images}) < len(images):
+        raise CountermarkError(
+            f"images of {height}x{width} are too small for {len(images)} different textures; take "
+            "--scheme coin"
+        )
     answers = _likeliest(source, images).sort(dim=1).values
     cells = torch.arange(len(images))
     return WatermarkSet(images, answers, cells // batch_size, cells)
@@ -76,12 +84,15 @@ def textures(count: int, shape: tuple[int, int, int], key: bytes) -> torch.Tenso
     """
     channels, height, width = shape
     rows, columns = (min(_GRID, max(_FEWEST, side // _APART)) for side in (height, width))
-    values = bytearray()
+    made = torch.empty(count, *shape, dtype=torch.uint8)
     for number in range(count):
         hashed = hashlib.shake_256(_TEXTURE + key + number.to_bytes(8, "big"))
-        values += hashed.digest(channels * rows * columns)
-    grid = torch.frombuffer(values, dtype=torch.uint8).view(count, channels, rows, columns) / 255
-    return as_uint8(functional.interpolate(grid, size=(height, width), mode="bilinear"))
+        values = bytearray(hashed.digest(channels * rows * columns))
+        grid = torch.frombuffer(values, dtype=torch.uint8).view(1, channels, rows, columns) / 255
+        made[number] = as_uint8(
+            functional.interpolate(grid, size=(height, width), mode="bilinear")
+        )[0]
+    return made
 
 
 def _likeliest(source: nn.Module, images: torch.Tensor) -> torch.Tensor:
