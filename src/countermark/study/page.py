@@ -53,7 +53,7 @@ def page(
     parts += [*first, "<h2>What holds</h2><ul>"]
     parts += [*(_statement(each) for each in statements if each.measured), "</ul>"]
     for protocol, drawn in figures.items():
-        parts.append(f"<h2>Figures, protocol {escape(protocol)}</h2>")
+        parts += [f"<h2>Figures, protocol {escape(protocol)}</h2>"] if drawn else []
         parts += [_figure(name, svg) for name, svg in drawn.items()]
     for protocol, made in tables.items():
         parts += [_table(table, protocol) for table in made if not _leads(table)]
