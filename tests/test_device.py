@@ -49,6 +49,7 @@ from countermark.threat import GREY, Attack
 from countermark.training import Hardware, loop, resolve_hardware, train
 from countermark.verbs.evaluate import EvaluateConfig
 from countermark.watermarks import coin_set, craft_adversarial
+from countermark.watermarks.textures import texture_set
 from described import described
 from on_devices import ATTACK, NETWORKS, OBJECTIVES, PLAIN, Branched, examples
 
@@ -196,10 +197,7 @@ def test_evaluation_is_where_the_model_is(
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_crafting_is_where_the_model_is_and_trials_come_back(
-    name: str, away: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("countermark.watermarks.sets.SMALLEST_BATCH", 1)
+def test_crafting_is_where_the_model_is_and_trials_come_back(name: str, away: torch.device) -> None:
     bases, here = examples(60), NETWORKS[name]().eval()
     there = copy.deepcopy(here).to(away)
     images, answers = craft_adversarial(there, bases, ATTACK, seed=3)
@@ -210,8 +208,11 @@ def test_crafting_is_where_the_model_is_and_trials_come_back(
             (images, answers), craft_adversarial(here, bases, ATTACK, seed=3), strict=True
         )
     )
-    crafted = coin_set(there, bases, replace(ATTACK, epsilon=0.5, step_size=0.2), 1, 4, seed=3)
-    assert crafted.x.device == crafted.answers.device == torch.device("cpu")
+    attack = replace(ATTACK, epsilon=0.5, step_size=0.2)
+    crafted = coin_set(there, bases, attack, 1, 4, seed=3, least=1)
+    made = texture_set(there, (1, 8, 8), 1, 4, b"a key", least=1)
+    for each in (crafted, made):
+        assert each.x.device == each.answers.device == torch.device("cpu")
 
 
 @pytest.fixture

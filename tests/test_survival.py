@@ -112,7 +112,7 @@ def test_words_that_name_no_change_are_refused_before_the_work(
 
 
 def test_only_coins_can_be_made_to_survive(tmp_path: Path) -> None:
-    with pytest.raises(CountermarkError, match="--survive goes with --scheme coin only"):
+    with pytest.raises(CountermarkError, match="--survive goes with --scheme coin or mixed only"):
         protect("digits", out=tmp_path / "x", scheme="ood", survive=("jpeg:75",))
 
 

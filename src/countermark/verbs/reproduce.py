@@ -135,7 +135,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     Example:
         >>> study = cm.reproduce(data=("digits",), plan=True)
         >>> study.units, study.finished
-        (150, 0)
+        (153, 0)
     """
     from countermark.study.graph import in_order
     from countermark.study.grid import PROFILES, chosen, grid
