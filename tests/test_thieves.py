@@ -205,7 +205,7 @@ def test_uncertain_queries_are_unsure_and_within_the_budget(means: Means) -> Non
     """They lie between the classes of the copy, and no farther than the owner's model resists."""
     asked: list[torch.Tensor] = []
     copied = coarse(1)
-    before = copied(pixels(quarters(40, 1))).softmax(1).amax(1).mean()
+    before = copied(pixels(quarters(40, 1))).softmax(1).amax(1).mean().detach()
 
     def answers(x: torch.Tensor) -> torch.Tensor:
         asked.append(x)
