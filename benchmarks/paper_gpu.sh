@@ -1,8 +1,8 @@
 #!/bin/sh
 # The paper's study at its own scale on a GPU, on a machine without a network.
 #
-#   benchmarks/paper_gpu.sh KIT standard [DEVICE]   the paper's network by the fast recipe, MNIST and
-#                                                   Fashion-MNIST, three owners: 12 minutes
+#   benchmarks/paper_gpu.sh KIT standard [DEVICE]   the paper's network by the fast recipe, MNIST
+#                                                   and Fashion-MNIST, three owners: 12 minutes
 #   benchmarks/paper_gpu.sh KIT paper [DEVICE]      Table 6 for every model, MNIST, one owner: 15
 #
 # Both make ADVTR without and with each mark, stolen as black, grey and white box, strictly judged,
@@ -35,5 +35,6 @@ fi
 # shellcheck disable=SC2086  # the data sets are words
 "$python" -m countermark reproduce --profile "$profile" --data $data --seeds "$seeds" \
     --device "$device" --workers "${WORKERS:-5}" --budget "$minutes" --out "$work/$profile" \
-    --only '*/ADVTR*-box/none' '*/ADVTR*/strict' '*/strangers/*' --page "$work/$profile/page/results.md"
+    --only '*/ADVTR*-box/none' '*/ADVTR*/strict' '*/strangers/*' \
+    --page "$work/$profile/page/results.md"
 tar -C "$work/$profile" -czf "$out/$profile.tar.gz" page results.json study.log

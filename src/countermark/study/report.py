@@ -61,14 +61,15 @@ def write_report(
     drawn = {
         protocol: _figures(measured[protocol], part, store) for protocol, part in cells.items()
     }
-    before = [path for name in ("tables", "figures") for path in (out / name).glob("*.*")]
     for folder in (out / "tables", out / "figures"):
         folder.mkdir(exist_ok=True)
+    csv = out / "tables" / "measurements.csv"
     write_csv(
-        out / "tables" / "measurements.csv",
+        csv,
         FIELDS,
         ([row[field] for field in FIELDS] for rows in measured.values() for row in rows),
     )
+    written = {csv}
     for parts in by_name(made):
         first = next(iter(parts.values()))
         lines = (
@@ -76,22 +77,17 @@ def write_report(
             for protocol, table in parts.items()
             for row, units in zip(table.rows, table.units, strict=True)
         )
-        columns = ("protocol", *first.columns, "units")
-        write_csv(out / "tables" / f"{first.name}.csv", columns, lines)
+        csv = out / "tables" / f"{first.name}.csv"
+        write_csv(csv, ("protocol", *first.columns, "units"), lines)
+        written.add(csv)
     for protocol, pictures in drawn.items():
         for name, svg in pictures.items():
-            write_bytes(out / "figures" / f"{name}-{protocol}.svg", svg.encode())
-    written = {
-        *(out / "tables" / f"{name}.csv" for name in ("measurements", *map(_name, by_name(made)))),
-        *(
-            out / "figures" / f"{name}-{protocol}.svg"
-            for protocol, pictures in drawn.items()
-            for name in pictures
-        ),
-    }
-    for path in before:  # an earlier report of more of the study had these
-        if path not in written:
-            path.unlink(missing_ok=True)
+            picture = out / "figures" / f"{name}-{protocol}.svg"
+            write_bytes(picture, svg.encode())
+            written.add(picture)
+    for path in (*(out / "tables").glob("*.csv"), *(out / "figures").glob("*.svg")):
+        if path not in written:  # an earlier report of more of the study had it
+            path.unlink()
     found = verdicts(judged)
     results = {
         "format": RESULTS_FORMAT,
@@ -115,11 +111,6 @@ def write_report(
     write_bytes(out / "results.md", page_of_it.encode())
     write_bytes(out / "report.html", page(found, judged, made, drawn, about).encode())
     return found
-
-
-def _name(parts: Mapping[str, Table]) -> str:
-    """The name of a table, as any protocol has it."""
-    return next(iter(parts.values())).name
 
 
 def write_page(path: Path, out: Path) -> None:

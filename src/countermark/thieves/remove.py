@@ -206,8 +206,8 @@ def overwrite(network: nn.Module, count: float, means: Means) -> nn.Module:
         count: trials of the thief's mark.
         means: pool, budgets, recipe.
     """
-    coins, marked = own_coins(network, count, means), copy.deepcopy(network)
-    train(marked, means.pool, _marking(means, network), watermarks=coins, title=means.title)
+    coins = own_coins(network, count, means)
+    marked = _taught(network, coins, means)
     means.note("own_mark", agreement(predict(marked, coins.x), coins.y))
     return marked
 
@@ -223,9 +223,8 @@ def reshape(network: nn.Module, count: float, means: Means) -> nn.Module:
         count: such images.
         means: pool, budgets, recipe.
     """
-    (trials, _), taught = like_trials(network, count, means), copy.deepcopy(network)
-    train(taught, means.pool, _marking(means, network), watermarks=trials, title=means.title)
-    return taught
+    trials, _ = like_trials(network, count, means)
+    return _taught(network, trials, means)
 
 
 def flatten(network: nn.Module, count: float, means: Means) -> nn.Module:
@@ -242,10 +241,7 @@ def flatten(network: nn.Module, count: float, means: Means) -> nn.Module:
     channels, height, width = means.pool.x.shape[1:]
     count = min(int(count), max(1, _MOST_TEXTURES // (channels * height * width)))
     own = textures(count, (channels, height, width), b"thief %d" % means.seed)
-    taught, one = copy.deepcopy(network), torch.zeros(len(own), dtype=torch.int64)
-    marks = Examples(own, one)
-    train(taught, means.pool, _marking(means, network), watermarks=marks, title=means.title)
-    return taught
+    return _taught(network, Examples(own, torch.zeros(len(own), dtype=torch.int64)), means)
 
 
 def removed(
@@ -306,6 +302,18 @@ def objective_of(description: Description) -> str:
         if named in get_args(Recipe):
             return str(named)
     return "fast"
+
+
+def _taught(network: nn.Module, marks: Examples, means: Means) -> nn.Module:
+    """A copy that was trained on as an owner marks it, on the thief's images and these marks."""
+    taught = copy.deepcopy(network)
+    train(taught, means.pool, _marking(means, network), watermarks=marks, title=means.title)
+    return taught
+
+
+def _taught_passes(_count: float, pool: int, _steps: int, marking: int) -> int:
+    """About how many images go through the copy in `_taught`."""
+    return marking * pool
 
 
 def _marking(means: Means, network: nn.Module) -> TrainConfig:
@@ -370,7 +378,7 @@ _REMOVALS: Mapping[str, Removal] = {
         "put in so many coins of the thief's own, at most one for three of the thief's images",
         Amount(int, 800, "a number of coins from 1 to 100000", lambda value: 1 <= value <= 100_000),
         overwrite,
-        passes=lambda _count, pool, _steps, marking: marking * pool,
+        passes=_taught_passes,
     ),
     "reshape": Removal(
         "reshaped",
@@ -380,7 +388,7 @@ _REMOVALS: Mapping[str, Removal] = {
             int, 800, "a number of images from 1 to 100000", lambda value: 1 <= value <= 100_000
         ),
         reshape,
-        passes=lambda _count, pool, _steps, marking: marking * pool,
+        passes=_taught_passes,
     ),
     "flatten": Removal(
         "flattened",
@@ -389,7 +397,7 @@ _REMOVALS: Mapping[str, Removal] = {
             int, 3000, "a number of textures from 1 to 100000", lambda value: 1 <= value <= 100_000
         ),
         flatten,
-        passes=lambda _count, pool, _steps, marking: marking * pool,
+        passes=_taught_passes,
     ),
     "quantise": Removal(
         "int8",
