@@ -118,7 +118,7 @@ class VerbConfig:
 
     def record(self) -> dict[str, Any]:
         """The configuration as JSON-ready values, without what does not change the result."""
-        left_out = {"json", "out", "cache", "roots"}
+        left_out = {"json", "out", "cache", "roots", "identity"}
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: _written(value) for name, value in values.items() if name not in left_out}
 

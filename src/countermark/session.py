@@ -15,6 +15,11 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
+from countermark.errors import CountermarkError
+from countermark.text import sentence
+
+_TIMEOUT = 30.0
+
 
 class Session(requests.Session):
     """A `requests.Session` whose timeout also limits the whole answer, from the request on."""
@@ -37,6 +42,55 @@ class Session(requests.Session):
     def get_redirect_target(self, resp: requests.Response) -> None:
         """Say that no answer is a redirect."""
         return
+
+
+def fetch(
+    url: str, whose: str, *, limit: int, body: bytes | None = None, kind: str = "application/json"
+) -> bytes:
+    """Ask a service that the user chose, which may want a login from `.netrc`.
+
+    Args:
+        url: its address.
+        whose: what messages call it.
+        limit: bytes after which no more of the answer is read.
+        body: what is posted; without it the address is only got.
+        kind: content type of the body.
+
+    Returns:
+        Its answer, or as much of it as is within the limit and a part that tells that it is not.
+
+    Raises:
+        CountermarkError: it does not answer, refuses, or sends its callers on.
+    """
+    answer = b""
+    try:
+        with (
+            Session(netrc=True) as session,
+            session.request(
+                "GET" if body is None else "POST",
+                url,
+                data=body,
+                headers={} if body is None else {"Content-Type": kind},
+                timeout=_TIMEOUT,
+                stream=True,
+                allow_redirects=False,
+            ) as found,
+        ):
+            if found.is_redirect:
+                raise CountermarkError(
+                    f"{whose} {url} sends its callers on to {sentence(found.headers['location'])}; "
+                    "give that address if you trust it"
+                )
+            found.raise_for_status()
+            for part in found.iter_content(1 << 14):  # whose errors are those of `requests`
+                answer += part
+                if len(answer) > limit:
+                    break
+    except (requests.RequestException, OSError, ValueError) as error:
+        raise CountermarkError(
+            f"{whose} {url} does not answer ({sentence(str(error))}); run the same command again"
+        ) from error
+    return answer
 
 
 def _no_password(request: requests.PreparedRequest) -> requests.PreparedRequest:

@@ -37,7 +37,6 @@ Stamp = Callable[[bytes], bytes]
 """Has a message timestamped; the authority's response."""
 
 _SHA256 = "2.16.840.1.101.3.4.2.1"
-_TIMEOUT = 30.0
 _ROOTS_LIMIT = 1 << 22
 
 
@@ -102,6 +101,8 @@ def request_token(url: str, message: bytes, roots: Sequence[x509.Certificate] = 
     Raises:
         CountermarkError: the authority cannot be reached, refuses, or answers with something else.
     """
+    from countermark.session import fetch
+
     check_address(url, "a timestamp authority")
     with _library() as rfc3161:
         request = (
@@ -111,51 +112,19 @@ def request_token(url: str, message: bytes, roots: Sequence[x509.Certificate] = 
             .nonce(nonce=True)
             .cert_request(cert_request=True)
         ).build()
-    body = _post(url, request.as_bytes())
+    body = fetch(
+        url,
+        "the timestamp authority",
+        limit=TOKEN_LIMIT,
+        body=request.as_bytes(),
+        kind="application/timestamp-query",
+    )
     token = read_token(body, sha256(message), url)
     if _parse(body, url).tst_info.nonce != request.nonce:
         raise CountermarkError(
             f"the timestamp authority {url} answered another request; run the same command again"
         )
     return check_token(body, sha256(message), roots, url) if roots else token
-
-
-def _post(url: str, query: bytes) -> bytes:
-    """Send a query to an authority; its answer, or whatever of it is within the limit."""
-    import requests
-
-    from countermark.session import Session
-
-    body = b""
-    try:
-        with (
-            Session(netrc=True) as session,  # an authority that the user chose may want a login
-            session.post(
-                url,
-                data=query,
-                headers={"Content-Type": "application/timestamp-query"},
-                timeout=_TIMEOUT,
-                stream=True,
-                allow_redirects=False,
-            ) as answer,
-        ):
-            if answer.is_redirect:
-                raise CountermarkError(
-                    f"the timestamp authority {url} sends its callers on "
-                    f"to {sentence(answer.headers['location'])}; "
-                    "give that address if you trust it"
-                )
-            answer.raise_for_status()
-            for part in answer.iter_content(1 << 14):  # whose errors are those of `requests`
-                body += part
-                if len(body) > TOKEN_LIMIT:
-                    break
-    except (requests.RequestException, OSError, ValueError) as error:
-        reason = sentence(str(error))
-        raise CountermarkError(
-            f"the timestamp authority {url} does not answer ({reason}); run the same command again"
-        ) from error
-    return body
 
 
 def read_token(response: bytes, digest: str, origin: str) -> Token:

@@ -18,9 +18,17 @@ from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, sha256
 from countermark.places import endpoint_address
+from countermark.registry import (
+    Draws,
+    PublicLog,
+    check_t1,
+    is_registration,
+    read_registration,
+    read_t1,
+)
 from countermark.terminal import p_value
 from countermark.text import brief, visible
-from countermark.timestamps import TokenError, UntrustedError, check_token, read_token
+from countermark.timestamps import TokenError, UntrustedError, check_token
 from countermark.watermarks import SCHEMES, check_signature, draw_coins
 
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot tell"
@@ -77,6 +85,9 @@ class Finding:
         shown: claims of the same key that were shown before.
         rival: a claim of somebody else.
         ways: the ways of asking out of which the judge's was chosen; p is multiplied by it.
+        log: the public log that the judge trusts, for a registered T1.
+        draws: what that log has of the identity that the judge knows as the owner's; none where
+            the log was not asked. p is multiplied by their number.
     """
 
     labels: torch.Tensor
@@ -89,6 +100,8 @@ class Finding:
     shown: Sequence[Claim] = field(default=())
     rival: Rival | None = None
     ways: int = 1
+    log: PublicLog | None = None
+    draws: Draws | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +113,15 @@ class Judgement:
         checks: every check that was made.
         test: the exact test on the judge's own answers.
         batches: number of batches that the claimant could have chosen from; p was multiplied by it.
+        draws: number of registered commitments out of which the claimant could have chosen, by
+            which p was multiplied as well.
     """
 
     verdict: str
     checks: tuple[Check, ...]
     test: Verdict
     batches: int
+    draws: int = 1
 
 
 @dataclass(frozen=True)
@@ -155,10 +171,12 @@ def first_trials(claim: Claim, labels: torch.Tensor, count: int) -> list[Trial]:
 
 def judge_claim(claim: Claim, finding: Finding) -> Judgement:
     """Judge a claim."""
-    test = evidence_of(claim, finding.labels, finding.alpha, finding.ways)
+    draws = _draws(claim, finding)
+    test = evidence_of(claim, finding.labels, finding.alpha, finding.ways * draws)
     asked = list(_suspect(claim, finding))
     checks = [
-        *formal_checks(claim, finding.roots, finding.model_sha256),
+        *formal_checks(claim, finding.roots, finding.model_sha256, finding.log),
+        *_registration(claim, finding),
         _owners_model(claim, finding),
         *asked,
     ]
@@ -166,7 +184,7 @@ def judge_claim(claim: Claim, finding: Finding) -> Judgement:
         _evidence(claim, finding, test, any(check.result == OPEN for check in asked)),
         *_rival(claim, finding),
     ]
-    return Judgement(verdict_of(checks), tuple(checks), test, int(claim.c1["batches"]))
+    return Judgement(verdict_of(checks), tuple(checks), test, int(claim.c1["batches"]), draws)
 
 
 def verdict_of(checks: Sequence[Check]) -> str:
@@ -176,7 +194,10 @@ def verdict_of(checks: Sequence[Check]) -> str:
 
 
 def formal_checks(
-    claim: Claim, roots: Sequence[x509.Certificate], model_sha256: str
+    claim: Claim,
+    roots: Sequence[x509.Certificate],
+    model_sha256: str,
+    log: PublicLog | None = None,
 ) -> list[Check]:
     """Check what can be checked of a claim without asking a model.
 
@@ -185,7 +206,7 @@ def formal_checks(
     return [
         _signatures(claim),
         _commitment(claim),
-        *_times(claim, roots),
+        *_times(claim, roots, log),
         _batch(claim),
         _model(claim, model_sha256),
     ]
@@ -196,7 +217,8 @@ def commitment_faults(
 ) -> list[str]:
     """List the faults of a claim's commitments and their tokens, before any model is asked.
 
-    Without roots, a token is only required to be there.
+    Without roots, a token is only required to be there; so is a registration, whose log is asked by
+    the judge.
     """
     faults = [
         f"the signature of {part.upper()} is not by the key"
@@ -208,7 +230,7 @@ def commitment_faults(
         try:
             if getattr(claim, name) is None:
                 faults.append(f"the mark is private: it has no {name.upper()}")
-            elif roots is not None:
+            elif roots is not None and not (name == "t1" and is_registration(claim.t1 or b"")):
                 _time(claim, name, roots)
         except TokenError as error:
             faults.append(str(error))
@@ -297,14 +319,16 @@ _STAMPED = {
 }
 
 
-def _times(claim: Claim, roots: Sequence[x509.Certificate]) -> Iterator[Check]:
+def _times(
+    claim: Claim, roots: Sequence[x509.Certificate], log: PublicLog | None
+) -> Iterator[Check]:
     times = []
     for name, (title, meaning) in _STAMPED.items():
         try:
-            time = _time(claim, name, roots)
+            time = _time(claim, name, roots, log)
         except UntrustedError as error:
             yield Check(
-                title, OPEN, str(error), "No authority that the judge trusts vouches for the time."
+                title, OPEN, str(error), "Nobody whom the judge trusts vouches for the time."
             )
         except TokenError as error:
             yield Check(title, FAILS, str(error), "The timestamp belongs to something else.")
@@ -322,15 +346,21 @@ def _times(claim: Claim, roots: Sequence[x509.Certificate]) -> Iterator[Check]:
         yield _order(times)
 
 
-def _time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> datetime | None:
+def _time(
+    claim: Claim,
+    name: str,
+    roots: Sequence[x509.Certificate],
+    log: PublicLog | None = None,
+) -> datetime | None:
     """When one of the claim's three parts was stamped, or nothing if it was not."""
     response: bytes | None = getattr(claim, name)
+    if response is None:
+        return None
     value = {"t1": claim.c1, "t2": claim.c2, "answers_token": claim.answers}[name]
-    return (
-        None
-        if response is None
-        else check_token(response, sha256(canonical_json(value)), roots, _STAMPED[name][0]).time
-    )
+    digest, title = sha256(canonical_json(value)), _STAMPED[name][0]
+    if name == "t1":
+        return check_t1(response, digest, roots, log, title).time
+    return check_token(response, digest, roots, title).time
 
 
 def _known_time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> datetime | None:
@@ -339,6 +369,45 @@ def _known_time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> d
         return _time(claim, name, roots)
     except TokenError:
         return None
+
+
+def _draws(claim: Claim, finding: Finding) -> int:
+    """How many registered draws the claimant could have chosen from; 1 where T1 is a timestamp."""
+    registered = claim.t1 is not None and is_registration(claim.t1)
+    return max(1, finding.draws.count) if registered and finding.draws is not None else 1
+
+
+def _registration(claim: Claim, finding: Finding) -> Iterator[Check]:
+    """Check that the coins are those of the first draw of this C1, and count the others."""
+    if claim.t1 is None or not is_registration(claim.t1):
+        return
+    name, draws = "The draws", finding.draws
+    try:
+        entry, _ = read_registration(claim.t1, _STAMPED["t1"][0])
+    except TokenError as error:
+        yield Check(name, FAILS, str(error), "It is not what the coins were drawn from.")
+        return
+    if draws is None:
+        found = f"registered by the key {entry.identity[:16]}; the log was not asked"
+        meaning = "How often the owner drew coins cannot be told without the log and their key."
+        yield Check(name, OPEN, found, meaning)
+        return
+    if entry.identity != draws.identity:
+        found = f"registered by the key {entry.identity[:16]}, not by {draws.identity[:16]}"
+        meaning = "Whoever registers under several keys draws as often as they like."
+        yield Check(name, OPEN, found, meaning)
+        return
+    first = draws.first(entry.registered)
+    if first is None:
+        found = f"the log does not have entry {entry.index} under the key {entry.identity[:16]}"
+        yield Check(name, OPEN, found, "A log that hides this entry may hide others.")
+    elif (first.time, first.index) != (entry.time, entry.index):
+        found = f"entry {entry.index}; but the same C1 was registered before, as {first.index}"
+        yield Check(name, FAILS, found, "Only the first registration of a C1 draws its coins.")
+    else:
+        others = f"one of {draws.count} commitments by this key; p times that"
+        found = f"entry {entry.index}, {others if draws.count > 1 else 'the only one by this key'}"
+        yield Check(name, HOLDS, found, "Whoever drew again did so for everybody to see.")
 
 
 def _order(times: Sequence[datetime]) -> Check:
@@ -557,9 +626,10 @@ def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) ->
         f"{test.agreements} as the coins fell, {test.disagreements} the other way, "
         f"{test.neither} neither; "
     )
-    found += (
-        f"p = {p_value(test.log10_p_value)}, {claim.c1['batches']} batches to choose from included"
-    )
+    choices = f"{claim.c1['batches']} batches"
+    if (draws := _draws(claim, finding)) > 1:
+        choices += f" of {draws} commitments"
+    found += f"p = {p_value(test.log10_p_value)}, {choices} to choose from included"
     if test.verdict == "match":
         return Check(
             name,
@@ -612,7 +682,7 @@ def _rival(claim: Claim, finding: Finding) -> Iterator[Check]:
         return
     faults = [
         check
-        for check in formal_checks(rival.claim, finding.roots, rival.model_sha256)
+        for check in formal_checks(rival.claim, finding.roots, rival.model_sha256, finding.log)
         if check.result != HOLDS
     ]
     if faults:
@@ -709,7 +779,7 @@ def _coins(claim: Claim) -> dict[int, int] | None:
     c1, beacon, bound = canonical_json(claim.c1), b"", _bound(claim)
     if claim.t1 is not None:
         try:
-            beacon = read_token(claim.t1, sha256(c1), "T1").beacon
+            beacon = read_t1(claim.t1, sha256(c1), "T1").beacon
         except TokenError:
             return None
     secrets = [bytes(claim.opened.secrets[row].tolist()) for row in bound.values()]

@@ -61,6 +61,11 @@ class AdjudicateConfig(SuspectOptions):
     hexadecimal digits, or a PEM file."""
     receipts: ReadPath | None = None
     """receipts.jsonl that the accused kept, for a claim against an account."""
+    registry: str | None = None
+    """Public log that you trust, for a claim whose C1 was registered: rekor, or a JSON file that
+    describes another. It is asked how often the owner drew coins."""
+    identity: ReadPath | None = None
+    """Public key (P-256, PEM) that you know as the owner's, for a claim whose C1 was registered."""
     alpha: float = 1e-9
     """Level of the judgement."""
 
@@ -69,6 +74,7 @@ class AdjudicateConfig(SuspectOptions):
         super().__post_init__()
         self._open_interval("alpha")
         self._only_for(self.rival is not None, "--rival", "rival_network")
+        self._only_for(self.registry is not None, "--registry", "identity")
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,7 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     )
     from countermark.evaluation import predict
     from countermark.networks import describe
+    from countermark.registry import draws_of, public_log
     from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
 
     if is_account_claim(Path(config.claim)):
@@ -158,6 +165,10 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
         else read_bytes(Path(config.suspect_token), TOKEN_LIMIT)
     )
     shown = tuple(read_claim(Path(folder)) for folder in config.shown)
+    log = None if config.registry is None else public_log(config.registry)
+    draws = None
+    if log is not None and config.identity is not None:
+        draws = draws_of(log, config.identity)
     rival = _rival(claim, network, config)
     suspect = suspect_identity(config.suspect)
     # Only now, after everything else could be read.
@@ -175,13 +186,16 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
         shown=shown,
         rival=rival,
         ways=answers.ways,
+        log=log,
+        draws=draws,
     )
     judgement = judge_claim(claim, finding)
     result = _result(config, str(claim.c1["public_key"]), judgement, answers)
-    asked = {
+    asked: dict[str, Any] = {
         "suspect": suspect,
         "asked": asked_how(config, answers),
         "roots": [root_name(root) for root in roots],
+        "log": None if log is None else {"address": log.address, "sha256": log.digest},
     }
     names = describe(claim.model).class_names
     trials = first_trials(claim, given, PICTURES)
@@ -194,7 +208,7 @@ def _of_account(config: AdjudicateConfig) -> Adjudication:
     from countermark.claims import ACCOUNT_LIMITS, page
     from countermark.networks import describe
 
-    for name in ("roots", "rival", "suspect_token"):
+    for name in ("roots", "rival", "suspect_token", "registry"):
         if getattr(config, name) is not None:
             raise CountermarkError(
                 f"{config.claim} is a claim against an account, which rests on no timestamps and "
@@ -218,7 +232,12 @@ def _of_account(config: AdjudicateConfig) -> Adjudication:
         _result(config, judged.owner, judged.judgement, judged.answers),
         account=judged.about["Account"],
     )
-    asked = {"suspect": judged.suspect, "asked": asked_how(config, judged.answers), "roots": []}
+    asked: dict[str, Any] = {
+        "suspect": judged.suspect,
+        "asked": asked_how(config, judged.answers),
+        "roots": [],
+        "log": None,
+    }
     about = {**judged.about, **_about(result, asked)}
     names = describe(Path(config.claim) / "model").class_names
     story, limits = judged.story, ACCOUNT_LIMITS
@@ -286,6 +305,7 @@ def _about(result: Adjudication, asked: Mapping[str, Any]) -> dict[str, str]:
         "Suspect": result.suspect,
         "Suspect's identity": identity,
         "Trusted roots": "; ".join(asked["roots"]) or "none",
+        "Trusted public log": "none" if asked["log"] is None else asked["log"]["address"],
         "Judged by": f"Countermark {__version__}",
     }
 

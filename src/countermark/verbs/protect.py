@@ -38,6 +38,7 @@ from countermark.options import (
     DataOptions,
     DeviceOptions,
     NewPath,
+    ReadPath,
     StampOptions,
     verb,
 )
@@ -142,6 +143,12 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     """What coins are to survive on their way to a suspect: jpeg:QUALITY, resize:FACTOR (and back),
     blur:SIDE, median:SIDE, levels:N, clip:MARGIN, threshold:LEVEL. Trials are chosen and learned in
     these forms too."""
+    register: str | None = None
+    """Public log in which C1 is registered: rekor, or a JSON file that describes another. The coins
+    then come from public randomness a minute later, so that a judge can count how often you drew
+    some. Needs --identity, and --tsa for the model."""
+    identity: ReadPath | None = None
+    """Private key (P-256, PEM, no password) by which you are known; it signs what is registered."""
     embedding: Embedding | None = None
     """How watermarks get in: interleaved (default: the unmarked model trains on, marks mixed in) or
     epoch (Algorithm 1, from scratch)."""
@@ -153,7 +160,11 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
         self._at_least_one("epochs")
         self._seeded()
         marked = self.scheme != "none"
-        self._only_for(marked, "a scheme that has watermarks", "embedding", "tsa")
+        self._only_for(marked, "a scheme that has watermarks", "embedding", "tsa", "register")
+        self._only_for(self.register is not None, "--register", "identity")
+        self._only_for(
+            self.identity is not None and self.tsa is not None, "--identity and --tsa", "register"
+        )
         self._only_for_schemes("labelled", "labels")
         self._only_for_schemes("crafted", "watermark_epsilon", "watermark_step_size")
         if self.survive:
@@ -483,6 +494,11 @@ def protect(config: ProtectConfig) -> Protection:
     wanted, config = config.epochs, _as_begun(config)
     setup = _set_up(config)
     stamp = timestamping(config.tsa, config.roots)
+    drawing = stamp  # what the coins are drawn from
+    if config.register is not None and config.identity is not None:
+        from countermark.registry import registering
+
+        drawing = registering(config.register, config.identity)
     description = describing(
         setup.data,
         place_of(setup.network),
@@ -520,7 +536,7 @@ def protect(config: ProtectConfig) -> Protection:
         else:
             make_private_folder(private / "source")
             save_model(private / "source", source, before, mode=0o600)
-            key = _make_key(setup, source, private, secret, stamp)
+            key = _make_key(setup, source, private, secret, drawing)
             afresh = setup.embedding.embedding == "epoch"
             network = setup.source(seed) if afresh else copy.deepcopy(source)
             marked = _taught(setup, source, key, secret)
