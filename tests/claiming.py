@@ -11,8 +11,7 @@ from authority import Authority, stamped
 from countermark.claims import Claim, Finding, Opened, open_batch
 from countermark.claims.record import ANSWERS_FORMAT
 from countermark.files import canonical_json, sha256
-from countermark.registry import read_t1
-from countermark.timestamps import load_roots
+from countermark.timestamps import load_roots, read_token
 from countermark.watermarks import WatermarkSet, draw_coins, leaf_secrets, second_commitment, sign
 from countermark.watermarks.commitment import first_commitment, public_key
 
@@ -55,7 +54,7 @@ class Claimant:
     @property
     def coins(self) -> torch.Tensor:
         c1 = canonical_json(self.c1)
-        beacon = b"" if self.t1 is None else read_t1(self.t1, sha256(c1), "T1").beacon
+        beacon = b"" if self.t1 is None else read_token(self.t1, sha256(c1), "T1").beacon
         drawn = draw_coins(c1, beacon, leaf_secrets(self.secret, len(self.trials)))
         return drawn[self.trials.cell]
 

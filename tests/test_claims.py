@@ -44,7 +44,6 @@ from countermark.evaluation import predict
 from countermark.evidence import judge
 from countermark.files import canonical_json, sha256
 from countermark.networks.named import build
-from countermark.registry import read_t1
 from countermark.timestamps import load_roots, read_token
 from countermark.training import TrainConfig, train
 from countermark.watermarks import (
@@ -555,8 +554,8 @@ def test_a_replayed_token_is_found(
     accuser.c2 = {**accuser.c2, "t1_sha256": sha256(owner_.t1 or b"")}
     accuser.t2 = stamped(authority, canonical_json(accuser.c2))
     true_read, true_check, true_digest = (
-        read_t1,
-        judgement.check_t1,
+        read_token,
+        judgement.check_token,
         sha256(canonical_json(owner_.c1)),
     )
     beacon = true_read(owner_.t1 or b"", true_digest, "T1").beacon
@@ -581,11 +580,11 @@ def test_a_replayed_token_is_found(
 
     monkeypatch.setattr(
         judgement,
-        "check_t1",
+        "check_token",
         lambda r, digest, *rest: true_check(r, original(r, digest), *rest),
     )
     monkeypatch.setattr(
-        judgement, "read_t1", lambda r, digest, o: true_read(r, original(r, digest), o)
+        judgement, "read_token", lambda r, digest, o: true_read(r, original(r, digest), o)
     )
     assert judge_claim(claim, finding).verdict == "upheld"
 
@@ -610,12 +609,7 @@ def test_an_authority_that_the_judge_does_not_trust_is_none(
     monkeypatch.setattr(
         judgement,
         "check_token",
-        lambda response, digest, _roots, origin: read_token(response, digest, origin),
-    )
-    monkeypatch.setattr(
-        judgement,
-        "check_t1",
-        lambda response, digest, _roots, _log, origin: read_t1(response, digest, origin),
+        lambda response, digest, _roots, origin, _log: read_token(response, digest, origin),
     )
     assert judge_claim(claim, finding).verdict == "upheld"
 

@@ -20,16 +20,16 @@ from countermark.claims import judge_claim
 from countermark.errors import CountermarkError
 from countermark.evidence import judge
 from countermark.files import canonical_json, sha256
+from countermark.marking import Marking
 from countermark.registry import (
     MARGIN,
     REKOR,
-    check_t1,
     draws_of,
     public_log,
-    read_t1,
     registering,
 )
-from countermark.timestamps import TokenError, UntrustedError
+from countermark.timestamps import check_token, read_token
+from countermark.tokens import TokenError, UntrustedError
 from countermark.verbs.adjudicate import adjudicate
 from countermark.verbs.claim import claim
 from countermark.verbs.protect import protect
@@ -95,8 +95,8 @@ def test_a_registration_says_when_and_has_the_round_after(
 ) -> None:
     before = len(log.entries)
     made = registering(log.file, identity[0])(MESSAGE)
-    token = check_t1(made, sha256(MESSAGE), (), log.log, "T1")
-    assert token == read_t1(made, sha256(MESSAGE), "T1")
+    token = check_token(made, sha256(MESSAGE), (), "T1", log.log)
+    assert token == read_token(made, sha256(MESSAGE), "T1")
     assert len(log.entries) == before + 1
     time = log.entries[-1]["integratedTime"]
     assert token.time == datetime.fromtimestamp(time, UTC)
@@ -104,11 +104,11 @@ def test_a_registration_says_when_and_has_the_round_after(
     assert GENESIS + (number - 2) * PERIOD < time + MARGIN <= GENESIS + (number - 1) * PERIOD
     assert token.beacon == log.round(number)
     with pytest.raises(TokenError, match="one of something else"):
-        read_t1(made, sha256(b"another"), "T1")
+        read_token(made, sha256(b"another"), "T1")
     with pytest.raises(UntrustedError, match="another log"):
-        check_t1(made, sha256(MESSAGE), (), REKOR, "T1")
+        check_token(made, sha256(MESSAGE), (), "T1", REKOR)
     with pytest.raises(UntrustedError, match="no public log was named"):
-        check_t1(made, sha256(MESSAGE), (), None, "T1")
+        check_token(made, sha256(MESSAGE), (), "T1", None)
 
 
 def test_the_round_is_waited_for(
@@ -152,7 +152,7 @@ def test_nothing_of_a_registration_can_be_changed(
     made = registering(log.file, identity[0])(MESSAGE)
     changed = canonical_json(_other(json.loads(made), name))
     with pytest.raises(TokenError):
-        check_t1(changed, sha256(MESSAGE), (), log.log, "T1")
+        check_token(changed, sha256(MESSAGE), (), "T1", log.log)
 
 
 def test_an_owner_who_takes_another_round_is_found(
@@ -163,7 +163,7 @@ def test_an_owner_who_takes_another_round_is_found(
     record["round"] += 5
     record["signature"] = log.round(record["round"]).hex()
     with pytest.raises(TokenError, match="not from the first round 60 seconds after"):
-        check_t1(canonical_json(record), sha256(MESSAGE), (), log.log, "T1")
+        check_token(canonical_json(record), sha256(MESSAGE), (), "T1", log.log)
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_an_owner_who_takes_another_round_is_found(
 )
 def test_hostile_bytes_are_no_registration(log: LocalLog, hostile: bytes) -> None:
     with pytest.raises(TokenError):
-        check_t1(hostile, sha256(MESSAGE), (), log.log, "T1")
+        check_token(hostile, sha256(MESSAGE), (), "T1", log.log)
 
 
 def test_a_judge_counts_every_draw(
@@ -253,7 +253,7 @@ def test_a_timestamp_is_no_registration_and_the_other_way_round(
     registrar = registering(log.file, identity[0])
     forged = replace(owner, t2=registrar(canonical_json(owner.c2)))
     judged = judge_claim(forged.claim(owner.labels), owner.finding(owner.labels, log=log.log))
-    assert judged.verdict == "dismissed"
+    assert judged.verdict == "undecidable"
 
 
 @pytest.mark.parametrize("counted", [True, False])
@@ -327,6 +327,26 @@ def test_from_protect_to_a_judgement(
     assert written["log"] == {"address": log.url, "sha256": log.log.digest}
     for path in (tmp_path / "mine").rglob("*.json"):
         assert str(private) not in path.read_text()
+
+
+def test_a_loop_of_ones_own_registers_too(
+    log: LocalLog, authority: Authority, identity: tuple[Path, Path], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    x = torch.randint(0, 256, (400, 1, 8, 8), dtype=torch.uint8)
+    given = {"key": tmp_path / "key", "tsa": authority.url, "roots": authority.root}
+    registered = {"register": log.file, "identity": identity[0]}
+    bases = (x, network(x / 255).argmax(1))
+    first = Marking(network, bases, **given, **registered)
+    again = Marking(network, bases, **given, **registered)
+    assert again.resumed
+    assert torch.equal(first.key.labels, again.key.labels)
+    assert first.key.t1 is not None
+    token = check_token(first.key.t1, sha256(canonical_json(first.key.c1)), (), "T1", log.log)
+    assert token.beacon == log.round(json.loads(first.key.t1)["round"])
+    with pytest.raises(CountermarkError, match="go together, and with tsa"):
+        Marking(network, bases, **given, register="rekor")
 
 
 def test_options_that_cannot_work_are_refused() -> None:

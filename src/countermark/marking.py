@@ -34,6 +34,7 @@ from countermark.networks import (
 )
 from countermark.networks.source import normaliser, numbers
 from countermark.places import check_address, own_path
+from countermark.registry import registering
 from countermark.terminal import p_value
 from countermark.text import brief
 from countermark.thieves.remove import prune
@@ -252,6 +253,8 @@ class Marking:
         clean: Examples | tuple[Any, Any] | None = None,
         tsa: str | None = None,
         roots: str | Path | None = None,
+        register: str | Path | None = None,
+        identity: str | Path | None = None,
     ) -> None:
         """Draw the secret, craft and commit to the trials, draw the coins; or continue with a key.
 
@@ -283,6 +286,10 @@ class Marking:
                 bases. By default those of the data set.
             tsa: address of a timestamp authority (RFC 3161); without one the mark is private.
             roots: PEM file of the authority's root certificates.
+            register: public log in which the commitment is registered, "rekor" or the path of a
+                file that describes another; the coins then come from public randomness a minute
+                later, for which this waits. It goes with `identity` and `tsa`.
+            identity: private key (P-256, PEM, no password) that signs what is registered.
 
         Raises:
             CountermarkError: an argument has the wrong type; the bases do not fit the network or
@@ -320,7 +327,10 @@ class Marking:
         self._classes = _classes(net, examples, self._normalise)
         if tsa is not None:
             check_address(str(tsa), "a timestamp authority")
+        if (register is None) != (identity is None) or (register is not None and tsa is None):
+            raise CountermarkError("register and identity go together, and with tsa")
         self._stamp = timestamping(tsa, None if roots is None else own_path(roots, "roots"))
+        self._registers = (register, identity)
         self._turns = 0
         self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
         with _key_folder(self._keys):
@@ -458,6 +468,10 @@ class Marking:
         clean: Examples | None,
     ) -> Key:
         """Make the key: craft, commit and draw, in this order and only once."""
+        register, identity = self._registers
+        drawing = self._stamp  # what the coins are drawn from
+        if register is not None and identity is not None:
+            drawing = registering(register, own_path(identity, "identity"))
         secret = new_secrets(self._keys)
         attack = full_strength(self.threat.watermark_epsilon)
         trials = SCHEMES["coin"].make(
@@ -478,7 +492,7 @@ class Marking:
             "crafting": asdict(attack),
         }
         names = () if self.data is None else self.data.class_names
-        return write_key(self._keys, "coin", trials, provenance, self._stamp, clean, names)
+        return write_key(self._keys, "coin", trials, provenance, drawing, clean, names)
 
     def _check_key(self, bases: Examples) -> None:
         """Refuse to continue with a key that does not belong to this loop.

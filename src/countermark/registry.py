@@ -13,13 +13,12 @@ import base64
 import binascii
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -37,14 +36,7 @@ from countermark.files import canonical_json, parse_json, read_bytes, sha256
 from countermark.places import check_address
 from countermark.terminal import note
 from countermark.text import brief
-from countermark.timestamps import (
-    TOKEN_LIMIT,
-    Token,
-    TokenError,
-    UntrustedError,
-    check_token,
-    read_token,
-)
+from countermark.tokens import TOKEN_LIMIT, Token, TokenError, UntrustedError
 
 REGISTRATION_FORMAT = "countermark registration 1"
 LOG_FORMAT = "countermark public log 1"
@@ -266,7 +258,7 @@ class Registrar:
                 "signature": self._round(number).hex(),
             }
         )
-        check_t1(response, sha256(message), (), log, "the registration")
+        check_registration(response, sha256(message), log, "the registration")
         return response
 
     def _round(self, number: int) -> bytes:
@@ -287,50 +279,38 @@ def is_registration(response: bytes) -> bool:
     return response.startswith(b"{")
 
 
-def read_t1(response: bytes, digest: str, origin: str) -> Token:
-    """Read T1, a timestamp or a registration, and check what it is of, but not who vouches for it.
+def read_registration(response: bytes, digest: str, origin: str) -> Token:
+    """Read a registration and check what it is of, but not who vouches for it.
 
     Args:
-        response: of an authority, DER; or a registration, JSON.
+        response: JSON.
         digest: SHA-256 of what it must be of, hexadecimal.
         origin: what messages call it.
 
     Raises:
         TokenError: it is of something else, or cannot be read.
     """
-    if not is_registration(response):
-        return read_token(response, digest, origin)
-    entry, record = read_registration(response, origin)
+    entry, record = _read(response, origin)
     if entry.registered != digest:
         raise TokenError(f"{origin}: the registration is one of something else")
     return Token(response, _date(entry.time), bytes.fromhex(record["signature"]))
 
 
-def check_t1(
-    response: bytes,
-    digest: str,
-    roots: Sequence[x509.Certificate],
-    log: PublicLog | None,
-    origin: str,
-) -> Token:
-    """Check T1 in full, whichever of the two it is.
+def check_registration(response: bytes, digest: str, log: PublicLog | None, origin: str) -> Token:
+    """Check a registration in full: form, message, the log's signature, and the round.
 
     Args:
-        response: of an authority, DER; or a registration, JSON.
+        response: JSON.
         digest: SHA-256 of what it must be of, hexadecimal.
-        roots: certificates of the authorities that are trusted.
-        log: the public log that is trusted.
+        log: the public log that is trusted; none where none is.
         origin: what messages call it.
 
     Raises:
-        TokenError: see `read_t1`, or the round is not the one that its time demands.
-        UntrustedError: no authority under these roots vouches for it, or not this log, or the round
-            is not of its chain.
+        TokenError: see `read_registration`, or the round is not the one that its time demands.
+        UntrustedError: it is not in this log, or the round is not of its chain.
     """
-    if not is_registration(response):
-        return check_token(response, digest, roots, origin)
-    token = read_t1(response, digest, origin)
-    entry, record = read_registration(response, origin)
+    token = read_registration(response, digest, origin)
+    entry, record = _read(response, origin)
     if log is None:
         raise UntrustedError(f"{origin}: no public log was named that is trusted")
     if entry.log != log.digest or record["chain"] != log.chain.digest:
@@ -352,8 +332,17 @@ def check_t1(
     return token
 
 
-def read_registration(response: bytes, origin: str) -> tuple[Entry, dict[str, Any]]:
-    """Read a registration; its entry, and all that it says.
+def entry_of(response: bytes, origin: str) -> Entry:
+    """The entry of a registration.
+
+    Raises:
+        TokenError: it cannot be read.
+    """
+    return _read(response, origin)[0]
+
+
+def _read(response: bytes, origin: str) -> tuple[Entry, dict[str, Any]]:
+    """A registration's entry, and all that it says.
 
     Raises:
         TokenError: it has another form, or the entry is not signed by the key that it names.

@@ -11,8 +11,6 @@ import secrets
 import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +25,21 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from countermark.errors import CountermarkError
 from countermark.files import read_bytes, sha256
 from countermark.places import check_address
+from countermark.registry import (
+    PublicLog,
+    check_registration,
+    is_registration,
+    read_registration,
+)
 from countermark.terminal import note
 from countermark.text import sentence
-
-TOKEN_LIMIT = 1 << 16
-"""Largest response of an authority that is read, in bytes."""
+from countermark.tokens import TOKEN_LIMIT, Token, TokenError, UntrustedError
 
 Stamp = Callable[[bytes], bytes]
 """Has a message timestamped; the authority's response."""
 
 _SHA256 = "2.16.840.1.101.3.4.2.1"
 _ROOTS_LIMIT = 1 << 22
-
-
-class TokenError(CountermarkError):
-    """Bytes that are no readable token, or a token of something else.
-
-    The fault lies with whoever shows them.
-    """
-
-
-class UntrustedError(TokenError):
-    """A token that no authority under the given roots signed while its certificate was valid."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """What an authority said.
-
-    Attributes:
-        response: the authority's whole response, DER.
-        time: when the authority signed, by its own clock (UTC).
-        beacon: the bytes that nobody else could foresee and nobody can change afterwards: the
-            signature, or only the r of an ECDSA signature (whose s has two valid values).
-    """
-
-    response: bytes
-    time: datetime
-    beacon: bytes
 
 
 def timestamping(tsa: str | None, roots: str | Path | None, *, trial: bool = True) -> Stamp | None:
@@ -128,10 +103,10 @@ def request_token(url: str, message: bytes, roots: Sequence[x509.Certificate] = 
 
 
 def read_token(response: bytes, digest: str, origin: str) -> Token:
-    """Read an authority's response and check what it stamps, but not who signed it.
+    """Read a token and check what it is of, but not who vouches for it.
 
     Args:
-        response: DER.
+        response: an authority's, DER; or a registration, JSON.
         digest: SHA-256 of what it must stamp, hexadecimal.
         origin: what messages call it.
 
@@ -139,6 +114,8 @@ def read_token(response: bytes, digest: str, origin: str) -> Token:
         TokenError: the response grants no token, stamps another message, or has a form or a
             signature that cannot be read.
     """
+    if is_registration(response):
+        return read_registration(response, digest, origin)
     if len(response) > TOKEN_LIMIT:
         raise TokenError(
             f"{origin}: a timestamp is at most {TOKEN_LIMIT} bytes; this is something else"
@@ -169,21 +146,29 @@ def read_token(response: bytes, digest: str, origin: str) -> Token:
 
 
 def check_token(
-    response: bytes, digest: str, roots: Sequence[x509.Certificate], origin: str
+    response: bytes,
+    digest: str,
+    roots: Sequence[x509.Certificate],
+    origin: str,
+    log: PublicLog | None = None,
 ) -> Token:
-    """Check a response in full: form, message, signature, and certificates at the time of signing.
+    """Check a token in full: form, message, signature, and certificates at the time of signing.
 
     Args:
-        response: DER.
+        response: an authority's, DER; or a registration, JSON.
         digest: SHA-256 of what it must stamp, hexadecimal.
         roots: certificates of the authorities that are trusted.
         origin: what messages call it.
+        log: the public log that is trusted, for registrations.
 
     Raises:
         TokenError: see `read_token`.
         UntrustedError: the signature does not lead to one of the roots through certificates that
-            were valid at that time and are meant for timestamps.
+            were valid at that time and are meant for timestamps; or it is a registration in another
+            log (see `check_registration`).
     """
+    if is_registration(response):
+        return check_registration(response, digest, log, origin)
     token = read_token(response, digest, origin)
     parsed = _parse(response, origin)
     with (

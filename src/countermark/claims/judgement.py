@@ -18,17 +18,11 @@ from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import canonical_json, sha256
 from countermark.places import endpoint_address
-from countermark.registry import (
-    Draws,
-    PublicLog,
-    check_t1,
-    is_registration,
-    read_registration,
-    read_t1,
-)
+from countermark.registry import Draws, PublicLog, entry_of, is_registration
 from countermark.terminal import p_value
 from countermark.text import brief, visible
-from countermark.timestamps import TokenError, UntrustedError, check_token
+from countermark.timestamps import check_token, read_token
+from countermark.tokens import TokenError, UntrustedError
 from countermark.watermarks import SCHEMES, check_signature, draw_coins
 
 HOLDS, FAILS, OPEN = "holds", "fails", "cannot tell"
@@ -357,10 +351,9 @@ def _time(
     if response is None:
         return None
     value = {"t1": claim.c1, "t2": claim.c2, "answers_token": claim.answers}[name]
-    digest, title = sha256(canonical_json(value)), _STAMPED[name][0]
-    if name == "t1":
-        return check_t1(response, digest, roots, log, title).time
-    return check_token(response, digest, roots, title).time
+    trusted = log if name == "t1" else None  # what is registered draws coins, and only C1 does
+    digest = sha256(canonical_json(value))
+    return check_token(response, digest, roots, _STAMPED[name][0], trusted).time
 
 
 def _known_time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> datetime | None:
@@ -383,7 +376,7 @@ def _registration(claim: Claim, finding: Finding) -> Iterator[Check]:
         return
     name, draws = "The draws", finding.draws
     try:
-        entry, _ = read_registration(claim.t1, _STAMPED["t1"][0])
+        entry = entry_of(claim.t1, _STAMPED["t1"][0])
     except TokenError as error:
         yield Check(name, FAILS, str(error), "It is not what the coins were drawn from.")
         return
@@ -779,7 +772,7 @@ def _coins(claim: Claim) -> dict[int, int] | None:
     c1, beacon, bound = canonical_json(claim.c1), b"", _bound(claim)
     if claim.t1 is not None:
         try:
-            beacon = read_t1(claim.t1, sha256(c1), "T1").beacon
+            beacon = read_token(claim.t1, sha256(c1), "T1").beacon
         except TokenError:
             return None
     secrets = [bytes(claim.opened.secrets[row].tolist()) for row in bound.values()]

@@ -144,7 +144,8 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
     from countermark.evaluation import predict
     from countermark.networks import describe
     from countermark.registry import draws_of, public_log
-    from countermark.timestamps import TOKEN_LIMIT, load_roots, root_name
+    from countermark.timestamps import load_roots, root_name
+    from countermark.tokens import TOKEN_LIMIT
 
     if is_account_claim(Path(config.claim)):
         return _of_account(config)

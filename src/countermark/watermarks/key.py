@@ -26,8 +26,7 @@ from countermark.files import (
     write_json,
     write_tensors,
 )
-from countermark.registry import read_t1
-from countermark.timestamps import decode_token, encode_token
+from countermark.timestamps import decode_token, encode_token, read_token
 from countermark.watermarks.commitment import (
     C1_FORMAT,
     SECRET_BYTES,
@@ -66,8 +65,7 @@ class Key:
             answer.
         c1: the first commitment.
         signature: the signature of `c1`, hexadecimal.
-        t1: the timestamp over C1, or its registration, that the coins were drawn from; None for a
-            private mark.
+        t1: the timestamp over C1 that the coins were drawn from; None for a private mark.
         clean: clean examples, which show in what way a suspect wants to be asked; None in keys that
             were made without them, and where the file was lost. Nothing is judged by them. C1 has
             their digest, so they are fixed before the coins.
@@ -144,8 +142,7 @@ def write_key(
         scheme: name of one of `SCHEMES`.
         watermarks: the set; it must not depend on the secrets.
         provenance: what else C1 fixes (data set, configuration and pool digests), JSON-ready.
-        stamp: has a message timestamped or registered and returns what says so; without it the mark
-            is private.
+        stamp: has a message timestamped and returns the token; without it the mark is private.
         clean: clean examples that a suspect may see, of no pool that the trials come from.
         names: class names in the order of the labels.
     """
@@ -364,7 +361,7 @@ def _key(
         labels = watermarks.answers[:, 0]
         return Key(watermarks, labels, torch.full_like(labels, -1), c1, signature, t1)
     committed = canonical_json(c1)
-    beacon = b"" if t1 is None else read_t1(t1, sha256(committed), "the key's timestamp").beacon
+    beacon = b"" if t1 is None else read_token(t1, sha256(committed), "the key's timestamp").beacon
     drawn = draw_coins(committed, beacon, leaf_secrets(secret, len(watermarks)))
     coins = drawn[watermarks.cell].unsqueeze(1)
     labels = watermarks.answers.gather(1, coins).squeeze(1)
