@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -32,13 +32,13 @@ _DOMAIN = b"BLS_SIG_BLS12381G1_XMD:SHA-256_SSWU_RO_NUL_"
 GENESIS, PERIOD = 1_700_000_000, 3
 
 
-def pem_of(key: ec.EllipticCurvePublicKey) -> str:
+def pem_of(key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey) -> str:
     return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def new_identity(folder: Path, name: str = "owner") -> tuple[Path, Path]:
     """A private and a public key in PEM files."""
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = rsa.generate_private_key(65537, 2048)
     private, public = folder / f"{name}-private.pem", folder / f"{name}.pem"
     private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     public.write_text(pem_of(key.public_key()))
@@ -93,9 +93,13 @@ class LocalLog:
             G1_to_pubkey(multiply(hash_to_G1(message, _DOMAIN, hashlib.sha256), self.secret))
         )
 
-    def enter(self, proposed: dict[str, Any], at: int | None = None) -> dict[str, Any]:
+    def enter(self, proposed: dict[str, Any], at: int | None = None) -> dict[str, Any] | None:
+        """Take an entry; none if it is there already, as Rekor has it."""
+        body = base64.b64encode(json.dumps(proposed, separators=(",", ":")).encode()).decode()
+        if body in [entry["body"] for entry in self.entries]:
+            return None
         entry = {
-            "body": base64.b64encode(json.dumps(proposed, separators=(",", ":")).encode()).decode(),
+            "body": body,
             "integratedTime": int(time.time()) - self.behind if at is None else at,
             "logID": hashlib.sha256(
                 self.key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -116,7 +120,7 @@ class LocalLog:
             return pem_of(self.key.public_key())
         if path == "/api/v1/log/entries" and body is not None:
             made = self.enter(body)
-            return {self.named(made["logIndex"]): made}
+            return None if made is None else {self.named(made["logIndex"]): made}
         if path == "/api/v1/index/retrieve" and body is not None:
             wanted = load_pem_public_key(base64.b64decode(body["publicKey"]["content"]))
             return [
@@ -143,7 +147,7 @@ class LocalLog:
             def _say(self, answer: Any) -> None:
                 answer = log.spoil(answer)
                 said = answer if isinstance(answer, str) else json.dumps(answer)
-                self.send_response(200)
+                self.send_response(409 if answer is None else 200)
                 self.send_header("Content-Length", str(len(said.encode())))
                 self.end_headers()
                 self.wfile.write(said.encode())

@@ -11,6 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed, encode_dss_signature
+from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from authority import Authority, stamped
 from chances import most
@@ -24,7 +28,9 @@ from countermark.marking import Marking
 from countermark.registry import (
     MARGIN,
     REKOR,
+    Registrar,
     draws_of,
+    is_promised,
     public_log,
     registering,
 )
@@ -34,7 +40,7 @@ from countermark.verbs.adjudicate import adjudicate
 from countermark.verbs.claim import claim
 from countermark.verbs.protect import protect
 from countermark.watermarks import second_commitment
-from public_log import GENESIS, PERIOD, LocalLog, new_identity
+from public_log import GENESIS, PERIOD, LocalLog, new_identity, pem_of
 
 MESSAGE = b"a first commitment"
 
@@ -121,7 +127,7 @@ def test_the_round_is_waited_for(
     monkeypatch.setattr("countermark.registry.time.sleep", waited.append)
     monkeypatch.setattr(log, "behind", 0)
     registering(log.file, identity[0])(MESSAGE)
-    assert MARGIN <= sum(waited) <= MARGIN + PERIOD + 1
+    assert MARGIN <= sum(waited) <= MARGIN + PERIOD + 2
 
 
 def _other(record: dict[str, Any], name: str) -> dict[str, Any]:
@@ -139,13 +145,17 @@ def _other(record: dict[str, Any], name: str) -> dict[str, Any]:
         body["spec"]["data"]["hash"]["value"] = sha256(b"another")
         changed["entry"]["body"] = base64.b64encode(json.dumps(body).encode()).decode()
     elif name == "promise":
-        changed["entry"]["signedEntryTimestamp"] = "AAAA"
+        changed["entry"]["signedEntryTimestamp"] = "\u00e9"
+    elif name == "far":
+        changed["entry"]["integratedTime"] = (1 << 40) - 1
     elif name == "chain":
         changed["chain"] = "00" * 32
     return changed
 
 
-@pytest.mark.parametrize("name", ["time", "round", "signature", "log", "body", "promise", "chain"])
+@pytest.mark.parametrize(
+    "name", ["time", "round", "signature", "log", "body", "promise", "chain", "far"]
+)
 def test_nothing_of_a_registration_can_be_changed(
     log: LocalLog, identity: tuple[Path, Path], name: str
 ) -> None:
@@ -201,15 +211,44 @@ def test_a_judge_counts_every_draw(
     assert judged.test.log10_p_value == pytest.approx(alone.test.log10_p_value + np.log10(12))
 
 
+def test_whoever_was_interrupted_goes_on_with_the_same_draw(
+    log: LocalLog, identity: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registrar = registering(log.file, identity[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(Registrar, "_round", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            registrar(MESSAGE)
+    before = len(log.entries)
+    assert registrar(MESSAGE) == registrar(MESSAGE)
+    assert len(log.entries) == before
+
+
+def proposed_of(entry: dict[str, Any]) -> dict[str, Any]:
+    proposed: dict[str, Any] = json.loads(base64.b64decode(entry["body"]))
+    return proposed
+
+
 def test_only_the_first_registration_of_a_commitment_draws(
-    log: LocalLog, authority: Authority, identity: tuple[Path, Path], monkeypatch: Any
+    log: LocalLog, authority: Authority, identity: tuple[Path, Path]
 ) -> None:
     """Else one commitment, which counts once, would have as many draws as its owner likes."""
     private, public = identity
-    owner = claimant(some_trials(), authority)
-    registered(owner, log, private)
-    monkeypatch.setattr(log, "behind", 110)  # ten seconds later
-    again = registered(owner, log, private)
+    owner = registered(claimant(some_trials(), authority), log, private)
+    proposed = proposed_of(log.entries[-1])
+    held = proposed["spec"]["signature"]["publicKey"]
+    spelled = base64.b64decode(held["content"]) + b"\n"  # the log takes it for another entry
+    held["content"] = base64.b64encode(spelled).decode()
+    later = log.enter(proposed, at=log.entries[-1]["integratedTime"] + 10)
+    assert later is not None
+    raw = {name: later[name] for name in ("body", "integratedTime", "logID", "logIndex")}
+    raw["signedEntryTimestamp"] = later["verification"]["signedEntryTimestamp"]
+    record = json.loads(owner.t1 or b"")
+    number = log.log.chain.round_after(later["integratedTime"] + MARGIN)
+    record |= {"entry": raw, "round": number, "signature": log.round(number).hex()}
+    t1 = canonical_json(record)
+    c2 = second_commitment(owner.c1, t1, MODEL)
+    again = replace(owner, t1=t1, c2=c2, t2=stamped(authority, canonical_json(c2)))
     assert not torch.equal(owner.labels, again.labels)
     draws = draws_of(log.log, public)
     assert (draws.count, len(draws.entries)) == (1, 2)
@@ -217,6 +256,39 @@ def test_only_the_first_registration_of_a_commitment_draws(
     judged = judge_claim(again.claim(again.labels), accused)
     assert judged.verdict == "dismissed"
     assert [check.name for check in judged.checks if check.result == "fails"] == ["The draws"]
+
+
+def test_nobody_else_can_add_to_the_count(
+    log: LocalLog, authority: Authority, identity: tuple[Path, Path]
+) -> None:
+    """On a bare curve digests can be made up that fit a public key; a log takes them.
+
+    The accused would enter thousands, and p would be multiplied by all of them.
+    """
+    private, public = identity
+    registered(claimant(some_trials(), authority), log, private)
+    curve = ec.generate_private_key(ec.SECP256R1())
+    order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
+    # R = u G + v Q, r = x of R, s = r / v and the digest u r / v; with v = 1 by way of a known key.
+    numbers = curve.private_numbers()
+    u = 123456789
+    point = ec.derive_private_key((u + numbers.private_value) % order, ec.SECP256R1())
+    r = point.public_key().public_numbers().x % order
+    digest = (u * r) % order
+    forged = encode_dss_signature(r, r)
+    made_up = digest.to_bytes(32, "big")
+    curve.public_key().verify(forged, made_up, ec.ECDSA(Prehashed(hashes.SHA256())))
+    proposed = proposed_of(log.entries[-1])
+    proposed["spec"]["data"]["hash"]["value"] = made_up.hex()
+    proposed["spec"]["signature"]["content"] = base64.b64encode(forged).decode()
+    log.enter(proposed)  # under the owner's key, which it does not fit
+    with pytest.raises(CountermarkError, match="not signed by the key that it names"):
+        draws_of(log.log, public)
+    log.entries.pop()
+    curve_file = public.with_name("curve.pem")
+    curve_file.write_text(pem_of(curve.public_key()))
+    with pytest.raises(CountermarkError, match="no public key for RSA"):
+        draws_of(log.log, curve_file)
 
 
 def test_what_a_judge_cannot_see_is_undecidable(
@@ -239,9 +311,13 @@ def test_what_a_judge_cannot_see_is_undecidable(
     assert open_checks() == ["T1, over the trials", "The draws"]
     assert open_checks(log=REKOR, draws=draws) == ["T1, over the trials"]
     assert open_checks(log=trusted) == ["The draws"]
-    stranger = draws_of(trusted, new_identity(tmp_path, "stranger")[1])
+    other, others = new_identity(tmp_path, "stranger")
+    for number in range(3):
+        registering(log.file, other)(b"%d" % number)
+    stranger = draws_of(trusted, others)
+    assert stranger.count == 3
     assert open_checks(log=trusted, draws=stranger) == ["The draws"]
-    monkeypatch.setattr(log, "hidden", {len(log.entries) - 1})
+    monkeypatch.setattr(log, "hidden", {entry.index for entry in draws.entries})
     assert open_checks(log=trusted, draws=draws_of(trusted, public)) == ["The draws"]
 
 
@@ -252,8 +328,12 @@ def test_a_timestamp_is_no_registration_and_the_other_way_round(
     owner = claimant(some_trials(), authority)
     registrar = registering(log.file, identity[0])
     forged = replace(owner, t2=registrar(canonical_json(owner.c2)))
-    judged = judge_claim(forged.claim(owner.labels), owner.finding(owner.labels, log=log.log))
+    judged = judge_claim(forged.claim(owner.labels), owner.finding(owner.labels))
     assert judged.verdict == "undecidable"
+    # A judge who wants draws counted is not content with a timestamp.
+    judged = judge_claim(owner.claim(owner.labels), owner.finding(owner.labels, log=log.log))
+    assert judged.verdict == "undecidable"
+    assert [check.name for check in judged.checks if check.result != "holds"] == ["The draws"]
 
 
 @pytest.mark.parametrize("counted", [True, False])
@@ -308,6 +388,8 @@ def test_a_log_that_answers_badly_is_one_line(
         registering(log.file, public)
     with pytest.raises(CountermarkError, match="no public key"):
         draws_of(log.log, private)
+    with pytest.raises(CountermarkError, match="there is no public log"):
+        public_log("a" * 300)
 
 
 def test_from_protect_to_a_judgement(
@@ -325,6 +407,8 @@ def test_from_protect_to_a_judgement(
     assert "the only one by this key" in str(judged.checks)
     written = json.loads((tmp_path / "judgement.json").read_text())
     assert written["log"] == {"address": log.url, "sha256": log.log.digest}
+    assert len(written["draws"]["entries"]) == 1
+    assert json.loads((tmp_path / "claim" / "claim.json").read_text())["format"][-1] == "2"
     for path in (tmp_path / "mine").rglob("*.json"):
         assert str(private) not in path.read_text()
 
@@ -355,3 +439,21 @@ def test_options_that_cannot_work_are_refused() -> None:
             protect("digits", out="nowhere", **options)
     with pytest.raises(CountermarkError, match="--identity goes with --registry only"):
         adjudicate("claim", suspect="them", identity="a.pem")
+
+
+def test_an_entry_of_a_real_log_is_known() -> None:
+    """Entry 7390977 of Rekor's staging instance, with the public key of that instance.
+
+    It was signed with a certificate, so it registers nothing; but the log signed it.
+    """
+    raw = json.loads(Path(__file__).with_name("rekor_entry.json").read_text())
+    key = load_pem_public_key(
+        b"-----BEGIN PUBLIC KEY-----\n"
+        b"MFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAEDODRU688UYGuy54mNUlaEBiQdTE9\n"
+        b"nYLr0lg6RXowI/QV/RE1azBn4Eg5/2uTOMbhB1/gfcHzijzFi9Tk+g1Prg==\n"
+        b"-----END PUBLIC KEY-----\n"
+    )
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert is_promised(raw, key)
+    assert not is_promised({**raw, "integratedTime": raw["integratedTime"] + 1}, key)
+    assert not is_promised(raw, REKOR.key)

@@ -47,6 +47,7 @@ from countermark import cli
 from countermark.errors import CountermarkError
 from countermark.networks.named import build
 from drawing import draw_folder
+from public_log import LocalLog
 from shorter import take_any_mark
 from warm import UNPRUNED, warm
 
@@ -71,6 +72,7 @@ SHORTER: Mapping[str, str] = {
     r"--finetune \d+": "--finetune 1",
     r"guard mine --cost 0.1": "guard mine --cost 8",  # so that few queries meet many coins
     r"photos --size 32": "photos --size 8",
+    r"(--regist(?:er|ry)) rekor": r"\1 log.json",  # on loopback
     r'"photos", size=32': '"photos", size=8',
     r"torch.zeros\(1, 3, 32, 32\)": "torch.zeros(1, 1, 8, 8)",
     r"--mean 3$": "--mean 30",  # with which a stranger of ten epochs always answers the same
@@ -262,7 +264,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
                 _step(net, x[rows], y[rows])
         weights = {f"module.{name}": value for name, value in net.state_dict().items()}
         torch.save(weights, folder / "own.pt")
-    authority = Authority(base / "authority")
+    authority, log = Authority(base / "authority"), LocalLog(folder)
     shutil.copy(authority.root, folder / "roots.pem")
     programs.mkdir()
     for name, words in {"countermark": warm(), "python": [sys.executable]}.items():
@@ -285,6 +287,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             session.command(f"countermark {line}", "")
     yield made
     authority.close()
+    log.close()
 
 
 def _their_own_code() -> str:

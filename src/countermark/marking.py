@@ -289,7 +289,7 @@ class Marking:
             register: public log in which the commitment is registered, "rekor" or the path of a
                 file that describes another; the coins then come from public randomness a minute
                 later, for which this waits. It goes with `identity` and `tsa`.
-            identity: private key (P-256, PEM, no password) that signs what is registered.
+            identity: private key (RSA, PEM, no password) that signs what is registered.
 
         Raises:
             CountermarkError: an argument has the wrong type; the bases do not fit the network or

@@ -6,11 +6,12 @@ known and enters it in a public log that serves Rekor's API; the coins come from
 a drand chain that is out a minute after the time at which the log took the entry. Each further draw
 is a further entry under the same key, which a judge counts.
 
-A registration takes the place of T1: it says when C1 existed, and it has a beacon.
+A registration takes the place of T1: it says when C1 existed, and it has a beacon. The key is one
+for RSA, since the log checks a signature over a digest: with a bare curve anybody could make up
+digests that fit somebody's key, and spoil the count.
 """
 
 import base64
-import binascii
 import json
 import time
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ from typing import Any
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -44,10 +46,13 @@ MARGIN = 60
 """Seconds from the log's time to the round: a log whose clock is not slower than that took the
 entry before the round was out."""
 
-_ANSWER_LIMIT = 1 << 22
+_ANSWER_LIMIT = 1 << 24
 _PEM_LIMIT = 1 << 14
 _AT_ONCE = 10  # entries that the public instance of Rekor gives in one answer
 _TRIES = 20
+_AHEAD = 600  # seconds by which a log's clock may be ahead of ours
+_LAST_SECOND = 1 << 33  # in the year 2242
+_RSA_BITS = (2048, 4096)
 _FIELDS = ("body", "integratedTime", "logID", "logIndex")
 
 
@@ -57,7 +62,7 @@ class PublicLog:
 
     Attributes:
         address: of the log, http or https.
-        public_key: the key by which it signs its entries, PEM.
+        public_key: the key by which it signs its entries, on P-256, PEM.
         chain: the chain of rounds.
     """
 
@@ -68,12 +73,16 @@ class PublicLog:
     @property
     def key(self) -> ec.EllipticCurvePublicKey:
         """The log's key."""
-        return _public_key(self.public_key.encode(), f"the key of the log {self.address}")
+        origin = f"the key of the log {self.address}"
+        found = _public_key(self.public_key.encode(errors="replace"), origin)
+        if not isinstance(found, ec.EllipticCurvePublicKey) or found.curve.name != "secp256r1":
+            raise CountermarkError(f"{origin} is none on the curve P-256")
+        return found
 
     @property
     def digest(self) -> str:
         """What the log calls itself: SHA-256 of its key, hexadecimal."""
-        return sha256(_spelled(self.key))
+        return _digest(self.key)
 
 
 REKOR = PublicLog(
@@ -93,20 +102,20 @@ class Entry:
     """An entry of a log.
 
     Attributes:
-        body: what was entered, JSON.
         time: when the log took it, by its clock, seconds since 1970.
         log: the log's digest.
         index: number of the entry in the log.
         registered: SHA-256 of what was signed, hexadecimal.
         identity: SHA-256 of the key that signed it, hexadecimal.
+        raw: the entry as it stands in a registration.
     """
 
-    body: bytes
     time: int
     log: str
     index: int
     registered: str
     identity: str
+    raw: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -140,21 +149,23 @@ def public_log(place: str | Path) -> PublicLog:
     """
     if str(place) in LOGS:
         return LOGS[str(place)]
-    path = Path(place)
-    if not path.is_file():
+    path = Path(place).expanduser()
+    try:
+        data = read_bytes(path, _PEM_LIMIT)
+    except CountermarkError as error:
         raise CountermarkError(
-            f"{path} is no public log; the known one is {', '.join(LOGS)}, "
-            "others need a file that describes them"
-        )
-    record = _json(read_bytes(path, _PEM_LIMIT), str(path))
+            f"there is no public log {brief(str(place))}: name {' or '.join(LOGS)}, "
+            f"or a file that describes another ({error})"
+        ) from error
+    record = _json(data, str(path))
     try:
         beacon = record["beacon"]
         chain = Chain(
             address=check_address(str(beacon["address"]), "a beacon").rstrip("/"),
             digest=_hexadecimal(beacon["hash"], 32),
             public_key=_hexadecimal(beacon["public_key"], 96),
-            genesis=_whole(beacon["genesis_time"]),
-            period=_whole(beacon["period"]),
+            genesis=_whole(beacon["genesis_time"], _LAST_SECOND),
+            period=_whole(beacon["period"], 1 << 20),
         )
         address = check_address(str(record["address"]), "a public log").rstrip("/")
         log = PublicLog(address, str(record["public_key"]), chain)
@@ -169,39 +180,32 @@ def public_log(place: str | Path) -> PublicLog:
     return log
 
 
-def read_identity(path: str | Path) -> str:
-    """SHA-256 of an identity's public key, hexadecimal.
-
-    Raises:
-        CountermarkError: the file holds no public key on P-256 in PEM.
-    """
-    return sha256(_spelled(_public_key(read_bytes(Path(path), _PEM_LIMIT), str(path))))
-
-
 def registering(place: str | Path, identity: str | Path) -> "Registrar":
-    """Prepare registrations: read the key, and see that the log is the one that is meant.
+    """Prepare registrations: read the key, and see that log and beacon are those that are meant.
 
     Nothing is entered yet.
 
     Raises:
-        CountermarkError: the key cannot be read, or the log does not answer or has another key.
+        CountermarkError: the key cannot be read, the log or the beacon does not answer or has
+            another key, or a library is missing.
     """
     from countermark.session import fetch
 
-    log, path = public_log(place), Path(identity)
+    log, path = public_log(place), Path(identity).expanduser()
     try:
         key = load_pem_private_key(read_bytes(path, _PEM_LIMIT), None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise CountermarkError(f"{path} is no private key in PEM without a password") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not _is_p256(key.curve):
+    if not isinstance(key, rsa.RSAPrivateKey) or not _is_usual(key.public_key()):
         raise CountermarkError(
-            f"{path} is no private key on the curve P-256; make one with "
-            "openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256"
+            f"{path} is no private key for RSA of {_RSA_BITS[0]} to {_RSA_BITS[1]} bits; make one "
+            "with openssl genpkey -algorithm RSA -pkeyopt rsa_keygen_bits:3072"
         )
     url = f"{log.address}/api/v1/log/publicKey"
     found = _public_key(fetch(url, "the public log", limit=_PEM_LIMIT), url)
-    if sha256(_spelled(found)) != log.digest:
+    if _digest(found) != log.digest:
         raise CountermarkError(f"{log.address} signs by another key than the one that you trust")
+    log.chain.fetch(max(1, log.chain.round_after(int(time.time())) - 20))
     return Registrar(log, key)
 
 
@@ -215,51 +219,63 @@ class Registrar:
     """
 
     log: PublicLog
-    key: ec.EllipticCurvePrivateKey
+    key: rsa.RSAPrivateKey
 
     def __call__(self, message: bytes) -> bytes:
         """Enter SHA-256(`message`), wait for the round after, and return the registration.
+
+        What the log has already is not entered again: whoever was interrupted goes on with the same
+        draw.
 
         Raises:
             CountermarkError: the log or the beacon does not answer as it should.
         """
         log = self.log
-        signature = self.key.sign(message, ec.ECDSA(hashes.SHA256()))
-        pem = self.key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        entry = self._listed(message) or self._entered(message)
+        if entry.time > time.time() + _AHEAD:
+            raise CountermarkError(
+                f"the clock of {log.address} is ahead of this machine's by "
+                f"{entry.time - time.time():.0f} seconds; one of them is wrong"
+            )
+        number = log.chain.round_after(entry.time + MARGIN)
+        note(
+            f"registered as entry {entry.index} of {log.address}; "
+            f"the coins come from round {number} of the beacon, {_shown(log.chain.time_of(number))}"
+        )
+        record = {
+            "format": REGISTRATION_FORMAT,
+            "entry": dict(entry.raw),
+            "chain": log.chain.digest,
+            "round": number,
+            "signature": self._round(number).hex(),
+        }
+        return canonical_json(record)
+
+    def _listed(self, message: bytes) -> Entry | None:
+        return _draws(self.log, self.key.public_key()).first(sha256(message))
+
+    def _entered(self, message: bytes) -> Entry:
+        """Enter a message, and see that the log lists it, as a judge will."""
         proposed = {
             "apiVersion": "0.0.1",
             "kind": "hashedrekord",
             "spec": {
                 "data": {"hash": {"algorithm": "sha256", "value": sha256(message)}},
                 "signature": {
-                    "content": base64.b64encode(signature).decode(),
-                    "publicKey": {"content": base64.b64encode(pem).decode()},
+                    "content": _base64(self.key.sign(message, PKCS1v15(), hashes.SHA256())),
+                    "publicKey": {"content": _base64(_pem(self.key.public_key()))},
                 },
             },
         }
-        url = f"{log.address}/api/v1/log/entries"
-        found = _json(_asked(url, proposed), url)
-        if len(found) != 1:
-            raise CountermarkError(f"{url} answers with something else than an entry")
-        (raw,) = found.values()
-        entry = _entry(raw, url)
-        number = log.chain.round_after(entry.time + MARGIN)
-        note(
-            f"registered as entry {entry.index} of {log.address}; "
-            f"the coins come from round {number} of the beacon, {_shown(log.chain.time_of(number))}"
+        _asked(f"{self.log.address}/api/v1/log/entries", proposed)
+        for _ in range(_TRIES):
+            if (entry := self._listed(message)) is not None:
+                return entry
+            time.sleep(1.0)  # the index follows the log
+        raise CountermarkError(
+            f"{self.log.address} took the entry, but does not list it under your key; "
+            "run the same command again later, which goes on with that entry"
         )
-        signed = _promise(raw, url)
-        response = canonical_json(
-            {
-                "format": REGISTRATION_FORMAT,
-                "entry": {**{name: raw[name] for name in _FIELDS}, "signedEntryTimestamp": signed},
-                "chain": log.chain.digest,
-                "round": number,
-                "signature": self._round(number).hex(),
-            }
-        )
-        check_registration(response, sha256(message), log, "the registration")
-        return response
 
     def _round(self, number: int) -> bytes:
         """Wait for a round; its signature."""
@@ -274,33 +290,33 @@ class Registrar:
         return chain.fetch(number)
 
 
-def is_registration(response: bytes) -> bool:
+def is_registration(token: bytes) -> bool:
     """Whether some bytes are meant as a registration, and not as a timestamp."""
-    return response.startswith(b"{")
+    return token.startswith(b"{")
 
 
-def read_registration(response: bytes, digest: str, origin: str) -> Token:
+def read_registration(token: bytes, digest: str, origin: str) -> Token:
     """Read a registration and check what it is of, but not who vouches for it.
 
     Args:
-        response: JSON.
+        token: JSON.
         digest: SHA-256 of what it must be of, hexadecimal.
         origin: what messages call it.
 
     Raises:
         TokenError: it is of something else, or cannot be read.
     """
-    entry, record = _read(response, origin)
+    entry, record = _read(token, origin)
     if entry.registered != digest:
         raise TokenError(f"{origin}: the registration is one of something else")
-    return Token(response, _date(entry.time), bytes.fromhex(record["signature"]))
+    return Token(token, _date(entry.time), bytes.fromhex(record["signature"]))
 
 
-def check_registration(response: bytes, digest: str, log: PublicLog | None, origin: str) -> Token:
+def check_registration(token: bytes, digest: str, log: PublicLog | None, origin: str) -> Token:
     """Check a registration in full: form, message, the log's signature, and the round.
 
     Args:
-        response: JSON.
+        token: JSON.
         digest: SHA-256 of what it must be of, hexadecimal.
         log: the public log that is trusted; none where none is.
         origin: what messages call it.
@@ -309,58 +325,62 @@ def check_registration(response: bytes, digest: str, log: PublicLog | None, orig
         TokenError: see `read_registration`, or the round is not the one that its time demands.
         UntrustedError: it is not in this log, or the round is not of its chain.
     """
-    token = read_registration(response, digest, origin)
-    entry, record = _read(response, origin)
+    found = read_registration(token, digest, origin)
+    entry, record = _read(token, origin)
     if log is None:
-        raise UntrustedError(f"{origin}: no public log was named that is trusted")
+        raise UntrustedError(f"{origin}: it is registered, and no public log was named as trusted")
     if entry.log != log.digest or record["chain"] != log.chain.digest:
         raise UntrustedError(f"{origin}: the registration is one of another log or beacon")
-    signed = json.dumps(
-        {name: record["entry"][name] for name in _FIELDS}, sort_keys=True, separators=(",", ":")
-    )
-    try:
-        promise = base64.b64decode(record["entry"]["signedEntryTimestamp"], validate=True)
-        log.key.verify(promise, signed.encode(), ec.ECDSA(hashes.SHA256()))
-    except (InvalidSignature, binascii.Error, TypeError) as error:
-        raise UntrustedError(f"{origin}: the log did not sign this entry") from error
+    if not is_promised(entry.raw, log.key):
+        raise UntrustedError(f"{origin}: the log did not sign this entry")
     if record["round"] != log.chain.round_after(entry.time + MARGIN):
         raise TokenError(
             f"{origin}: the coins are not from the first round {MARGIN} seconds after the entry"
         )
-    if not log.chain.is_round(record["round"], token.beacon):
+    if not log.chain.is_round(record["round"], found.beacon):
         raise UntrustedError(f"{origin}: the round is not signed by the chain")
-    return token
+    return found
 
 
-def entry_of(response: bytes, origin: str) -> Entry:
+def is_promised(raw: Mapping[str, Any], key: ec.EllipticCurvePublicKey) -> bool:
+    """Whether a log signed an entry: its body, time and number."""
+    signed = {name: raw[name] for name in _FIELDS}
+    try:
+        promise = base64.b64decode(raw["signedEntryTimestamp"], validate=True)
+        text = json.dumps(signed, sort_keys=True, separators=(",", ":"))
+        key.verify(promise, text.encode(), ec.ECDSA(hashes.SHA256()))
+    except (InvalidSignature, ValueError, TypeError):
+        return False
+    return True
+
+
+def entry_of(token: bytes, origin: str) -> Entry:
     """The entry of a registration.
 
     Raises:
         TokenError: it cannot be read.
     """
-    return _read(response, origin)[0]
+    return _read(token, origin)[0]
 
 
-def _read(response: bytes, origin: str) -> tuple[Entry, dict[str, Any]]:
+def _read(token: bytes, origin: str) -> tuple[Entry, dict[str, Any]]:
     """A registration's entry, and all that it says.
 
     Raises:
         TokenError: it has another form, or the entry is not signed by the key that it names.
     """
-    if len(response) > TOKEN_LIMIT:
-        raise TokenError(f"{origin}: a registration is at most {TOKEN_LIMIT} bytes")
     try:
-        record = parse_json(response, origin)
+        if len(token) > TOKEN_LIMIT:
+            raise ValueError(f"it has more than {TOKEN_LIMIT} bytes")
+        record = parse_json(token, "it")
         if record.keys() != {"format", "entry", "chain", "round", "signature"}:
-            raise ValueError("other fields")
+            raise ValueError("it has other fields")
         if record["format"] != REGISTRATION_FORMAT:
-            raise ValueError("another format")
-        if record["entry"].keys() != {*_FIELDS, "signedEntryTimestamp"}:
-            raise ValueError("another entry")
+            raise ValueError("it has another format")
         _hexadecimal(record["chain"], 32)
         _hexadecimal(record["signature"], 48)
-        _whole(record["round"])
-        return _entry(record["entry"], origin), record
+        _whole(record["round"], 1 << 40)
+        return _entry(record["entry"]), record
     except (CountermarkError, ValueError, TypeError, AttributeError) as error:
         raise TokenError(f"{origin} is not a registration that can be read ({error})") from error
 
@@ -370,35 +390,98 @@ def draws_of(log: PublicLog, identity: str | Path) -> Draws:
 
     Args:
         log: the log, which is believed to leave none out.
-        identity: public key, PEM.
+        identity: public key for RSA, PEM.
 
     Raises:
         CountermarkError: the key cannot be read, or the log does not answer as Rekor does.
     """
-    path = Path(identity)
+    path = Path(identity).expanduser()
     key = _public_key(read_bytes(path, _PEM_LIMIT), str(path))
-    pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    query = {"publicKey": {"format": "x509", "content": base64.b64encode(pem).decode()}}
+    if not isinstance(key, rsa.RSAPublicKey) or not _is_usual(key):
+        raise CountermarkError(f"{path} is no public key for RSA, which identities have")
+    return _draws(log, key)
+
+
+def _draws(log: PublicLog, key: rsa.RSAPublicKey) -> Draws:
+    query = {"publicKey": {"format": "x509", "content": _base64(_pem(key))}}
     url = f"{log.address}/api/v1/index/retrieve"
-    names = _json(_asked(url, query), url, list)
+    names = sorted(set(_list(_asked(url, query), url, str)))
     url = f"{log.address}/api/v1/log/entries/retrieve"
-    digest, found = sha256(_spelled(key)), []
+    found: list[Entry] = []
     for begin in range(0, len(names), _AT_ONCE):
         part = names[begin : begin + _AT_ONCE]
-        rows = _json(_asked(url, {"entryUUIDs": part}), url, list)
+        rows = _list(_asked(url, {"entryUUIDs": part}), url, dict)
         if len(rows) != len(part):
-            raise CountermarkError(f"{url} leaves out entries that its index has")
-        for row in rows:
-            if not isinstance(row, dict) or len(row) != 1:
-                raise CountermarkError(f"{url} answers with something else than entries")
-            (raw,) = row.values()
-            try:
-                entry = _entry(raw, url)
-            except CountermarkError:
-                continue  # of another kind: no registration can be one
-            if entry.identity == digest:
-                found.append(entry)
-    return Draws(digest, tuple(found))
+            raise CountermarkError(f"{url} gives other entries than its index has")
+        found += [
+            entry
+            for row in rows
+            for raw in row.values()
+            if (entry := _registered(raw, log, url)) is not None
+        ]
+    by_key = tuple(entry for entry in found if entry.identity == _digest(key))
+    return Draws(_digest(key), by_key)
+
+
+def _registered(raw: object, log: PublicLog, origin: str) -> Entry | None:
+    """An entry as the log gives it; none for one of another kind, which registers nothing.
+
+    Raises:
+        CountermarkError: it cannot be read, or the log did not sign it.
+    """
+    try:
+        if not isinstance(raw, dict):
+            raise TypeError("no object")
+        body = json.loads(base64.b64decode(raw["body"], validate=True))
+        if (body["kind"], body["apiVersion"]) != ("hashedrekord", "0.0.1"):
+            return None
+        whole = {name: raw[name] for name in _FIELDS}
+        whole["signedEntryTimestamp"] = raw["verification"]["signedEntryTimestamp"]
+        entry = _entry(whole)
+    except (CountermarkError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CountermarkError(
+            f"{origin} gives an entry that cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    if entry.log != log.digest or not is_promised(entry.raw, log.key):
+        raise CountermarkError(f"{origin} gives entry {entry.index}, which the log did not sign")
+    return entry
+
+
+def _entry(raw: object) -> Entry:
+    """An entry of a digest that is signed by the RSA key that it names.
+
+    Raises:
+        ValueError: it has another form, or is not signed by that key.
+    """
+    try:
+        if not isinstance(raw, dict) or raw.keys() != {*_FIELDS, "signedEntryTimestamp"}:
+            raise ValueError("its entry has other fields")
+        held = json.loads(base64.b64decode(raw["body"], validate=True))
+        spec = held["spec"]
+        if (held["kind"], held["apiVersion"]) != ("hashedrekord", "0.0.1"):
+            raise ValueError("another kind of entry")
+        if spec["data"]["hash"]["algorithm"] != "sha256":
+            raise ValueError("another kind of digest")
+        digest = _hexadecimal(spec["data"]["hash"]["value"], 32)
+        signature = base64.b64decode(spec["signature"]["content"], validate=True)
+        pem = base64.b64decode(spec["signature"]["publicKey"]["content"], validate=True)
+        key = _public_key(pem, "its key")
+        if not isinstance(key, rsa.RSAPublicKey) or not _is_usual(key):
+            raise ValueError("its key is none for RSA")
+        hashed = Prehashed(hashes.SHA256())
+        key.verify(signature, bytes.fromhex(digest), PKCS1v15(), hashed)
+    except InvalidSignature as error:
+        raise ValueError("its entry is not signed by the key that it names") from error
+    except (CountermarkError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"its entry is none of a digest ({type(error).__name__})") from error
+    return Entry(
+        time=_whole(raw["integratedTime"], _LAST_SECOND),
+        log=_hexadecimal(raw["logID"], 32),
+        index=_whole(raw["logIndex"], 1 << 60),
+        registered=digest,
+        identity=_digest(key),
+        raw=raw,
+    )
 
 
 def _asked(url: str, query: Mapping[str, Any]) -> bytes:
@@ -407,70 +490,44 @@ def _asked(url: str, query: Mapping[str, Any]) -> bytes:
     return fetch(url, "the public log", limit=_ANSWER_LIMIT, body=json.dumps(query).encode())
 
 
-def _entry(raw: object, origin: str) -> Entry:
-    """An entry as the log gives it.
-
-    Raises:
-        CountermarkError: it has another form, or is not signed by the key that it names.
-    """
-    try:
-        if not isinstance(raw, dict):
-            raise TypeError("no object")
-        body = base64.b64decode(raw["body"], validate=True)
-        held = json.loads(body)
-        spec = held["spec"]
-        if (held["kind"], held["apiVersion"]) != ("hashedrekord", "0.0.1"):
-            raise ValueError("another kind of entry")
-        if spec["data"]["hash"]["algorithm"] != "sha256":
-            raise ValueError("another digest")
-        digest = _hexadecimal(spec["data"]["hash"]["value"], 32)
-        signature = base64.b64decode(spec["signature"]["content"], validate=True)
-        pem = base64.b64decode(spec["signature"]["publicKey"]["content"], validate=True)
-        key = _public_key(pem, origin)
-        key.verify(signature, bytes.fromhex(digest), ec.ECDSA(Prehashed(hashes.SHA256())))
-        return Entry(
-            body=body,
-            time=_whole(raw["integratedTime"]),
-            log=_hexadecimal(raw["logID"], 32),
-            index=_whole(raw["logIndex"]),
-            registered=digest,
-            identity=sha256(_spelled(key)),
-        )
-    except (KeyError, TypeError, ValueError, RecursionError, InvalidSignature) as error:
-        raise CountermarkError(
-            f"{origin}: this is no entry of a digest and its signature ({type(error).__name__})"
-        ) from error
-
-
-def _promise(raw: Mapping[str, Any], origin: str) -> str:
-    """The log's signature of an entry, base64."""
-    verification = raw.get("verification")
-    signed = verification.get("signedEntryTimestamp") if isinstance(verification, dict) else None
-    if not isinstance(signed, str):
-        raise CountermarkError(f"{origin} gives an entry that it did not sign")
-    return signed
-
-
-def _public_key(pem: bytes, origin: str) -> ec.EllipticCurvePublicKey:
+def _public_key(pem: bytes, origin: str) -> ec.EllipticCurvePublicKey | rsa.RSAPublicKey:
     try:
         found = load_pem_public_key(pem)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise CountermarkError(f"{origin} is no public key in PEM") from error
-    if not isinstance(found, ec.EllipticCurvePublicKey) or not _is_p256(found.curve):
-        raise CountermarkError(f"{origin} is no public key on the curve P-256")
+    if not isinstance(found, ec.EllipticCurvePublicKey | rsa.RSAPublicKey):
+        raise CountermarkError(f"{origin} is no public key on P-256 or for RSA")
     return found
 
 
-def _is_p256(curve: ec.EllipticCurve) -> bool:
-    return isinstance(curve, ec.SECP256R1)
+def _is_usual(key: rsa.RSAPublicKey) -> bool:
+    """Whether a key is of a usual size and exponent, which checking takes no time for."""
+    return _RSA_BITS[0] <= key.key_size <= _RSA_BITS[1] and key.public_numbers().e == 65537
 
 
-def _spelled(key: ec.EllipticCurvePublicKey) -> bytes:
-    """The one spelling of a key that digests are of."""
-    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+def _digest(key: ec.EllipticCurvePublicKey | rsa.RSAPublicKey) -> str:
+    """SHA-256 of a key in its one spelling, hexadecimal."""
+    return sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
+
+
+def _pem(key: rsa.RSAPublicKey) -> bytes:
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _list(data: bytes, origin: str, kind: type) -> list[Any]:
+    found: list[Any] = _json(data, origin, list)
+    if not all(isinstance(each, kind) for each in found):
+        raise CountermarkError(f"{origin} gives a list of something else than it should")
+    return found
 
 
 def _json(data: bytes, origin: str, kind: type = dict) -> Any:
+    if len(data) > _ANSWER_LIMIT:
+        raise CountermarkError(f"{origin} answers with more than {_ANSWER_LIMIT >> 20} MiB")
     try:
         found = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -482,13 +539,13 @@ def _json(data: bytes, origin: str, kind: type = dict) -> Any:
 
 def _hexadecimal(value: object, size: int) -> str:
     if not isinstance(value, str) or len(value) != 2 * size or value.strip("0123456789abcdef"):
-        raise ValueError(f"no {size} bytes in hexadecimal")
+        raise ValueError(f"what should be {size} bytes in hexadecimal is not")
     return value
 
 
-def _whole(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 40:
-        raise ValueError("no whole number")
+def _whole(value: object, end: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < end:
+        raise ValueError("what should be a whole number is not, or is too large")
     return value
 
 

@@ -365,23 +365,36 @@ def _known_time(claim: Claim, name: str, roots: Sequence[x509.Certificate]) -> d
 
 
 def _draws(claim: Claim, finding: Finding) -> int:
-    """How many registered draws the claimant could have chosen from; 1 where T1 is a timestamp."""
-    registered = claim.t1 is not None and is_registration(claim.t1)
-    return max(1, finding.draws.count) if registered and finding.draws is not None else 1
+    """How many registered draws the claimant could have chosen from.
+
+    It is 1 where that cannot be told, which is another check's finding.
+    """
+    if finding.draws is None or claim.t1 is None or not is_registration(claim.t1):
+        return 1
+    try:
+        entry = entry_of(claim.t1, _STAMPED["t1"][0])
+    except TokenError:
+        return 1
+    return max(1, finding.draws.count) if entry.identity == finding.draws.identity else 1
 
 
 def _registration(claim: Claim, finding: Finding) -> Iterator[Check]:
     """Check that the coins are those of the first draw of this C1, and count the others."""
-    if claim.t1 is None or not is_registration(claim.t1):
-        return
     name, draws = "The draws", finding.draws
+    if claim.t1 is None or not is_registration(claim.t1):
+        if finding.log is not None:
+            found = "C1 is not registered; no public log counts its draws"
+            meaning = "A judge who is content with a timestamp names no public log."
+            yield Check(name, OPEN, found, meaning)
+        return
     try:
         entry = entry_of(claim.t1, _STAMPED["t1"][0])
     except TokenError as error:
         yield Check(name, FAILS, str(error), "It is not what the coins were drawn from.")
         return
     if draws is None:
-        found = f"registered by the key {entry.identity[:16]}; the log was not asked"
+        missing = "no public log was named" if finding.log is None else "whose key that is was not"
+        found = f"registered by the key {entry.identity[:16]}; {missing}"
         meaning = "How often the owner drew coins cannot be told without the log and their key."
         yield Check(name, OPEN, found, meaning)
         return

@@ -43,7 +43,8 @@ LIMITS = (
     "were fixed. That is not yet theft: the suspect's maker may have had the model from somebody "
     "else, or a licence. That the marked model existed before the suspect is shown as far as the "
     "accused has their own timestamp. The times are as good as the authorities whose roots the "
-    "judge chose."
+    "judge chose, and where a commitment was registered, the count of its owner's draws is as good "
+    "as the public log and as what the judge knows of the owner's key."
 )
 """What a judgement does not say."""
 
@@ -95,7 +96,9 @@ def page(
         f"{test.disagreements} times ({test.neither} times neither). A model that does not depend "
         f"on the coins agrees that often with probability {p_value(test.log10_p_value)}; "
         f"the judge asks for {test.alpha:g} or less. "
-        f"The owner could have shown any of {judgement.batches} batches; that is included."
+        f"The owner could have shown any of {judgement.batches} batches"
+        + (f" of any of {judgement.draws} registered keys" if judgement.draws > 1 else "")
+        + "; that is included."
     )
     parts = [
         f"<h1>Judgement: <span class='{kind}'>{escape(judgement.verdict)}</span></h1>",
@@ -106,7 +109,8 @@ def page(
         "<thead><tr><th>What</th><th>Result</th><th>What it means</th></tr></thead>",
         f"<tbody>{rows}</tbody></table></div><h2>What it does not say</h2><p>{escape(limits)}</p>",
         f"<h2>What was judged</h2><dl>{listed}</dl>",
-        "<footer>Every number here can be computed again from the claim's files.</footer>",
+        "<footer>Every number here can be computed again from the claim's files, the suspect, and "
+        "the public log where one was asked.</footer>",
     ]
     return document("Countermark: a judgement", _STYLE, parts)
 

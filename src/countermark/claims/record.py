@@ -27,6 +27,7 @@ from countermark.files import (
 )
 from countermark.networks import NETWORKS, describe, load_model
 from countermark.places import Network, endpoint_address, is_address
+from countermark.registry import is_registration
 from countermark.suspects import onnx_data
 from countermark.text import brief
 from countermark.timestamps import decode_token, encode_token
@@ -43,6 +44,8 @@ from countermark.watermarks import (
 )
 
 CLAIM_FORMAT = "countermark claim 1"
+REGISTERED_FORMAT = "countermark claim 2"
+"""Of claims whose C1 is registered: earlier releases would take T1 for a false timestamp."""
 ANSWERS_FORMAT = "countermark answers 1"
 MOST_LEAVES = 1 << 20
 """Trials in a key that a judge follows."""
@@ -271,7 +274,11 @@ def write_claim(folder: Path, claim: Claim) -> None:
     record: dict[str, Any] = {name: dict(getattr(claim, name)) for name in _OBJECTS}
     record |= {name: getattr(claim, name) for name in _SIGNATURES}
     record |= {name: encode_token(getattr(claim, name)) for name in _TOKENS}
-    write_json(folder / "claim.json", {"format": CLAIM_FORMAT, **record})
+    write_json(folder / "claim.json", {"format": _format_of(claim.t1), **record})
+
+
+def _format_of(t1: bytes | None) -> str:
+    return REGISTERED_FORMAT if t1 is not None and is_registration(t1) else CLAIM_FORMAT
 
 
 def read_claim(folder: Path) -> Claim:
@@ -284,7 +291,7 @@ def read_claim(folder: Path) -> Claim:
         raise CountermarkError(f"{folder} is not a claim; name the folder that holds claim.json")
     path = folder / "claim.json"
     record = read_json(path)
-    if record.get("format") != CLAIM_FORMAT:
+    if record.get("format") not in (CLAIM_FORMAT, REGISTERED_FORMAT):
         raise CountermarkError(
             f"{path} is not a claim of the format {CLAIM_FORMAT!r}; use the release that wrote it"
         )

@@ -65,7 +65,7 @@ class AdjudicateConfig(SuspectOptions):
     """Public log that you trust, for a claim whose C1 was registered: rekor, or a JSON file that
     describes another. It is asked how often the owner drew coins."""
     identity: ReadPath | None = None
-    """Public key (P-256, PEM) that you know as the owner's, for a claim whose C1 was registered."""
+    """Public key (RSA, PEM) that you know as the owner's, for a claim whose C1 was registered."""
     alpha: float = 1e-9
     """Level of the judgement."""
 
@@ -197,6 +197,7 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
         "asked": asked_how(config, answers),
         "roots": [root_name(root) for root in roots],
         "log": None if log is None else {"address": log.address, "sha256": log.digest},
+        "draws": None if draws is None else asdict(draws),
     }
     names = describe(claim.model).class_names
     trials = first_trials(claim, given, PICTURES)
@@ -238,6 +239,7 @@ def _of_account(config: AdjudicateConfig) -> Adjudication:
         "asked": asked_how(config, judged.answers),
         "roots": [],
         "log": None,
+        "draws": None,
     }
     about = {**judged.about, **_about(result, asked)}
     names = describe(Path(config.claim) / "model").class_names

@@ -148,7 +148,7 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     then come from public randomness a minute later, so that a judge can count how often you drew
     some. Needs --identity, and --tsa for the model."""
     identity: ReadPath | None = None
-    """Private key (P-256, PEM, no password) by which you are known; it signs what is registered."""
+    """Private key (RSA, PEM, no password) by which you are known; it signs what is registered."""
     embedding: Embedding | None = None
     """How watermarks get in: interleaved (default: the unmarked model trains on, marks mixed in) or
     epoch (Algorithm 1, from scratch)."""
