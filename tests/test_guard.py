@@ -3,6 +3,7 @@
 Answers stay the same every time, and the level holds for clients who adapt.
 """
 
+import itertools
 import math
 import os
 import random
@@ -45,6 +46,7 @@ from countermark.guard import (
     read_guard_record,
     share_told,
     trace_accounts,
+    tracing,
     write_guard,
 )
 from countermark.guard.core import (
@@ -876,6 +878,118 @@ def test_many_weak_accounts_convict_together() -> None:
     found = trace_accounts(rows, answers, SECRET)
     assert found.named == ()
     assert found.together == "match"
+
+
+def voted(rows: list[Row], follows: float = 0.95, seed: int = 0) -> torch.Tensor:
+    """Answers of a copy that learned the majority of all accounts' answers to each image."""
+    generator = random.Random(seed)
+    coins: dict[bytes, list[int]] = {}
+    for row in rows:
+        coins.setdefault(row.image, []).append(row.answer)
+    said = {}
+    for image, answers in coins.items():
+        outcome = max((1, 2), key=answers.count)
+        said[image] = outcome if generator.random() < follows else 3 - outcome
+    return torch.tensor([said[row.image] for row in rows])
+
+
+@pytest.mark.parametrize("accounts", [3, 5])
+def test_a_vote_of_several_accounts_is_seen_through(
+    accounts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thieves ask the same with several accounts and learn the majority.
+
+    Bets on each account by itself are far from the proof that bets on the vote are, and name
+    nobody; those on the vote point at the account that was asked last, whose coins decided most.
+    """
+    rows = interleaved(accounts, 64)
+    found = trace_accounts(rows, voted(rows), SECRET)
+    assert found.together_log10_p_value < -9
+    assert found.accounts[0].client == f"client {accounts - 1}"
+    if accounts == 3:
+        assert found.named[:1] == ("client 2",)
+    strangers = trace_accounts(rows, answers_of(rows, None), SECRET)
+    assert (strangers.named, strangers.together) == ((), "no evidence")
+    monkeypatch.setattr(tracing, "_leaning", lambda *_: 0.5)
+    without = trace_accounts(rows, voted(rows), SECRET)
+    assert without.named == ()
+    assert without.together_log10_p_value > -6
+    # Who does not vote pays little for that: half of the stakes of all accounts together.
+    alone = answers_of(rows, "client 1")
+    monkeypatch.undo()
+    plain = trace_accounts(rows, alone, SECRET)
+    monkeypatch.setattr(tracing, "_WEIGHTS", (1.0, *[1e-9] * (len(tracing._WEIGHTS) - 1)))
+    most = trace_accounts(rows, alone, SECRET)
+    assert plain.named == most.named == ("client 1",)
+    lost = plain.together_log10_p_value - most.together_log10_p_value
+    assert 0 <= lost <= math.log10(2) + 1e-6
+
+
+def test_other_images_of_the_same_cells_are_a_vote_too() -> None:
+    """A pixel that differs from account to account hides nothing."""
+    rows = [
+        replace(row, image=row.image[:3] + row.client[-1].encode()) for row in interleaved(3, 64)
+    ]
+    same = {row.cell: row.image[:3] + b"0" for row in rows}
+    answers = voted([replace(row, image=same[row.cell]) for row in rows])
+    assert trace_accounts(rows, answers, SECRET).together_log10_p_value < -9
+
+
+@pytest.mark.parametrize(
+    ("size", "coins", "leaning"),
+    [
+        (3, (0, 0), 3 / 4),
+        (3, (1, 0), 2 / 3),
+        (3, (0, 1), 1.0),
+        (3, (1, 1), 1.0),
+        (3, (2, 0), 1 / 2),
+        (3, (0, 2), 1 / 2),  # impossible: the vote had the other outcome
+        (3, (2, 1), 1 / 2),  # over
+        (5, (0, 0), 11 / 16),
+        (5, (0, 2), 1.0),
+    ],
+)
+def test_what_a_vote_says_of_its_next_coin(
+    size: int, coins: tuple[int, int], leaning: float
+) -> None:
+    """By counting every vote of that size."""
+    assert tracing._leaning(size, *coins) == pytest.approx(leaning)
+    votes = [
+        vote
+        for vote in itertools.product((True, False), repeat=size)
+        if sum(vote) * 2 > size and sum(vote[: sum(coins)]) == coins[0]
+    ]
+    if votes and sum(coins) < size:
+        assert np.mean([vote[sum(coins)] for vote in votes]) == pytest.approx(leaning)
+
+
+def test_votes_that_are_cast_when_it_pays_convict_nobody_too_often() -> None:
+    """Three accounts ask the same where the coins before did not agree with the suspect.
+
+    The second asks only then, and the third only where the second did agree: the majority agrees
+    with the suspect, a stranger who says tails everywhere, in five of eight cells.
+    """
+    levels, runs, cells = (0.05, 0.01, 0.001), TRACES // 5, 60
+    named, together, counted = (dict.fromkeys(levels, 0) for _ in range(3))
+    for run in range(runs):
+        secret = run.to_bytes(32, "big")
+        rows, won = [], 0
+        for cell in range(cells):
+            asked = [row_of(f"client {k}", cell, secret=secret) for k in range(3)]
+            agrees = [row.answer == row.tails for row in asked]
+            number = 1 if agrees[0] else 3 if agrees[1] else 2
+            rows += asked[:number]
+            won += sum(agrees[:number]) * 2 > number
+        p_counted = sum(math.comb(cells, k) for k in range(won, cells + 1)) / 2**cells
+        found = trace_accounts(rows, torch.full((len(rows),), 2), secret)
+        for alpha in levels:
+            named[alpha] += found.accounts[0].log10_p_value <= math.log10(alpha)
+            together[alpha] += found.together_log10_p_value <= math.log10(alpha)
+            counted[alpha] += p_counted <= alpha
+    for alpha in levels:
+        assert named[alpha] <= most(runs, alpha)
+        assert together[alpha] <= most(runs, alpha)
+    assert counted[0.05] > 5 * runs * 0.05
 
 
 def test_a_log_of_another_key_is_refused() -> None:

@@ -8,14 +8,23 @@ anytime p-value of an e-process.
 
 The number of accounts may depend on coins as well (whoever has no luck with one account may open
 another), so p is not multiplied by their number. Instead, the level is divided in an order that is
-fixed before any coin of an account is drawn: half of it, 1/(1 x 2), goes to all accounts together,
-1/(2 x 3) to the account whose first trial came first, 1/(3 x 4) to the second, and so on; the sum
-never exceeds the whole level (a union bound).
+fixed before any coin of an account is drawn. The account whose first trial came first gets
+1/(2 x 3) of it, the second 1/(3 x 4), and so on, which is a half. A quarter goes to all accounts
+together. The last quarter goes to the accounts again, as to members of a vote (below): 1/(1 x 2),
+1/(2 x 3) of it and so on. The sum never exceeds the whole level (a union bound).
+
+Thieves may ask the same with several accounts and train on the majority of the answers. Each coin
+then decides only where the others are divided, so bets on each account by itself win little.
+Others bet as somebody who knows of the vote: how much they stake on a coin depends on the coins
+that earlier accounts had on the same image, or in the same cell. Those are known before the coin
+falls, so the bets stay fair.
 """
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +40,12 @@ from countermark.text import brief
 # The gamblers' guesses at the share of the accounts that a copy came from.
 _SHARES = np.array([[0.002], [0.02], [0.1], [0.5], [0.9]])
 
+_VOTES = ((3, "image"), (5, "image"), (3, "cell"))
+"""What gamblers believe of thieves who vote: with how many accounts, on the same images or only
+with images of the same cells."""
+# Half of the stakes of all accounts together is on copies without a vote.
+_WEIGHTS = (0.5, *[0.5 / len(_VOTES)] * len(_VOTES))
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -41,7 +56,8 @@ class Traced:
         verdict: `match` (p <= alpha), `no evidence`, or `inconclusive` (too few usable trials to
             ever reach alpha).
         log10_p_value: decimal logarithm of the anytime p-value, corrected: multiplied by
-            (n + 1)(n + 2) for the n-th account of the log.
+            (n + 1)(n + 2) for the n-th account of the log; or, where that is smaller, of the bets
+            on a vote, multiplied by 4 n (n + 1).
         log10_p_alone: the same without the correction, for an account that was suspected before
             anything was asked.
         agreements: trials that the suspect answers as the coin chose.
@@ -74,7 +90,7 @@ class Trace:
         together: verdict on all accounts as one, `match` if the suspect depends on the coins of
             some of them.
         together_log10_p_value: decimal logarithm of the anytime p-value of `together`, corrected:
-            multiplied by two.
+            multiplied by four.
         alpha: probability that a stranger gets anybody named, or counts as a copy at all.
     """
 
@@ -117,7 +133,7 @@ def trace_accounts(
         )
     keys: dict[tuple[str, str, bytes, bytes], bytes] = {}
     books: dict[str, Book] = {}
-    pool, best = _Pool(erased), _Pool(erased)
+    pool, best, votes = _Pool(erased, _WEIGHTS), _Pool(erased, (1.0,)), _Votes()
     for row, answer in zip(rows, answers.tolist(), strict=True):
         book = books.setdefault(row.client, Book())
         if row.log is None:
@@ -133,14 +149,14 @@ def trace_accounts(
                 "its own)"
             )
         book.enter(row, answer, tails)
-        pool.update(row.client, book.process)
+        pool.update(row.client, book.process, *votes.enter(row, answer, tails).processes)
         best.update(row.client, book.best)
-    found = [
-        book.traced(client, _spent(erased + number) + math.log10(ways), alpha)
-        for number, (client, book) in enumerate(books.items(), 1)
-    ]
+    found = []
+    for place, (client, book) in enumerate(books.items(), erased):
+        voted = votes.log10_p_value(client) + _spent(place) + math.log10(2 * ways)
+        found.append(book.traced(client, _spent(place + 1) + math.log10(ways), alpha, voted))
     accounts = sorted(found, key=lambda account: account.log10_p_value)
-    factor = _spent(0) + math.log10(ways)
+    factor = math.log10(4 * ways)
     together = min(0.0, pool.log10_p_value + factor)
     verdict = decide(together, best.log10_p_value + factor, math.log10(alpha))
     named = tuple(account.client for account in accounts if account.verdict == "match")
@@ -199,10 +215,10 @@ class Book:
         self.process.update(outcome, chance)
         self.best.update(1, chance)
 
-    def traced(self, client: str, spent: float, alpha: float) -> Traced:
-        """Judge the trials, with p times ten to the power of `spent`."""
+    def traced(self, client: str, spent: float, alpha: float, voted: float = 0.0) -> Traced:
+        """Judge the trials, with p times ten to the power of `spent`, or with that of a vote."""
         alone = self.process.log10_p_value
-        p = min(0.0, alone + spent)
+        p = min(0.0, alone + spent, voted)
         verdict = decide(p, self.best.log10_p_value + spent, math.log10(alpha))
         wealth = self.process.log_e / math.log(10)
         counts = self.counts
@@ -211,24 +227,99 @@ class Book:
         )
 
 
+@cache
+def _leaning(size: int, agreeing: int, other: int) -> float:
+    """How probable it is that the next coin falls on the side of a vote's outcome.
+
+    The vote is of `size` fair coins, of which `agreeing` fell on the side of the outcome and
+    `other` on the other one. One half where the vote is over, or cannot have had that outcome.
+    """
+
+    def won(agreeing: int, other: int) -> float:
+        """The probability of the outcome, given these coins."""
+        left = size - agreeing - other
+        ways = (math.comb(left, k) for k in range(left + 1) if 2 * (agreeing + k) > size)
+        return sum(ways) / float(2**left)
+
+    if agreeing + other >= size or (whole := won(agreeing, other)) == 0:
+        return 0.5
+    return won(agreeing + 1, other) / 2 / whole
+
+
+class _Bets:
+    """Bets on one account as on one of several that voted, one process of each belief."""
+
+    def __init__(self) -> None:
+        self.processes = tuple(EProcess() for _ in _VOTES)
+        self._highest = 0.0
+
+    def settle(self) -> None:
+        """Note how high the mean of them has risen."""
+        logs = [process.log_e for process in self.processes]
+        top = max(logs)
+        if top > self._highest:
+            mean = sum(math.exp(log - top) for log in logs) / len(logs)
+            self._highest = max(self._highest, top + math.log(mean))
+
+    @property
+    def log10_p_value(self) -> float:
+        return 0.0 - self._highest / math.log(10)
+
+
+class _Votes:
+    """Bets on each account as on one of several that voted."""
+
+    def __init__(self) -> None:
+        self._bets: dict[str, _Bets] = defaultdict(_Bets)
+        self._met: dict[tuple[str, str, bytes], Counter[int]] = defaultdict(Counter)
+
+    def log10_p_value(self, client: str) -> float:
+        """Decimal logarithm of the anytime p-value of the bets on an account."""
+        return self._bets[client].log10_p_value
+
+    def enter(self, row: Row, answer: int, tails: bool) -> _Bets:
+        """Enter the next trial, as a book does; the bets on its account."""
+        bets = self._bets[row.client]
+        met = {
+            by: self._met[row.model, by, place]
+            for by, place in (("image", row.image), ("cell", row.cell))
+        }
+        if answer in (row.heads, row.tails):
+            chance = (row.chance if answer == row.tails else WHOLE - row.chance) / WHOLE
+            outcome = 1 if (answer == row.tails) == tails else -1
+            for bet, (size, by) in zip(bets.processes, _VOTES, strict=True):
+                agreeing = met[by][answer]
+                leaning = _leaning(size, agreeing, met[by].total() - agreeing)
+                # The same odds for a coin that is not fair, and the stake that they are worth.
+                believed = leaning * chance / (leaning * chance + (1 - leaning) * (1 - chance))
+                bet.update(outcome, chance, max(0.0, (believed - chance) / (1 - chance)))
+            bets.settle()
+        for coins in met.values():
+            coins[row.answer] += 1
+        return bets
+
+
 class _Pool:
     """Bets on all accounts as one.
 
     Each gambler of the e-process believes the same of every account that the copy came from. Nobody
     knows which accounts those are, so a gambler puts a share of their stake into the bets on an
     account and keeps the rest. The product over the accounts is a wealth, since their coins are
-    independent, and so is the mean over gamblers and shares.
+    independent, and so is the mean over gamblers and shares, and over what else they believe.
     """
 
-    def __init__(self, lost: int) -> None:
+    def __init__(self, lost: int, weights: Sequence[float]) -> None:
+        """Begin with `lost` accounts on which all was lost, and a share of the stakes a belief."""
         self._factors: dict[str, np.ndarray] = {}
-        self._logs = lost * np.log1p(-_SHARES)
+        self._logs = (
+            lost * np.log1p(-_SHARES) + np.log(np.array(weights) * len(weights))[:, None, None]
+        )
         self._highest = 0.0
 
-    def update(self, account: str, process: EProcess) -> None:
-        wealth = np.logaddexp(
-            np.log1p(-_SHARES), np.log(_SHARES) + np.array(process.gamblers)[None, :]
-        )
+    def update(self, account: str, *processes: EProcess) -> None:
+        """Enter how an account's bets stand, one process a belief."""
+        bets = np.array([process.gamblers for process in processes])[:, None, :]
+        wealth = np.logaddexp(np.log1p(-_SHARES), np.log(_SHARES) + bets)
         self._logs = self._logs + wealth - self._factors.get(account, 0.0)
         self._factors[account] = wealth
         top = float(self._logs.max())
