@@ -1,12 +1,12 @@
 """Trace copies among twenty accounts.
 
-The suspects are copies of thieves with one account, two and ten, and a stranger. One account asked
-half of the thief's queries.
+The suspects are copies of thieves with one account, two and ten, of thieves who ask the same with
+three or five accounts and vote, and a stranger. One account asked half of the thief's queries.
 
     python benchmarks/guard_accounts.py --data fashion_mnist --seed 0 --queries 2000
 
 It also measures what it costs a thief to guess which queries are trials and to answer those at
-random. The models come from `guard_power.py` (runs/guard).
+random. The models are those of `guard_power.py` (runs/guard), and are made if they are not there.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from countermark.guard.core import client_key, coin
 from countermark.memory import keep_freed_memory
 from countermark.networks import load_model
 from countermark.watermarks import load_secret
-from guard_power import COST, Account, _standard, calibrated
+from guard_power import COST, Account, _standard, calibrated, protected
 
 CLIENTS = 20
 KEYS = 200  # of the simulated services that a stranger is traced at
@@ -97,6 +97,7 @@ def main() -> None:
         load_pools(options.data, options.seed),
         known(options.data).shape,
     )
+    protected(options.runs, data, seed)
     network, secret = load_model(folder)[0], load_secret(folder / "key")
     found = calibrated(folder, network, data, pools, COST[data])
     model = GuardedModel(network, Guard(found.settings, secret))
@@ -141,6 +142,19 @@ def main() -> None:
     spread, log = service(tenths)
     traced("ten accounts, a tenth of the queries each", taught(tenths[:10], spread[:10]), log)
     stranger = load_model(options.runs / f"{data}-{seed}-stranger")[0]
+    for size in (3, 5):
+        same = [asked[0]] * size + asked[size:]
+        told, log = service(same)
+        votes = torch.stack(told[:size]).mode(0).values
+        voting = taught(same[:1], [votes])
+        traced(f"{size} accounts that ask the same and vote", voting, log)
+        record[f"test accuracy of a vote of {size}"] = accuracy(voting, pools.test)
+        traced(f"stranger, where {size} accounts ask the same", stranger, log)
+        if size == 3:
+            agreed = told[0] == told[1]
+            dropping = taught([asked[0][agreed]], [told[0][agreed]])
+            traced("2 accounts that ask the same and drop what differs", dropping, log)
+            record["test accuracy without what differs"] = accuracy(dropping, pools.test)
     traced("stranger", stranger)
     for share in (0.05, 0.1, 0.2, 0.4):
         evading = Randomising(copy, pools.validation.x, share, seed)

@@ -285,6 +285,16 @@ def judged(
     }
 
 
+def protected(runs: Path, data: str, seed: int) -> None:
+    """Make the owner's model and a stranger, unless they are there."""
+    for place, options in (
+        (runs / f"{data}-{seed}", {}),
+        (runs / f"{data}-{seed}-stranger", {"scheme": "none", "seed": seed + 500}),
+    ):
+        if not place.exists():
+            protect(data, out=place, **{"seed": seed, **options})  # type: ignore[arg-type]
+
+
 def play(
     runs: Path, data: str, seed: int, thief: str, count: int, cost: float, bits: int, foreign: bool
 ) -> None:
@@ -295,12 +305,7 @@ def play(
     if out.exists():
         return
     folder = runs / f"{data}-{seed}"
-    for place, options in (
-        (folder, {}),
-        (runs / f"{data}-{seed}-stranger", {"scheme": "none", "seed": seed + 500}),
-    ):
-        if not place.exists():
-            protect(data, out=place, **{"seed": seed, **options})  # type: ignore[arg-type]
+    protected(runs, data, seed)
     network, _ = load_model(folder)
     pools = load_pools(data, seed)
     secret = load_secret(folder / "key")
