@@ -255,9 +255,9 @@ class _Bets:
 
     def settle(self) -> None:
         """Note how high the mean of them has risen."""
-        logs = [process.log_e for process in self.processes]
-        top = max(logs)
-        if top > self._highest:
+        if max(max(process.gamblers) for process in self.processes) > self._highest:
+            logs = [process.log_e for process in self.processes]
+            top = max(logs)
             mean = sum(math.exp(log - top) for log in logs) / len(logs)
             self._highest = max(self._highest, top + math.log(mean))
 
