@@ -902,21 +902,24 @@ def test_a_vote_of_several_accounts_is_seen_through(
     Bets on each account by itself are far from the proof that bets on the vote are, and name
     nobody; those on the vote point at the account that was asked last, whose coins decided most.
     """
-    rows = interleaved(accounts, 64)
+    rows = interleaved(accounts, 100)
     found = trace_accounts(rows, voted(rows), SECRET)
-    assert found.together_log10_p_value < -9
+    assert found.together_log10_p_value < -15
     assert found.accounts[0].client == f"client {accounts - 1}"
     if accounts == 3:
         assert found.named[:1] == ("client 2",)
     strangers = trace_accounts(rows, answers_of(rows, None), SECRET)
     assert (strangers.named, strangers.together) == ((), "no evidence")
-    monkeypatch.setattr(tracing, "_leaning", lambda *_: 0.5)
+    monkeypatch.setattr(tracing, "_leaning", lambda *given: given[-1])
     without = trace_accounts(rows, voted(rows), SECRET)
     assert without.named == ()
-    assert without.together_log10_p_value > -6
+    assert without.together_log10_p_value > -11
+    one_by_one = sorted(rows, key=lambda row: row.client)
+    monkeypatch.undo()
+    found = trace_accounts(one_by_one, voted(one_by_one), SECRET)
+    assert found.together_log10_p_value < -15
     # Who does not vote pays little for that: half of the stakes of all accounts together.
     alone = answers_of(rows, "client 1")
-    monkeypatch.undo()
     plain = trace_accounts(rows, alone, SECRET)
     monkeypatch.setattr(tracing, "_WEIGHTS", (1.0, *[1e-9] * (len(tracing._WEIGHTS) - 1)))
     most = trace_accounts(rows, alone, SECRET)
@@ -925,10 +928,24 @@ def test_a_vote_of_several_accounts_is_seen_through(
     assert 0 <= lost <= math.log10(2) + 1e-6
 
 
+def test_a_vote_is_seen_through_in_a_crowd_that_asks_much_the_same() -> None:
+    """Nine other accounts ask two fifths of the images; their coins are not part of the vote."""
+    numbers = random.Random(2)
+    thieves = interleaved(3, 120)
+    told = dict(zip((row.image for row in thieves), voted(thieves).tolist(), strict=True))
+    rows = []
+    for cell in range(120):
+        crowd = [k for k in range(3, 12) if numbers.random() < 0.4]
+        rows += [row_of(f"client {k}", cell) for k in (*crowd, 0, 1, 2)]
+    found = trace_accounts(rows, torch.tensor([told[row.image] for row in rows]), SECRET)
+    assert found.together_log10_p_value < -15
+    assert found.named == ("client 2",)
+
+
 def test_other_images_of_the_same_cells_are_a_vote_too() -> None:
     """A pixel that differs from account to account hides nothing."""
     rows = [
-        replace(row, image=row.image[:3] + row.client[-1].encode()) for row in interleaved(3, 64)
+        replace(row, image=row.image[:3] + row.client[-1].encode()) for row in interleaved(3, 100)
     ]
     same = {row.cell: row.image[:3] + b"0" for row in rows}
     answers = voted([replace(row, image=same[row.cell]) for row in rows])
@@ -952,15 +969,19 @@ def test_other_images_of_the_same_cells_are_a_vote_too() -> None:
 def test_what_a_vote_says_of_its_next_coin(
     size: int, coins: tuple[int, int], leaning: float
 ) -> None:
-    """By counting every vote of that size."""
-    assert tracing._leaning(size, *coins) == pytest.approx(leaning)
+    """By counting every vote of that size, of fair coins and of others."""
+    assert tracing._leaning(size, *coins, 0.5) == pytest.approx(leaning)
     votes = [
         vote
         for vote in itertools.product((True, False), repeat=size)
         if sum(vote) * 2 > size and sum(vote[: sum(coins)]) == coins[0]
     ]
-    if votes and sum(coins) < size:
-        assert np.mean([vote[sum(coins)] for vote in votes]) == pytest.approx(leaning)
+    for chance in (0.5, 0.2, 0.9):
+        weights = [math.prod(chance if coin else 1 - chance for coin in vote) for vote in votes]
+        wanted = chance
+        if votes and sum(coins) < size:
+            wanted = np.average([vote[sum(coins)] for vote in votes], weights=weights)
+        assert tracing._leaning(size, *coins, chance) == pytest.approx(wanted)
 
 
 def test_votes_that_are_cast_when_it_pays_convict_nobody_too_often() -> None:

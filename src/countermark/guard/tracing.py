@@ -22,7 +22,7 @@ falls, so the bets stay fair.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -43,6 +43,11 @@ _SHARES = np.array([[0.002], [0.02], [0.1], [0.5], [0.9]])
 _VOTES = ((3, "image"), (5, "image"), (3, "cell"))
 """What gamblers believe of thieves who vote: with how many accounts, on the same images or only
 with images of the same cells."""
+_TOGETHER = 0.6
+"""Accounts count as of one thief while they share this part of the trials that each of them had,
+the earlier one until it asked the same."""
+_SHARED = 3  # trials, from which on that is asked
+_FEW = 50  # accounts with one image, or in one cell; whatever more of them share is no vote
 # Half of the stakes of all accounts together is on copies without a vote.
 _WEIGHTS = (0.5, *[0.5 / len(_VOTES)] * len(_VOTES))
 
@@ -149,8 +154,8 @@ def trace_accounts(
                 "its own)"
             )
         book.enter(row, answer, tails)
-        pool.update(row.client, book.process, *votes.enter(row, answer, tails).processes)
-        best.update(row.client, book.best)
+        pool.update([(row.client, book.process), *votes.enter(row, answer, tails)])
+        best.update([(row.client, book.best)])
     found = []
     for place, (client, book) in enumerate(books.items(), erased):
         voted = votes.log10_p_value(client) + _spent(place) + math.log10(2 * ways)
@@ -228,26 +233,33 @@ class Book:
 
 
 @cache
-def _leaning(size: int, agreeing: int, other: int) -> float:
+def _leaning(size: int, agreeing: int, other: int, chance: float) -> float:
     """How probable it is that the next coin falls on the side of a vote's outcome.
 
-    The vote is of `size` fair coins, of which `agreeing` fell on the side of the outcome and
-    `other` on the other one. One half where the vote is over, or cannot have had that outcome.
+    The vote is of `size` coins, which fall on that side with probability `chance`; `agreeing` of
+    them did, and `other` did not. It is `chance` where the vote is over, or cannot have had that
+    outcome.
     """
 
     def won(agreeing: int, other: int) -> float:
         """The probability of the outcome, given these coins."""
         left = size - agreeing - other
-        ways = (math.comb(left, k) for k in range(left + 1) if 2 * (agreeing + k) > size)
-        return sum(ways) / float(2**left)
+        return sum(
+            (
+                math.comb(left, more) * chance**more * (1 - chance) ** (left - more)
+                for more in range(left + 1)
+                if 2 * (agreeing + more) > size
+            ),
+            start=0.0,
+        )
 
     if agreeing + other >= size or (whole := won(agreeing, other)) == 0:
-        return 0.5
-    return won(agreeing + 1, other) / 2 / whole
+        return chance
+    return chance * won(agreeing + 1, other) / whole
 
 
 class _Bets:
-    """Bets on one account as on one of several that voted, one process of each belief."""
+    """Bets on one account, or one thief with several, one process of each belief in a vote."""
 
     def __init__(self) -> None:
         self.processes = tuple(EProcess() for _ in _VOTES)
@@ -267,36 +279,72 @@ class _Bets:
 
 
 class _Votes:
-    """Bets on each account as on one of several that voted."""
+    """Bets on each account as on one of several that voted, and on all of those as on one thief.
+
+    Who votes with whom is told by what they ask: see `_TOGETHER`.
+    """
 
     def __init__(self) -> None:
         self._bets: dict[str, _Bets] = defaultdict(_Bets)
-        self._met: dict[tuple[str, str, bytes], Counter[int]] = defaultdict(Counter)
+        self._thieves: dict[tuple[int, str], EProcess] = defaultdict(EProcess)
+        # The coin of each account in a place, and the number of its trials before.
+        self._met: dict[tuple[str, str, bytes], dict[str, tuple[int, int]]] = defaultdict(dict)
+        self._shared: Counter[tuple[str, str, str]] = Counter()
+        self._trials: Counter[str] = Counter()
+        self._places: dict[str, int] = {}  # in the order of first trials
 
     def log10_p_value(self, client: str) -> float:
         """Decimal logarithm of the anytime p-value of the bets on an account."""
         return self._bets[client].log10_p_value
 
-    def enter(self, row: Row, answer: int, tails: bool) -> _Bets:
-        """Enter the next trial, as a book does; the bets on its account."""
-        bets = self._bets[row.client]
-        met = {
-            by: self._met[row.model, by, place]
-            for by, place in (("image", row.image), ("cell", row.cell))
-        }
-        if answer in (row.heads, row.tails):
-            chance = (row.chance if answer == row.tails else WHOLE - row.chance) / WHOLE
-            outcome = 1 if (answer == row.tails) == tails else -1
-            for bet, (size, by) in zip(bets.processes, _VOTES, strict=True):
-                agreeing = met[by][answer]
-                leaning = _leaning(size, agreeing, met[by].total() - agreeing)
-                # The same odds for a coin that is not fair, and the stake that they are worth.
-                believed = leaning * chance / (leaning * chance + (1 - leaning) * (1 - chance))
-                bet.update(outcome, chance, max(0.0, (believed - chance) / (1 - chance)))
-            bets.settle()
-        for coins in met.values():
-            coins[row.answer] += 1
-        return bets
+    def enter(self, row: Row, answer: int, tails: bool) -> list[tuple[str, EProcess]]:
+        """Enter the next trial, as a book does.
+
+        Returns:
+            For each belief the bets that the trial belongs to, on a thief who is called after the
+            first of their accounts.
+        """
+        self._places.setdefault(row.client, len(self._places))
+        places = {"image": row.image, "cell": row.cell}
+        met = {by: self._met[row.model, by, place] for by, place in places.items()}
+        others = {by: self._others(row.client, by, found) for by, found in met.items()}
+        chance = (row.chance if answer == row.tails else WHOLE - row.chance) / WHOLE
+        outcome = 1 if (answer == row.tails) == tails else -1
+        if answer not in (row.heads, row.tails):
+            outcome = 0
+        entered = []
+        for number, (size, by) in enumerate(_VOTES):
+            coins = [met[by][other][0] for other in others[by]]
+            agreeing = coins.count(answer)
+            leaning = _leaning(size, agreeing, len(coins) - agreeing, chance)
+            # The share of the usual stake that this belief is worth.
+            stake = max(0.0, (leaning - chance) / (1 - chance))
+            thief = min((row.client, *others[by]), key=self._places.__getitem__)
+            for bet in (self._bets[row.client].processes[number], self._thieves[number, thief]):
+                bet.update(outcome, chance, stake)
+            entered.append((thief, self._thieves[number, thief]))
+        self._bets[row.client].settle()
+        for by, found in met.items():
+            if len(found) < _FEW:
+                for other in found:
+                    self._shared[self._pair(by, row.client, other)] += 1
+                found[row.client] = row.answer, self._trials[row.client]
+        self._trials[row.client] += 1
+        return entered
+
+    def _others(self, client: str, by: str, found: Mapping[str, tuple[int, int]]) -> list[str]:
+        """The accounts of one place that ask the same as this one does."""
+        return [
+            other
+            for other, (_, before) in found.items()
+            if other != client
+            and (shared := self._shared[self._pair(by, client, other)]) >= _SHARED
+            and shared >= _TOGETHER * max(self._trials[client], before)
+        ]
+
+    @staticmethod
+    def _pair(by: str, first: str, second: str) -> tuple[str, str, str]:
+        return (by, first, second) if first < second else (by, second, first)
 
 
 class _Pool:
@@ -310,18 +358,19 @@ class _Pool:
 
     def __init__(self, lost: int, weights: Sequence[float]) -> None:
         """Begin with `lost` accounts on which all was lost, and a share of the stakes a belief."""
-        self._factors: dict[str, np.ndarray] = {}
-        self._logs = (
-            lost * np.log1p(-_SHARES) + np.log(np.array(weights) * len(weights))[:, None, None]
-        )
+        self._factors: dict[tuple[int, str], np.ndarray] = {}
+        shares = np.log(np.array(weights) * len(weights))[:, None, None]
+        self._logs = np.tile(lost * np.log1p(-_SHARES), (1, 1, 20)) + shares
         self._highest = 0.0
 
-    def update(self, account: str, *processes: EProcess) -> None:
-        """Enter how an account's bets stand, one process a belief."""
-        bets = np.array([process.gamblers for process in processes])[:, None, :]
-        wealth = np.logaddexp(np.log1p(-_SHARES), np.log(_SHARES) + bets)
-        self._logs = self._logs + wealth - self._factors.get(account, 0.0)
-        self._factors[account] = wealth
+    def update(self, bets: Sequence[tuple[str, EProcess]]) -> None:
+        """Enter how bets stand, on one account for each belief."""
+        for belief, (account, process) in enumerate(bets):
+            wealth = np.logaddexp(
+                np.log1p(-_SHARES), np.log(_SHARES) + np.array([process.gamblers])
+            )
+            self._logs[belief] += wealth - self._factors.get((belief, account), 0.0)
+            self._factors[belief, account] = wealth
         top = float(self._logs.max())
         self._highest = max(self._highest, top + math.log(float(np.exp(self._logs - top).mean())))
 
