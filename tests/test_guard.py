@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import countermark as cm
 from answered import first_rows
 from chances import most
 from countermark.attacks import pgd
@@ -33,6 +34,7 @@ from countermark.guard import (
     GuardedModel,
     GuardSettings,
     HonestRanges,
+    QueryLog,
     Row,
     calibrate,
     calibrate_model,
@@ -67,6 +69,7 @@ from countermark.thieves import Means
 from countermark.thieves.steal import algorithm_2
 from countermark.training import TrainConfig, train
 from countermark.verbs.guard import Calibrated, show
+from countermark.watermarks import WatermarkSet, load_secret, new_secrets, write_key
 
 SECRET = bytes(range(32))
 MODEL = "ab" * 32
@@ -940,6 +943,81 @@ def test_a_vote_is_seen_through_in_a_crowd_that_asks_much_the_same() -> None:
     found = trace_accounts(rows, torch.tensor([told[row.image] for row in rows]), SECRET)
     assert found.together_log10_p_value < -15
     assert found.named == ("client 2",)
+
+
+def test_the_verb_sees_through_a_vote_too(tmp_path: Path) -> None:
+    """It keeps no image in memory, but tells which accounts asked the same.
+
+    Five other accounts ask other images of the same cells.
+    """
+    x = torch.randint(0, 256, (80, 1, 2, 2), dtype=torch.uint8)
+    marks = WatermarkSet(
+        x, torch.tensor([[1, 2]]).repeat(80, 1), torch.zeros(80).long(), torch.arange(80)
+    )
+    new_secrets(tmp_path / "key")
+    write_key(tmp_path / "key", "coin", marks, {"data": "mine"})
+    secret = load_secret(tmp_path / "key")
+    with QueryLog(str(tmp_path / "log.db")) as log:
+        rows = [
+            replace(
+                row_of(f"client {k}", cell, secret=secret, log=log.identity),
+                image=bytes([cell, *[9 if k < 3 else k] * 3]),
+            )
+            for cell in range(120)
+            for k in range(8)
+        ]
+        assert all(log.append(rows))
+    thieves = [row for row in rows if row.client < "client 3"]
+    told = dict(zip((row.image for row in thieves), voted(thieves).tolist(), strict=True))
+
+    def copy(images: torch.Tensor) -> torch.Tensor:
+        asked = (images * 255).round().to(torch.uint8).flatten(1)
+        return torch.tensor([told.get(bytes(row.tolist()), 1) for row in asked])
+
+    found = cm.trace(copy, key=tmp_path / "key", log=str(tmp_path / "log.db")).trace
+    assert found.together_log10_p_value < -15
+
+
+def test_erased_accounts_end_the_bets_on_votes() -> None:
+    """Which accounts are erased may depend on the coins, and with them what others' coins mean.
+
+    Blocks of accounts ask the same, and of each block the three remain that agree most with a
+    stranger who always says tails.
+    """
+    for run in range(5):
+        secret, kept = run.to_bytes(32, "big"), list[Row]()
+        for block in range(12):
+            asked = [
+                [row_of(f"{block} {k}", 20 * block + cell, secret=secret) for cell in range(14)]
+                for k in range(30)
+            ]
+            asked.sort(key=lambda rows: -sum(row.answer == row.tails for row in rows))
+            kept += [row for trials in zip(*asked[:3], strict=True) for row in trials]
+        found = trace_accounts(kept, torch.full((len(kept),), 2), secret, erased=12 * 27)
+        assert (found.named, found.together) == ((), "no evidence")
+        assert found.together_log10_p_value == 0
+        blind = trace_accounts(kept, torch.full((len(kept),), 2), secret)
+        assert blind.together_log10_p_value < -6
+
+
+def test_the_level_of_a_vote_is_a_quarter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The n-th account's p is that of the bets on a vote, times 4 n (n + 1)."""
+    rows = interleaved(3, 100)
+    made: list[Any] = []
+    true = tracing._Votes
+
+    def noted() -> Any:
+        made.append(true())
+        return made[-1]
+
+    monkeypatch.setattr(tracing, "_Votes", noted)
+    found = trace_accounts(rows, voted(rows), SECRET)
+    (last,) = [account for account in found.accounts if account.client == "client 2"]
+    alone = made[0].log10_p_value("client 2")
+    assert last.log10_p_value == pytest.approx(alone + math.log10(4 * 3 * 4))
+    # All that the level is spent on: accounts by themselves, all together, and accounts that vote.
+    parts = [1 / ((n + 1) * (n + 2)) + 1 / (4 * n * (n + 1)) for n in range(1, 100_000)]
+    assert 0.9999 < sum(parts) + 1 / 4 < 1
 
 
 def test_other_images_of_the_same_cells_are_a_vote_too() -> None:

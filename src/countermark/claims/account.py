@@ -74,8 +74,7 @@ class AccountClaim:
         last_signature: the client's, of the last request.
         coins: what the account's coins come from, 32 bytes.
         cells: what the cells come from, 64 bytes.
-        place: the account's place in the order of a trace, from 1, by the owner's word; 0 stands
-            for all accounts together.
+        place: the account's place in the order of a trace, from 1, by the owner's word.
         accusation: the suspect, and the last request, signed by the owner.
         accusation_signature: hexadecimal.
         model: folder of the owner's model and its guard.

@@ -17,14 +17,15 @@ Thieves may ask the same with several accounts and train on the majority of the 
 then decides only where the others are divided, so bets on each account by itself win little.
 Others bet as somebody who knows of the vote: how much they stake on a coin depends on the coins
 that earlier accounts had on the same image, or in the same cell. Those are known before the coin
-falls, so the bets stay fair.
+falls, so the bets stay fair. They would not where accounts were erased, perhaps because of their
+coins: nobody bets on votes in such a log.
 """
 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -47,7 +48,7 @@ _TOGETHER = 0.6
 """Accounts count as of one thief while they share this part of the trials that each of them had,
 the earlier one until it asked the same."""
 _SHARED = 3  # trials, from which on that is asked
-_FEW = 50  # accounts with one image, or in one cell; whatever more of them share is no vote
+_FEW = 20  # accounts with one image, or in one cell; whatever more of them share is no vote
 # Half of the stakes of all accounts together is on copies without a vote.
 _WEIGHTS = (0.5, *[0.5 / len(_VOTES)] * len(_VOTES))
 
@@ -70,7 +71,7 @@ class Traced:
         neither: trials that it answers with a third class, or not at all.
         expected: average number of agreements of a model that never saw the coins.
         log10_e_value: decimal logarithm of the current evidence: the factor by which bets on the
-            coins have grown.
+            coins of this account by itself have grown.
     """
 
     client: str
@@ -124,8 +125,8 @@ def trace_accounts(
         secret: the owner's secret, from which every coin is drawn again.
         alpha: probability that a stranger gets anybody named, or counts as a copy at all.
         erased: accounts that were erased from the log, at most (`QueryLog.erased`). They may have
-            been erased because of what they said, so each keeps its place in the order, and counts
-            in all accounts together as one whose bets were all lost.
+            been erased because of what they said, so each keeps its place in the order, counts in
+            all accounts together as one whose bets were all lost, and ends all bets on votes.
         ways: the ways in which the suspect could have been asked; p-values are multiplied by it.
 
     Raises:
@@ -138,7 +139,8 @@ def trace_accounts(
         )
     keys: dict[tuple[str, str, bytes, bytes], bytes] = {}
     books: dict[str, Book] = {}
-    pool, best, votes = _Pool(erased, _WEIGHTS), _Pool(erased, (1.0,)), _Votes()
+    votes = None if erased else _Votes()
+    pool, best = _Pool(erased, _WEIGHTS if votes else _WEIGHTS[:1]), _Pool(erased, _WEIGHTS[:1])
     for row, answer in zip(rows, answers.tolist(), strict=True):
         book = books.setdefault(row.client, Book())
         if row.log is None:
@@ -154,12 +156,16 @@ def trace_accounts(
                 "its own)"
             )
         book.enter(row, answer, tails)
-        pool.update([(row.client, book.process), *votes.enter(row, answer, tails)])
+        voted = [] if votes is None else votes.enter(row, answer, tails)
+        pool.update([(row.client, book.process), *voted])
         best.update([(row.client, book.best)])
     found = []
     for place, (client, book) in enumerate(books.items(), erased):
-        voted = votes.log10_p_value(client) + _spent(place) + math.log10(2 * ways)
-        found.append(book.traced(client, _spent(place + 1) + math.log10(ways), alpha, voted))
+        alone = _spent(place + 1) + math.log10(ways)
+        vote = 0.0
+        if votes is not None:
+            vote = votes.log10_p_value(client) + _spent(place) + math.log10(4 * ways)
+        found.append(book.traced(client, alone, alpha, vote))
     accounts = sorted(found, key=lambda account: account.log10_p_value)
     factor = math.log10(4 * ways)
     together = min(0.0, pool.log10_p_value + factor)
@@ -232,7 +238,7 @@ class Book:
         )
 
 
-@cache
+@lru_cache(maxsize=1 << 16)
 def _leaning(size: int, agreeing: int, other: int, chance: float) -> float:
     """How probable it is that the next coin falls on the side of a vote's outcome.
 
@@ -259,7 +265,7 @@ def _leaning(size: int, agreeing: int, other: int, chance: float) -> float:
 
 
 class _Bets:
-    """Bets on one account, or one thief with several, one process of each belief in a vote."""
+    """Bets on one account as on one that voted, one process of each belief."""
 
     def __init__(self) -> None:
         self.processes = tuple(EProcess() for _ in _VOTES)

@@ -182,7 +182,7 @@ def _requests(
 
 
 def _place(log: "QueryLog", client: str) -> int:
-    """The account's place in the order of a trace, where 0 stands for all accounts together."""
+    """The account's place in the order of a trace, from 1."""
     names: dict[str, None] = {}
     for row in log.rows():
         if row is not None:
