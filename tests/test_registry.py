@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from authority import Authority, stamped
 from chances import most
 from claiming import MODEL, Claimant, claimant, some_trials
-from countermark.beacons import QUICKNET
+from countermark.beacons import QUICKNET, library
 from countermark.claims import judge_claim
 from countermark.errors import CountermarkError
 from countermark.evidence import judge
@@ -89,6 +90,12 @@ def test_a_real_round_of_a_real_chain_is_known() -> None:
     for time in range(noon - 5, noon + 5):
         number = QUICKNET.round_after(time)
         assert QUICKNET.time_of(number - 1) < time <= QUICKNET.time_of(number)
+
+
+def test_the_library_of_the_curve_lifts_no_limit() -> None:
+    """Nested JSON would end the process where the limit of recursion is a hundred thousand."""
+    library()
+    assert sys.getrecursionlimit() < 5000
 
 
 def test_the_public_instance_is_known_by_its_key() -> None:

@@ -7,7 +7,10 @@ public key of the chain.
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT
@@ -51,25 +54,18 @@ class Chain:
         Raises:
             CountermarkError: the library that computes on the curve is missing.
         """
-        try:
-            from py_ecc.bls.g2_primitives import pubkey_to_G1, signature_to_G2, subgroup_check
-            from py_ecc.bls.hash_to_curve import hash_to_G1
-            from py_ecc.optimized_bls12_381 import FQ12, G2, final_exponentiate, neg, pairing
-        except ImportError as error:
-            raise CountermarkError(
-                "registrations need: pip install 'countermark[judge]'"
-            ) from error
+        curve = library()
         message = hashlib.sha256(number.to_bytes(8, "big")).digest()
         try:
             # The library calls points of G1 public keys; here they are the signatures.
-            point = pubkey_to_G1(signature)
-            key = signature_to_G2(bytes.fromhex(self.public_key))
-            if not (subgroup_check(point) and subgroup_check(key)):
+            point = curve.pubkey_to_G1(signature)
+            key = curve.signature_to_G2(bytes.fromhex(self.public_key))
+            if not (curve.subgroup_check(point) and curve.subgroup_check(key)):
                 return False
-            hashed = hash_to_G1(message, _DOMAIN, hashlib.sha256)
-            given = pairing(G2, point, final_exponentiate=False)
-            wanted = pairing(key, neg(hashed), final_exponentiate=False)
-            return bool(final_exponentiate(given * wanted) == FQ12.one())
+            hashed = curve.hash_to_G1(message, _DOMAIN, hashlib.sha256)
+            given = curve.pairing(curve.G2, point, final_exponentiate=False)
+            wanted = curve.pairing(key, curve.neg(hashed), final_exponentiate=False)
+            return bool(curve.final_exponentiate(given * wanted) == curve.FQ12.one())
         except (ValueError, AssertionError):  # the library's words for bytes that are no point
             return False
 
@@ -107,3 +103,31 @@ QUICKNET = Chain(
     period=3,
 )
 """The chain "quicknet" of the League of Entropy."""
+
+
+def library() -> Any:
+    """The functions on the curve BLS12-381, of an optional dependency.
+
+    Importing it lifts Python's limit of recursion, under which hostile JSON that is nested deeply
+    could end the process; the limit is put back.
+    """
+    limit = sys.getrecursionlimit()
+    try:
+        from py_ecc.bls.g2_primitives import pubkey_to_G1, signature_to_G2, subgroup_check
+        from py_ecc.bls.hash_to_curve import hash_to_G1
+        from py_ecc.optimized_bls12_381 import FQ12, G2, final_exponentiate, neg, pairing
+    except ImportError as error:
+        raise CountermarkError("registrations need: pip install 'countermark[judge]'") from error
+    finally:
+        sys.setrecursionlimit(limit)
+    return SimpleNamespace(
+        pubkey_to_G1=pubkey_to_G1,
+        signature_to_G2=signature_to_G2,
+        subgroup_check=subgroup_check,
+        hash_to_G1=hash_to_G1,
+        FQ12=FQ12,
+        G2=G2,
+        final_exponentiate=final_exponentiate,
+        neg=neg,
+        pairing=pairing,
+    )

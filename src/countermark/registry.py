@@ -41,7 +41,7 @@ from countermark.text import brief
 from countermark.tokens import TOKEN_LIMIT, Token, TokenError, UntrustedError
 
 REGISTRATION_FORMAT = "countermark registration 1"
-LOG_FORMAT = "countermark public log 1"
+LOG_FORMAT = "countermark log 1"
 MARGIN = 60
 """Seconds from the log's time to the round: a log whose clock is not slower than that took the
 entry before the round was out."""

@@ -24,15 +24,18 @@ UNIT_FORMAT = "countermark unit 1"
 _PACKAGE = Path(__file__).parents[1]
 _WORK = "countermark.study.work"  # where the code of units begins
 _PLUMBING = (
+    "beacons.py",
     "errors.py",
     "files.py",
     "html.py",
     "places.py",
+    "registry.py",
     "session.py",
     "suspects",
     "terminal.py",
     "text.py",
     "timestamps.py",
+    "tokens.py",
     "version.py",
 )
 """Modules that the work imports but no number depends on.
