@@ -23,12 +23,13 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from countermark.beacons import library
+from countermark.beacons import limit_kept
 from countermark.registry import LOG_FORMAT, PublicLog, public_log
 
-curve = library()  # before the others, since it puts a limit back that the import lifts
-from py_ecc.bls.g2_primitives import G1_to_pubkey, G2_to_signature  # noqa: E402
-from py_ecc.optimized_bls12_381 import G2, multiply  # noqa: E402
+with limit_kept():
+    from py_ecc.bls.g2_primitives import G1_to_pubkey, G2_to_signature
+    from py_ecc.bls.hash_to_curve import hash_to_G1
+    from py_ecc.optimized_bls12_381 import G2, multiply
 
 _DOMAIN = b"BLS_SIG_BLS12381G1_XMD:SHA-256_SSWU_RO_NUL_"
 GENESIS, PERIOD = 1_700_000_000, 3
@@ -92,7 +93,7 @@ class LocalLog:
     def round(self, number: int) -> bytes:
         message = hashlib.sha256(number.to_bytes(8, "big")).digest()
         return bytes(
-            G1_to_pubkey(multiply(curve.hash_to_G1(message, _DOMAIN, hashlib.sha256), self.secret))
+            G1_to_pubkey(multiply(hash_to_G1(message, _DOMAIN, hashlib.sha256), self.secret))
         )
 
     def enter(self, proposed: dict[str, Any], at: int | None = None) -> dict[str, Any] | None:

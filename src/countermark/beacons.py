@@ -5,12 +5,12 @@ Many parties sign the number of each round together. The signature of a round ex
 public key of the chain.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT
@@ -54,18 +54,26 @@ class Chain:
         Raises:
             CountermarkError: the library that computes on the curve is missing.
         """
-        curve = library()
+        try:
+            with limit_kept():
+                from py_ecc.bls.g2_primitives import pubkey_to_G1, signature_to_G2, subgroup_check
+                from py_ecc.bls.hash_to_curve import hash_to_G1
+                from py_ecc.optimized_bls12_381 import FQ12, G2, final_exponentiate, neg, pairing
+        except ImportError as error:
+            raise CountermarkError(
+                "registrations need: pip install 'countermark[judge]'"
+            ) from error
         message = hashlib.sha256(number.to_bytes(8, "big")).digest()
         try:
             # The library calls points of G1 public keys; here they are the signatures.
-            point = curve.pubkey_to_G1(signature)
-            key = curve.signature_to_G2(bytes.fromhex(self.public_key))
-            if not (curve.subgroup_check(point) and curve.subgroup_check(key)):
+            point = pubkey_to_G1(signature)
+            key = signature_to_G2(bytes.fromhex(self.public_key))
+            if not (subgroup_check(point) and subgroup_check(key)):
                 return False
-            hashed = curve.hash_to_G1(message, _DOMAIN, hashlib.sha256)
-            given = curve.pairing(curve.G2, point, final_exponentiate=False)
-            wanted = curve.pairing(key, curve.neg(hashed), final_exponentiate=False)
-            return bool(curve.final_exponentiate(given * wanted) == curve.FQ12.one())
+            hashed = hash_to_G1(message, _DOMAIN, hashlib.sha256)
+            given = pairing(G2, point, final_exponentiate=False)
+            wanted = pairing(key, neg(hashed), final_exponentiate=False)
+            return bool(final_exponentiate(given * wanted) == FQ12.one())
         except (ValueError, AssertionError):  # the library's words for bytes that are no point
             return False
 
@@ -105,29 +113,14 @@ QUICKNET = Chain(
 """The chain "quicknet" of the League of Entropy."""
 
 
-def library() -> Any:
-    """The functions on the curve BLS12-381, of an optional dependency.
+@contextlib.contextmanager
+def limit_kept() -> Iterator[None]:
+    """Put Python's limit of recursion back, which importing `py_ecc` lifts.
 
-    Importing it lifts Python's limit of recursion, under which hostile JSON that is nested deeply
-    could end the process; the limit is put back.
+    Hostile JSON that is nested deeply could end a process that has no such limit.
     """
     limit = sys.getrecursionlimit()
     try:
-        from py_ecc.bls.g2_primitives import pubkey_to_G1, signature_to_G2, subgroup_check
-        from py_ecc.bls.hash_to_curve import hash_to_G1
-        from py_ecc.optimized_bls12_381 import FQ12, G2, final_exponentiate, neg, pairing
-    except ImportError as error:
-        raise CountermarkError("registrations need: pip install 'countermark[judge]'") from error
+        yield
     finally:
         sys.setrecursionlimit(limit)
-    return SimpleNamespace(
-        pubkey_to_G1=pubkey_to_G1,
-        signature_to_G2=signature_to_G2,
-        subgroup_check=subgroup_check,
-        hash_to_G1=hash_to_G1,
-        FQ12=FQ12,
-        G2=G2,
-        final_exponentiate=final_exponentiate,
-        neg=neg,
-        pairing=pairing,
-    )
