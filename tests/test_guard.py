@@ -1062,7 +1062,9 @@ def test_what_a_vote_says_of_its_next_coin(
         assert tracing._leaning(size, *coins, chance) == pytest.approx(wanted)
 
 
-def test_votes_that_are_cast_when_it_pays_convict_nobody_too_often() -> None:
+def test_votes_that_are_cast_when_it_pays_convict_nobody_too_often(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """Three accounts ask the same where the coins before did not agree with the suspect.
 
     The second asks only then, and the third only where the second did agree: the majority agrees
@@ -1085,6 +1087,9 @@ def test_votes_that_are_cast_when_it_pays_convict_nobody_too_often() -> None:
             named[alpha] += found.accounts[0].log10_p_value <= math.log10(alpha)
             together[alpha] += found.together_log10_p_value <= math.log10(alpha)
             counted[alpha] += p_counted <= alpha
+    with capsys.disabled():
+        if TRACES > 1000:
+            print(f"{runs} logs of votes: counted {counted}, named {named}, together {together}")
     for alpha in levels:
         assert named[alpha] <= most(runs, alpha)
         assert together[alpha] <= most(runs, alpha)
