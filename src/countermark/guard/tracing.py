@@ -366,7 +366,8 @@ class _Pool:
         """Begin with `lost` accounts on which all was lost, and a share of the stakes a belief."""
         self._factors: dict[tuple[int, str], np.ndarray] = {}
         shares = np.log(np.array(weights) * len(weights))[:, None, None]
-        self._logs = np.tile(lost * np.log1p(-_SHARES), (1, 1, 20)) + shares
+        gamblers = np.zeros(len(EProcess().gamblers))
+        self._logs = shares + lost * np.log1p(-_SHARES) + gamblers
         self._highest = 0.0
 
     def update(self, bets: Sequence[tuple[str, EProcess]]) -> None:
