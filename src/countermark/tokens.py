@@ -20,18 +20,19 @@ class TokenError(CountermarkError):
 
 
 class UntrustedError(TokenError):
-    """A token that no authority under the given roots signed while its certificate was valid."""
+    """A token that nobody who is trusted vouches for: no authority, and no public log."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """What an authority said.
+    """What an authority said, or a public log.
 
     Attributes:
-        response: the authority's whole response, DER.
-        time: when the authority signed, by its own clock (UTC).
+        response: the authority's whole response, DER; or the whole registration, JSON.
+        time: when the authority signed or the log took the entry, by its own clock (UTC).
         beacon: the bytes that nobody else could foresee and nobody can change afterwards: the
-            signature, or only the r of an ECDSA signature (whose s has two valid values).
+            signature, or only the r of an ECDSA signature (whose s has two valid values); of a
+            registration the signature of the round.
     """
 
     response: bytes

@@ -393,8 +393,8 @@ def _registration(claim: Claim, finding: Finding) -> Iterator[Check]:
         yield Check(name, FAILS, str(error), "It is not what the coins were drawn from.")
         return
     if draws is None:
-        missing = "no public log was named" if finding.log is None else "whose key that is was not"
-        found = f"registered by the key {entry.identity[:16]}; {missing}"
+        missing = "public log" if finding.log is None else "identity of the owner"
+        found = f"registered by the key {entry.identity[:16]}; no {missing} was named"
         meaning = "How often the owner drew coins cannot be told without the log and their key."
         yield Check(name, OPEN, found, meaning)
         return
