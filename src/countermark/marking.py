@@ -34,7 +34,7 @@ from countermark.networks import (
 )
 from countermark.networks.source import normaliser, numbers
 from countermark.places import check_address, own_path
-from countermark.registry import registering
+from countermark.registry import drawing
 from countermark.terminal import p_value
 from countermark.text import brief
 from countermark.thieves.remove import prune
@@ -469,9 +469,8 @@ class Marking:
     ) -> Key:
         """Make the key: craft, commit and draw, in this order and only once."""
         register, identity = self._registers
-        drawing = self._stamp  # what the coins are drawn from
-        if register is not None and identity is not None:
-            drawing = registering(register, own_path(identity, "identity"))
+        private = None if identity is None else own_path(identity, "identity")
+        drawn_from = drawing(self._stamp, register, private)
         secret = new_secrets(self._keys)
         attack = full_strength(self.threat.watermark_epsilon)
         trials = SCHEMES["coin"].make(
@@ -492,7 +491,7 @@ class Marking:
             "crafting": asdict(attack),
         }
         names = () if self.data is None else self.data.class_names
-        return write_key(self._keys, "coin", trials, provenance, drawing, clean, names)
+        return write_key(self._keys, "coin", trials, provenance, drawn_from, clean, names)
 
     def _check_key(self, bases: Examples) -> None:
         """Refuse to continue with a key that does not belong to this loop.

@@ -14,11 +14,11 @@ digests that fit somebody's key, and spoil the count.
 import base64
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
@@ -290,9 +290,24 @@ class Registrar:
         return chain.fetch(number)
 
 
-def is_registration(token: bytes) -> bool:
-    """Whether some bytes are meant as a registration, and not as a timestamp."""
-    return token.startswith(b"{")
+def drawing(
+    stamp: Callable[[bytes], bytes] | None,
+    register: str | Path | None,
+    identity: str | Path | None,
+) -> Callable[[bytes], bytes] | None:
+    """What coins are drawn from: a registration where one is wanted, else what is given.
+
+    Raises:
+        CountermarkError: see `registering`.
+    """
+    if register is None or identity is None:
+        return stamp
+    return registering(register, identity)
+
+
+def is_registration(token: bytes | None) -> TypeGuard[bytes]:
+    """Whether there is a token that is meant as a registration, and not as a timestamp."""
+    return token is not None and token.startswith(b"{")
 
 
 def read_registration(token: bytes, digest: str, origin: str) -> Token:
@@ -306,9 +321,7 @@ def read_registration(token: bytes, digest: str, origin: str) -> Token:
     Raises:
         TokenError: it is of something else, or cannot be read.
     """
-    entry, record = _read(token, origin)
-    if entry.registered != digest:
-        raise TokenError(f"{origin}: the registration is one of something else")
+    entry, record = _read(token, origin, digest)
     return Token(token, _date(entry.time), bytes.fromhex(record["signature"]))
 
 
@@ -325,8 +338,8 @@ def check_registration(token: bytes, digest: str, log: PublicLog | None, origin:
         TokenError: see `read_registration`, or the round is not the one that its time demands.
         UntrustedError: it is not in this log, or the round is not of its chain.
     """
-    found = read_registration(token, digest, origin)
-    entry, record = _read(token, origin)
+    entry, record = _read(token, origin, digest)
+    beacon = bytes.fromhex(record["signature"])
     if log is None:
         raise UntrustedError(f"{origin}: it is registered, and no public log was named as trusted")
     if entry.log != log.digest or record["chain"] != log.chain.digest:
@@ -337,9 +350,9 @@ def check_registration(token: bytes, digest: str, log: PublicLog | None, origin:
         raise TokenError(
             f"{origin}: the coins are not from the first round {MARGIN} seconds after the entry"
         )
-    if not log.chain.is_round(record["round"], found.beacon):
+    if not log.chain.is_round(record["round"], beacon):
         raise UntrustedError(f"{origin}: the round is not signed by the chain")
-    return found
+    return Token(token, _date(entry.time), beacon)
 
 
 def is_promised(raw: Mapping[str, Any], key: ec.EllipticCurvePublicKey) -> bool:
@@ -363,11 +376,17 @@ def entry_of(token: bytes, origin: str) -> Entry:
     return _read(token, origin)[0]
 
 
-def _read(token: bytes, origin: str) -> tuple[Entry, dict[str, Any]]:
+def _read(token: bytes, origin: str, digest: str | None = None) -> tuple[Entry, dict[str, Any]]:
     """A registration's entry, and all that it says.
 
+    Args:
+        token: JSON.
+        origin: what messages call it.
+        digest: SHA-256 of what it must be of, hexadecimal; anything if not given.
+
     Raises:
-        TokenError: it has another form, or the entry is not signed by the key that it names.
+        TokenError: it has another form, is of something else, or the entry is not signed by the key
+            that it names.
     """
     try:
         if len(token) > TOKEN_LIMIT:
@@ -380,9 +399,12 @@ def _read(token: bytes, origin: str) -> tuple[Entry, dict[str, Any]]:
         _hexadecimal(record["chain"], 32)
         _hexadecimal(record["signature"], 48)
         _whole(record["round"], 1 << 40)
-        return _entry(record["entry"]), record
+        entry = _entry(record["entry"])
     except (CountermarkError, ValueError, TypeError, AttributeError) as error:
         raise TokenError(f"{origin} is not a registration that can be read ({error})") from error
+    if digest is not None and entry.registered != digest:
+        raise TokenError(f"{origin}: the registration is one of something else")
+    return entry, record
 
 
 def draws_of(log: PublicLog, identity: str | Path) -> Draws:

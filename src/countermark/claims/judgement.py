@@ -175,7 +175,7 @@ def judge_claim(claim: Claim, finding: Finding) -> Judgement:
         *asked,
     ]
     checks += [
-        _evidence(claim, finding, test, any(check.result == OPEN for check in asked)),
+        _evidence(claim, finding, test, draws, any(check.result == OPEN for check in asked)),
         *_rival(claim, finding),
     ]
     return Judgement(verdict_of(checks), tuple(checks), test, int(claim.c1["batches"]), draws)
@@ -224,7 +224,7 @@ def commitment_faults(
         try:
             if getattr(claim, name) is None:
                 faults.append(f"the mark is private: it has no {name.upper()}")
-            elif roots is not None and not (name == "t1" and is_registration(claim.t1 or b"")):
+            elif roots is not None and not (name == "t1" and is_registration(claim.t1)):
                 _time(claim, name, roots)
         except TokenError as error:
             faults.append(str(error))
@@ -369,7 +369,7 @@ def _draws(claim: Claim, finding: Finding) -> int:
 
     It is 1 where that cannot be told, which is another check's finding.
     """
-    if finding.draws is None or claim.t1 is None or not is_registration(claim.t1):
+    if finding.draws is None or not is_registration(claim.t1):
         return 1
     try:
         entry = entry_of(claim.t1, _STAMPED["t1"][0])
@@ -381,7 +381,7 @@ def _draws(claim: Claim, finding: Finding) -> int:
 def _registration(claim: Claim, finding: Finding) -> Iterator[Check]:
     """Check that the coins are those of the first draw of this C1, and count the others."""
     name, draws = "The draws", finding.draws
-    if claim.t1 is None or not is_registration(claim.t1):
+    if not is_registration(claim.t1):
         if finding.log is not None:
             found = "C1 is not registered; no public log counts its draws"
             meaning = "A judge who is content with a timestamp names no public log."
@@ -626,14 +626,14 @@ def _spent(claim: Claim, finding: Finding, made: datetime | None) -> Iterator[Ch
         yield Check("A spent batch", HOLDS if fixed else OPEN, found, meaning)
 
 
-def _evidence(claim: Claim, finding: Finding, test: Verdict, elsewhere: bool) -> Check:
+def _evidence(claim: Claim, finding: Finding, test: Verdict, draws: int, elsewhere: bool) -> Check:
     name = "The test"
     found = (
         f"{test.agreements} as the coins fell, {test.disagreements} the other way, "
         f"{test.neither} neither; "
     )
     choices = f"{claim.c1['batches']} batches"
-    if (draws := _draws(claim, finding)) > 1:
+    if draws > 1:
         choices += f" of {draws} commitments"
     found += f"p = {p_value(test.log10_p_value)}, {choices} to choose from included"
     if test.verdict == "match":

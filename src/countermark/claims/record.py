@@ -278,7 +278,7 @@ def write_claim(folder: Path, claim: Claim) -> None:
 
 
 def _format_of(t1: bytes | None) -> str:
-    return REGISTERED_FORMAT if t1 is not None and is_registration(t1) else CLAIM_FORMAT
+    return REGISTERED_FORMAT if is_registration(t1) else CLAIM_FORMAT
 
 
 def read_claim(folder: Path) -> Claim:

@@ -486,6 +486,7 @@ def protect(config: ProtectConfig) -> Protection:
     from countermark.data.pools import packed
     from countermark.marking import commit, standing
     from countermark.networks import describing, place_of, save_model
+    from countermark.registry import drawing
     from countermark.timestamps import timestamping
     from countermark.training import train
     from countermark.watermarks import new_secrets, secret_seed
@@ -494,11 +495,7 @@ def protect(config: ProtectConfig) -> Protection:
     wanted, config = config.epochs, _as_begun(config)
     setup = _set_up(config)
     stamp = timestamping(config.tsa, config.roots)
-    drawing = stamp  # what the coins are drawn from
-    if config.register is not None and config.identity is not None:
-        from countermark.registry import registering
-
-        drawing = registering(config.register, config.identity)
+    drawn_from = drawing(stamp, config.register, config.identity)
     description = describing(
         setup.data,
         place_of(setup.network),
@@ -536,7 +533,7 @@ def protect(config: ProtectConfig) -> Protection:
         else:
             make_private_folder(private / "source")
             save_model(private / "source", source, before, mode=0o600)
-            key = _make_key(setup, source, private, secret, drawing)
+            key = _make_key(setup, source, private, secret, drawn_from)
             afresh = setup.embedding.embedding == "epoch"
             network = setup.source(seed) if afresh else copy.deepcopy(source)
             marked = _taught(setup, source, key, secret)
