@@ -8,7 +8,7 @@ import pytest
 
 from countermark.cli import main
 from countermark.errors import CountermarkError
-from countermark.files import new_folder
+from countermark.files import new_folder, read_json
 from countermark.places import check_address
 from countermark.suspects import Endpoint
 
@@ -137,3 +137,16 @@ def test_unfinished_work_says_what_is_other(
     ):
         pass
     assert (tmp_path / "new.partial" / "checkpoint-source").exists()
+
+
+@pytest.mark.parametrize("earlier", [{"seed": 1}, {"seed": 1, "register": None}])
+@pytest.mark.parametrize("later", [{"seed": 1}, {"seed": 1, "identity": None, "register": None}])
+def test_unfinished_work_goes_on_where_versions_know_other_options(
+    tmp_path: Path, earlier: dict[str, object], later: dict[str, object]
+) -> None:
+    with contextlib.suppress(KeyboardInterrupt), new_folder(tmp_path / "new", earlier) as folder:
+        (folder / "checkpoint-source").write_text("work")
+        raise KeyboardInterrupt
+    with new_folder(tmp_path / "new", later) as folder:
+        assert (folder / "checkpoint-source").exists()
+    assert read_json(tmp_path / "new" / "config.json") == later

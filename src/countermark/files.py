@@ -373,13 +373,14 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
         for torn in partial.rglob(f"{_TEMPORARY_PREFIX}*"):
             torn.unlink(missing_ok=True)
         config = partial / "config.json"
-        if not config.exists():
-            write_bytes(config, record)
-        elif (begun := read_bytes(config, JSON_LIMIT)) != record:
+        begun = read_bytes(config, JSON_LIMIT) if config.exists() else b""
+        if begun and (others := _others(begun, record)):
             raise CountermarkError(
-                f"{partial} holds unfinished work with {_others(begun, record)}; "
+                f"{partial} holds unfinished work with {others}; "
                 "run it again with those (see its config.json) or delete it"
             )
+        if begun != record:  # none, or without an option that there was not yet
+            write_bytes(config, record)
         yield partial
         try:
             partial.replace(path)
@@ -400,7 +401,11 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _others(begun: bytes, wanted: bytes) -> str:
-    """Say how two configurations differ: in options, or in contents known by their digest."""
+    """Say how two configurations differ: in options, or in contents known by their digest.
+
+    An option that one of them lacks is one that was not given (null), so the next version of
+    Countermark goes on with what this one began.
+    """
     try:
         before, now = (parse_json(each, "config.json") for each in (begun, wanted))
     except CountermarkError:
