@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,11 +21,13 @@ from countermark.marking import Standing
 from countermark.training import TrainConfig
 
 
-def shorten(patch: pytest.MonkeyPatch, name: str, epochs: int) -> None:
-    """Let `recipe` or `marking` of `countermark.training` take so few epochs."""
-    made: Callable[..., TrainConfig] = getattr(training, name)
+def shorten(
+    patch: pytest.MonkeyPatch, name: str, epochs: int, module: ModuleType = training
+) -> None:
+    """Let `recipe` or `marking` take so few epochs, where `module` looks for them."""
+    made: Callable[..., TrainConfig] = getattr(module, name)
     patch.setattr(
-        training, name, lambda *given, **options: replace(made(*given, **options), epochs=epochs)
+        module, name, lambda *given, **options: replace(made(*given, **options), epochs=epochs)
     )
 
 

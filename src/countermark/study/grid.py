@@ -16,6 +16,7 @@ from countermark.errors import CountermarkError, choose
 from countermark.study.graph import Unit
 from countermark.thieves import REMOVALS, THEFTS
 from countermark.thieves.steal import surrogate_for
+from countermark.threat import shown
 from countermark.watermarks import CRAFTING_STEPS, SCHEMES, full_strength
 
 MARKS = ("ood", "adversarial", "coin")
@@ -32,13 +33,53 @@ TRAINED_ON = "ADVTR, trained on"
 
 It is trained for the same number of further epochs without a mark.
 """
-BUDGETS = ((0.15, 15), (0.25, 25), (0.3, 40), (0.4, 40), (0.5, 40))
-"""Attacks of Table 5, as (budget, steps), with a step size of 0.01."""
-
 _STRANGERS = 1000  # seeds of strangers begin here, far from those of owners
 _CHAIN = ("prune", "finetune")
 _CHAIN_AMOUNTS = {"prune": 0.8}
 _OWN = THEFTS["white"].title
+
+
+@dataclass(frozen=True)
+class Studied:
+    """How a data set is studied.
+
+    Attributes:
+        title: its name in tables and figures.
+        sweep: watermark budgets besides the default one, for the statement beta > epsilon + alpha;
+            a profile of fewer takes the first, which the statement says does conflict.
+        budgets: attacks of Table 5, as (budget, steps), with a step size of 0.01.
+        pictured: the budget of the second watermark of Figure 6.
+        network: the owner's, instead of the profile's.
+        paper: whether the paper has this data set.
+    """
+
+    title: str
+    sweep: tuple[float, ...]
+    budgets: tuple[tuple[float, int], ...] = (
+        (0.15, 15),
+        (0.25, 25),
+        (0.3, 40),
+        (0.4, 40),
+        (0.5, 40),
+    )
+    pictured: float = 0.5
+    network: str | None = None
+    paper: bool = False
+
+
+STUDIED: Mapping[str, Studied] = {
+    "mnist": Studied("MNIST", (0.25, 0.15, 0.3, 0.35, 0.5), paper=True),
+    "fashion_mnist": Studied("FMNIST", (0.15, 0.1, 0.2, 0.25, 0.4), pictured=0.4, paper=True),
+    "digits": Studied("digits", (0.1, 0.15, 0.4), pictured=0.35),
+    "cifar10": Studied(
+        "CIFAR-10",
+        (8 / 255, 12 / 255, 24 / 255, 32 / 255),
+        budgets=tuple((k / 255, 5 * k // 4) for k in (4, 8, 12, 16, 24)),
+        pictured=32 / 255,
+        network="narrow",
+    ),
+}
+"""The data sets of the study; a new one is a row here, and one in `data.known`."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +111,7 @@ class Profile:
         test_removals: test images for the test accuracy after the paper's removals; None for all of
             them.
         budget_examples: test images of Table 5 and of the plane.
-        sweep: watermark budgets besides the default one, by data set, for the statement
-            beta > epsilon + alpha.
+        sweep: how many watermark budgets besides the default one; None for all of `Studied`.
         epochs: epochs of training, by data set; those of the recipe where there is no entry.
         amounts: amounts of the removals beyond the paper, by name of the removal; the removal's own
             amount where there is no entry.
@@ -93,17 +133,10 @@ class Profile:
     attack_removals: int | None
     test_removals: int | None
     budget_examples: int
-    sweep: Mapping[str, tuple[float, ...]]
+    sweep: int | None
     epochs: Mapping[str, int]
     amounts: Mapping[str, float]
 
-
-_ONE = {"mnist": (0.25,), "fashion_mnist": (0.15,), "digits": (0.1,)}
-_MANY = {
-    "mnist": (0.15, 0.25, 0.3, 0.35, 0.5),
-    "fashion_mnist": (0.1, 0.15, 0.2, 0.25, 0.4),
-    "digits": (0.1, 0.15, 0.4),
-}
 
 _PAPER = Profile(
     network="paper",
@@ -122,8 +155,8 @@ _PAPER = Profile(
     attack_removals=None,
     test_removals=None,
     budget_examples=10_000,
-    sweep=_MANY,
-    epochs={"mnist": 100, "fashion_mnist": 100, "digits": 100},
+    sweep=None,
+    epochs=dict.fromkeys(STUDIED, 100),
     amounts={"finetune": 40, "adversarial": 40},
 )
 _STANDARD = replace(
@@ -149,7 +182,7 @@ _QUICK = replace(
     attack_removals=0,
     test_removals=2000,
     budget_examples=2000,
-    sweep=_ONE,
+    sweep=1,
     epochs={"mnist": 5, "fashion_mnist": 5},
     amounts={"finetune": 5, "adversarial": 5},
 )
@@ -276,6 +309,8 @@ class _Maker:
         self.study, self.pool_seed = study, pool_seed
         self.data, self.profile, self.protocol = study.data, study.profile, study.protocol
         self.spec: Known = known(study.data)
+        self.studied = STUDIED[study.data]
+        self.network = self.studied.network or study.profile.network
 
     def unit(
         self, kind: str, title: str, inputs: Mapping[str, Unit | None], **options: Any
@@ -305,7 +340,7 @@ class _Maker:
             "robust": robust,
             "seed": seed,
             "epochs": profile.epochs.get(self.data),
-            "network": network or profile.network,
+            "network": network or self.network,
             "selection": profile.selection if self.protocol == "as-published" else None,
         }
         return self.unit("model", title, inputs, **options, attacked=attacked)
@@ -330,7 +365,7 @@ class _Maker:
         budget = known("mnist").threat.epsilon if published else self.spec.threat.epsilon
         options = {
             "theft": name,
-            "network": theft.network(profile.network, self.spec.shape),
+            "network": theft.network(self.network, self.spec.shape),
             "means": means,
             "thief_objective": profile.thief_objective,
             "epsilon": budget,
@@ -358,7 +393,7 @@ class _Bank(_Maker):
             standard = maker.model("standard stranger", seed, robust=False, attacked=few)
             robust = maker.model("robust stranger", seed, robust=True, attacked=few)
             surrogate = surrogate_for(self.spec.shape)
-            other = surrogate if profile.network != surrogate else "small"
+            other = surrogate if self.network != surrogate else "small"
             self.models |= {
                 f"standard {number}": standard,
                 f"robust {number}": robust,
@@ -409,7 +444,7 @@ class _Owner(_Maker):
             "step_size": step,
             "seed": self.seed,
         }
-        title = f"{scheme} watermarks" + (f" at {epsilon:g}" if epsilon is not None else "")
+        title = f"{scheme} watermarks" + (f" at {shown(epsilon)}" if epsilon is not None else "")
         return self.unit(
             "watermarks",
             title,
@@ -571,9 +606,9 @@ class _Owner(_Maker):
         The cells show what these cost the model, and how strangers answer them.
         """
         cells = []
-        for budget in self.profile.sweep[self.data]:
+        for budget in self.studied.sweep[: self.profile.sweep]:
             watermarks = self.watermarks("adversarial", budget)
-            title, few = f"ADVTR+adversarial at {budget:g}", self.profile.attack_copies
+            title, few = f"ADVTR+adversarial at {shown(budget)}", self.profile.attack_copies
             marked = self.model(
                 title,
                 self.seed,
@@ -584,7 +619,7 @@ class _Owner(_Maker):
             )
             asked = self.unit(
                 "strangers",
-                f"strangers asked at {budget:g}",
+                f"strangers asked at {shown(budget)}",
                 {"watermarks": watermarks, **self.bank.models},
             )
             cells.append(
@@ -607,19 +642,19 @@ class _Owner(_Maker):
             "ADVTR at other budgets",
             {"model": self.robust},
             examples=profile.budget_examples,
-            budgets=[list(b) for b in BUDGETS],
+            budgets=[list(budget) for budget in self.studied.budgets],
         )
         cells = [Cell(budgets, self.place("budgets", defence="ADVTR"))]
         if self.seed == 0:
-            above = catalogued.threat.watermark_epsilon
+            above, further = catalogued.threat.watermark_epsilon, self.studied.pictured
             crafted = [
                 [
-                    f"adversarial example at {catalogued.threat.epsilon:g}",
+                    f"adversarial example at {shown(catalogued.threat.epsilon)}",
                     catalogued.threat.epsilon,
                     catalogued.threat.steps,
                 ],
-                [f"watermark at {above:g}", above, CRAFTING_STEPS],
-                [f"watermark at {above + 0.1:g}", above + 0.1, CRAFTING_STEPS],
+                [f"watermark at {shown(above)}", above, CRAFTING_STEPS],
+                [f"watermark at {shown(further)}", further, CRAFTING_STEPS],
             ]
             pictures = self.unit(
                 "pictures", "Figure 6", {"model": self.robust}, crafted=crafted, seed=self.seed

@@ -13,6 +13,8 @@ from countermark.study.tables import FIRST, Table, by_name, readable
 
 MISSING = "not finished"
 """What of a study is missing is in `about` under this name."""
+BEYOND = "not in the paper"
+"""The data sets of a study that the paper lacks are in `about` under this name."""
 _PAPER = "paper"
 _CHOOSES = (
     "Under clean these chose nothing; as-published chooses epochs on them and makes watermarks of "
@@ -46,6 +48,7 @@ def markdown(
     made = ", ".join(f"{name} {about[name]}" for name in ("code", "device") if name in about)
     lines = ["# Results", "", f"Made by `{command}`" + (f", {made}." if made else ".")]
     lines += [f"Not finished: {about[MISSING]}."] if MISSING in about else []
+    lines += [f"The paper has no {about[BEYOND]}: settings are ours."] if BEYOND in about else []
     lines += ["", "All numbers are measured on test images."]
     lines += [_CHOOSES] if "as-published" in tables else ["These chose nothing."]
     if len(tables) > 1:

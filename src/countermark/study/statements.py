@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from countermark.data import known
-from countermark.study.grid import TRAINED_ON
+from countermark.study.grid import STUDIED, TRAINED_ON
 from countermark.study.results import Estimate, Row, auc, estimate, where
-from countermark.study.tables import RULE, TITLES, paper_value, swept
+from countermark.study.tables import RULE, paper_value, swept
+from countermark.threat import shown
 
 _STEP = 0.01  # alpha in the paper's beta > epsilon + alpha: the step of its training attack
 
@@ -112,7 +113,7 @@ def _over_data(judge: Judge, rows: Sequence[Row]) -> Finding:
     known = {data: result for data, result in found.items() if result is not None}
     if not known:
         return Finding("was not measured", "")
-    told = "; ".join(f"{TITLES[data]}: {words}" for data, (_, words) in known.items())
+    told = "; ".join(f"{STUDIED[data].title}: {words}" for data, (_, words) in known.items())
     verdicts = [holds for holds, _ in known.values()]
     if False in verdicts:
         return Finding("does not hold", told)
@@ -242,7 +243,9 @@ def _budget(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
         return None
     margins = tuple(min(sides[True][seed]) - max(sides[False][seed]) for seed in both)
     told = ", ".join(
-        f"{found.mean:.1f} at {budget:g}" for budget, found in means.items() if found is not None
+        f"{found.mean:.1f} at {shown(budget)}"
+        for budget, found in means.items()
+        if found is not None
     )
     return (
         _settled(Estimate(margins, ()), lambda points: points > 0),

@@ -7,14 +7,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from countermark import threat
 from countermark.data import known
 from countermark.files import read_bytes
-from countermark.study.grid import BUDGETS, MARKS, TRAINED_ON
+from countermark.study.grid import MARKS, STUDIED, TRAINED_ON
 from countermark.study.results import Estimate, Row, auc, estimate, rate_interval, where
 from countermark.thieves import THEFTS
 from countermark.watermarks import SCHEMES
 
-TITLES = {"mnist": "MNIST", "fashion_mnist": "FMNIST", "digits": "digits"}
 METRICS = ("test", "adversarial", "watermark")
 FIRST = ("table2", "table3", "strangers")
 """The tables that answer what a reader of the paper asks first."""
@@ -230,7 +230,7 @@ def _side_by_side(
         ours = estimate(where(rows, section=section, **place), metric)
         if ours is not None:
             paper = None if column is None else paper_value(key, column, data)
-            what = (TITLES[data], place["defence"], f"{metric} accuracy")
+            what = (STUDIED[data].title, place["defence"], f"{metric} accuracy")
             lines.append(((*what, *_compared(paper, ours)), ours.units))
 
     for data in data_sets:
@@ -262,18 +262,18 @@ def _budgets(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
         wanted = [("none (test accuracy)", "test", model, "test")]
         wanted += [
             (
-                f"budget {epsilon:g}, {steps} steps of 0.01",
+                f"budget {threat.shown(epsilon)}, {steps} steps of 0.01",
                 f"({epsilon:g},{steps})",
                 [row for row in found if row["amount"] == [epsilon, steps]],
                 "adversarial",
             )
-            for epsilon, steps in BUDGETS
+            for epsilon, steps in STUDIED[data].budgets
         ]
         for attack, column, part, metric in wanted:
             ours = estimate(part, metric)
             if ours is not None:
                 paper = paper_value("table5_advtr_at_larger_budgets", column, data)
-                lines.append(((TITLES[data], attack, *_compared(paper, ours)), ours.units))
+                lines.append(((STUDIED[data].title, attack, *_compared(paper, ours)), ours.units))
     title = "Table 5. Adversarially trained model under other budgets"
     note = "Accuracy that the attack leaves, in percent."
     return _table("table5", title, note, ("data", "attack"), _COMPARED, lines)
@@ -294,7 +294,7 @@ def _marks(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                     removal="none",
                 )
                 if found:
-                    what = (TITLES[data], defence, setting, *_marked(found))
+                    what = (STUDIED[data].title, defence, setting, *_marked(found))
                     lines.append((what, [row["unit"] for row in found]))
     keys = ("data", "defence", "stolen by")
     note = (
@@ -331,7 +331,7 @@ def _removal(rows: Sequence[Row], data_sets: Sequence[str], removal: str) -> Tab
                     worst = _rounded(max((row["log10_p"] for row in coins), default=None))
                     what = round(100 * amount) if removal == "pruned" else amount
                     cost = _spread(estimate(coins, "test"))
-                    line = (TITLES[data], setting, what, *_spreads(means), worst, *cost)
+                    line = (STUDIED[data].title, setting, what, *_spreads(means), worst, *cost)
                     lines.append((line, units))
     part, amount = ("a", "pruned, %") if removal == "pruned" else ("b", "epochs")
     return _table(
@@ -361,7 +361,7 @@ def _strangers(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
             rate = f"{accused} of {len(scores)} ({low:.0f} to {high:.0f} %)"
             lines.append(
                 (
-                    (TITLES[data], scheme, *spread, rate, _rounded(smallest)),
+                    (STUDIED[data].title, scheme, *spread, rate, _rounded(smallest)),
                     [row["unit"] for row in found],
                 )
             )
@@ -396,7 +396,17 @@ def _separation(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                 told = f"{convicted} of {len(thieves)}" if SCHEMES[scheme].coins else None
                 units = [row["unit"] for row in (*thieves, *strangers)]
                 lines.append(
-                    ((TITLES[data], scheme, setting, _rounded(lowest), _rounded(area), told), units)
+                    (
+                        (
+                            STUDIED[data].title,
+                            scheme,
+                            setting,
+                            _rounded(lowest),
+                            _rounded(area),
+                            told,
+                        ),
+                        units,
+                    )
                 )
     keys = ("data", "scheme", "stolen by")
     values = ("lowest thief", "ROC AUC", "convicted at 1e-6")
@@ -415,7 +425,7 @@ def _beyond(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
             what = row["setting"] if row["removal"] == "none" else row["removal"]
             alike.setdefault((row["defence"], what), []).append(row)
         for (defence, what), found in alike.items():
-            line = (TITLES[data], defence, what, *_marked(found))
+            line = (STUDIED[data].title, defence, what, *_marked(found))
             lines.append((line, [row["unit"] for row in found]))
     keys = ("data", "defence", "theft or removal")
     note = (
@@ -467,7 +477,7 @@ def _sweep(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
             means = _spreads(estimate(marked, metric) for metric in METRICS)
             theirs, _ = _spread(estimate(strangers, "watermark"))
             units = [row["unit"] for row in (*marked, *strangers)]
-            lines.append(((TITLES[data], budget, *means, theirs), units))
+            lines.append(((STUDIED[data].title, threat.shown(budget), *means, theirs), units))
     keys = ("data", "watermark budget")
     values = (*_with_spreads(*METRICS), "strangers' watermark")
     note = (
@@ -482,7 +492,7 @@ def hyperparameters(settings: Mapping[str, Any]) -> Table:
     """Table 6: the paper's settings beside ours, which `settings` gives by data set."""
     content = published()["table6_hyperparameters"]
     lines = [
-        ((TITLES[data], column, str(content[data][i]), str(ours[column])), ())
+        ((STUDIED[data].title, column, str(content[data][i]), str(ours[column])), ())
         for data, ours in settings.items()
         if data in content
         for i, column in enumerate(content["columns"])

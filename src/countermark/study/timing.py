@@ -7,7 +7,7 @@ corrects it as units finish.
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,43 +35,42 @@ def _held_out(row: Known) -> Mapping[str, int]:
     return row.pools or sizes(row.train)
 
 
-def seconds(unit: Unit, speed: Mapping[str, float]) -> float:
+Pass = tuple[str, tuple[int, int, int]]
+"""A network, and the channels, height and width of the image that goes through it."""
+
+
+def seconds(unit: Unit, speed: Mapping[Pass, float]) -> float:
     """Estimate the seconds that a unit takes on one core.
 
     Args:
         unit: the unit.
-        speed: seconds of one pass, by network.
+        speed: seconds of one pass.
     """
-    return _OVERHEAD + _passes(unit) * speed[_network(unit)]
+    return _OVERHEAD + _passes(unit) * speed[pass_of(unit)]
 
 
-def measure_speed(
-    networks: set[str],
-    hardware: Hardware | None = None,
-    shape: tuple[int, int, int] = (1, 28, 28),
-) -> dict[str, float]:
+def measure_speed(passes: Iterable[Pass], hardware: Hardware | None = None) -> dict[Pass, float]:
     """Measure the seconds of one pass of an image, forwards and backwards, in training.
 
     Args:
-        networks: names of the networks.
+        passes: what to measure.
         hardware: device and precision; by default one thread of the processor, in float32.
-        shape: one image, `(channels, height, width)`.
 
     Returns:
-        The seconds, by network.
+        The seconds of each of them.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     given = hardware or Hardware("cpu", precision="32-true")
     try:
-        return {name: _measure(name, shape, given) for name in sorted(networks)}
+        return {each: _measure(*each, given) for each in sorted(set(passes))}
     finally:
         torch.set_num_threads(threads)
 
 
-def networks(units: list[Unit]) -> set[str]:
-    """The networks that some units need."""
-    return {_network(unit) for unit in units}
+def pass_of(unit: Unit) -> Pass:
+    """What a unit does again and again."""
+    return _network(unit), known(str(unit.options["data"])).shape
 
 
 def _measure(name: str, shape: tuple[int, int, int], hardware: Hardware) -> float:

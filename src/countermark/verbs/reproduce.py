@@ -30,7 +30,7 @@ class ReproduceConfig(DataOptions, OneDeviceOptions):
     """Folder of the study: report.html, results.json, tables as CSV, and the finished units; the
     same command goes on where it was."""
     data: tuple[str, ...] = ("mnist", "fashion_mnist")
-    """Data sets: mnist, fashion_mnist, digits."""
+    """Data sets: mnist, fashion_mnist, digits, cifar10; the paper has the first two."""
     profile: Size = "quick"
     """quick (an hour or two on a laptop), standard (the paper's network, three seeds), paper (its
     Table 6, 100 epochs; for a GPU)."""
@@ -273,20 +273,24 @@ def _about(
     config: ReproduceConfig, computing: "Computing", units: int, left: int
 ) -> dict[str, str]:
     from countermark.study.graph import code_version, environment
-    from countermark.study.grid import PROFILES
-    from countermark.study.markdown import MISSING
+    from countermark.study.grid import PROFILES, STUDIED
+    from countermark.study.markdown import BEYOND, MISSING
 
     profile = PROFILES[config.profile]
+    beyond = ", ".join(STUDIED[data].title for data in config.data if not STUDIED[data].paper)
     missing = {MISSING: f"{left} of {units} units of work"} if left else {}
     return {
         **missing,
         "profile": config.profile,
         **({"only": " ".join(config.only)} if config.only != ("*",) else {}),
         "data": ", ".join(config.data),
+        **({BEYOND: beyond} if beyond else {}),
         "protocol": ", ".join(config.protocol),
         "owners' seeds": ", ".join(map(str, range(config.seeds or profile.seeds))),
         "strangers of each kind": str(profile.strangers),
-        "owner's network": profile.network,
+        "owner's network": ", ".join(
+            dict.fromkeys(STUDIED[data].network or profile.network for data in config.data)
+        ),
         "queries of Algorithm 2": str(profile.queries),
         "images that thieves fine-tune on": str(
             profile.finetune_examples or "all of the thief's pool"
@@ -325,12 +329,12 @@ def _estimates(
 
     For a cluster this machine's processor stands in.
     """
-    from countermark.study.timing import measure_speed, networks, seconds
+    from countermark.study.timing import measure_speed, pass_of, seconds
     from countermark.training import Hardware
 
     here = config.scheduler is None or computing.device == "cpu"
     hardware = Hardware(config.device, precision=computing.precision) if here else Hardware("cpu")
-    speed = measure_speed(networks(todo), hardware)
+    speed = measure_speed(map(pass_of, todo), hardware)
     shared = 1 if computing.device == "cpu" else max(workers, 1)
     return {unit.digest: shared * seconds(unit, speed) for unit in todo}
 
