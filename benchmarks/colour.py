@@ -13,7 +13,7 @@ import argparse
 import contextlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,8 @@ def controls(study: Study) -> None:
             epochs=study.epochs,
         )
         made = fitted(made, given, study.objective, network)
-        config = marking(made, given, study.objective)
+        epochs = read_json(study.mine / "metrics.json")["marking_epochs"]  # over all its rounds
+        config = replace(marking(made, given, study.objective), epochs=epochs)
         with new_folder(folder, {"trained on": read_json(source / "model.json")}) as work:
             train(
                 network,
@@ -311,9 +312,10 @@ def page(study: Study) -> str:
         "This page is about photographs: what the mark costs, what it survives, and what a guarded",
         "service proves.",
         "The robust thief of the guarded service mirrors images, as the owner does.",
-        f"Countermark {__version__} made it on {describe(study.device)}, at the budget",
+        f"Countermark {__version__} made it on {describe(study.device, 'auto')}, at the budget",
         f"{shown(threat.epsilon)}, by",
         f"`{command}`.",
+        "There is one owner; strict accuracy is computed in float32.",
         "",
         "## The owner",
         "",
