@@ -436,6 +436,199 @@ def test_another_suspect_than_the_accused_is_undecidable(owner_: Claimant) -> No
     assert (found.verdict, result_of(found, "The test")) == ("undecidable", "cannot tell")
 
 
+ENDPOINT = {"kind": "endpoint", "url": "http://127.0.0.1/v2/models/m"}
+SHOWN = {"kind": "file", "sha256": sha256(b"what somebody hands the judge")}
+
+
+@pytest.fixture(scope="module")
+def ages(authority: Authority) -> dict[str, tuple[Claimant, bytes | None]]:
+    """An owner and a token over the shown file, by the age of the token.
+
+    The token is older than the marked model, between the model and the accusation, or missing.
+    """
+    older = stamped(authority, b"what somebody hands the judge")
+    time.sleep(1.1)
+    owner = claimant(some_trials(), authority)
+    time.sleep(1.1)
+    between = stamped(authority, b"what somebody hands the judge")
+    time.sleep(1.1)
+    return {"older": (owner, older), "between": (owner, between), "none": (owner, None)}
+
+
+@pytest.mark.parametrize("age", ["older", "between", "none"])
+@pytest.mark.parametrize("accused", [SUSPECT, ENDPOINT], ids=["file", "endpoint"])
+def test_another_model_however_old_acquits_nobody(
+    ages: dict[str, tuple[Claimant, bytes | None]],
+    age: str,
+    accused: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thief keeps the stolen model and hands the judge an innocent one.
+
+    The stranger has an honest timestamp of any age, or none.
+    """
+    owner, token = ages[age]
+    claim = owner.claim(owner.labels, suspect=accused)
+    innocent = random_labels(owner.trials, 6)
+    almost = torch.where(
+        torch.arange(len(innocent)) == 3, owner.trials.answers.sum(1) - owner.labels, owner.labels
+    )
+    for labels in (innocent, almost, *([owner.labels] if accused is SUSPECT else [])):
+        found = judge_claim(claim, owner.finding(labels, suspect=SHOWN, suspect_token=token))
+        assert (found.verdict, result_of(found, "The suspect")) == ("undecidable", "cannot tell")
+        assert "fails" not in {check.result for check in found.checks}
+        assert "fixed against." not in page(found, {})
+    monkeypatch.setattr(judgement, "is_accused", lambda *_arguments: True)
+    found = judge_claim(claim, owner.finding(innocent, suspect=SHOWN, suspect_token=token))
+    assert found.verdict == "dismissed"
+
+
+@pytest.mark.parametrize("age", ["between", "none"])
+@pytest.mark.parametrize("accused", [SUSPECT, ENDPOINT], ids=["file", "endpoint"])
+def test_another_model_however_old_convicts_nobody(
+    ages: dict[str, tuple[Claimant, bytes | None]],
+    age: str,
+    accused: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The accuser names an innocent suspect and makes up its answers.
+
+    They then hand the judge a copy of the marked model.
+    """
+    accuser, token = ages[age]
+    claim = accuser.claim(accuser.labels, suspect=accused)
+    finding = accuser.finding(accuser.labels, suspect=SHOWN, suspect_token=token)
+    found = judge_claim(claim, finding)
+    assert (found.verdict, result_of(found, "The suspect")) == ("undecidable", "cannot tell")
+    monkeypatch.setattr(judgement, "is_accused", lambda *_arguments: True)
+    assert judge_claim(claim, finding).verdict == "upheld"
+
+
+def test_the_operator_of_an_endpoint_shows_the_older_model_behind_it(
+    ages: dict[str, tuple[Claimant, bytes | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model counts only if it repeats every answer that the claim recorded.
+
+    The recorded answers must also be enough to tell models apart.
+    """
+    owner, token = ages["older"]
+
+    def judged(recorded: torch.Tensor, now: torch.Tensor) -> str:
+        claim = owner.claim(recorded, suspect=ENDPOINT)
+        return judge_claim(claim, owner.finding(now, suspect=SHOWN, suspect_token=token)).verdict
+
+    stranger = random_labels(owner.trials, 5)
+    assert judged(owner.labels, owner.labels) == "dismissed"
+    assert judged(stranger, stranger) == "dismissed"
+    unanswered = torch.where(
+        torch.arange(80) % 10 == 0, -1, owner.labels
+    )  # a request was lost when the claim was made
+    assert judged(unanswered, owner.labels) == "dismissed"
+    assert judged(owner.labels, unanswered) == "undecidable"  # a file answers everything
+    # A record of few answers is repeated by every model that gives those.
+    few = torch.where(torch.arange(80) % 40 < 4, stranger, -1)
+    assert judged(few, stranger) == "undecidable"
+    assert judged(torch.full_like(stranger, -1), stranger) == "undecidable"
+    claim = owner.claim(owner.labels, suspect=ENDPOINT)
+    finding = owner.finding(owner.labels, suspect=SHOWN, suspect_token=token)
+    rows = torch.arange(39, -1, -1)  # in whatever order the claimant shows the trials
+    turned = replace(finding, labels=finding.labels[rows], model_labels=finding.model_labels[rows])
+    assert judge_claim(chosen(claim, rows), turned).verdict == "dismissed"
+    monkeypatch.setattr(
+        judgement, "_stands_for_endpoint", lambda *_arguments: True
+    )  # any old file would do
+    assert judged(owner.labels, stranger) == "dismissed"
+
+
+def test_the_accused_file_itself_goes_free_by_its_age(
+    ages: dict[str, tuple[Claimant, bytes | None]],
+) -> None:
+    for age, verdict in (("older", "dismissed"), ("between", "upheld"), ("none", "upheld")):
+        owner, token = ages[age]
+        claim = owner.claim(owner.labels, suspect=SHOWN)
+        found = judge_claim(claim, owner.finding(owner.labels, suspect=SHOWN, suspect_token=token))
+        assert (found.verdict, result_of(found, "The suspect")) == (verdict, "holds")
+
+
+def test_another_file_says_nothing_of_a_spent_batch(
+    ages: dict[str, tuple[Claimant, bytes | None]],
+) -> None:
+    """The batch was shown before the accusation, so the accused may have learned it.
+
+    Showing an older file in place of the accused one changes nothing.
+    """
+    owner, token = ages["older"]
+    earlier = owner.claim(owner.labels, suspect={"kind": "file", "sha256": "00" * 32})
+    time.sleep(1.1)
+    claim = owner.claim(owner.labels)
+    assert (
+        judge_claim(claim, owner.finding(owner.labels, shown=(earlier,))).verdict == "undecidable"
+    )
+    found = judge_claim(
+        claim, owner.finding(owner.labels, suspect=SHOWN, suspect_token=token, shown=(earlier,))
+    )
+    assert found.verdict == "undecidable"
+
+
+def test_a_spent_batch_counts_only_against_older_suspects(
+    owner_: Claimant, authority: Authority
+) -> None:
+    older = stamped(authority, b"old")
+    time.sleep(1.1)
+    earlier = owner_.claim(owner_.labels, suspect={"kind": "file", "sha256": "00" * 32})
+    claim, finding = owner_.claim(owner_.labels), owner_.finding(owner_.labels, shown=(earlier,))
+    assert judge_claim(claim, finding).verdict == "undecidable"
+    assert (
+        judge_claim(
+            earlier, replace(finding, suspect={"kind": "file", "sha256": "00" * 32})
+        ).verdict
+        == "upheld"
+    )  # itself
+    other = owner_.claim(owner_.labels, 1)
+    assert (
+        judge_claim(other, owner_.finding(owner_.labels, 1, shown=(earlier,))).verdict == "upheld"
+    )
+    # What the accused forges out of the claim that they were given is no earlier claim.
+    forged = replace(
+        claim,
+        answers={**claim.answers, "version": "x"},
+        answers_signature="00" * 64,
+        answers_token=None,
+    )
+    assert judge_claim(claim, replace(finding, shown=(forged,))).verdict == "upheld"
+    time.sleep(1.1)
+    later = owner_.claim(owner_.labels, suspect={"kind": "file", "sha256": "11" * 32})
+    assert (
+        judge_claim(claim, replace(finding, shown=(later,))).verdict == "upheld"
+    )  # this suspect was fixed before that was shown
+    suspect = {"kind": "file", "sha256": sha256(b"old")}
+    claim = owner_.claim(owner_.labels, suspect=suspect)
+    found = judge_claim(claim, replace(finding, suspect=suspect, suspect_token=older))
+    assert result_of(found, "A spent batch") == "holds"
+
+
+def test_a_later_claim_of_the_same_batch_leaves_one_against_an_endpoint_open(
+    owner_: Claimant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody knows how old an endpoint is, so it may have learned what another claim showed.
+
+    A file is fixed by its digest; what the batch is shown for afterwards changes nothing there.
+    """
+    against = {"endpoint": owner_.claim(owner_.labels, suspect=ENDPOINT)}
+    against["file"] = owner_.claim(owner_.labels, suspect=SHOWN)
+    time.sleep(1.1)
+    later = owner_.claim(owner_.labels, suspect={"kind": "file", "sha256": "11" * 32})
+
+    def judged(kind: str, suspect: dict[str, str]) -> str:
+        finding = owner_.finding(owner_.labels, suspect=suspect, shown=(later,))
+        return judge_claim(against[kind], finding).verdict
+
+    assert judged("endpoint", ENDPOINT) == "undecidable"
+    assert judged("file", SHOWN) == "upheld"
+    monkeypatch.setattr(judgement, "_spent", lambda *_arguments: iter(()))
+    assert judged("endpoint", ENDPOINT) == "upheld"
+
+
 def test_who_was_first_does_not_undo_what_the_suspect_was_made_from(authority: Authority) -> None:
     """The owner builds on a licensor's marked model; the accused took theirs, and has both marks.
 
