@@ -382,6 +382,21 @@ def test_stores_are_merged_by_copying(tmp_path: Path, arithmetic: None) -> None:
     assert run_all(units, tmp_path / "a").result(units[-1])["value"] == 66
 
 
+def test_a_unit_that_another_machine_finished_first_is_taken(
+    tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines that share a folder but no locks may do one unit at the same time."""
+    first, one = run_all([unit(1)], tmp_path / "other"), unit(1)
+
+    def overtaken(options: work.Options, inputs: work.Inputs, folder: Path) -> work.Result:
+        result = squares(options, inputs, folder)
+        shutil.copytree(first.path(one), tmp_path / "mine" / "units" / one.digest)
+        return result
+
+    monkeypatch.setitem(work.KINDS, "squares", overtaken)  # type: ignore[misc]
+    assert run_all([one], tmp_path / "mine").result(one)["value"] == 1
+
+
 # --- engines --------------------------------------------------------------------------------------
 
 WORKER = """
@@ -1102,6 +1117,7 @@ def test_the_plan_lists_the_work_and_does_none(tmp_path: Path) -> None:
     assert not any(planned["finished"] for planned in plan["work"])
     assert plan["finished"] == 0
     assert plan["seconds_estimated"] > 0
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,9 @@ def do(unit: Unit, place: Place, estimate: float = 0.0, *needed: str | None) -> 
                     store.make(unit, work)
             except FolderBusyError:  # another worker does it, or a dying one still holds it
                 time.sleep(_POLL)
+            except CountermarkError:
+                if not store.has(unit):  # else another machine, without our locks, was first
+                    raise
     finally:
         store.tell(unit, None)
         torch.set_num_threads(threads)

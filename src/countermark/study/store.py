@@ -36,13 +36,14 @@ class Store:
     """A folder of finished units.
 
     Args:
-        folder: where; created if it does not exist.
+        folder: where.
+        create: make it if it is not there; else it is empty until then.
 
     Raises:
         CountermarkError: the folder belongs to something else, or to another release's store.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, create: bool = True) -> None:
         """Open or create the store."""
         self.folder = folder
         mark = folder / "store.json"
@@ -54,7 +55,7 @@ class Store:
                 )
         elif folder.is_dir() and any(folder.iterdir()):
             raise CountermarkError(f"{folder} holds other files and no store; choose a new folder")
-        else:
+        elif create:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -153,7 +153,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     }
     cells = chosen(whole, config.only)
     units = in_order(cell.unit for part in cells.values() for cell in part)
-    store = Store(out / "units")
+    store = Store(out / "units", create=not config.plan)
     if others := store.others(in_order(cell.unit for part in whole.values() for cell in part)):
         note(
             f"{unbroken(out)} also holds {others} units of other code, options, device or "
