@@ -190,7 +190,7 @@ def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
             "advwm.steps": CRAFTING_STEPS,
             "advwm.step_size": "0.01; coins at full strength",
             "watermarks": f"100; {row.batches * row.batch_size} coins",
-            "ood_dataset": row.ood,
+            "ood_dataset": row.ood or "bases turned by 90 degrees",
             "optimizer": f"SGD, momentum {config.momentum:g}; network {options['network']}",
         }
     for name, ours in settings.items():

@@ -491,16 +491,13 @@ def _sweep(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
 def hyperparameters(settings: Mapping[str, Any]) -> Table:
     """Table 6: the paper's settings beside ours, which `settings` gives by data set."""
     content = published()["table6_hyperparameters"]
-    lines = [
-        ((STUDIED[data].title, column, str(content[data][i]), str(ours[column])), ())
-        for data, ours in settings.items()
-        if data in content
-        for i, column in enumerate(content["columns"])
-    ]
-    training = content["training"]
-    first = next(iter(settings.values()))
-    lines += [
-        (("all", name, str(training[name]), str(first[name])), ())
-        for name in ("epochs", "learning_rate", "weight_decay", "optimizer")
-    ]
+    columns, training = content["columns"], content["training"]
+    lines: list[_Line] = []
+    for data, ours in settings.items():
+        paper = {}
+        if data in content:
+            paper = {**dict(zip(columns, content[data], strict=True)), **training}
+        for name in (*columns, *training):
+            told = (STUDIED[data].title, name, str(paper.get(name, "")), str(ours[name]))
+            lines.append((told, ()))
     return _table("table6", "Table 6. Settings", "", ("data", "setting"), ("paper", "ours"), lines)
