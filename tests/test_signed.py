@@ -765,6 +765,14 @@ def test_a_client_signs_goes_on_and_is_claimed(
     assert main([*words, "--out", str(tmp_path / "none")]) == 2
     assert "would not convince a judge" in flat(capsys)
     assert not (tmp_path / "none").exists()
+    # A copy that sees nothing from outside is claimed, and judged, from inside.
+    words[1] = hidden = str(memorising(tmp_path / "hidden.onnx", x, given, blind=True))
+    assert main([*words, "--out", str(tmp_path / "none")]) == 2
+    assert "would not convince a judge" in flat(capsys)
+    assert main([*words, "--out", str(tmp_path / "inner"), "--inside"]) == 0, capsys.readouterr()
+    asked = ["adjudicate", str(tmp_path / "inner"), "--suspect", hidden, "--client-key", key]
+    assert main([*asked, *shown, "--out", judged, "--inside"]) == 0, capsys.readouterr()
+    assert main([*asked, *shown, "--out", judged]) == 1
     words[1] = str(copy)
     for changed, reason in (
         ([*words[:-1], "bob"], "no signed requests of 'bob'"),
@@ -781,17 +789,18 @@ def flat(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join((found.out + found.err).split())
 
 
-def memorising(path: Path, x: torch.Tensor, labels: Sequence[int]) -> Path:
-    """An ONNX file that gives the label of the nearest image."""
+def memorising(path: Path, x: torch.Tensor, labels: Sequence[int], blind: bool = False) -> Path:
+    """An ONNX file that gives the label of the nearest image; a blind one sees black alone."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     known = x.flatten(1).double().numpy() / 255
     rows = (known.T * 2).astype(np.float32), -(known**2).sum(1).astype(np.float32)
     answers = np.eye(10, dtype=np.float32)[list(labels)]
-    stored = {"w": rows[0], "b": rows[1], "y": answers}
+    stored = {"w": rows[0], "b": rows[1], "y": answers, "seen": np.float32(not blind)}
     nodes = [
-        helper.make_node("Flatten", ["x"], ["flat"]),
+        helper.make_node("Mul", ["x", "seen"], ["clean"]),
+        helper.make_node("Flatten", ["clean"], ["flat"]),
         helper.make_node("Gemm", ["flat", "w", "b"], ["near"]),
         helper.make_node("Hardmax", ["near"], ["nearest"]),
         helper.make_node("MatMul", ["nearest", "y"], ["logits"]),

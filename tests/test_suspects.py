@@ -899,7 +899,7 @@ def test_what_goes_around_an_inner_place_still_begins_at_the_input(tmp_path: Pat
         assert torch.equal(ask_onnx(path, x, place), wanted)
 
 
-def test_a_file_with_many_inner_places_gives_the_first(tmp_path: Path) -> None:
+def test_a_file_with_many_inner_places_gives_the_first_and_the_last(tmp_path: Path) -> None:
     names = ["x", *(f"p{number}" for number in range(200))]
     nodes = [helper.make_node("Neg", [a], [b]) for a, b in itertools.pairwise(names)]
     nodes += [
@@ -908,7 +908,7 @@ def test_a_file_with_many_inner_places_gives_the_first(tmp_path: Path) -> None:
     ]
     weight = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
     path = make_onnx(tmp_path / "many.onnx", nodes, [numpy_helper.from_array(weight, "w")])
-    assert onnx_places(path, torch.zeros(1, *SHAPE)) == names[1:65]
+    assert onnx_places(path, torch.zeros(1, *SHAPE)) == names[1:33] + names[-32:]
 
 
 @pytest.mark.parametrize("how", ["a null byte", "a long name", "a false shape", "a function"])

@@ -31,7 +31,7 @@ _DOMAINS = ("", "ai.onnx", "ai.onnx.ml")
 # onnxruntime may prefer operators of its own to functions of these domains and those below them.
 _BUILT_IN = ("ai.onnx", "com.microsoft", "com.ms", "org.pytorch")
 _MOST_NODES = 100_000
-_MOST_PLACES = 64
+_MOST_PLACES = 64  # even
 _FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 _INTEGERS = ("UINT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64")
 
@@ -266,9 +266,10 @@ def _inlined(model: Any) -> Any:
 
 
 def _inner(model: Any, x: np.ndarray) -> dict[str, int]:
-    """Names of inner tensors that have the shape of images, the first ones, and their types.
+    """Names of inner tensors that have the shape of images, and their types.
 
-    What only hands on is left out.
+    What only hands on is left out. If there are too many, half are the first and half the last, so
+    that harmless operations in front hide no place behind them.
     """
     import onnx
 
@@ -297,7 +298,8 @@ def _inner(model: Any, x: np.ndarray) -> dict[str, int]:
         if known[name].elem_type in kinds
         and tuple(d.dim_value for d in known[name].shape.dim)[1:] == x.shape[1:]
     }
-    return dict(list(fitting.items())[:_MOST_PLACES])
+    places, half = list(fitting.items()), _MOST_PLACES // 2
+    return dict(places if len(places) <= _MOST_PLACES else places[:half] + places[-half:])
 
 
 def _begin_at(model: Any, place: str, kind: int) -> None:

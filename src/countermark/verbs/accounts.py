@@ -120,7 +120,8 @@ def claim_account(
         raise CountermarkError(f"{brief(client)} has asked nothing near a coin yet")
     with new_folder(out, {"suspect": identity, "client": client}) as work:
         parts, data = [images_of_trials(made, trials)], str(loaded.c1.get("data"))
-        labels, answers = ask(config, parts, about.shape, data, loaded.clean, loaded.names)
+        tested = partial(account_evidence, trials, alpha=JUDGE_ALPHA, choices=choices_of(made))
+        labels, answers = ask(config, parts, about.shape, data, loaded.clean, loaded.names, tested)
         test = account_evidence(trials, labels, JUDGE_ALPHA, choices_of(made, answers.ways))
         how, name = asked_how(config, answers), place_name(suspect)
         looks = note_look(key, "trace", name, how, test.log10_p_value)
