@@ -44,6 +44,16 @@ def test_every_link_leads_to_a_file_and_a_heading(page):
         assert not anchor or anchor in anchors(there), f"{page.name}: {link}"
 
 
+def test_every_test_that_a_page_cites_is_there():
+    """A promise whose test went away holds nothing."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    there = {name for path in files for name in re.findall(r"def (test_\w+)", path.read_text())}
+    there |= {path.stem for path in files}
+    cited = {name for page in PAGES for name in re.findall(r"\btest_[a-z0-9_]+", page.read_text())}
+    assert cited - there == set()
+    assert len(cited) > 30
+
+
 @pytest.mark.parametrize("name", VERBS)
 def test_use_names_every_verb(name):
     assert re.search(rf"`{name}\b", (DOCS / "use.md").read_text())
