@@ -174,6 +174,10 @@ def test_a_batch_that_was_opened_against_an_endpoint_is_not_opened_again(
     (entry,) = read_json(key / "spent.json")["batches"]
     assert entry["kind"] == "file"
     claim(**again, out=tmp_path / "second")
+    with pytest.raises(
+        CountermarkError, match="batch 0 was shown before, and nobody knows how old"
+    ):
+        claim(**{**again, "suspect": "http://127.0.0.1:9/v2/models/m"}, out=tmp_path / "none")
     entry = {**entry, "kind": "endpoint"}
     write_json(key / "spent.json", {"format": "countermark spent 1", "batches": [entry]}, 0o600)
     with pytest.raises(CountermarkError, match="batch 0 was opened against an endpoint"):

@@ -141,10 +141,10 @@ def claim(config: ClaimConfig) -> Claimed:
         )
     model = Path(config.model) if config.model else folder.parent
     commitment = _commitment(model / "commitment.json", key)
-    batches = int(key.c1["batches"])
+    batches, suspect = int(key.c1["batches"]), suspect_identity(config.suspect)
     with locked(folder):
         spent = _spent(folder)
-        batch = _choose(config, key, spent)
+        batch = _choose(config, key, spent, str(suspect["kind"]))
         made = Claim(
             c1=key.c1,
             c1_signature=key.signature,
@@ -162,7 +162,6 @@ def claim(config: ClaimConfig) -> Claimed:
             clean=key.clean if config.match and "clean_sha256" in key.c1 else None,
         )
         _check_worth(config, made)
-        suspect = suspect_identity(config.suspect)
         stamp = timestamping(config.tsa, config.roots)
         # Its configuration has no paths and headers of the owner's: a judge reads it.
         with new_folder(out, {"suspect": suspect, "batch": batch}) as work:
@@ -267,7 +266,7 @@ def _spent(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def _choose(config: ClaimConfig, key: "Key", spent: list[dict[str, Any]]) -> int:
+def _choose(config: ClaimConfig, key: "Key", spent: list[dict[str, Any]], suspect: str) -> int:
     batches = int(key.c1["batches"])
     out = Path(config.out)
     unfinished = out.with_name(out.name + ".partial") / "config.json"
@@ -284,6 +283,12 @@ def _choose(config: ClaimConfig, key: "Key", spent: list[dict[str, Any]]) -> int
                 f"batch {config.batch} was opened against an endpoint, whose age nobody knows: a "
                 "second claim with it, shown by the accused, leaves the first undecidable; open "
                 "another batch, or this one with --anyway once the first was judged"
+            )
+        if before and suspect == "endpoint" and not config.anyway:
+            raise CountermarkError(
+                f"batch {config.batch} was shown before, and nobody knows how old an endpoint is: "
+                "against it the batch counts no more once the accused shows the earlier claim; "
+                "open another batch, or this one with --anyway"
             )
         return config.batch
     for batch in range(batches):
