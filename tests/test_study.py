@@ -54,7 +54,7 @@ from countermark.study.results import (
     rate_interval,
     where,
 )
-from countermark.study.run import Place, do, run
+from countermark.study.run import Place, default_workers, do, run
 from countermark.study.statements import Finding, Statement, Verdict, counted, statements
 from countermark.study.store import Store
 from countermark.study.tables import Table, paper_value, tables
@@ -1138,6 +1138,13 @@ def countermark(*arguments: str, **options: object) -> subprocess.CompletedProce
     return subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, **options
     )  # type: ignore[call-overload, no-any-return]
+
+
+def test_few_processes_share_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, processor, accelerator in ((16, 16, 4), (3, 3, 3), (1, 0, 0)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _pid, n=cores: set(range(n)))
+        assert default_workers() == processor
+        assert default_workers("cuda") == accelerator
 
 
 def test_the_plan_lists_the_work_and_does_none(tmp_path: Path) -> None:

@@ -397,9 +397,17 @@ class Watch:
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def default_workers() -> int:
-    """One process for each core that this process may use, or none where there is only one."""
+_SHARING = 4  # processes on one accelerator, whose memory they share
+
+
+def default_workers(device: str = "cpu") -> int:
+    """One process for each core that this process may use, or none where there is only one.
+
+    Args:
+        device: kind of device; on another than a processor there are at most four.
+    """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    return cores if cores > 1 else 0
+    workers = cores if device == "cpu" else min(cores, _SHARING)
+    return workers if workers > 1 else 0

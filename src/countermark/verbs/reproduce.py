@@ -52,8 +52,8 @@ class ReproduceConfig(DataOptions, OneDeviceOptions):
     """Precision of training and of the search of PGD; auto takes bf16 where the device computes in
     it."""
     workers: int | None = None
-    """Local processes, one core each; default one for each core; 0 runs everything in this
-    process."""
+    """Local processes, one core each; default one for each core, at most four that share a GPU; 0
+    runs everything in this process."""
     scheduler: str | None = None
     """Address of a Dask scheduler (tcp://...) to use instead; its workers must see OUT and the data
     cache under the same paths."""
@@ -163,7 +163,7 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
     workers = (
         0
         if config.scheduler is not None
-        else default_workers()
+        else default_workers(computing.device)
         if config.workers is None
         else config.workers
     )
@@ -292,6 +292,7 @@ def _about(
             dict.fromkeys(STUDIED[data].network or profile.network for data in config.data)
         ),
         "queries of Algorithm 2": str(profile.queries),
+        "images of the strict accuracy": str(profile.strict),
         "images that thieves fine-tune on": str(
             profile.finetune_examples or "all of the thief's pool"
         ),
