@@ -22,8 +22,9 @@ from torch import nn
 
 from countermark import evaluate, protect, remove, steal
 from countermark.choices import Setting
+from countermark.data import Examples, load_ood
 from countermark.device import describe, resolve_device
-from countermark.evaluation import accuracy, predict
+from countermark.evaluation import accuracy, adversarial_accuracy, predict
 from countermark.files import CHECKPOINT_PREFIX, new_folder, read_json, write_json
 from countermark.guard import (
     CELL_BITS,
@@ -42,7 +43,17 @@ from countermark.thieves.steal import untrained
 from countermark.threat import shown
 from countermark.training import Hardware, fitted, marking, recipe, resolve_hardware, train, traits
 from countermark.version import __version__
-from countermark.watermarks import load_secret
+from countermark.watermarks import (
+    SCHEMES,
+    Materials,
+    full_strength,
+    load_key,
+    load_secret,
+    new_secrets,
+    secret_key,
+    secret_seed,
+    write_key,
+)
 from first_light import ALPHAS, asked, once, random_keys
 from guard_power import Account, judged
 
@@ -127,14 +138,14 @@ class Study:
             print(name, json.dumps(read_json(path), sort_keys=True), flush=True)
         return read_json(path)
 
-    def suspect(self, title: str, folder: Path) -> dict[str, Any]:
-        """The coins, and the accuracies with which the folder was written."""
+    def suspect(self, title: str, folder: Path, key: Path | None = None) -> dict[str, Any]:
+        """The coins of a key (the owner's), and the accuracies that the folder was written with."""
 
         def look() -> dict[str, Any]:
             metrics = read_json(folder / "metrics.json")
             names = ("test_accuracy", "adversarial_accuracy", "seconds")
             kept = {name: metrics[name] for name in names if name in metrics}
-            return {**kept, **asked(folder, self.mine / "key")}
+            return {**kept, **asked(folder, key or self.mine / "key")}
 
         return self.told(f"suspect {title}", look)
 
@@ -166,39 +177,91 @@ def owner(study: Study) -> None:
 
 def controls(study: Study) -> None:
     """The source model, and the same trained on for as long as the mark took, without coins."""
-    source = study.mine / "key" / "source"
+    source, folder = study.mine / "key" / "source", study.out / "trained-on"
     study.judged_strictly("source", source)
-    folder = study.out / "trained-on"
-    if not folder.exists():
-        network, description = load_model(source, device=resolve_device(study.device))
-        data = open_declared(description, data=study.data)
-        pools = declared_pools(description, data)
-        given = traits(data, pools.training, mirror=True)
-        hardware = resolve_hardware(Hardware(study.device))
-        made = recipe(
-            given,
-            study.objective,
-            description.threat,
-            seed=study.seed,
-            hardware=hardware,
-            epochs=study.epochs,
-        )
-        made = fitted(made, given, study.objective, network)
-        epochs = read_json(study.mine / "metrics.json")["marking_epochs"]  # over all its rounds
-        config = replace(marking(made, given, study.objective), epochs=epochs)
-        with new_folder(folder, {"trained on": read_json(source / "model.json")}) as work:
-            train(
-                network,
-                pools.training,
-                config,
-                validation=pools.validation,
-                checkpoint=work / f"{CHECKPOINT_PREFIX}trained-on.safetensors",
-                title="trained on",
-            )
-            save_model(work, network, description)
+    trained_on(study, folder)
     study.judged_strictly("trained on", folder)
     study.told("suspect source", lambda: asked(source, study.mine / "key"))
     study.told("suspect trained on", lambda: asked(folder, study.mine / "key"))
+
+
+def trained_on(study: Study, folder: Path, scheme: str | None = None) -> None:
+    """The owner's source model trained on for as long as the mark took.
+
+    Without a scheme it gets no watermarks; with one, as many as the owner's key has.
+    """
+    if folder.exists():
+        return
+    source = study.mine / "key" / "source"
+    network, description = load_model(source, device=resolve_device(study.device))
+    data = open_declared(description, data=study.data)
+    pools = declared_pools(description, data)
+    given = traits(data, pools.training, mirror=True)
+    hardware = resolve_hardware(Hardware(study.device))
+    made = recipe(
+        given,
+        study.objective,
+        description.threat,
+        seed=study.seed,
+        hardware=hardware,
+        epochs=study.epochs,
+    )
+    made = fitted(made, given, study.objective, network)
+    metrics = read_json(study.mine / "metrics.json")
+    epochs = metrics["marking_epochs"]  # over all its rounds
+    config = replace(marking(made, given, study.objective), epochs=epochs)
+    run = {"trained on": read_json(source / "model.json"), "scheme": scheme}
+    with new_folder(folder, run) as work:
+        key = None
+        if scheme is not None:
+            secret, owners = new_secrets(work / "key"), load_key(study.mine / "key")
+            materials = Materials(
+                source=network,
+                bases=pools.bases,
+                outside=lambda: load_ood(data, pools, study.seed),
+                attack=full_strength(description.threat.watermark_epsilon),
+                batches=owners.c1["batches"],
+                batch_size=len(owners.labels) // owners.c1["batches"],
+                seed=secret_seed(secret, "trials"),
+                key=secret_key(secret, "trials"),
+            )
+            key = (
+                load_key(work / "key")
+                if (work / "key" / "key.json").exists()
+                else write_key(
+                    work / "key", scheme, SCHEMES[scheme].make(materials), {"data": data.place}
+                )
+            )
+        train(
+            network,
+            pools.training,
+            config,
+            validation=pools.validation,
+            watermarks=None if key is None else Examples(key.watermarks.x, key.labels),
+            checkpoint=work / f"{CHECKPOINT_PREFIX}trained-on.safetensors",
+            title="trained on" if scheme is None else scheme,
+        )
+        save_model(work, network, description)
+        write_json(
+            work / "metrics.json",
+            {
+                "test_accuracy": accuracy(network, pools.test),
+                "adversarial_accuracy": adversarial_accuracy(
+                    network, pools.test, description.threat.attack
+                ),
+            },
+        )
+
+
+def textures(study: Study) -> None:
+    """The same source model marked by textures, what it scores strictly, and their removals."""
+    folder = study.out / "texture"
+    trained_on(study, folder, "texture")
+    key = folder / "key"
+    study.suspect("texture marked", folder, key)
+    study.told("suspect texture source", lambda: asked(study.mine / "key" / "source", key))
+    removals(study, folder, "texture ", key)
+    study.judged_strictly("texture", folder)
 
 
 def strangers(study: Study) -> None:
@@ -213,13 +276,16 @@ def strangers(study: Study) -> None:
         study.told(f"keys {title}", partial(random_keys, folder, study.mine / "key"))
 
 
-def removals(study: Study) -> None:
-    """Every removal of the owner's model."""
+def removals(
+    study: Study, marked: Path | None = None, prefix: str = "", key: Path | None = None
+) -> None:
+    """Every removal of a marked model (the owner's)."""
     for title, options in REMOVALS.items():
-        folder = study.out / title.replace(" ", "-").replace("%", "").replace(",", "")
+        name = f"{prefix}{title}"
+        folder = study.out / name.replace(" ", "-").replace("%", "").replace(",", "")
         common: dict[str, Any] = {"data": study.data, "device": study.device}
-        once(folder, partial(remove, study.mine, out=folder, **common, **options))
-        study.suspect(title, folder)
+        once(folder, partial(remove, marked or study.mine, out=folder, **common, **options))
+        study.suspect(name, folder, key)
 
 
 def thefts(study: Study) -> None:
@@ -324,7 +390,7 @@ def page(study: Study) -> str:
         "| model | test | PGD-20 | strict | PGD-20 of the same images |",
         "|---|---|---|---|---|",
     ]
-    for title in ("source", "trained on", "marked"):
+    for title in ("source", "trained on", "marked", "texture"):
         if row := there(f"strict {title}"):
             lines.append(
                 f"| {title} | {row['test']:.2f} % | {row['pgd']:.2f} % | {row['strict']:.2f} % "
@@ -333,6 +399,10 @@ def page(study: Study) -> str:
     groups = {
         "Suspects": ("marked", "source", "trained on", "robust stranger", "standard stranger"),
         "Removals": tuple(REMOVALS),
+        "Textures instead of perturbed images": (
+            *("texture marked", "texture source"),
+            *(f"texture {title}" for title in REMOVALS),
+        ),
         "Thefts without a guard": tuple(f"theft {name}" for name in THEFT),
     }
     for heading, titles in groups.items():
@@ -389,7 +459,7 @@ def page(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
-PARTS = (owner, controls, strangers, removals, thefts, guard)
+PARTS = (owner, controls, strangers, removals, textures, thefts, guard)
 
 
 def main() -> None:
