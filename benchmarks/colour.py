@@ -5,8 +5,9 @@
 The data are any place that `protect` takes. Each part of the study is a folder or a file in OUT, so
 an interrupted run goes on and a part that is there is not made again. `--only` makes some parts and
 leaves the page to a later run, and `--table` writes the page from what is there. Every suspect is
-asked for the same 800 coins (fewer where the bases do not suffice). Robustness is strict where a
-column says so; everything else is the accuracy under one PGD of 20 steps.
+asked for the owner's 800 coins (fewer where the bases do not suffice), and those of the part
+`textures` for as many. Robustness is strict where a column says so; everything else is the accuracy
+under one PGD.
 """
 
 import argparse
@@ -210,7 +211,7 @@ def trained_on(study: Study, folder: Path, scheme: str | None = None) -> None:
     metrics = read_json(study.mine / "metrics.json")
     epochs = metrics["marking_epochs"]  # over all its rounds
     config = replace(marking(made, given, study.objective), epochs=epochs)
-    run = {"trained on": read_json(source / "model.json"), "scheme": scheme}
+    run = {"trained on": read_json(source / "model.json"), "scheme": scheme, "epochs": epochs}
     with new_folder(folder, run) as work:
         key = None
         if scheme is not None:

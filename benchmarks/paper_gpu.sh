@@ -37,7 +37,12 @@ fi
 set -- '*/ADVTR/*-box/none' '*/ADVTR+*-box/none' '*/ADVTR/*/strict' '*/ADVTR+*/strict'
 [ "$profile" = paper ] || set -- "$@" '*/strangers/*'
 mkdir -p "$work/$profile"
-trap 'tar -C "$work/$profile" -czf "$out/$profile.tar.gz" .; [ -n "${WORK:-}" ] || rm -rf "$work"' EXIT
+archive() {
+    tar -C "$work/$profile" -czf "$out/$profile.tar.gz" . || :  # what is written meanwhile may miss
+    [ -n "${WORK:-}" ] || rm -rf "$work"
+}
+trap archive EXIT
+trap 'exit 143' INT TERM
 # shellcheck disable=SC2086  # the data sets are words
 "$python" -m countermark reproduce --profile "$profile" --data $data --seeds "$seeds" \
     --device "$device" --workers "$workers" --budget "$minutes" --out "$work/$profile" \

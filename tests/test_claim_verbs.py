@@ -174,10 +174,13 @@ def test_a_batch_that_was_opened_against_an_endpoint_is_not_opened_again(
     (entry,) = read_json(key / "spent.json")["batches"]
     assert entry["kind"] == "file"
     claim(**again, out=tmp_path / "second")
-    with pytest.raises(
-        CountermarkError, match="batch 0 was shown before, and nobody knows how old"
-    ):
-        claim(**{**again, "suspect": "http://127.0.0.1:9/v2/models/m"}, out=tmp_path / "none")
+    theirs = {**again, "suspect": "http://127.0.0.1:9/v2/models/m", "out": tmp_path / "none"}
+    with pytest.raises(CountermarkError, match="batch 0 was shown before, and nobody"):
+        claim(**theirs)
+    (tmp_path / "none.partial").mkdir()  # as a claim leaves it that was killed while it asked
+    write_json(tmp_path / "none.partial" / "config.json", {"batch": 0, "suspect": {}})
+    with pytest.raises(CountermarkError, match="batch 0 was shown before, and nobody"):
+        claim(**{**theirs, "batch": None})
     entry = {**entry, "kind": "endpoint"}
     write_json(key / "spent.json", {"format": "countermark spent 1", "batches": [entry]}, 0o600)
     with pytest.raises(CountermarkError, match="batch 0 was opened against an endpoint"):

@@ -149,4 +149,4 @@ def test_unfinished_work_goes_on_where_versions_know_other_options(
         raise KeyboardInterrupt
     with new_folder(tmp_path / "new", later) as folder:
         assert (folder / "checkpoint-source").exists()
-    assert read_json(tmp_path / "new" / "config.json") == later
+    assert read_json(tmp_path / "new" / "config.json") == earlier  # a key may have its digest

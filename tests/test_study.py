@@ -383,10 +383,10 @@ def test_stores_are_merged_by_copying(tmp_path: Path, arithmetic: None) -> None:
     assert run_all(units, tmp_path / "a").result(units[-1])["value"] == 66
 
 
-def test_a_unit_that_another_machine_finished_first_is_taken(
+def test_a_unit_that_is_copied_in_meanwhile_is_taken(
     tmp_path: Path, arithmetic: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Machines that share a folder but no locks may do one unit at the same time."""
+    """Two machines make the same unit, and the store of one is copied into that of the other."""
     first, one = run_all([unit(1)], tmp_path / "other"), unit(1)
 
     def overtaken(options: work.Options, inputs: work.Inputs, folder: Path) -> work.Result:
@@ -396,6 +396,7 @@ def test_a_unit_that_another_machine_finished_first_is_taken(
 
     monkeypatch.setitem(work.KINDS, "squares", overtaken)  # type: ignore[misc]
     assert run_all([one], tmp_path / "mine").result(one)["value"] == 1
+    assert not list((tmp_path / "mine" / "units").glob("*.partial"))
 
 
 # --- engines --------------------------------------------------------------------------------------
@@ -969,7 +970,7 @@ def test_data_that_the_paper_lacks_cannot_overturn_what_it_says() -> None:
     ours += "unmarked one."
     both = verdicts("mnist", "cifar10")
     assert (both[theirs].verdict, both[ours].verdict) == ("holds", "does not hold")
-    assert "CIFAR-10: 90.00 without, 81.00 with" in both[theirs].told
+    assert "CIFAR-10 (not judged): 90.00 without, 81.00 with" in both[theirs].told
     assert verdicts("cifar10")[theirs].verdict == "does not hold"
 
 

@@ -373,14 +373,13 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
         for torn in partial.rglob(f"{_TEMPORARY_PREFIX}*"):
             torn.unlink(missing_ok=True)
         config = partial / "config.json"
-        begun = read_bytes(config, JSON_LIMIT) if config.exists() else b""
-        if begun and (others := _others(begun, record)):
+        if not config.exists():
+            write_bytes(config, record)
+        elif others := _others(read_bytes(config, JSON_LIMIT), record):
             raise CountermarkError(
                 f"{partial} holds unfinished work with {others}; "
                 "run it again with those (see its config.json) or delete it"
             )
-        if begun != record:  # none, or without an option that there was not yet
-            write_bytes(config, record)
         yield partial
         try:
             partial.replace(path)
@@ -403,13 +402,13 @@ def new_folder(path: Path, run: Mapping[str, Any]) -> Iterator[Path]:
 def _others(begun: bytes, wanted: bytes) -> str:
     """Say how two configurations differ: in options, or in contents known by their digest.
 
-    An option that one of them lacks is one that was not given (null), so the next version of
-    Countermark goes on with what this one began.
+    An option that one of them lacks is one that was not given (null), so a later release may go on
+    with what an earlier one began.
     """
     try:
         before, now = (parse_json(each, "config.json") for each in (begun, wanted))
     except CountermarkError:
-        return "other options"
+        return "options that cannot be read"
     changed = [
         name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)
     ]

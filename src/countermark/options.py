@@ -283,8 +283,9 @@ class SuspectOptions(OneDeviceOptions):
     """Find out from clean examples how the suspect wants to be asked and which of its classes is
     which. The p-value is multiplied by the number of ways."""
     inside: bool = False
-    """Give the images of an .onnx file also to its inner places that have their shape, the first
-    64, behind a cleaner in front. The p-value is multiplied by the number of places."""
+    """Give the images of an .onnx file also to its inner places that have their shape (the first
+    and the last 32), behind a cleaner in front. The p-value is multiplied by the number of
+    places."""
     pixels: Pixels = "float"
     """What the suspect takes: float (pixels of [0, 1]) or uint8."""
     layout: Layout | None = None

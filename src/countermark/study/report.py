@@ -20,6 +20,7 @@ from countermark.study.results import FIELDS, Row, measurements, write_csv
 from countermark.study.statements import Statement, counted, statements
 from countermark.study.store import Store
 from countermark.study.tables import Table, by_name, hyperparameters, tables
+from countermark.threat import shown
 from countermark.training import TrainConfig, known_traits, recipe
 from countermark.watermarks import CRAFTING_STEPS
 
@@ -181,12 +182,12 @@ def _settings(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
             continue
         attack, threat = config.attack, row.threat
         settings[row.name] = {
-            "advtr.epsilon": threat.epsilon,
+            "advtr.epsilon": shown(threat.epsilon),
             "advtr.steps": f"{attack.steps} (training), {threat.steps} (evaluation)",
             "advtr.step_size": (
                 f"{attack.step_size:g} (training), {threat.step_size:g} (evaluation)"
             ),
-            "advwm.epsilon": threat.watermark_epsilon,
+            "advwm.epsilon": shown(threat.watermark_epsilon),
             "advwm.steps": CRAFTING_STEPS,
             "advwm.step_size": "0.01; coins at full strength",
             "watermarks": f"100; {row.batches * row.batch_size} coins",

@@ -103,8 +103,9 @@ def do(unit: Unit, place: Place, estimate: float = 0.0, *needed: str | None) -> 
             except FolderBusyError:  # another worker does it, or a dying one still holds it
                 time.sleep(_POLL)
             except CountermarkError:
-                if not store.has(unit):  # else another machine, without our locks, was first
+                if not store.has(unit):  # else another machine's copy of it came in meanwhile
                     raise
+                store.drop(unit)
     finally:
         store.tell(unit, None)
         torch.set_num_threads(threads)

@@ -21,8 +21,8 @@ class Finding:
     """What one protocol's numbers say about one statement.
 
     Attributes:
-        verdict: it holds if it holds on every data set that was measured, and does not if it fails
-            on one. It is undecided where the 95 % interval over seeds has room for both.
+        verdict: it holds if it holds on every data set that it is judged on, and does not if it
+            fails on one. It is undecided where the 95 % interval over seeds has room for both.
         told: the numbers, in words.
     """
 
@@ -120,9 +120,13 @@ def _over_data(judge: Judge, rows: Sequence[Row], *, theirs: bool) -> Finding:
     known = {data: result for data, result in found.items() if result is not None}
     if not known:
         return Finding("was not measured", "")
-    told = "; ".join(f"{STUDIED[data].title}: {words}" for data, (_, words) in known.items())
-    papers = [holds for data, (holds, _) in known.items() if STUDIED[data].paper]
-    verdicts = papers if theirs and papers else [holds for holds, _ in known.values()]
+    papers = [data for data in known if STUDIED[data].paper]
+    judged = papers if theirs and papers else list(known)
+    aside = {data: "" if data in judged else " (not judged)" for data in known}
+    told = "; ".join(
+        f"{STUDIED[data].title}{aside[data]}: {words}" for data, (_, words) in known.items()
+    )
+    verdicts = [known[data][0] for data in judged]
     if False in verdicts:
         return Finding("does not hold", told)
     return Finding("is undecided" if None in verdicts else "holds", told)

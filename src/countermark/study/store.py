@@ -116,6 +116,10 @@ class Store:
                 {str(path.relative_to(folder)): sha256(path.read_bytes()) for path in kept},
             )
 
+    def drop(self, unit: Unit) -> None:
+        """Remove what is unfinished of a unit."""
+        shutil.rmtree(self.path(unit).with_name(f"{unit.digest}.partial"), ignore_errors=True)
+
     def tell(self, unit: Unit, status: Mapping[str, Any] | None) -> None:
         """Record how far a running unit is, for whoever watches.
 

@@ -71,7 +71,7 @@ def onnx_data(path: Path) -> dict[str, str]:
 def onnx_places(path: Path, x: torch.Tensor) -> list[str]:
     """Names of the inner tensors of an ONNX model that have the shape of its images `x`.
 
-    They are the first 64, in the order of its operators.
+    They are in the order of its operators; of more than 64 the first and the last 32.
 
     Raises:
         CountermarkError: see `ask_onnx`.

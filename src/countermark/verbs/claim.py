@@ -270,9 +270,12 @@ def _choose(config: ClaimConfig, key: "Key", spent: list[dict[str, Any]], suspec
     batches = int(key.c1["batches"])
     out = Path(config.out)
     unfinished = out.with_name(out.name + ".partial") / "config.json"
-    if config.batch is None and unfinished.exists():  # it was spent when the claim was interrupted
+    if unfinished.exists():  # it may have been spent when this claim was interrupted
         batch = read_json(unfinished).get("batch")
-        if type(batch) is int and 0 <= batch < batches:
+        if type(batch) is int and 0 <= batch < batches and config.batch in (None, batch):
+            others = [entry for entry in spent if entry["batch"] == batch]
+            if suspect == "endpoint" and any(entry.get("kind") != suspect for entry in others):
+                raise _shown_before(batch)
             return batch
     if config.batch is not None:
         if config.batch >= batches:
@@ -285,11 +288,7 @@ def _choose(config: ClaimConfig, key: "Key", spent: list[dict[str, Any]], suspec
                 "another batch, or this one with --anyway once the first was judged"
             )
         if before and suspect == "endpoint" and not config.anyway:
-            raise CountermarkError(
-                f"batch {config.batch} was shown before, and nobody knows how old an endpoint is: "
-                "against it the batch counts no more once the accused shows the earlier claim; "
-                "open another batch, or this one with --anyway"
-            )
+            raise _shown_before(config.batch)
         return config.batch
     for batch in range(batches):
         if batch not in [entry["batch"] for entry in spent]:
@@ -297,6 +296,14 @@ def _choose(config: ClaimConfig, key: "Key", spent: list[dict[str, Any]], suspec
     raise CountermarkError(
         f"all {batches} batches of the key were shown; --batch N opens one again, "
         "which counts only against suspects that were fixed before"
+    )
+
+
+def _shown_before(batch: int) -> CountermarkError:
+    return CountermarkError(
+        f"batch {batch} was shown before, and nobody knows how old an endpoint is: against it the "
+        "batch counts no more once the accused shows the earlier claim; open another batch, or "
+        "this one with --anyway"
     )
 
 

@@ -25,9 +25,10 @@ from countermark.device import describe
 from countermark.errors import CountermarkError
 from countermark.files import (
     CHECKPOINT_PREFIX,
-    canonical_json,
+    JSON_LIMIT,
     make_private_folder,
     new_folder,
+    read_bytes,
     read_json,
     sha256,
     write_json,
@@ -577,9 +578,10 @@ def _as_begun(config: ProtectConfig) -> ProtectConfig:
         return config
     begun = read_json(out.with_name(f"{out.name}.partial") / "config.json")
     epochs, record = begun.get("epochs"), _options(config)
-    others = {name: value for name, value in begun.items() if name in record and name != "epochs"}
     record.pop("epochs")
-    same = others == record and (epochs is None or type(epochs) is int)
+    same = {name: begun.get(name) for name in record} == record and (
+        epochs is None or type(epochs) is int
+    )
     return replace(config, epochs=epochs) if same else config
 
 
@@ -672,7 +674,7 @@ def _make_key(
         "pools": digests,
         "crafting": asdict(given.attack) if scheme.crafted else None,
         **({"survive": list(config.survive)} if config.survive else {}),
-        "config_sha256": sha256(canonical_json(setup.run)),
+        "config_sha256": sha256(read_bytes(private.parent / "config.json", JSON_LIMIT)),
     }
     # Held out, used for no trial, and like what a suspect is shown anyway.
     clean = pools.validation[:CLEAN_EXAMPLES].read()

@@ -145,7 +145,8 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
 
     begun, out = time.monotonic(), Path(config.out)
     page = Path(config.page) if config.page is not None else None
-    _look_at(page)
+    if not config.plan:
+        _look_at(page)
     profile, computing = PROFILES[config.profile], _computing(config)
     whole: dict[str, list[Cell]] = {
         protocol: grid(config.data, profile, protocol, config.seeds, computing)
@@ -277,7 +278,7 @@ def _about(
     from countermark.study.markdown import BEYOND, MISSING
 
     profile = PROFILES[config.profile]
-    beyond = ", ".join(STUDIED[data].title for data in config.data if not STUDIED[data].paper)
+    beyond = " or ".join(STUDIED[data].title for data in config.data if not STUDIED[data].paper)
     missing = {MISSING: f"{left} of {units} units of work"} if left else {}
     return {
         **missing,
