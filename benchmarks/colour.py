@@ -13,7 +13,7 @@ under one PGD.
 import argparse
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -65,7 +65,6 @@ REMOVALS: Mapping[str, dict[str, Any]] = {
     "fine-tuned 20 epochs at 0.01": {"finetune": 20, "learning_rate": 0.01},
     "fine-tuned 20 epochs at 0.05": {"finetune": 20, "learning_rate": 0.05},
     "adversarially fine-tuned 10 epochs at 0.01": {"adversarial": 10, "learning_rate": 0.01},
-    "overwritten": {"overwrite": 800},
     "int8": {"quantise": 8},
     "noise of 0.1": {"noise": 0.1},
     "median of 3x3": {"median": 3},
@@ -76,6 +75,7 @@ REMOVALS: Mapping[str, dict[str, Any]] = {
         "finetune": 20,
         "learning_rate": 0.01,
     },
+    "overwritten": {"overwrite": 800},
 }
 THEFT: Mapping[Setting, dict[str, Any]] = {
     "natural": {"queries": 10_000},
@@ -130,9 +130,13 @@ class Study:
         once(folder, lambda: protect(self.data, out=folder, **{**common, **options}))
         return folder
 
+    def told_in(self, name: str) -> Path:
+        """The file of what a part found."""
+        return self.out / "told" / f"{name.replace(' ', '-').replace('%', '')}.json"
+
     def told(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a part found, from its file where it was made before."""
-        path = self.out / "told" / f"{name.replace(' ', '-').replace('%', '')}.json"
+        path = self.told_in(name)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, make())
@@ -357,12 +361,7 @@ def guard(study: Study) -> None:
 
 
 def page(study: Study) -> str:
-    """What is there, as Markdown."""
-    told = {path.stem: read_json(path) for path in sorted((study.out / "told").glob("*.json"))}
-
-    def there(name: str) -> dict[str, Any] | None:
-        return told.get(name.replace(" ", "-").replace("%", ""))
-
+    """What is there, as Markdown; what is missing is named."""
     threat = describe_folder(study.mine).threat
     options = {
         "objective": study.objective,
@@ -372,92 +371,126 @@ def page(study: Study) -> str:
         "epochs": study.epochs,
     }
     said = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
-    command = f"python benchmarks/colour.py {Path(study.data).name} {said}"
     lines = [
         "# Colour",
         "",
-        "This page is about photographs: what the mark costs, what it survives, and what a guarded",
-        "service proves.",
-        "The robust thief of the guarded service mirrors images, as the owner does.",
-        f"Countermark {__version__} made it on {describe(study.device, 'auto')}, at the budget",
-        f"{shown(threat.epsilon)}, by",
-        f"`{command}`.",
-        "There is one owner; strict accuracy is computed in float32.",
-        "",
-        "## The owner",
-        "",
-        f"PGD has 20 steps; strict accuracy is that of {study.images} test images.",
-        "",
-        "| model | test | PGD-20 | strict | PGD-20 of the same images |",
-        "|---|---|---|---|---|",
+        "For engineers with photographs: what a mark costs there, what it outlasts, and what a",
+        "[guarded service](guard.md) proves.",
+        f"Countermark {__version__} made it on {describe(study.device, 'auto')}, by",
+        f"`python benchmarks/colour.py {Path(study.data).name} {said}`: one owner, the budget",
+        f"{shown(threat.epsilon)}, and {threat.steps} steps of PGD where no other number is given.",
     ]
-    for title in ("source", "trained on", "marked", "texture"):
-        if row := there(f"strict {title}"):
-            lines.append(
-                f"| {title} | {row['test']:.2f} % | {row['pgd']:.2f} % | {row['strict']:.2f} % "
-                f"| {row['strict_pgd']:.2f} % |"
-            )
-    groups = {
-        "Suspects": ("marked", "source", "trained on", "robust stranger", "standard stranger"),
-        "Removals": tuple(REMOVALS),
-        "Textures instead of perturbed images": (
-            *("texture marked", "texture source"),
-            *(f"texture {title}" for title in REMOVALS),
+    missing: list[str] = []
+
+    def there(name: str) -> dict[str, Any] | None:
+        path = study.told_in(name)
+        if not path.exists():
+            missing.append(name)
+        return read_json(path) if path.exists() else None
+
+    def section(title: str, words: str, columns: str, rows: Iterable[str | None]) -> None:
+        kept = [row for row in rows if row is not None]
+        if kept:
+            rule = "|---" * columns.count("|") + "|"
+            lines.extend(["", f"## {title}", "", words, "", f"| {columns} |", rule + "---|", *kept])
+
+    def strict(title: str) -> str | None:
+        if (row := there(f"strict {title}")) is None:
+            return None
+        numbers = (row[name] for name in ("test", "pgd", "strict", "strict_pgd"))
+        return f"| {title} | {' | '.join(f'{number:.2f} %' for number in numbers)} |"
+
+    def asked_for(title: str, name: str | None = None) -> str | None:
+        row = there(f"suspect {name or title}")
+        return None if row is None else f"| {title} | {_coins(row)} | {row['verdict']} |"
+
+    def beside(title: str) -> str | None:
+        return _pair(title, there(f"suspect {title}"), there(f"suspect texture {title}"))
+
+    def level(title: str) -> str | None:
+        if (row := there(f"keys {title}")) is None:
+            return None
+        rates = " | ".join(f"{row['rates'][str(alpha)]:.4f}" for alpha in ALPHAS)
+        return f"| {title} | {row['ks_times_sqrt_n']:.2f} | {rates} |"
+
+    def proven(setting: str) -> str | None:
+        if (row := there(f"guard {setting}")) is None:
+            return None
+        others = sorted(each["log10_p"] for each in row["strangers"].values())
+        return (
+            f"| {setting} | {row['queries']} | {row['cost']:.3f} +- {row['cost_error']:.3f} "
+            f"| {row['trials']} | {row['suspect']['agree']}:{row['suspect']['other']} "
+            f"| {row['suspect']['log10_p']:.1f} | {others[0]:.1f} to {others[-1]:.1f} "
+            f"| {row['test_accuracy']:.1f} % |"
+        )
+
+    section(
+        "The owner",
+        "`trained on` is the source model trained on without a mark for as long as the mark took; "
+        "`marked` has coins on perturbed images (`--scheme coin`), `texture` on textures "
+        f"(`--scheme texture`). Strict accuracy is that of {study.images} test images, in float32.",
+        "model | test | PGD-20 | strict | PGD-20 of the same images",
+        map(strict, ("source", "trained on", "marked", "texture")),
+    )
+    section(
+        "What removals leave",
+        "Both marks are in the same source model, with as many coins. The thief has a labelled "
+        "pool of their own; p is that of the whole key, of which a judge sees half.",
+        "removal | coins: test, PGD | coins | p | textures: test, PGD | coins | p",
+        (
+            _pair("none", there("suspect marked"), there("suspect texture marked")),
+            *map(beside, REMOVALS),
         ),
-        "Thefts without a guard": tuple(f"theft {name}" for name in THEFT),
-    }
-    for heading, titles in groups.items():
-        lines += [
-            "",
-            f"## {heading}",
-            "",
-            "| suspect | test | adversarial | coins | neither | p | verdict |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for title in titles:
-            if row := there(f"suspect {title}"):
-                accuracies = [
-                    "" if row.get(name) is None else f"{row[name]:.2f} %"
-                    for name in ("test_accuracy", "adversarial_accuracy")
-                ]
-                lines.append(
-                    f"| {title} | {accuracies[0]} | {accuracies[1]} "
-                    f"| {row['agreements']}:{row['disagreements']} | {row['neither']} "
-                    f"| {p_value(row['log10_p_value'])} | {row['verdict']} |"
-                )
-    lines += [
-        "",
-        "2,000 fresh keys against each stranger; the rates are those of randomised p-values at or",
-        "below 0.05, 0.01 and 0.001, and the distance is that of Kolmogorov and Smirnov times the",
-        "root of 2,000, whose 95 % point is 1.36.",
-        "",
-        "| stranger | distance | 0.05 | 0.01 | 0.001 |",
-        "|---|---|---|---|---|",
-    ]
-    for title in ("robust stranger", "standard stranger"):
-        if row := there(f"keys {title}"):
-            rates = " | ".join(f"{row['rates'][str(alpha)]:.4f}" for alpha in ALPHAS)
-            lines.append(f"| {title} | {row['ks_times_sqrt_n']:.2f} | {rates} |")
-    lines += [
-        "",
-        "## The guarded service",
-        "",
-        f"Near ties meet coins for a stated cost of {COST} points; each thief has one account and",
-        "p is the anytime p-value of that account.",
-        "",
-        "| thief | queries | cost on test | trials | agree : other | log10 p | strangers' | copy |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for setting in QUERIES:
-        if row := there(f"guard {setting}"):
-            others = sorted(each["log10_p"] for each in row["strangers"].values())
-            lines.append(
-                f"| {setting} | {row['queries']} | {row['cost']:.3f} +- {row['cost_error']:.3f} "
-                f"| {row['trials']} | {row['suspect']['agree']} : {row['suspect']['other']} "
-                f"| {row['suspect']['log10_p']:.1f} | {others[0]:.1f} to {others[-1]:.1f} "
-                f"| {row['test_accuracy']:.1f} % |"
-            )
+    )
+    section(
+        "Suspects without the mark",
+        "Models that never saw the coins, asked for them.",
+        "suspect | test, PGD | coins | p | verdict",
+        (
+            *map(asked_for, ("source", "trained on", "robust stranger", "standard stranger")),
+            asked_for("source, asked for textures", "texture source"),
+        ),
+    )
+    section(
+        "The level",
+        "2,000 fresh keys against each stranger: rates of randomised p-values at or below 0.05, "
+        "0.01 and 0.001, and the distance of Kolmogorov and Smirnov times the root of 2,000, "
+        "whose 95 % point is 1.36.",
+        "stranger | distance | 0.05 | 0.01 | 0.001",
+        map(level, ("robust stranger", "standard stranger")),
+    )
+    section(
+        "Thefts without a guard",
+        "Copies that were taught by the answers of the marked model; coins in the weights do not "
+        "come along.",
+        "theft | test, PGD | coins | p | verdict",
+        (asked_for(name, f"theft {name}") for name in THEFT),
+    )
+    section(
+        "The guarded service",
+        f"Near ties meet coins for a stated cost of {COST} points; each thief has one account, and "
+        "p is the anytime p-value of that account. Strangers are a robust one, the source model "
+        "and a copy taught by bare answers. The robust thief mirrors images, as the owner does.",
+        "thief | queries | cost on test | trials | agree:other | log10 p | strangers' | copy: test",
+        map(proven, QUERIES),
+    )
+    if missing:
+        lines += ["", f"Not made yet: {'; '.join(missing)}."]
     return "\n".join(lines) + "\n"
+
+
+def _pair(title: str, *rows: dict[str, Any] | None) -> str | None:
+    """What two marks say of one removal; nothing if neither was made."""
+    told = [" | | " if row is None else _coins(row) for row in rows]
+    return None if all(row is None for row in rows) else f"| {title} | {' | '.join(told)} |"
+
+
+def _coins(row: dict[str, Any]) -> str:
+    """Accuracies, coins and p of a suspect."""
+    names = ("test_accuracy", "adversarial_accuracy")
+    accuracies = ", ".join(f"{row[name]:.2f}" for name in names if row.get(name) is not None)
+    coins = f"{row['agreements']}:{row['disagreements']}"
+    return f"{accuracies} | {coins} | {p_value(row['log10_p_value'])}"
 
 
 PARTS = (owner, controls, strangers, removals, textures, thefts, guard)
