@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from countermark import evaluate, protect, remove, steal
 from countermark.choices import Setting
-from countermark.data import Examples, load_ood
+from countermark.data import Examples, as_uint8, load_ood
 from countermark.device import describe, resolve_device
 from countermark.evaluation import accuracy, adversarial_accuracy, predict
 from countermark.files import CHECKPOINT_PREFIX, new_folder, read_json, write_json
@@ -36,7 +37,13 @@ from countermark.guard import (
     weights_sha256,
 )
 from countermark.memory import keep_freed_memory
-from countermark.networks import declared_pools, load_model, open_declared, save_model
+from countermark.networks import (
+    Description,
+    declared_pools,
+    load_model,
+    open_declared,
+    save_model,
+)
 from countermark.networks import describe as describe_folder
 from countermark.terminal import p_value
 from countermark.thieves import THEFTS, Means
@@ -83,8 +90,18 @@ THEFT: Mapping[Setting, dict[str, Any]] = {
     "distil": {"queries": 10_000},
     "black": {"queries": 12_800},
 }
-QUERIES: Mapping[Setting, int] = {"natural": 5_000, "robust": 8_500}
-COST = 0.2  # points that the guard may cost
+GUARDED: Mapping[str, tuple[Setting, int]] = {
+    "natural": ("natural", 5_000),
+    "robust": ("robust", 8_500),
+    "doubting": ("natural", 10_000),
+    "relearned": ("natural", 10_000),
+}
+"""Thieves of a guarded service, and at most how many queries they send.
+
+The last two hold every answer against copies that were not told it (3 folds): one drops those that
+these contradict, one takes what these say instead.
+"""
+COSTS = (0.1, 0.2)  # points that the guard may cost
 
 
 @dataclass(frozen=True)
@@ -308,20 +325,24 @@ def guard(study: Study) -> None:
     data = open_declared(description, data=study.data)
     pools = declared_pools(description, data)
     secret = load_secret(study.mine / "key")
-    found = calibrate_model(
-        network,
-        pools.validation,
-        secret=secret,
-        model_sha256=weights_sha256(study.mine),
-        cost=COST,
-        bits=CELL_BITS,
-    )
-    model = GuardedModel(network, Guard(found.settings, secret))
     stranger, _ = load_model(study.out / "robust-stranger", device=resolve_device(study.device))
     before, _ = load_model(study.mine / "key" / "source", device=resolve_device(study.device))
 
-    def look(setting: str, queries: int) -> dict[str, Any]:
-        account = Account(model, f"{setting} {queries}")
+    def guarded(cost: float) -> GuardedModel:
+        found = calibrate_model(
+            network,
+            pools.validation,
+            secret=secret,
+            model_sha256=weights_sha256(study.mine),
+            cost=cost,
+            bits=CELL_BITS,
+        )
+        return GuardedModel(network, Guard(found.settings, secret))
+
+    def look(thief: str, stated: float) -> dict[str, Any]:
+        setting, queries = GUARDED[thief]
+        model = guarded(stated)
+        account = Account(model, f"{thief} {queries}")
         options = {**THEFTS[setting].options, "queries": queries}
         means = Means(
             pool=pools.thief,
@@ -334,7 +355,10 @@ def guard(study: Study) -> None:
         copied, _ = untrained(setting, description, seed=study.seed + 900)
         copied.to(resolve_device(study.device))
         bare, _ = untrained(setting, description, seed=study.seed + 901)
-        THEFTS[setting].run(account, copied, means)
+        if thief in THEFTS:
+            THEFTS[setting].run(account, copied, means)
+        else:
+            hold_out(account, copied, means, description, drop=thief == "doubting")
         THEFTS[setting].run(lambda x: predict(network, x), bare, means)
         rows = list(account.rows.values())
 
@@ -356,8 +380,36 @@ def guard(study: Study) -> None:
             },
         }
 
-    for setting, queries in QUERIES.items():
-        study.told(f"guard {setting}", partial(look, setting, queries))
+    for cost in COSTS:
+        for thief in GUARDED:
+            study.told(f"guard {thief} at {cost:g}", partial(look, thief, cost))
+
+
+def hold_out(
+    account: Account, copied: nn.Module, means: Means, description: Description, *, drop: bool
+) -> None:
+    """A natural thief who believes only what copies say that were not told an answer."""
+    pool = means.pool[: means.queries].read()
+    y = account(pool.x)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(means.seed))
+    held = torch.empty_like(y)
+
+    def learn(network: nn.Module, rows: torch.Tensor, labels: torch.Tensor) -> None:
+        told = {image.numpy().tobytes(): label for image, label in zip(pool.x, labels, strict=True)}
+        own = replace(means, pool=Examples(pool.x[rows], labels[rows]), queries=len(rows))
+        THEFTS["natural"].run(
+            lambda x: torch.stack([told[image.numpy().tobytes()] for image in as_uint8(x)]),
+            network,
+            own,
+        )
+
+    for fold in range(3):
+        rest = torch.cat([order[other::3] for other in range(3) if other != fold])
+        copy, _ = untrained("natural", description, seed=means.seed + 10 + fold)
+        learn(copy, rest, y)
+        held[order[fold::3]] = predict(copy, pool.x[order[fold::3]])
+    kept = torch.nonzero(held == y).flatten() if drop else torch.arange(len(y))
+    learn(copied, kept, held)
 
 
 def page(study: Study) -> str:
@@ -413,12 +465,13 @@ def page(study: Study) -> str:
         rates = " | ".join(f"{row['rates'][str(alpha)]:.4f}" for alpha in ALPHAS)
         return f"| {title} | {row['ks_times_sqrt_n']:.2f} | {rates} |"
 
-    def proven(setting: str) -> str | None:
-        if (row := there(f"guard {setting}")) is None:
+    def proven(thief: str, cost: float) -> str | None:
+        if (row := there(f"guard {thief} at {cost:g}")) is None:
             return None
         others = sorted(each["log10_p"] for each in row["strangers"].values())
         return (
-            f"| {setting} | {row['queries']} | {row['cost']:.3f} +- {row['cost_error']:.3f} "
+            f"| {thief} | {row['queries']} | {cost:g} "
+            f"| {row['cost']:.3f} +- {row['cost_error']:.3f} "
             f"| {row['trials']} | {row['suspect']['agree']}:{row['suspect']['other']} "
             f"| {row['suspect']['log10_p']:.1f} | {others[0]:.1f} to {others[-1]:.1f} "
             f"| {row['test_accuracy']:.1f} % |"
@@ -468,11 +521,14 @@ def page(study: Study) -> str:
     )
     section(
         "The guarded service",
-        f"Near ties meet coins for a stated cost of {COST} points; each thief has one account, and "
-        "p is the anytime p-value of that account. Strangers are a robust one, the source model "
-        "and a copy taught by bare answers. The robust thief mirrors images, as the owner does.",
-        "thief | queries | cost on test | trials | agree:other | log10 p | strangers' | copy: test",
-        map(proven, QUERIES),
+        "Near ties meet coins for a stated cost in points; each thief has one account, and p is "
+        "the anytime p-value of that account. Strangers are a robust one, the source model and a "
+        "copy taught by bare answers. The robust thief mirrors images, as the owner does; "
+        "`doubting` drops, and `relearned` replaces, what copies contradict that were not told it "
+        "([thieves](guard-results.md#thieves-who-know-the-scheme)).",
+        "thief | queries | stated cost | cost on test | trials | agree:other | log10 p "
+        "| strangers' | copy: test",
+        (proven(thief, cost) for cost in COSTS for thief in GUARDED),
     )
     if missing:
         lines += ["", f"Not made yet: {'; '.join(missing)}."]
