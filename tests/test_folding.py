@@ -746,6 +746,7 @@ def test_a_copy_in_bf16_runs_code_that_views_memory(head: str) -> None:
 @pytest.mark.parametrize("change", _CHANGES)
 @pytest.mark.parametrize("place", ["conv1", "norm1", "norm2", "gate", ""])
 def test_a_layer_inside_that_computes_something_else_is_not_folded(place: str, change: str) -> None:
+    torch.manual_seed(5)  # every change moves a logit by 0.14 or more; by chance it may be less
     network, plain = (lived_in(Residual(["gate"], 3, "mean")) for _ in range(2))
     plain.load_state_dict(network.state_dict())
     block = network.blocks[0]
