@@ -63,7 +63,7 @@ from countermark.watermarks import (
     write_key,
 )
 from first_light import ALPHAS, asked, once, random_keys
-from guard_power import Account, judged
+from guard_power import Account, held_out, judged
 
 REMOVALS: Mapping[str, dict[str, Any]] = {
     "30 % pruned": {"prune": 0.3},
@@ -389,27 +389,29 @@ def hold_out(
     account: Account, copied: nn.Module, means: Means, description: Description, *, drop: bool
 ) -> None:
     """A natural thief who believes only what copies say that were not told an answer."""
-    pool = means.pool[: means.queries].read()
-    y = account(pool.x)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(means.seed))
-    held = torch.empty_like(y)
+    x = means.pool[: means.queries].read().x
+    y = account(x)
 
-    def learn(network: nn.Module, rows: torch.Tensor, labels: torch.Tensor) -> None:
-        told = {image.numpy().tobytes(): label for image, label in zip(pool.x, labels, strict=True)}
-        own = replace(means, pool=Examples(pool.x[rows], labels[rows]), queries=len(rows))
+    def learn(network: nn.Module, told: Examples) -> nn.Module:
+        answers = {
+            image.numpy().tobytes(): label for image, label in zip(told.x, told.y, strict=True)
+        }
         THEFTS["natural"].run(
-            lambda x: torch.stack([told[image.numpy().tobytes()] for image in as_uint8(x)]),
+            lambda some: torch.stack(
+                [answers[image.numpy().tobytes()] for image in as_uint8(some)]
+            ),
             network,
-            own,
+            replace(means, pool=told, queries=len(told)),
         )
+        return network
 
-    for fold in range(3):
-        rest = torch.cat([order[other::3] for other in range(3) if other != fold])
-        copy, _ = untrained("natural", description, seed=means.seed + 10 + fold)
-        learn(copy, rest, y)
-        held[order[fold::3]] = predict(copy, pool.x[order[fold::3]])
+    held = held_out(
+        Examples(x, y),
+        means.seed,
+        lambda told, seed: learn(untrained("natural", description, seed=seed)[0], told),
+    )
     kept = torch.nonzero(held == y).flatten() if drop else torch.arange(len(y))
-    learn(copied, kept, held)
+    learn(copied, Examples(x[kept], held[kept]))
 
 
 def page(study: Study) -> str:

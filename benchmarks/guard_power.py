@@ -178,13 +178,27 @@ def _held_out(
     """A thief's images, their answers, and what copies predict that were not told those."""
     x = pools.thief.x[:count]
     y = victim(x)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return x, y, held_out(Examples(x, y), seed, lambda told, each: _standard(told, data, each))
+
+
+def held_out(
+    answered: Examples, seed: int, learn: Callable[[Examples, int], nn.Module]
+) -> torch.Tensor:
+    """What copies predict of answered images that were not told those answers (3 folds).
+
+    Args:
+        answered: images and the answers to them.
+        seed: of the folds; the copies have others.
+        learn: makes a copy of some answers with a seed.
+    """
+    x, y = answered.x, answered.y
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     held = torch.empty_like(y)
     for fold in range(3):
         out = order[fold::3]
         rest = torch.cat([order[other::3] for other in range(3) if other != fold])
-        held[out] = predict(_standard(Examples(x[rest], y[rest]), data, seed + 10 + fold), x[out])
-    return x, y, held
+        held[out] = predict(learn(Examples(x[rest], y[rest]), seed + 10 + fold), x[out])
+    return held
 
 
 def black(victim: Victim, data: str, pools: Pools, seed: int, count: int) -> nn.Module:

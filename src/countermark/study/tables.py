@@ -395,19 +395,8 @@ def _separation(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
                 )
                 told = f"{convicted} of {len(thieves)}" if SCHEMES[scheme].coins else None
                 units = [row["unit"] for row in (*thieves, *strangers)]
-                lines.append(
-                    (
-                        (
-                            STUDIED[data].title,
-                            scheme,
-                            setting,
-                            _rounded(lowest),
-                            _rounded(area),
-                            told,
-                        ),
-                        units,
-                    )
-                )
+                what = (STUDIED[data].title, scheme, setting)
+                lines.append(((*what, _rounded(lowest), _rounded(area), told), units))
     keys = ("data", "scheme", "stolen by")
     values = ("lowest thief", "ROC AUC", "convicted at 1e-6")
     note = (
