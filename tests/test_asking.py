@@ -15,8 +15,9 @@ import torch
 from countermark.cli import main
 from countermark.data import Examples, Pools, pixels
 from countermark.verbs.asking import clean_doubt
+from countermark.verbs.looks import Looks, note_look
 from countermark.verbs.verify import Verification, show, verify
-from countermark.watermarks import Looks, WatermarkSet, load_key, new_secrets, write_key
+from countermark.watermarks import WatermarkSet, load_key, new_secrets, write_key
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 CLASSES = 10
@@ -131,6 +132,8 @@ def test_every_look_is_noted_beside_the_key(key: Path, capsys: pytest.CaptureFix
         )
     other: Verification = verify(wants_other_pixels, key=key)
     assert other.looks == Looks(1, 4)
+    show(other)  # nineteen strangers are as many chances as nineteen ways
+    assert "look 1 at this suspect with this key, of 4" in " ".join(capsys.readouterr().out.split())
     entries = [json.loads(line) for line in ledger.read_text().splitlines()]
     assert [entry["suspect"] for entry in entries[2:]] == [
         f"python:test_asking.{name}" for name in ("brightest", "wants_other_pixels")
@@ -140,6 +143,24 @@ def test_every_look_is_noted_beside_the_key(key: Path, capsys: pytest.CaptureFix
         verify(brightest, key=key).test.log10_p_value
     )
     assert stat.S_IMODE(ledger.stat().st_mode) == 0o600
+
+
+def test_a_suspect_is_known_by_its_bytes_and_a_log_has_looks_of_its_own(tmp_path: Path) -> None:
+    first, renamed, other = (tmp_path / name for name in ("a.pt2", "b.pt2", "c.pt2"))
+    for path, held in ((first, b"one"), (renamed, b"one"), (other, b"two")):
+        path.write_bytes(held)
+
+    def look(suspect: Any, **of: bool) -> Looks | None:
+        return note_look(tmp_path, "claim", suspect, {}, -1.0, **of)
+
+    assert look(first) == Looks(1, 1)
+    assert look(renamed) == Looks(2, 2)
+    assert look(other) == Looks(1, 3)
+    other.write_bytes(b"one")  # another model under the same name
+    assert look(other) == Looks(3, 4)
+    assert look(first, log=True) == Looks(1, 1)
+    assert look("http://127.0.0.1:9/v2/models/m") == Looks(1, 5)
+    assert look("http://127.0.0.1:9/v2/models/m/") == Looks(2, 6)
 
 
 def test_a_ledger_that_was_cut_short_goes_on_and_one_that_cannot_be_written_is_said(

@@ -11,10 +11,11 @@ from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict
 from countermark.files import new_folder
 from countermark.options import SuspectOptions
-from countermark.places import Network, place_name
+from countermark.places import Network
 from countermark.terminal import p_value
 from countermark.text import brief
 from countermark.verbs.asking import Answers, ask, asked_how
+from countermark.verbs.looks import Looks, note_look
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from countermark.claims import Judgement, Trial
     from countermark.guard import QueryLog
     from countermark.guard.requests import Opening
-    from countermark.watermarks import Looks
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class AccountClaimed:
 
     test: Verdict
     answers: Answers
-    looks: "Looks | None"
+    looks: Looks | None
 
 
 def claim_account(
@@ -71,7 +71,6 @@ def claim_account(
         load_key,
         load_secret,
         load_signing_key,
-        note_look,
         public_key,
         sign,
     )
@@ -123,8 +122,8 @@ def claim_account(
         tested = partial(account_evidence, trials, alpha=JUDGE_ALPHA, choices=choices_of(made))
         labels, answers = ask(config, parts, about.shape, data, loaded.clean, loaded.names, tested)
         test = account_evidence(trials, labels, JUDGE_ALPHA, choices_of(made, answers.ways))
-        how, name = asked_how(config, answers), place_name(suspect)
-        looks = note_look(key, "trace", name, how, test.log10_p_value)
+        how = asked_how(config, answers)
+        looks = note_look(key, "claim", suspect, how, test.log10_p_value, log=True)
         if test.verdict != "match" and not anyway:
             raise CountermarkError(
                 f"the suspect's answers to {brief(client)}'s trials would not convince a judge "

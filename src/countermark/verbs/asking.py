@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from countermark.data import Examples
     from countermark.evidence import Verdict
     from countermark.suspects import Asking, Matched, Suspect
-    from countermark.watermarks import Looks
 
 _CLEAN = 100
 _NAMES_LIMIT = 1 << 20  # bytes of a file of class names
@@ -428,10 +427,3 @@ def doubts(answers: Answers, verdict: str) -> tuple[str, ...]:
                 "in the wrong way."
             )
     return tuple(said)
-
-
-def said_looks(looks: "Looks | None") -> tuple[str, ...]:
-    """What a person should know about how often a key was used, in sentences."""
-    if looks is None:
-        return ("This look could not be noted beside the key, whose folder cannot be written.",)
-    return (looks.said,) if looks.said else ()

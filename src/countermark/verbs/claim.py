@@ -18,17 +18,18 @@ from countermark.files import (
     write_json,
 )
 from countermark.options import LogPath, NewPath, ReadPath, StampOptions, SuspectOptions, verb
-from countermark.places import Network, place_name
+from countermark.places import Network
 from countermark.terminal import p_value, print_lines, print_table, unbroken
 from countermark.verbs.accounts import claim_account
-from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
+from countermark.verbs.asking import Answers, ask, asked_how, doubts
+from countermark.verbs.looks import Looks, note_look, said_looks
 from countermark.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
     from countermark.claims import Claim
-    from countermark.watermarks import Key, Looks
+    from countermark.watermarks import Key
 
 SPENT_FORMAT = "countermark spent 1"
 
@@ -101,7 +102,7 @@ class Claimed:
     timestamped: bool
     answers: Answers
     doubts: tuple[str, ...]
-    looks: "Looks | None" = None
+    looks: Looks | None = None
 
 
 @verb(ClaimConfig)
@@ -128,7 +129,7 @@ def claim(config: ClaimConfig) -> Claimed:
     from countermark.claims import Claim, open_batch, suspect_identity, write_claim
     from countermark.claims.record import ANSWERS_FORMAT
     from countermark.timestamps import decode_token, timestamping
-    from countermark.watermarks import load_key, load_secret, note_look, sign
+    from countermark.watermarks import load_key, load_secret, sign
 
     folder, out = Path(config.key), Path(config.out)
     if config.log is not None:
@@ -170,8 +171,8 @@ def claim(config: ClaimConfig) -> Claimed:
             shape = tuple(x.shape[1:])
             labels, answers = ask(config, [x], shape, data, key.clean, key.names, tested)
             test = tested(labels, answers.ways)
-            how, name = asked_how(config, answers), place_name(config.suspect)
-            looks = note_look(folder, "claim", name, how, test.log10_p_value)
+            how = asked_how(config, answers)
+            looks = note_look(folder, "claim", config.suspect, how, test.log10_p_value)
             if test.verdict != "match" and not config.anyway:
                 raise CountermarkError(
                     f"the suspect's answers to batch {batch} would not convince a judge "

@@ -12,13 +12,13 @@ from countermark.evidence import EXIT_STATUS
 from countermark.options import AnyData, LogPath, ReadPath, SuspectOptions, verb
 from countermark.places import place_name
 from countermark.terminal import p_value, print_lines, print_table, unbroken
-from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
+from countermark.verbs.asking import Answers, ask, asked_how, doubts
+from countermark.verbs.looks import Looks, note_look, said_looks
 
 if TYPE_CHECKING:
     import torch
 
     from countermark.guard import QueryLog, Row, Trace
-    from countermark.watermarks import Looks
 
 _SHOWN = 20
 _PART = 256  # images at a time
@@ -82,7 +82,7 @@ class Tracing:
     doubts: tuple[str, ...]
     void: int = 0
     left_out: int = 0
-    looks: "Looks | None" = None
+    looks: Looks | None = None
 
     @property
     def exit_status(self) -> int:
@@ -107,7 +107,7 @@ def trace(config: TraceConfig) -> Tracing:
 
     from countermark.guard import QueryLog, read_head, trace_accounts
     from countermark.suspects import NO_ANSWER
-    from countermark.watermarks import load_key, load_secret, note_look
+    from countermark.watermarks import load_key, load_secret
 
     key = load_key(Path(config.key))
     shape = tuple(key.watermarks.x.shape[1:])
@@ -151,10 +151,10 @@ def trace(config: TraceConfig) -> Tracing:
     ]
     found = trace_accounts(counted, labels, secret, config.alpha, erased, answers.ways)
     verdict = "match" if found.named else found.together
-    name, how = place_name(config.suspect), asked_how(config, answers)
+    how = asked_how(config, answers)
     least = min([found.together_log10_p_value, *(each.log10_p_value for each in found.accounts)])
     return Tracing(
-        suspect=name,
+        suspect=place_name(config.suspect),
         verdict=verdict,
         trace=found,
         rows=len(rows),
@@ -163,7 +163,7 @@ def trace(config: TraceConfig) -> Tracing:
         doubts=doubts(answers, verdict),
         void=void,
         left_out=len(kept) - void - sum(sent),
-        looks=note_look(Path(config.key), "trace", name, how, least),
+        looks=note_look(Path(config.key), "trace", config.suspect, how, least, log=True),
     )
 
 

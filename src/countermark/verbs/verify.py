@@ -17,12 +17,11 @@ from countermark.terminal import (
     print_table,
     unbroken,
 )
-from countermark.verbs.asking import Answers, ask, asked_how, doubts, said_looks
+from countermark.verbs.asking import Answers, ask, asked_how, doubts
+from countermark.verbs.looks import Looks, note_look, said_looks
 
 if TYPE_CHECKING:
     import torch
-
-    from countermark.watermarks import Looks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ class Verification:
     answers: Answers
     doubts: tuple[str, ...]
     device: str | None
-    looks: "Looks | None" = None
+    looks: Looks | None = None
 
     @property
     def verdict(self) -> str:
@@ -104,7 +103,7 @@ def verify(config: VerifyConfig) -> Verification:
         >>> cm.verify(lambda images: model(images).argmax(1), key="mine/key").verdict
         'no evidence'
     """
-    from countermark.watermarks import load_key, note_look
+    from countermark.watermarks import load_key
 
     key = load_key(Path(config.key))
     x, data = key.watermarks.x, str(key.c1.get("data"))
@@ -120,10 +119,9 @@ def verify(config: VerifyConfig) -> Verification:
     labels, answers = ask(config, [x], tuple(x.shape[1:]), data, key.clean, key.names, tested)
     test = tested(labels, answers.ways)
     share = 100 * test.agreements / test.trials
-    name = place_name(config.suspect)
     how = asked_how(config, answers)
     return Verification(
-        suspect=name,
+        suspect=place_name(config.suspect),
         scheme=key.scheme,
         test=test,
         watermark_accuracy=share,
@@ -133,7 +131,7 @@ def verify(config: VerifyConfig) -> Verification:
         device=describe(config.device)
         if isinstance(config.suspect, Path) and config.suspect.is_dir()
         else None,
-        looks=note_look(Path(config.key), "verify", name, how, test.log10_p_value),
+        looks=note_look(Path(config.key), "verify", config.suspect, how, test.log10_p_value),
     )
 
 

@@ -28,7 +28,6 @@ from countermark.watermarks.key import (
     read_clean,
     write_key,
 )
-from countermark.watermarks.looks import Looks, note_look
 from countermark.watermarks.schemes import SCHEMES, Materials, Scheme
 from countermark.watermarks.sets import (
     CRAFTING_STEPS,
@@ -50,7 +49,6 @@ __all__ = [
     "PASSAGES",
     "SCHEMES",
     "Key",
-    "Looks",
     "Materials",
     "Scheme",
     "WatermarkSet",
@@ -70,7 +68,6 @@ __all__ = [
     "load_signing_key",
     "merkle_paths",
     "new_secrets",
-    "note_look",
     "path_length",
     "public_key",
     "published_sample",
