@@ -7,7 +7,7 @@ what PGD and four stronger attacks (`attacks.strict`) together leave.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,13 +100,31 @@ def predict(model: nn.Module, x: torch.Tensor, *, bounded: bool = True) -> torch
     Raises:
         CountermarkError: pixels outside [0, 1], or logits that are not finite.
     """
+    return asked(model, x, answers, bounded=bounded).long()
+
+
+def asked(
+    model: nn.Module,
+    x: torch.Tensor,
+    of: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    bounded: bool = True,
+) -> torch.Tensor:
+    """What is made of a model's logits, in evaluation mode, batch by batch, on the CPU.
+
+    Args:
+        model: as for `predict`.
+        x: as for `predict`.
+        of: makes rows `(n, ...)` of logits `(n, classes)`.
+        bounded: as for `predict`.
+    """
     device = device_of(model)
     count = batch_size(device, x.shape[1:], _BATCH)
     with evaluating(model), torch.no_grad():
         parts = (
             pixels(x[i : i + count].to(device), bounded=bounded) for i in range(0, len(x), count)
         )
-        return joined((answers(ask(model, part)).cpu() for part in parts), len(x)).long()
+        return joined((of(ask(model, part)).cpu() for part in parts), len(x))
 
 
 def accuracy(model: nn.Module, examples: Examples) -> float:

@@ -35,6 +35,7 @@ from countermark.watermarks import (
     SCHEMES,
     Key,
     Materials,
+    craft_adversarial,
     load_key,
     load_secret,
     secret_key,
@@ -323,12 +324,8 @@ def project(options: Options, inputs: Inputs, folder: Path) -> Result:
     plane = vectors[:, -2:].flip(1)
     plane = plane * plane.sum(0).sign()
     attack = _attack(options["data"])
-    with seeded(_device(), options["seed"]):
-        x, y = pixels(training.x.to(_device())), training.y.to(_device())
-        attacked = pgd(
-            network, x, y, epsilon=attack.epsilon, steps=attack.steps, step_size=attack.step_size
-        ).cpu()
-    sets = {"training": pixels(training.x), "adversarial training": attacked}
+    attacked, _ = craft_adversarial(network, training, attack, options["seed"])
+    sets = {"training": pixels(training.x), "adversarial training": pixels(attacked)}
     sets |= {
         f"{role} watermarks": pixels(load_key(inputs[role]).watermarks.x[:count])
         for role in sorted(inputs)

@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional
 
 from countermark.attacks import ask, finite
-from countermark.data import Examples, Rows, as_uint8, joined, pixels
+from countermark.data import Examples, Rows, as_uint8, pixels
 from countermark.device import batch_size, seeded
 from countermark.errors import CountermarkError
-from countermark.evaluation import device_of, evaluating, predict
+from countermark.evaluation import asked, device_of, evaluating, predict
 from countermark.networks import Description
 from countermark.places import Network
 from countermark.terminal import bar, duration
@@ -78,15 +78,7 @@ def probabilities(victim: nn.Module, _means: Means) -> Answers:
     Raises:
         CountermarkError: when asked, if logits are not finite.
     """
-
-    def answers(x: torch.Tensor) -> torch.Tensor:
-        device = device_of(victim)
-        with evaluating(victim), torch.no_grad():
-            parts = (pixels(x[few].to(device)) for few in _parts(x, device))
-            chances = (finite(ask(victim, part)).softmax(1).float().cpu() for part in parts)
-            return joined(chances, len(x))
-
-    return answers
+    return lambda x: asked(victim, x, lambda logits: finite(logits).softmax(1).float())
 
 
 def surrogate_for(shape: Shape) -> str:

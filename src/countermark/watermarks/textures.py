@@ -16,19 +16,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from countermark.attacks import ask, finite
-from countermark.data import as_uint8, pixels
+from countermark.attacks import finite
+from countermark.data import as_uint8
 from countermark.data.dataset import SMALLEST_BATCH
-from countermark.device import batch_size as images_at_once
 from countermark.errors import CountermarkError
-from countermark.evaluation import device_of, evaluating
+from countermark.evaluation import asked
 from countermark.watermarks.sets import WatermarkSet
 
 _GRID = 7  # random values along a side of a texture, at most; what lies between is interpolated
 _FEWEST = 4  # values along a side where there are few pixels; fewer make too few textures
 _APART = 4  # pixels from one value to the next, at least, as long as that leaves so many
 _TEXTURE = b"countermark texture 1"
-_AT_ONCE = 250  # images at a time on a processor
 
 
 def texture_set(
@@ -97,14 +95,7 @@ def textures(count: int, shape: tuple[int, int, int], key: bytes) -> torch.Tenso
 
 def _likeliest(source: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """The two classes `(n, 2)` that a model finds likeliest, the first one first."""
-    device = device_of(source)
-    count = images_at_once(device, images.shape[1:], _AT_ONCE)
-    with evaluating(source), torch.no_grad():
-        parts = [
-            finite(ask(source, pixels(images[i : i + count].to(device))))
-            for i in range(0, len(images), count)
-        ]
-    logits = torch.cat(parts).cpu()
+    logits = asked(source, images, finite)
     if logits.shape[1] < 2:
         raise CountermarkError("textures take a model of two classes or more")
     return logits.topk(2).indices
