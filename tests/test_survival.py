@@ -6,13 +6,22 @@ import pytest
 import torch
 
 from countermark.cli import main
-from countermark.data import Examples, Pools, as_uint8
+from countermark.data import Examples, Pools, as_uint8, pixels
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import read_json
 from countermark.networks import load
+from countermark.networks.cleaners import Straight
 from countermark.verbs.protect import protect
-from countermark.watermarks import PASSAGES, changes, coin_set, full_strength, load_key, versions
+from countermark.watermarks import (
+    PASSAGES,
+    Change,
+    changes,
+    coin_set,
+    full_strength,
+    load_key,
+    versions,
+)
 
 SURVIVED = ("jpeg:60", "resize:0.5")
 
@@ -100,7 +109,7 @@ def test_a_jpeg_of_the_best_quality_and_a_size_of_one_change_next_to_nothing() -
         ("jpeg:7.5", "the amount of jpeg in --survive is a quality"),
         ("resize:big", "the amount of resize in --survive is a factor"),
         ("median:4", "an odd number from 3 to 15"),
-        ("denoise:3", "--survive takes words"),
+        ("denoise:0", "the amount of denoise in --survive is a number of filters from 1 to 256"),
     ],
 )
 def test_words_that_name_no_change_are_refused_before_the_work(
@@ -128,8 +137,9 @@ def test_too_few_bases_that_survive_are_said(owner: Path, digits: Pools) -> None
     true = {x.numpy().tobytes(): x for x in bases.x}
     source = load(owner / "key" / "source")
 
-    def undone(x: torch.Tensor) -> torch.Tensor:
-        return torch.stack(list(true.values()))[: len(x)]
+    def undo(x: torch.Tensor, _: float) -> torch.Tensor:
+        return pixels(torch.stack(list(true.values()))[: len(x)])
 
+    undone = Change(Straight(undo, 0))
     with pytest.raises(CountermarkError, match="bases became watermarks"):
         coin_set(source, bases, full_strength(0.2), 2, 40, 7, [undone])

@@ -24,7 +24,6 @@ from countermark.networks import (
 )
 from countermark.networks.cleaners import CLEANERS
 from countermark.thieves import REMOVALS, THEFTS, Means, objective_of, remove, removed, stolen
-from countermark.thieves import cleaners as cleaning
 from countermark.thieves.remove import (
     add_noise,
     finetune,
@@ -35,7 +34,15 @@ from countermark.thieves.remove import (
 )
 from countermark.thieves.steal import augment, augmentation_step, surrogate_for
 from countermark.threat import COLOUR, GREY, Attack
-from countermark.training import Hardware, TrainConfig, Traits, marking, recipe, traits
+from countermark.training import (
+    Hardware,
+    TrainConfig,
+    Traits,
+    marking,
+    recipe,
+    teach_cleaner,
+    traits,
+)
 from countermark.verbs.remove import remove as remove_verb
 from countermark.watermarks import textures
 from drawing import draw_arrays
@@ -452,15 +459,12 @@ def test_a_denoiser_learns_to_take_perturbations_out(means: Means) -> None:
     """Less is left of noise that it was not shown, and the network stays as it was."""
     network, before = residual(), state(residual())
     front = CLEANERS["denoise"].make(SHAPE, 8)
-    strong = replace(
-        means, threat=COLOUR.at(epsilon=0.1, watermark_epsilon=0.3), epochs=20, batch_size=32
-    )
     clear = pixels(means.pool.x)
     noisy = (
         clear + 0.2 * (2 * torch.rand(clear.shape, generator=torch.Generator().manual_seed(9)) - 1)
     ).clamp(0, 1)
     untaught = float((front(noisy) - clear).detach().abs().mean())
-    cleaning.teach(front, network, strong)
+    teach_cleaner(front, network, means.pool, budget=0.3, epochs=20, batch_size=32)
     assert float((front(noisy) - clear).detach().abs().mean()) < untaught
     assert unchanged(network, before)
     assert all(each.requires_grad for each in network.parameters())

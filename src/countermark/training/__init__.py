@@ -1,5 +1,6 @@
 """Training: one loop, its objectives and the recipes by name."""
 
+from countermark.training.cleaning import teach_cleaner
 from countermark.training.config import Hardware, TrainConfig
 from countermark.training.loop import Epoch, open_hardware, resolve_hardware, train
 from countermark.training.recipes import (
@@ -28,6 +29,7 @@ __all__ = [
     "open_hardware",
     "recipe",
     "resolve_hardware",
+    "teach_cleaner",
     "train",
     "traits",
 ]

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from countermark.marking import Standing
     from countermark.timestamps import Stamp
     from countermark.training import TrainConfig
-    from countermark.watermarks import Key, Materials
+    from countermark.watermarks import Change, Key, Materials
 
 Labels = Literal["true", "source"]
 """Labels of the scheme `adversarial`: the true ones, or those that the source model gives."""
@@ -142,8 +142,8 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     0.01."""
     survive: tuple[str, ...] = ()
     """What coins are to survive on their way to a suspect: jpeg:QUALITY, resize:FACTOR (and back),
-    blur:SIDE, median:SIDE, levels:N, clip:MARGIN, threshold:LEVEL. Trials are chosen and learned in
-    these forms too."""
+    blur:SIDE, median:SIDE, levels:N, clip:MARGIN, threshold:LEVEL, or denoise:FILTERS, a network
+    that is trained for it first. Trials are chosen and learned in these forms too."""
     register: str | None = None
     """Public log in which C1 is registered: rekor, or a JSON file that describes another. The coins
     then come from public randomness a minute later, so that a judge can count how often you drew
@@ -534,10 +534,11 @@ def protect(config: ProtectConfig) -> Protection:
         else:
             make_private_folder(private / "source")
             save_model(private / "source", source, before, mode=0o600)
-            key = _make_key(setup, source, private, secret, drawn_from)
+            given = _materials(setup, source, folder, secret)
+            key = _make_key(setup, given, private, drawn_from)
             afresh = setup.embedding.embedding == "epoch"
             network = setup.source(seed) if afresh else copy.deepcopy(source)
-            marked = _taught(setup, source, key, secret)
+            marked = _taught(given, key)
             attempts = _attempts(folder, setup.epochs, wanted or setup.epochs)
             started, found, epochs = time.monotonic(), None, 0
             for number, part in enumerate(_parts(setup.embedding, attempts), 1):
@@ -641,10 +642,8 @@ def _check_taken(found: "Standing", folder: Path, attempts: list[int], epochs: i
     )
 
 
-def _make_key(
-    setup: _Setup, source: "nn.Module", private: Path, secret: bytes, stamp: "Stamp | None"
-) -> "Key":
-    """Craft the watermarks on the source model, commit to them, draw the coins.
+def _make_key(setup: _Setup, given: "Materials", private: Path, stamp: "Stamp | None") -> "Key":
+    """Make the watermarks, commit to them, draw the coins.
 
     A key that is already there is read, never drawn anew.
 
@@ -668,7 +667,6 @@ def _make_key(
                 f"or delete {private.parent}"
             )
         return key
-    given = _materials(setup, source, secret)
     provenance = {
         "data": setup.data.place,
         "pools": digests,
@@ -682,10 +680,10 @@ def _make_key(
     return write_key(private, config.scheme, scheme.make(given), provenance, stamp, clean, names)
 
 
-def _materials(setup: _Setup, source: "nn.Module", secret: bytes) -> "Materials":
+def _materials(setup: _Setup, source: "nn.Module", folder: Path, secret: bytes) -> "Materials":
     """What the watermarks of a run are made of."""
     from countermark.data import load_ood
-    from countermark.watermarks import Materials, changes, full_strength, secret_key, secret_seed
+    from countermark.watermarks import Materials, full_strength, secret_key, secret_seed
 
     config, pools = setup.config, setup.pools
     attack = full_strength(setup.threat.watermark_epsilon)
@@ -701,23 +699,56 @@ def _materials(setup: _Setup, source: "nn.Module", secret: bytes) -> "Materials"
         seed=secret_seed(secret, "crafting"),
         key=secret_key(secret, "trials"),
         true_labels=config.labels != "source",
-        survive=changes(config.survive, setup.data.shape),
+        survive=_survived(setup, source, folder, secret),
         training=pools.training,
     )
 
 
-def _taught(setup: _Setup, source: "nn.Module", key: "Key", secret: bytes) -> "Examples":
+def _survived(setup: _Setup, source: "nn.Module", folder: Path, secret: bytes) -> "list[Change]":
+    """The changes that trials are to survive; a cleaner among them is trained once."""
+    import torch
+
+    from countermark.device import seeded
+    from countermark.evaluation import device_of
+    from countermark.files import write_tensors
+    from countermark.networks import load_weights
+    from countermark.networks.cleaners import CLEANERS
+    from countermark.training import teach_cleaner
+    from countermark.watermarks import changes, secret_seed
+
+    seed = secret_seed(secret, "cleaner")
+
+    def teach(word: str, layer: "nn.Module") -> None:
+        path = folder / f"{CHECKPOINT_PREFIX}{word.replace(':', '-')}.safetensors"
+        if path.exists():
+            load_weights(layer.to(device_of(source)), path)
+            return
+        teach_cleaner(
+            layer,
+            source,
+            setup.pools.training,
+            budget=setup.threat.watermark_epsilon,
+            epochs=CLEANERS[word.partition(":")[0]].options["epochs"],
+            seed=seed,
+            title=f"cleaner {word}",
+        )
+        write_tensors(path, layer.state_dict())
+
+    with seeded(torch.device("cpu"), seed):
+        return changes(setup.config.survive, setup.data.shape, teach)
+
+
+def _taught(given: "Materials", key: "Key") -> "Examples":
     """What teaches the marked model the key's answers."""
     import torch
 
     from countermark.data import Examples
-    from countermark.watermarks import SCHEMES, changes, versions
+    from countermark.watermarks import versions
 
-    make = SCHEMES[setup.config.scheme].members
-    if make is not None:
-        members = make(_materials(setup, source, secret))
+    if key.rules.members is not None:
+        members = key.rules.members(given)
         return Examples(members.x, key.labels[members.y])
-    shapes = versions(key.watermarks.x, changes(setup.config.survive, setup.data.shape))
+    shapes = versions(key.watermarks.x, given.survive)
     return Examples(torch.cat(shapes), key.labels.repeat(len(shapes)))
 
 

@@ -39,7 +39,7 @@ from countermark.watermarks.sets import (
     published_sample,
     published_set,
 )
-from countermark.watermarks.survival import PASSAGES, changes, versions
+from countermark.watermarks.survival import PASSAGES, Change, changes, versions
 from countermark.watermarks.textures import textures
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "CRAFTING_STEPS",
     "PASSAGES",
     "SCHEMES",
+    "Change",
     "Key",
     "Materials",
     "Scheme",

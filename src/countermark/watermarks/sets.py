@@ -19,7 +19,7 @@ from countermark.device import batch_size, seeded
 from countermark.errors import CountermarkError
 from countermark.evaluation import device_of, evaluating, predict
 from countermark.threat import Attack
-from countermark.watermarks.survival import Change
+from countermark.watermarks.survival import Change, Passed
 
 _PUBLISHED_WATERMARKS = 100
 _CRAFTED = 1000  # bases at a time
@@ -69,6 +69,7 @@ def craft_adversarial(
     enough: int | None = None,
     *,
     corner: bool = False,
+    through: Sequence[Change] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Craft watermarks from clean bases on the source model.
 
@@ -81,6 +82,7 @@ def craft_adversarial(
         enough: how many that the source misclassifies are enough; the bases behind these are left
             out. With none, every base is crafted.
         corner: begin at a random corner of the ball, and stop as soon as the source errs.
+        through: changes after each of which the source is to err as well.
 
     Returns:
         uint8 images `(n, c, h, w)` and the source's labels of the rounded images `(n,)`, both on
@@ -91,14 +93,15 @@ def craft_adversarial(
         CountermarkError: bases outside [0, 1], or logits that are not finite.
     """
     device = device_of(source)
-    count = batch_size(device, bases.x.shape[1:], _CRAFTED)
+    count = max(1, batch_size(device, bases.x.shape[1:], _CRAFTED) // (1 + len(through)))
+    target = Passed(source, through) if through else source
     parts, labels, found = [], [], 0
     with evaluating(source), seeded(device, seed):
         for i in range(0, max(len(bases), 1), count):
             x, y = (part[i : i + count].to(device) for part in (bases.x, bases.y))
             clean = pixels(x)
             start = clean + attack.epsilon * torch.randn_like(clean).sign_() if corner else None
-            crafted = pgd(source, clean, y, **asdict(attack), start=start, stop_when_lost=corner)
+            crafted = pgd(target, clean, y, **asdict(attack), start=start, stop_when_lost=corner)
             parts.append(crafted.mul(255).round().to(torch.uint8).cpu())
             labels.append(predict(source, parts[-1]))
             found += int((labels[-1] != y.cpu()).sum())
@@ -138,8 +141,8 @@ def coin_set(
     source gets right come first: of others it is often too sure to learn the true label. The source
     model never sees a coin, so the choice depends on none (condition 2).
 
-    Trials that are to survive changes are crafted at full strength, and taken only if the source
-    model errs on them after each change as well.
+    Trials that are to survive changes are crafted at full strength through all of them at once, and
+    taken only if the source model errs on them after each change as well.
 
     Raises:
         CountermarkError: too few bases are misclassified for batches of `least` trials.
@@ -153,7 +156,7 @@ def coin_set(
         wrong = predict(source, bases.x) != bases.y
         bases = bases[torch.argsort(wrong.int(), stable=True)]
     if survive:
-        images, predicted = craft_adversarial(source, bases, attack, seed)
+        images, predicted = craft_adversarial(source, bases, attack, seed, through=survive)
     else:
         images, predicted = craft_trials(source, bases, attack, seed, batches * batch_size)
     true = bases.y[: len(predicted)]

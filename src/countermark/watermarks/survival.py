@@ -1,27 +1,45 @@
 """What happens to images on their way to a suspect, which trials can be made to survive.
 
-A service may take JPEGs only, or bring images to another size first. Trials that are meant to
-survive that are chosen so that the source model errs on them in either form, and the marked model
-learns their answers in both. The choice asks the source model alone, so it depends on no coin
-(condition 2).
+A service may take JPEGs only, or bring images to another size first, and a thief may put a cleaner
+in front of a copy. Trials that are meant to survive that are crafted on the source model behind
+each change at once (Athalye et al., 2018, "Synthesizing robust adversarial examples"), and taken
+only if it errs on them in every form; the marked model learns their answers in all of them. The
+choice asks the source model alone, so it depends on no coin (condition 2).
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from countermark.attacks import ask
 from countermark.data import as_uint8, pixels
 from countermark.data.images import decode, encode
 from countermark.errors import CountermarkError
-from countermark.networks.cleaners import CLEANERS, Amount, Shape
+from countermark.evaluation import asked
+from countermark.networks.cleaners import CLEANERS, Amount, Shape, Straight
 from countermark.text import brief
 
-Change = Callable[[torch.Tensor], torch.Tensor]
-"""From uint8 images `(n, c, h, w)` to changed ones of the same shape."""
+Teach = Callable[[str, nn.Module], None]
+"""Trains a layer in place, which the word that named it tells from others."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of images.
+
+    Attributes:
+        layer: takes pixels `(n, c, h, w)` of [0, 1] to pixels, with a gradient that leads an attack
+            somewhere.
+    """
+
+    layer: nn.Module
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """From uint8 images `(n, c, h, w)` to changed ones of the same shape."""
+        return asked(self.layer, x, as_uint8) if len(x) else x
 
 
 @dataclass(frozen=True)
@@ -30,15 +48,40 @@ class Passage:
 
     Attributes:
         amount: its one number.
-        make: the change, for images of a shape `(channels, height, width)`, from that number.
+        make: the layer, for images of a shape `(channels, height, width)`, from that number.
     """
 
     amount: Amount
-    make: Callable[[Shape, float], Change]
+    make: Callable[[Shape, float], nn.Module]
 
 
-def changes(words: Sequence[str], shape: Shape) -> list[Change]:
+class Passed(nn.Module):
+    """A network that sees images as they are and after each change.
+
+    Its logits are the means of the logarithms of the probabilities, so an attack on them has to
+    make the network err in every form.
+    """
+
+    def __init__(self, network: nn.Module, passages: Sequence[Change]) -> None:
+        """Put changes in front of a network, one beside the other."""
+        super().__init__()
+        self.network, self.layers = network, nn.ModuleList(each.layer for each in passages)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pixels `(n, c, h, w)` to logits `(n, classes)`."""
+        forms = [x, *(layer(x) for layer in self.layers)]
+        told = [functional.log_softmax(ask(self.network, form), 1) for form in forms]
+        return torch.stack(told).mean(0)
+
+
+def changes(words: Sequence[str], shape: Shape, teach: Teach | None = None) -> list[Change]:
     """The changes that words such as `jpeg:75` and `resize:0.5` name.
+
+    Args:
+        words: the names, each with an amount or without.
+        shape: one image, `(channels, height, width)`.
+        teach: trains the layers that have parameters; without it they stay as they were drawn,
+            which is enough to check words.
 
     Raises:
         CountermarkError: a word names none, or an amount that makes no sense.
@@ -56,7 +99,10 @@ def changes(words: Sequence[str], shape: Shape) -> list[Change]:
         except ValueError:
             number = float("nan")
         wanted.check(f"the amount of {name} in --survive", number)
-        made.append(PASSAGES[name].make(shape, number))
+        layer = PASSAGES[name].make(shape, number).eval()
+        if teach is not None and next(layer.parameters(), None) is not None:
+            teach(f"{name}:{number:g}", layer)
+        made.append(Change(layer))
     return made
 
 
@@ -65,49 +111,43 @@ def versions(x: torch.Tensor, passages: Sequence[Change]) -> list[torch.Tensor]:
     return [x, *(change(x) for change in passages)]
 
 
-def _jpeg(x: torch.Tensor, quality: int) -> torch.Tensor:
+def jpeg(x: torch.Tensor, quality: float) -> torch.Tensor:
+    """Bring pixels `(n, c, h, w)` into JPEG files and back."""
     if x.shape[1] not in (1, 3):
         raise CountermarkError(
             f"a JPEG has 1 or 3 channels, not {x.shape[1]}; leave jpeg out of --survive"
         )
-    files = [encode(image.numpy(), "jpeg", quality=quality) for image in x]
+    files = [encode(image.numpy(), "jpeg", quality=int(quality)) for image in as_uint8(x.cpu())]
     parts = [torch.from_numpy(decode(file).pixels.copy()) for file in files]
-    return torch.stack(parts) if parts else x
+    return pixels(torch.stack(parts)).to(x)
 
 
-def _resized(x: torch.Tensor, factor: float) -> torch.Tensor:
+class Resized(nn.Module):
     """Images brought to another size and back, each with antialiasing."""
-    sides = tuple(x.shape[2:])
-    other = tuple(max(1, round(side * factor)) for side in sides)
-    scaled = pixels(x)
-    for target in (other, sides):
-        scaled = functional.interpolate(scaled, target, mode="bilinear", antialias=True)
-    return as_uint8(scaled.clamp(0, 1))
 
+    def __init__(self, factor: float) -> None:
+        """Multiply the sides by a factor."""
+        super().__init__()
+        self.factor = factor
 
-def _cleaned(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return as_uint8(layer(pixels(x)).clamp(0, 1))
-
-
-def _cleaner(name: str) -> Passage:
-    cleaner = CLEANERS[name]
-    return Passage(
-        cleaner.amount,
-        lambda shape, amount: partial(_cleaned, layer=cleaner.make(shape, amount)),
-    )
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Take pixels `(n, c, h, w)` there and back."""
+        sides = tuple(x.shape[2:])
+        other = tuple(max(1, round(side * self.factor)) for side in sides)
+        for target in (other, sides):
+            x = functional.interpolate(x, target, mode="bilinear", antialias=True)
+        return x.clamp(0, 1)
 
 
 PASSAGES: Mapping[str, Passage] = {
     "jpeg": Passage(
         Amount(int, 75, "a quality from 1 to 100", lambda value: 1 <= value <= 100),
-        lambda _, quality: partial(_jpeg, quality=int(quality)),
+        lambda _, quality: Straight(jpeg, quality),
     ),
     "resize": Passage(
         Amount(float, 0.5, "a factor from 0.1 to 10", lambda value: 0.1 <= value <= 10),
-        lambda _, factor: partial(_resized, factor=factor),
+        lambda _, factor: Resized(factor),
     ),
-    # What has to be trained first belongs to the thief alone.
-    **{name: _cleaner(name) for name, cleaner in CLEANERS.items() if not cleaner.options},
+    **{name: Passage(cleaner.amount, cleaner.make) for name, cleaner in CLEANERS.items()},
 }
 """The changes by name. To add one, add a row."""
