@@ -1,27 +1,33 @@
 """Trials that survive what happens to images on their way to a suspect."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from countermark.cli import main
 from countermark.data import Examples, Pools, as_uint8, pixels
+from countermark.device import seeded
 from countermark.errors import CountermarkError
 from countermark.evaluation import predict
 from countermark.files import read_json
 from countermark.networks import load
 from countermark.networks.cleaners import Straight
+from countermark.training import teach_cleaner
 from countermark.verbs.protect import protect
 from countermark.watermarks import (
     PASSAGES,
     Change,
     changes,
     coin_set,
+    craft_adversarial,
     full_strength,
     load_key,
     versions,
 )
+from countermark.watermarks.survival import Passed
 
 SURVIVED = ("jpeg:60", "resize:0.5")
 
@@ -129,6 +135,54 @@ def test_a_jpeg_of_four_channels_is_refused() -> None:
     [change] = changes(["jpeg"], (4, 8, 8))
     with pytest.raises(CountermarkError, match="1 or 3 channels, not 4; leave jpeg out"):
         change(torch.zeros(1, 4, 8, 8, dtype=torch.uint8))
+
+
+def test_crafting_through_a_cleaner_leaves_it_little(owner: Path, digits: Pools) -> None:
+    """A cleaner that was taught on the source gives back what it knows nothing of."""
+    source, strong = load(owner / "key" / "source"), full_strength(0.2)
+
+    def teach(_word: str, layer: nn.Module) -> None:
+        teach_cleaner(layer, source, digits.training, budget=0.2, epochs=20, seed=5)
+
+    with seeded(torch.device("cpu"), 5):
+        cleaner = changes(["denoise:8"], (1, 8, 8), teach)
+    lost = []
+    for through in ([], cleaner):
+        x, _ = craft_adversarial(source, digits.bases, strong, 7, through=through)
+        forms = [predict(source, form) != digits.bases.y for form in versions(x, cleaner)]
+        lost.append(float(torch.stack(forms).all(0).float().mean()))
+    assert lost[1] > lost[0] + 0.1
+
+
+def test_the_attack_on_a_network_behind_changes_is_on_each_form(digits: Pools) -> None:
+    """The logits are means of logarithms of probabilities, and their gradient reaches the image."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    passages = changes(["resize:0.5", "threshold:0.4", "jpeg:60"], (1, 8, 8))
+    x = pixels(digits.test.x[:6]).requires_grad_()
+    logits = Passed(network, passages)(x)
+    forms = versions(as_uint8(x.detach()), passages)
+    wanted = torch.stack([network(pixels(form)).log_softmax(1) for form in forms]).mean(0)
+    assert torch.allclose(logits, wanted, atol=0.05)  # an attack sees the pixels unrounded
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), x)
+    assert float(gradient.abs().flatten(1).sum(1).min()) > 0
+
+
+def test_an_interrupted_run_does_not_teach_its_cleaner_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"out": tmp_path / "mine", "survive": ("denoise:4",)}
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr("countermark.watermarks.write_key", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            protect("digits", **options)
+    monkeypatch.setattr("countermark.training.teach_cleaner", interrupt)
+    protect("digits", **options)
+    assert load_key(tmp_path / "mine" / "key").c1["survive"] == ["denoise:4"]
+    assert not list((tmp_path / "mine").glob("checkpoint-*"))
 
 
 def test_too_few_bases_that_survive_are_said(owner: Path, digits: Pools) -> None:
