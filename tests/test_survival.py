@@ -139,19 +139,19 @@ def test_a_jpeg_of_four_channels_is_refused() -> None:
 
 def test_crafting_through_a_cleaner_leaves_it_little(owner: Path, digits: Pools) -> None:
     """A cleaner that was taught on the source gives back what it knows nothing of."""
-    source, strong = load(owner / "key" / "source"), full_strength(0.2)
+    source, strong = load(owner / "key" / "source"), full_strength(0.3)
 
     def teach(_word: str, layer: nn.Module) -> None:
-        teach_cleaner(layer, source, digits.training, budget=0.2, epochs=20, seed=5)
+        teach_cleaner(layer, source, digits.training, budget=0.3, epochs=30, batch_size=32)
 
     with seeded(torch.device("cpu"), 5):
-        cleaner = changes(["denoise:8"], (1, 8, 8), teach)
+        cleaner = changes(["denoise:24"], (1, 8, 8), teach)
     lost = []
     for through in ([], cleaner):
         x, _ = craft_adversarial(source, digits.bases, strong, 7, through=through)
         forms = [predict(source, form) != digits.bases.y for form in versions(x, cleaner)]
         lost.append(float(torch.stack(forms).all(0).float().mean()))
-    assert lost[1] > lost[0] + 0.1
+    assert lost[1] > lost[0] + 0.2  # some 92 % instead of 20 %
 
 
 def test_the_attack_on_a_network_behind_changes_is_on_each_form(digits: Pools) -> None:
