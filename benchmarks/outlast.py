@@ -10,6 +10,9 @@ coin, stands beside them.
 """
 
 import argparse
+import shutil
+import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,14 @@ def main() -> None:
         once(folder, partial(remove, given.model, out=folder, **options(words)))
         suspects[f"`{words}`"] = folder
     suspects["the source model"] = given.model / "key" / "source"
+    with tempfile.TemporaryDirectory() as folder:  # the owner's ledger is for the owner's looks
+        key = Path(folder) / "key"
+        shutil.copytree(given.model / "key", key)
+        show(suspects, key)
+
+
+def show(suspects: Mapping[str, Path], key: Path) -> None:
+    """Print a row for each suspect."""
     for title, folder in suspects.items():
         scores = folder / "metrics.json"
         found = read_json(scores) if scores.exists() else {}
@@ -66,9 +77,10 @@ def main() -> None:
             for name in ("test_accuracy", "adversarial_accuracy")
             if name in found
         )
-        test = verify(folder, key=given.model / "key").test
+        test = verify(folder, key=key).test
         coins = f"{test.agreements}:{test.disagreements}"
-        print(f"| {title} | {accuracies} | {coins} | {test.log10_p_value:.1f} |", flush=True)
+        exponent = "" if test.log10_p_value is None else f"{test.log10_p_value:.1f}"
+        print(f"| {title} | {accuracies} | {coins} | {exponent} |", flush=True)
 
 
 if __name__ == "__main__":

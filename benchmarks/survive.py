@@ -3,7 +3,8 @@
     python benchmarks/survive.py mine jpeg:95 jpeg:75 resize:2 resize:0.5
 
 The model is asked for its key's trials as they are and after each change, which are words as
-`protect --survive` takes them.
+`protect --survive` takes them, but for cleaners that are trained first: `outlast.py` asks copies
+behind those.
 """
 
 import argparse
@@ -28,7 +29,11 @@ def main() -> None:
     x, cells = key.watermarks.x, key.watermarks.cell.tolist()
     channels, height, width = x.shape[1:]
     print("| asked | coins | p |\n|---|---|---|")
-    every = versions(x, changes(given.words, (channels, height, width)))
+
+    def refuse(word: str, _layer: object) -> None:
+        parser.error(f"{word} is trained first; python benchmarks/outlast.py asks behind it")
+
+    every = versions(x, changes(given.words, (channels, height, width), refuse))
     for word, images in zip(("as they are", *given.words), every, strict=True):
         test = judge(cells, key.outcomes(predict(network, images)))
         coins = f"{test.agreements}:{test.disagreements}"

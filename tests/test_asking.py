@@ -158,7 +158,7 @@ def test_a_suspect_is_known_by_its_bytes_and_a_log_has_looks_of_its_own(tmp_path
     assert look(other) == Looks(1, 3)
     other.write_bytes(b"one")  # another model under the same name
     assert look(other) == Looks(3, 4)
-    assert look(first, log=True) == Looks(1, 1)
+    assert look(first, log=True) == Looks(1, 1, log=True)
     assert look("http://127.0.0.1:9/v2/models/m") == Looks(1, 5)
     assert look("http://127.0.0.1:9/v2/models/m/") == Looks(2, 6)
 

@@ -110,13 +110,16 @@ def asked(
     *,
     bounded: bool = True,
 ) -> torch.Tensor:
-    """What is made of a model's logits, in evaluation mode, batch by batch, on the CPU.
+    """What is made of a model's results, in evaluation mode, batch by batch, on the CPU.
 
     Args:
-        model: as for `predict`.
+        model: as for `predict`; what it gives for n images may also be other than logits.
         x: as for `predict`.
-        of: makes rows `(n, ...)` of logits `(n, classes)`.
+        of: makes n rows of them.
         bounded: as for `predict`.
+
+    Raises:
+        CountermarkError: pixels outside [0, 1], or what `of` raises.
     """
     device = device_of(model)
     count = batch_size(device, x.shape[1:], _BATCH)

@@ -62,8 +62,9 @@ class Cleaner:
         help: one line for the help of the verb.
         amount: its one number.
         make: builds the layer, for images of a shape `(channels, height, width)`, from the amount.
-            A layer that has parameters is trained by the thief before it cleans anything.
-        options: the options of that training and their defaults (see `thieves.Means`).
+            A layer that has parameters is trained before it cleans anything, by a thief or by an
+            owner whose trials are to survive it.
+        options: the options of a thief's training and their defaults (see `thieves.Means`).
     """
 
     help: str

@@ -1,4 +1,4 @@
-"""Training: one loop, its objectives and the recipes by name."""
+"""Training: one loop, its objectives and the recipes by name; and that of cleaners."""
 
 from countermark.training.cleaning import teach_cleaner
 from countermark.training.config import Hardware, TrainConfig

@@ -37,7 +37,8 @@ def teach_cleaner(
     Half of each batch is attacked in two large steps at the budget, on the labels that the network
     gives, so that no label of the images is used; the other half gets uniform noise of all
     strengths up to that budget. The loss is the cross-entropy of the pixels, plus a fifth of the
-    divergence of the network's answers from those to the clean images.
+    divergence of the network's answers from those to the clean images. There are no checkpoints: it
+    takes minutes.
 
     Args:
         front: the cleaner, in float32; it is moved to the network's device.

@@ -27,18 +27,21 @@ class Looks:
     Attributes:
         suspect: looks at this suspect.
         key: looks at any.
+        log: whether they asked what a service's log holds, and not the key's own trials.
     """
 
     suspect: int
     key: int
+    log: bool = False
 
     @property
     def said(self) -> str:
         """One sentence for a person; empty for the very first look."""
         if self.key < 2:
             return ""
+        asked = "the log of this key" if self.log else "this key"
         return (
-            f"This is look {self.suspect} at this suspect with this key, of {self.key} at any; do "
+            f"This is look {self.suspect} at this suspect with {asked}, of {self.key} at any; do "
             "not believe the smallest of several p-values alone."
         )
 
@@ -88,7 +91,7 @@ def note_look(
         return None
     found = [_Look.read(each) for each in before.splitlines() if each.strip()]
     looks = [each for each in found if each.log == log]
-    return Looks(1 + sum(each.at(name, identity) for each in looks), 1 + len(looks))
+    return Looks(1 + sum(each.at(name, identity) for each in looks), 1 + len(looks), log)
 
 
 def said_looks(looks: Looks | None) -> tuple[str, ...]:
@@ -130,5 +133,5 @@ def _identity(suspect: SuspectPlace) -> str | None:
         return None
     try:
         return sha256(canonical_json(suspect_identity(suspect)))
-    except CountermarkError:
+    except (CountermarkError, OSError, ValueError):
         return None

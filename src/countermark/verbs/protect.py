@@ -13,6 +13,7 @@ nothing (condition 2).
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from countermark.choices import Embedding, Recipe, SchemeName
 from countermark.data import KNOWN
-from countermark.device import describe
+from countermark.device import describe, resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import (
     CHECKPOINT_PREFIX,
@@ -30,8 +31,10 @@ from countermark.files import (
     new_folder,
     read_bytes,
     read_json,
+    read_tensors,
     sha256,
     write_json,
+    write_tensors,
 )
 from countermark.options import (
     AnyData,
@@ -71,6 +74,9 @@ _NORMALISED: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = (
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 )
 """Means and deviations that people normalise images with, beside those of the images."""
+_CLEANED = 128  # images in a step of a cleaner's training, at most
+_CLEANER_STEPS = 500  # of that training, at least; two passes over MNIST are some more
+_FORMS_LIMIT = 1 << 34
 _ROUNDS = f"{CHECKPOINT_PREFIX}rounds.json"
 _ROUNDS_FORMAT = "countermark rounds 1"
 
@@ -143,7 +149,7 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     survive: tuple[str, ...] = ()
     """What coins are to survive on their way to a suspect: jpeg:QUALITY, resize:FACTOR (and back),
     blur:SIDE, median:SIDE, levels:N, clip:MARGIN, threshold:LEVEL, or denoise:FILTERS, a network
-    that is trained for it first. Trials are chosen and learned in these forms too."""
+    that is trained for it first. Trials are crafted, chosen and learned in these forms too."""
     register: str | None = None
     """Public log in which C1 is registered: rekor, or a JSON file that describes another. The coins
     then come from public randomness a minute later, so that a judge can count how often you drew
@@ -441,6 +447,9 @@ def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
         CountermarkError: the model would be written among the images, or there are too few of them
             for a mark.
     """
+    import torch
+
+    from countermark.device import seeded
     from countermark.watermarks import SCHEMES, changes
 
     place, out = data.place, Path(config.out).expanduser().resolve()
@@ -450,7 +459,8 @@ def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
             f"{config.out} lies among the images of {place}, and would count as one of their "
             "classes; choose another --out"
         )
-    changes(config.survive, data.shape)  # refuses what it does not know
+    with seeded(torch.device("cpu"), config.seed):  # layers are drawn
+        changes(config.survive, data.shape)  # refuses what it does not know
     scheme = SCHEMES.get(config.scheme)
     lacks = data.lacks_bases(pools, scheme.bases) if scheme is not None else None
     if scheme is not None and scheme.coins and lacks is not None:
@@ -534,11 +544,13 @@ def protect(config: ProtectConfig) -> Protection:
         else:
             make_private_folder(private / "source")
             save_model(private / "source", source, before, mode=0o600)
+            # Given weights were not trained here, so nothing has moved them yet.
+            source.to(resolve_device(config.device))
             given = _materials(setup, source, folder, secret)
             key = _make_key(setup, given, private, drawn_from)
             afresh = setup.embedding.embedding == "epoch"
             network = setup.source(seed) if afresh else copy.deepcopy(source)
-            marked = _taught(given, key)
+            marked = _taught(given, key, folder)
             attempts = _attempts(folder, setup.epochs, wanted or setup.epochs)
             started, found, epochs = time.monotonic(), None, 0
             for number, part in enumerate(_parts(setup.embedding, attempts), 1):
@@ -705,41 +717,51 @@ def _materials(setup: _Setup, source: "nn.Module", folder: Path, secret: bytes) 
 
 
 def _survived(setup: _Setup, source: "nn.Module", folder: Path, secret: bytes) -> "list[Change]":
-    """The changes that trials are to survive; a cleaner among them is trained once."""
+    """The changes that trials are to survive.
+
+    A cleaner among them is trained once, in one piece, by as many steps as it takes: the thief's
+    passes would be few steps where there are few images.
+    """
     import torch
 
-    from countermark.device import seeded
+    from countermark.device import batch_size, seeded
     from countermark.evaluation import device_of
-    from countermark.files import write_tensors
     from countermark.networks import load_weights
     from countermark.networks.cleaners import CLEANERS
     from countermark.training import teach_cleaner
     from countermark.watermarks import changes, secret_seed
 
-    seed = secret_seed(secret, "cleaner")
+    seed, images, device = secret_seed(secret, "cleaner"), setup.pools.training, device_of(source)
+    together = batch_size(device, setup.data.shape, _CLEANED, _CLEANED)
 
     def teach(word: str, layer: "nn.Module") -> None:
         path = folder / f"{CHECKPOINT_PREFIX}{word.replace(':', '-')}.safetensors"
         if path.exists():
-            load_weights(layer.to(device_of(source)), path)
+            load_weights(layer.to(device), path)
             return
+        passes = CLEANERS[word.partition(":")[0]].options["epochs"]
         teach_cleaner(
             layer,
             source,
-            setup.pools.training,
+            images,
             budget=setup.threat.watermark_epsilon,
-            epochs=CLEANERS[word.partition(":")[0]].options["epochs"],
+            epochs=max(passes, math.ceil(_CLEANER_STEPS * together / max(1, len(images)))),
+            batch_size=together,
             seed=seed,
             title=f"cleaner {word}",
         )
-        write_tensors(path, layer.state_dict())
+        write_tensors(path, layer.state_dict(), mode=0o600)
 
     with seeded(torch.device("cpu"), seed):
         return changes(setup.config.survive, setup.data.shape, teach)
 
 
-def _taught(given: "Materials", key: "Key") -> "Examples":
-    """What teaches the marked model the key's answers."""
+def _taught(given: "Materials", key: "Key", folder: Path) -> "Examples":
+    """What teaches the marked model the key's answers.
+
+    The forms of a trial are made once: a run that goes on elsewhere might round one otherwise, and
+    its checkpoint would be that of another run.
+    """
     import torch
 
     from countermark.data import Examples
@@ -748,8 +770,14 @@ def _taught(given: "Materials", key: "Key") -> "Examples":
     if key.rules.members is not None:
         members = key.rules.members(given)
         return Examples(members.x, key.labels[members.y])
-    shapes = versions(key.watermarks.x, given.survive)
-    return Examples(torch.cat(shapes), key.labels.repeat(len(shapes)))
+    x, forms = key.watermarks.x, 1 + len(given.survive)
+    path = folder / f"{CHECKPOINT_PREFIX}forms.safetensors"
+    if given.survive and not path.exists():
+        write_tensors(path, {"x": torch.cat(versions(x, given.survive))}, mode=0o600)
+    taught = read_tensors(path, _FORMS_LIMIT)[0].get("x") if given.survive else x
+    if taught is None or taught.dtype != x.dtype or taught.shape != (forms * len(x), *x.shape[1:]):
+        raise CountermarkError(f"{path} was changed after it was written; delete it to go on")
+    return Examples(taught, key.labels.repeat(forms))
 
 
 def _measure(

@@ -1,10 +1,10 @@
 """What happens to images on their way to a suspect, which trials can be made to survive.
 
 A service may take JPEGs only, or bring images to another size first, and a thief may put a cleaner
-in front of a copy. Trials that are meant to survive that are crafted on the source model behind
-each change at once (Athalye et al., 2018, "Synthesizing robust adversarial examples"), and taken
+in front of a copy. Trials that are to survive this are crafted on the source model behind all
+changes at once (after Athalye et al., 2018, "Synthesizing robust adversarial examples"), and taken
 only if it errs on them in every form; the marked model learns their answers in all of them. The
-choice asks the source model alone, so it depends on no coin (condition 2).
+choice asks the source model and cleaners that never saw a coin (condition 2).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ from countermark.networks.cleaners import CLEANERS, Amount, Shape, Straight
 from countermark.text import brief
 
 Teach = Callable[[str, nn.Module], None]
-"""Trains a layer in place, which the word that named it tells from others."""
+"""Trains a layer in place; the word that named it tells it from others."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Passage:
 class Passed(nn.Module):
     """A network that sees images as they are and after each change.
 
-    Its logits are the means of the logarithms of the probabilities, so an attack on them has to
-    make the network err in every form.
+    Its logits are the means of the logarithms of the probabilities, so an attack on them works on
+    every form at once.
     """
 
     def __init__(self, network: nn.Module, passages: Sequence[Change]) -> None:
