@@ -386,7 +386,7 @@ def _small_key(arguments: tuple) -> object:
     """The true function with trials that need no good source model."""
     from countermark.watermarks import WatermarkSet, load_key, write_key
 
-    _setup, _source, private, _secret, stamp = arguments
+    _setup, _given, private, stamp = arguments
     if (private / "key.json").exists():
         return load_key(private)
     x = torch.randint(
