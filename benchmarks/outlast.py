@@ -61,8 +61,8 @@ def main() -> None:
         once(folder, partial(remove, given.model, out=folder, **options(words)))
         suspects[f"`{words}`"] = folder
     suspects["the source model"] = given.model / "key" / "source"
-    with tempfile.TemporaryDirectory() as folder:  # the owner's ledger is for the owner's looks
-        key = Path(folder) / "key"
+    with tempfile.TemporaryDirectory() as apart:  # the owner's ledger is for the owner's looks
+        key = Path(apart) / "key"
         shutil.copytree(given.model / "key", key)
         show(suspects, key)
 

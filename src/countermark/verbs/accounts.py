@@ -123,7 +123,8 @@ def claim_account(
         labels, answers = ask(config, parts, about.shape, data, loaded.clean, loaded.names, tested)
         test = account_evidence(trials, labels, JUDGE_ALPHA, choices_of(made, answers.ways))
         how = asked_how(config, answers)
-        looks = note_look(key, "claim", suspect, how, test.log10_p_value, log=True)
+        p = test.log10_p_value
+        looks = note_look(key, "claim", suspect, how, p, identity=identity, log=True)
         if test.verdict != "match" and not anyway:
             raise CountermarkError(
                 f"the suspect's answers to {brief(client)}'s trials would not convince a judge "

@@ -172,7 +172,8 @@ def claim(config: ClaimConfig) -> Claimed:
             labels, answers = ask(config, [x], shape, data, key.clean, key.names, tested)
             test = tested(labels, answers.ways)
             how = asked_how(config, answers)
-            looks = note_look(folder, "claim", config.suspect, how, test.log10_p_value)
+            p = test.log10_p_value
+            looks = note_look(folder, "claim", config.suspect, how, p, identity=suspect)
             if test.verdict != "match" and not config.anyway:
                 raise CountermarkError(
                     f"the suspect's answers to batch {batch} would not convince a judge "

@@ -53,6 +53,7 @@ def note_look(
     how: Mapping[str, Any],
     log10_p_value: float | None,
     *,
+    identity: Mapping[str, str] | None = None,
     log: bool = False,
 ) -> Looks | None:
     """Add a look to the ledger of a key folder.
@@ -65,18 +66,20 @@ def note_look(
         suspect: whom.
         how: how it was asked, JSON-ready.
         log10_p_value: decimal logarithm of what was found, if that was a p-value.
+        identity: what a claim calls it, where that is known: a file need not be read for it again.
         log: whether it was asked what a service's log holds, and not the key's own trials.
 
     Returns:
         The looks until now; none where the folder cannot be written.
     """
-    name, identity = place_name(suspect), _identity(suspect)
+    name, known = place_name(suspect), identity or _identity(suspect)
+    digest = None if known is None else sha256(canonical_json(known))
     entry = {
         "day": int(time.time() // 86_400),
         "verb": verb,
         "of": "log" if log else "key",
         "suspect": name,
-        "identity": identity,
+        "identity": digest,
         "how_sha256": sha256(canonical_json(how)),
         "log10_p_value": log10_p_value,
     }
@@ -91,7 +94,7 @@ def note_look(
         return None
     found = [_Look.read(each) for each in before.splitlines() if each.strip()]
     looks = [each for each in found if each.log == log]
-    return Looks(1 + sum(each.at(name, identity) for each in looks), 1 + len(looks), log)
+    return Looks(1 + sum(each.at(name, digest) for each in looks), 1 + len(looks), log)
 
 
 def said_looks(looks: Looks | None) -> tuple[str, ...]:
@@ -125,13 +128,13 @@ class _Look:
         return self.name == name if identity is None else self.identity == identity
 
 
-def _identity(suspect: SuspectPlace) -> str | None:
-    """The digest of what a claim would call the suspect; none for what no claim can name."""
+def _identity(suspect: SuspectPlace) -> Mapping[str, str] | None:
+    """What a claim would call the suspect; none for what no claim can name."""
     from countermark.claims import suspect_identity
 
     if not isinstance(suspect, str | Path):
         return None
     try:
-        return sha256(canonical_json(suspect_identity(suspect)))
+        return suspect_identity(suspect)
     except (CountermarkError, OSError, ValueError):
         return None
