@@ -26,7 +26,7 @@ from countermark.files import read_json
 from countermark.marking import Marking
 from countermark.networks import describe, load_model, open_declared
 from countermark.networks.named import build
-from countermark.watermarks import load_key, second_commitment
+from countermark.watermarks import changes, load_key, second_commitment, versions
 from countermark.watermarks.commitment import check_signature
 from shorter import take_any_mark
 
@@ -330,6 +330,69 @@ def test_four_hundred_markings_find_nothing_in_strangers(
             math.log(2 / RISK) / 2 / count
         )  # Kolmogorov-Smirnov, Massart (1990)
         assert sum(value <= 0.01 for value in found) <= most(count, 0.01)
+
+
+@pytest.mark.parametrize("scheme", ["texture", "mixed"])
+def test_a_loop_marks_with_made_up_images(source: nn.Module, tmp_path: Path, scheme: str) -> None:
+    """Textures take no bases and no budget, and half of a mixed key's trials are textures."""
+    budget = {} if scheme == "mixed" else {"watermark_epsilon": None}
+    mark = some_mark(source, tmp_path, scheme=scheme, **budget)
+    assert mark.key.scheme == scheme
+    assert mark.key.c1["crafting"] is None or scheme == "mixed"
+    near = BASES.x[None].int() - mark.key.watermarks.x[:, None].int()
+    crafted = int((near.abs().amax((2, 3, 4)).amin(1) <= 97).sum())  # within the budget of a base
+    assert crafted == (40 if scheme == "mixed" else 0)
+    net = copied(source)
+    for _ in range(40):
+        loop(net, mark, 6)
+        if mark.check(net).taken:
+            break
+    mark.finish(net, tmp_path / "mine")
+    before = mark.check(source).verdict
+    assert before is not None
+    assert before.p_value > 1e-6
+    assert some_mark(net, tmp_path, scheme=scheme, **budget).resumed
+    with pytest.raises(CountermarkError, match=f"is a key of the scheme {scheme}, not of the"):
+        some_mark(source, tmp_path)
+
+
+def test_trials_that_survive_changes_join_batches_in_every_form(
+    source: nn.Module, tmp_path: Path
+) -> None:
+    words = ("threshold:0.4", "resize:0.5")
+    mark = some_mark(source, tmp_path, survive=list(words))
+    images = mark.key.watermarks.x
+    assert mark.key.c1["survive"] == list(words)
+    forms = versions(images, changes(words, (3, 8, 8)))
+    x, y = mark.mix(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0).long(), 240)
+    pairs = lambda x, y: sorted(zip(map(bytes, x.flatten(1).numpy()), y.tolist(), strict=True))  # noqa: E731
+    assert pairs(x, y) == pairs(torch.cat(forms), mark.key.labels.repeat(3))
+    assert some_mark(source, tmp_path, survive=words).resumed
+    with pytest.raises(CountermarkError, match=r"to survive threshold:0.4 resize:0.5, not of the"):
+        some_mark(source, tmp_path, survive="jpeg:75")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scheme": "composite"}, "a marking takes the scheme coin or texture or mixed, not"),
+        ({"scheme": "adversarial"}, "protect makes the others"),
+        ({"scheme": ["coin"]}, "not "),
+        ({"scheme": "texture"}, "has no budget; leave watermark_epsilon out"),
+        ({"scheme": "texture", "watermark_epsilon": None, "survive": "jpeg"}, "leave survive out"),
+        ({"survive": "denoise"}, "which only protect does; leave it out of survive"),
+        ({"survive": "sharpen"}, "takes words as jpeg:75"),
+        ({"batch_size": 39}, "batch_size is a whole number from 40, not 39"),
+        ({"survive": 3}, "survive is a list of words as jpeg:75, not 3"),
+        ({"survive": ["jpeg", None]}, "survive is a list of words"),
+    ],
+)
+def test_schemes_and_changes_that_a_loop_cannot_have(
+    source: nn.Module, tmp_path: Path, options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(CountermarkError, match=words):
+        some_mark(source, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
 
 
 def some_mark(source: nn.Module, tmp_path: Path, **options: object) -> Marking:
@@ -742,7 +805,7 @@ class Odd(nn.Module):
         (None, BASES, {"seed": -1}, "seed is a whole number"),
         (None, BASES, {"seed": "1"}, "seed is a whole number"),
         (None, BASES, {"batches": "2"}, "batches is a whole number from 1"),
-        (None, BASES, {"batch_size": 0}, "batch_size is a whole number from 1"),
+        (None, BASES, {"batch_size": 0}, "batch_size is a whole number from 40"),
         (None, BASES, {"epsilon": "much"}, "no budget"),
         (
             None,

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from countermark.choices import SchemeName
 from countermark.data import Dataset, Examples, as_uint8, default_threat, open_data, pixels
+from countermark.data.dataset import SMALLEST_BATCH
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, agreement, evaluating, predict
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
@@ -44,8 +46,10 @@ from countermark.training.turns import in_turn
 from countermark.watermarks import (
     CLEAN_EXAMPLES,
     SCHEMES,
+    Change,
     Key,
     Materials,
+    changes,
     full_strength,
     load_key,
     new_secrets,
@@ -53,6 +57,7 @@ from countermark.watermarks import (
     secret_key,
     secret_seed,
     sign,
+    versions,
     write_key,
 )
 
@@ -243,6 +248,8 @@ class Marking:
         bases: Dataset | Examples | tuple[Any, Any],
         *,
         key: str | Path,
+        scheme: SchemeName = "coin",
+        survive: str | Sequence[str] = (),
         epsilon: float | str | None = None,
         watermark_epsilon: float | str | None = None,
         batches: int | None = None,
@@ -270,12 +277,18 @@ class Marking:
             key: folder of the key: new, or made by an earlier `Marking` with the same bases and
                 watermark budget, whose trials and coins are then kept. It is secret; keep a backup
                 of it.
+            scheme: what the trials are: "coin" (perturbed bases), "texture" (made-up images, which
+                last longer on photographs but can be recognised), or "mixed" (half of either).
+                Textures need no bases, which then only show what the network takes.
+            survive: changes that perturbed bases are to survive, such as "jpeg:75" or
+                "threshold:0.5", as `protect` takes them; not "denoise", which is trained first. The
+                trials join batches in each of these forms.
             epsilon: budget that the network is trained for, for pixel values in [0, 1], a number or
                 a fraction such as "8/255"; by default that of the data set or of the kind of image.
             watermark_epsilon: budget of the trials, above `epsilon`; the same default.
             batches: batches of trials, one for each later dispute; default 2.
-            batch_size: largest number of trials in a batch; default 200. If there are too few
-                bases, batches are smaller.
+            batch_size: largest number of trials in a batch, from 40; default 200. If there are too
+                few bases, batches are smaller.
             mean: what the loop subtracts from pixel values outside the network, one number or one
                 per channel.
             std: what it then divides by.
@@ -292,21 +305,28 @@ class Marking:
             identity: private key (RSA, PEM, no password) that signs what is registered.
 
         Raises:
-            CountermarkError: an argument has the wrong type; the bases do not fit the network or
-                are too few; the clean examples do not fit it or are bases; a mean is given without
-                a deviation or for other channels; the watermark budget is not above the training
-                budget; the key is of another scheme, for other images, or made from other bases or
-                at another budget; or the authority does not answer. A key that could not be made
+            CountermarkError: an argument has the wrong type; the scheme is none of these, or does
+                not heed an option; the bases do not fit the network or are too few; the clean
+                examples do not fit it or are bases; a mean is given without a deviation or for
+                other channels; the watermark budget is not above the training budget; the key is of
+                another scheme, for other images, to survive other changes, or made from other bases
+                or at another budget; or the authority does not answer. A key that could not be made
                 leaves nothing behind.
         """
         seed = _whole("seed", seed, 0)
         if seed >= 1 << 32:
             raise CountermarkError("seed is a whole number from 0 to 4294967295; take another")
         batches, batch_size = (
-            None if each is None else _whole(name, each)
-            for name, each in (("batches", batches), ("batch_size", batch_size))
+            None if each is None else _whole(name, each, least)
+            for name, each, least in (
+                ("batches", batches, 1),
+                ("batch_size", batch_size, SMALLEST_BATCH),
+            )
         )
         self._keys = own_path(key, "key")
+        self.scheme = scheme
+        self.survive = _words(survive)
+        _check_scheme(scheme, self.survive, watermark_epsilon)
         self.data: Dataset | None = None
         self.seed = seed
         if isinstance(bases, Dataset):
@@ -325,6 +345,7 @@ class Marking:
         self._shape = _shape(examples)
         self._normalise = normaliser(self._shape, self.mean, self.std) or nn.Identity()
         self._classes = _classes(net, examples, self._normalise)
+        self._changes = _untrained(self.survive, self._shape)
         if tsa is not None:
             check_address(str(tsa), "a timestamp authority")
         if (register is None) != (identity is None) or (register is not None and tsa is None):
@@ -473,7 +494,8 @@ class Marking:
         drawn_from = drawing(self._stamp, register, private)
         secret = new_secrets(self._keys)
         attack = full_strength(self.threat.watermark_epsilon)
-        trials = SCHEMES["coin"].make(
+        rules = SCHEMES[self.scheme]
+        trials = rules.make(
             Materials(
                 source=self._seen(net, checked=True),
                 bases=bases,
@@ -483,15 +505,17 @@ class Marking:
                 batch_size=batch_size,
                 seed=secret_seed(secret, "crafting"),
                 key=secret_key(secret, "trials"),
+                survive=self._changes,
             )
         )
         provenance = {
             "data": "" if self.data is None else self.data.place,
             "pools": {"bases": bases.digest},
-            "crafting": asdict(attack),
+            "crafting": asdict(attack) if rules.crafted else None,
+            **({"survive": list(self.survive)} if self.survive else {}),
         }
         names = () if self.data is None else self.data.class_names
-        return write_key(self._keys, "coin", trials, provenance, drawn_from, clean, names)
+        return write_key(self._keys, self.scheme, trials, provenance, drawn_from, clean, names)
 
     def _check_key(self, bases: Examples) -> None:
         """Refuse to continue with a key that does not belong to this loop.
@@ -499,10 +523,15 @@ class Marking:
         The comparison covers what was committed to before the coins were drawn, and no coin.
         """
         key, where = self.key, self._keys
-        if not key.rules.coins:
+        made_for = tuple(key.c1.get("survive") or ())
+        if (key.scheme, made_for) != (self.scheme, self.survive):
+            asked, made = (
+                f"the scheme {each}" + (f" to survive {' '.join(words)}" if words else "")
+                for each, words in ((self.scheme, self.survive), (key.scheme, made_for))
+            )
             raise CountermarkError(
-                f"{where} is a key of the scheme {key.scheme}; a marking has coins, choose another "
-                "folder"
+                f"{where} is a key of {made}, not of {asked}; give what it was made with, or "
+                "choose another folder"
             )
         if (
             tuple(key.watermarks.x.shape[1:]) != self._shape
@@ -525,7 +554,7 @@ class Marking:
                 "another folder"
             )
         budget = _committed(key, "crafting", "epsilon")
-        if budget != self.threat.watermark_epsilon:
+        if key.rules.crafted and budget != self.threat.watermark_epsilon:
             raise CountermarkError(
                 f"the trials of {where} were crafted at a watermark budget of {budget}, not of "
                 f"{self.threat.watermark_epsilon:g}; give watermark_epsilon={budget}, or choose "
@@ -567,10 +596,53 @@ class Marking:
         )
 
     def _resident(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all trials and what the key says of them, on a device."""
+        """Return all trials in all forms and what the key says of them, on a device."""
         if device not in self._on:
-            self._on[device] = self.key.watermarks.x.to(device), self.key.labels.to(device)
+            forms = versions(self.key.watermarks.x, self._changes)
+            labels = self.key.labels.repeat(len(forms))
+            self._on[device] = torch.cat(forms).to(device), labels.to(device)
         return self._on[device]
+
+
+def _check_scheme(scheme: str, survive: Sequence[str], watermark_epsilon: object) -> None:
+    """Refuse schemes whose trials a loop cannot mix in, and options that a scheme does not heed.
+
+    Raises:
+        CountermarkError: it is none of those that it can, or an option does not go with it.
+    """
+    fitting = {name: each for name, each in SCHEMES.items() if each.coins and not each.members}
+    if scheme not in tuple(fitting):  # of any type
+        raise CountermarkError(
+            f"a marking takes the scheme {' or '.join(fitting)}, not {brief(scheme)}; protect "
+            "makes the others"
+        )
+    if watermark_epsilon is not None and not fitting[scheme].crafted:
+        raise CountermarkError(f"the scheme {scheme} has no budget; leave watermark_epsilon out")
+    if survive and not fitting[scheme].surviving:
+        raise CountermarkError(f"the scheme {scheme} crafts no trials; leave survive out")
+
+
+def _words(given: str | Sequence[str]) -> tuple[str, ...]:
+    words = (given,) if isinstance(given, str) else given
+    if not isinstance(words, tuple | list) or not all(isinstance(word, str) for word in words):
+        raise CountermarkError(f"survive is a list of words as jpeg:75, not {brief(given)}")
+    return tuple(words)
+
+
+def _untrained(words: Sequence[str], shape: tuple[int, int, int]) -> list[Change]:
+    """Return the changes that words name.
+
+    Raises:
+        CountermarkError: a word names none, or one that is trained first.
+    """
+    found = changes(words, shape)
+    for word, change in zip(words, found, strict=True):
+        if next(change.layer.parameters(), None) is not None:
+            raise CountermarkError(
+                f"{word} is a network that is trained first, which only protect does; leave it "
+                "out of survive"
+            )
+    return found
 
 
 def _committed(key: Key, part: str, name: str) -> Any:
