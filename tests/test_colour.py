@@ -1,4 +1,4 @@
-"""The study of colour photographs, benchmarks/colour.py, in small: every part of it makes its row."""
+"""The study of colour photographs, benchmarks/colour.py, in small: every part makes its rows."""
 
 import sys
 from pathlib import Path

@@ -21,6 +21,7 @@ from countermark.claims import (
     AccountClaim,
     AccountFinding,
     account_evidence,
+    account_judgement,
     accusation_of,
     choices_of,
     first_queries,
@@ -624,7 +625,7 @@ def test_an_owner_who_chooses_frames_a_client(attack: str) -> None:
     An owner always chooses when to stop. What the four attacks choose, the opening and the chain of
     signatures fix (the next test).
     """
-    runs = 1000 if attack == "nothing" else 100
+    runs = 100 if attack in ("names", "secrets") else 1000  # 30 tries each
     numbers = np.random.default_rng(7)
     values = np.array([frames(attack, numbers, run) for run in range(runs)])
     for alpha in LEVELS:
@@ -644,8 +645,13 @@ def test_what_frames_a_client_breaks_the_signatures(
     digits: Pools,
     stranger: Path,
     guarded: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The four attacks on real requests, as a judge sees them; none is upheld."""
+    """The four attacks on real requests, as a judge sees them; none is upheld.
+
+    A judge who believes the requests upholds what was left out or put in order, by nothing but what
+    the client's own product says.
+    """
     network = load(claim.model)
     product = load(stranger)
 
@@ -680,15 +686,17 @@ def test_what_frames_a_client_breaks_the_signatures(
     for attack, made in wanted.items():
         drawn_now = first_queries(made, network)
         those = drawn_now.trials
-        if attack in ("left out", "ordered"):
-            told = labels(made, those)
-            agree = sum(label == trial.answer for label, trial in zip(told, those, strict=True))
-            assert agree >= len(trials) - len(against)
-        finding = found(made, drawn_now, [trial.answer for trial in those])  # at its most lucky
-        judged = judge_account(made, finding)
-        assert judged.verdict == "dismissed", attack
+        lucky = [trial.answer for trial in those]
+        told = labels(made, those) if attack in ("left out", "ordered") else lucky
+        finding = found(made, drawn_now, told)
+        assert judge_account(made, finding).verdict == "dismissed", attack
         faults = failing(made, finding)
         assert faults.keys() & {"The requests", "The opening"}, attack
+        with monkeypatch.context() as without:
+            for check in ("_requests", "_opening"):
+                found_good = account_judgement.Check(check, account_judgement.HOLDS, "", "")
+                without.setattr(account_judgement, check, lambda *_, found=found_good: found)
+            assert judge_account(made, finding).verdict == "upheld", attack
 
 
 # As its users meet it.

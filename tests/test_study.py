@@ -84,6 +84,10 @@ def squares(options: work.Options, inputs: work.Inputs, folder: Path) -> work.Re
         time.sleep(options["sleep"])
     if options.get("fails"):
         raise CountermarkError("this unit fails")
+    if tries := options.get("tries"):  # a folder in which every try leaves a file
+        Path(tries, f"{options['value']}-{time.monotonic_ns()}").touch()
+    if "lives" in options and len(list(Path(tries).iterdir())) <= options["lives"]:
+        os.kill(os.getpid(), signal.SIGKILL)
     if name := options.get("raises"):
         raise {each.__name__: each for each in (torch.OutOfMemoryError, ZeroDivisionError)}[name](
             "of a driver"
@@ -273,6 +277,7 @@ def test_a_damaged_unit_is_made_again(tmp_path: Path, arithmetic: None, damage: 
     else:
         (folder / "manifest.json").write_text("{}")
     assert not store.has(units[4])
+    assert folder.exists()  # whoever only asks, as a plan does, removes nothing
     assert run_all(units, tmp_path).result(units[4])["value"] == 11
 
 
@@ -399,6 +404,32 @@ def test_a_unit_that_is_copied_in_meanwhile_is_taken(
     assert not list((tmp_path / "mine" / "units").glob("*.partial"))
 
 
+ALONGSIDE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from countermark.study import work
+import test_study
+work.KINDS["squares"] = test_study.squares
+test_study.run_all(test_study.tried(Path({folder!r})), Path({folder!r}))
+"""
+
+
+def tried(folder: Path) -> list[Unit]:
+    leaves = [unit(k, sleep=0.2, tries=str(folder / "tries")) for k in range(4)]
+    return [*leaves, unit(10, *leaves, tries=str(folder / "tries"))]
+
+
+def test_two_processes_that_write_into_one_store_make_each_unit_once(tmp_path: Path) -> None:
+    (tmp_path / "tries").mkdir()
+    code = ALONGSIDE.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    values = sorted(path.name.split("-")[0] for path in (tmp_path / "tries").iterdir())
+    assert values == ["0", "1", "10", "2", "3"]
+    assert Store(tmp_path / "units").result(tried(tmp_path)[-1])["value"] == 16
+
+
 # --- engines --------------------------------------------------------------------------------------
 
 WORKER = """
@@ -487,6 +518,34 @@ def test_a_cluster_that_loses_a_worker_finishes_with_the_same_numbers(
         for path in here.iterdir()
         if (path / "result.json").exists()
     }
+
+
+@pytest.fixture
+def preloaded(tmp_path: Path) -> Iterator[None]:
+    """Local workers know the units of these tests."""
+    import dask
+
+    (tmp_path / "preload.py").write_text(WORKER.format(tests=str(Path(__file__).parent)))
+    with dask.config.set({"distributed.worker.preload": [str(tmp_path / "preload.py")]}):
+        yield
+
+
+def test_a_local_process_that_is_killed_is_replaced(tmp_path: Path, preloaded: None) -> None:
+    (tmp_path / "tries").mkdir()
+    units = [unit(1), unit(2, tries=str(tmp_path / "tries"), lives=1)]
+    assert run_all([*units, unit(3, *units)], tmp_path, workers=2).result(units[1])["value"] == 2
+    assert len(list((tmp_path / "tries").iterdir())) == 2
+
+
+def test_a_unit_whose_process_is_killed_every_time_is_one_line(
+    tmp_path: Path, preloaded: None
+) -> None:
+    (tmp_path / "tries").mkdir()
+    good = unit(1)
+    bad = unit(2, good, tries=str(tmp_path / "tries"), lives=1000)
+    with pytest.raises(CountermarkError, match="unit 2: its process was killed each time"):
+        run_all([good, bad], tmp_path, workers=2)
+    assert Store(tmp_path / "units").has(good)
 
 
 def test_a_cluster_takes_units_in_their_order_and_leaves_what_does_not_fit(
@@ -894,9 +953,11 @@ def test_the_tables_say_what_the_measurements_say(
     by_name = {table.name: table for table in tables(rows)}
     coin = where(rows, section="model", defence="ADVTR+coin", setting="white-box", removal="none")
     (line,) = [row for row in by_name["marks"].rows if row[1:3] == ("ADVTR+coin", "white-box")]
-    assert line[3:9:2] == tuple(
+    assert [line[3], line[5], line[9]] == [
         round(coin[0][metric], 2) for metric in ("test", "adversarial", "watermark")
-    )
+    ]
+    (strict,) = where(rows, section="strict", defence="ADVTR+coin")
+    assert line[7] == round(strict["strict"], 2)
     scores = sorted(
         row["watermark"] for row in where(rows, section="strangers", scheme="adversarial")
     )

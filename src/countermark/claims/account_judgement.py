@@ -1,9 +1,10 @@
 """The judgement of a claim against an account, from what its client signed.
 
-The owner chooses nothing here but whom they accuse. The opening, which the client signed with
-random bytes of their own, fixes the model, the cells and the coins; the chain of signed requests
-fixes what was asked, and in which order. The judge computes the trials anew and asks the suspect
-directly.
+The owner chooses whom they accuse and when to stop, and says which account of their log it is; no
+judge can count the accounts of others. Nothing else here is the owner's to choose. The opening,
+which the client signed with random bytes of their own, fixes the model, the cells and the coins;
+the chain of signed requests fixes what was asked, and in which order. The judge computes the trials
+anew and asks the suspect directly.
 """
 
 import json

@@ -267,6 +267,12 @@ def _failure(unit: Unit, error: Exception) -> CountermarkError:
             f"{unit.title}: the device's memory does not suffice; let fewer processes share it "
             "(--workers). What is finished is kept"
         )
+    if type(error).__name__ == "KilledWorker":
+        return CountermarkError(
+            f"{unit.title}: its process was killed each time that it was tried, as happens where "
+            "the memory does not suffice; let fewer run at once (--workers). What is finished is "
+            "kept"
+        )
     return CountermarkError(
         f"{unit.title} failed with {type(error).__name__}: {error}; what is finished is kept"
     )

@@ -70,24 +70,18 @@ class Store:
         return self.folder / unit.digest
 
     def has(self, unit: Unit) -> bool:
-        """Whether a unit is finished.
-
-        The folder of a damaged unit is removed, so that it is made again.
-        """
+        """Whether a unit is finished and not damaged."""
         folder = self.path(unit)
         if not folder.exists():
             return False
         try:
             manifest = read_json(folder / _MANIFEST)
-            whole = bool(manifest) and all(
+            return bool(manifest) and all(
                 sha256(read_bytes(folder / name, _FILE_LIMIT)) == digest
                 for name, digest in manifest.items()
             )
         except CountermarkError:
-            whole = False
-        if not whole:
-            shutil.rmtree(folder, ignore_errors=True)
-        return whole
+            return False
 
     def others(self, units: Iterable[Unit]) -> int:
         """How many folders of finished units are of none of these, such as those of other code."""
@@ -102,8 +96,11 @@ class Store:
     def make(self, unit: Unit, work: Callable[[Path], Mapping[str, Any]]) -> None:
         """Do the `work` of a unit.
 
-        It writes its files into the folder that it is given, and returns the unit's result.
+        It writes its files into the folder that it is given, and returns the unit's result. What is
+        there of a damaged unit is removed.
         """
+        if self.path(unit).exists() and not self.has(unit):
+            shutil.rmtree(self.path(unit), ignore_errors=True)
         with new_folder(self.path(unit), unit.record) as folder:
             write_json(folder / RESULT, dict(work(folder)))
             kept = sorted(

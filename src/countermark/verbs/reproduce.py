@@ -279,6 +279,13 @@ def _about(
 
     profile = PROFILES[config.profile]
     beyond = " or ".join(STUDIED[data].title for data in config.data if not STUDIED[data].paper)
+    measured = {
+        "the strict accuracy": profile.strict,
+        "Table 5 and the plane": profile.budget_examples,
+        "the adversarial accuracy of copies and strangers": profile.attack_copies,
+        "the test accuracy after removals": profile.test_removals,
+        "the choice of an epoch as published": profile.selection,
+    }
     missing = {MISSING: f"{left} of {units} units of work"} if left else {}
     return {
         **missing,
@@ -293,9 +300,14 @@ def _about(
             dict.fromkeys(STUDIED[data].network or profile.network for data in config.data)
         ),
         "queries of Algorithm 2": str(profile.queries),
-        "images of the strict accuracy": str(profile.strict),
+        **{f"images of {what}": str(count or "all") for what, count in measured.items()},
         "images that thieves fine-tune on": str(
             profile.finetune_examples or "all of the thief's pool"
+        ),
+        "thieves' epochs, batch and rate": (
+            "the thefts' own"
+            if profile.haste is None
+            else "{:g} of the thefts' own, {}, {:g}".format(*profile.haste)
         ),
         "units of work": str(units),
         "code": code_version()[:12],
