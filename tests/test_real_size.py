@@ -1,7 +1,7 @@
 """A thousand classes of colour images of 80x80 in a file, through the verbs themselves.
 
 What a verb reads at once, and the largest tensor that it makes, are bounded whatever the number of
-images; `benchmarks/memory.py` measures the same at 224x224 with a network of 25 million weights.
+images; `benchmarks/memory.py` measures the same at 224x224 with residual networks.
 """
 
 import asyncio
