@@ -12,9 +12,12 @@ what there is.
 """
 
 import argparse
+import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -371,52 +374,40 @@ def play(
     )
 
 
+TITLES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
+COLUMNS = (
+    *("data", "thief", "queries", "stated cost", "seed", "cost on the test pool"),
+    *("its standard error", "cost in adversarial accuracy", "trials", "of them foreign", "agree"),
+    *("other", "a stranger agrees", "log10 p", "lowest log10 p of strangers"),
+    "copy's test accuracy",
+)
+
+
 def table(runs: Path) -> str:
-    """What was played, as Markdown."""
-    columns: tuple[str, ...] = (
-        "data",
-        "thief",
-        "queries",
-        "projections",
-        "seed",
-        "cost, stated",
-        "cost, test",
-        "under attack",
-        "trials (foreign)",
-        "agree : other (stranger)",
-        "log10 p",
-    )
-    columns += ("strangers'", "copy's test")
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    records = [
-        record
-        for record in (json.loads(path.read_text()) for path in runs.glob("*.json"))
-        if "thief" in record
-    ]
+    """What was played, as CSV."""
+    read = (json.loads(path.read_text()) for path in runs.glob("*.json"))
     order = list(THIEVES)
-    for r in sorted(
-        records,
-        key=lambda r: (
-            r["data"] != "mnist",
-            order.index(r["thief"]),
-            r["images"],
-            r["bits"],
-            r["stated_cost"],
-            r["seed"],
-        ),
-    ):
-        under = f"{r['cost_under_attack']:.2f}" if "cost_under_attack" in r else ""
-        error = f"+- {r['cost_error']:.3f}" if "cost_error" in r else ""
+
+    def place(r: dict[str, Any]) -> tuple[Any, ...]:
+        first = r["data"] != "mnist", order.index(r["thief"]), r["images"], r["bits"]
+        return *first, r["stated_cost"], r["seed"]
+
+    written = io.StringIO()
+    rows = csv.writer(written, lineterminator="\n")
+    rows.writerow(COLUMNS)
+    for r in sorted((record for record in read if "thief" in record), key=place):
         found, others = r["suspect"], [stranger["log10_p"] for stranger in r["strangers"].values()]
-        lines.append(
-            f"| {r['data']} | {r['thief']} | {r['queries']} | {r['bits']} | {r['seed']} "
-            f"| {r['stated_cost']:g} | {r['cost']:.3f} {error} "
-            f"| {under} | {r['trials']} ({r.get('foreign_trials', 0)}) "
-            f"| {found['agree']} : {found['other']} ({found['expected']:.0f}) "
-            f"| {found['log10_p']:.1f} "
-            f"| {min(others):.1f} to {max(others):.1f} | {r['test_accuracy']:.1f} |"
+        rows.writerow(
+            (
+                TITLES.get(r["data"], r["data"]),
+                *(r["thief"], r["queries"], f"{r['stated_cost']:g}", r["seed"]),
+                *(f"{r['cost']:.3f}", f"{r['cost_error']:.3f}", f"{r['cost_under_attack']:.2f}"),
+                *(r["trials"], r["foreign_trials"], found["agree"], found["other"]),
+                *(f"{found['expected']:.0f}", f"{found['log10_p']:.1f}", f"{min(others):.1f}"),
+                f"{r['test_accuracy']:.1f}",
+            )
         )
-    return "\n".join(lines)
+    return written.getvalue()
 
 
 def main() -> None:
@@ -454,7 +445,7 @@ def main() -> None:
                     for count in options.images or COUNTS.get(thief, (QUERIES,)):
                         cost, foreign = options.cost or COST[data], not options.natural_only
                         play(options.runs, data, seed, thief, count, cost, options.bits, foreign)
-    print(table(options.runs))
+    print(table(options.runs), end="")
 
 
 if __name__ == "__main__":
