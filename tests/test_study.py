@@ -62,6 +62,7 @@ from countermark.study.timing import pass_of, seconds
 from countermark.thieves import REMOVALS, THEFTS, Removal
 from countermark.threat import shown
 from countermark.training import TrainConfig, known_traits, recipe, train
+from countermark.verbs.reproduce import ReproduceConfig, _computing
 from shorter import shorten
 from warm import warm
 
@@ -1284,6 +1285,36 @@ def test_any_part_of_a_study_has_a_page_that_leads_somewhere(
         for title in names[name] - names[other]:
             assert f" {title}, protocol {name}\n" in text
     assert code_of(page) == "0123456789ab"
+
+
+def test_a_study_whose_time_is_over_has_a_page_that_says_so(tmp_path: Path) -> None:
+    """Nothing fits into less than a millisecond; the same command without a budget goes on."""
+    out, page = tmp_path / "s", tmp_path / "results.md"
+    part = ["--data", "digits", "--only", "digits/0/none/white-box/none", "--out", str(out)]
+    part += ["--workers", "0", "--page", str(page), "--json"]
+    done = countermark(*part, "--budget", "0.00001")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["left"] == 1
+    assert "Not finished: 1 of 1 units of work." in page.read_text()
+    done = countermark(*part)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["left"] == 0
+    assert "Not finished" not in page.read_text()
+
+
+def test_a_schedulers_workers_may_have_a_device_that_this_machine_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever plans for it has to say what they compute in; that cannot be found out here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    there = {"scheduler": "tcp://127.0.0.1:9", "device": "cuda"}
+    known = ReproduceConfig(**there, precision="bf16-mixed")
+    assert _computing(known) == Computing("cuda", "bf16-mixed")
+    with pytest.raises(CountermarkError, match=r"no cuda device here.*give --precision as well"):
+        _computing(ReproduceConfig(**there))
+    with pytest.raises(CountermarkError) as raised:
+        _computing(ReproduceConfig(device="cuda"))
+    assert "--precision" not in str(raised.value)
 
 
 def test_a_part_of_a_study_has_its_report_and_its_page(tmp_path: Path) -> None:
