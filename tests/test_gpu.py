@@ -28,6 +28,10 @@ from countermark.evaluation import (
 from countermark.fast import capturable, prepare, recording
 from countermark.guard import Guard, GuardedModel, calibrate_model
 from countermark.networks.named import Normalise, build
+from countermark.study.graph import in_order
+from countermark.study.grid import PROFILES, Computing, grid
+from countermark.study.run import Place, do
+from countermark.study.store import Store
 from countermark.training import Hardware, TrainConfig, loop, train
 from countermark.watermarks import craft_adversarial
 from on_devices import ATTACK, NETWORKS, OBJECTIVES, examples
@@ -179,3 +183,28 @@ def test_a_guarded_answer_does_not_depend_on_its_batch() -> None:
     parts = [guarded(part, "somebody") for part in torch.split(shown.x, 7)]
     assert torch.equal(whole.labels, torch.cat([part.labels for part in parts]))
     assert len(whole.trials) == sum(len(part.trials) for part in parts)
+
+
+def study_of(kind: str, folder: Path) -> dict[str, dict[str, Any]]:
+    """What the robust model of a small study, its copy and its trials give on a kind of device."""
+    profile = replace(PROFILES["quick"], epochs={"digits": 20}, queries=400)
+    cells = grid(("digits",), profile, "clean", computing=Computing(kind, "32-true"))
+    wanted = [cell for cell in cells if cell.name in UNITS]
+    store = Store(folder / kind)
+    for unit in in_order(cell.unit for cell in wanted):
+        do(unit, Place(store.folder, None, kind))
+    return {cell.name: store.result(cell.unit)["points"][0] for cell in wanted}
+
+
+UNITS = ("digits/0/ADVTR/white-box/none", "digits/0/ADVTR+coin/white-box/none")
+
+
+def test_units_of_a_study_measure_what_the_processor_measures_within_noise(tmp_path: Path) -> None:
+    """They are other units by name; a model of 20 epochs on few test images varies by points."""
+    here, there = (study_of(kind, tmp_path) for kind in ("cpu", "cuda"))
+    assert here.keys() == there.keys() == set(UNITS)
+    for name, point in here.items():
+        for metric in ("test", "adversarial"):
+            assert abs(point[metric] - there[name][metric]) < 12, (name, metric)
+    coins = [each[UNITS[1]]["watermark"]["accuracy"] for each in (here, there)]
+    assert min(coins) > 80
