@@ -12,7 +12,6 @@ strict where a column says so; everything else is the accuracy under one PGD.
 import argparse
 import contextlib
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -109,7 +108,7 @@ MODEL: Mapping[str, tuple[str, str]] = {
     "PGD-20": ("pgd", "40 %"),
     "strict accuracy": ("strict", "34 %"),
 }
-"""What is wanted of the marked model on CIFAR-10 at 8/255, on a processor in 90 minutes."""
+"""What is wanted of the marked model on CIFAR-10 at 8/255."""
 COST: Mapping[str, tuple[str, str]] = {
     "test accuracy that the mark costs": ("test", "0.5"),
     "strict accuracy that it costs": ("strict", "1"),
@@ -177,10 +176,8 @@ class Study:
         path = self.told_in(name)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            begun = time.monotonic()
-            found = make()
             how = {"device": describe(self.device, "auto"), "code": code_version()[:12]}
-            write_json(path, {**found, **how, "took": round(time.monotonic() - begun)})
+            write_json(path, {**make(), **how})
             print(name, json.dumps(read_json(path), sort_keys=True), flush=True)
         return read_json(path)
 
@@ -532,8 +529,8 @@ def page(study: Study) -> str:
     section(
         "Wanted and found",
         "What this study set out to show on CIFAR-10. What a guard costs is that on all test "
-        "images.",
-        "what | wanted | coins | textures",
+        "images. [What other recipes reach](log.md#colour-on-a-cpu).",
+        "what | wanted | coins on perturbed images, or in answers | textures",
         beside_wanted(),
     )
     section(
@@ -595,13 +592,16 @@ def page(study: Study) -> str:
 
 
 def _made_on(study: Study) -> str:
-    """The devices and the code that the parts name."""
+    """The devices and the code that the parts name; earlier ones name none."""
     parts = [read_json(path) for path in sorted((study.out / "told").glob("*.json"))]
+    naming = [part for part in parts if "code" in part]
+    if not naming:
+        return describe(study.device, "auto")
     devices, codes = (
-        ", ".join(dict.fromkeys(part[name] for part in parts if name in part))
-        for name in ("device", "code")
+        ", ".join(dict.fromkeys(part[name] for part in naming)) for name in ("device", "code")
     )
-    return f"{devices}, code {codes}" if devices else describe(study.device, "auto")
+    some = "" if len(naming) == len(parts) else f" ({len(naming)} of {len(parts)} figures)"
+    return f"{devices}, code {codes}{some}"
 
 
 def _beside(what: str, wanted: str, found: Iterable[str | None]) -> str | None:

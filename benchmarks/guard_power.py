@@ -384,25 +384,30 @@ COLUMNS = (
 
 
 def table(runs: Path) -> str:
-    """What was played, as CSV."""
+    """What was played with the usual number of projections, as CSV."""
     read = (json.loads(path.read_text()) for path in runs.glob("*.json"))
+    kept = [r for r in read if "thief" in r and r["bits"] == CELL_BITS]
     order = list(THIEVES)
 
     def place(r: dict[str, Any]) -> tuple[Any, ...]:
-        first = r["data"] != "mnist", order.index(r["thief"]), r["images"], r["bits"]
+        first = r["data"] != "mnist", order.index(r["thief"]), r["images"]
         return *first, r["stated_cost"], r["seed"]
+
+    def maybe(r: dict[str, Any], name: str, form: str) -> str:
+        return format(r[name], form) if name in r else ""  # earlier records lack some
 
     written = io.StringIO()
     rows = csv.writer(written, lineterminator="\n")
     rows.writerow(COLUMNS)
-    for r in sorted((record for record in read if "thief" in record), key=place):
+    for r in sorted(kept, key=place):
         found, others = r["suspect"], [stranger["log10_p"] for stranger in r["strangers"].values()]
         rows.writerow(
             (
                 TITLES.get(r["data"], r["data"]),
                 *(r["thief"], r["queries"], f"{r['stated_cost']:g}", r["seed"]),
-                *(f"{r['cost']:.3f}", f"{r['cost_error']:.3f}", f"{r['cost_under_attack']:.2f}"),
-                *(r["trials"], r["foreign_trials"], found["agree"], found["other"]),
+                *(f"{r['cost']:.3f}", maybe(r, "cost_error", ".3f")),
+                maybe(r, "cost_under_attack", ".2f"),
+                *(r["trials"], r.get("foreign_trials", 0), found["agree"], found["other"]),
                 *(f"{found['expected']:.0f}", f"{found['log10_p']:.1f}", f"{min(others):.1f}"),
                 f"{r['test_accuracy']:.1f}",
             )

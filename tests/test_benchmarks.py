@@ -20,7 +20,7 @@ import guard_accounts
 import guard_power
 import outlast
 
-FEW = 60  # images of a thief
+FEW = 150  # images of a thief
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def runs(tmp_path: Path, owner: Path, stranger: Path, monkeypatch: pytest.Monkey
     def shortly(*given: object, **options: object) -> object:
         network, examples, config = given
         assert isinstance(config, TrainConfig)
-        return trained(network, examples, replace(config, epochs=2), **options)  # type: ignore[arg-type]
+        return trained(network, examples, replace(config, epochs=5), **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(guard_power, "train", shortly)
     return tmp_path

@@ -16,7 +16,7 @@ import torch
 
 from countermark import evaluation
 from countermark.attacks import Recording, pgd, strict
-from countermark.data import pixels
+from countermark.data import load_pools, pixels
 from countermark.device import describe, resolve_device
 from countermark.evaluation import (
     accuracy,
@@ -27,6 +27,7 @@ from countermark.evaluation import (
 )
 from countermark.fast import capturable, prepare, recording
 from countermark.guard import Guard, GuardedModel, calibrate_model
+from countermark.networks import load_model
 from countermark.networks.named import Normalise, build
 from countermark.study.graph import in_order
 from countermark.study.grid import PROFILES, Computing, grid
@@ -185,26 +186,29 @@ def test_a_guarded_answer_does_not_depend_on_its_batch() -> None:
     assert len(whole.trials) == sum(len(part.trials) for part in parts)
 
 
-def study_of(kind: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """What the robust model of a small study, its copy and its trials give on a kind of device."""
-    profile = replace(PROFILES["quick"], epochs={"digits": 20}, queries=400)
+def measured_again(kind: str, folder: Path) -> list[tuple[float, float]]:
+    """Test accuracies of models that a small study makes on a kind of device, and on the processor.
+
+    The second ones are those of the same weights.
+    """
+    profile = replace(PROFILES["quick"], epochs={"digits": 5}, queries=400)
     cells = grid(("digits",), profile, "clean", computing=Computing(kind, "32-true"))
-    wanted = [cell for cell in cells if cell.name in UNITS]
-    store = Store(folder / kind)
+    names = ("digits/0/ADVTR/white-box/none", "digits/0/ADVTR+coin/white-box/none")
+    wanted = [cell for cell in cells if cell.name in names]
+    store, test = Store(folder), load_pools("digits", 0).test
     for unit in in_order(cell.unit for cell in wanted):
-        do(unit, Place(store.folder, None, kind))
-    return {cell.name: store.result(cell.unit)["points"][0] for cell in wanted}
+        do(unit, Place(folder, None, kind))
+    return [
+        (
+            store.result(cell.unit)["points"][0]["test"],
+            accuracy(load_model(store.path(cell.unit))[0], test),
+        )
+        for cell in wanted
+    ]
 
 
-UNITS = ("digits/0/ADVTR/white-box/none", "digits/0/ADVTR+coin/white-box/none")
-
-
-def test_units_of_a_study_measure_what_the_processor_measures_within_noise(tmp_path: Path) -> None:
-    """They are other units by name; a model of 20 epochs on few test images varies by points."""
-    here, there = (study_of(kind, tmp_path) for kind in ("cpu", "cuda"))
-    assert here.keys() == there.keys() == set(UNITS)
-    for name, point in here.items():
-        for metric in ("test", "adversarial"):
-            assert abs(point[metric] - there[name][metric]) < 12, (name, metric)
-    coins = [each[UNITS[1]]["watermark"]["accuracy"] for each in (here, there)]
-    assert min(coins) > 80
+def test_units_of_a_study_say_of_their_models_what_the_processor_says(tmp_path: Path) -> None:
+    found = measured_again("cuda", tmp_path / "units")
+    assert len(found) == 2
+    for there, here in found:
+        assert abs(there - here) < 1  # point: rounding may move the answers to a few images

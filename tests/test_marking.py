@@ -381,7 +381,7 @@ def test_trials_that_survive_changes_join_batches_in_every_form(
         ({"scheme": "texture"}, "has no budget; leave watermark_epsilon out"),
         ({"scheme": "texture", "watermark_epsilon": None, "survive": "jpeg"}, "leave survive out"),
         ({"survive": "denoise"}, "which only protect does; leave it out of survive"),
-        ({"survive": "sharpen"}, "takes words as jpeg:75"),
+        ({"survive": "sharpen"}, "^survive takes words as jpeg:75"),
         ({"batch_size": 39}, "batch_size is a whole number from 40, not 39"),
         ({"survive": 3}, "survive is a list of words as jpeg:75, not 3"),
         ({"survive": ["jpeg", None]}, "survive is a list of words"),

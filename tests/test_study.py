@@ -406,12 +406,16 @@ def test_a_unit_that_is_copied_in_meanwhile_is_taken(
 
 
 ALONGSIDE = """
-import sys
+import os, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from countermark.study import work
 import test_study
 work.KINDS["squares"] = test_study.squares
+folder = Path({folder!r})
+(folder / f"ready-{{os.getpid()}}").touch()
+while len(list(folder.glob("ready-*"))) < 2:
+    time.sleep(0.01)
 test_study.run_all(test_study.tried(Path({folder!r})), Path({folder!r}))
 """
 
@@ -422,6 +426,7 @@ def tried(folder: Path) -> list[Unit]:
 
 
 def test_two_processes_that_write_into_one_store_make_each_unit_once(tmp_path: Path) -> None:
+    """They begin at once, with the store itself."""
     (tmp_path / "tries").mkdir()
     code = ALONGSIDE.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     both = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
@@ -544,7 +549,9 @@ def test_a_unit_whose_process_is_killed_every_time_is_one_line(
     (tmp_path / "tries").mkdir()
     good = unit(1)
     bad = unit(2, good, tries=str(tmp_path / "tries"), lives=1000)
-    with pytest.raises(CountermarkError, match="unit 2: its process was killed each time"):
+    with pytest.raises(
+        CountermarkError, match="unit 2: the processes that were to do it were killed"
+    ):
         run_all([good, bad], tmp_path, workers=2)
     assert Store(tmp_path / "units").has(good)
 

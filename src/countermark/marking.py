@@ -274,12 +274,12 @@ class Marking:
             bases: clean images that the network is not trained on, with their true labels:
                 `Examples`, or a pair of arrays `(n, c, h, w)` (uint8, or pixel values in [0, 1])
                 and `(n,)`; or a data set, whose pools then provide them.
-            key: folder of the key: new, or made by an earlier `Marking` with the same bases and
-                watermark budget, whose trials and coins are then kept. It is secret; keep a backup
-                of it.
+            key: folder of the key: new, or made by an earlier `Marking` with the same scheme,
+                changes, bases and watermark budget, whose trials and coins are then kept. It is
+                secret; keep a backup of it.
             scheme: what the trials are: "coin" (perturbed bases), "texture" (made-up images, which
                 last longer on photographs but can be recognised), or "mixed" (half of either).
-                Textures need no bases, which then only show what the network takes.
+                Textures are made of no bases, which then only show what the network takes.
             survive: changes that perturbed bases are to survive, such as "jpeg:75" or
                 "threshold:0.5", as `protect` takes them; not "denoise", which is trained first. The
                 trials join batches in each of these forms.
@@ -547,7 +547,7 @@ class Marking:
                 f"the coins of {where} were drawn {how} a timestamp; {what}, or choose another "
                 "folder"
             )
-        if _committed(key, "pools", "bases") != bases.digest:
+        if key.rules.crafted and _committed(key, "pools", "bases") != bases.digest:
             raise CountermarkError(
                 f"the trials of {where} were made from other bases than are given now, so some of "
                 "these may be in the training; give the data and the seed of its making, or choose "
@@ -635,12 +635,15 @@ def _untrained(words: Sequence[str], shape: tuple[int, int, int]) -> list[Change
     Raises:
         CountermarkError: a word names none, or one that is trained first.
     """
-    found = changes(words, shape)
+    try:
+        found = changes(words, shape)
+    except CountermarkError as error:
+        raise CountermarkError(str(error).replace("--survive", "survive")) from error
     for word, change in zip(words, found, strict=True):
         if next(change.layer.parameters(), None) is not None:
             raise CountermarkError(
                 f"{word} is a network that is trained first, which only protect does; leave it "
-                "out of survive"
+                "out of survive, and let protect go on with a key that was made with it"
             )
     return found
 

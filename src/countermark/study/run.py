@@ -269,9 +269,9 @@ def _failure(unit: Unit, error: Exception) -> CountermarkError:
         )
     if type(error).__name__ == "KilledWorker":
         return CountermarkError(
-            f"{unit.title}: its process was killed each time that it was tried, as happens where "
-            "the memory does not suffice; let fewer run at once (--workers). What is finished is "
-            "kept"
+            f"{unit.title}: the processes that were to do it were killed again and again, as "
+            "happens where the memory does not suffice; let fewer run at once (--workers, or fewer "
+            "workers of the scheduler). What is finished is kept"
         )
     return CountermarkError(
         f"{unit.title} failed with {type(error).__name__}: {error}; what is finished is kept"

@@ -47,13 +47,17 @@ class Store:
         """Open or create the store."""
         self.folder = folder
         mark = folder / "store.json"
+        # Looked at before the mark: another process may be making the store, and its units after.
+        others = folder.is_dir() and any(
+            not entry.name.startswith(".") for entry in folder.iterdir() if entry != mark
+        )
         if mark.exists():
             if read_json(mark).get("format") != STORE_FORMAT:
                 raise CountermarkError(
                     f"{folder} is a store of another release ({STORE_FORMAT!r} is read); choose a "
                     "new folder for this study"
                 )
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif others:
             raise CountermarkError(f"{folder} holds other files and no store; choose a new folder")
         elif create:
             try:

@@ -298,8 +298,9 @@ def _marks(rows: Sequence[Row], data_sets: Sequence[str]) -> Table:
     note = (
         "Percent; coins are answers as the coins chose against the other way, seed by seed; p is "
         "exact, the largest over seeds. Under the protocol clean marks are trained in from the "
-        "unmarked model ADVTR; 'trained on' has the same further epochs without a mark. All are "
-        "attacked on the same images; of 500, a strict accuracy is known to some two points."
+        "unmarked model ADVTR; 'trained on' has the same further epochs without a mark. Strict "
+        "accuracies are all of the same few images (how many is said at the end), and known to a "
+        "point or two."
     )
     title = "The coins beside the published schemes"
     return _table("marks", title, note, keys, values, lines)

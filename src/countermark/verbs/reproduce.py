@@ -305,9 +305,9 @@ def _about(
             profile.finetune_examples or "all of the thief's pool"
         ),
         "thieves' epochs, batch and rate": (
-            "the thefts' own"
+            "the usual ones"
             if profile.haste is None
-            else "{:g} of the thefts' own, {}, {:g}".format(*profile.haste)
+            else "{:g} of the usual epochs, batches of {}, rate {:g}".format(*profile.haste)
         ),
         "units of work": str(units),
         "code": code_version()[:12],
