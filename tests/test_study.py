@@ -36,6 +36,7 @@ from countermark.study.graph import Unit, in_order
 from countermark.study.grid import (
     DEFENCES,
     FINETUNED,
+    MARKS,
     PROFILES,
     PRUNED,
     STUDIED,
@@ -649,6 +650,22 @@ def test_every_cell_has_a_name_of_its_own_and_patterns_choose_by_it() -> None:
     }  # fmt: skip
     with pytest.raises(CountermarkError, match="matches nothing of this study"):
         chosen(parts, ("mnist/*", "cifar10/*"))
+
+
+def test_what_the_script_for_a_gpu_asks_for_is_in_the_study() -> None:
+    """`benchmarks/paper_gpu.sh`: the rows of ADVTR without and with each mark, nothing else."""
+    script = (Path(__file__).parents[1] / "benchmarks" / "paper_gpu.sh").read_text()
+    patterns = re.findall(r"'(\*/[^']+)'", script)
+    assert len(patterns) == 5
+    for profile in ("standard", "paper"):
+        cells = {"clean": grid(("mnist",), PROFILES[profile], "clean")}
+        found = chosen(cells, patterns)["clean"]
+        sections = {cell.place["section"] for cell in found}
+        assert sections == {"model", "strict", "strangers"}
+        defences = {cell.place["defence"] for cell in found if "defence" in cell.place}
+        assert defences == {"ADVTR", *(f"ADVTR+{scheme}" for scheme in MARKS)}
+        stolen = {cell.place["setting"] for cell in found if cell.place["section"] == "model"}
+        assert stolen == {"white-box", "black-box", "grey-box"}
 
 
 def test_a_study_begins_with_the_tables_that_a_reader_asks_for() -> None:
