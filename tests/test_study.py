@@ -694,6 +694,25 @@ def test_device_and_precision_are_in_the_name_of_every_unit() -> None:
         assert len(other) == len(plain)
 
 
+def test_the_profile_paper_steals_as_the_paper_says() -> None:
+    """51,200 queries, 10 epochs of batches of 32 at 0.005; the grey-box thief trains against PGD.
+
+    As published, that of Fashion-MNIST takes the budget of MNIST.
+    """
+    paper = {"queries": 51_200, "epochs": 10, "batch_size": 32, "learning_rate": 0.005}
+    for protocol, budget in (("clean", 0.15), ("as-published", 0.25)):
+        cells = {
+            cell.name: cell
+            for cell in grid(("mnist", "fashion_mnist"), PROFILES["paper"], protocol)
+        }
+        for data, wanted in (("mnist", 0.25), ("fashion_mnist", budget)):
+            for setting, network in (("black", "surrogate"), ("grey", "paper")):
+                options = cells[f"{data}/0/ADVTR+adversarial/{setting}-box/none"].unit.options
+                assert options["means"] == paper
+                assert (options["network"], options["thief_objective"]) == (network, "pgd")
+                assert options["epsilon"] == wanted
+
+
 def test_the_profile_paper_trains_owners_and_strangers_as_table_6_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
