@@ -570,8 +570,8 @@ def page(study: Study) -> str:
     )
     section(
         "Thefts without a guard",
-        "Copies that were taught by the answers of the marked model; coins in the weights do not "
-        "come along.",
+        "Copies that were taught by the answers of the marked model, `distil` by probabilities and "
+        "the others by labels. Of the coins in the weights little comes along.",
         "theft | test, PGD | coins | p | verdict",
         (asked_for(name, f"theft {name}") for name in THEFT),
     )
