@@ -496,7 +496,8 @@ def page(study: Study) -> str:
             f"| {thief} | {row['queries']} | {cost:g} "
             f"| {row['cost']:.3f} +- {row['cost_error']:.3f} "
             f"| {row['trials']} | {row['suspect']['agree']}:{row['suspect']['other']} "
-            f"| {row['suspect']['log10_p']:.1f} | {others[0]:.1f} to {others[-1]:.1f} "
+            f"| {_tenths(row['suspect']['log10_p'])} "
+            f"| {_tenths(others[0])} to {_tenths(others[-1])} "
             f"| {row['test_accuracy']:.1f} % |"
         )
 
@@ -609,6 +610,10 @@ def _beside(what: str, wanted: str, found: Iterable[str | None]) -> str | None:
     told = [each or "" for each in found]
     told += [""] * (2 - len(told))
     return f"| {what} | {wanted} | {' | '.join(told)} |" if any(told) else None
+
+
+def _tenths(value: float) -> str:
+    return f"{round(value, 1) + 0.0:.1f}"  # no -0.0
 
 
 def _agreed(row: Mapping[str, Any] | None) -> str | None:
