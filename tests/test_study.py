@@ -770,7 +770,7 @@ def test_a_row_of_the_table_is_all_that_the_study_needs(monkeypatch: pytest.Monk
     cells = grid(("digits",), TINY, "clean")
     cell = next(cell for cell in cells if cell.place.get("removal") == "halved")
     assert cell.unit.options["removals"] == [["halve", 0.3]]
-    assert seconds(cell.unit, {("small", (1, 8, 8)): 1e-6}) > 0
+    assert seconds(cell.unit, {("small", (1, 8, 8), 128): 1e-6}) > 0
 
 
 def test_every_known_data_set_can_be_studied() -> None:
@@ -787,8 +787,11 @@ def test_every_known_data_set_can_be_studied() -> None:
             swept = {cell.place["budget"] for cell in cells if cell.place["section"] == "sweep"}
             assert swept == set(studied.sweep[: profile.sweep])
             passes = {pass_of(unit) for unit in in_order(cell.unit for cell in cells)}
-            assert {shape for _, shape in passes} == {KNOWN[data].shape}
-            assert ("narrow" in {name for name, _ in passes}) == (data == "cifar10")
+            assert {shape for _, shape, _ in passes} == {KNOWN[data].shape}
+            assert ("narrow" in {name for name, _, _ in passes}) == (data == "cifar10")
+            thefts = {unit for unit in in_order(c.unit for c in cells) if unit.kind == "theft"}
+            wanted = {unit.options["means"].get("batch_size", 128) for unit in thefts}
+            assert {batch for _, _, batch in map(pass_of, thefts)} == wanted
             speed = dict.fromkeys(passes, 1e-6)
             assert all(seconds(cell.unit, speed) > 0 for cell in cells)
 

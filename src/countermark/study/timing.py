@@ -35,8 +35,8 @@ def _held_out(row: Known) -> Mapping[str, int]:
     return row.pools or sizes(row.train)
 
 
-Pass = tuple[str, tuple[int, int, int]]
-"""A network, and the channels, height and width of the image that goes through it."""
+Pass = tuple[str, tuple[int, int, int], int]
+"""A network, the channels, height and width of its images, and how many go through it at once."""
 
 
 def seconds(unit: Unit, speed: Mapping[Pass, float]) -> float:
@@ -69,11 +69,12 @@ def measure_speed(passes: Iterable[Pass], hardware: Hardware | None = None) -> d
 
 
 def pass_of(unit: Unit) -> Pass:
-    """What a unit does again and again."""
-    return _network(unit), known(str(unit.options["data"])).shape
+    """What a unit does again and again; a theft may take small batches, whose passes are slower."""
+    batch = unit.options.get("means", {}).get("batch_size", TrainConfig.batch_size)
+    return _network(unit), known(str(unit.options["data"])).shape, int(batch)
 
 
-def _measure(name: str, shape: tuple[int, int, int], hardware: Hardware) -> float:
+def _measure(name: str, shape: tuple[int, int, int], batch: int, hardware: Hardware) -> float:
     """Train adversarially for a moment, as most units do for most of their time."""
     device = resolve_device(hardware.accelerator)
     network = build(name, shape, 10, seed=0).to(device)
@@ -83,6 +84,7 @@ def _measure(name: str, shape: tuple[int, int, int], hardware: Hardware) -> floa
         objective="pgd",
         attack=Attack(0.1, 3, 0.05),
         epochs=4,
+        batch_size=batch,
         schedule="constant",
         grow_budget=False,
         hardware=hardware,
