@@ -14,7 +14,7 @@ import colour
 
 @pytest.fixture
 def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> colour.Study:
-    """One of few small images, in which every training takes an epoch."""
+    """One of few small images, whose owner learns the classes."""
     take_any_mark(monkeypatch)
     few = {
         name: {**options, **{key: 1 for key in ("finetune", "adversarial") if key in options}}
@@ -26,7 +26,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> colour.Study:
     monkeypatch.setattr(
         colour, "GUARDED", {name: (thief, 60) for name, (thief, _) in colour.GUARDED.items()}
     )
-    draw_folder(tmp_path / "shapes", each=120, size=16)
+    monkeypatch.setattr(colour, "COSTS", (0.2,))
+    draw_folder(tmp_path / "shapes", each=200, size=16)
     return colour.Study(
         data=str(tmp_path / "shapes"),
         out=tmp_path / "out",
@@ -35,7 +36,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> colour.Study:
         images=10,
         seed=0,
         device="cpu",
-        epochs=1,
+        epochs=15,
     )
 
 

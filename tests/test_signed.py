@@ -649,8 +649,7 @@ def test_what_frames_a_client_breaks_the_signatures(
 ) -> None:
     """The four attacks on real requests, as a judge sees them; none is upheld.
 
-    A judge who believes the requests upholds what was left out or put in order, by nothing but what
-    the client's own product says.
+    A judge who believes opening and requests upholds each of them.
     """
     network = load(claim.model)
     product = load(stranger)
@@ -686,9 +685,11 @@ def test_what_frames_a_client_breaks_the_signatures(
     for attack, made in wanted.items():
         drawn_now = first_queries(made, network)
         those = drawn_now.trials
-        lucky = [trial.answer for trial in those]
-        told = labels(made, those) if attack in ("left out", "ordered") else lucky
-        finding = found(made, drawn_now, told)
+        if attack in ("left out", "ordered"):
+            told = labels(made, those)
+            agree = sum(label == trial.answer for label, trial in zip(told, those, strict=True))
+            assert agree >= len(trials) - len(against)
+        finding = found(made, drawn_now, [trial.answer for trial in those])  # at its most lucky
         assert judge_account(made, finding).verdict == "dismissed", attack
         faults = failing(made, finding)
         assert faults.keys() & {"The requests", "The opening"}, attack
