@@ -25,7 +25,7 @@ FEW = 150  # images of a thief
 
 @pytest.fixture
 def runs(tmp_path: Path, owner: Path, stranger: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the models, and thieves who train for an epoch or two."""
+    """The folder of the models, and thieves who train for five epochs."""
     shutil.copytree(owner, tmp_path / "digits-0")
     shutil.copytree(stranger, tmp_path / "digits-0-stranger")
     trained = guard_power.train

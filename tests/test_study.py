@@ -406,19 +406,26 @@ def test_a_unit_that_is_copied_in_meanwhile_is_taken(
     assert not list((tmp_path / "mine" / "units").glob("*.partial"))
 
 
-ALONGSIDE = """
-import os, sys, time
-from pathlib import Path
+WORKER = """
+import sys, os
 sys.path.insert(0, {tests!r})
 from countermark.study import work
 import test_study
 work.KINDS["squares"] = test_study.squares
+"""
+"""What makes the units of these tests known to another process."""
+ALONGSIDE = (
+    WORKER
+    + """
+import time
+from pathlib import Path
 folder = Path({folder!r})
 (folder / f"ready-{{os.getpid()}}").touch()
 while len(list(folder.glob("ready-*"))) < 2:
     time.sleep(0.01)
-test_study.run_all(test_study.tried(Path({folder!r})), Path({folder!r}))
+test_study.run_all(test_study.tried(folder), folder)
 """
+)
 
 
 def tried(folder: Path) -> list[Unit]:
@@ -438,14 +445,6 @@ def test_two_processes_that_write_into_one_store_make_each_unit_once(tmp_path: P
 
 
 # --- engines --------------------------------------------------------------------------------------
-
-WORKER = """
-import sys, os
-sys.path.insert(0, {tests!r})
-from countermark.study import work
-import test_study
-work.KINDS["squares"] = test_study.squares
-"""
 
 
 @pytest.fixture

@@ -324,9 +324,9 @@ class Marking:
             )
         )
         self._keys = own_path(key, "key")
-        self.scheme = scheme
-        self.survive = _words(survive)
-        _check_scheme(scheme, self.survive, watermark_epsilon)
+        self._scheme = scheme
+        self._survive = _words(survive)
+        _check_scheme(scheme, self._survive, watermark_epsilon)
         self.data: Dataset | None = None
         self.seed = seed
         if isinstance(bases, Dataset):
@@ -345,7 +345,7 @@ class Marking:
         self._shape = _shape(examples)
         self._normalise = normaliser(self._shape, self.mean, self.std) or nn.Identity()
         self._classes = _classes(net, examples, self._normalise)
-        self._changes = _untrained(self.survive, self._shape)
+        self._changes = _untrained(self._survive, self._shape)
         if tsa is not None:
             check_address(str(tsa), "a timestamp authority")
         if (register is None) != (identity is None) or (register is not None and tsa is None):
@@ -494,7 +494,7 @@ class Marking:
         drawn_from = drawing(self._stamp, register, private)
         secret = new_secrets(self._keys)
         attack = full_strength(self.threat.watermark_epsilon)
-        rules = SCHEMES[self.scheme]
+        rules = SCHEMES[self._scheme]
         trials = rules.make(
             Materials(
                 source=self._seen(net, checked=True),
@@ -512,10 +512,10 @@ class Marking:
             "data": "" if self.data is None else self.data.place,
             "pools": {"bases": bases.digest},
             "crafting": asdict(attack) if rules.crafted else None,
-            **({"survive": list(self.survive)} if self.survive else {}),
+            **({"survive": list(self._survive)} if self._survive else {}),
         }
         names = () if self.data is None else self.data.class_names
-        return write_key(self._keys, self.scheme, trials, provenance, drawn_from, clean, names)
+        return write_key(self._keys, self._scheme, trials, provenance, drawn_from, clean, names)
 
     def _check_key(self, bases: Examples) -> None:
         """Refuse to continue with a key that does not belong to this loop.
@@ -524,10 +524,10 @@ class Marking:
         """
         key, where = self.key, self._keys
         made_for = tuple(key.c1.get("survive") or ())
-        if (key.scheme, made_for) != (self.scheme, self.survive):
+        if (key.scheme, made_for) != (self._scheme, self._survive):
             asked, made = (
                 f"the scheme {each}" + (f" to survive {' '.join(words)}" if words else "")
-                for each, words in ((self.scheme, self.survive), (key.scheme, made_for))
+                for each, words in ((self._scheme, self._survive), (key.scheme, made_for))
             )
             raise CountermarkError(
                 f"{where} is a key of {made}, not of {asked}; give what it was made with, or "

@@ -49,7 +49,7 @@ class Store:
         mark = folder / "store.json"
         # Looked at before the mark: another process may be making the store, and its units after.
         others = folder.is_dir() and any(
-            not entry.name.startswith(".") for entry in folder.iterdir() if entry != mark
+            not entry.name.startswith(".") for entry in folder.iterdir()
         )
         if mark.exists():
             if read_json(mark).get("format") != STORE_FORMAT:
