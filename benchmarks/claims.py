@@ -13,7 +13,6 @@ every claim and every judgement goes through the verbs. False claims are in test
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -39,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from authority import Authority
 from claiming import claimant, some_trials
+from peak import peak
 
 PRUNED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -144,19 +144,20 @@ def prepare_timing(runs: Path, authority: Authority, trials: int = 1000) -> Path
 
 
 TIMED = """
-import resource, sys, time
+import sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from countermark import adjudicate
 import countermark.claims, countermark.verbs.adjudicate, countermark.data.fetch, \
 cryptography, asn1crypto.cms, rfc3161_client
+sys.path.insert(0, sys.argv[3])
+from peak import peak
 folder = Path(sys.argv[1])
 begun = time.perf_counter()
 found = adjudicate(folder / "claim", suspect=folder / "model", roots=sys.argv[2], \
 out=folder / "judgement")
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-print(time.perf_counter() - begun, peak, found.test.trials)
+print(time.perf_counter() - begun, peak() / 2**20, found.test.trials)
 """
 
 
@@ -165,7 +166,7 @@ def timing(runs: Path, authority: Authority, rounds: int = 5) -> None:
     folder = prepare_timing(runs, authority)
     for _ in range(rounds):
         done = subprocess.run(
-            [sys.executable, "-c", TIMED, str(folder), str(authority.root)],
+            [sys.executable, "-c", TIMED, folder, authority.root, Path(__file__).parent],
             capture_output=True,
             text=True,
             check=True,
@@ -206,10 +207,7 @@ def main() -> None:
                     play(options.runs, data, seed, authority)
     finally:
         authority.close()
-    print(
-        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB",
-        file=sys.stderr,
-    )
+    print(f"peak memory {peak() >> 20} MiB", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 """Measure how time and memory grow when inputs grow by 10 and by 100.
 
-The measured tasks are protect, evaluate, verify, adjudicate, trace and the log.
+The measured tasks are protect, evaluate, verify, the exact test, trace and the log.
 
     python benchmarks/scaling.py            # prints a table, writes docs/scaling.svg
 
 Each point is a process of its own on one thread: seconds of the work without imports, and the peak
-memory above that after imports. The exponent is that of the last step, log10(t(100 n) / t(10 n)):
-1 is linear.
+memory above that before it, when the inputs are made. The exponent is that of the last step,
+log10(t(100 n) / t(10 n)): 1 is linear.
 """
 
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from countermark.threat import Attack
 from countermark.training import TrainConfig, train
 from countermark.verbs.verify import verify
 from countermark.watermarks import WatermarkSet, new_secrets, write_key
+from peak import rising
 
 Work = Callable[[], object]
 
@@ -161,17 +161,11 @@ def one(name: str, size: int) -> None:
     make, _ = WORK[name]
     make(min(size, 20))()  # what is imported or built on first use
     work = make(size)
-    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    work()
-    took = time.perf_counter() - begun
-    print(
-        json.dumps(
-            {
-                "seconds": took,
-                "MiB": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024,
-            }
-        )
-    )
+    with rising() as risen:
+        begun = time.perf_counter()
+        work()
+        took = time.perf_counter() - begun
+        print(json.dumps({"seconds": took, "MiB": risen() / 2**20}))
 
 
 def measured() -> list[dict[str, Any]]:

@@ -55,6 +55,7 @@ from crafting import (
     craft_tensors,
     onnx_example,
 )
+from peak import rising
 
 GOLDEN = Path(__file__).parent / "golden" / "0.1.0"
 Parser = Callable[[bytes], object]
@@ -527,17 +528,9 @@ def _limited_memory() -> Iterator[Callable[[], int]]:
     """
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _peak()
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + _MOST_ADDRESSES, hard))
     try:
-        yield lambda: _peak() - before
+        with rising() as risen:
+            yield risen
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def _peak() -> int:
-    """Bytes of memory that this process had at most."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) << 10

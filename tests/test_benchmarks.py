@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from countermark.training import TrainConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import guard_accounts
 import guard_power
 import outlast
+from countermark.training import TrainConfig
 
 FEW = 150  # images of a thief
 

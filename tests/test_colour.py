@@ -1,15 +1,12 @@
 """The study of colour photographs, benchmarks/colour.py, in small: every part makes its rows."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
+import colour
 from drawing import draw_folder
 from shorter import take_any_mark
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import colour
 
 
 @pytest.fixture

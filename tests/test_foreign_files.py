@@ -1,7 +1,6 @@
 """Files from strangers that claim to be large, and words in them that are."""
 
 import json
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from countermark.suspects import open_suspect
 from countermark.text import brief
 from countermark.watermarks import load_key
 from described import described
+from peak import rising
 
 SHAPE = (1, 8, 8)
 
@@ -61,10 +61,10 @@ def test_sizes_are_compared_before_weights_are_read(
     (tmp_path / "small").mkdir()
     folder = sparse(tmp_path, 400)
     assert (folder / "model.safetensors").stat().st_size > 1 << 30
-    before = _peak()
-    with pytest.raises(CountermarkError, match=r"shape|does not fit"):
-        read(folder)
-    assert _peak() - before < 200 << 20
+    with rising() as risen:
+        with pytest.raises(CountermarkError, match=r"shape|does not fit"):
+            read(folder)
+        assert risen() < 200 << 20
 
 
 def sparse_of_another_network(folder: Path) -> Path:
@@ -72,11 +72,6 @@ def sparse_of_another_network(folder: Path) -> Path:
         state = build("wide", (1, 400, 400), 10).state_dict()
     shapes = {name: list(value.shape)[::-1] for name, value in state.items()}
     return sparse(folder, 400, shapes)
-
-
-def _peak() -> int:
-    """The most memory that this process has held, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 def test_a_key_says_how_many_trials_before_they_are_read(owner: Path, tmp_path: Path) -> None:

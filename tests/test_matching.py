@@ -1,7 +1,6 @@
 """Copies that want to be asked in another way, which clean examples tell at no cost in level."""
 
 import json
-import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from countermark.suspects import NO_ANSWER, Asking, as_taken, asker, match, open
 from countermark.suspects.matching import Matched, translation
 from countermark.verbs.verify import verify
 from countermark.watermarks import WatermarkSet, load_key, new_secrets, write_key
+from peak import rising
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 CLASSES, SIDE = 10, 8
@@ -229,16 +229,11 @@ def test_images_are_scaled_a_part_at_a_time() -> None:
 
     x = torch.zeros(400, 3, SIDE, SIDE, dtype=torch.uint8)
     x[:, 0, 0, 0] = torch.arange(400) % 200
-    before = peak()
     asking = Asking(size=512, batch_size=4)
-    assert open_suspect(watching, (3, SIDE, SIDE), asking)(x).tolist() == [0] * 400
-    assert largest == 4
-    assert peak() - before < 400 << 20
-
-
-def peak() -> int:
-    """The most memory that this process has had, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    with rising() as risen:
+        assert open_suspect(watching, (3, SIDE, SIDE), asking)(x).tolist() == [0] * 400
+        assert largest == 4
+        assert risen() < 400 << 20
 
 
 def test_a_suspect_that_answers_in_no_way_is_said(key: Path) -> None:

@@ -3,16 +3,11 @@
 It is the story of benchmarks/open_house.py, on fewer and smaller images.
 """
 
-import sys
-from pathlib import Path
-
 import pytest
 
+import open_house
 from authority import Authority
 from warm import warm
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import open_house
 
 SHORT = open_house.Length(
     epochs=1,

@@ -21,7 +21,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import agreement, predict
 from countermark.files import canonical_json, read_json, read_tensors, sha256, write_tensors
 from countermark.marking import Standing
-from countermark.networks import declared_pools, describe, load_model
+from countermark.networks import declared_pools, describe, load_model, open_declared
 from countermark.networks.named import Normalise, build
 from countermark.networks.weights import weights_sha256
 from countermark.training import TrainConfig, loop
@@ -308,6 +308,34 @@ def test_given_weights_are_made_robust_where_an_objective_says_so(
     events = read_json(out / "model.json")["history"]
     assert [event["event"] for event in events] == ["given", "trained", "marked"]
     assert [event["config"]["objective"] for event in events[1:]] == ["fast", "fast"]
+
+
+def test_a_model_learns_from_the_images_that_no_thief_is_to_have(tmp_path: Path) -> None:
+    """The other pools stay what they are, and every later verb cuts the same ones."""
+    out, data = tmp_path / "mine", open_data("digits")
+    assert (
+        main(f"protect digits --scheme none --epochs 1 --thief-images 5 --out {out}".split()) == 0
+    )
+    described, usual = describe(out), data.pools(0)
+    pools = declared_pools(described, open_declared(described))
+    assert len(pools.thief) == 5
+    assert len(pools.training) == len(usual.training) + len(usual.thief) - 5
+    assert torch.isin(usual.training.contents(), pools.training.contents()).all()
+    assert pools.validation.digest == usual.validation.digest
+    assert pools.bases.digest == usual.bases.digest
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [("0", "--thief-images is a whole number from 1"), ("1400", "1400 (thief)")],
+)
+def test_too_few_or_too_many_images_for_a_thief_are_refused(
+    number: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine"
+    assert main(["protect", "digits", "--thief-images", number, "--out", str(out)]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_bases_are_taken_from_what_given_weights_did_not_know(

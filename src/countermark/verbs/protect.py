@@ -121,6 +121,10 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
     """Side that images are brought to."""
     skip_damaged: bool = False
     """Leave out files that cannot be read."""
+    thief_images: int | None = None
+    """Training images that the model never sees, kept for the thieves that steal and remove
+    simulate; default 11 of 60. With 1 the model learns from nearly all, and nobody can be
+    simulated."""
     mean: tuple[float, ...] = ()
     """What a layer in front of the network subtracts from the pixels, one number or one a
     channel."""
@@ -164,7 +168,7 @@ class ProtectConfig(DataOptions, DeviceOptions, StampOptions):
         """Refuse unknown names, numbers out of range, and options that the scheme cannot use."""
         super().__post_init__()
         self._open_interval("epsilon", "watermark_epsilon", "watermark_step_size")
-        self._at_least_one("epochs")
+        self._at_least_one("epochs", "thief_images")
         self._seeded()
         marked = self.scheme != "none"
         self._only_for(marked, "a scheme that has watermarks", "embedding", "tsa", "register")
@@ -352,6 +356,8 @@ def _set_up(config: ProtectConfig) -> _Setup:
     data = open_data(
         config.data, size=config.size, skip_damaged=config.skip_damaged, cache=config.cache
     )
+    if config.thief_images is not None:
+        data = replace(data, pool_sizes={**data.held_out, "thief": config.thief_images})
     threat = data.threat.at(epsilon=config.epsilon, watermark_epsilon=config.watermark_epsilon)
     known = None
     if config.weights is not None:
