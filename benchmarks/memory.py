@@ -13,6 +13,7 @@ images are 15 GB on disk.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -278,7 +279,14 @@ def main() -> None:
     os.environ |= {NETWORK: given.network, STEPS: "0"}
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         begun = time.monotonic()
-        make_weights(Path(folder) / "weights.safetensors")
+        # In a process of its own: those that this one starts begin with its peak of memory.
+        making = multiprocessing.get_context("spawn").Process(
+            target=make_weights, args=(Path(folder) / "weights.safetensors",)
+        )
+        making.start()
+        making.join()
+        if making.exitcode:
+            raise SystemExit("the weights were not made")
         print_lines(f"weights made in {time.monotonic() - begun:.0f} s")
         os.environ[STEPS] = str(given.steps)
         for count in given.images:

@@ -57,8 +57,8 @@ CAPTIONS = {
         "of the images' two first principal components (the paper does not say how it projects)."
     ),
     "figure6": (
-        "Figure 6. A training image, its adversarial example and its watermarks, with the "
-        "adversarially trained model's answers."
+        "Figure 6. An image, its adversarial example and its watermarks, with the adversarially "
+        "trained model's answers. It is of those that watermarks are made from."
     ),
 }
 """What a reader must know to read a figure, by the beginning of its name."""

@@ -493,8 +493,14 @@ class _Owner(_Maker):
                 "model", defence=TRAINED_ON, setting=_OWN, scheme=None, removal="none"
             )
             cells += [Cell(control, place), self.strict(TRAINED_ON, control, None)]
-        cells += self.strangers(unmarked_thefts)
-        cells += self.sweep()
+        strangers = {
+            **self.bank.models,
+            **unmarked_thefts,
+            "this owner's unmarked ADVTR": self.robust,
+            "this owner's unmarked none": self.plain,
+        }
+        cells += self.strangers(strangers)
+        cells += self.sweep(strangers)
         return cells + self.figures()
 
     def place(self, section: str, **more: Any) -> dict[str, Any]:
@@ -581,13 +587,8 @@ class _Owner(_Maker):
             thief_objective=profile.thief_objective,
         )
 
-    def strangers(self, unmarked_thefts: Mapping[str, Unit]) -> list[Cell]:
-        asked = {
-            **self.bank.models,
-            **unmarked_thefts,
-            "this owner's unmarked ADVTR": self.robust,
-            "this owner's unmarked none": self.plain,
-        }
+    def strangers(self, asked: Mapping[str, Unit]) -> list[Cell]:
+        """Ask the same strangers for the watermarks of each scheme."""
         return [
             Cell(
                 self.unit(
@@ -600,10 +601,11 @@ class _Owner(_Maker):
             for scheme, watermarks in self.sets.items()
         ]
 
-    def sweep(self) -> list[Cell]:
+    def sweep(self, strangers: Mapping[str, Unit]) -> list[Cell]:
         """Measure adversarial watermarks at other budgets.
 
-        The cells show what these cost the model, and how strangers answer them.
+        The cells show what these cost the model, and how the strangers that are asked at the
+        default budget answer them.
         """
         cells = []
         for budget in self.studied.sweep[: self.profile.sweep]:
@@ -620,7 +622,7 @@ class _Owner(_Maker):
             asked = self.unit(
                 "strangers",
                 f"strangers asked at {shown(budget)}",
-                {"watermarks": watermarks, **self.bank.models},
+                {"watermarks": watermarks, **strangers},
             )
             cells.append(
                 Cell(

@@ -118,15 +118,6 @@ def estimate(rows: Sequence[Row], metric: str) -> Estimate | None:
     return Estimate(tuple(float(row[metric]) for row in found), tuple(row["unit"] for row in found))
 
 
-def rate_interval(hits: int, trials: int) -> tuple[float, float]:
-    """Exact 95 % interval of a rate (Clopper and Pearson, 1934), in percent."""
-    from scipy.stats import beta
-
-    low = 0.0 if hits == 0 else float(beta.ppf(0.025, hits, trials - hits + 1))
-    high = 1.0 if hits == trials else float(beta.ppf(0.975, hits + 1, trials - hits))
-    return 100 * low, 100 * high
-
-
 def auc(thieves: Sequence[float], strangers: Sequence[float]) -> float | None:
     """Area under the ROC curve: how often a thief scores above a stranger, ties counted half."""
     if not thieves or not strangers:

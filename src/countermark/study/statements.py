@@ -1,5 +1,6 @@
 """The statements of the paper and ours, judged by the measurements of each protocol."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,7 @@ from countermark.study.tables import RULE, paper_value, swept
 from countermark.threat import shown
 
 _STEP = 0.01  # alpha in the paper's beta > epsilon + alpha: the step of its training attack
+_SAMPLED = 2.0  # points by which adversarial accuracies on 1,000 and on all test images differ
 
 
 Verdict = Literal["holds", "does not hold", "is undecided", "was not measured"]
@@ -132,9 +134,12 @@ def _over_data(judge: Judge, rows: Sequence[Row], *, theirs: bool) -> Finding:
     return Finding("is undecided" if None in verdicts else "holds", told)
 
 
-def _settled(values: Estimate, holds: Callable[[float], bool]) -> bool | None:
-    """Whether a condition holds for the mean of some values, as far as the seeds can tell."""
-    half = values.half or 0.0
+def _settled(values: Estimate, holds: Callable[[float], bool], sampled: float = 0.0) -> bool | None:
+    """Whether a condition holds for the mean of some values, as far as the seeds can tell.
+
+    `sampled` is how far off a value may be by the images that it was measured on.
+    """
+    half = max(values.half or 0.0, sampled)
     ends = {holds(values.mean - half), holds(values.mean + half)}
     return ends.pop() if len(ends) == 1 else None
 
@@ -260,7 +265,7 @@ def _budget(rows: Sequence[Row], data: str) -> tuple[bool | None, str] | None:
         if found is not None
     )
     return (
-        _settled(Estimate(margins, ()), lambda points: points > 0),
+        _settled(Estimate(margins, ()), lambda points: points > 0, _SAMPLED),
         f"adversarial accuracy {told} ({plain.mean:.1f} unmarked)",
     )
 
@@ -273,7 +278,7 @@ def _coins_convict(removal: str, most: float) -> Judge:
         if not found:
             return None
         worst = max(row["log10_p"] for row in found)
-        return worst <= -9, f"p <= 10^{worst:.1f}"
+        return worst <= -9, f"p <= 10^{math.ceil(10 * worst) / 10:.1f}"  # a bound is not rounded
 
     return judged
 
@@ -348,7 +353,7 @@ _OURS: tuple[tuple[str, Judge], ...] = (
         _cheap("coin", 1.0, TRAINED_ON),
     ),
     (f"{_CONVICTED} up to 80 % pruned.", _coins_convict("pruned", 0.8)),
-    (f"{_CONVICTED} after 40 epochs of fine-tuning.", _coins_convict("fine-tuned", 40)),
+    (f"{_CONVICTED} up to 40 epochs of fine-tuning.", _coins_convict("fine-tuned", 40)),
     ("Ours: coins accuse no stranger at 1e-6.", _coins_spare),
     ("Coins in the weights convict a thief through the API.", _coins_unstolen),
 )

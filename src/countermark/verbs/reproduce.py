@@ -3,6 +3,7 @@
 import importlib.util
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -168,6 +169,8 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
         if config.workers is None
         else config.workers
     )
+    if not config.plan:
+        _needs_extras(distributed=workers > 0 or config.scheduler is not None)
     estimates = _estimates(todo, config, computing, workers)
     expected = sum(estimates.values()) / max(workers, 1)
     finished = len(units) - len(todo)
@@ -197,7 +200,6 @@ def reproduce(config: ReproduceConfig) -> Reproduction:
             (),
             time.monotonic() - begun,
         )
-    _needs_extras(distributed=workers > 0 or config.scheduler is not None)
     left = run(
         todo,
         store,
@@ -300,9 +302,11 @@ def _about(
             dict.fromkeys(STUDIED[data].network or profile.network for data in config.data)
         ),
         "queries of Algorithm 2": str(profile.queries),
-        **{f"images of {what}": str(count or "all") for what, count in measured.items()},
-        "images that thieves fine-tune on": str(
-            profile.finetune_examples or "all of the thief's pool"
+        **{f"images of {what}": _taken(config.data, count) for what, count in measured.items()},
+        "images that thieves fine-tune on": (
+            f"at most {profile.finetune_examples}"
+            if profile.finetune_examples
+            else "all of the thief's pool"
         ),
         "thieves' epochs, batch and rate": (
             "the usual ones"
@@ -315,6 +319,17 @@ def _about(
         **environment(),
         "version": __version__,
     }
+
+
+def _taken(data: Sequence[str], count: int | None) -> str:
+    """How many test images `study.work.every` takes of each data set."""
+    if count is None:
+        return "all"
+    tests = {name: range(known(name).test) for name in data}
+    taken = {name: len(test[:: max(1, len(test) // count)]) for name, test in tests.items()}
+    if len(set(taken.values())) == 1:
+        return str(taken[data[0]])
+    return ", ".join(f"{number} ({name})" for name, number in taken.items())
 
 
 def _command(config: ReproduceConfig) -> str:
@@ -354,7 +369,7 @@ def _estimates(
 
 
 def _needs_extras(*, distributed: bool) -> None:
-    wanted = ("matplotlib", *(("dask", "distributed") if distributed else ()))
+    wanted = ("matplotlib", "scipy", *(("dask", "distributed") if distributed else ()))
     missing = [name for name in wanted if importlib.util.find_spec(name) is None]
     if missing:
         raise CountermarkError(
