@@ -26,6 +26,7 @@ import requests
 import torch
 
 from countermark.claims import suspect_identity
+from countermark.claims.judgement import is_accused
 from countermark.cli import main
 from countermark.data import Pools
 from countermark.errors import CountermarkError
@@ -693,10 +694,50 @@ def test_a_query_string_is_sent_and_kept_nowhere(peer: Peer, tmp_path: Path) -> 
     suspect = Endpoint(url, Asking(replay=tmp_path / "replay.jsonl"))
     suspect(images(3))
     assert all(path.endswith("?code=secret") for path in peer.paths)
-    assert "secret" not in (tmp_path / "replay.jsonl").read_text() + suspect.name + place_name(url)
-    assert (
-        suspect_identity(url) == suspect_identity(peer.url) == {"kind": "endpoint", "url": peer.url}
-    )
+    kept = (tmp_path / "replay.jsonl").read_text() + suspect.name + place_name(url)
+    assert "secret" not in kept + json.dumps(suspect_identity(url))
+    assert suspect_identity(peer.url) == {"kind": "endpoint", "url": peer.url}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("?model=a", "?model=a", True),
+        ("?model=a", "?model=b", False),
+        ("?model=a", "", False),
+        ("", "?model=b", False),
+        ("", "", True),
+    ],
+)
+def test_a_query_string_tells_models_at_one_address_apart(
+    peer: Peer, tmp_path: Path, one: str, other: str, same: bool
+) -> None:
+    """What one of them answered is no answer of another, nor is a claim against one."""
+    peer.respond = brightness
+    asking = Asking(replay=tmp_path / "replay.jsonl")
+    Endpoint(peer.url + one, asking)(images(3))
+    asked = len(peer.requests)
+    Endpoint(peer.url + other, asking)(images(3))
+    assert (len(peer.requests) == asked) == same
+    accused, identity = suspect_identity(peer.url + one), suspect_identity(peer.url + other)
+    assert is_accused(accused, identity) == same
+    assert is_accused({"kind": "endpoint", "url": peer.url + one}, identity) == same  # of 0.1.0
+
+
+def test_headers_tell_models_at_one_address_apart_and_credentials_do_not(
+    peer: Peer, tmp_path: Path
+) -> None:
+    peer.respond = brightness
+    chosen = (("X-Target-Model", "a"), ("Authorization", "Bearer one"))
+    asking = Asking(replay=tmp_path / "replay.jsonl", headers=chosen)
+    Endpoint(peer.url, asking)(images(3))
+    asked = len(peer.requests)
+    renewed = (chosen[0], ("Authorization", "Bearer two"))
+    Endpoint(peer.url, dataclasses.replace(asking, headers=renewed))(images(3))
+    assert len(peer.requests) == asked
+    other = (("X-Target-Model", "b"), chosen[1])
+    Endpoint(peer.url, dataclasses.replace(asking, headers=other))(images(3))
+    assert len(peer.requests) > asked
 
 
 def test_a_credential_that_expires_stops_the_asking_and_keeps_the_answers(peer: Peer) -> None:

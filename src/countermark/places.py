@@ -3,6 +3,7 @@
 The addresses are those of endpoints and timestamp authorities.
 """
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -49,12 +50,15 @@ class EndpointAddress(NamedTuple):
         metadata: where its metadata are asked for.
         infer: where it is asked in the Open Inference Protocol.
         given: as it was given, without a fragment; where any other API is asked.
+        query_sha256: SHA-256 of its query string, which may say which of several models is asked;
+            empty if it has none.
     """
 
     name: str
     metadata: str
     infer: str
     given: str
+    query_sha256: str
 
 
 _MODEL = re.compile(r"(.*/v2/models/[^/].*?)(/infer)?")
@@ -82,7 +86,8 @@ def endpoint_address(url: str) -> EndpointAddress:
     model, asked = (path, path) if found is None else (found[1], f"{found[1]}/infer")
     name = urlunsplit(parts._replace(path=model, query=""))
     metadata, infer = (urlunsplit(parts._replace(path=each)) for each in (model, asked))
-    return EndpointAddress(name, metadata, infer, urlunsplit(parts))
+    query = hashlib.sha256(parts.query.encode()).hexdigest() if parts.query else ""
+    return EndpointAddress(name, metadata, infer, urlunsplit(parts), query)
 
 
 def place_name(place: object) -> str:

@@ -556,14 +556,17 @@ def _suspect(claim: Claim, finding: Finding) -> Iterator[Check]:
 def is_accused(named: Mapping[str, object], asked: Mapping[str, str]) -> bool:
     """Tell whether the judge asked what a claim names: the very file, or the very address.
 
-    Release 0.1.0 recorded addresses as they were typed.
+    Release 0.1.0 recorded addresses as they were typed, and 0.2.0 without their query strings: its
+    claims name what is asked without one.
     """
     if (named.get("kind"), asked.get("kind")) != ("endpoint", "endpoint"):
         return dict(named) == dict(asked)
     try:
-        return endpoint_address(str(named.get("url"))).name == endpoint_address(asked["url"]).name
+        typed = endpoint_address(str(named.get("url")))
     except CountermarkError:  # what the claim names is no address
         return dict(named) == dict(asked)
+    query = named.get("query_sha256", typed.query_sha256)
+    return (typed.name, query) == (asked["url"], asked.get("query_sha256", ""))
 
 
 def _stands_for_endpoint(claim: Claim, finding: Finding) -> bool:

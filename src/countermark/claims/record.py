@@ -207,15 +207,18 @@ def owners_network(
 def suspect_identity(place: str | Path) -> dict[str, str]:
     """What a suspect is to a claim: the address of an endpoint, or a SHA-256.
 
-    For a model folder it is that of the weights, for any other model that of its file. For an ONNX
-    model with data in files beside it, it is that of the canonical JSON
+    A query string may say which of several models is asked, and may hold a secret, so its SHA-256
+    stands for it. For a model folder it is that of the weights, for any other model that of its
+    file. For an ONNX model with data in files beside it, it is that of the canonical JSON
     `{"data": {place: SHA-256}, "model": SHA-256}`, so that it covers every file.
 
     Raises:
         CountermarkError: no file, or an address that cannot be asked or holds a password.
     """
     if is_address(place):
-        return {"kind": "endpoint", "url": endpoint_address(str(place)).name}
+        address = endpoint_address(str(place))
+        query = {"query_sha256": address.query_sha256} if address.query_sha256 else {}
+        return {"kind": "endpoint", "url": address.name, **query}
     path = Path(place) / "model.safetensors" if Path(place).is_dir() else Path(place)
     digest = hashlib.sha256()
     try:

@@ -191,7 +191,12 @@ class Asker:
     """
 
     def __init__(
-        self, name: str, answer: Callable[[torch.Tensor], Sequence[int]], asking: Asking
+        self,
+        name: str,
+        answer: Callable[[torch.Tensor], Sequence[int]],
+        asking: Asking,
+        *,
+        which: str = "",
     ) -> None:
         """Take the suspect's own way to answer.
 
@@ -200,6 +205,7 @@ class Asker:
             answer: from prepared images to a label for each, -1 where it gives none; it raises
                 `RefusalError` and `FailureError`, and any other error ends the asking.
             asking: how, and how much.
+            which: which of several models that share this name; the replay log keeps them apart.
 
         Raises:
             CountermarkError: the replay log cannot be read.
@@ -210,8 +216,10 @@ class Asker:
         self.asked = self.refused = self.changed = 0
         self.trouble = self._advice = ""
         self._last = -math.inf
-        self._how = sha256(json.dumps((asking.send, asking.read, asking.names)).encode())
-        self._known = read_replay(asking.replay, name, asking.repeats, self._how)
+        how = (asking.send, asking.read, asking.names, *([which] if which else []))
+        self._how = sha256(json.dumps(how).encode())
+        early = None if which else self._how
+        self._known = read_replay(asking.replay, name, asking.repeats, self._how, early)
         self._waited = 0.0  # seconds since the last answer
         self._answered = bool(self._known)  # once it has answered, refusals do not end the asking
         self._reached = self._answered  # once it was reached, silence counts as a refusal
@@ -396,11 +404,16 @@ def _digest(image: torch.Tensor, form: str) -> str:
 
 
 def read_replay(
-    path: Path | None, name: str, repeats: int = 1, how: str | None = None
+    path: Path | None,
+    name: str,
+    repeats: int = 1,
+    how: str | None = None,
+    early: str | None = None,
 ) -> dict[str, int]:
     """The log's answers that count here: of this suspect, and given as often as is asked now.
 
-    What is sent and read, and the names of the classes, are the same; an early log does not say.
+    What is sent and read, and the names of the classes, are the same. An early log does not say;
+    its answers were asked as `early`.
     """
     if path is None or not path.exists():
         return {}
@@ -413,7 +426,7 @@ def read_replay(
                 entry = json.loads(line)
                 image, label, often = entry["image"], entry["label"], entry["repeats"]
                 whole = type(label) is int and 0 <= label < MOST_LABELS and type(often) is int
-                whole = whole and how in (None, entry.get("how", how))
+                whole = whole and how in (None, entry.get("how", early))
                 if entry["url"] == name and isinstance(image, str) and whole and often >= repeats:
                     known[image] = label
             except (ValueError, KeyError, TypeError, RecursionError):

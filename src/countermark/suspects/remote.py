@@ -19,6 +19,7 @@ import torch
 from urllib3.exceptions import MaxRetryError, NewConnectionError
 
 from countermark.errors import CountermarkError
+from countermark.files import canonical_json, sha256
 from countermark.places import endpoint_address
 from countermark.session import Session
 from countermark.suspects.answers import Names, labels_of
@@ -77,7 +78,7 @@ class Endpoint(Asker):
             batch_size=asking.batch_size if self._row.many else 1,
         )
         self.asking, self._names = asking, Names(asking.names, foreign=asking.foreign)
-        super().__init__(self.address.name, self._infer, asking)
+        super().__init__(self.address.name, self._infer, asking, which=self._which(asking))
         lossy = any("jpeg" in word for word in (asking.form, *asking.send))
         self.form = f"jpeg {asking.quality} " if lossy else ""
         self._session = Session()
@@ -86,6 +87,18 @@ class Endpoint(Asker):
         if self.files:
             self.declared = "--api, --send, --form"
         self._metadata: Any = None
+
+    def _which(self, asking: Asking) -> str:
+        """What else than the address may say which model is asked: query string and headers.
+
+        A digest of them; empty if there are none. Credentials change while the model is the same.
+        """
+        chosen = {
+            name.lower(): value for name, value in asking.headers if name.lower() != "authorization"
+        }
+        if not chosen and not self.address.query_sha256:
+            return ""
+        return sha256(canonical_json([self.address.query_sha256, chosen]))
 
     def _infer(self, images: torch.Tensor) -> list[int]:
         try:
