@@ -9,10 +9,12 @@ import math
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from authority import Authority, stamped
+from countermark import claims
+from countermark.claims import suspect_identity
 from countermark.cli import main
 from countermark.errors import CountermarkError
 from countermark.files import locked, read_json, sha256, write_json, write_tensors
@@ -39,6 +43,8 @@ from countermark.verbs.remove import remove
 from countermark.watermarks import load_key
 from described import described
 from shorter import mark_shortly, take_any_mark
+
+ELSEWHERE = "http://127.0.0.1:9/v2/models/m"
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +180,13 @@ def test_a_batch_that_was_opened_against_an_endpoint_is_not_opened_again(
     (entry,) = read_json(key / "spent.json")["batches"]
     assert entry["kind"] == "file"
     claim(**again, out=tmp_path / "second")
-    theirs = {**again, "suspect": "http://127.0.0.1:9/v2/models/m", "out": tmp_path / "none"}
+    theirs = {**again, "suspect": ELSEWHERE, "out": tmp_path / "none"}
     with pytest.raises(CountermarkError, match="batch 0 was shown before, and nobody"):
         claim(**theirs)
-    (tmp_path / "none.partial").mkdir()  # as a claim leaves it that was killed while it asked
-    write_json(tmp_path / "none.partial" / "config.json", {"batch": 0, "suspect": {}})
-    with pytest.raises(CountermarkError, match="batch 0 was shown before, and nobody"):
+    unfinished = tmp_path / "none.partial"
+    unfinished.mkdir()  # as a claim leaves it that was killed while it asked
+    write_json(unfinished / "config.json", {"batch": 0, "suspect": suspect_identity(ELSEWHERE)})
+    with pytest.raises(CountermarkError, match="another has opened its batch 0 since"):
         claim(**{**theirs, "batch": None})
     entry = {**entry, "kind": "endpoint"}
     write_json(key / "spent.json", {"format": "countermark spent 1", "batches": [entry]}, 0o600)
@@ -187,6 +194,68 @@ def test_a_batch_that_was_opened_against_an_endpoint_is_not_opened_again(
         claim(**again, out=tmp_path / "third")
     assert claim(**again, out=tmp_path / "fourth", anyway=True).batch == 0
     assert claim(**{**again, "batch": None}, out=tmp_path / "fifth").batch == 1
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_claim_that_was_interrupted_takes_no_batch_that_another_opened_since(
+    marked: Path,
+    pruned: Path,
+    authority: Authority,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    other: bool,
+) -> None:
+    """Once it is spent for this very claim, this claim goes on with it."""
+    shutil.copytree(marked, tmp_path / "mine")
+    key = tmp_path / "mine" / "key"
+    (key / "spent.json").unlink(missing_ok=True)
+    asked: dict[str, Any] = {"key": key, "suspect": pruned, "tsa": authority.url}
+    with monkeypatch.context() as patch:
+        if other:  # before it is spent, or after
+            room = sys.modules["countermark.verbs.claim"]
+            patch.setattr(room, "note_look", lambda *_given, **_options: 1 / 0)
+        else:
+            patch.setattr(claims, "write_claim", lambda *_given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            claim(**asked, out=tmp_path / "interrupted")
+    unfinished = tmp_path / "interrupted.partial"
+    unfinished.mkdir(exist_ok=True)  # as a process leaves it that is killed
+    write_json(unfinished / "config.json", {"batch": 0, "suspect": suspect_identity(pruned)})
+    if other:
+        assert claim(**asked, out=tmp_path / "second").batch == 0
+        with pytest.raises(CountermarkError, match="another has opened its batch 0 since"):
+            claim(**asked, out=tmp_path / "interrupted")
+        shutil.rmtree(unfinished)
+        assert claim(**asked, out=tmp_path / "interrupted").batch == 1
+    else:
+        assert claim(**asked, out=tmp_path / "interrupted").batch == 0
+        assert not list((tmp_path / "interrupted").glob("*spent*"))
+
+
+def test_a_long_name_inside_a_suspect_fills_no_claim(
+    marked: Path, authority: Authority, tmp_path: Path
+) -> None:
+    """The name of a tensor is the suspect's: one of a megabyte spent a batch for no claim."""
+    mine, common = tmp_path / "mine", {"tsa": authority.url, "roots": authority.root}
+    shutil.copytree(marked, mine)
+    (mine / "key" / "spent.json").unlink(missing_ok=True)
+    remove(marked, out=tmp_path / "copy", blur=9)
+    export(tmp_path / "copy", out=tmp_path / "copy.onnx")
+    made = onnx.load(tmp_path / "copy.onnx")
+    inner = next(
+        each.output[0]
+        for each in made.graph.node
+        if made.graph.input[0].name in each.input and each.op_type != "Shape"
+    )
+    for node in made.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ["n" * 1_100_000 if name == inner else name for name in names]
+    onnx.save(made, tmp_path / "long.onnx")
+    suspect = tmp_path / "long.onnx"
+    claim(key=mine / "key", suspect=suspect, out=tmp_path / "claim", inside=True, **common)
+    judging = {"suspect": suspect, "roots": authority.root, "out": tmp_path / "j"}
+    assert adjudicate(tmp_path / "claim", inside=True, **judging).verdict == "upheld"
+    assert (tmp_path / "j.json").stat().st_size < 100_000
 
 
 def test_a_stranger_is_not_claimed_against_and_nothing_is_opened(

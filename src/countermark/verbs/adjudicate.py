@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from countermark.claims import Check, Claim, Judgement, Rival
+    from countermark.registry import Draws
 
 JUDGEMENT_FORMAT = "countermark judgement 2"
 PICTURES = 10
 """Trials of the claim that the page shows as pictures."""
+_LISTED = 1000  # entries of a public log in the JSON file; the count is of all of them
 _EXIT_STATUS = {"upheld": 0, "dismissed": 1, "undecidable": 3}
 
 
@@ -197,7 +199,7 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
         "asked": asked_how(config, answers),
         "roots": [root_name(root) for root in roots],
         "log": None if log is None else {"address": log.address, "sha256": log.digest},
-        "draws": None if draws is None else asdict(draws),
+        "draws": None if draws is None else _listed(draws),
     }
     names = describe(claim.model).class_names
     trials = first_trials(claim, given, PICTURES)
@@ -311,6 +313,15 @@ def _about(result: Adjudication, asked: Mapping[str, Any]) -> dict[str, str]:
         "Trusted public log": "none" if asked["log"] is None else asked["log"]["address"],
         "Judged by": f"Countermark {__version__}",
     }
+
+
+def _listed(draws: "Draws") -> dict[str, Any]:
+    """The draws, JSON-ready; so many that their record could not be written are cut off."""
+    most = sorted(draws.entries, key=lambda entry: entry.index)[:_LISTED]
+    entries = [
+        {"index": each.index, "time": each.time, "registered": each.registered} for each in most
+    ]
+    return {"identity": draws.identity, "count": draws.count, "entries": entries}
 
 
 def _write(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from countermark.data import KNOWN, is_cached
 from countermark.device import resolve_device
 from countermark.errors import CountermarkError
-from countermark.files import read_bytes
+from countermark.files import read_bytes, sha256
 from countermark.options import SuspectOptions, option
 from countermark.places import is_address
 from countermark.text import brief
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from countermark.suspects import Asking, Matched, Suspect
 
 _CLEAN = 100
+_LONGEST = 500  # characters of the name of a place inside a file that are kept
 _NAMES_LIMIT = 1 << 20  # bytes of a file of class names
 _DOUBTFUL = 50.0  # percent of clean examples right; below, the suspect is asked in the wrong way
 _TRANSLATED = 70.0  # percent right after an exchange of classes that explains the answers
@@ -284,6 +285,8 @@ def _inside(
         found[begin] = 0.0 if p is None else p
     best = min(found, key=lambda begin: found[begin])
     name = "" if best is None else inner[best]
+    if len(name) > _LONGEST:  # the suspect's own, which must not fill a claim
+        name = f"{name[:_LONGEST]}... (SHA-256 {sha256(name.encode())})"
     return replace(asking, begin=best), Inside(name, 1 + len(inner))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from countermark.errors import CountermarkError
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
 from countermark.files import (
+    CHECKPOINT_PREFIX,
     canonical_json,
     locked,
     new_folder,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from countermark.watermarks import Key
 
 SPENT_FORMAT = "countermark spent 1"
+_OWN = f"{CHECKPOINT_PREFIX}spent.json"  # what an unfinished claim has spent itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ def claim(config: ClaimConfig) -> Claimed:
     commitment = _commitment(model / "commitment.json", key)
     batches, suspect = int(key.c1["batches"]), suspect_identity(config.suspect)
     with locked(folder):
-        spent = _spent(folder)
+        spent = _spent(folder / "spent.json")
         batch = _choose(config, key, spent, str(suspect["kind"]))
         made = Claim(
             c1=key.c1,
@@ -202,9 +204,10 @@ def claim(config: ClaimConfig) -> Claimed:
                 "day": int(time.time() // 86400),
                 "answers_sha256": sha256(canonical_json(record)),
             }
-            write_json(
-                folder / "spent.json", {"format": SPENT_FORMAT, "batches": [*spent, entry]}, 0o600
-            )
+            # First beside the claim: whoever goes on with it knows that the batch was spent for it.
+            own = [*_spent(work / _OWN), entry]
+            for path, entries in ((work / _OWN, own), (folder / "spent.json", [*spent, entry])):
+                write_json(path, {"format": SPENT_FORMAT, "batches": entries}, 0o600)
             write_claim(work, made)
     return Claimed(
         folder=str(out),
@@ -252,9 +255,8 @@ def _commitment(path: Path, key: "Key") -> dict[str, Any]:
     return record
 
 
-def _spent(folder: Path) -> list[dict[str, Any]]:
-    """What the key remembers of batches that were shown."""
-    path = folder / "spent.json"
+def _spent(path: Path) -> list[dict[str, Any]]:
+    """What a file remembers of batches that were shown."""
     if not path.exists():
         return []
     entries = read_json(path).get("batches")
@@ -271,14 +273,19 @@ def _spent(folder: Path) -> list[dict[str, Any]]:
 def _choose(config: ClaimConfig, key: "Key", spent: list[dict[str, Any]], suspect: str) -> int:
     batches = int(key.c1["batches"])
     out = Path(config.out)
-    unfinished = out.with_name(out.name + ".partial") / "config.json"
-    if unfinished.exists():  # it may have been spent when this claim was interrupted
-        batch = read_json(unfinished).get("batch")
+    unfinished = out.with_name(out.name + ".partial")
+    if (unfinished / "config.json").exists():
+        batch = read_json(unfinished / "config.json").get("batch")
         if type(batch) is int and 0 <= batch < batches and config.batch in (None, batch):
-            others = [entry for entry in spent if entry["batch"] == batch]
-            if suspect == "endpoint" and any(entry.get("kind") != suspect for entry in others):
-                raise _shown_before(batch)
-            return batch
+            own = _spent(unfinished / _OWN)  # it may have been spent when this was interrupted
+            if not any(entry["batch"] == batch for entry in spent if entry not in own):
+                return batch
+            if config.batch is None:
+                raise CountermarkError(
+                    f"{unfinished} holds a claim that was interrupted, and another has opened its "
+                    f"batch {batch} since; delete that folder, and the claim opens a batch that "
+                    "was not shown"
+                )
     if config.batch is not None:
         if config.batch >= batches:
             raise CountermarkError(f"the key has batches 0 to {batches - 1}, not {config.batch}")
