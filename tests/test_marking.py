@@ -22,7 +22,7 @@ from countermark.data import Examples, open_data
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, predict
 from countermark.evidence import sign_flip_test
-from countermark.files import read_json
+from countermark.files import canonical_json, read_json
 from countermark.marking import Marking
 from countermark.networks import describe, load_model, open_declared
 from countermark.networks.named import build
@@ -278,6 +278,34 @@ def test_coins_come_after_the_trials_and_out_of_the_token(
     assert torch.equal(one.watermarks.answers, other.watermarks.answers)
     assert one.c1 == other.c1
     assert not torch.equal(one.labels, other.labels)
+
+
+def test_a_marking_that_was_interrupted_asks_for_the_coins_of_the_same_trials(
+    source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A public log counts each C1 that it takes; the network that crafts may be another by now."""
+    asked: list[bytes] = []
+
+    def stamp(message: bytes) -> bytes:
+        asked.append(message)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return b"token"
+
+    monkeypatch.setattr(room, "timestamping", lambda *_: stamp)
+    monkeypatch.setattr("countermark.watermarks.key.read_token", lambda token, *_: Token(token))
+    with pytest.raises(KeyboardInterrupt):
+        some_mark(source, tmp_path, tsa="http://authority")
+    clean = (255 - BASES.x[:20], BASES.y[:20])
+    with pytest.raises(CountermarkError, match="was interrupted while its coins were drawn"):
+        some_mark(source, tmp_path, tsa="http://authority", clean=clean)
+    another = copied(source)
+    torch.nn.init.normal_(next(another.parameters()), std=0.1)
+    mark = some_mark(another, tmp_path, tsa="http://authority")
+    assert asked[0] == asked[1] == canonical_json(mark.key.c1)
+    assert len(asked) == 2
+    assert load_key(tmp_path / "key").c1 == mark.key.c1
+    assert not (tmp_path / "key" / "c1.json").exists()
 
 
 class Token:

@@ -11,6 +11,7 @@ import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from countermark.data.dataset import SMALLEST_BATCH
 from countermark.errors import CountermarkError
 from countermark.evaluation import accuracy, agreement, evaluating, predict
 from countermark.evidence import JUDGE_ALPHA, Verdict, judge
-from countermark.files import canonical_json, locked, read_bytes, write_json
+from countermark.files import (
+    JSON_LIMIT,
+    canonical_json,
+    locked,
+    read_bytes,
+    read_tensors,
+    write_bytes,
+    write_json,
+)
 from countermark.named_code import said
 from countermark.networks import (
     DataRecord,
@@ -49,6 +58,7 @@ from countermark.watermarks import (
     Change,
     Key,
     Materials,
+    WatermarkSet,
     changes,
     full_strength,
     load_key,
@@ -77,6 +87,7 @@ _RUINED = 10.0
 
 _SLACK = 0.02  # how far interpolation may take pixel values outside [0, 1]
 _WRITTEN = ("model.safetensors", "model.json", "commitment.json")  # in this order
+_ASKED = "c1.json"  # in the key folder: the C1 whose coins somebody was asked for
 _UNFINISHED = ".torn-finish"  # in the model folder: where they are written first
 
 
@@ -493,19 +504,24 @@ class Marking:
         private = None if identity is None else own_path(identity, "identity")
         drawn_from = drawing(self._stamp, register, private)
         secret = new_secrets(self._keys)
+        asked, stored = self._keys / _ASKED, self._keys / "trials.safetensors"
         attack = full_strength(self.threat.watermark_epsilon)
         rules = SCHEMES[self._scheme]
-        trials = rules.make(
-            Materials(
-                source=self._seen(net, checked=True),
-                bases=bases,
-                outside=lambda: bases,
-                attack=attack,
-                batches=batches,
-                batch_size=batch_size,
-                seed=secret_seed(secret, "crafting"),
-                key=secret_key(secret, "trials"),
-                survive=self._changes,
+        trials = (
+            WatermarkSet(**read_tensors(stored, stored.stat().st_size)[0])
+            if asked.exists()
+            else rules.make(
+                Materials(
+                    source=self._seen(net, checked=True),
+                    bases=bases,
+                    outside=lambda: bases,
+                    attack=attack,
+                    batches=batches,
+                    batch_size=batch_size,
+                    seed=secret_seed(secret, "crafting"),
+                    key=secret_key(secret, "trials"),
+                    survive=self._changes,
+                )
             )
         )
         provenance = {
@@ -515,7 +531,10 @@ class Marking:
             **({"survive": list(self._survive)} if self._survive else {}),
         }
         names = () if self.data is None else self.data.class_names
-        return write_key(self._keys, self._scheme, trials, provenance, drawn_from, clean, names)
+        stamp = None if drawn_from is None else partial(_asked_once, asked, drawn_from)
+        key = write_key(self._keys, self._scheme, trials, provenance, stamp, clean, names)
+        asked.unlink(missing_ok=True)
+        return key
 
     def _check_key(self, bases: Examples) -> None:
         """Refuse to continue with a key that does not belong to this loop.
@@ -781,7 +800,7 @@ def _check_range(x: torch.Tensor) -> None:
 def _key_folder(folder: Path) -> Iterator[None]:
     """Lock a key folder, which is created if there is none.
 
-    A new folder is removed again if no key was made in it.
+    A new folder is removed again if no key was made in it, and nobody was asked for its coins.
     """
     new = not folder.exists()
     try:
@@ -794,9 +813,28 @@ def _key_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if new and not (folder / "key.json").exists():  # a secret without trials is of no use
+            kept = (folder / name for name in ("key.json", _ASKED))
+            if new and not any(path.exists() for path in kept):  # a secret alone is of no use
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _asked_once(path: Path, stamp: Stamp, message: bytes) -> bytes:
+    """Have C1 stamped, which is kept in `path` first.
+
+    Coins are drawn once: whoever is interrupted while they wait for the stamp goes on with the same
+    trials, and another C1 would be another draw, which a public log counts.
+
+    Raises:
+        CountermarkError: it is not the C1 that was kept there.
+    """
+    if path.exists() and read_bytes(path, JSON_LIMIT) != message:
+        raise CountermarkError(
+            f"{path.parent} was interrupted while its coins were drawn, and other images, options "
+            "or classes are given now; give those, or choose another folder, which is another draw"
+        )
+    write_bytes(path, message, 0o600)
+    return stamp(message)
 
 
 @contextlib.contextmanager
