@@ -34,6 +34,7 @@ WHEELS = (
     "platformdirs",
     "lightning-fabric",
     "lightning-utilities",
+    "jmespath",
 )
 STUDY = (
     "click",

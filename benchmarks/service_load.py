@@ -58,15 +58,8 @@ class Service:
             "--clients",
             str(folder / "clients.json"),
         ]
-        command += [
-            "--log",
-            str(folder / "log.db"),
-            "--port",
-            "0",
-            "--max-waiting",
-            "1000",
-            *options,
-        ]
+        log = [] if "--unguarded" in options else ["--log", str(folder / "log.db")]
+        command += [*log, "--port", "0", "--max-waiting", "1000", *options]
         self.process = subprocess.Popen(
             command,
             stderr=subprocess.PIPE,

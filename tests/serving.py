@@ -65,7 +65,7 @@ def serving(
 
     Args:
         model: folder of the model.
-        folder: where the file of clients and the log are written.
+        folder: where the file of clients and the log of a guard are written.
         options: of `countermark serve`.
         command: words that begin the command line instead of the usual.
         public: key with which the client signs their requests.
@@ -74,7 +74,8 @@ def serving(
     key = add_client(folder / "clients.json", named, public)
     said = folder / "standard error"
     words = [*(command or warm()), "serve", str(model), "--clients", str(folder / "clients.json")]
-    words += ["--log", str(folder / "log.db"), "--port", "0", *options]
+    log = [] if "--unguarded" in options else ["--log", str(folder / "log.db")]
+    words += [*log, "--port", "0", *options]
     with said.open("w") as errors:
         process = subprocess.Popen(
             words, stdout=errors, stderr=errors, env={**os.environ, "OMP_NUM_THREADS": "1"}

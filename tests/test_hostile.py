@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from countermark.cli import main
 from countermark.data import Pools, known
 from countermark.errors import CountermarkError
 from countermark.files import (
@@ -293,6 +294,31 @@ def test_what_needs_the_extra_serve_says_so(tmp_path: Path) -> None:
     assert len(said) == len(lines), done.stderr
     assert all("pip install 'countermark[serve]'" in line for line in said)
     assert not (tmp_path / "x.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("", "--log is missing"),
+        ("--unguarded --log x.db", "--log goes with a guard only"),
+        ("--unguarded --head head.json", "--head goes with a guard only"),
+        ("--unguarded --key mine/key", "--key goes with a guard only"),
+    ],
+)
+def test_a_log_goes_with_a_guard_and_with_nothing_else(
+    options: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(f"serve mine {options}".split()) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_cost_that_buys_no_coin_proves_nothing(
+    owner: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(owner, tmp_path / "mine")
+    assert main(["guard", str(tmp_path / "mine"), "--cost", "1e-9"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nothing can be proven by natural queries" in said
 
 
 def test_a_guard_is_calibrated_without_the_extra_serve(tmp_path: Path) -> None:

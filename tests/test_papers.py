@@ -239,7 +239,7 @@ def test_figures_that_flatter_say_so(mine: Path) -> None:
     changed(mine, "metrics.json", lambda record: record.update(known={"test": 12}))
     cm.card(mine)
     assert (
-        "trained on 12 of the test images, so these figures flatter"
+        "trained on 12 images of the test part, so these figures flatter"
         in (mine / "README.md").read_text()
     )
 

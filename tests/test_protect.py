@@ -104,7 +104,7 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
         "95 % are needed",
         "Nothing was published",
         "--epochs 7 trains it for 4 more",
-        "larger network",
+        "--watermark-epsilon), a larger network",
     ):
         assert part in line
     assert not out.exists()
@@ -171,7 +171,10 @@ def test_a_mark_that_did_not_take_is_refused_and_goes_on_with_more_epochs(
 def test_a_published_watermark_that_did_not_take_is_refused(
     hardly_trained: None, tmp_path: Path
 ) -> None:
-    with pytest.raises(CountermarkError, match=r"of its 100 watermarks where 50 % are needed"):
+    wanted = (
+        r"of its 100 watermarks where 50 % are needed.* If that does not help: a larger network"
+    )
+    with pytest.raises(CountermarkError, match=wanted):  # nothing is crafted at a budget
         protect("digits", out=tmp_path / "mine", epochs=2, scheme="ood")
     assert not (tmp_path / "mine").exists()
 

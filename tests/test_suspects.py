@@ -552,6 +552,28 @@ def test_options_that_a_suspect_has_no_use_for_are_refused(
             open_suspect(Flaky(bright), SHAPE, Asking(**option))
 
 
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [("folder", "classes"), ("file", "classes"), ("file", "network"), ("function", "network")],
+)
+def test_a_verb_ignores_no_option_of_a_suspect(
+    owner: Path, tmp_path: Path, kind: str, refused: str
+) -> None:
+    """A claim would say that the suspect was asked so."""
+    (tmp_path / "names.txt").write_text("zero\none\n")
+    given: dict[str, Any] = {
+        "classes": {"classes": tmp_path / "names.txt"},
+        "network": {"network": "nothing:here"},
+    }[refused]
+    places: dict[str, Any] = {
+        "folder": owner,
+        "file": linear_onnx(tmp_path / "model.onnx"),
+        "function": bright,
+    }
+    with pytest.raises(CountermarkError, match=f"--{refused} has no meaning for this suspect"):
+        verify(places[kind], key=owner / "key", **given)
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CountermarkError):
         open_suspect(tmp_path, SHAPE)

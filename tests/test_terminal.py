@@ -30,6 +30,7 @@ from countermark.terminal import (
     note,
     print_lines,
     print_table,
+    told_to,
     unbroken,
 )
 from countermark.verbs.adjudicate import Adjudication
@@ -174,6 +175,15 @@ def test_a_call_in_a_notebook_has_one_output_however_long_it_is(
     assert "<progress" not in output.pages[-1]
     work()
     assert len(outputs) == 2
+
+
+def test_a_program_that_listens_is_told_instead_of_the_notebook(outputs: list[Handle]) -> None:
+    told: list[Mapping[str, Any]] = []
+    with told_to(told.append), live(), bar("work", 50) as running:
+        for _ in range(50):
+            running.advance()
+    assert told[0] == {"what": "work", "done": 1, "total": 50, "text": ""}
+    assert not any("<progress" in page for output in outputs for page in output.pages)
 
 
 def test_what_is_shown_in_a_notebook_is_not_html(outputs: list[Handle]) -> None:

@@ -1,9 +1,10 @@
 """The command line: a thin layer over the verbs.
 
 Results go to standard output, progress and errors to standard error. Exit status 0 is success, 2 an
-error of one line, 130 an interruption and 143 a termination (SIGTERM). `verify` adds 1 (no
-evidence) and 3 (inconclusive), `adjudicate` 1 (dismissed) and 3 (undecidable). Only a verdict ends
-with a verdict's status: any other exception, ours or a library's, ends with 2.
+error of one line, 130 an interruption and 143 a termination (SIGTERM). `verify` and `trace` add 1
+(no evidence) and 3 (inconclusive), `adjudicate` 1 (dismissed) and 3 (undecidable), `data check` 1
+(cannot be used as it is). Only a finding ends with its status: any other exception, ours or a
+library's, ends with 2.
 """
 
 import ast

@@ -58,7 +58,8 @@ class Facts:
         weights_sha256: digest of `model.safetensors`.
         figures: what was measured; empty where nobody says.
         images: test images that it was measured on; none where nobody says how many.
-        known: of these, how many given weights had been trained on; none without such weights.
+        known: images of the whole test part that given weights had been trained on; none without
+            such weights.
         marked: whether there is a commitment to a mark.
     """
 
@@ -397,8 +398,8 @@ def _measured(facts: Facts) -> list[str]:
     lines += ["", "Budgets are in pixels of [0, 1].", *_limits(facts)]
     if facts.known:
         lines.append(
-            f"The weights that it began with had been trained on {facts.known} of the test images, "
-            "so these figures flatter."
+            f"The weights that it began with had been trained on {facts.known} images of the test "
+            "part, so these figures flatter."
         )
     return [*lines, ""]
 

@@ -229,7 +229,7 @@ class Bar:
         if _listener is not None and time.monotonic() - self._told > _TELL_SECONDS:
             self._told = time.monotonic()
             _listener(dict(self._status))
-        elif _live is not None:
+        elif _live is not None and _listener is None:
             _live.draw(self._status)
         elif self._console is not None and self._progress is None:
             self._log()

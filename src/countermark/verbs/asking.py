@@ -12,6 +12,7 @@ from countermark.data import KNOWN, is_cached
 from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.files import read_bytes, sha256
+from countermark.named_code import is_code
 from countermark.options import SuspectOptions, option
 from countermark.places import is_address
 from countermark.text import brief
@@ -117,6 +118,7 @@ def ask(
     from countermark.evaluation import agreement
     from countermark.suspects import NO_ANSWER, Asker
 
+    _check_heeded(config)
     asking = _asking(config, names)
     opened = partial(_opened, config, shape)
     matched = None
@@ -145,6 +147,24 @@ def ask(
     unanswered = int((labels == NO_ANSWER).sum())
     told = (unanswered, changed, trouble, accuracy, doubt, unchecked, matched, inside)
     return labels, Answers(*told)
+
+
+def _check_heeded(config: SuspectOptions) -> None:
+    """Refuse options that would be ignored, and yet stand in a claim as how the suspect was asked.
+
+    Raises:
+        CountermarkError: class names for a file, which answers with numbers, or a network for what
+            is no model folder.
+    """
+    from countermark.suspects import is_folder
+
+    place = config.suspect
+    asked = callable(place) or is_address(place) or (isinstance(place, str) and is_code(place))
+    refused = [] if asked else ["classes"]
+    refused += [] if is_folder(place) else ["network"]
+    for name in refused:
+        if getattr(config, name) is not None:
+            raise CountermarkError(f"{option(name)} has no meaning for this suspect; leave it out")
 
 
 def _asking(config: SuspectOptions, names: Sequence[str]) -> "Asking":

@@ -1,5 +1,6 @@
 """`countermark guard`: calibrate the coins in a model's answers for a stated cost."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +56,7 @@ class Calibrated:
         entropy: bits of coins in an average natural query; a perfect copy made from n queries can
             reach p = 2^(-n x entropy).
         queries: natural queries from which a perfect copy must be made to be proven at 1e-6, by
-            that bound.
+            that bound; none where no validation query met a coin.
         known: images of each pool that the weights had been trained on before they were given to
             protect; empty where they were not given.
         device: where the model was asked, and in which precision.
@@ -69,7 +70,7 @@ class Calibrated:
     test_error: float
     tied: float
     entropy: float
-    queries: int
+    queries: int | None
     known: Mapping[str, int]
     device: str
 
@@ -155,7 +156,7 @@ def guard(config: GuardConfig) -> Calibrated:
     if committed is not None:
         write_json(commitment, committed)
     measured = expected_cost(GuardedModel(network, Guard(found.settings, secret)), pools.test)
-    needed = round(20 / found.entropy) if found.entropy else 0
+    needed = math.ceil(20 / found.entropy) if found.entropy else None
     foreign = found.settings.familiar is not None
     return Calibrated(
         folder=str(folder),
@@ -203,10 +204,13 @@ def show(result: Calibrated) -> None:
             f"the given weights had been trained on {' and '.join(seen)}: "
             "new images may cost more than is said here"
         )
-    print_lines(
-        f"wrote {unbroken(result.folder)}/guard.json; a copy needs some {result.queries} "
-        "natural queries or more to be proven at 1e-6"
+    proof = (
+        "nothing can be proven by natural queries, of which none met a coin: a higher --cost buys "
+        "them"
+        if result.queries is None
+        else f"a copy needs some {result.queries} natural queries or more to be proven at 1e-6"
     )
+    print_lines(f"wrote {unbroken(result.folder)}/guard.json; {proof}")
 
 
 calibrate = guard  # its public name, since `countermark.guard` is the room

@@ -70,7 +70,7 @@ def log_check(config: LogCheckConfig) -> Checked:
         if published.token is None:
             raise CountermarkError(
                 f"{config.head} carries no timestamp; make one with: "
-                f"countermark log head {config.log} --tsa URL"
+                "countermark log head LOG --tsa URL"
             )
         stamped = check_token(
             published.token,

@@ -17,10 +17,6 @@ class LogHeadConfig(StampOptions):
     log: LogPath = field(kw_only=False)
     """Query log: a path or postgresql://..."""
 
-    def __post_init__(self) -> None:
-        """Refuse roots without an authority."""
-        super().__post_init__()
-
 
 @dataclass(frozen=True)
 class PublishedHead:

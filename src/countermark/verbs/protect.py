@@ -568,7 +568,7 @@ def protect(config: ProtectConfig) -> Protection:
                     break
             assert found is not None
             spent = time.monotonic() - started
-            _check_taken(found, folder, attempts, epochs)
+            _check_taken(found, folder, attempts, epochs, config.scheme)
             digest = save_model(folder, network, replace(description, history=tuple(events)))
             commit(folder, private, key, digest, stamp)
             result = _measure(setup, network, source, key, digest)
@@ -643,20 +643,25 @@ def _parts(embedding: "TrainConfig", attempts: list[int]) -> "list[TrainConfig]"
     ]
 
 
-def _check_taken(found: "Standing", folder: Path, attempts: list[int], epochs: int) -> None:
+def _check_taken(
+    found: "Standing", folder: Path, attempts: list[int], epochs: int, scheme: str
+) -> None:
     """Refuse a mark that does not hold; what an owner could not prove is not published.
 
     Raises:
         CountermarkError: it does not; the folder waits for more epochs.
     """
+    from countermark.watermarks import SCHEMES
+
     if found.taken:
         return
+    budget = "a larger watermark budget (--watermark-epsilon), " if SCHEMES[scheme].crafted else ""
     write_json(folder / _ROUNDS, {"format": _ROUNDS_FORMAT, "epochs": attempts})
     raise CountermarkError(
         f"after {epochs} epochs of marking {found.why_not()}. Nothing was published; "
         f"the work waits in {folder}, and the same command with --epochs "
-        f"{attempts[-1] + epochs} trains it for {epochs} more. If that does not help: a "
-        "larger watermark budget (--watermark-epsilon), a larger network"
+        f"{attempts[-1] + epochs} trains it for {epochs} more. If that does not help: "
+        f"{budget}a larger network"
     )
 
 

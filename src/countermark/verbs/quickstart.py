@@ -37,7 +37,7 @@ class QuickstartConfig(DataOptions):
     """Seed of the protected model; the stranger has the next one."""
 
     def __post_init__(self) -> None:
-        """Refuse an unknown data set and a seed out of range."""
+        """Refuse a seed out of range."""
         super().__post_init__()
         self._seeded()
 

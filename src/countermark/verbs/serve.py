@@ -25,8 +25,8 @@ class ServeConfig(OneDeviceOptions):
 
     model: ReadPath = field(kw_only=False)
     """Model folder with a guard.json."""
-    log: NewLogPath
-    """Query log: a path (SQLite) or postgresql://USER:PASSWORD@HOST/DATABASE."""
+    log: NewLogPath | None = None
+    """Query log, which a guard needs: a path (SQLite) or postgresql://USER:PASSWORD@HOST/DATABASE."""
     clients: ReadPath | None = None
     """File of the clients who may ask, as countermark client add makes it; default
     MODEL/clients.json."""
@@ -65,6 +65,11 @@ class ServeConfig(OneDeviceOptions):
     def __post_init__(self) -> None:
         """Refuse numbers out of range."""
         super().__post_init__()
+        self._only_for(not self.unguarded, "a guard", "log", "head", "key")
+        if self.log is None and not self.unguarded:
+            raise CountermarkError(
+                "--log is missing: say where the queries that meet coins are kept, or --unguarded"
+            )
         self._at_least_one("max_batch", most=4096)
         self._at_least_one("max_body", most=1 << 30)
         self._at_least_one("max_waiting")
@@ -143,7 +148,7 @@ def serve(config: ServeConfig) -> Served:
         listening = listen(config.host, config.port)
         ending.callback(listening.close)
         log = None
-        if not config.unguarded:
+        if config.log is not None:
             published = None if config.head is None else read_head(Path(config.head))
             log = open_log(config.log, config.timeout, published)
             ending.callback(close_log, log)

@@ -128,7 +128,7 @@ def trace(config: TraceConfig) -> Tracing:
         void = sum(row.log is None for row in kept)
         if len(kept) == void:
             raise CountermarkError(
-                f"the log {config.log} holds no trials"
+                f"the log {log.shown} holds no trials"
                 + (
                     f" but {void} that came after a loss of rows, which are no evidence"
                     if void
