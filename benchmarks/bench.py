@@ -329,7 +329,7 @@ def scaling_part() -> list[dict[str, Any]]:
 
     points = measured()
     draw(points, PAGE.with_name("scaling.svg"))
-    return points
+    return [{**point, "processor": about()["processor"]} for point in points]
 
 
 def pgd_part(images: int, rounds: int) -> dict[str, Any]:
@@ -650,20 +650,21 @@ def _scaling_lines(parts: dict[str, Any]) -> list[str]:
                 f"n^{math.log10(after['seconds'] / before['seconds']):.2f}"
                 for before, after in itertools.pairwise(found)
             ),
+            "; ".join(f"{one['MiB']:.1f}" for one in found),
         ]
         for what, found in series.items()
     ]
-    most = max((one["MiB"] for one in parts.get("scaling", [])), default=0)
+    processors = {one["processor"] for one in parts.get("scaling", [])}
     notes = [
         "![time over the size of the input](scaling.svg)",
         "",
-        "One thread; seconds, and their growth from each size to the next.",
-        f"No row took more than {most:.0f} MiB of memory above that of the program.",
+        f"{' and '.join(sorted(processors))}, one thread: seconds, their growth from each size to",
+        "the next, and the memory that the work takes at most beside its input.",
         "The exact test on cells of one trial adds whole numbers of n binary digits,",
         "which is why it grows faster than n; 10,000 cells take it hundredths of a second.",
         "",
     ]
-    return _section("How it grows", notes, "what | sizes | seconds | growth", rows)
+    return _section("How it grows", notes, "what | sizes | seconds | growth | MiB", rows)
 
 
 def about() -> dict[str, Any]:
