@@ -1,8 +1,12 @@
 """A claim of an answer mark as a folder: all that one account signed, for a judge to compute anew.
 
-It holds the account's opening, every request under it with its images, the two secrets that the
-opening names by their digests, and the owner's model with its guard. No row of the query log is
-needed: which queries were trials, and what their coins chose, follows from the rest.
+It holds the account's opening, the requests under it from the first one on with their images, the
+two secrets that the opening names by their digests, and the owner's model with its guard. No row of
+the query log is needed: which queries were trials, and what their coins chose, follows from the
+rest.
+
+A claim ends with the last request that fits (`REQUESTS_LIMIT`). Sizes alone say which one that is,
+and no coin does; and the evidence is an e-process, which may end there.
 """
 
 import hashlib
@@ -50,7 +54,9 @@ ACCOUNT_FORMAT = "countermark account 1"
 ACCUSATION_FORMAT = "countermark accusation 1"
 MOST_ACCOUNTS = 1 << 40
 REQUESTS_LIMIT = 1 << 33
-"""Bytes of the images of a claim."""
+"""Bytes of the requests of a claim: their images, and `REQUEST_BYTES` for each."""
+REQUEST_BYTES = 8
+"""Bytes of a request's number of images."""
 
 _FIELDS = {
     "opening": dict,
@@ -69,9 +75,9 @@ class AccountClaim:
 
     Attributes:
         opening: what the client signed first.
-        counts: int64 `(r,)`, the number of images of each request, in order.
-        x: uint8 `(n, c, h, w)`, the images of all requests.
-        last_signature: the client's, of the last request.
+        counts: int64 `(r,)`, the number of images of each request, from the first one on.
+        x: uint8 `(n, c, h, w)`, the images of these requests.
+        last_signature: the client's, of the last one.
         coins: what the account's coins come from, 32 bytes.
         cells: what the cells come from, 64 bytes.
         place: the account's place in the order of a trace, from 1, by the owner's word.
@@ -155,17 +161,20 @@ class Drawn:
         trials: the first query of each cell, in order.
         answers: what the client must have been told of each image, `UNSURE` where computing it
             elsewhere may lead to another answer.
+        first: for each image, the place at which the same one was asked first.
     """
 
     trials: list[AskedTrial]
     answers: list[int]
+    first: list[int]
 
 
 def first_queries(claim: AccountClaim, network: nn.Module) -> Drawn:
     """Find the trials of a claim, with the coins that they met, and all answers.
 
     A query that another machine might put into another cell is no trial, and neither is a later one
-    of any cell that it may have been in: its client may have known the coin.
+    of any cell that it may have been in: its client may have known the coin. An image that was
+    asked again is computed once: it is in the cell that it was in before, and has the same answer.
 
     Raises:
         CountermarkError: the guard in the claim is damaged, or does not fit the network.
@@ -178,10 +187,12 @@ def first_queries(claim: AccountClaim, network: nn.Module) -> Drawn:
     met: set[bytes] = set()
     doubtful: set[bytes] = set()
     lengths: set[int] = set()  # of the beginnings in `doubtful`
-    found, answers = [], []
-    size = read.count(claim.x)
-    for start in range(0, len(claim.x), size):
-        images = claim.x[start : start + size]
+    firsts: dict[bytes, int] = {}
+    first = [firsts.setdefault(image, at) for at, image in enumerate(image_hashes(claim.x))]
+    found: list[AskedTrial] = []
+    answers: dict[int, int] = {}
+    for part in torch.split(torch.tensor(list(firsts.values())), read.count(claim.x)):
+        images, places = claim.x[part], part.tolist()
         logits, features = read(images)
         given = _sure_answers(logits)
         for question in cells.questions(logits, features, images, TOLERANCE):
@@ -195,13 +206,14 @@ def first_queries(claim: AccountClaim, network: nn.Module) -> Drawn:
                 continue
             cell = question.cell
             fell = int(coin(key, cell) < question.chance)
-            trial = AskedTrial(start + row, question.heads, question.tails, question.chance, fell)
+            place = places[row]
+            trial = AskedTrial(place, question.heads, question.tails, question.chance, fell)
             given[row] = trial.answer
             if cell not in met and not any(cell[:length] in doubtful for length in lengths):
                 met.add(cell)
                 found.append(trial)
-        answers += given
-    return Drawn(found, answers)
+        answers.update(zip(places, given, strict=True))
+    return Drawn(found, [answers[place] for place in first], first)
 
 
 def _sure_answers(logits: torch.Tensor) -> list[int]:

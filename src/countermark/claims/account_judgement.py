@@ -8,7 +8,7 @@ anew and asks the suspect directly.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ from countermark.terminal import p_value
 from countermark.text import brief
 from countermark.watermarks import check_signature
 
-_RECEIPTS_LIMIT = 1 << 30  # bytes
-_MOST_UNSURE = 0.02  # share of the answers; a service on a processor has some 0.003
+_RECEIPTS_LIMIT = 1 << 36  # bytes, of which one line is read at a time
+_LINE, _EACH_LABEL = 1 << 12, 16  # bytes of a receipt's line, and more for each label
+_MOST_UNSURE = 0.02  # share of the images asked; a service on a processor has some 0.003
 _OTHERWISE = (ValueError, TypeError, LookupError, OverflowError, RecursionError)
 
 ACCOUNT_LIMITS = (
@@ -84,9 +85,10 @@ class AccountFinding:
         model_sha256: SHA-256 of the weights that the claim shows as the owner's.
         client_key: the public key that others tie to the accused, in hexadecimal; `None` if the
             judge knows of none.
-        receipts: those that the accused shows. A trial that was answered otherwise than its coin
-            says counts as a disagreement, and requests after any answer that is not the model's are
-            no evidence: with false answers an owner leads a client where they like.
+        receipts: those that the accused shows; `None` if they show no file of them. A trial that
+            was answered otherwise than its coin says counts as a disagreement, and requests after
+            any answer that is not the model's are no evidence: with false answers an owner leads a
+            client where they like.
         alpha: the judge's level.
         ways: the ways of asking out of which the judge's was chosen.
     """
@@ -96,7 +98,7 @@ class AccountFinding:
     suspect: Mapping[str, str]
     model_sha256: str
     client_key: str | None = None
-    receipts: Sequence[Receipt] = ()
+    receipts: Sequence[Receipt] | None = None
     alpha: float = JUDGE_ALPHA
     ways: int = 1
 
@@ -117,33 +119,67 @@ def judge_account(claim: AccountClaim, finding: AccountFinding) -> Judgement:
         _client(claim, finding),
         _opening(claim, finding),
         _requests(claim, requests),
-        _answers(finding.drawn),
+        _answers(finding.drawn, told),
         _accusation(claim, requests),
         _suspect(claim, finding),
         _evidence(test, choices),
     ]
-    if finding.receipts:
+    if finding.receipts is not None:
         checks.insert(-1, _receipts(claim, finding.drawn, told, believed))
     return Judgement(verdict_of(checks), tuple(checks), test, choices)
 
 
-def read_receipts(path: Path) -> list[Receipt]:
-    """Read the receipts that a client kept (`receipts.jsonl`); other lines are passed over.
+def read_receipts(path: Path, owner: str, requests: Sequence[SignedRequest]) -> list[Receipt]:
+    """Read what a client kept (`receipts.jsonl`) of the owner's receipts for some requests.
+
+    All else is passed over, and so is a line that is longer than a receipt of them can be. Of each
+    request the last receipt counts, so no more labels are kept than the requests have images.
+
+    Args:
+        path: the file, which may come from anybody.
+        owner: the owner's public key, in hexadecimal.
+        requests: those of the claim.
 
     Raises:
         CountermarkError: the file cannot be read.
     """
-    found = []
-    for line in read_bytes(path, _RECEIPTS_LIMIT).splitlines():
+    counts = {request.digest: len(request.hashes) for request in requests}
+    found: dict[bytes, Receipt] = {}
+    for line in _lines(path, _LINE + _EACH_LABEL * max(counts.values(), default=0)):
         try:
             record = json.loads(line)
             digests = (bytes.fromhex(record[name]) for name in ("request_sha256", "receipt"))
             request, signature = digests
             labels = tuple(int(label) for label in record["labels"])
-            found.append(Receipt(request, int(record["number"]), labels, signature))
+            receipt = Receipt(request, int(record["number"]), labels, signature)
         except _OTHERWISE:  # an opening, or a torn line
             continue
-    return found
+        if _is_of(receipt, owner, counts):
+            found[request] = receipt
+    return list(found.values())
+
+
+def _lines(path: Path, most: int) -> Iterator[bytes]:
+    """Yield the lines of a file; one of more than `most` bytes is left out, and never in memory."""
+    read_bytes(path, _RECEIPTS_LIMIT, first=0)  # only to see that it is a file, and not too large
+    begins = True  # whether a line begins where the file is read
+    try:
+        with path.open("rb") as stream:
+            while part := stream.readline(most + 1):
+                if begins and len(part) <= most:
+                    yield part
+                begins = part.endswith(b"\n")
+    except OSError as error:
+        raise CountermarkError(
+            f"cannot read {path}: {error.strerror}; check the path and its permissions"
+        ) from error
+
+
+def _is_of(receipt: Receipt, owner: str, counts: Mapping[bytes, int]) -> bool:
+    """Tell whether the owner signed a receipt for one of some requests, by their images' number."""
+    return len(receipt.labels) == counts.get(receipt.request) and is_receipt(
+        owner, receipt.request, receipt.labels, receipt.signature
+    )
 
 
 def _client(claim: AccountClaim, finding: AccountFinding) -> Check:
@@ -191,7 +227,8 @@ def _requests(claim: AccountClaim, requests: list[SignedRequest]) -> Check:
         )
         return Check(name, FAILS, "they do not lead to the client's last signature", meaning)
     found = f"1 to {last.number}, {len(claim.x)} images"
-    return Check(name, HOLDS, found, "All that the client asked is there, in the client's order.")
+    meaning = "All that the client asked up to there is in the claim, in the client's order."
+    return Check(name, HOLDS, found, meaning)
 
 
 def _accusation(claim: AccountClaim, requests: list[SignedRequest]) -> Check:
@@ -232,17 +269,12 @@ def _told(
     """What the client was told of each image, as far as receipts that the owner signed show."""
     owner = claim.opening.terms["owner"]
     starts = (torch.cumsum(claim.counts, 0) - claim.counts).tolist()
-    known = {
-        request.digest: (start, len(request.hashes))
-        for request, start in zip(requests, starts, strict=True)
-    }
+    counts = {request.digest: len(request.hashes) for request in requests}
+    begin = {request.digest: start for request, start in zip(requests, starts, strict=True)}
     told: dict[int, int] = {}
-    for receipt in finding.receipts:
-        start, count = known.get(receipt.request, (0, 0))
-        if len(receipt.labels) == count and is_receipt(
-            owner, receipt.request, receipt.labels, receipt.signature
-        ):
-            told.update(enumerate(receipt.labels, start))
+    for receipt in finding.receipts or ():
+        if _is_of(receipt, owner, counts):
+            told.update(enumerate(receipt.labels, begin[receipt.request]))
     return told
 
 
@@ -275,10 +307,22 @@ def _receipts(claim: AccountClaim, drawn: Drawn, told: Mapping[int, int], believ
     return Check("The receipts", OPEN if wrong else HOLDS, found, meaning)
 
 
-def _answers(drawn: Drawn) -> Check:
-    name, count = "The answers", drawn.answers.count(UNSURE)
-    found = f"{count} of {len(drawn.answers)} depend on the machine that computes them"
-    if count > _MOST_UNSURE * len(drawn.answers):
+def _answers(drawn: Drawn, told: Mapping[int, int]) -> Check:
+    """Check that an owner had few answers free.
+
+    Those of an image that depend on the machine count as one, however often it was asked: on one
+    machine they are the same. They count once more each time that a receipt shows another one than
+    before, or false answers to an image that is asked all the time would cost an owner nothing.
+    """
+    name, count, different = "The answers", 0, len(set(drawn.first))
+    last: dict[int, int | None] = {}
+    for place, (image, answer) in enumerate(zip(drawn.first, drawn.answers, strict=True)):
+        if answer == UNSURE:
+            label = told.get(place, last.get(image))
+            count += image not in last or last[image] not in (None, label)
+            last[image] = label
+    found = f"{count} answers to {different} different images depend on what computes them"
+    if count > _MOST_UNSURE * different:
         meaning = "Of so many no receipt could show that they were false."
         return Check(name, OPEN, found, meaning)
     return Check(name, HOLDS, found, "What the client must have been told follows from the model.")

@@ -40,6 +40,13 @@ RECEIPT_HEADER = "Countermark-Receipt"
 NOTHING_BEFORE = bytes(32)
 """What stands for the request before the first one."""
 MOST_REQUESTS = 1 << 40
+MOST_LOST = 8
+"""Openings that a client may count, and the query log of the service lacks.
+
+A log that was restored from a backup lacks some, and a new one, of another model, has none. An
+owner's p-value is multiplied for each opening that a client counts (`claims.choices_of`), so a
+service takes no opening that counts more.
+"""
 
 _REQUEST, _RECEIPT = b"countermark request 2", b"countermark receipt 1"
 _BEFORE = b"countermark request 1"  # 0.2.0 and earlier: without numbers
@@ -65,7 +72,8 @@ class Opening:
             what this account's coins come from; the log's identity, the account's name, and the
             owner's public key.
         client: the client's public key, in hexadecimal.
-        earlier: how many openings the client had signed for this service before.
+        earlier: how many openings the client had signed for this service before, by the client's
+            word; a service takes at most `MOST_LOST` more than its log has.
         nonce: 32 random bytes of the client's, in hexadecimal.
         signature: the client's.
     """

@@ -11,6 +11,7 @@ import torch
 from countermark.errors import CountermarkError
 from countermark.guard import TOLERANCE, GuardedModel, QueryLog, guard_sha256, read_guard_record
 from countermark.guard.requests import (
+    MOST_LOST,
     ConflictError,
     Opening,
     SignedRequest,
@@ -83,7 +84,8 @@ class Signing:
         """Store a client's opening, and tell what `state` tells.
 
         Raises:
-            RefusedError: it is none, not of these terms, or not signed with the account's key.
+            RefusedError: it is none, not of these terms, not signed with the account's key, or
+                counts more openings before it than the log can have lost.
             ConflictError: the account has another one of the same terms.
             CountermarkError: the log cannot be written.
         """
@@ -95,6 +97,14 @@ class Signing:
             raise RefusedError(409, "the opening is of other terms than the service has now")
         if opening.client != client.public_key or not opening.is_signed:
             raise RefusedError(401, "the opening is not signed with the key of this account")
+        known = self._log.openings(client.name)
+        if opening not in known and opening.earlier > len(known) + MOST_LOST:
+            raise RefusedError(
+                409,
+                f"the opening counts {opening.earlier} before it, of which the query log has "
+                f"{len(known)}, and at most {MOST_LOST} may be missing; ask the owner for another "
+                "account, and begin a new state for it",
+            )
         self._log.begin_requests(opening)
         return self.state(client)
 

@@ -12,7 +12,7 @@ from countermark.evidence import JUDGE_ALPHA, Verdict
 from countermark.files import new_folder
 from countermark.options import SuspectOptions
 from countermark.places import Network
-from countermark.terminal import p_value
+from countermark.terminal import note, p_value
 from countermark.text import brief
 from countermark.verbs.asking import Answers, ask, asked_how
 from countermark.verbs.looks import Looks, note_look
@@ -48,6 +48,9 @@ def claim_account(
 ) -> AccountClaimed:
     """Ask the suspect for an account's trials, and write the claim.
 
+    Where the account signed more than a claim holds, it is claimed up to the last request that
+    fits, and standard error says how many were left out.
+
     Raises:
         CountermarkError: the log has nothing that the client signed, or another guard answered
             them; the suspect cannot be asked, or its answers prove nothing.
@@ -55,6 +58,7 @@ def claim_account(
     import torch
 
     from countermark.claims import (
+        REQUESTS_LIMIT,
         AccountClaim,
         account_evidence,
         accusation_of,
@@ -92,8 +96,15 @@ def claim_account(
             )
 
         opening = _last_opening(opened, client, fits)
+        signed, _ = opened.last_request(opening)
         counts, x, last = _requests(opened, opening, about.shape)
         place = _place(opened, client)
+    left_out = signed - len(counts)
+    if left_out > 0:  # a running service may have stored more meanwhile
+        note(
+            f"{brief(client)} has signed more than the {REQUESTS_LIMIT} bytes that a claim holds; "
+            f"it ends with request {len(counts)}, and the {left_out} after it are left out"
+        )
     guard = Guard(settings, secret, opening.log)
     made = AccountClaim(
         opening=opening,
@@ -162,20 +173,25 @@ def _last_opening(log: "QueryLog", client: str, fits: "Callable[[Opening], bool]
 def _requests(
     log: "QueryLog", opening: "Opening", shape: tuple[int, ...]
 ) -> "tuple[list[int], torch.Tensor, bytes]":
-    """The number of images of each request, all images, and the last signature."""
+    """The number of images of each request, all images, and the last signature.
+
+    They end with the last request that a claim has room for. Nothing but sizes says which one that
+    is: an e-process may end anywhere, as long as what comes after does not say where.
+    """
     import torch
 
     from countermark.claims import REQUESTS_LIMIT
+    from countermark.claims.account import REQUEST_BYTES
 
-    counts, images, last = [], bytearray(), b""
+    counts: list[int] = []
+    images, last = bytearray(), b""
     for request in log.requests(opening):
+        taken = len(images) + len(request.images) + REQUEST_BYTES * (len(counts) + 1)
+        if taken > REQUESTS_LIMIT:
+            break
         counts.append(len(request.labels))
         images += request.images
         last = request.signed.signature
-        if len(images) > REQUESTS_LIMIT:
-            raise CountermarkError(
-                f"the requests have more than {REQUESTS_LIMIT} bytes of images; no judge reads them"
-            )
     x = torch.frombuffer(images, dtype=torch.uint8)
     if x.numel() != sum(counts) * math.prod(shape):
         raise CountermarkError(f"the requests are of other images than {shape}")
@@ -237,7 +253,8 @@ def adjudicate_account(
     )
 
     read = read_account_claim(claim)
-    kept = [] if receipts is None else read_receipts(receipts)
+    owner = read.opening.terms["owner"]
+    kept = None if receipts is None else read_receipts(receipts, owner, read.requests())
     built, digest = read.network(network)
     identity = suspect_identity(suspect)
     drawn = first_queries(read, built)
@@ -254,7 +271,7 @@ def adjudicate_account(
     return AccountJudged(
         judgement,
         answers,
-        read.opening.terms["owner"],
+        owner,
         account_about(read),
         account_story(read, judgement),
         shown,
