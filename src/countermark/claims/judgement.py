@@ -562,11 +562,14 @@ def is_accused(named: Mapping[str, object], asked: Mapping[str, str]) -> bool:
     if (named.get("kind"), asked.get("kind")) != ("endpoint", "endpoint"):
         return dict(named) == dict(asked)
     try:
-        typed = endpoint_address(str(named.get("url")))
+        one, other = (
+            (address.name, identity.get("query_sha256", address.query_sha256))
+            for identity in (named, asked)
+            for address in [endpoint_address(str(identity.get("url")))]
+        )
     except CountermarkError:  # what the claim names is no address
         return dict(named) == dict(asked)
-    query = named.get("query_sha256", typed.query_sha256)
-    return (typed.name, query) == (asked["url"], asked.get("query_sha256", ""))
+    return one == other
 
 
 def _stands_for_endpoint(claim: Claim, finding: Finding) -> bool:
