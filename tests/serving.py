@@ -1,6 +1,7 @@
 """A service of its own process on loopback, for tests that need a model but no training."""
 
 import contextlib
+import io
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import requests
 import torch
+from PIL import Image
 
 from countermark.networks import build, describe, save_model
 from countermark.service.clients import add_client
@@ -34,6 +36,16 @@ def drawn(count: int, shape: tuple[int, int, int], seed: int = 2) -> torch.Tenso
     generator = torch.Generator().manual_seed(seed)
     patches = torch.rand(count, channels, 4, 4, generator=generator)
     return (torch.nn.functional.interpolate(patches, sides) * 255).to(torch.uint8)
+
+
+def of_scans(empty: int, side: int = 1200) -> bytes:
+    """A progressive JPEG with so many empty scans at its end."""
+    stream = io.BytesIO()
+    Image.new("RGB", (side, side), (10, 200, 30)).save(stream, "JPEG", progressive=True)
+    file = stream.getvalue()
+    last = file.rindex(b"\xff\xda")
+    length = int.from_bytes(file[last + 2 : last + 4], "big")
+    return file[:-2] + file[last : last + 2 + length] * empty + file[-2:]
 
 
 def untrained(folder: Path, shape: tuple[int, int, int], names: Sequence[str]) -> Path:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -795,6 +796,31 @@ FORMS: dict[str, tuple[Any, int]] = {
     "a label beside scores": ({"label": "dog", "confidences": [{"label": "dog"}]}, 0),
     "scores in an object": ({"scores": [0.1, 0.1, 0.8]}, 2),
 }
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ({"shape": [50_000, *[1] * 2000], "data": [1] * 50_000}, "a tensor of 2001 dimensions"),
+        ({"shape": [1], "data": json.loads("[" * 900 + "1" + "]" * 900)}, "neither labels nor"),
+    ],
+)
+def test_a_tensor_of_too_many_dimensions_is_refused(
+    owner: Path, serve: Callable[[Path], Server], output: dict[str, Any], reason: str
+) -> None:
+    """Each value would be wrapped in as many lists."""
+    server = serve(owner)
+    server.answer = lambda method, *_: told(
+        {"outputs": [output]} if method == "POST" else {"inputs": [{}]}
+    )
+    suspect = Endpoint(f"{server.root}/v2/models/digits", Asking())
+    tracemalloc.start()
+    try:
+        with pytest.raises(CountermarkError, match=reason):
+            suspect(torch.zeros(1, *SHAPE))
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("answer", "label"), FORMS.values(), ids=FORMS.keys())

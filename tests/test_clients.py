@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
@@ -20,8 +20,10 @@ import countermark as cm
 from countermark.cli import main
 from countermark.errors import CountermarkError
 from countermark.files import JSON_LIMIT, read_json, write_json
+from countermark.guard.points import is_of_small_order
+from countermark.guard.requests import is_receipt
 from countermark.service import clients as clients_module
-from countermark.service.clients import CLIENTS_FORMAT, Clients, rotate_client
+from countermark.service.clients import CLIENTS_FORMAT, Clients, public_key_of, rotate_client
 
 PUBLIC = "ab" * 32
 RELEASES = ("0.1.0", "0.2.0")
@@ -103,6 +105,32 @@ def test_a_public_key_may_be_a_file(path: Path, tmp_path: Path) -> None:
     found = Clients(path).find(key)
     assert found is not None
     assert found.public_key == mine.public_key().public_bytes_raw().hex()
+
+
+def test_a_key_of_small_order_is_refused_however_it_is_spelt(path: Path, tmp_path: Path) -> None:
+    """Nobody needs a private key for one, so its signatures bind nobody."""
+    p, top = (1 << 255) - 19, 1 << 255
+    eighth = int("7a03ac9277fdc74ec6cc392cfa53202a0f67100d760b3cba4fd84d3d706a17c7", 16)
+    heights = [y for y in (0, 1, p - 1, p, p + 1, eighth, p - eighth) if y < top]
+    spelt = [(y + sign).to_bytes(32, "little") for y in heights for sign in (0, top)]
+    assert len(set(spelt)) == 14
+    form = (Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    for raw in spelt:
+        key = Ed25519PublicKey.from_public_bytes(raw)
+        (tmp_path / "small.pem").write_bytes(key.public_bytes(*form))
+        for given in (raw.hex(), str(tmp_path / "small.pem")):
+            with pytest.raises(CountermarkError, match=f"{raw.hex()} is a key of small order"):
+                cm.client_add("eve", clients=path, public_key=given)
+    assert not path.exists()
+    identity = Ed25519PublicKey.from_public_bytes(spelt[heights.index(1) * 2])
+    forged = (1).to_bytes(32, "little") + bytes(32)
+    identity.verify(forged, b"whatever was asked")
+    nobodys = identity.public_bytes_raw().hex()
+    assert not is_receipt(nobodys, bytes(32), [1], forged)  # nor is it believed where it is known
+    for _ in range(20):
+        mine = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+        assert public_key_of(mine.hex(), "--public-key") == mine.hex()
+        assert not is_of_small_order(mine.hex())
 
 
 def test_a_revoked_account_keeps_its_name(path: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 import requests
 import torch
 import uvicorn
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.routing import Mount
@@ -33,6 +34,7 @@ from countermark.networks import describe
 from countermark.service.clients import add_client
 from countermark.service.guarded import Guarded
 from countermark.watermarks import load_key
+from serving import of_scans
 from test_endpoints import free_ports, wait_until_ready
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -198,6 +200,13 @@ def test_a_truncated_file_and_a_bomb_are_refused(guard: Guarded, digits: Pools) 
             guard.classify_now(bomb.getvalue(), "anna")
 
 
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(guard: Guarded) -> None:
+    """Each passes over the whole image, even if it is empty."""
+    with pytest.raises(cm.DamagedError, match="the image has more than the 100 scans"):
+        guard.classify_now(of_scans(30_000), "anna")
+    assert guard.classify_now(of_scans(80), "anna")
+
+
 @pytest.mark.parametrize("name", ["", "anna\n", "a\0", "\ud800", "a" * 201, None, 3, b"anna"])
 def test_a_name_that_no_log_can_hold_is_refused_whatever_is_asked(
     guard: Guarded, digits: Pools, name: object
@@ -334,7 +343,7 @@ def test_files_that_wait_to_be_read_count_among_the_waiting(
         let_go.wait(30)
         return fitted(file, shape, most)
 
-    monkeypatch.setattr("countermark.service.guarded.fitted", slow)
+    monkeypatch.setattr("countermark.service.tensors.fitted", slow)
     image = png(digits.test.x[0])
 
     async def ask() -> None:
@@ -364,6 +373,64 @@ def test_an_answer_that_takes_too_long_is_given_up(
     with pytest.raises(cm.BusyError, match=r"no answer within 0\.2 seconds"):
         held.classify_now(tied(model, digits, "bob"), "bob")
     assert held._engine.waiting == 1  # anna's is in the hands of the log
+
+
+def test_files_that_take_too_long_to_read_are_given_up(
+    guard: Guarded, digits: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for them any more, and the files after the first are not read at all."""
+    begun: list[bytes] = []
+    let_go = threading.Event()
+
+    def slow(file: bytes, shape: tuple[int, int, int], most: int) -> np.ndarray:
+        begun.append(file)
+        let_go.wait(30)
+        return fitted(file, shape, most)
+
+    key = add_client(tmp_path / "clients.json", "anna", None)
+    guard._timeout = 0.2
+    application = guard.asgi(clients=tmp_path / "clients.json")
+    monkeypatch.setattr("countermark.service.tensors.fitted", slow)
+    monkeypatch.setattr("countermark.service.http._QUICK", 1)
+    files = [png(digits.test.x[0])] * 3
+    data = [base64.b64encode(file).decode() for file in files]
+    body = {"inputs": [{"name": "x", "shape": [3], "datatype": "BYTES", "data": data}]}
+    headers = {"Authorization": f"Bearer {key}"}
+    with served(application) as url:
+        address = f"{url}/v2/models/model/infer"
+        assert requests.post(address, json=body, headers=headers, timeout=20).status_code == 408
+        with pytest.raises(cm.BusyError, match="no answer within"):
+            guard.classify_now(files, "anna")
+        threading.Timer(0.5, let_go.set).start()  # the loop's end waits for the thread
+        with pytest.raises(cm.BusyError, match="no answer within"):
+            asyncio.run(guard.classify(files, "anna"))
+        assert guard._engine.waiting == 0
+    time.sleep(0.2)
+    assert len(begun) == 3
+    guard._timeout = 10.0
+    assert len(guard.classify_now(files, "anna")) == 3
+
+
+def test_a_signature_that_cannot_be_checked_is_told(
+    guard: Guarded,
+    digits: Pools,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The client hears nothing of the log; standard error hears it once."""
+
+    def unread(*_arguments: object) -> None:
+        raise cm.CountermarkError("the query log cannot be read")
+
+    monkeypatch.setattr("countermark.service.signing.Signing.request", unread)
+    public = Ed25519PrivateKey.generate().public_key().public_bytes_raw().hex()
+    key = add_client(tmp_path / "clients.json", "anna", public)
+    with served(guard.asgi(clients=tmp_path / "clients.json")) as url:
+        for _ in range(3):
+            answer = infer(url, key, digits.test.x[0])
+            assert (answer.status_code, "log" in answer.text) == (500, False)
+    assert capsys.readouterr().err == "countermark: the query log cannot be read\n"
 
 
 def test_the_end_refuses_what_it_cannot_answer(

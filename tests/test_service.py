@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from types import SimpleNamespace
 import pytest
 import requests
 import torch
+from starlette.requests import Request
 
 import countermark.service.engine as engine_module
 from countermark.cli import main
@@ -43,6 +45,7 @@ from countermark.service.clients import (
     rotate_client,
 )
 from countermark.service.engine import BusyError, Engine
+from countermark.service.http import _body
 from countermark.service.server import listen
 from countermark.verbs.guard import guard
 from warm import COLD, warm
@@ -113,7 +116,8 @@ def start(guarded_folder: Path, tmp_path: Path) -> Iterator[Start]:
             "--model",
             str(folder),
         ]
-        command += ["--log", str(log), "--port", "0", "--clients", str(clients), *options]
+        command += ["--port", "0", "--clients", str(clients), *options]
+        command += [] if "--unguarded" in options else ["--log", str(log)]
         if limit:
             command = ["sh", "-c", f'ulimit {limit} && exec "$@"', "sh", *command]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -1064,10 +1068,56 @@ def test_idle_connections_keep_nobody_out(
     assert len(ended(service)) < 1000
 
 
+def test_bodies_that_are_read_count_among_the_waiting(start: Start, digits: Pools) -> None:
+    """Otherwise four times as many bodies could lie in memory."""
+    service = start("--timeout", "60", "--max-waiting", "2")
+    head = f"POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {4 << 20}\r\n"
+    head += f"Authorization: Bearer {service.keys['anna']}\r\nExpect: 100-continue\r\n\r\n"
+    with contextlib.ExitStack() as closing:
+        for _ in range(2):
+            slow = closing.enter_context(connected(service))
+            slow.sendall(head.encode())
+            assert slow.recv(1000).startswith(b"HTTP/1.1 100")
+        answer = service.infer(digits.test.x[:1], "bob")
+        assert (answer.status_code, answer.json()["error"]) == (
+            503,
+            "the service is busy; try again later",
+        )
+        assert closing.enter_context(connected(service)).sendall(head.encode()) is None
+        waiting = requests.get(f"{service.url}/metrics", timeout=5).text
+        assert "countermark_waiting 2.0" in waiting
+    while (answer := service.infer(digits.test.x[:1], "bob")).status_code != 200:
+        assert answer.status_code == 503
+        time.sleep(0.05)
+
+
+def test_a_body_is_in_memory_once() -> None:
+    """In one piece, and not in a second one that is a copy."""
+    size = 32 << 20
+
+    async def receive() -> dict[str, object]:
+        sent.append(1 << 20)
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": sum(sent) < size}
+
+    async def read() -> tuple[int, int]:
+        request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+        body = await _body(request, size)
+        return len(body), tracemalloc.get_traced_memory()[1]
+
+    sent: list[int] = []
+    tracemalloc.start()
+    try:
+        found, most = asyncio.run(read())
+    finally:
+        tracemalloc.stop()
+    assert found == size
+    assert most < 1.5 * size
+
+
 def test_a_new_connection_is_refused_where_all_others_are_being_answered(start: Start) -> None:
     service = start("--timeout", "60", "--max-waiting", "1")  # at most 4 connections
     head = (
-        "POST /v2/models/model/infer HTTP/1.1\r\nHost: x\r\n"
+        "POST /v2/models/model/signing HTTP/1.1\r\nHost: x\r\n"
         "Content-Length: 9\r\nExpect: 100-continue\r\n"
     )
     with contextlib.ExitStack() as closing:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import secrets
 import shutil
 import sqlite3
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,6 +54,7 @@ from countermark.guard import (
 )
 from countermark.guard.core import WHOLE, coin, signed_key
 from countermark.guard.requests import (
+    MOST_LOST,
     NOTHING_BEFORE,
     ConflictError,
     Opening,
@@ -187,11 +190,28 @@ def test_receipts_are_the_owners_word_on_every_label() -> None:
     assert not is_receipt(owner, b"r" * 32, [3, -1], signature)
 
 
-def test_receipts_that_are_torn_or_hostile_are_passed_over(tmp_path: Path) -> None:
-    good = {"request_sha256": "ab" * 32, "number": 3, "labels": [1], "receipt": "cd" * 64}
+def receipted(signed: SignedRequest, labels: Sequence[int], key: bytes = OWNER) -> str:
+    """The line of a receipt, as `cm.Client` writes it."""
+    receipt = sign_receipt(key, signed.digest, labels).hex()
+    digest = signed.digest.hex()
+    record = {"number": signed.number, "request_sha256": digest, "labels": list(labels)}
+    return json.dumps({**record, "receipt": receipt})
+
+
+def test_receipts_that_are_torn_or_hostile_are_passed_over(
+    guarded: Path, digits: Pools, tmp_path: Path
+) -> None:
+    """So are those of another owner's, of other requests, and of other numbers of images."""
+    one, two, other = chain(open_requests(PRIVATE, terms(guarded)), digits.thief.x[:6].split(2))
+    good = json.loads(receipted(two, [1, 3]))
     lines = [
-        json.dumps({**good, "number": 1}),
+        receipted(one, [4, 4]),
+        receipted(one, [1, 2]),
         json.dumps(good)[:-9],
+        receipted(two, [1, 3, 0]),
+        receipted(two, [3, 1], PRIVATE),
+        receipted(other, [1, 2]),
+        json.dumps({**good, "labels": [3, 1]}),
         "",
         '{"number": Infinity, "labels": [1e999], "request_sha256": "", "receipt": ""}',
         '{"number": 1, "labels": null, "request_sha256": "00", "receipt": "00"}',
@@ -200,7 +220,28 @@ def test_receipts_that_are_torn_or_hostile_are_passed_over(tmp_path: Path) -> No
         json.dumps(good),
     ]
     (tmp_path / "receipts.jsonl").write_text("\n".join(lines))
-    assert [each.number for each in read_receipts(tmp_path / "receipts.jsonl")] == [1, 3]
+    read = read_receipts(tmp_path / "receipts.jsonl", public_key(OWNER), [one, two])
+    assert [(each.number, each.labels) for each in read] == [(1, (1, 2)), (2, (1, 3))]
+
+
+def test_long_lines_of_receipts_are_never_in_memory(
+    guarded: Path, digits: Pools, tmp_path: Path
+) -> None:
+    """The accused makes the file: no line of theirs, and no number of lines, fills the memory."""
+    signed = chain(open_requests(PRIVATE, terms(guarded)), [digits.thief.x[:2]])[0]
+    path, good = tmp_path / "receipts.jsonl", receipted(signed, [1, 2])
+    elsewhere = json.dumps({**json.loads(good), "request_sha256": "ab" * 32})
+    with path.open("w") as stream:
+        stream.write(f"{good}\n")
+        stream.write(good[:-1] + ', "more": [' + "1," * 5_000_000 + "1]}\n")
+        stream.writelines(f"{line}\n" for line in [elsewhere, good] * 5_000)
+        stream.write("7" * 5_000_000)
+    tracemalloc.start()
+    read = read_receipts(path, public_key(OWNER), [signed])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [each.labels for each in read] == [(1, 2)]
+    assert most < 1_000_000
 
 
 def test_coins_come_from_both_sides(guarded: Path) -> None:
@@ -515,6 +556,78 @@ def test_whoever_could_not_be_judged_is_told_before_they_sign(
             signing.begin(anna, open_requests(PRIVATE, opening.terms).record())
 
 
+def test_an_opening_counts_no_more_than_the_log_may_have_lost(
+    guarded: Path, tmp_path: Path
+) -> None:
+    """Each that it counts multiplies p: a client who could choose would choose the most."""
+    anna = Client("anna", public_key(PRIVATE))
+    model = load_guarded(guarded, guarded / "key")
+    with QueryLog(str(tmp_path / "log.db")) as log:
+        for known in range(2):
+            signing = Signing(model.under(log.identity), log, guarded, guarded / "key")
+            named = signing.state(anna)["terms"]
+            for earlier in ((1 << 31) - 1, known + MOST_LOST + 1):
+                with pytest.raises(RefusedError, match=f"has {known}, and at most {MOST_LOST}"):
+                    signing.begin(anna, open_requests(PRIVATE, named, earlier).record())
+            opening = open_requests(PRIVATE, named, known + MOST_LOST)
+            for _ in range(2):
+                assert signing.begin(anna, opening.record())["opening"] == opening.record()
+            log.renew()
+        # One that is in a log already goes on.
+        signing = Signing(model.under(log.identity), log, guarded, guarded / "key")
+        many = open_requests(PRIVATE, signing.state(anna)["terms"], 1 << 30)
+        log.begin_requests(many)
+        assert signing.begin(anna, many.record())["opening"] == many.record()
+
+
+def test_an_image_that_was_asked_again_leaves_no_claim_undecidable(
+    claim: AccountClaim, drawn: Drawn, trials: list[AskedTrial], guarded: Path
+) -> None:
+    """A client repeats one whose answer depends on the machine; it is computed and counted once.
+
+    Different answers to it would be free to the owner, and each counts where a receipt shows it.
+    """
+    chosen = {trial.image for trial in trials}
+    doubtful = next(place for place in range(40) if place not in chosen)
+    repeats = claim.x[doubtful : doubtful + 1].expand(400, -1, -1, -1)
+    parts = [*claim.x.split(claim.counts.tolist()), *repeats.split(40)]
+    signed, owner = chain(claim.opening, parts), (guarded / "key" / "signing-key").read_bytes()
+    again = replace(
+        claim,
+        x=torch.cat(parts),
+        counts=torch.tensor([len(part) for part in parts]),
+        last_signature=signed[-1].signature,
+    )
+    accusation = accusation_of(again, signed, claim.accusation["suspect"])
+    again = replace(again, accusation=accusation, accusation_signature=sign(owner, accusation))
+    network, sizes = load(again.model), []
+    network.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    asked = first_queries(again, network)
+    assert sum(sizes[1:]) == len(set(image_hashes(claim.x)))  # after one that tells its features
+    assert (asked.trials, asked.answers[: len(claim.x)]) == (trials, drawn.answers)
+    assert set(asked.answers[len(claim.x) :]) == {drawn.answers[doubtful]}
+
+    answers = [
+        UNSURE if torch.equal(image, claim.x[doubtful]) else answer
+        for image, answer in zip(again.x, asked.answers, strict=True)
+    ]
+    good = found(again, replace(asked, answers=answers), [trial.answer for trial in trials])
+    assert judge_account(again, good).verdict == "upheld"
+
+    def shown(labels: Sequence[int]) -> AccountFinding:
+        """The receipts of the last requests, which ask for nothing but that image."""
+        receipts = []
+        for request, part in zip(signed[-10:], torch.tensor(labels).split(40), strict=True):
+            told = tuple(part.tolist())
+            receipt = sign_receipt(owner, request.digest, told)
+            receipts.append(Receipt(request.digest, request.number, told, receipt))
+        return replace(good, receipts=receipts)
+
+    assert judge_account(again, shown([3] * 400)).verdict == "upheld"
+    assert judge_account(again, shown([3] * 399 + [4])).verdict == "upheld"
+    assert failing(again, shown([3, 4] * 200)) == {"The answers": "cannot tell"}
+
+
 def test_receipts_of_other_answers_count_against_the_claim(
     claim: AccountClaim, drawn: Drawn, trials: list[AskedTrial], guarded: Path
 ) -> None:
@@ -735,11 +848,12 @@ def test_a_client_signs_goes_on_and_is_claimed(
     with QueryLog(log, create=False) as opened:
         (opening,) = opened.openings("anna")
         kept = list(opened.requests(opening))
+        asked_for = [each.signed for each in kept]
         rows = [row for row in opened.rows() if row is not None]
     assert opening.earlier == 0
     assert b"".join(each.images for each in kept) == x.numpy().tobytes()
     assert [label for each in kept for label in each.labels] == given
-    receipts = read_receipts(state / "receipts.jsonl")
+    receipts = read_receipts(state / "receipts.jsonl", opening.terms["owner"], asked_for)
     assert [receipt.labels for receipt in receipts] == [each.labels for each in kept]
     assert len(rows) > 20
 
@@ -791,6 +905,40 @@ def test_a_client_signs_goes_on_and_is_claimed(
     ):
         assert main([*changed, "--out", str(tmp_path / "none")]) == 2
         assert reason in flat(capsys)
+
+
+def test_an_account_is_claimed_up_to_the_last_request_that_fits(
+    guarded: Path,
+    digits: Pools,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Sizes alone say which one; the owner is told how many come after it."""
+    x, log = digits.thief.x, str(tmp_path / "log.db")
+    parts = x.split(40)
+    with QueryLog(log) as opened:
+        opening = open_requests(PRIVATE, terms(guarded, log=opened.identity))
+        opened.begin_requests(opening)
+        signed = chain(opening, parts)
+        opened.store([], [stored(opening, *pair) for pair in zip(signed, parts, strict=True)])
+        served = load_guarded(guarded, guarded / "key").under(opened.identity)
+    told = served(x, "anna", [opening.digest] * len(x)).labels.tolist()
+    copy, whole = str(memorising(tmp_path / "copy.onnx", x, told)), len(parts)
+    words = ["claim", copy, "--key", str(guarded / "key"), "--log", log, "--client", "anna"]
+    room = sum(part.numel() + 8 for part in parts[:-1])
+    for limit, kept in ((room, whole - 1), (room - 1, whole - 2), (room + 1_000_000, whole)):
+        monkeypatch.setattr("countermark.claims.REQUESTS_LIMIT", limit)
+        out = tmp_path / f"{kept}"
+        assert main([*words, "--out", str(out)]) == 0, capsys.readouterr()
+        said = flat(capsys)
+        left = f"it ends with request {kept}, and the {whole - kept} after it are left out"
+        assert (left in said) == (kept < whole)
+        claimed = read_account_claim(out)
+        assert claimed.counts.tolist() == [len(part) for part in parts[:kept]]
+        assert claimed.accusation["request_sha256"] == signed[kept - 1].digest.hex()
+        asked = ["adjudicate", str(out), "--suspect", copy, "--client-key", public_key(PRIVATE)]
+        assert main([*asked, "--out", str(tmp_path / "judgement")]) == 0, capsys.readouterr()
 
 
 def flat(capsys: pytest.CaptureFixture[str]) -> str:
@@ -903,10 +1051,74 @@ def test_a_request_without_an_answer_is_sent_again_first(
         client.classify(x[8:10])
     with QueryLog(str(tmp_path / "log.db"), create=False) as log:
         (opening,) = log.openings()
-        kept = b"".join(each.images for each in log.requests(opening))
-    assert kept == x[:10].numpy().tobytes()
-    numbers = [receipt.number for receipt in read_receipts(state / "receipts.jsonl")]
-    assert numbers == [1, 2, 3, 4, 5]
+        kept = list(log.requests(opening))
+    assert b"".join(each.images for each in kept) == x[:10].numpy().tobytes()
+    signed, owner = [each.signed for each in kept], opening.terms["owner"]
+    receipts = read_receipts(state / "receipts.jsonl", owner, signed)
+    assert [receipt.number for receipt in receipts] == [1, 2, 3, 4, 5]
+
+
+def test_a_request_that_waits_is_taken_by_a_service_with_lower_limits(
+    guarded: Path, digits: Pools, private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be split: it was signed as it is. Files and other accounts have the new limits."""
+    state, x = tmp_path / "state", digits.thief.x
+    with serving(guarded, tmp_path, public=public_key(PRIVATE)) as service:
+        key = service.key
+        with cm.Client(service.url, key, sign=private, state=state) as client:
+            client.classify(x[:1])
+            with pytest.raises(CountermarkError, match="the line is dead"):
+                broken(client, x[1:65], monkeypatch, arrives=False)
+    lower = ("--max-batch", "4", "--max-body", "4200")
+    with serving(guarded, tmp_path, *lower, named="bob") as service:
+        with cm.Client(service.url, key, sign=private, state=state) as client:
+            client.classify(x[65:70])
+        tensor = {"name": "image", "datatype": "UINT8", "shape": [5, *x.shape[1:]]}
+        body = {"inputs": [{**tensor, "data": x[:5].flatten().tolist()}]}
+        files = {"name": "image", "datatype": "BYTES", "shape": [5], "data": ["AA=="] * 5}
+        for who, sent, status in (
+            (service.key, body, 400),
+            (service.key, {"id": "x" * 5000, **body}, 413),
+            (key, {"inputs": [files]}, 400),
+        ):
+            answer = requests.post(
+                f"{service.url}/infer",
+                json=sent,
+                headers={"Authorization": f"Bearer {who}"},
+                timeout=20,
+            )
+            assert answer.status_code == status, answer.text
+            assert re.search(r"1 to 4|more than 4200", answer.text), answer.text
+    with QueryLog(str(tmp_path / "log.db"), create=False) as log:
+        (opening,) = log.openings("anna")
+        kept = list(log.requests(opening))
+    assert b"".join(each.images for each in kept) == x[:70].numpy().tobytes()
+    assert [len(each.labels) for each in kept] == [1, 64, 1, 1, 1, 1, 1]
+
+
+def test_a_proxy_that_is_too_narrow_for_what_was_signed_is_told(
+    service: Service, digits: Pools, private: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else is signed meanwhile, and the account goes on once the proxy takes it."""
+    state, x = tmp_path / "state", digits.thief.x
+    with cm.Client(service.url, service.key, sign=private, state=state) as client:
+        whole = client._exchange
+        monkeypatch.setattr(
+            client,
+            "_exchange",
+            lambda method, address, body=None, headers=None: (
+                None
+                if address.endswith("/infer") and len(body) > 3000
+                else whole(method, address, body, headers)
+            ),
+        )
+        for part in (x[:60], x[60:61]):
+            with pytest.raises(CountermarkError, match=r"413.* raised to 7936 bytes"):
+                client.classify(part)
+        monkeypatch.undo()
+        client.classify(x[60:61])
+    noted = [json.loads(line) for line in (state / "receipts.jsonl").open() if line.strip()]
+    assert [len(each["labels"]) for each in noted if "labels" in each] == [60, 1]
 
 
 def broken(

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from countermark.service import tensors
 from countermark.service.tensors import RefusedError, decoded
 from countermark.verbs.guard import guard
 from fuzzing import Kind, _limited_memory, attempt, read_body
-from serving import Service, drawn, serving, untrained
+from serving import Service, drawn, of_scans, serving, untrained
 
 SHAPE = (3, 32, 32)
 NAMES = ("aeroplane", "Auto", "Vögel", "猫", "", "dog", "f r o g", "horse", "ship", "truck")
@@ -368,6 +369,23 @@ def test_a_length_that_lies_is_refused(length: str) -> None:
     assert "needs the header" in refusal(text, None)
     assert "valid JSON" in refusal(text + _PIXELS, str(len(text) - 1))
     assert "valid JSON" in refusal(text + _PIXELS, str(len(text) + 1))
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(service: Service) -> None:
+    """Fifty thousand empty scans of one flat image would take minutes."""
+    fill = of_scans(50_000).replace(b"\xff\xda", b"\xff\xff\xda")  # as a decoder reads it too
+    for file in (of_scans(50_000), fill):
+        begun = time.process_time()
+        with pytest.raises(RefusedError, match="image 1 of the request: has more than the 100 sca"):
+            decoded([_PNG, file], SHAPE)
+        assert time.process_time() - begun < 1
+    answer = post(service, *binary("BYTES", [1], elements(of_scans(50_000))))
+    assert (answer.status_code, "scans" in answer.json()["error"]) == (400, True)
+    wanted = decoded([of_scans(0)], SHAPE)
+    assert torch.equal(decoded([of_scans(80)], SHAPE), wanted)
+    comment = b"\xff\xfe" + (1002).to_bytes(2, "big") + b"\xff\xda" * 500  # which begin no scan
+    file = of_scans(0)
+    assert torch.equal(decoded([file[:2] + comment + file[2:]], SHAPE), wanted)
 
 
 def test_a_model_of_other_channels_takes_no_image_files() -> None:

@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from countermark.errors import CountermarkError
 from countermark.files import canonical_json
+from countermark.guard.points import is_of_small_order
 
 if TYPE_CHECKING:
     from countermark.guard.core import Guard
@@ -415,6 +416,8 @@ def _answered(request: bytes, labels: Sequence[int]) -> bytes:
 
 def _verified(public_key: str, message: bytes, signature: bytes) -> bool:
     try:
+        if is_of_small_order(public_key):
+            return False
         Ed25519PublicKey.from_public_bytes(bytes.fromhex(public_key)).verify(signature, message)
     except (InvalidSignature, ValueError):
         return False

@@ -28,13 +28,13 @@ from countermark.errors import CountermarkError
 from countermark.guard.requests import RECEIPT_HEADER, checked_terms, classes_sha256
 from countermark.places import endpoint_address, own_path
 from countermark.service.state import State
-from countermark.service.tensors import BESIDES, JSON_LENGTH
+from countermark.service.tensors import BESIDES, JSON_LENGTH, SIGNED_BODY
 from countermark.session import Session
 from countermark.text import brief, sentence
 
 _VARIABLE = "COUNTERMARK_API_KEY"
 _MOST = 1 << 24  # bytes of an answer
-_MOST_SIGNED = (1 << 20) - BESIDES  # of pixels: such a request cannot be split for a proxy's limit
+_MOST_SIGNED = SIGNED_BODY - BESIDES  # of pixels: such a request cannot be split afterwards
 _LONGEST_SIDE = 1 << 13  # pixels of an image that a service may ask for
 _AGAIN = 1.0  # seconds until a busy service is asked again that does not say when
 _AT_ONCE = 0.05  # seconds until a service is asked again that dropped the connection
@@ -245,8 +245,13 @@ class Client:
     def _send_signed(self, state: State, model: _Model, pixels: Array) -> list[Classification]:
         signed = state.sign(pixels)
         answer = self._send(pixels, signed.headers())
+        if answer is None:
+            raise CountermarkError(
+                f"{self.url}: the request that was signed is too large (413), and nothing else can "
+                "be asked with this state before it is answered; have the limit of a proxy before "
+                f"the service raised to {pixels.size + BESIDES} bytes"
+            )
         classes = self._classes(answer, pixels)
-        assert answer is not None
         # The receipt is for labels; what they are called was fixed in the opening.
         names = dict(enumerate(model.names))
         if any(names.get(each.label) != each.class_name for each in classes):
@@ -301,8 +306,8 @@ class Client:
         """What the service answered of some images."""
         if answer is None:
             raise CountermarkError(
-                f"{self.url}: {'one image' if len(pixels) == 1 else 'a signed request'} is too "
-                "large (413); raise --max-body of the service, or the limit of a proxy before it"
+                f"{self.url}: one image is too large (413); raise --max-body of the service, or "
+                "the limit of a proxy before it"
             )
         try:
             data = {output["name"]: output["data"] for output in answer.value["outputs"]}

@@ -291,14 +291,24 @@ def public_key_of(given: str, option: str) -> str:
     """Return the hexadecimal digits of an Ed25519 public key, which are given or in a PEM file.
 
     Raises:
-        CountermarkError: it is neither.
+        CountermarkError: it is neither, or a key of small order.
     """
+    from countermark.guard.points import is_of_small_order
+
+    digits = given if _is_digits(given) else _in_pem(given, option)
+    if is_of_small_order(digits):
+        raise CountermarkError(
+            f"{option} {digits} is a key of small order: anybody can sign for it, and what it "
+            "signs binds nobody; ask the client for another"
+        )
+    return digits
+
+
+def _in_pem(given: str, option: str) -> str:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-    if _is_digits(given):
-        return given
     try:
         found = load_pem_public_key(read_bytes(own_path(given, option), _LARGEST_PEM))
     except (CountermarkError, ValueError, UnsupportedAlgorithm):

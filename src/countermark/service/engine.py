@@ -235,6 +235,12 @@ class Engine:
             thread.join(0.1)
         self.hangs = any(thread.is_alive() for thread in self._threads)
 
+    def complain(self, reason: str) -> None:
+        """Report why a query failed; not every time, since clients can cause many failures."""
+        if time.monotonic() >= self._quiet_until:
+            self._quiet_until = time.monotonic() + _QUIET
+            tell("complaint", reason)
+
     async def answer(
         self,
         images: torch.Tensor,
@@ -299,7 +305,7 @@ class Engine:
                 "this process was forked from one that has answered queries; make the guard after "
                 "the fork"
             )
-            self._tell(reason)
+            self.complain(reason)
             raise CountermarkError(reason)
         with self._lock:
             if self._ended:
@@ -340,7 +346,7 @@ class Engine:
                 continue
             reason = self._run(partial(self._pass, queries)) if queries else None
             if reason is not None:
-                self._tell(reason)
+                self.complain(reason)
                 self._refuse(queries, reason)
             if reason is not None or not queries:  # is it the queries, or the model?
                 self._model_is(self._run(self._try))
@@ -394,7 +400,7 @@ class Engine:
             for query in queries:
                 if query.error is not None:
                     if not isinstance(query.error, ConflictError):
-                        self._tell(str(query.error))
+                        self.complain(str(query.error))
                     continue
                 self._seen.setdefault(query.client, set()).update(row.cell for row in query.rows)
                 while len(self._seen) > _REMEMBERED or self._remembered() > _MOST_CELLS:
@@ -439,16 +445,10 @@ class Engine:
     def _model_is(self, broken: str | None) -> None:
         """Note why the model fails, or that it works."""
         if broken is not None:
-            self._tell(broken)
+            self.complain(broken)
         elif self._broken:
             tell("complaint", "the model answers again")
         self._broken = broken is not None
-
-    def _tell(self, reason: str) -> None:
-        """Report why a query failed; not every time, since clients can cause many failures."""
-        if time.monotonic() >= self._quiet_until:
-            self._quiet_until = time.monotonic() + _QUIET
-            tell("complaint", reason)
 
     def _refuse(
         self,

@@ -5,8 +5,11 @@ threads, and inside another application over HTTP.
 """
 
 import asyncio
+import os
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import torch
 
-from countermark.data.images import DamagedError, as_array, eight_bits, fitted
+from countermark.data.images import DamagedError, as_array, eight_bits
 from countermark.device import resolve_device
 from countermark.errors import CountermarkError
 from countermark.guard import Head, QueryLog, load_guarded, read_head, weights_sha256
@@ -22,7 +25,7 @@ from countermark.networks import describe
 from countermark.places import Network, is_address, own_path
 from countermark.service.clients import Clients, check_name
 from countermark.service.engine import BusyError, Engine
-from countermark.service.tensors import most_for
+from countermark.service.tensors import read_file
 from countermark.text import brief
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 Image = bytes | np.ndarray[Any, Any] | torch.Tensor
 """The content of an image file, or pixels `(c, h, w)`, uint8 or floating-point of [0, 1]."""
 
+_READERS = 4  # threads that decode what is asked without an event loop, at most
 _LOCKED = 5.0  # seconds that a trial waits for another program that writes the log
 
 
@@ -108,6 +112,7 @@ class Guarded:
         published = None if head is None else read_head(own_path(head, "the published head"))
         self._log = open_log(place, self._timeout, published)
         self._engine = Engine(guarded, self._log, max_batch, max_waiting)
+        self._readers = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "read")
         self._log.close()  # a fork could not share the connection; a write opens another one
 
     @overload
@@ -139,13 +144,16 @@ class Guarded:
         """
         found: list[Classified] = []
         for images in self._batches(image, client):
+            given_up = threading.Event()
             try:
                 async with asyncio.timeout(self._timeout):
                     with self._engine.reading():
-                        x = await asyncio.to_thread(self._pixels, images)
+                        x = await asyncio.to_thread(self._pixels, images, given_up.is_set)
                     found += self._named(await self._engine.answer(x, client))
             except TimeoutError:
                 raise self._late() from None
+            finally:
+                given_up.set()  # a thread that is left behind ends with the file that it decodes
         return found if isinstance(image, list | tuple) else found[0]
 
     @overload
@@ -160,12 +168,17 @@ class Guarded:
         """Do the same without an event loop, for threads and scripts; see `classify`."""
         found: list[Classified] = []
         for images in self._batches(image, client):
+            given_up, end = threading.Event(), time.monotonic() + self._timeout
             try:
                 with self._engine.reading():
-                    x = self._pixels(images)
-                found += self._named(self._engine.answer_now(x, client, self._timeout))
+                    read = self._readers.submit(self._pixels, images, given_up.is_set)
+                    x = read.result(self._timeout)
+                left = max(0.0, end - time.monotonic())
+                found += self._named(self._engine.answer_now(x, client, left))
             except TimeoutError:
                 raise self._late() from None
+            finally:
+                given_up.set()
         return found if isinstance(image, list | tuple) else found[0]
 
     def asgi(
@@ -246,18 +259,22 @@ class Guarded:
             for start in range(0, len(images), self._max_batch)
         )
 
-    def _pixels(self, images: Sequence[Image]) -> torch.Tensor:
-        """The images as the engine takes them, uint8 `(n, c, h, w)`."""
+    def _pixels(self, images: Sequence[Image], given_up: Callable[[], bool]) -> torch.Tensor:
+        """The images as the engine takes them, uint8 `(n, c, h, w)`, unless nobody waits."""
+        read = list[np.ndarray[Any, Any]]()
         try:
-            return torch.from_numpy(np.stack([self._fitted(image) for image in images]))
+            for image in images:
+                if given_up():
+                    raise self._late()
+                read.append(self._fitted(image))
+            return torch.from_numpy(np.stack(read))
         except DamagedError as error:
             raise DamagedError(f"the image {error}") from error
 
     def _fitted(self, image: Image) -> np.ndarray[Any, Any]:
         shape = self._described.shape
         if isinstance(image, bytes | bytearray | memoryview):
-            file = bytes(image)
-            return fitted(file, shape, most_for(file))
+            return read_file(bytes(image), shape)
         array = as_array(image)
         if array.shape != shape:
             given = f"its shape is {array.shape}" if array.ndim else brief(image)

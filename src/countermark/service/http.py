@@ -11,8 +11,9 @@ import contextlib
 import json
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,7 @@ from countermark.service.tensors import (
     DATATYPES,
     JSON_LENGTH,
     OUTPUTS,
+    SIGNED_BODY,
     RefusedError,
     answer,
     decoded,
@@ -48,6 +50,7 @@ _NUMBER = 32  # bytes of JSON that hold any pixel value with what stands around 
 _QUICK = 1 << 16  # bytes of a body, and pixels of its image files, that are read without a thread
 _OPENING = 1 << 14  # bytes of an opening
 _READERS = 4  # threads that read bodies, at most: each may hold a large image
+_MOST_IMAGES = 4096  # the largest --max-batch
 
 Result = TypeVar("Result")
 
@@ -126,6 +129,11 @@ def application(
     )
     readers = ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1), "read")
     signers = ThreadPoolExecutor(1, "sign")  # which wait for the database
+    # What a client has signed is sent again as it is, also to a service that has other limits now.
+    most_signed = min(_MOST_IMAGES, SIGNED_BODY // math.prod(shape))
+    signed_limits = Limits(
+        max(limits.max_batch, most_signed), max(limits.max_body, SIGNED_BODY), limits.timeout
+    )
 
     async def apart(
         function: Callable[[], Result], threads: ThreadPoolExecutor = readers
@@ -139,31 +147,53 @@ def application(
         if sum(map(len, files)) <= _QUICK:
             with contextlib.suppress(RefusedError):  # a larger one, or one that is damaged
                 return decoded(files, shape, _QUICK // len(files))
-        return await apart(partial(decoded, files, shape))
+        given_up = threading.Event()
+        try:
+            return await apart(partial(decoded, files, shape, given_up=given_up.is_set))
+        finally:
+            given_up.set()  # a thread that is left behind ends with the file that it decodes
+
+    @contextlib.contextmanager
+    def explained() -> Iterator[None]:
+        """Say on standard error why signing failed; the engine says it of its own failures."""
+        try:
+            yield
+        except ConflictError:
+            raise
+        except CountermarkError as error:
+            engine.complain(str(error))
+            raise
 
     async def infer(request: Request) -> Response:
         begun, client, count = time.monotonic(), None, 0
         try:
             _named(request, name)
             client = _client(request, clients)
-            async with asyncio.timeout(limits.timeout):
-                body = await _body(request, limits.max_body)
-            read = partial(
-                parse_request, body, request.headers.get(JSON_LENGTH), shape, limits.max_batch
-            )
-            asked = await apart(read) if len(body) > _QUICK else read()
-            x = asked.images
-            if not isinstance(x, torch.Tensor):
-                x = await read_files(x)
+            signs = signing is not None and client.public_key is not None
+            allowed = signed_limits if signs else limits
+            with engine.reading():  # before any of the body is
+                async with asyncio.timeout(limits.timeout):
+                    body = await _body(request, allowed.max_body)
+                read = partial(
+                    parse_request, body, request.headers.get(JSON_LENGTH), shape, allowed.max_batch
+                )
+                asked = await apart(read) if len(body) > _QUICK else read()
+                x = asked.images
+                if not isinstance(x, torch.Tensor):
+                    if len(x) > limits.max_batch:  # a file takes more time than its pixels
+                        raise RefusedError(400, f"a request has 1 to {limits.max_batch} files")
+                    x = await read_files(x)
             count = len(x)
             receipt = ""
-            if signing is not None and client.public_key is not None:
+            if signing is not None and signs:
                 with signing.turn(client):
                     ask = partial(signing.request, client, request.headers, x)
-                    signed = await apart(ask, signers)
+                    with explained():
+                        signed = await apart(ask, signers)
                     async with asyncio.timeout(limits.timeout):
                         labels = await engine.answer(x, client.name, signed)
-                    receipt = signing.receipt(signed, labels)
+                    with explained():
+                        receipt = signing.receipt(signed, labels)
             else:
                 async with asyncio.timeout(limits.timeout):
                     labels = await engine.answer(x, client.name)
@@ -193,7 +223,7 @@ def application(
             )
         except ClientDisconnect:
             response = _error(400, "the request ended too early")
-        except CountermarkError:  # the engine says on standard error why
+        except CountermarkError:  # standard error has been told why
             response = _error(500, "the query could not be answered; try again later")
         except asyncio.CancelledError:  # the server was told to stop and has waited long enough
             response = _error(503, "the service stops; try again later")
@@ -328,7 +358,7 @@ def _client(request: Request, clients: Clients) -> Client:
     return client
 
 
-async def _body(request: Request, limit: int) -> bytes:
+async def _body(request: Request, limit: int) -> bytearray:
     encodings = ",".join(request.headers.getlist("content-encoding")).lower().split(",")
     if any(encoding.strip() not in ("", "identity") for encoding in encodings):
         raise RefusedError(415, "send the body without a content encoding")
@@ -340,10 +370,10 @@ async def _body(request: Request, limit: int) -> bytes:
         body += chunk
         if len(body) > limit:
             raise RefusedError(413, f"the body has more than {limit} bytes")
-    return bytes(body)
+    return body
 
 
-def _json(body: bytes) -> object:
+def _json(body: bytearray) -> object:
     try:
         return json.loads(body)
     except (ValueError, RecursionError) as error:

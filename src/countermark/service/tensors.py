@@ -10,7 +10,8 @@ import base64
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from PIL import PngImagePlugin
 
 from countermark.data import as_uint8
-from countermark.data.images import DamagedError, fitted
+from countermark.data.images import Array, DamagedError, fitted
 from countermark.errors import CountermarkError
 
 Shape = tuple[int, int, int]
@@ -31,6 +32,12 @@ JSON_LENGTH = "Inference-Header-Content-Length"
 """Header of a body whose JSON is followed by bytes: the length of the JSON."""
 BESIDES = 1 << 12
 """Bytes of a request, at most, besides the pixels of a binary tensor."""
+SIGNED_BODY = 1 << 20
+"""Bytes of a signed request, at most, which are taken whatever the service's own limits are.
+
+A request that got no answer is sent again as it was signed, also to a service that has come back
+with lower limits.
+"""
 DATATYPES = (*_NUMBERS, _FILES)
 """Data types that a request may have."""
 OUTPUTS = {"label": "INT64", "class": "BYTES"}
@@ -42,6 +49,10 @@ _MOST_DIGITS = 18  # of a length in a header
 # and up to 25 bytes a pixel while it is decoded.
 _SMALL = 1 << 21  # pixels that any image file may have, as many as a screen has
 _A_BYTE = 4  # pixels that it may have besides, for each of its bytes
+# A scan of a JPEG passes over the whole image, and may be empty; encoders write ten or twenty.
+_MOST_SCANS = 100
+_SCAN = re.compile(rb"\xff\xda\x00(?:\x06\x00|\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+"""How a scan begins that libjpeg takes: marker, length, number of components."""
 # Characters of texts in a PNG file, of which Pillow unpacks 64 million, of up to four bytes each.
 PngImagePlugin.MAX_TEXT_MEMORY = 1 << 22
 
@@ -71,7 +82,9 @@ class Asked:
     outputs: tuple[tuple[str, bool], ...]
 
 
-def parse_request(body: bytes, json_length: str | None, shape: Shape, most: int) -> Asked:
+def parse_request(
+    body: bytes | bytearray, json_length: str | None, shape: Shape, most: int
+) -> Asked:
     """Read the body of a request.
 
     Args:
@@ -124,26 +137,55 @@ def parse_request(body: bytes, json_length: str | None, shape: Shape, most: int)
     return Asked(identity, as_uint8(torch.from_numpy(_pixels(data, kind, declared))), outputs)
 
 
-def decoded(files: Sequence[bytes], shape: Shape, most: int | None = None) -> torch.Tensor:
+def decoded(
+    files: Sequence[bytes],
+    shape: Shape,
+    most: int | None = None,
+    given_up: Callable[[], bool] = lambda: False,
+) -> torch.Tensor:
     """Decode image files as the model takes them, uint8 `(n, c, h, w)`.
 
     Args:
         files: their content.
         shape: shape of one image, `(channels, height, width)`.
         most: pixels of the largest image that is decoded; default what the length of a file allows.
+        given_up: tells whether nobody waits any more; asked before each file.
 
     Raises:
-        RefusedError: one of them cannot be read, or has too many pixels.
+        RefusedError: one of them cannot be read, has too many pixels or scans, or nobody waits.
     """
     images = np.empty((len(files), *shape), np.uint8)
     for place, file in enumerate(files):
+        if given_up():
+            raise RefusedError(408, "the request was given up")
         try:
-            images[place] = fitted(file, shape, most or most_for(file))
+            images[place] = read_file(file, shape, most)
         except DamagedError as error:
             raise RefusedError(400, f"image {place} of the request: {error}") from error
         except CountermarkError as error:  # the model takes no image files
             raise RefusedError(400, str(error)) from error
     return torch.from_numpy(images)
+
+
+def read_file(file: bytes, shape: Shape, most: int | None = None) -> Array:
+    """Decode an image file of a client, in memory and time of the order of its length.
+
+    Args:
+        file: its content.
+        shape: shape of the image, `(channels, height, width)`.
+        most: as for `decoded`.
+
+    Returns:
+        uint8 `(channels, height, width)`.
+
+    Raises:
+        DamagedError: it cannot be read, or has too many pixels or scans.
+        CountermarkError: the shape is of no image file.
+    """
+    scans = _SCAN.finditer(file) if file.startswith(b"\xff\xd8") else iter(())
+    if any(itertools.islice(scans, _MOST_SCANS, None)):
+        raise DamagedError(f"has more than the {_MOST_SCANS} scans that are decoded of a JPEG")
+    return fitted(file, shape, most or most_for(file))
 
 
 def most_for(file: bytes) -> int:
@@ -195,7 +237,9 @@ def _packed(values: Sequence[int] | Sequence[str]) -> bytes:
     return np.array(values, "<i8").tobytes()
 
 
-def _parts(body: bytes, json_length: str | None) -> tuple[bytes, memoryview | None]:
+def _parts(
+    body: bytes | bytearray, json_length: str | None
+) -> tuple[bytes | bytearray, memoryview | None]:
     """The JSON of a body, and what follows it; `None` where no header says that bytes follow."""
     if json_length is None:
         return body, None

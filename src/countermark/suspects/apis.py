@@ -35,6 +35,7 @@ _FIELD = re.compile(r"([^\s={}\[\]\"]+)=(.*)", re.DOTALL)
 _ARRAYS = "$arrays"
 _NUMBERS = {"$array", _ARRAYS, "raw"}  # forms that are no image file
 _DEEPEST = 50  # levels of a JSON text of the user's
+_MOST_SIDES = 8  # of an answer's tensor: lists are nested as deeply
 _ADVICE = (
     "--send is 'NAME=@png' for a form, '@png' for a bare body, or a JSON text with "
     '"$base64_png", "$array" or "$arrays" in it; png may be jpeg or raw'
@@ -292,16 +293,23 @@ def _open_inference(line: Line, images: torch.Tensor) -> Any:
     answer = line.exchange("POST", line.address.infer, json={"inputs": [tensor]})
     try:
         output = answer["outputs"][0]
+        sides = len(output["shape"])
+        if sides > _MOST_SIDES:
+            raise RefusalError(f"200 with a tensor of {sides} dimensions ({shown(answer)})")
         return _shaped(_flat(output["data"]), [int(side) for side in output["shape"]])
     except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
         raise RefusalError(f"200 with neither labels nor scores ({shown(answer)})") from None
 
 
-def _flat(data: Any) -> list[Any]:
+def _flat(data: Any, depth: int = _MOST_SIDES) -> list[Any]:
     """The values in lists, lists of lists, and so on."""
-    if not isinstance(data, list):
-        raise TypeError("no list")
-    return [value for each in data for value in (_flat(each) if isinstance(each, list) else [each])]
+    if not isinstance(data, list) or not depth:
+        raise TypeError("no list, or nested too deeply")
+    return [
+        value
+        for each in data
+        for value in (_flat(each, depth - 1) if isinstance(each, list) else [each])
+    ]
 
 
 def _shaped(values: Sequence[Any], shape: Sequence[int]) -> Any:
