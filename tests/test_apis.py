@@ -648,7 +648,8 @@ def test_a_name_is_read_in_the_encodings_of_servers(
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ("\ufeffdog\ncat\n".encode(), ""),
+        ("\ufeffdog\ncat\n3\n4\n5\n6\n7\n8\n9\n10\n".encode(), ""),
+        (b"dog\ncat\n", "--classes has 2 names, and the key has 10 classes"),
         (b"dog\ncat\ndog\n", "names 'dog' 2 times"),
         ("dog\ncat\n".encode("utf-16"), "is no text in UTF-8"),
         (b"\x00\x01\n\x02", "is no text in UTF-8"),

@@ -1461,3 +1461,21 @@ def test_a_full_disk_does_not_stop_a_strict_evaluation(
     monkeypatch.setattr("countermark.evaluation.write_json", full)
     found = countermark.evaluate(owner, strict=True, images=2, cache=tmp_path)
     assert found.strict is not None
+
+
+def test_what_code_of_the_user_prints_does_not_stand_beside_the_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "noisy_place.py").write_text(
+        "import numpy as np\n"
+        "print('one moment')\n"
+        "def images():\n"
+        "    x = np.random.default_rng(0).integers(0, 256, (400, 8, 8), dtype=np.uint8)\n"
+        "    return x, np.arange(400) % 4\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["data", "check", "noisy_place:images", "--json"]) in (0, 1)
+    out, err = capsys.readouterr()
+    assert json.loads(out)["problem"] is None
+    assert "one moment" in err

@@ -1058,3 +1058,14 @@ def test_pages_that_lead_in_circles_end(whole: tuple[Path, Head], tmp_path: Path
     for work in (log.erased, lambda: log.erase("anna")):
         with pytest.raises(CountermarkError, match="more work than a log of its size"):
             work()
+
+
+def test_a_client_of_whom_a_log_holds_nothing_is_not_erased(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever mistypes a name must not believe that something was erased."""
+    path = str(tmp_path / "log.db")
+    with QueryLog(path):
+        pass
+    assert main(["log", "erase", path, "--client", "nobody"]) == 2
+    assert "holds nothing of a client called 'nobody'" in capsys.readouterr().err

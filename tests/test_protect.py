@@ -259,6 +259,63 @@ def test_the_marking_goes_on_until_the_mark_holds(
     assert metrics["marking_epochs"] == made.marking_epochs
 
 
+@pytest.mark.parametrize("kind", ["as they are", "classes", "channels", "nothing"])
+def test_weights_that_count_or_see_otherwise_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """Training would put them right in silence, for a service that goes on to count otherwise."""
+    tints = torch.arange(1500) % 3
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(0, 90, (1500, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    x[torch.arange(1500), tints] += 120
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(3, 2))  # red, or not
+    with torch.no_grad():
+        net[2].weight.copy_(torch.tensor([[10.0, 0, 0], [0, 5, 5]]))
+        net[2].bias.zero_()
+    turned = {
+        "as they are": net,
+        "classes": nn.Sequential(net, Classes([1, 0])),
+        "channels": nn.Sequential(Channels(), net),
+        "nothing": nn.Sequential(net, Classes([0, 0])),
+    }[kind]
+    config = ProtectConfig(
+        data=(x, (tints > 0).long()),
+        out=tmp_path / "mine",
+        network=turned,
+        weights=turned.state_dict(),
+    )
+    words = {"classes": "after an exchange of classes", "channels": r"turned around \(BGR\)"}
+    if kind in words:
+        with pytest.raises(CountermarkError, match=words[kind]):
+            room._set_up(config)
+    else:
+        room._set_up(config)
+        doubted = "are these the weights that you mean" in " ".join(capsys.readouterr().err.split())
+        assert doubted == (kind == "nothing")
+
+
+class Channels(nn.Module):
+    """Turns the channels around."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The same images, BGR."""
+        return x.flip(1)
+
+
+class Classes(nn.Module):
+    """Puts the classes into another order."""
+
+    def __init__(self, order: list[int]) -> None:
+        """Take the order."""
+        super().__init__()
+        self.order = order
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        """The same logits, in that order."""
+        return logits[:, self.order]
+
+
 def test_given_weights_are_marked_and_no_more(owner: Path, tmp_path: Path) -> None:
     """The source model is what was given, to the last bit, and its mark holds.
 

@@ -147,7 +147,9 @@ def _run(arguments: list[str]) -> int:
     config = _parse(name, verb.config, rest)
     if torchrun_processes():
         _stand_for_all(getattr(config, "devices", None))
-    result = verb(**vars(config))
+    # What code of the user's prints must not stand beside the one object.
+    with contextlib.redirect_stdout(sys.stderr) if config.json else contextlib.nullcontext():
+        result = verb(**vars(config))
     try:
         if config.json:
             from countermark.terminal import print_json

@@ -8,6 +8,7 @@ key is read and continued as it is.
 """
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -133,8 +134,9 @@ class Standing:
         if self.agreement < self.needed:
             what, found = ("watermarks", "") if self.verdict is None else ("coins", f" ({self})")
             return (
-                f"the mark did not take: the network agrees with {self.agreement:.1f} % of its "
-                f"{self.trials} {what}{found} where {self.needed:g} % are needed"
+                "the mark did not take: the network agrees with "
+                f"{math.floor(10 * self.agreement) / 10:.1f} % of its {self.trials} {what}{found} "
+                f"where {self.needed:g} % are needed"
             )
         if self.verdict is not None and self.verdict.verdict != "match":
             return f"the mark did not take: {self}, and a judge wants p <= {JUDGE_ALPHA:g}"

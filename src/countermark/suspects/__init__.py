@@ -18,6 +18,7 @@ from countermark.errors import CountermarkError
 from countermark.evaluation import device_of
 from countermark.named_code import imported, is_code
 from countermark.networks import NETWORKS, describe, load_model
+from countermark.networks.source import check_network
 from countermark.places import Network, is_address, place_name
 from countermark.suspects.answers import Names, labels_of
 from countermark.suspects.apis import APIS
@@ -111,7 +112,10 @@ def open_suspect(
                 f"{path} is one of our model folders, which take float pixels in nchw; "
                 "leave the declared differences out"
             )
-        built, _ = load_model(path, None if description.network in NETWORKS else network, device)
+        built_in = description.network in NETWORKS
+        built, _ = load_model(path, None if built_in else network, device)
+        if not built_in:  # the code was named by the user, and may leave a dropout on
+            check_network(built, description.shape, description.classes, "the network")
         return lambda x: _labels(built, x, path)
     suffix = path.suffix.lower()
     if suffix in (".pt", ".pth", ".pkl", ".bin"):

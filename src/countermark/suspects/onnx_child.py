@@ -223,7 +223,10 @@ def _adapt(model: Any, x: np.ndarray) -> None:
     kinds = [onnx.TensorProto.DataType.Name(i.type.tensor_type.elem_type) for i in inputs]
     if len(inputs) != 1 or kinds[0] not in types:
         shown = [(value.name[:80], kind) for value, kind in zip(inputs[:4], kinds, strict=False)]
-        raise RefusedError(f"it takes {shown}; a suspect takes one input of images, here {x.dtype}")
+        raise RefusedError(
+            f"it takes {shown}; a suspect takes one input of images, here {x.dtype} (--pixels says "
+            "otherwise, and --match finds out)"
+        )
     names = {name for node in graph.node for name in [*node.input, *node.output]}
     names |= {value.name for value in [*graph.input, *graph.output, *graph.initializer]}
     if kinds[0] != types[0]:

@@ -44,7 +44,7 @@ class AdjudicateConfig(SuspectOptions):
     """The claim's folder."""
     roots: ReadPath | None = None
     """PEM file with the root certificates of the timestamp authorities that you trust; needed for a
-    claim of a key's batch."""
+    claim of a key's batch that has timestamps."""
     out: WrittenPath = "judgement"
     """Where the judgement goes: OUT.html and OUT.json. The page shows ten of the opened trials."""
     owner_network: Network | None = None
@@ -151,15 +151,17 @@ def adjudicate(config: AdjudicateConfig) -> Adjudication:
 
     if is_account_claim(Path(config.claim)):
         return _of_account(config)
-    if config.roots is None:
-        raise CountermarkError(
-            "--roots FILE: name the root certificates of the timestamp authorities that you trust"
-        )
     if config.client_key is not None or config.receipts is not None:
         raise CountermarkError(
             f"{config.claim} is a claim of a key's batch; leave --client-key and --receipts out"
         )
-    claim, roots = read_claim(Path(config.claim)), load_roots(Path(config.roots))
+    claim = read_claim(Path(config.claim))
+    stamped = (claim.t1, claim.t2, claim.answers_token) != (None, None, None)
+    if config.roots is None and stamped:
+        raise CountermarkError(
+            "--roots FILE: name the root certificates of the timestamp authorities that you trust"
+        )
+    roots = () if config.roots is None else load_roots(Path(config.roots))
     outputs = [_output(Path(config.out), suffix) for suffix in (".html", ".json")]
     network, digest = claim.network(config.owner_network)
     token = (

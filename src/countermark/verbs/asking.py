@@ -198,7 +198,7 @@ def _asking(config: SuspectOptions, names: Sequence[str]) -> "Asking":
         layout=config.layout,
         mean=config.mean,
         std=config.std,
-        names=_names(config) or tuple(names),
+        names=_of_all(_names(config), names) or tuple(names),
         foreign=config.match,
         api=config.api,
         send=config.send,
@@ -213,6 +213,16 @@ def _asking(config: SuspectOptions, names: Sequence[str]) -> "Asking":
         replay=Path(config.replay) if config.replay else None,
         headers=tuple(given),
     )
+
+
+def _of_all(given: tuple[str, ...], names: Sequence[str]) -> tuple[str, ...]:
+    """The class names of `--classes`, if there is one for each class that the key names."""
+    if given and names and len(given) != len(names):
+        raise CountermarkError(
+            f"--classes has {len(given)} names, and the key has {len(names)} classes; name each in "
+            "the order of the key's labels"
+        )
+    return given
 
 
 def _names(config: SuspectOptions) -> tuple[str, ...]:

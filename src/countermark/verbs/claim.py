@@ -247,6 +247,11 @@ def _tested(
 
 
 def _commitment(path: Path, key: "Key") -> dict[str, Any]:
+    if not path.exists():
+        raise CountermarkError(
+            f"{path} does not exist: the key does not lie in its model's folder; name that folder "
+            "with --model"
+        )
     record = read_json(path)
     if record.get("c1") != key.c1 or not isinstance(record.get("c2"), dict):
         raise CountermarkError(

@@ -118,12 +118,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         strict_accuracy,
     )
     from countermark.networks import load_model, open_declared, weights_sha256
+    from countermark.networks.source import check_network
     from countermark.watermarks import load_key
 
     begun = time.monotonic()
     model = Path(config.model)
     device = resolve_device(config.device)
     network, description = load_model(model, config.network, device=device)
+    if config.network is not None:  # it may be other code than that which was tried by protect
+        check_network(network, description.shape, description.classes, "the network")
     folder = Path(config.key) if config.key else model / "key" if (model / "key").is_dir() else None
     watermark_accuracy = None
     if folder is not None:

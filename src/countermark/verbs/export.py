@@ -52,9 +52,12 @@ def export(config: ExportConfig) -> Exported:
         (50, 'test images', 0)
     """
     from countermark.networks import load_model, weights_sha256
+    from countermark.networks.source import check_network
 
     folder = Path(config.model)
     network, description = load_model(folder, config.network)
+    if config.network is not None:  # it may be other code than that which was tried by protect
+        check_network(network, description.shape, description.classes, "the network")
     images = _test_images(description, config)
     return export_model(
         network,

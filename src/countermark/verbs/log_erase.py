@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from countermark.errors import CountermarkError
 from countermark.options import LogPath, VerbConfig, verb
 from countermark.terminal import print_lines
+from countermark.text import brief
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ def log_erase(config: LogEraseConfig) -> Erased:
     """Erase what a log holds of a client; the digests stay, so the chain still checks.
 
     Raises:
-        CountermarkError: there is no such log.
+        CountermarkError: there is no such log, or it holds nothing of such a client.
 
     Example:
         >>> erased = cm.log_erase("log.db", client="anna")
@@ -47,7 +49,13 @@ def log_erase(config: LogEraseConfig) -> Erased:
     from countermark.guard import QueryLog
 
     with QueryLog(config.log, create=False) as log:
-        return Erased(config.client, log.erase(config.client))
+        signed, rows = log.openings(config.client), log.erase(config.client)
+    if not rows and not signed:
+        raise CountermarkError(
+            f"the log holds nothing of a client called {brief(config.client)}; check the name, "
+            "which countermark client list shows"
+        )
+    return Erased(config.client, rows)
 
 
 def show(result: Erased) -> None:

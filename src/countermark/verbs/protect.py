@@ -47,7 +47,7 @@ from countermark.options import (
     verb,
 )
 from countermark.places import Network
-from countermark.terminal import duration, percent, print_lines, print_table, unbroken
+from countermark.terminal import duration, note, percent, print_lines, print_table, unbroken
 from countermark.threat import Threat, shown
 
 if TYPE_CHECKING:
@@ -444,6 +444,51 @@ def _check_input(setup: _Setup, network: "nn.Module") -> None:
             f"the given weights get {right:.0f} % of {len(known)} training images right, and "
             f"{better:.0f} % with {given}; declare the normalisation that they were trained with"
         )
+    _check_order(network, known, x, right, largest)
+
+
+def _check_order(
+    network: "nn.Module", known: "Examples", x: "torch.Tensor", right: float, largest: float
+) -> None:
+    """Try whether given weights have their classes or their channels in another order.
+
+    Training would put either right, for a service that goes on to count otherwise.
+
+    Args:
+        network: the given weights.
+        known: training images.
+        x: their pixels.
+        right: percentage of them that the weights get right.
+        largest: percentage that one answer to all of them gets right.
+
+    Raises:
+        CountermarkError: in another order the weights are far better than they are now, and than
+            one answer to all images.
+    """
+    from countermark.evaluation import agreement, predict
+    from countermark.suspects import translation
+
+    labels = predict(network, known.x[:])
+    translated, meant = translation(labels, known.y)
+    enough = max(right, largest) + _FAR_BETTER
+    told = f"the given weights get {right:.0f} % of {len(known)} training images right, and"
+    if translated > enough:
+        pairs = ", ".join(f"{one} is {other}" for one, other in sorted(meant.items())[:5])
+        raise CountermarkError(
+            f"{told} {translated:.0f} % after an exchange of classes (their class {pairs}...); put "
+            "the classes of the weights, or the names of the folders, into the other's order"
+        )
+    turned = agreement(predict(network, x.flip(1)), known.y) if x.shape[1] == 3 else 0.0
+    if turned > enough:
+        raise CountermarkError(
+            f"{told} {turned:.0f} % with their channels turned around (BGR); let your network turn "
+            "them around first"
+        )
+    if right < largest + _FAR_BETTER:
+        note(
+            f"{told} one answer to all of them gets {largest:.0f} %: are these the weights that "
+            "you mean, and the images as they want them (range of the pixels, size)?"
+        )
 
 
 def _check_room(config: ProtectConfig, data: "Dataset", pools: "Pools") -> None:
@@ -661,7 +706,7 @@ def _check_taken(
         f"after {epochs} epochs of marking {found.why_not()}. Nothing was published; "
         f"the work waits in {folder}, and the same command with --epochs "
         f"{attempts[-1] + epochs} trains it for {epochs} more. If that does not help: "
-        f"{budget}a larger network"
+        f"{budget}a larger network, each in another --out"
     )
 
 

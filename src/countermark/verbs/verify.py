@@ -176,5 +176,6 @@ def explain(result: Verification) -> str:
         )
     return (
         "A model that never saw the coins agrees this often with probability "
-        f"{p_value(result.test.log10_p_value)}; that is no evidence."
+        f"{p_value(result.test.log10_p_value)}; the level is {result.test.alpha:g}, so that is no "
+        "evidence."
     )
