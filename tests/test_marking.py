@@ -280,6 +280,15 @@ def test_coins_come_after_the_trials_and_out_of_the_token(
     assert not torch.equal(one.labels, other.labels)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_network_that_tells_no_classes_apart_is_doubted(
+    source: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str], trained: bool
+) -> None:
+    some_mark(source if trained else network(1), tmp_path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("a key's trials are made once" in said) is not trained
+
+
 def test_a_marking_that_was_interrupted_asks_for_the_coins_of_the_same_trials(
     source: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

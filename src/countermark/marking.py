@@ -47,7 +47,7 @@ from countermark.networks import (
 from countermark.networks.source import normaliser, numbers
 from countermark.places import check_address, own_path
 from countermark.registry import drawing
-from countermark.terminal import p_value
+from countermark.terminal import note, p_value
 from countermark.text import brief
 from countermark.thieves.remove import prune
 from countermark.threat import budget
@@ -86,6 +86,7 @@ well.
 # A copy that loses this many points of accuracy on the key's clean examples counts as ruined.
 _RUINED = 10.0
 
+_TRIED, _HARDLY = 250, 15.0  # bases, and points that are better than one answer to all of them
 _SLACK = 0.02  # how far interpolation may take pixel values outside [0, 1]
 _WRITTEN = ("model.safetensors", "model.json", "commitment.json")  # in this order
 _ASKED = "c1.json"  # in the key folder: the C1 whose coins somebody was asked for
@@ -509,6 +510,8 @@ class Marking:
         asked, stored = self._keys / _ASKED, self._keys / "trials.safetensors"
         attack = full_strength(self.threat.watermark_epsilon)
         rules = SCHEMES[self._scheme]
+        if rules.crafted:
+            _doubt(self._seen(net), bases)
         trials = (
             WatermarkSet(**read_tensors(stored, stored.stat().st_size)[0])
             if asked.exists()
@@ -819,6 +822,19 @@ def _key_folder(folder: Path) -> Iterator[None]:
             if new and not any(path.exists() for path in kept):  # a secret alone is of no use
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _doubt(seen: nn.Module, bases: Examples) -> None:
+    """Say so if the network that crafts the trials can hardly tell the classes apart."""
+    tried = bases[torch.arange(0, len(bases), max(1, len(bases) // _TRIED))]
+    right = agreement(predict(seen, tried.x[:]), tried.y)
+    largest = 100 * int(tried.y.bincount().max()) / len(tried)
+    if right < largest + _HARDLY:
+        note(
+            f"the network gets {right:.0f} % of {len(tried)} bases right, and one answer to all of "
+            f"them {largest:.0f} %: a key's trials are made once, on what it can tell apart now; "
+            "train it first, and say mean= and std= if it wants normalised images"
+        )
 
 
 def _asked_once(path: Path, stamp: Stamp, message: bytes) -> bytes:
