@@ -273,7 +273,7 @@ def kinds() -> dict[str, Kind]:
         "key.json": Place(key, "key.json", load_key),
         "key trials": Place(key, "trials.safetensors", load_key),
         "key secret": Place(key, "secret", load_key),
-        "spent.json": Place(key, "spent.json", _spent),
+        "spent.json": Place(key, "spent.json", lambda folder: _spent(folder / "spent.json")),
         "model.json": Place(claim / "model", "model.json", load_model),
         "weights": Place(
             claim / "model",

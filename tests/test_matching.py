@@ -138,12 +138,19 @@ def test_a_copy_that_wants_to_be_asked_otherwise_is_found(way: str, key: Path, c
 
 
 def test_a_copy_that_scales_its_images_itself_needs_no_match(owner: Path) -> None:
-    """Twice the side and back; the images of digits have 8 pixels a side."""
+    """Twice the side and back; the images of digits have 8 pixels a side.
+
+    Which way gets most of sixty images right is chance, and p pays for the choice.
+    """
     network = load(owner)
-    found = verify(scaled_inside(lambda x: network(x).argmax(1)), key=owner / "key", match=True)
-    assert found.verdict == "match"
-    assert found.answers.matched is not None
-    assert dict(found.answers.matched.chosen) == {}
+    suspect = scaled_inside(lambda x: network(x).argmax(1))
+    plain = verify(suspect, key=owner / "key")
+    found = verify(suspect, key=owner / "key", match=True)
+    assert plain.verdict == found.verdict == "match"
+    before, after = plain.answers.clean_accuracy, found.answers.clean_accuracy
+    assert before is not None
+    assert after is not None
+    assert after >= before
 
 
 def test_without_match_the_same_copies_are_doubted(key: Path, copy: Model) -> None:

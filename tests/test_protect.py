@@ -223,7 +223,7 @@ def test_the_epochs_that_are_suggested_double_what_ran(
         with pytest.raises(
             CountermarkError, match=f"after {ran} epochs .* trains it for {ran} more"
         ) as refused:
-            room._check_taken(short, tmp_path, attempts, ran)
+            room._check_taken(short, tmp_path, attempts, ran, "coin")
         found = re.search(r"--epochs (\d+)", str(refused.value))
         assert found is not None
         assert int(found[1]) > ran
