@@ -807,7 +807,7 @@ def test_what_frames_a_client_breaks_the_signatures(
         faults = failing(made, finding)
         assert faults.keys() & {"The requests", "The opening"}, attack
         with monkeypatch.context() as without:
-            for check in ("_requests", "_opening"):
+            for check in ("_requests", "_opening", "_answers"):  # the last is chance
                 found_good = account_judgement.Check(check, account_judgement.HOLDS, "", "")
                 without.setattr(account_judgement, check, lambda *_, found=found_good: found)
             assert judge_account(made, finding).verdict == "upheld", attack
