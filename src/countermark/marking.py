@@ -510,7 +510,7 @@ class Marking:
         asked, stored = self._keys / _ASKED, self._keys / "trials.safetensors"
         attack = full_strength(self.threat.watermark_epsilon)
         rules = SCHEMES[self._scheme]
-        if rules.crafted:
+        if rules.crafted and not asked.exists():
             _doubt(self._seen(net), bases)
         trials = (
             WatermarkSet(**read_tensors(stored, stored.stat().st_size)[0])

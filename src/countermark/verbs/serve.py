@@ -26,7 +26,8 @@ class ServeConfig(OneDeviceOptions):
     model: ReadPath = field(kw_only=False)
     """Model folder with a guard.json."""
     log: NewLogPath | None = None
-    """Query log, which a guard needs: a path (SQLite) or postgresql://USER:PASSWORD@HOST/DATABASE."""
+    """Query log, which a guard needs: a path (SQLite) or
+    postgresql://USER:PASSWORD@HOST/DATABASE."""
     clients: ReadPath | None = None
     """File of the clients who may ask, as countermark client add makes it; default
     MODEL/clients.json."""
